@@ -1,0 +1,139 @@
+"""Random crops and changes of appearance: what a nucleus may look like on a user's slide.
+
+Geometry is drawn and applied per sample in one resampling (scale, rotation, flip, elastic); appearance is
+drawn per sample and applied to the whole batch.  Everything comes from one generator, so a seed fixes a run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cellseg_batch.trainer.data import Sample
+
+# Optical density of haematoxylin, eosin and their residual (Ruifrok & Johnston 2001).
+_STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A training batch.
+
+    Attributes:
+        pixels: (N, 3, S, S) float32 in [0, 1].
+        labels: (N, S, S) int64 instance ids, 0 background.
+        distance: (N, S, S) float32 distance target in [0, 1].
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    distance: Tensor
+
+
+class Augmenter:
+    """Draws augmented crops of ``size`` px.
+
+    Args:
+        size: side of the crop in px.
+        zoom: smallest and largest magnification, drawn log-uniformly.
+        seed: of the one generator that every draw comes from.
+    """
+
+    def __init__(self, size: int, zoom: tuple[float, float], seed: int) -> None:
+        self.size = size
+        self.zoom = zoom
+        self.rng = np.random.default_rng(seed)
+
+    def batch(self, samples: list[Sample]) -> Batch:
+        """One augmented crop of each sample."""
+        crops = [self._crop(sample) for sample in samples]
+        pixels, labels, distance = (torch.stack(parts) for parts in zip(*crops, strict=True))
+        colourful = torch.tensor([_is_colour(sample) for sample in samples])
+        return Batch(self._appearance(pixels, colourful), labels, distance)
+
+    def _uniform(self, low: float, high: float, count: int) -> Tensor:
+        return torch.from_numpy(self.rng.uniform(low, high, count).astype(np.float32))
+
+    def _log_uniform(self, low: float, high: float, count: int) -> Tensor:
+        return torch.exp(self._uniform(math.log(low), math.log(high), count))
+
+    def _chosen(self, probability: float, count: int) -> Tensor:
+        return torch.from_numpy(self.rng.random(count) < probability)
+
+    def _crop(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
+        height, width = sample.labels.shape
+        zoom = float(self._log_uniform(*self.zoom, 1))
+        angle = float(self.rng.uniform(0, 2 * math.pi)) if self.rng.random() < 0.5 else 0.0
+        angle += math.pi / 2 * int(self.rng.integers(4))
+        flip = -1.0 if self.rng.random() < 0.5 else 1.0
+        half = self.size / zoom / 2
+        centre_y = self.rng.uniform(min(half, height / 2), max(height - half, height / 2))
+        centre_x = self.rng.uniform(min(half, width / 2), max(width - half, width / 2))
+
+        steps = (torch.arange(self.size, dtype=torch.float32) - (self.size - 1) / 2) / zoom
+        dy, dx = torch.meshgrid(steps, steps * flip, indexing="ij")
+        if self.rng.random() < 0.3:
+            coarse = torch.from_numpy(self.rng.normal(0, 1, (1, 2, 8, 8)).astype(np.float32))
+            bend = F.interpolate(coarse, size=(self.size, self.size), mode="bicubic", align_corners=True)[0]
+            strength = float(self.rng.uniform(1, 6))
+            dy, dx = dy + strength * bend[0], dx + strength * bend[1]
+        cos, sin = math.cos(angle), math.sin(angle)
+        y, x = centre_y + cos * dy - sin * dx, centre_x + sin * dy + cos * dx
+        grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)[None]
+
+        smooth = np.concatenate([sample.pixels, sample.distance[..., None]], axis=-1)
+        warped = F.grid_sample(
+            torch.from_numpy(smooth).permute(2, 0, 1)[None], grid, padding_mode="reflection", align_corners=False
+        )[0]
+        ids = torch.from_numpy(sample.labels.astype(np.float32))[None, None]
+        labels = F.grid_sample(ids, grid, mode="nearest", padding_mode="reflection", align_corners=False)[0, 0]
+        return warped[:3], labels.long(), warped[3] * (labels > 0)
+
+    def _appearance(self, pixels: Tensor, colourful: Tensor) -> Tensor:
+        count = len(pixels)
+        every = (count, 1, 1, 1)
+        stain = colourful & self._chosen(0.8, count)
+        if stain.any():
+            pixels = torch.where(stain.view(every), self._restain(pixels), pixels)
+        mix = torch.eye(3) + torch.from_numpy(self.rng.normal(0, 0.12, (count, 3, 3)).astype(np.float32))
+        mix = mix / mix.sum(dim=2, keepdim=True)
+        mixed = torch.einsum("nij,njhw->nihw", mix, pixels)
+        pixels = torch.where((colourful & self._chosen(0.5, count)).view(every), mixed, pixels)
+        grey = pixels.mean(dim=1, keepdim=True).expand_as(pixels)
+        pixels = torch.where(self._chosen(0.12, count).view(every), grey, pixels)
+
+        tint = torch.from_numpy(self.rng.uniform(0.05, 1, (count, 3, 1, 1)).astype(np.float32))
+        tint = tint / tint.amax(dim=1, keepdim=True)
+        pixels = torch.where((~colourful & self._chosen(0.12, count)).view(every), pixels * tint, pixels)
+        pixels = pixels.clamp(0, 1) ** self._log_uniform(0.55, 1.8, count).view(every)
+        gain = torch.where(self._chosen(0.5, count), self._log_uniform(0.3, 1.3, count), torch.ones(count))
+        offset = torch.where(self._chosen(0.3, count), self._uniform(-0.1, 0.2, count), torch.zeros(count))
+        dim = pixels * gain.view(every) + offset.view(every)
+        # On tissue the background is bright, so a loss of contrast is towards white.
+        pixels = torch.where(colourful.view(every), 1 - (1 - pixels) * gain.view(every) - offset.view(every) / 2, dim)
+        pixels = torch.where(self._chosen(0.1, count).view(every), 1 - pixels, pixels)
+        soft = F.avg_pool2d(F.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False), 3, 1, 1, count_include_pad=False)
+        pixels = torch.where(self._chosen(0.15, count).view(every), soft, pixels)
+        sigma = torch.where(self._chosen(0.3, count), self._log_uniform(0.005, 0.08, count), torch.zeros(count))
+        noise = torch.from_numpy(self.rng.standard_normal(pixels.shape, dtype=np.float32))
+        return (pixels + sigma.view(every) * noise).clamp(0, 1)
+
+    def _restain(self, pixels: Tensor) -> Tensor:
+        """Change the amount and hue of each stain in optical density, after Tellez et al. 2018 (doi 10.1109/TMI.2018.2820199)."""
+        count = len(pixels)
+        density = -torch.log(pixels.clamp(1 / 255, 1))
+        stains = _STAINS / _STAINS.norm(dim=1, keepdim=True)
+        amounts = torch.einsum("nchw,cs->nshw", density, torch.linalg.inv(stains))
+        scale = torch.from_numpy(self.rng.uniform(0.6, 1.5, (count, 3, 1, 1)).astype(np.float32))
+        shift = torch.from_numpy(self.rng.normal(0, 0.04, (count, 3, 1, 1)).astype(np.float32))
+        hues = stains + torch.from_numpy(self.rng.normal(0, 0.08, (count, 3, 3)).astype(np.float32))
+        return torch.exp(-torch.einsum("nshw,nsc->nchw", amounts * scale + shift, hues.clamp(min=0))).clamp(0, 1)
+
+
+def _is_colour(sample: Sample) -> bool:
+    return sample.kind.startswith("tissue")

@@ -1,0 +1,140 @@
+"""The model bundle: a folder with ``weights.safetensors`` and ``card.json``.
+
+The card is all that the engine knows about a model.  This module needs no torch, so that a run from a
+compiled artefact does not load it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+CARD_FILE = "card.json"
+WEIGHTS_FILE = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """How a slide's pixel values become the network's input; always ``clip((x - low) / (high - low), 0, 1)``.
+
+    Attributes:
+        rule: ``percentile`` takes low and high from the slide, ``fixed`` takes the card's own.
+        low: percentile in [0, 100], or the pixel value that becomes 0.
+        high: percentile in [0, 100], or the pixel value that becomes 1.
+    """
+
+    rule: str = "percentile"
+    low: float = 0.1
+    high: float = 99.9
+
+    def bounds_of(self, pixels: NDArray[Any]) -> tuple[float, float]:
+        """The pixel values that become 0 and 1, from a sample of the slide's finite pixels (any shape)."""
+        if self.rule == "fixed" or pixels.size == 0:
+            return (self.low, self.high) if self.rule == "fixed" else (0.0, 1.0)
+        low, high = np.percentile(pixels, (self.low, self.high))
+        return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a bundle says about its model.
+
+    Attributes:
+        name: the model's name.
+        architecture: ``{"name": ..., **arguments}`` of `cellseg_batch.trainer.unet.build_network`.
+        channels: input channels.
+        outputs: what each logit means; the first is always ``foreground``.
+        total_stride: px; tiles, cores and margins are multiples of it.
+        exact_margin: px of context beyond which nothing changes a pixel's logits.
+        margin: px of context cut from each side of a tile by default.
+        threshold: probability above which a pixel is foreground by default.
+        pixel_size_um: µm per px that the model was trained at; None when the data do not record it.
+        normalisation: how a slide's pixels become the input.
+        training: data, licence, recipe.
+        metrics: what it reached, on which data.
+    """
+
+    name: str
+    architecture: dict[str, Any]
+    channels: int
+    outputs: tuple[str, ...]
+    total_stride: int
+    exact_margin: int
+    margin: int
+    threshold: float
+    pixel_size_um: float | None
+    normalisation: Normalisation
+    training: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, text: str) -> Card:
+        """Parse a card.
+
+        Raises:
+            ValueError: it is not JSON, or a field is missing, unknown or of the wrong kind.
+        """
+        try:
+            fields = json.loads(text)
+            fields["outputs"] = tuple(fields["outputs"])
+            fields["normalisation"] = Normalisation(**fields["normalisation"])
+            return cls(**fields)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"not a model card: {error}") from error
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A card and its weights, name -> array, as stored (float16)."""
+
+    card: Card
+    weights: dict[str, NDArray[Any]]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of everything that decides the logits: architecture, normalisation and weights."""
+        digest = hashlib.sha256()
+        decisive = {"architecture": self.card.architecture, "normalisation": asdict(self.card.normalisation)}
+        digest.update(json.dumps(decisive, sort_keys=True).encode())
+        for name in sorted(self.weights):
+            array = self.weights[name]
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read a bundle.
+
+    Raises:
+        FileNotFoundError: the card or the weights are missing.
+        ValueError: the card or the weights file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    card = Card.from_json((folder / CARD_FILE).read_text())
+    try:
+        weights = load_file(folder / WEIGHTS_FILE)
+    except SafetensorError as error:
+        raise ValueError(f"{WEIGHTS_FILE} is damaged: {error}") from error
+    return Bundle(card, weights)
+
+
+def save_bundle(bundle: Bundle, folder: Path) -> None:
+    """Write a bundle; floating point weights are stored as float16."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    halved = {
+        name: np.ascontiguousarray(array.astype(np.float16) if array.dtype.kind == "f" else array)
+        for name, array in bundle.weights.items()
+    }
+    save_file(halved, folder / WEIGHTS_FILE)
+    (folder / CARD_FILE).write_text(json.dumps(asdict(bundle.card), indent=2) + "\n")

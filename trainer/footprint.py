@@ -1,0 +1,67 @@
+"""Total stride and receptive field of a network, found by running it.
+
+One input column is set to NaN and the outputs that turn NaN are those that can see it: a NaN survives
+every convolution, normalisation, activation and pooling, whatever the weights.  So the footprint is
+exact and holds for any network, phase by phase of its strides, without a table of layer types.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+_LARGEST_STRIDE = 64
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a network's output pixels can see.
+
+    Attributes:
+        total_stride: period in px with which the footprint repeats; tiles, cores and margins are multiples of it.
+        exact_margin: smallest multiple of the total stride, in px, such that no output pixel of a core that
+            lies on the stride's grid depends on a pixel further than this from the core.
+    """
+
+    total_stride: int
+    exact_margin: int
+
+
+def measure_footprint(network: nn.Module, in_channels: int, span: int = 1024) -> Footprint:
+    """Measure the footprint of ``network`` along one axis (its layers are square).
+
+    Args:
+        network: takes (1, in_channels, H, W) for H, W multiples of 64.
+        in_channels: channels of its input.
+        span: width in px of the probe; at least twice the receptive field.
+
+    Raises:
+        ValueError: the receptive field does not fit in ``span``.
+    """
+    network = network.eval()
+    start = span // 2
+    seen_by: list[tuple[int, int]] = []
+    # oneDNN may pick a Winograd convolution, which would smear the NaN over its whole transform tile.
+    with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=False):
+        for column in range(start, start + _LARGEST_STRIDE):
+            probe = torch.zeros(1, in_channels, _LARGEST_STRIDE, span)
+            probe[..., column] = torch.nan
+            hit = torch.isnan(network(probe)).any(dim=(0, 1, 2)).nonzero().flatten()
+            first, last = int(hit[0]), int(hit[-1])
+            if first == 0 or last == span - 1:
+                raise ValueError(f"the receptive field reaches the edge of the {span} px probe; use a wider one")
+            seen_by.append((first - column, last - column))
+    stride = next(
+        period
+        for period in (2**power for power in range(_LARGEST_STRIDE.bit_length()))
+        if all(seen_by[i] == seen_by[i % period] for i in range(_LARGEST_STRIDE))
+    )
+    margin = 0
+    for phase, (before, after) in enumerate(seen_by[:stride]):
+        # The furthest core that this column reaches on its right starts at `core_start`, on its left ends at `core_end`.
+        core_start = (phase + after) // stride * stride
+        core_end = (phase + before) // stride * stride + stride
+        margin = max(margin, core_start - phase, phase + 1 - core_end)
+    return Footprint(total_stride=stride, exact_margin=-(-margin // stride) * stride)
