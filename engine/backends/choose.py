@@ -1,0 +1,86 @@
+"""Pick the backend: the one asked for, or the fastest that is installed, native and passes the gate."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+from cellseg_batch.engine.backends.backend import Backend
+from cellseg_batch.engine.backends.parity import FLIPPED_LIMIT, gate_tiles, measure_parity
+from cellseg_batch.engine.errors import BackendError
+from cellseg_batch.trainer.bundle import Bundle
+
+# Fastest first, as measured on the shipped network (benchmarks/README.md).
+_RANKING = (("openvino", "bf16"), ("openvino", "fp32"), ("torch", "bf16"), ("torch", "fp32"))
+_REFERENCE = ("torch", "fp32")
+
+
+def available_precisions(backend: str) -> tuple[str, ...]:
+    """The precisions that a backend offers on this machine; () when it is not installed or not supported."""
+    if importlib.util.find_spec(backend) is None:
+        return ()
+    if backend == "openvino":
+        from cellseg_batch.engine.backends.openvino_backend import supported_precisions
+
+        return supported_precisions()
+    if backend == "torch":
+        from cellseg_batch.engine.backends.torch_backend import PRECISIONS
+
+        return PRECISIONS
+    return ()
+
+
+def make_backend(bundle: Bundle, backend: str, precision: str, threads: int) -> Backend:
+    """One backend by name.
+
+    Raises:
+        BackendError: it is not installed, or does not offer this precision here.
+    """
+    offered = available_precisions(backend)
+    if precision not in offered:
+        raise BackendError(
+            f"--backend {backend} --precision {precision}",
+            expected=f"a precision that {backend} offers on this machine ({', '.join(offered) or 'none'})",
+            found=precision,
+            cause="" if offered else f"{backend} is not installed or has no device here",
+            remedy="see cellseg-batch doctor, or leave the choice to auto",
+        )
+    if backend == "openvino":
+        from cellseg_batch.engine.backends.openvino_backend import OpenVinoBackend
+
+        return OpenVinoBackend(bundle, precision, threads)
+    from cellseg_batch.engine.backends.torch_backend import TorchBackend
+
+    return TorchBackend(bundle, precision, threads)
+
+
+def choose_backend(bundle: Bundle, backend: str, precision: str, threads: int) -> Backend:
+    """The fastest backend that fits what was asked for and whose masks agree with torch fp32.
+
+    Raises:
+        BackendError: none is installed, or none passes the gate.
+    """
+    refused: list[str] = []
+    reference: Backend | None = None
+    for name, level in _candidates(backend, precision):
+        candidate = make_backend(bundle, name, level, threads)
+        if (name, level) == _REFERENCE:
+            return candidate
+        reference = reference or make_backend(bundle, *_REFERENCE, threads)
+        parity = measure_parity(candidate, reference, gate_tiles(bundle), bundle.card.threshold)
+        if parity.passed:
+            return candidate
+        refused.append(f"{name} {level} flips {parity.flipped:.1e} of the pixels (limit {FLIPPED_LIMIT:.0e})")
+    raise BackendError(
+        f"--backend {backend} --precision {precision}",
+        expected="a backend that is installed and agrees with torch fp32",
+        found="; ".join(refused) or "none that offers this here",
+        remedy="see cellseg-batch doctor, or use --precision fp32",
+    )
+
+
+def _candidates(backend: str, precision: str) -> Iterator[tuple[str, str]]:
+    offered = {name: available_precisions(name) for name in dict(_RANKING)}
+    for name, level in _RANKING:
+        if backend in ("auto", name) and precision in ("auto", level) and level in offered[name]:
+            yield name, level

@@ -1,0 +1,47 @@
+"""PyTorch on the CPU: eager, channels-last, batch norm folded into the convolutions.
+
+The reference that every other backend is compared with is this one in fp32.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.fx.experimental.optimization import fuse
+
+from cellseg_batch.engine.backends.backend import CompiledModel, Shape
+from cellseg_batch.engine.models import build_torch_network
+from cellseg_batch.trainer.bundle import Bundle
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = tuple(_DTYPES)
+
+
+class TorchBackend:
+    """A bundle's network in eager torch."""
+
+    name = "torch"
+    version = torch.__version__
+
+    def __init__(self, bundle: Bundle, precision: str, threads: int) -> None:
+        self.precision = precision
+        self._dtype = _DTYPES[precision]
+        torch.set_num_threads(threads)
+        folded = fuse(build_torch_network(bundle))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._network: nn.Module = folded.to(dtype=self._dtype, memory_format=torch.channels_last)
+
+    def compile(self, shape: Shape) -> CompiledModel:
+        """Eager torch takes any shape as it comes."""
+        return self._run
+
+    def _run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            pixels = torch.from_numpy(batch).to(dtype=self._dtype, memory_format=torch.channels_last)
+            logits: NDArray[np.float32] = self._network(pixels).float().contiguous().numpy()
+        return logits

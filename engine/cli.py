@@ -1,0 +1,218 @@
+"""The command line: each command turns its flags into one call of a room and prints what comes back."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+from rich.console import Console
+
+from cellseg_batch.engine import options as o
+from cellseg_batch.engine.errors import CellsegError
+from cellseg_batch.engine.settings import Settings
+
+app = typer.Typer(
+    help="Segment cells and nuclei in huge microscopy slides.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+_INTERRUPTED = 130
+
+
+@app.command()
+def run(
+    slides: o.Slides,
+    output: o.Output = None,
+    name: o.Name = Settings.name,
+    model: o.Model = Settings.model,
+    backend: o.BackendName = Settings.backend,
+    precision: o.Precision = Settings.precision,
+    threshold: o.Threshold = None,
+    threads: o.Threads = None,
+    tile: o.TileSide = Settings.tile,
+    margin: o.Margin = None,
+    batch: o.BatchSize = Settings.batch,
+    block: o.BlockSide = Settings.block,
+    workers: o.Workers = Settings.workers,
+    max_memory: o.MaxMemory = None,
+    level: o.LevelIndex = None,
+    pixel_size: o.PixelSize = None,
+    channel: o.Channel = None,
+    axes: o.Axes = None,
+    probability: o.Probability = False,
+    overwrite: o.Overwrite = False,
+    json_file: o.Json = None,
+    debug: o.Debug = False,
+    verbose: o.Verbose = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Segment every image that SLIDES hold; an unfinished run goes on where it stopped."""
+    from cellseg_batch.engine.campaign import run as run_campaign
+    from cellseg_batch.engine.report import print_report
+    from cellseg_batch.engine.screen import Screen
+
+    with _plain_errors(debug):
+        settings = Settings(
+            output=output,
+            name=name,
+            model=model,
+            backend=backend,
+            precision=precision,
+            threshold=threshold,
+            tile=tile,
+            margin=margin,
+            batch=batch,
+            block=block,
+            workers=workers,
+            threads=threads,
+            max_memory=max_memory,
+            level=level,
+            pixel_size=pixel_size,
+            channel=channel,
+            axes=axes,
+            probability=probability,
+            overwrite=overwrite,
+        )
+        with Screen(Console(), verbosity=verbose - quiet) as screen:
+            report = run_campaign(slides, settings, screen, started=_process_start())
+        if json_file is not None:
+            json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        if not quiet or report.status == "failed":
+            print_report(report, Console(stderr=quiet))
+    raise typer.Exit(report.status == "failed")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("slides.zarr"), debug: o.Debug = False
+) -> None:
+    """Write a small OME-Zarr store of real microscopy images to try things on."""
+    from cellseg_batch.engine.demo import write_demo
+
+    with _plain_errors(debug):
+        names = write_demo(out)
+        Console().print(f"{out}: {', '.join(names)}\nnow: cellseg-batch run {out}", highlight=False)
+
+
+@app.command()
+def info(
+    slides: o.Slides,
+    tile: o.TileSide = Settings.tile,
+    margin: o.Margin = None,
+    block: o.BlockSide = Settings.block,
+    model: o.Model = Settings.model,
+    level: o.LevelIndex = None,
+    pixel_size: o.PixelSize = None,
+    channel: o.Channel = None,
+    axes: o.Axes = None,
+    debug: o.Debug = False,
+) -> None:
+    """List the images that SLIDES hold, and how each would be cut into blocks and tiles."""
+    from cellseg_batch.engine.info import print_images
+
+    with _plain_errors(debug):
+        settings = Settings(
+            model=model,
+            tile=tile,
+            margin=margin,
+            block=block,
+            level=level,
+            pixel_size=pixel_size,
+            channel=channel,
+            axes=axes,
+        )
+        broken = print_images(slides, settings, Console())
+    raise typer.Exit(broken > 0)
+
+
+@app.command("verify-seams")
+def verify_seams(
+    slide: o.Slide,
+    full: Annotated[bool, typer.Option("--full", help="Compare the whole slide, not windows.")] = False,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="At most so many windows of 2048 px.")] = 9,
+    bound: Annotated[float, typer.Option("--bound", min=0, help="Largest share of pixels that may flip.")] = 1e-4,
+    model: o.Model = Settings.model,
+    backend: o.BackendName = Settings.backend,
+    precision: o.Precision = Settings.precision,
+    threshold: o.Threshold = None,
+    threads: o.Threads = None,
+    tile: o.TileSide = Settings.tile,
+    margin: o.Margin = None,
+    block: o.BlockSide = Settings.block,
+    level: o.LevelIndex = None,
+    pixel_size: o.PixelSize = None,
+    channel: o.Channel = None,
+    axes: o.Axes = None,
+    json_file: o.Json = None,
+    debug: o.Debug = False,
+) -> None:
+    """Compare the tiled result of SLIDE with the untiled one; exit 1 when too many pixels flip."""
+    from cellseg_batch.engine.seams import print_seams, prove_seams
+
+    with _plain_errors(debug):
+        settings = Settings(
+            model=model,
+            backend=backend,
+            precision=precision,
+            threshold=threshold,
+            tile=tile,
+            margin=margin,
+            block=block,
+            threads=threads,
+            level=level,
+            pixel_size=pixel_size,
+            channel=channel,
+            axes=axes,
+        )
+        report = prove_seams(slide, settings, full, windows)
+        if json_file is not None:
+            json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        print_seams(report, bound, Console())
+    raise typer.Exit(report.flipped_fraction > bound)
+
+
+@app.command()
+def doctor(debug: o.Debug = False) -> None:
+    """Show this machine's devices and backends, what is missing and how to get it."""
+    from cellseg_batch.engine.doctor import print_diagnosis
+
+    with _plain_errors(debug):
+        print_diagnosis(Console())
+
+
+def _process_start() -> float:
+    """When this process began, on the clock of ``time.perf_counter``: imports are part of what a user waits for."""
+    return time.perf_counter() - (time.time() - psutil.Process().create_time())
+
+
+@contextmanager
+def _plain_errors(debug: bool) -> Iterator[None]:
+    """Print an error of ours on one line and exit with its code; everything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except CellsegError as error:
+        if debug:
+            raise
+        Console(stderr=True).print(f"[red]error[/red] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command goes on where this one stopped")
+        raise typer.Exit(_INTERRUPTED) from None
+
+
+def main() -> None:
+    """Entry point of ``cellseg-batch``."""
+    app(args=sys.argv[1:], prog_name="cellseg-batch")
+
+
+if __name__ == "__main__":
+    main()

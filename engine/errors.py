@@ -1,0 +1,69 @@
+"""Every error a user can cause or meet, in one tree.
+
+CellsegError
+├── UsageError          the command cannot be carried out as given (exit code 2)
+│   ├── NoImageError    no image where one was expected
+│   ├── ModelError      the model bundle is missing, damaged or does not fit
+│   └── BackendError    no backend can do what was asked
+└── SlideError          one slide cannot be processed; the others go on (exit code 1)
+    ├── ReadError       its pixels or metadata cannot be read
+    ├── ComputeError    the model gives no usable numbers for it
+    └── OutputError     its labels cannot be written
+
+A message is one line: what was expected, what was found, the likely cause, the remedy.
+"""
+
+from __future__ import annotations
+
+
+class CellsegError(Exception):
+    """An error with everything a user needs to act on it, on one line.
+
+    Args:
+        subject: what the error is about (a path, a flag).
+        expected: what should have been there.
+        found: what was there instead.
+        cause: the likely cause, "" when it is plain from the rest.
+        remedy: what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, subject: str, *, expected: str, found: str, cause: str = "", remedy: str) -> None:
+        likely = f" (likely {cause})" if cause else ""
+        message = f"{subject}: expected {expected}, found {found}{likely}; {remedy}"
+        super().__init__(" ".join(message.split()))
+
+
+class UsageError(CellsegError):
+    """The command cannot be carried out as given."""
+
+    exit_code = 2
+
+
+class NoImageError(UsageError):
+    """No image where one was expected."""
+
+
+class ModelError(UsageError):
+    """The model bundle is missing, damaged or does not fit."""
+
+
+class BackendError(UsageError):
+    """No backend can do what was asked."""
+
+
+class SlideError(CellsegError):
+    """One slide cannot be processed; the others go on."""
+
+
+class ReadError(SlideError):
+    """A slide's pixels or metadata cannot be read."""
+
+
+class ComputeError(SlideError):
+    """The model gives no usable numbers for a slide."""
+
+
+class OutputError(SlideError):
+    """A slide's labels cannot be written."""

@@ -1,0 +1,242 @@
+"""Boxes, the lattice of tiles and the blocks made of it: pure integer arithmetic, all in pixels.
+
+Coordinates are those of the level that is processed, (y, x), half-open.  Along one axis of a slide:
+
+    slide       |.......................................|
+    cores       |---------|---------|---------|---------|--     laid from 0, the last may stick out
+    tile     <==|---------|==>                                  a core and a margin on either side
+    block       |-------------------|                           k cores, what one task computes and writes
+    read box |..|-------------------|..|                        what it reads, clipped to the slide
+
+Pixels outside the slide are its own, mirrored at the edge again and again (numpy's ``reflect``).  The lattice
+depends on the slide's shape, the tile target, the margin and the network's stride, never on blocks, batches
+or workers, which is why results do not depend on these either.  Nothing here knows files or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellseg_batch.engine.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Box:
+    """Half-open rectangle: rows ``y0 <= y < y1``, columns ``x0 <= x < x1``."""
+
+    y0: int
+    x0: int
+    y1: int
+    x1: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.y1 - self.y0, self.x1 - self.x0
+
+    @property
+    def area(self) -> int:
+        """Number of pixels."""
+        return (self.y1 - self.y0) * (self.x1 - self.x0)
+
+    def slices(self) -> tuple[slice, slice]:
+        """The box as an index into an array with axes (y, x)."""
+        return slice(self.y0, self.y1), slice(self.x0, self.x1)
+
+
+def reflect(start: int, stop: int, length: int) -> NDArray[np.int64]:
+    """Source index of each position in [start, stop) of an axis of ``length`` px that is mirrored at its edges.
+
+    The same as ``numpy.pad(..., mode="reflect")``, repeated for as long as needed; an axis of one pixel
+    repeats it.
+    """
+    if length == 1:
+        return np.zeros(stop - start, np.int64)
+    period = 2 * (length - 1)
+    position = np.arange(start, stop, dtype=np.int64) % period
+    return np.minimum(position, period - position)
+
+
+def source_box(frame: Box, shape: tuple[int, int]) -> Box:
+    """The pixels of a slide of ``shape`` that ``frame`` shows, mirrored ones included."""
+    rows, columns = reflect(frame.y0, frame.y1, shape[0]), reflect(frame.x0, frame.x1, shape[1])
+    return Box(int(rows.min()), int(columns.min()), int(rows.max()) + 1, int(columns.max()) + 1)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile of a lattice.
+
+    Attributes:
+        frame: the pixels that the network sees; it may lie partly outside the slide.
+        core: the pixels that it decides, clipped to the slide.
+    """
+
+    frame: Box
+    core: Box
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Tile cores laid over a slide from its origin.
+
+    Attributes:
+        shape: (height, width) of the slide's level.
+        core: (height, width) of a core, multiples of the network's total stride.
+        margin: context cut from each side of a tile, a multiple of the total stride.
+    """
+
+    shape: tuple[int, int]
+    core: tuple[int, int]
+    margin: int
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """(height, width) of every tile."""
+        return self.core[0] + 2 * self.margin, self.core[1] + 2 * self.margin
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Number of cores along y and x."""
+        return -(-self.shape[0] // self.core[0]), -(-self.shape[1] // self.core[1])
+
+    def tile_at(self, row: int, column: int) -> Tile:
+        """The tile of core (row, column) of the grid."""
+        y, x = row * self.core[0], column * self.core[1]
+        height, width = self.shape
+        return Tile(
+            frame=Box(y - self.margin, x - self.margin, y - self.margin + self.tile[0], x - self.margin + self.tile[1]),
+            core=Box(y, x, min(y + self.core[0], height), min(x + self.core[1], width)),
+        )
+
+    @property
+    def cost(self) -> float:
+        """Pixels that the network computes per pixel of the slide."""
+        computed = self.grid[0] * self.grid[1] * self.tile[0] * self.tile[1]
+        return computed / (self.shape[0] * self.shape[1])
+
+
+def fit_lattice(shape: tuple[int, int], tile: int, margin: int, total_stride: int) -> Lattice:
+    """Lay the fewest cores that tiles of at most ``tile`` px allow, all equally large and hardly any padding.
+
+    Raises:
+        UsageError: margin is no multiple of the stride, or leaves no core in the tile.
+    """
+    if margin % total_stride:
+        nearest = -(-margin // total_stride) * total_stride
+        raise UsageError(
+            "--margin",
+            expected=f"a multiple of the network's total stride, {total_stride} px",
+            found=f"{margin}",
+            remedy=f"use --margin {nearest}",
+        )
+    largest = (tile - 2 * margin) // total_stride * total_stride
+    if largest < total_stride:
+        raise UsageError(
+            "--tile",
+            expected=f"at least {2 * margin + total_stride} px for margins of {margin} px",
+            found=f"{tile}",
+            remedy="use a larger tile or a smaller margin",
+        )
+
+    def fit(length: int) -> int:
+        count = -(-length // largest)
+        return -(-length // (count * total_stride)) * total_stride
+
+    return Lattice(shape, (fit(shape[0]), fit(shape[1])), margin)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A box of whole cores, computed and written by exactly one task.
+
+    Attributes:
+        index: its number in the slide, plane by plane in raster order.
+        plane: index of the t/z plane, 0 when there is only one.
+        box: what it writes, clipped to the slide.
+        read_box: what it reads, clipped to the slide; every mirrored pixel comes from inside it.
+        tiles: in raster order.
+    """
+
+    index: int
+    plane: int
+    box: Box
+    read_box: Box
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """The blocks of a slide, made when asked for: nothing here grows with the slide.
+
+    Attributes:
+        lattice: of every plane.
+        cores: number of cores along y and x of a block.
+        planes: number of t/z planes.
+    """
+
+    lattice: Lattice
+    cores: tuple[int, int]
+    planes: int
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """(height, width) of a full block."""
+        return self.cores[0] * self.lattice.core[0], self.cores[1] * self.lattice.core[1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Number of blocks along y and x of a plane."""
+        rows, columns = self.lattice.grid
+        return -(-rows // self.cores[0]), -(-columns // self.cores[1])
+
+    def __len__(self) -> int:
+        """Number of blocks in all planes."""
+        return self.planes * self.grid[0] * self.grid[1]
+
+    def __iter__(self) -> Iterator[Block]:
+        """Every block, in order."""
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Block:
+        """Block number ``index``."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        rows, columns = self.grid
+        plane, place = divmod(index, rows * columns)
+        row, column = divmod(place, columns)
+        core_rows = self._cores_of(row, axis=0)
+        core_columns = self._cores_of(column, axis=1)
+        tiles = tuple(self.lattice.tile_at(y, x) for y in core_rows for x in core_columns)
+        first, last = tiles[0], tiles[-1]
+        frame = Box(first.frame.y0, first.frame.x0, last.frame.y1, last.frame.x1)
+        return Block(
+            index=index,
+            plane=plane,
+            box=Box(first.core.y0, first.core.x0, last.core.y1, last.core.x1),
+            read_box=source_box(frame, self.lattice.shape),
+            tiles=tiles,
+        )
+
+    def _cores_of(self, block: int, axis: int) -> range:
+        first = block * self.cores[axis]
+        return range(first, min(first + self.cores[axis], self.lattice.grid[axis]))
+
+
+def lay_blocks(lattice: Lattice, block: int, planes: int = 1) -> BlockGrid:
+    """Blocks of about ``block`` px a side, rounded to whole cores, at least one and no more than there are."""
+
+    def rounded(axis: int) -> int:
+        return max(1, min(round(block / lattice.core[axis]), lattice.grid[axis]))
+
+    return BlockGrid(lattice, (rounded(0), rounded(1)), planes)
+
+
+def chunk_side(core: int, target: int = 512) -> int:
+    """Side of a chunk in px: the divisor of a core's side that is nearest to ``target``."""
+    divisors = [core // parts for parts in range(1, core + 1) if core % parts == 0]
+    return min(divisors, key=lambda side: (abs(side - target), side))

@@ -1,0 +1,83 @@
+"""The journal: which parts of an output are safely on disk, in small files, so that a killed run can go on.
+
+    <store>.cellseg/<image>/labels/<name>/
+        manifest.json              what was planned; a resumed run must agree with it
+        blocks/<n // 1000>/<n>.json   one record per finished block
+        levels/<level>/...         one record per finished shard of the label pyramid
+        finished.json              written last
+
+A record is written after its pixels, to a temporary name, synced and renamed: it is whole or absent.  There is
+no database and no server, so any shared file system will do.  It knows nothing of what the records mean.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_BUCKET = 1000
+
+
+class Journal:
+    """The journal of one output in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What was planned, None when nothing was."""
+        return _load(self.folder / "manifest.json")
+
+    def start(self, manifest: dict[str, Any]) -> None:
+        """Begin anew: forget every record and write the manifest."""
+        self.clear()
+        _store(self.folder / "manifest.json", manifest)
+
+    def record(self, part: str, number: int, content: dict[str, Any]) -> None:
+        """Note that item ``number`` of ``part`` is on disk."""
+        _store(self.folder / part / str(number // _BUCKET) / f"{number}.json", content)
+
+    def records(self, part: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(number, content) of every item of ``part`` that is on disk, in no particular order."""
+        for path in (self.folder / part).glob("*/*.json"):
+            content = _load(path)
+            if content is not None:
+                yield int(path.stem), content
+
+    def numbers(self, part: str) -> set[int]:
+        """Numbers of the items of ``part`` that are on disk."""
+        return {int(path.stem) for path in (self.folder / part).glob("*/*.json")}
+
+    def finished(self) -> dict[str, Any] | None:
+        """The closing record, None while the output is incomplete."""
+        return _load(self.folder / "finished.json")
+
+    def finish(self, content: dict[str, Any]) -> None:
+        """Close the journal: every part is on disk."""
+        _store(self.folder / "finished.json", content)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    return content
+
+
+def _store(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    with open(partial, "w") as stream:
+        json.dump(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)

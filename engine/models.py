@@ -1,0 +1,85 @@
+"""Find a model bundle and make its network.
+
+The engine knows a model only through its bundle; torch is imported only to build the network.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cellseg_batch.engine.errors import ModelError
+from cellseg_batch.trainer.bundle import CARD_FILE, Bundle, load_bundle
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def shipped_models() -> dict[str, Path]:
+    """Name -> bundle folder of the models inside the package."""
+    folder = Path(str(files("cellseg_batch.engine"))) / "assets" / "models"
+    return {card.parent.name: card.parent for card in sorted(folder.glob(f"*/{CARD_FILE}"))}
+
+
+def load_model(model: str) -> Bundle:
+    """The bundle that a shipped model's name or a path stands for.
+
+    Raises:
+        ModelError: there is no such model, or its files are damaged.
+    """
+    shipped = shipped_models()
+    folder = shipped.get(model, Path(model))
+    try:
+        return load_bundle(folder)
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"--model {model}",
+            expected=f"a shipped model ({', '.join(shipped)}) or a folder with card.json and weights.safetensors",
+            found=f"no {Path(error.filename or folder).name}" if folder.exists() else "neither",
+            remedy="check the name or the path",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"--model {model}",
+            expected="a readable bundle",
+            found=str(error),
+            cause="an incomplete copy, or a card written by hand",
+            remedy="copy the bundle again or export it anew",
+        ) from error
+
+
+def build_torch_network(bundle: Bundle) -> nn.Module:
+    """The bundle's network in float32, in evaluation mode, with its weights loaded strictly.
+
+    Raises:
+        ModelError: the architecture is unknown or the weights are of another one.
+    """
+    import torch
+
+    from cellseg_batch.trainer.unet import ARCHITECTURES, build_network
+
+    architecture = bundle.card.architecture
+    try:
+        network = build_network(architecture)
+    except (KeyError, TypeError) as error:
+        raise ModelError(
+            f"model {bundle.card.name}",
+            expected=f"an architecture of this version ({', '.join(ARCHITECTURES)})",
+            found=f"{architecture}",
+            cause="a bundle of a newer version",
+            remedy="update cellseg-batch",
+        ) from error
+    weights = {name: torch.from_numpy(array.copy()) for name, array in bundle.weights.items()}
+    weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+    try:
+        network.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ModelError(
+            f"model {bundle.card.name}",
+            expected=f"the weights of {architecture}",
+            found=str(error).splitlines()[1].strip() if "\n" in str(error) else str(error),
+            cause="weights of another architecture beside this card",
+            remedy="keep card.json and weights.safetensors of one bundle together",
+        ) from error
+    return network.eval()

@@ -1,0 +1,103 @@
+"""The flags of the command line, each written once; every command that shares a flag shares it from here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from dask.utils import parse_bytes
+
+from cellseg_batch.engine.settings import BACKENDS, PRECISIONS
+
+_MODEL, _SHAPE, _SLIDE, _OUTPUT, _SCREEN = "Model", "Tiles and blocks", "Slide", "Output", "Screen"
+
+
+def _margin(text: str) -> int | str:
+    if text == "exact":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"expected a number of px or the word exact, found {text!r}") from None
+
+
+def _bytes(text: str) -> int:
+    try:
+        return int(parse_bytes(text))
+    except ValueError:
+        raise typer.BadParameter(f"expected a size such as 4GB or 800MiB, found {text!r}") from None
+
+
+Slides = Annotated[list[Path], typer.Argument(help="OME-Zarr, zarr, TIFF, SVS, PNG or JPEG, or folders of them.")]
+Slide = Annotated[Path, typer.Argument(help="One image, or a path that holds images (the first is taken).")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Mirror the inputs here; default: in or beside them.", rich_help_panel=_OUTPUT),
+]
+Name = Annotated[str, typer.Option("--name", help="Name of the label group.", rich_help_panel=_OUTPUT)]
+Model = Annotated[
+    str, typer.Option("--model", help="A shipped model's name, or a bundle's folder.", rich_help_panel=_MODEL)
+]
+BackendName = Annotated[str, typer.Option("--backend", help="|".join(BACKENDS), rich_help_panel=_MODEL)]
+Precision = Annotated[str, typer.Option("--precision", help="|".join(PRECISIONS), rich_help_panel=_MODEL)]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        "--threshold", help="Probability of a foreground pixel; default: the model's.", rich_help_panel=_MODEL
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", help="Threads of the model; default: every core.", rich_help_panel=_MODEL)
+]
+TileSide = Annotated[int, typer.Option("--tile", help="Largest tile side in px.", rich_help_panel=_SHAPE)]
+Margin = Annotated[
+    str | None,
+    typer.Option(
+        "--margin",
+        parser=_margin,
+        metavar="N|exact",
+        help="Context cut from each side of a tile, in px.",
+        rich_help_panel=_SHAPE,
+    ),
+]
+BatchSize = Annotated[int, typer.Option("--batch", help="Tiles per call of the model.", rich_help_panel=_SHAPE)]
+BlockSide = Annotated[int, typer.Option("--block", help="Side in px of what one task writes.", rich_help_panel=_SHAPE)]
+Workers = Annotated[int, typer.Option("--workers", help="Blocks in flight.", rich_help_panel=_SHAPE)]
+MaxMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--max-memory",
+        parser=_bytes,
+        metavar="SIZE",
+        help="Stay under this much host memory, e.g. 2GB.",
+        rich_help_panel=_SHAPE,
+    ),
+]
+LevelIndex = Annotated[
+    int | None,
+    typer.Option("--level", help="Resolution, 0 is full; default: nearest the model's.", rich_help_panel=_SLIDE),
+]
+PixelSize = Annotated[
+    float | None,
+    typer.Option("--pixel-size", help="µm per px of level 0, over the metadata's.", rich_help_panel=_SLIDE),
+]
+Channel = Annotated[
+    str | None,
+    typer.Option(
+        "--channel", help="Index or name; default: RGB, else DAPI/Hoechst/DNA, else 0.", rich_help_panel=_SLIDE
+    ),
+]
+Axes = Annotated[
+    str | None, typer.Option("--axes", help="Axes of plain zarr arrays, e.g. czyx.", rich_help_panel=_SLIDE)
+]
+Probability = Annotated[
+    bool, typer.Option("--probability", help="Also write the probability as an image.", rich_help_panel=_OUTPUT)
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace labels of that name.", rich_help_panel=_OUTPUT)]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.", rich_help_panel=_SCREEN)
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=_SCREEN)]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.", rich_help_panel=_SCREEN)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only what failed.", rich_help_panel=_SCREEN)]

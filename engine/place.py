@@ -1,0 +1,95 @@
+"""Where the output of a slide goes: pure path arithmetic.
+
+In place for an OME-Zarr image, in a companion store beside anything else, or mirrored below ``--output``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cellseg_batch.engine.errors import UsageError
+from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, OUTPUT_SUFFIX
+from cellseg_batch.engine.slides.slide import Slide
+
+
+@dataclass(frozen=True)
+class Place:
+    """The zarr groups that a slide's output is written to.
+
+    Attributes:
+        store: root of the zarr hierarchy that holds the labels.
+        image: path of the image's group inside it.
+        name: of the label group.
+        zarr_format: 2 for OME-Zarr 0.4, 3 for 0.5.
+        source: path from the label group to the segmented image, None when that is no zarr group.
+        companion: root of the store for what is no label (the probability).
+    """
+
+    store: Path
+    image: str
+    name: str
+    zarr_format: Literal[2, 3]
+    source: str | None
+    companion: Path
+
+    @property
+    def labels(self) -> str:
+        """Path of the label group inside the store."""
+        return "/".join(part for part in (self.image, "labels", self.name) if part)
+
+    @property
+    def labels_folder(self) -> Path:
+        """The label group on disk."""
+        return self.store / self.labels
+
+    @property
+    def probability(self) -> str:
+        """Path of the probability image inside the companion store."""
+        return "/".join(part for part in (self.image, f"{self.name}_probability") if part)
+
+    @property
+    def journal(self) -> Path:
+        """Folder of the journal, beside the store: a foreign folder inside it would trouble readers."""
+        return self.store.with_name(self.store.name + JOURNAL_SUFFIX) / self.labels
+
+
+def place_output(slide: Slide, name: str, output: Path | None) -> Place:
+    """Where the output of ``slide`` goes."""
+    zarr_format: Literal[2, 3] = 2 if slide.format == "ome-zarr 0.4" else 3
+    beside = slide.store.with_name(slide.store.stem + OUTPUT_SUFFIX)
+    if output is None:
+        if slide.holds_labels:
+            return Place(slide.store, slide.path, name, zarr_format, "../../", beside)
+        return Place(beside, slide.path, name, zarr_format, None, beside)
+    below = f"/{slide.path}"
+    if slide.path and slide.name.endswith(below):
+        root, image = slide.name.removesuffix(below), slide.path
+    else:  # the input is a group deep inside its store
+        root, _, image = slide.name.partition("/")
+    store = output.resolve() / root
+    place = Place(store, image, name, zarr_format, None, store)
+    if not slide.holds_labels:
+        return place
+    source = os.path.relpath(slide.location, place.labels_folder)
+    return Place(store, image, name, zarr_format, source, store)
+
+
+def refuse_output_inside(output: Path | None, inputs: list[Path]) -> None:
+    """Refuse an output folder inside an input, where the next run would take it for one.
+
+    Raises:
+        UsageError: it is.
+    """
+    if output is None:
+        return
+    for path in inputs:
+        if output.resolve().is_relative_to(path.resolve()):
+            raise UsageError(
+                f"--output {output}",
+                expected="a folder outside every input",
+                found=f"one inside {path}",
+                remedy="choose another folder, or leave --output out to write labels in place",
+            )

@@ -1,0 +1,145 @@
+"""Everything about one slide that is settled before its first block, and the manifest that keeps it.
+
+A resumed run must make the same plan or is refused with the reason, so that another machine, another model or
+other settings cannot change a half-finished output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+from cellseg_batch.engine.backends.backend import Backend, Shape
+from cellseg_batch.engine.errors import OutputError
+from cellseg_batch.engine.geometry import BlockGrid, fit_lattice, lay_blocks
+from cellseg_batch.engine.normalise import Bounds, settle_bounds
+from cellseg_batch.engine.place import Place
+from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.slides.choice import ChannelChoice, LevelChoice, choose_channels, choose_level
+from cellseg_batch.engine.slides.slide import Slide
+from cellseg_batch.trainer.bundle import Bundle, Card
+
+# Fields of a manifest that do not change a pixel: an unfinished run keeps its own blocks, whatever is asked now.
+_FREE = ("blocks", "software")
+
+
+@dataclass(frozen=True)
+class SlidePlan:
+    """How one slide is processed.
+
+    Attributes:
+        slide: the image.
+        place: where its output goes.
+        level: which resolution, and why.
+        channels: which channels, and why.
+        grid: the blocks, and through them the lattice of tiles.
+        bounds: of the normalisation.
+        threshold: probability above which a pixel is foreground.
+        shape: (N, C, T_y, T_x) of every batch.
+        probability: also write the probability.
+    """
+
+    slide: Slide
+    place: Place
+    level: LevelChoice
+    channels: ChannelChoice
+    grid: BlockGrid
+    bounds: Bounds
+    threshold: float
+    shape: Shape
+    probability: bool
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of all planes."""
+        height, width = self.grid.lattice.shape
+        return height * width * self.grid.planes
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of all planes."""
+        rows, columns = self.grid.lattice.grid
+        return rows * columns * self.grid.planes
+
+    def manifest(self, bundle: Bundle, backend: Backend) -> dict[str, Any]:
+        """What decides the output, as plain JSON values."""
+        slide, lattice = self.slide, self.grid.lattice
+        return {
+            "slide": {
+                "location": slide.location,
+                "dtype": slide.dtype,
+                "axes": slide.axes,
+                "level": self.level.level,
+                "shape": list(slide.levels[self.level.level].shape),
+                "channels": list(self.channels.indices),
+            },
+            "model": {"name": bundle.card.name, "sha256": bundle.sha256},
+            "backend": {"name": backend.name, "precision": backend.precision, "version": backend.version},
+            "lattice": {"core": list(lattice.core), "margin": lattice.margin},
+            "normalisation": asdict(self.bounds),
+            "threshold": self.threshold,
+            "probability": self.probability,
+            "blocks": list(self.grid.cores),
+            "software": {name: version(name) for name in ("cellseg-batch", "zarr", "numpy")},
+        }
+
+
+def pick_margin(settings: Settings, card: Card) -> int:
+    """The margin in px: the one asked for, the network's own reach for ``exact``, else the card's."""
+    if settings.margin is None:
+        return card.margin
+    return card.exact_margin if settings.margin == "exact" else int(settings.margin)
+
+
+def plan_slide(slide: Slide, place: Place, settings: Settings, card: Card) -> SlidePlan:
+    """Settle level, channels, lattice, blocks and normalisation of a slide.
+
+    Raises:
+        SlideError: the slide has no such level or channel, or its pixels cannot be read.
+        UsageError: tile and margin do not go together.
+    """
+    level = choose_level(slide, settings.level, settings.pixel_size, card.pixel_size_um)
+    channels = choose_channels(slide, settings.channel)
+    bounds = settle_bounds(slide, channels.indices, level.level, card.normalisation)
+    margin = pick_margin(settings, card)
+    lattice = fit_lattice(slide.plane_shape(level.level), settings.tile, margin, card.total_stride)
+    return SlidePlan(
+        slide=slide,
+        place=place,
+        level=level,
+        channels=channels,
+        grid=lay_blocks(lattice, settings.block, slide.planes(level.level)),
+        bounds=bounds,
+        threshold=settings.threshold if settings.threshold is not None else card.threshold,
+        shape=(settings.batch, card.channels, *lattice.tile),
+        probability=settings.probability,
+    )
+
+
+def adopt_manifest(plan: SlidePlan, started: dict[str, Any], manifest: dict[str, Any]) -> SlidePlan:
+    """The plan of a run that goes on with what ``started`` has begun: the same pixels, its blocks.
+
+    Raises:
+        OutputError: the two would not give the same pixels.
+    """
+    changed = [
+        f"{field} was {_brief(started.get(field))}, now {_brief(value)}"
+        for field, value in manifest.items()
+        if field not in _FREE and started.get(field) != value
+    ]
+    if changed:
+        raise OutputError(
+            str(plan.place.labels_folder),
+            expected="the settings that these labels were begun with",
+            found="; ".join(changed),
+            remedy="use the same settings, another --name, or --overwrite to begin anew",
+        )
+    rows, columns = started["blocks"]
+    return replace(plan, grid=replace(plan.grid, cores=(rows, columns)))
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {str(item)[:60]}" for key, item in value.items())
+    return str(value)

@@ -1,0 +1,99 @@
+"""Pixels of one level of a slide, box by box, straight from its store; no cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from cellseg_batch.engine.errors import ReadError
+from cellseg_batch.engine.geometry import Box
+from cellseg_batch.engine.slides.pictures import read_picture
+from cellseg_batch.engine.slides.slide import Slide
+from cellseg_batch.engine.slides.tiff import open_tiff_level
+
+
+class SlideReader:
+    """Reads boxes of a level, as stored, for the chosen channels only.
+
+    Args:
+        slide: the image.
+        level: of it.
+        channels: indices of the channels to read.
+
+    Raises:
+        ReadError: the level cannot be opened, is empty or has a pixel type without an order.
+    """
+
+    def __init__(self, slide: Slide, level: int, channels: tuple[int, ...]) -> None:
+        self.slide = slide
+        self.level = level
+        self.channels = channels
+        if np.dtype(slide.dtype).kind not in "uifb":
+            raise ReadError(
+                slide.location,
+                expected="integer, floating point or boolean pixels",
+                found=f"{slide.dtype}",
+                remedy="convert the image, for example to its magnitude in float32",
+            )
+        if 0 in slide.levels[level].shape:
+            raise ReadError(
+                slide.location,
+                expected="an image with pixels",
+                found=f"shape {slide.levels[level].shape}",
+                cause="an export that never finished",
+                remedy="export it again",
+            )
+        try:
+            self._array = _open_level(slide, level)
+        except Exception as error:
+            raise _unreadable(slide, "its pixels", error) from error
+
+    def read(self, plane: int, box: Box) -> NDArray[Any]:
+        """Pixels of ``box`` in t/z plane number ``plane``: (C, h, w), any memory layout, the slide's own dtype.
+
+        Raises:
+            ReadError: a chunk is missing its data, damaged or of an unknown codec.
+        """
+        axes = self.slide.axes
+        place = dict(zip(self.slide.plane_axes, self._plane_index(plane), strict=True))
+        rows, columns = box.slices()
+        # Neighbouring channels are one slice, which every store can read; a list of indices is not.
+        channels = slice(self.channels[0], self.channels[-1] + 1)
+        index = tuple({"y": rows, "x": columns, "c": channels}.get(axis, place.get(axis)) for axis in axes)
+        try:
+            pixels = np.asarray(self._array[index])
+        except Exception as error:
+            raise _unreadable(
+                self.slide, f"plane {plane}, rows {box.y0}-{box.y1}, columns {box.x0}-{box.x1}", error
+            ) from error
+        kept = [axis for axis in axes if axis in "cyx"]
+        if "c" not in kept:
+            return pixels.transpose([kept.index(axis) for axis in "yx"])[None]
+        return pixels.transpose([kept.index(axis) for axis in "cyx"])
+
+    def _plane_index(self, plane: int) -> tuple[int, ...]:
+        grid = self.slide.plane_grid(self.level)
+        return tuple(int(i) for i in np.unravel_index(plane, grid)) if grid else ()
+
+
+def _open_level(slide: Slide, level: int) -> Any:
+    if slide.format == "picture":
+        return read_picture(slide)
+    if slide.format == "tiff":
+        return open_tiff_level(slide, level)
+    path = "/".join(part for part in (slide.path, slide.levels[level].path) if part)
+    return zarr.open_array(str(slide.store), path=path, mode="r")
+
+
+def _unreadable(slide: Slide, where: str, error: Exception) -> ReadError:
+    detail = (str(error) or type(error).__name__).splitlines()[0]
+    return ReadError(
+        slide.location,
+        expected=f"readable pixels in {where}",
+        found=f"{type(error).__name__}: {detail}",
+        cause="a truncated or damaged file",
+        remedy="copy or export it again; every other slide goes on",
+    )

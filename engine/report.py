@@ -1,0 +1,143 @@
+"""What a run did: per slide and as a whole, for people and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_MEGA = 1e6
+
+
+@dataclass(frozen=True)
+class SlideReport:
+    """What became of one image.
+
+    Attributes:
+        path: the image, as a user would type it.
+        status: done, failed or skipped (was finished before).
+        reason: why it failed or was skipped.
+        labels: path of the label group on disk.
+        shape: of the labels.
+        level: which resolution was segmented.
+        pixel_size_um: its pixel size, None when unknown.
+        blocks: number of blocks.
+        tiles: number of tiles.
+        foreground_fraction: share of foreground pixels.
+        missing_pixels: NaN in the input, taken as 0.
+        objects: number of objects; None, as a mask has none.
+        pixels: pixels that were segmented by this run.
+    """
+
+    path: str
+    status: str
+    reason: str = ""
+    labels: str | None = None
+    shape: tuple[int, ...] | None = None
+    level: int | None = None
+    pixel_size_um: float | None = None
+    blocks: int = 0
+    tiles: int = 0
+    foreground_fraction: float | None = None
+    missing_pixels: int = 0
+    objects: int | None = None
+    pixels: int = 0
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run did.
+
+    Attributes:
+        seconds: from the command's start to the last journal entry, without compiling.
+        compile_seconds: choosing and compiling the model.
+        backend, precision, tile, margin, batch, block, workers: what was used; the largest where slides differ.
+        peak_rss_bytes: largest resident memory of the process.
+        planned_peak_bytes: what was announced before the first block.
+        stages: busy seconds of each stage, over all threads.
+        slides: one entry per image.
+    """
+
+    seconds: float
+    compile_seconds: float
+    backend: str
+    precision: str
+    tile: tuple[int, int]
+    margin: int
+    batch: int
+    block: tuple[int, int]
+    workers: int
+    peak_rss_bytes: int
+    planned_peak_bytes: int
+    stages: dict[str, float]
+    slides: list[SlideReport] = field(default_factory=list)
+
+    @property
+    def status(self) -> str:
+        """``failed`` if any image failed, ``skipped`` if all were finished before, else ``done``."""
+        states = {slide.status for slide in self.slides}
+        return "failed" if "failed" in states else "done" if "done" in states else "skipped"
+
+    @property
+    def mpx_per_s(self) -> float:
+        """Pixels of the slides per second of the whole run, in Mpx/s."""
+        return self._pixels / _MEGA / self.seconds if self.seconds else 0.0
+
+    @property
+    def engine_mpx_per_s(self) -> float:
+        """Pixels of the slides per busy second of the model alone, in Mpx/s."""
+        busy = self.stages.get("model", 0.0)
+        return self._pixels / _MEGA / busy if busy else 0.0
+
+    @property
+    def _pixels(self) -> int:
+        return sum(slide.pixels for slide in self.slides)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        content = asdict(self)
+        slides = content.pop("slides")
+        rates = {"mpx_per_s": self.mpx_per_s, "engine_mpx_per_s": self.engine_mpx_per_s}
+        return {"status": self.status, **rates, **content, "slides": slides}
+
+
+def print_report(report: RunReport, console: Console) -> None:
+    """Print the summary: failures by name, then the figures of the run."""
+    for slide in report.slides:
+        if slide.status == "failed":
+            console.print(f"[red]failed[/red]  {slide.path}: {slide.reason}", highlight=False, soft_wrap=True)
+        elif slide.missing_pixels:
+            console.print(f"[yellow]note[/yellow]    {slide.path}: {slide.missing_pixels} NaN pixels taken as 0")
+    counts = {state: sum(slide.status == state for slide in report.slides) for state in ("done", "skipped", "failed")}
+    table = Table(title=f"cellseg-batch run: {report.status}", show_header=False, title_justify="left")
+    shares = [slide.foreground_fraction for slide in report.slides if slide.foreground_fraction is not None]
+    stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items())
+    for name, value in (
+        ("images", ", ".join(f"{count} {state}" for state, count in counts.items() if count)),
+        ("blocks, tiles", f"{sum(s.blocks for s in report.slides)}, {sum(s.tiles for s in report.slides)}"),
+        ("model", f"{report.backend} {report.precision}, tile {_sides(report.tile)}, margin {report.margin} px"),
+        ("time", f"{report.seconds:.1f} s, and {report.compile_seconds:.1f} s to compile"),
+        ("rate", f"{report.mpx_per_s:.2f} Mpx/s end to end, {report.engine_mpx_per_s:.2f} Mpx/s in the model"),
+        ("busy seconds", stages),
+        ("foreground", f"{100 * sum(shares) / len(shares):.1f} % (mean over images)" if shares else "-"),
+        (
+            "peak memory",
+            f"{report.peak_rss_bytes / _MEGA:.0f} MB (announced: at most {report.planned_peak_bytes / _MEGA:.0f} MB)",
+        ),
+        ("labels", _where(report.slides)),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _sides(shape: tuple[int, int]) -> str:
+    return f"{shape[0]} x {shape[1]}"
+
+
+def _where(slides: list[SlideReport]) -> str:
+    written = [slide.labels for slide in slides if slide.labels and slide.status != "failed"]
+    if not written:
+        return "-"
+    return written[0] if len(written) == 1 else f"{written[0]} and {len(written) - 1} more"

@@ -1,0 +1,101 @@
+"""What the user asked for: one frozen dataclass, one field per flag of ``cellseg-batch run``.
+
+None means "not said": the model card, the machine or an unfinished run decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cellseg_batch.engine.errors import UsageError
+
+BACKENDS = ("auto", "torch", "openvino", "tensorrt")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a run.
+
+    Attributes:
+        output: folder that mirrors the inputs; None writes beside or into each input.
+        name: of the label group.
+        model: a shipped model's name or a bundle's path.
+        backend: one of `BACKENDS`.
+        precision: one of `PRECISIONS`.
+        threshold: probability above which a pixel is foreground, in (0, 1); None is the card's.
+        tile: largest tile side in px; the lattice fits the real one to the slide.
+        margin: px cut from each side of a tile, ``exact`` for the network's own reach; None is the card's.
+        batch: tiles per call of the model.
+        block: target side in px of the box that one task writes; rounded to whole tile cores.
+        workers: blocks in flight.
+        threads: of the model; None uses every core.
+        max_memory: bytes of host memory that the run must stay under; None is no limit.
+        level: resolution to process; None picks the one nearest the model's pixel size.
+        pixel_size: µm per px of level 0, over the metadata's.
+        channel: index or name of the channel with the nuclei; None picks by rule.
+        axes: of plain arrays, such as "cyx".
+        probability: also write the probability image.
+        overwrite: replace labels of that name.
+    """
+
+    output: Path | None = None
+    name: str = "cellseg"
+    model: str = "nuclei"
+    backend: str = "auto"
+    precision: str = "auto"
+    threshold: float | None = None
+    tile: int = 2048
+    margin: int | str | None = None
+    batch: int = 1
+    block: int = 4096
+    workers: int = 3
+    threads: int | None = None
+    max_memory: int | None = None
+    level: int | None = None
+    pixel_size: float | None = None
+    channel: str | None = None
+    axes: str | None = None
+    probability: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what no slide and no model could make right.
+
+        Raises:
+            UsageError: a value is out of range.
+        """
+        _one_of("--backend", self.backend, BACKENDS)
+        _one_of("--precision", self.precision, PRECISIONS)
+        if self.threshold is not None and not 0 < self.threshold < 1:
+            _refuse("--threshold", "a probability between 0 and 1, both excluded", self.threshold, "try 0.5")
+        if isinstance(self.margin, str) and self.margin != "exact":
+            _refuse("--margin", "a number of px or the word exact", self.margin, "try --margin 64")
+        if isinstance(self.margin, int) and self.margin < 0:
+            _refuse("--margin", "0 px or more", self.margin, "try --margin 64, or --margin exact")
+        for flag, value in (
+            ("--tile", self.tile),
+            ("--batch", self.batch),
+            ("--block", self.block),
+            ("--workers", self.workers),
+            ("--threads", self.threads),
+            ("--max-memory", self.max_memory),
+        ):
+            if value is not None and value < 1:
+                _refuse(flag, "1 or more", value, "leave it out for the default")
+        if self.level is not None and self.level < 0:
+            _refuse("--level", "0 (full resolution) or more", self.level, "see cellseg-batch info for the levels")
+        if self.pixel_size is not None and not self.pixel_size > 0:
+            _refuse("--pixel-size", "µm per px above 0", self.pixel_size, "try 0.5")
+        if not self.name or set(self.name) & set("/\\") or self.name.startswith("."):
+            _refuse("--name", "a plain name for the label group", repr(self.name), "try --name nuclei")
+
+
+def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        _refuse(flag, f"one of {', '.join(allowed)}", value, "see cellseg-batch doctor for what this machine has")
+
+
+def _refuse(flag: str, expected: str, found: object, remedy: str) -> None:
+    raise UsageError(flag, expected=expected, found=str(found), remedy=remedy)

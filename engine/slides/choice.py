@@ -1,0 +1,90 @@
+"""Which level and which channels of a slide are segmented, and why: the rules in one place."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from cellseg_batch.engine.errors import SlideError
+from cellseg_batch.engine.slides.slide import Slide
+
+# A stain that binds to DNA, as people name the channel.
+_NUCLEAR = re.compile(r"dapi|hoechst|\bdna\b|_dna|dna_", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class LevelChoice:
+    """A level, its pixel size in µm (None when unknown) and the reason, for the user."""
+
+    level: int
+    pixel_size_um: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class ChannelChoice:
+    """Indices of one (grey) or three (RGB) channels and the reason, for the user."""
+
+    indices: tuple[int, ...]
+    reason: str
+
+
+def choose_level(slide: Slide, level: int | None, pixel_size: float | None, model_um: float | None) -> LevelChoice:
+    """The level to process: the one asked for, else the one nearest the model's pixel size, else full resolution.
+
+    Args:
+        slide: the image.
+        level: asked for by the user.
+        pixel_size: µm per px of level 0, over the metadata's.
+        model_um: µm per px that the model was trained at.
+
+    Raises:
+        SlideError: the slide has no such level.
+    """
+    count = len(slide.levels)
+    full = pixel_size or slide.pixel_size_um(0)
+    base = slide.plane_shape(0)[1]
+    sizes = [full * base / max(1, slide.plane_shape(i)[1]) if full else None for i in range(count)]
+    if level is not None:
+        if level >= count:
+            raise SlideError(
+                slide.location,
+                expected=f"a level from 0 to {count - 1}",
+                found=f"--level {level}",
+                remedy="see cellseg-batch info for the levels",
+            )
+        return LevelChoice(level, sizes[level], "asked for")
+    known = [size for size in sizes if size is not None]
+    if not known or model_um is None:
+        return LevelChoice(0, full, "pixel size unknown, so full resolution" if not known else "full resolution")
+    nearest = min(range(count), key=lambda i: (abs(math.log(known[i] / model_um)), i))
+    return LevelChoice(nearest, known[nearest], f"nearest to the model's {model_um:g} µm/px")
+
+
+def choose_channels(slide: Slide, channel: str | None) -> ChannelChoice:
+    """The channels to process: the one asked for; RGB if the image says so; the DNA stain by name; the first.
+
+    Raises:
+        SlideError: the slide has no such channel.
+    """
+    count = slide.extent("c", 0)
+    names = [name.lower() for name in slide.channels]
+    if channel is not None:
+        if channel.isdecimal() and int(channel) < count:
+            return ChannelChoice((int(channel),), "asked for")
+        if channel.lower() in names:
+            return ChannelChoice((names.index(channel.lower()),), "asked for")
+        listed = ", ".join(slide.channels) if slide.channels else "no names"
+        raise SlideError(
+            slide.location,
+            expected=f"a channel index from 0 to {count - 1} or one of its channel names ({listed})",
+            found=f"--channel {channel}",
+            remedy="see cellseg-batch info for the channels",
+        )
+    if slide.rgb and count >= 3:
+        return ChannelChoice((0, 1, 2), "RGB")
+    for index, name in enumerate(slide.channels[:count]):
+        if _NUCLEAR.search(name):
+            return ChannelChoice((index,), f"named {name}")
+    return ChannelChoice((0,), "the only channel" if count == 1 else "the first channel; no name says DNA")

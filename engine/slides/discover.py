@@ -1,0 +1,78 @@
+"""Find every image that a path holds, in any depth: folders, zarr hierarchies, files.
+
+A folder is walked; whatever looks like an image but cannot be used becomes a `Broken` with its reason, so that
+one bad file among many costs nothing but itself.  What earlier runs wrote is never taken for an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from cellseg_batch.engine.errors import CellsegError, NoImageError
+from cellseg_batch.engine.slides.ome_zarr import find_in_zarr, is_zarr_node, zarr_root
+from cellseg_batch.engine.slides.pictures import PICTURE_SUFFIXES, open_picture
+from cellseg_batch.engine.slides.slide import Broken, Slide
+from cellseg_batch.engine.slides.tiff import TIFF_SUFFIXES, open_tiff
+
+# Microscopy formats that people will try; each is named in the report instead of being passed over in silence.
+_FOREIGN_SUFFIXES = (".dcm", ".czi", ".nd2", ".lif", ".mrxs", ".vsi", ".oib", ".oif", ".ims", ".h5", ".jp2")
+OUTPUT_SUFFIX = ".cellseg.zarr"
+JOURNAL_SUFFIX = ".cellseg"
+
+
+def find_images(path: Path, axes: str | None = None) -> list[Slide | Broken]:
+    """Every image below ``path``, in sorted order.
+
+    Args:
+        path: a file, a zarr store, a group inside one, or a folder of any of these.
+        axes: order of the axes of plain zarr arrays, such as ``cyx``.
+
+    Raises:
+        NoImageError: the path does not exist or holds nothing that could be an image.
+    """
+    if not path.exists():
+        raise NoImageError(
+            str(path), expected="a file, a zarr store or a folder", found="nothing", remedy="check the path"
+        )
+    path = path.resolve()
+    found = list(_visit(path, path.name, axes))
+    if not found:
+        raise NoImageError(
+            str(path),
+            expected="at least one image (OME-Zarr, zarr array, TIFF, SVS, PNG, JPEG)",
+            found="none",
+            cause="an empty folder or group, or a store with nothing but labels",
+            remedy="see cellseg-batch info for what a path holds",
+        )
+    return found
+
+
+def _visit(path: Path, name: str, axes: str | None) -> Iterator[Slide | Broken]:
+    if path.is_dir():
+        if is_zarr_node(path):
+            root, inside = zarr_root(path)
+            yield from find_in_zarr(root, inside, name, axes)
+        else:
+            for child in sorted(path.iterdir()):
+                if not child.name.startswith(".") and not child.name.endswith((OUTPUT_SUFFIX, JOURNAL_SUFFIX)):
+                    yield from _visit(child, f"{name}/{child.name}", axes)
+        return
+    suffix = path.suffix.lower()
+    if suffix in TIFF_SUFFIXES:
+        yield from _guarded(path, name, open_tiff)
+    elif suffix in PICTURE_SUFFIXES:
+        yield from _guarded(path, name, open_picture)
+    elif suffix in _FOREIGN_SUFFIXES:
+        yield Broken(
+            name, str(path), f"{suffix} files are not supported; convert it to OME-Zarr or OME-TIFF (bioformats2raw)"
+        )
+
+
+def _guarded(path: Path, name: str, opener: Callable[[Path, str], list[Slide]]) -> list[Slide | Broken]:
+    try:
+        return [*opener(path, name)]
+    except CellsegError as error:
+        return [Broken(name, str(path), str(error))]
+    except Exception as error:  # a damaged file can fail in any way that its library knows
+        return [Broken(name, str(path), f"cannot be read: {type(error).__name__}: {error}".splitlines()[0])]

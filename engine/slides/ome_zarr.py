@@ -1,0 +1,202 @@
+"""Images in zarr hierarchies: OME-Zarr 0.4 and 0.5 multiscales, HCS plates, bioformats2raw, plain arrays.
+
+Sources: the OME-Zarr specification 0.4 and 0.5 (ngff.openmicroscopy.org).  Metadata are read leniently: what a
+reader can work with is taken, and a level whose array is missing is passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import zarr
+
+from cellseg_batch.engine.errors import CellsegError, ReadError
+from cellseg_batch.engine.slides.slide import AXES, Broken, Level, Slide
+
+_NODE_FILES = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
+
+
+def is_zarr_node(path: Path) -> bool:
+    """Whether a folder is a zarr group or array, of either format."""
+    return any((path / file).exists() for file in _NODE_FILES)
+
+
+def zarr_root(path: Path) -> tuple[Path, str]:
+    """The outermost zarr hierarchy around a node, and the node's path inside it."""
+    root = path
+    while is_zarr_node(root.parent):
+        root = root.parent
+    return root, "" if root == path else path.relative_to(root).as_posix()
+
+
+def find_in_zarr(store: Path, path: str, name: str, axes: str | None) -> Iterator[Slide | Broken]:
+    """Every image in the node ``path`` of ``store``; label groups and tables are not images."""
+    location = str(store / path)
+    try:
+        node = zarr.open(str(store), path=path, mode="r")
+        if isinstance(node, zarr.Array):
+            yield _plain_array(node, store, path, name, axes)
+            return
+        metadata = _ome_metadata(node)
+        if "image-label" in metadata:
+            return
+        if "multiscales" in metadata:
+            yield _multiscale(node, metadata, store, path, name)
+            return
+        children = _children(node, metadata)
+    except CellsegError as error:
+        yield Broken(name, location, str(error))
+        return
+    except Exception as error:  # damaged JSON, unknown codecs, impossible metadata
+        yield Broken(
+            name, location, f"its zarr metadata cannot be read: {type(error).__name__}: {error}".splitlines()[0]
+        )
+        return
+    for child in children:
+        below = f"{path}/{child}" if path else child
+        if is_zarr_node(store / below):
+            yield from find_in_zarr(store, below, f"{name}/{child}", axes)
+        else:
+            yield Broken(f"{name}/{child}", str(store / below), "listed in the metadata, but not in the store")
+
+
+def _ome_metadata(node: zarr.Group) -> dict[str, Any]:
+    """OME attributes: under ``ome`` since 0.5, at the top before."""
+    attributes = dict(node.attrs)
+    nested = attributes.get("ome")
+    return nested if isinstance(nested, dict) else attributes
+
+
+def _children(node: zarr.Group, metadata: dict[str, Any]) -> list[str]:
+    """Paths below a group that may hold images: the metadata's where they list any, else all members."""
+    if "plate" in metadata:
+        return [well["path"] for well in metadata["plate"]["wells"]]
+    if "well" in metadata:
+        return [field["path"] for field in metadata["well"]["images"]]
+    return sorted((key for key in node if key not in ("labels", "tables", "OME")), key=_numbers_in_order)
+
+
+def _numbers_in_order(key: str) -> tuple[bool, int, str]:
+    return (not key.isdecimal(), int(key) if key.isdecimal() else 0, key)
+
+
+def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: str, name: str) -> Slide:
+    location = str(store / path)
+    if not metadata["multiscales"]:
+        raise _not_an_image(location, "one multiscale", "an empty list of multiscales")
+    multiscale = metadata["multiscales"][0]
+    axes, units = _axes_of(multiscale, location)
+    levels: list[Level] = []
+    dtype = ""
+    for dataset in multiscale["datasets"]:
+        array = node.get(dataset["path"])
+        if not isinstance(array, zarr.Array):
+            continue
+        if array.ndim != len(axes):
+            raise _not_an_image(location, f"{len(axes)} axes as its metadata say", f"an array of shape {array.shape}")
+        dtype = dtype or array.dtype.name
+        scale, translation = _placement(dataset, multiscale, len(axes))
+        levels.append(Level(dataset["path"], array.shape, array.chunks, scale, translation))
+    if not levels:
+        listed = ", ".join(str(dataset["path"]) for dataset in multiscale["datasets"])
+        raise _not_an_image(location, f"the arrays that its metadata list ({listed})", "none of them in the store")
+    channels = _channel_names(metadata)
+    version = "0.5" if node.metadata.zarr_format == 3 else "0.4"
+    count = levels[0].shape[axes.index("c")] if "c" in axes else 1
+    return Slide(
+        name=name,
+        store=store,
+        path=path,
+        format=f"ome-zarr {version}",
+        axes=axes,
+        dtype=dtype,
+        levels=tuple(levels),
+        units=units,
+        channels=channels,
+        rgb=_is_rgb(count, dtype, channels),
+    )
+
+
+def _axes_of(multiscale: dict[str, Any], location: str) -> tuple[str, tuple[str | None, ...]]:
+    listed = multiscale.get("axes")
+    if not listed:
+        raise _not_an_image(location, "axes in its metadata", "none")
+    # Version 0.3 wrote axes as plain names.
+    entries = [{"name": axis} if isinstance(axis, str) else axis for axis in listed]
+    axes = "".join(str(axis["name"]).lower() for axis in entries)
+    if sorted(set(axes)) != sorted(axes) or not set("yx") <= set(axes) <= set(AXES):
+        raise _not_an_image(location, "axes out of t, c, z, y, x with y and x among them", repr(axes))
+    return axes, tuple(axis.get("unit") for axis in entries)
+
+
+def _placement(
+    dataset: dict[str, Any], multiscale: dict[str, Any], ndim: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(scale, translation) of a level: the dataset's transformations, then the whole image's."""
+    scale, translation = [1.0] * ndim, [0.0] * ndim
+    for holder in (dataset, multiscale):
+        for step in holder.get("coordinateTransformations", ()):
+            if step.get("type") == "scale":
+                scale = [a * b for a, b in zip(scale, step["scale"], strict=True)]
+                translation = [a * b for a, b in zip(translation, step["scale"], strict=True)]
+            elif step.get("type") == "translation":
+                translation = [a + b for a, b in zip(translation, step["translation"], strict=True)]
+    return tuple(scale), tuple(translation)
+
+
+def _channel_names(metadata: dict[str, Any]) -> tuple[str, ...]:
+    listed = metadata.get("omero", {}).get("channels", ())
+    names = tuple(str(channel.get("label", "")) for channel in listed)
+    return names if any(names) else ()
+
+
+def _is_rgb(count: int, dtype: str, channels: tuple[str, ...]) -> bool:
+    """RGB if OMERO's labels say so, or three uint8 channels without names."""
+    if channels:
+        return tuple(label.lower() for label in channels) in {("r", "g", "b"), ("red", "green", "blue")}
+    return count == 3 and dtype == "uint8"
+
+
+def _plain_array(array: zarr.Array[Any], store: Path, path: str, name: str, axes: str | None) -> Slide:
+    location = str(store / path)
+    axes = (axes or "".join(array.metadata.dimension_names or ()) if _named(array) else axes) or _guess_axes(
+        array.shape
+    )
+    if axes is None or len(axes) != array.ndim or not set("yx") <= set(axes) <= set(AXES):
+        raise ReadError(
+            location,
+            expected="a 2-D array, a 3-D one with one short axis for the channels, or --axes that fit",
+            found=f"an array of shape {array.shape}" + (f" and axes {axes!r}" if axes else ""),
+            cause="a plain zarr array does not say what its axes are",
+            remedy="name them, for example --axes czyx",
+        )
+    level = Level("", array.shape, array.chunks, (1.0,) * array.ndim, (0.0,) * array.ndim)
+    count = array.shape[axes.index("c")] if "c" in axes else 1
+    rgb = count == 3 and array.dtype.name == "uint8"
+    return Slide(name, store, path, "zarr", axes, array.dtype.name, (level,), (None,) * array.ndim, (), rgb)
+
+
+def _named(array: zarr.Array[Any]) -> bool:
+    names = getattr(array.metadata, "dimension_names", None)
+    return bool(names) and all(isinstance(name, str) and len(name) == 1 for name in names)
+
+
+def _guess_axes(shape: tuple[int, ...]) -> str | None:
+    """Axes that a shape leaves no doubt about, else None: a channel axis is first or last and at most 4 long."""
+    if len(shape) == 2:
+        return "yx"
+    if len(shape) == 3 and (shape[0] <= 4) != (shape[2] <= 4):
+        return "cyx" if shape[0] <= 4 else "yxc"
+    return None
+
+
+def _not_an_image(location: str, expected: str, found: str) -> ReadError:
+    return ReadError(
+        location,
+        expected=expected,
+        found=found,
+        cause="invalid or incomplete OME-Zarr metadata",
+        remedy="write it again",
+    )

@@ -1,0 +1,45 @@
+"""PNG and JPEG files, which are small enough to be read whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cellseg_batch.engine.slides.slide import Level, Slide
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+_MODES_KEPT = {"L": "uint8", "RGB": "uint8", "RGBA": "uint8", "I;16": "uint16", "F": "float32", "I": "int32"}
+
+
+def open_picture(path: Path, name: str) -> list[Slide]:
+    """The one image of a PNG or JPEG file; only its header is read.
+
+    Raises:
+        OSError: the file is not what its name says.
+    """
+    with Image.open(path) as picture:
+        width, height = picture.size
+        mode = _mode(picture)
+    colour = mode in ("RGB", "RGBA")
+    shape = (height, width, len(mode)) if colour else (height, width)
+    axes = "yxc" if colour else "yx"
+    level = Level("0", shape, shape, (1.0,) * len(shape), (0.0,) * len(shape))
+    units = (None,) * len(shape)
+    return [Slide(name, path, "", "picture", axes, _MODES_KEPT[mode], (level,), units, rgb=colour)]
+
+
+def read_picture(slide: Slide) -> NDArray[Any]:
+    """All pixels of a picture, (H, W) or (H, W, C)."""
+    with Image.open(slide.store) as picture:
+        return np.asarray(picture.convert(_mode(picture)))
+
+
+def _mode(picture: Image.Image) -> str:
+    """The mode to read a picture in: palettes, bilevel and CMYK become RGB or grey."""
+    if picture.mode in _MODES_KEPT:
+        return picture.mode
+    return "L" if picture.mode in ("1", "LA") else "RGB"

@@ -1,0 +1,121 @@
+"""What is known about one image before any of its pixels is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+AXES = "tczyx"
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution of a slide.
+
+    Attributes:
+        path: of the array inside the slide's group, or the number of the TIFF level.
+        shape: in the order of the slide's axes.
+        chunks: the same, as stored.
+        scale: size of a pixel along each axis, in the axis' unit (µm for y and x where ``units`` says so).
+        translation: position of the first pixel along each axis, in the same unit.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    scale: tuple[float, ...]
+    translation: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Slide:
+    """One image to segment.
+
+    Attributes:
+        name: its path below the input that the user gave, the input's own name first.
+        store: the file, or the outermost zarr hierarchy, that holds it.
+        path: of the image inside its store, "" at the store's root.
+        format: ``ome-zarr 0.4``, ``ome-zarr 0.5``, ``zarr``, ``tiff`` or ``picture``.
+        axes: order of the array's axes, of the letters t c z y x.
+        dtype: numpy name of the pixel type.
+        levels: full resolution first.
+        units: unit of each axis in the metadata, None where there is none.
+        channels: names from the metadata, () when there are none.
+        rgb: the channels are red, green, blue (and perhaps alpha).
+        series: which image of a TIFF file.
+    """
+
+    name: str
+    store: Path
+    path: str
+    format: str
+    axes: str
+    dtype: str
+    levels: tuple[Level, ...]
+    units: tuple[str | None, ...]
+    channels: tuple[str, ...] = ()
+    rgb: bool = False
+    series: int = 0
+
+    @property
+    def holds_labels(self) -> bool:
+        """Whether labels can be written into the image's own group."""
+        return self.format.startswith("ome-zarr")
+
+    @property
+    def location(self) -> str:
+        """Path of the image as a user would type it."""
+        return str(self.store / self.path)
+
+    @property
+    def plane_axes(self) -> str:
+        """The axes that are segmented plane by plane: t and z, as far as there are any."""
+        return "".join(axis for axis in self.axes if axis in "tz")
+
+    def extent(self, axis: str, level: int) -> int:
+        """Length of an axis in pixels at a level, 1 if the image does not have it."""
+        return self.levels[level].shape[self.axes.index(axis)] if axis in self.axes else 1
+
+    def plane_shape(self, level: int) -> tuple[int, int]:
+        """(height, width) in px at a level."""
+        return self.extent("y", level), self.extent("x", level)
+
+    def plane_grid(self, level: int) -> tuple[int, ...]:
+        """Length of each of the plane axes at a level."""
+        return tuple(self.extent(axis, level) for axis in self.plane_axes)
+
+    def planes(self, level: int) -> int:
+        """Number of t/z planes at a level."""
+        return math.prod(self.plane_grid(level))
+
+    def pixel_size_um(self, level: int) -> float | None:
+        """µm per px along x, None when the metadata do not say."""
+        index = self.axes.index("x")
+        factor = _UM_PER_UNIT.get(self.units[index] or "")
+        return None if factor is None else self.levels[level].scale[index] * factor
+
+
+_UM_PER_UNIT = {
+    "micrometer": 1.0,
+    "nanometer": 1e-3,
+    "millimeter": 1e3,
+    "centimeter": 1e4,
+    "meter": 1e6,
+    "inch": 25400.0,
+}
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Something that claims to be an image but cannot be used as one.
+
+    Attributes:
+        name: as `Slide.name`.
+        path: where it lies.
+        reason: why it cannot be used, one line.
+    """
+
+    name: str
+    path: str
+    reason: str

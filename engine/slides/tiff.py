@@ -1,0 +1,116 @@
+"""Images in TIFF, OME-TIFF, SVS and other files that tifffile reads, pyramids included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tifffile
+import zarr
+
+from cellseg_batch.engine.errors import ReadError
+from cellseg_batch.engine.slides.slide import AXES, Level, Slide
+
+TIFF_SUFFIXES = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif", ".qptiff")
+# tifffile's own letters: S samples, I images in a sequence, Q an axis that it cannot name.
+_AXIS_OF = {"S": "c", "C": "c", "Y": "y", "X": "x", "Z": "z", "T": "t", "I": "t"}
+_CENTIMETRE, _INCH = 3, 2
+
+
+def open_tiff(path: Path, name: str) -> list[Slide]:
+    """The images of a TIFF file: every series of an OME-TIFF, else the main one (thumbnails are not slides).
+
+    Raises:
+        ReadError: an axis cannot be named.
+        tifffile.TiffFileError: the file is no TIFF.
+    """
+    with tifffile.TiffFile(path) as tiff:
+        series = list(enumerate(tiff.series)) if tiff.is_ome else list(enumerate(tiff.series))[:1]
+        several = len(series) > 1
+        return [
+            _slide(tiff, number, path, f"{name}/{number}" if several else name, str(number) if several else "")
+            for number, _ in series
+        ]
+
+
+def _slide(tiff: tifffile.TiffFile, number: int, path: Path, name: str, inside: str) -> Slide:
+    series = tiff.series[number]
+    axes = "".join(_AXIS_OF.get(letter, "?") for letter in series.axes)
+    if len(set(axes)) != len(axes) or not set("yx") <= set(axes) <= set(AXES):
+        raise ReadError(
+            str(path),
+            expected="axes out of time, channel, z, y, x",
+            found=f"{series.axes} of shape {series.shape}",
+            cause="a TIFF without metadata about its axes",
+            remedy="convert it to OME-TIFF or OME-Zarr, which name them",
+        )
+    pixel_size = _pixel_size_um(tiff, number)
+    levels = []
+    for index, level in enumerate(series.levels):
+        shrink = series.shape[axes.index("x")] / level.shape[axes.index("x")]
+        size = (pixel_size or 1.0) * shrink
+        scale = tuple(size if axis in "yx" else 1.0 for axis in axes)
+        page = level.keyframe
+        chunk = {"y": page.chunks[0], "x": page.chunks[1]} if len(page.chunks) >= 2 else {}
+        chunks = tuple(chunk.get(axis, 1) for axis in axes)
+        levels.append(Level(str(index), tuple(level.shape), chunks, scale, (0.0,) * len(axes)))
+    rgb = "S" in series.axes and series.keyframe.samplesperpixel >= 3 and series.dtype.name == "uint8"
+    units = tuple("micrometer" if pixel_size and axis in "yx" else None for axis in axes)
+    return Slide(
+        name=name,
+        store=path,
+        path=inside,
+        format="tiff",
+        axes=axes,
+        dtype=series.dtype.name,
+        levels=tuple(levels),
+        units=units,
+        channels=_channel_names(tiff, number),
+        rgb=rgb,
+        series=number,
+    )
+
+
+def open_tiff_level(slide: Slide, level: int) -> zarr.Array[Any]:
+    """A level of a TIFF slide as a lazily read zarr array."""
+    store = tifffile.imread(slide.store, aszarr=True, series=slide.series, level=level)
+    return zarr.open_array(store, mode="r")
+
+
+def _pixel_size_um(tiff: tifffile.TiffFile, number: int) -> float | None:
+    """µm per px from Aperio's description, OME-XML or the resolution tags; None when none of them says."""
+    page = tiff.series[number].keyframe
+    if tiff.is_svs:
+        found = tifffile.tifffile.svs_description_metadata(page.description).get("MPP")
+        return float(found) if found else None
+    if tiff.is_ome:
+        pixels = _ome_pixels(tiff, number)
+        if pixels.get("PhysicalSizeXUnit", "µm") in ("µm", "um") and "PhysicalSizeX" in pixels:
+            return float(pixels["PhysicalSizeX"])
+        return None
+    resolution, unit = page.tags.get("XResolution"), page.tags.get("ResolutionUnit")
+    if resolution is None or unit is None or not resolution.value[0]:
+        return None
+    um_per_unit = {_CENTIMETRE: 1e4, _INCH: 25.4e3}.get(int(unit.value))
+    pixels_per_unit = resolution.value[0] / resolution.value[1]
+    if um_per_unit is None:
+        return None
+    size = um_per_unit / pixels_per_unit
+    # 72 and 96 dpi are what programs write when they know nothing; no microscope has pixels above 100 µm.
+    return size if size < 100 else None
+
+
+def _ome_pixels(tiff: tifffile.TiffFile, number: int) -> dict[str, Any]:
+    images = tifffile.xml2dict(tiff.ome_metadata).get("OME", {}).get("Image", [])
+    images = images if isinstance(images, list) else [images]
+    pixels: dict[str, Any] = images[number].get("Pixels", {}) if number < len(images) else {}
+    return pixels
+
+
+def _channel_names(tiff: tifffile.TiffFile, number: int) -> tuple[str, ...]:
+    if not tiff.is_ome:
+        return ()
+    channels = _ome_pixels(tiff, number).get("Channel", [])
+    channels = channels if isinstance(channels, list) else [channels]
+    names = tuple(str(channel.get("Name", "")) for channel in channels)
+    return names if any(names) else ()

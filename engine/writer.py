@@ -1,0 +1,288 @@
+"""Labels and probabilities as OME-Zarr: groups, metadata, pixels, pyramid.
+
+Version 0.5 is written sharded, one shard per block, with a checksum; 0.4 as zarr v2 chunks.  A block covers
+whole shards or chunks, so no two tasks ever touch one file.  The writer knows boxes and arrays; it does not know
+models, tiles or the journal.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numcodecs
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from yaozarrs import v04, v05
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from cellseg_batch.engine.errors import OutputError
+from cellseg_batch.engine.geometry import BlockGrid, Box, chunk_side
+from cellseg_batch.engine.slides.slide import Level, Slide
+
+_MASK_COLOUR = [255, 64, 160, 160]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape and storage of an output image, the same for labels and probability.
+
+    Attributes:
+        axes: the slide's without the channel.
+        shapes: of each level, the processed one first.
+        chunks: (height, width) of a chunk.
+        shards: (height, width) of the box that one task writes, by level.
+        datasets: scale and translation of each level, without the channel.
+        units: of the axes.
+        zarr_format: 2 or 3.
+    """
+
+    axes: str
+    shapes: tuple[tuple[int, ...], ...]
+    chunks: tuple[int, int]
+    shards: tuple[tuple[int, int], ...]
+    datasets: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]
+    units: tuple[str | None, ...]
+    zarr_format: Literal[2, 3]
+
+    def storage(self, level: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(chunks, shards) of a level for every axis; t and z are never stored together."""
+        ones = (1,) * (len(self.axes) - 2)
+        return (*ones, *self.chunks), (*ones, *self.shards[level])
+
+
+def lay_out(slide: Slide, level: int, grid: BlockGrid, zarr_format: Literal[2, 3]) -> Layout:
+    """The storage of an output that starts at ``level`` of ``slide`` and has the levels below it."""
+    kept = [i for i, axis in enumerate(slide.axes) if axis != "c"]
+    # A plain array's y and x may come in any order; what is written is always t, z, y, x.
+    kept.sort(key=lambda i: "tzyx".index(slide.axes[i]))
+    levels: tuple[Level, ...] = slide.levels[level:]
+    chunks = chunk_side(grid.lattice.core[0]), chunk_side(grid.lattice.core[1])
+    shapes = tuple(tuple(one.shape[i] for i in kept) for one in levels)
+    shards = [grid.block_shape]
+    for finer, coarser in zip(shapes, shapes[1:], strict=False):
+        # What a shard of a coarser level is made from is no larger than a block.
+        fits = [
+            max(1, grid.block_shape[axis] * coarser[axis - 2] // (finer[axis - 2] * chunks[axis])) * chunks[axis]
+            for axis in (0, 1)
+        ]
+        shards.append((fits[0], fits[1]))
+    return Layout(
+        axes="".join(slide.axes[i] for i in kept),
+        shapes=shapes,
+        chunks=chunks,
+        shards=tuple(shards),
+        datasets=tuple((tuple(one.scale[i] for i in kept), tuple(one.translation[i] for i in kept)) for one in levels),
+        units=tuple(slide.units[i] for i in kept),
+        zarr_format=zarr_format,
+    )
+
+
+class ImageWriter:
+    """Writes one multiscale image, box by box; safe from any number of threads for boxes that do not overlap.
+
+    Args:
+        store: root folder of the zarr hierarchy, made if there is none.
+        path: of the image's group inside it.
+        layout: its shape and storage.
+    """
+
+    def __init__(self, store: Path, path: str, layout: Layout) -> None:
+        self.store = store
+        self.path = path
+        self.layout = layout
+        self._arrays: dict[int, zarr.Array[Any]] = {}
+
+    @property
+    def folder(self) -> Path:
+        """The image's group on disk."""
+        return self.store / self.path
+
+    def exists(self) -> bool:
+        """Whether something is there already."""
+        return self.folder.exists()
+
+    def create(self, source: str | None, is_label: bool) -> None:
+        """Make the groups, empty arrays and metadata, in place of whatever was there.
+
+        Args:
+            source: relative path to the segmented image, None when it is no zarr image.
+            is_label: write it as a label image rather than as an intensity image.
+
+        Raises:
+            OutputError: the store cannot be written.
+        """
+        layout = self.layout
+        with _writing(self.folder):
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            group = zarr.open_group(str(self.store), mode="a", zarr_format=layout.zarr_format)
+            group = group.require_group(self.path)
+            for level, shape in enumerate(layout.shapes):
+                _create_array(group, str(level), shape, layout, level)
+            group.attrs.update(_image_metadata(layout, self.path.rsplit("/", 1)[-1], source, is_label))
+
+    def write(self, level: int, plane: int, box: Box, pixels: NDArray[np.uint8]) -> None:
+        """Write ``pixels`` (h, w) to ``box`` of a plane and wait until they are on disk.
+
+        Raises:
+            OutputError: the store cannot be written.
+        """
+        with _writing(self.folder):
+            array = self._array(level)
+            array[(*self._plane(level, plane), *box.slices())] = pixels
+            for key in self._files(level, plane, box):
+                _sync(self.folder / str(level) / key)
+
+    def shard_boxes(self, level: int) -> Iterator[tuple[int, Box]]:
+        """(plane, box) of every shard of a level, in order."""
+        *planes, height, width = self.layout.shapes[level]
+        shard_h, shard_w = self.layout.shards[level]
+        for plane in range(int(np.prod(planes))):
+            for y in range(0, height, shard_h):
+                for x in range(0, width, shard_w):
+                    yield plane, Box(y, x, min(y + shard_h, height), min(x + shard_w, width))
+
+    def shrink(self, level: int, plane: int, box: Box) -> None:
+        """Fill ``box`` of a level of the pyramid with the nearest pixels of the level above it.
+
+        Raises:
+            OutputError: the store cannot be read or written.
+        """
+        finer, coarser = self.layout.shapes[level - 1], self.layout.shapes[level]
+        index = (*self._plane(level, plane), *box.slices())
+        sources = [
+            _nearest(
+                np.arange(part, part + 1) if isinstance(part, int) else np.arange(part.start, part.stop), big, small
+            )
+            for part, big, small in zip(index, finer, coarser, strict=True)
+        ]
+        with _writing(self.folder):
+            lead = tuple(int(one[0]) for one in sources[:-2])
+            rows, columns = sources[-2:]
+            window = np.asarray(
+                self._array(level - 1)[(*lead, slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))]
+            )
+        self.write(level, plane, box, window[np.ix_(rows - rows[0], columns - columns[0])])
+
+    def _array(self, level: int) -> zarr.Array[Any]:
+        if level not in self._arrays:
+            self._arrays[level] = zarr.open_array(str(self.store), path=f"{self.path}/{level}", mode="r+")
+        return self._arrays[level]
+
+    def _plane(self, level: int, plane: int) -> tuple[int, ...]:
+        grid = self.layout.shapes[level][:-2]
+        return tuple(int(i) for i in np.unravel_index(plane, grid)) if grid else ()
+
+    def _files(self, level: int, plane: int, box: Box) -> Iterator[str]:
+        """Names of the files that hold ``box``."""
+        chunks, shards = self.layout.storage(level)
+        side = shards if self.layout.zarr_format == 3 else chunks
+        encode = self._array(level).metadata.encode_chunk_key
+        for y in range(box.y0 // side[-2], -(-box.y1 // side[-2])):
+            for x in range(box.x0 // side[-1], -(-box.x1 // side[-1])):
+                yield encode((*self._plane(level, plane), y, x))
+
+
+def list_label(store: Path, labels: str, name: str, zarr_format: int) -> None:
+    """Add ``name`` to the list of labels in the group ``labels``, keeping what it says already.
+
+    Raises:
+        OutputError: the store cannot be written.
+    """
+    with _writing(store / labels):
+        group = zarr.open_group(str(store), path=labels, mode="r+")
+        metadata = dict(group.attrs)
+        holder: dict[str, Any] = dict(metadata.get("ome", {"version": "0.5"})) if zarr_format == 3 else metadata
+        listed = list(holder.get("labels", []))
+        if name not in listed:
+            holder["labels"] = [*listed, name]
+            group.attrs.update({"ome": holder} if zarr_format == 3 else holder)
+
+
+def _create_array(group: zarr.Group, name: str, shape: tuple[int, ...], layout: Layout, level: int) -> None:
+    chunks, shards = layout.storage(level)
+    if layout.zarr_format == 3:
+        group.create_array(
+            name,
+            shape=shape,
+            dtype="uint8",
+            chunks=chunks,
+            shards=shards,
+            compressors=[ZstdCodec(level=3), Crc32cCodec()],
+            dimension_names=tuple(layout.axes),
+            fill_value=0,
+        )
+    else:
+        group.create_array(
+            name,
+            shape=shape,
+            dtype="uint8",
+            chunks=chunks,
+            compressors=numcodecs.Zstd(level=3),
+            chunk_key_encoding={"name": "v2", "separator": "/"},
+            fill_value=0,
+        )
+
+
+def _image_metadata(layout: Layout, name: str, source: str | None, is_label: bool) -> dict[str, Any]:
+    version = v05 if layout.zarr_format == 3 else v04
+    datasets = []
+    for path, (scale, translation) in enumerate(layout.datasets):
+        steps: list[Any] = [version.ScaleTransformation(scale=list(scale))]
+        if any(translation):
+            steps.append(version.TranslationTransformation(translation=list(translation)))
+        datasets.append(version.Dataset(path=str(path), coordinateTransformations=steps))
+    axes: list[Any] = [
+        version.TimeAxis(name=axis, unit=unit) if axis == "t" else version.SpaceAxis(name=axis, unit=unit)
+        for axis, unit in zip(layout.axes, layout.units, strict=True)
+    ]
+    parts: dict[str, Any] = {"multiscales": [version.Multiscale(name=name, axes=axes, datasets=datasets)]}
+    if is_label:
+        origin = None if source is None else version.LabelSource(image=source)
+        colours = [version.LabelColor(**{"label-value": 1, "rgba": _MASK_COLOUR})]
+        parts["image_label"] = version.ImageLabel(colors=colours, source=origin)
+    if layout.zarr_format == 3:
+        content = (v05.LabelImage if is_label else v05.Image)(version="0.5", **parts)
+        return {"ome": content.model_dump(mode="json", by_alias=True, exclude_none=True)}
+    content = (v04.LabelImage if is_label else v04.Image)(**parts)
+    dumped: dict[str, Any] = content.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return dumped
+
+
+def _nearest(target: NDArray[np.int64], finer: int, coarser: int) -> NDArray[np.int64]:
+    """Index in an axis of ``finer`` px nearest to the centre of each target pixel of one of ``coarser`` px."""
+    return np.minimum((2 * target + 1) * finer // (2 * coarser), finer - 1)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file is on disk; a chunk of nothing but background has none."""
+    if path.exists():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn whatever a store raises into an OutputError that names the folder."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except Exception as error:
+        raise OutputError(
+            str(folder),
+            expected="a store that can be written",
+            found=f"{type(error).__name__}: {error}",
+            cause="a read-only folder or a full disk",
+            remedy="make room or rights, or choose another --output; finished blocks are kept",
+        ) from error
