@@ -6,6 +6,7 @@ This room decides what happens to a slide (skipped, continued, refused, done); t
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Protocol
 
 from cellseg_batch.engine.backends.backend import Backend, CompiledModel, Shape
 from cellseg_batch.engine.backends.choose import choose_backend, make_backend
-from cellseg_batch.engine.errors import CellsegError, OutputError, SlideError, UsageError
+from cellseg_batch.engine.errors import CellsegError, OutputError
 from cellseg_batch.engine.geometry import fit_lattice, lay_blocks
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.memory import block_memory, peak_resident_bytes, resident_bytes
@@ -31,6 +32,8 @@ from cellseg_batch.engine.slides.slide import Broken, Slide
 from cellseg_batch.engine.stages import StageClock
 from cellseg_batch.engine.writer import ImageWriter, lay_out, list_label
 from cellseg_batch.trainer.bundle import Bundle
+
+_log = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
@@ -139,12 +142,12 @@ class _Campaign:
         else:
             try:
                 report = self._segment(image, number)
-            except SlideError as error:
-                report = SlideReport(image.location, "failed", str(error))
-            except UsageError:
-                raise
-            except (CellsegError, OSError, ValueError, RuntimeError, MemoryError) as error:
-                report = SlideReport(image.location, "failed", f"{type(error).__name__}: {error}")
+            except CellsegError as error:
+                _log.debug("%s failed", image.location, exc_info=True)
+                report = SlideReport(image.location, "failed", error.detail)
+            except Exception as error:  # a campaign of thousands of slides must not die of one
+                _log.debug("%s failed", image.location, exc_info=True)
+                report = SlideReport(image.location, "failed", f"{type(error).__name__}: {error} (see --debug)")
         self.observer.ended(report)
         return report
 
@@ -194,7 +197,8 @@ class _Campaign:
         before = pipeline.pixels_done()
         failures = pipeline.run(workers)
         if failures:
-            raise _all_of(failures, len(plan.grid))
+            kept = f" [{len(failures)} of {len(plan.grid)} blocks failed; the others are kept]"
+            return SlideReport(slide.location, "failed", failures[0].detail + kept * (len(plan.grid) > 1))
         totals = pipeline.totals()
         list_label(place.store, place.labels.rpartition("/")[0], place.name, place.zarr_format)
         journal.finish({"foreground": totals[0], "missing": totals[1]})
@@ -299,14 +303,6 @@ class _Campaign:
             foreground_fraction=foreground / plan.pixels,
             missing_pixels=missing,
         )
-
-
-def _all_of(failures: list[SlideError], blocks: int) -> SlideError:
-    """One error for all the blocks of a slide that failed: the first one's words, and how many there are."""
-    first = failures[0]
-    if len(failures) > 1 or blocks > 1:
-        first.args = (f"{first} [{len(failures)} of {blocks} blocks failed; the others are kept]",)
-    return first
 
 
 def _refuse_margin_off_grid(settings: Settings, bundle: Bundle) -> None:

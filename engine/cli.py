@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -191,12 +192,16 @@ def doctor(debug: o.Debug = False) -> None:
 
 def _process_start() -> float:
     """When this process began, on the clock of ``time.perf_counter``: imports are part of what a user waits for."""
-    return time.perf_counter() - (time.time() - psutil.Process().create_time())
+    age = time.time() - float(psutil.Process().create_time())
+    return time.perf_counter() - age
 
 
 @contextmanager
 def _plain_errors(debug: bool) -> Iterator[None]:
     """Print an error of ours on one line and exit with its code; everything else is a bug and keeps its traceback."""
+    if debug:
+        logging.basicConfig()
+        logging.getLogger("cellseg_batch").setLevel(logging.DEBUG)
     try:
         yield
     except CellsegError as error:

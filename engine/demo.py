@@ -11,7 +11,6 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from skimage.io import imread
-from skimage.measure import block_reduce
 from yaozarrs import v05
 
 from cellseg_batch.engine.errors import UsageError
@@ -61,8 +60,9 @@ def _write_image(
         scale = v05.ScaleTransformation(scale=[1.0, 2.0**level, 2.0**level])
         datasets.append(v05.Dataset(path=str(level), coordinateTransformations=[scale]))
         # An odd last row or column is dropped, not averaged with padding.
-        even = pixels[:, : pixels.shape[1] // 2 * 2, : pixels.shape[2] // 2 * 2]
-        pixels = block_reduce(even, (1, 2, 2), np.mean).round().astype(np.uint8)
+        even = pixels[:, : pixels.shape[1] // 2 * 2, : pixels.shape[2] // 2 * 2].astype(np.float32)
+        corners = [even[:, y::2, x::2] for y in (0, 1) for x in (0, 1)]
+        pixels = np.mean(corners, axis=0).round().astype(np.uint8)
         level += 1
     axes: list[Any] = [v05.ChannelAxis(name="c"), v05.SpaceAxis(name="y"), v05.SpaceAxis(name="x")]
     colours = ["FF0000", "00FF00", "0000FF"] if len(channels) == 3 else ["FFFFFF"]

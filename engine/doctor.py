@@ -1,4 +1,4 @@
-"""What this machine has: processor, memory, backends and their precisions, models; what is missing and how to get it."""
+"""What this machine has (processor, memory, backends, models), what is missing and how to get it."""
 
 from __future__ import annotations
 

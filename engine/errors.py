@@ -28,11 +28,13 @@ class CellsegError(Exception):
     """
 
     exit_code = 1
+    detail: str
+    """The message without its subject, for reports that name the subject themselves."""
 
     def __init__(self, subject: str, *, expected: str, found: str, cause: str = "", remedy: str) -> None:
         likely = f" (likely {cause})" if cause else ""
-        message = f"{subject}: expected {expected}, found {found}{likely}; {remedy}"
-        super().__init__(" ".join(message.split()))
+        self.detail = " ".join(f"expected {expected}, found {found}{likely}; {remedy}".split())
+        super().__init__(f"{subject}: {self.detail}")
 
 
 class UsageError(CellsegError):

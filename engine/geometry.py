@@ -43,7 +43,7 @@ class Box:
         """Number of pixels."""
         return (self.y1 - self.y0) * (self.x1 - self.x0)
 
-    def slices(self) -> tuple[slice, slice]:
+    def slices(self) -> tuple[slice[int, int, None], slice[int, int, None]]:
         """The box as an index into an array with axes (y, x)."""
         return slice(self.y0, self.y1), slice(self.x0, self.x1)
 

@@ -112,6 +112,8 @@ def print_report(report: RunReport, console: Console) -> None:
             console.print(f"[yellow]note[/yellow]    {slide.path}: {slide.missing_pixels} NaN pixels taken as 0")
     counts = {state: sum(slide.status == state for slide in report.slides) for state in ("done", "skipped", "failed")}
     table = Table(title=f"cellseg-batch run: {report.status}", show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
     shares = [slide.foreground_fraction for slide in report.slides if slide.foreground_fraction is not None]
     stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items())
     for name, value in (

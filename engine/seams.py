@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from skimage.measure import label
+from scipy import ndimage
 
 from cellseg_batch.engine.backends.backend import Backend
 from cellseg_batch.engine.backends.choose import choose_backend
@@ -120,9 +120,9 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
         windows=len(windows),
         pixels=sum(window.area for window in windows),
         max_dp=max(float(np.abs(_sigmoid(tiled) - _sigmoid(untiled)).max()) for tiled, untiled in compared),
-        flipped=sum(int(np.count_nonzero(tiled != untiled)) for tiled, untiled in masks),
-        objects_tiled=sum(int(label(tiled).max()) for tiled, _ in masks),
-        objects_untiled=sum(int(label(untiled).max()) for _, untiled in masks),
+        flipped=sum(int(np.count_nonzero(tiled ^ untiled)) for tiled, untiled in masks),
+        objects_tiled=sum(_count_objects(tiled) for tiled, _ in masks),
+        objects_untiled=sum(_count_objects(untiled) for _, untiled in masks),
         backend=backend.name,
         precision=backend.precision,
         tile=plan.grid.lattice.tile,
@@ -211,6 +211,10 @@ def _corners(lattice: Lattice, side: tuple[int, int]) -> list[tuple[int, int]]:
 def _around(centre: int, length: int) -> tuple[int, int]:
     start = max(0, min(centre - _WINDOW // 2, length - _WINDOW))
     return start, min(start + _WINDOW, length)
+
+
+def _count_objects(mask: NDArray[np.bool_]) -> int:
+    return int(ndimage.label(mask)[1])
 
 
 def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,7 +67,7 @@ def lay_out(slide: Slide, level: int, grid: BlockGrid, zarr_format: Literal[2, 3
     chunks = chunk_side(grid.lattice.core[0]), chunk_side(grid.lattice.core[1])
     shapes = tuple(tuple(one.shape[i] for i in kept) for one in levels)
     shards = [grid.block_shape]
-    for finer, coarser in zip(shapes, shapes[1:], strict=False):
+    for finer, coarser in pairwise(shapes):
         # What a shard of a coarser level is made from is no larger than a block.
         fits = [
             max(1, grid.block_shape[axis] * coarser[axis - 2] // (finer[axis - 2] * chunks[axis])) * chunks[axis]
@@ -136,7 +137,8 @@ class ImageWriter:
         """
         with _writing(self.folder):
             array = self._array(level)
-            array[(*self._plane(level, plane), *box.slices())] = pixels
+            place: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
+            array[place] = pixels
             for key in self._files(level, plane, box):
                 _sync(self.folder / str(level) / key)
 
@@ -156,19 +158,15 @@ class ImageWriter:
             OutputError: the store cannot be read or written.
         """
         finer, coarser = self.layout.shapes[level - 1], self.layout.shapes[level]
-        index = (*self._plane(level, plane), *box.slices())
-        sources = [
-            _nearest(
-                np.arange(part, part + 1) if isinstance(part, int) else np.arange(part.start, part.stop), big, small
-            )
-            for part, big, small in zip(index, finer, coarser, strict=True)
-        ]
+        rows = _nearest(np.arange(box.y0, box.y1), finer[-2], coarser[-2])
+        columns = _nearest(np.arange(box.x0, box.x1), finer[-1], coarser[-1])
+        place = [np.array([i]) for i in self._plane(level, plane)]
+        source = tuple(
+            int(_nearest(i, big, small)[0]) for i, big, small in zip(place, finer[:-2], coarser[:-2], strict=True)
+        )
         with _writing(self.folder):
-            lead = tuple(int(one[0]) for one in sources[:-2])
-            rows, columns = sources[-2:]
-            window = np.asarray(
-                self._array(level - 1)[(*lead, slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))]
-            )
+            around: tuple[Any, ...] = (*source, slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+            window = np.asarray(self._array(level - 1)[around])
         self.write(level, plane, box, window[np.ix_(rows - rows[0], columns - columns[0])])
 
     def _array(self, level: int) -> zarr.Array[Any]:
@@ -198,8 +196,8 @@ def list_label(store: Path, labels: str, name: str, zarr_format: int) -> None:
     """
     with _writing(store / labels):
         group = zarr.open_group(str(store), path=labels, mode="r+")
-        metadata = dict(group.attrs)
-        holder: dict[str, Any] = dict(metadata.get("ome", {"version": "0.5"})) if zarr_format == 3 else metadata
+        metadata: dict[str, Any] = dict(group.attrs)
+        holder = metadata.get("ome", {"version": "0.5"}) if zarr_format == 3 else metadata
         listed = list(holder.get("labels", []))
         if name not in listed:
             holder["labels"] = [*listed, name]
@@ -232,7 +230,7 @@ def _create_array(group: zarr.Group, name: str, shape: tuple[int, ...], layout: 
 
 
 def _image_metadata(layout: Layout, name: str, source: str | None, is_label: bool) -> dict[str, Any]:
-    version = v05 if layout.zarr_format == 3 else v04
+    version: Any = v05 if layout.zarr_format == 3 else v04
     datasets = []
     for path, (scale, translation) in enumerate(layout.datasets):
         steps: list[Any] = [version.ScaleTransformation(scale=list(scale))]
@@ -248,12 +246,10 @@ def _image_metadata(layout: Layout, name: str, source: str | None, is_label: boo
         origin = None if source is None else version.LabelSource(image=source)
         colours = [version.LabelColor(**{"label-value": 1, "rgba": _MASK_COLOUR})]
         parts["image_label"] = version.ImageLabel(colors=colours, source=origin)
-    if layout.zarr_format == 3:
-        content = (v05.LabelImage if is_label else v05.Image)(version="0.5", **parts)
-        return {"ome": content.model_dump(mode="json", by_alias=True, exclude_none=True)}
-    content = (v04.LabelImage if is_label else v04.Image)(**parts)
+    kind = version.LabelImage if is_label else version.Image
+    content = kind(**parts, **({"version": "0.5"} if layout.zarr_format == 3 else {}))
     dumped: dict[str, Any] = content.model_dump(mode="json", by_alias=True, exclude_none=True)
-    return dumped
+    return {"ome": dumped} if layout.zarr_format == 3 else dumped
 
 
 def _nearest(target: NDArray[np.int64], finer: int, coarser: int) -> NDArray[np.int64]:

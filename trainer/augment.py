@@ -124,7 +124,7 @@ class Augmenter:
         return (pixels + sigma.view(every) * noise).clamp(0, 1)
 
     def _restain(self, pixels: Tensor) -> Tensor:
-        """Change the amount and hue of each stain in optical density, after Tellez et al. 2018 (doi 10.1109/TMI.2018.2820199)."""
+        """Change amount and hue of each stain, in optical density (Tellez et al. 2018, 10.1109/TMI.2018.2820199)."""
         count = len(pixels)
         density = -torch.log(pixels.clamp(1 / 255, 1))
         stains = _STAINS / _STAINS.norm(dim=1, keepdim=True)

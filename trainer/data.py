@@ -40,20 +40,23 @@ class Sample:
 def instance_distance(labels: NDArray[np.int32]) -> NDArray[np.float32]:
     """Distance to the edge of each instance, divided by the instance's largest: (H, W) float32 in [0, 1]."""
     distance = np.zeros(labels.shape, np.float32)
-    for index, window in enumerate(ndimage.find_objects(labels), start=1):
+    windows: list[tuple[slice, slice] | None] = ndimage.find_objects(labels)
+    for index, window in enumerate(windows, start=1):
         if window is None:
             continue
         inside = labels[window] == index
-        depth = ndimage.distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]
+        depth: NDArray[np.float64] = ndimage.distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]
         distance[window][inside] = (depth / depth.max())[inside]
     return distance
 
 
 def normalise(image: NDArray[np.generic], rule: Normalisation) -> NDArray[np.float32]:
     """Scale a whole image to [0, 1] by the model card's rule, the same for all its channels."""
-    pixels = image.astype(np.float32)
+    pixels: NDArray[np.float32] = image.astype(np.float32)
     low, high = rule.bounds_of(pixels)
-    return np.clip((pixels - low) / max(high - low, np.finfo(np.float32).tiny), 0.0, 1.0).astype(np.float32)
+    span = high - low or 1.0
+    scaled: NDArray[np.float32] = np.clip((pixels - np.float32(low)) / np.float32(span), 0, 1)
+    return scaled
 
 
 def load_samples(folder: Path, split: str, rule: Normalisation) -> list[Sample]:

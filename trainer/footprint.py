@@ -60,7 +60,7 @@ def measure_footprint(network: nn.Module, in_channels: int, span: int = 1024) ->
     )
     margin = 0
     for phase, (before, after) in enumerate(seen_by[:stride]):
-        # The furthest core that this column reaches on its right starts at `core_start`, on its left ends at `core_end`.
+        # The furthest core to the right that this column reaches starts at core_start, to the left ends at core_end.
         core_start = (phase + after) // stride * stride
         core_end = (phase + before) // stride * stride + stride
         margin = max(margin, core_start - phase, phase + 1 - core_end)

@@ -38,7 +38,8 @@ def instance_ious(predicted: NDArray[np.integer], truth: NDArray[np.integer]) ->
     pairs = np.bincount(predicted.ravel().astype(np.int64) * columns + truth.ravel(), minlength=rows * columns)
     overlap = pairs.reshape(rows, columns).astype(np.float64)
     union = overlap.sum(axis=1, keepdims=True) + overlap.sum(axis=0, keepdims=True) - overlap
-    return (overlap / np.maximum(union, 1))[1:, 1:]
+    ious: NDArray[np.float64] = overlap / np.maximum(union, 1)
+    return ious[1:, 1:]
 
 
 def matches(ious: NDArray[np.float64], threshold: float) -> tuple[int, int, int]:

@@ -95,7 +95,8 @@ def predict_logits(network: nn.Module, pixels: np.ndarray, total_stride: int, pr
     padded = torch.from_numpy(np.pad(pixels, padding, mode="reflect")).permute(2, 0, 1)[None]
     with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
         logits = network(padded.contiguous(memory_format=torch.channels_last))
-    return logits[0, :, :height, :width].float()
+    inside: Tensor = logits[0, :, :height, :width].float()
+    return inside
 
 
 def mean_dice(network: nn.Module, samples: list[Sample], total_stride: int) -> tuple[float, dict[str, float]]:
@@ -143,7 +144,7 @@ def train(data: Path, out: Path, settings: TrainSettings, report: Callable[[Prog
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss became {float(loss)} at step {step}; lower the learning rate")
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(network.parameters(), 5.0)
         optimiser.step()
         _average(averaged, network, min(settings.averaging, (step + 1) / (step + 10)))

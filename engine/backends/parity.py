@@ -66,5 +66,5 @@ def measure_parity(backend: Backend, reference: Backend, tiles: NDArray[np.float
     return Parity(float(differences.max()), float(differences.mean()), float(flipped.mean()))
 
 
-def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    return (0.5 * (1 + np.tanh(0.5 * logits))).astype(np.float32)
+def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    return 0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64)))

@@ -5,8 +5,6 @@ The reference that every other backend is compared with is this one in fp32.
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -25,16 +23,14 @@ class TorchBackend:
     """A bundle's network in eager torch."""
 
     name = "torch"
-    version = torch.__version__
+    version = str(torch.__version__)
 
     def __init__(self, bundle: Bundle, precision: str, threads: int) -> None:
         self.precision = precision
         self._dtype = _DTYPES[precision]
         torch.set_num_threads(threads)
         folded = fuse(build_torch_network(bundle))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._network: nn.Module = folded.to(dtype=self._dtype, memory_format=torch.channels_last)
+        self._network: nn.Module = folded.to(dtype=self._dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def compile(self, shape: Shape) -> CompiledModel:
         """Eager torch takes any shape as it comes."""

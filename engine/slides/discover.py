@@ -73,6 +73,6 @@ def _guarded(path: Path, name: str, opener: Callable[[Path, str], list[Slide]]) 
     try:
         return [*opener(path, name)]
     except CellsegError as error:
-        return [Broken(name, str(path), str(error))]
+        return [Broken(name, str(path), error.detail)]
     except Exception as error:  # a damaged file can fail in any way that its library knows
         return [Broken(name, str(path), f"cannot be read: {type(error).__name__}: {error}".splitlines()[0])]

@@ -47,12 +47,11 @@ def find_in_zarr(store: Path, path: str, name: str, axes: str | None) -> Iterato
             return
         children = _children(node, metadata)
     except CellsegError as error:
-        yield Broken(name, location, str(error))
+        yield Broken(name, location, error.detail)
         return
     except Exception as error:  # damaged JSON, unknown codecs, impossible metadata
-        yield Broken(
-            name, location, f"its zarr metadata cannot be read: {type(error).__name__}: {error}".splitlines()[0]
-        )
+        reason = f"its zarr metadata cannot be read: {type(error).__name__}: {error}"
+        yield Broken(name, location, reason.splitlines()[0])
         return
     for child in children:
         below = f"{path}/{child}" if path else child
@@ -91,14 +90,14 @@ def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: s
     levels: list[Level] = []
     dtype = ""
     for dataset in multiscale["datasets"]:
-        array = node.get(dataset["path"])
+        array = node.get(str(dataset["path"]))
         if not isinstance(array, zarr.Array):
             continue
         if array.ndim != len(axes):
             raise _not_an_image(location, f"{len(axes)} axes as its metadata say", f"an array of shape {array.shape}")
         dtype = dtype or array.dtype.name
         scale, translation = _placement(dataset, multiscale, len(axes))
-        levels.append(Level(dataset["path"], array.shape, array.chunks, scale, translation))
+        levels.append(Level(str(dataset["path"]), array.shape, array.chunks, scale, translation))
     if not levels:
         listed = ", ".join(str(dataset["path"]) for dataset in multiscale["datasets"])
         raise _not_an_image(location, f"the arrays that its metadata list ({listed})", "none of them in the store")
@@ -161,9 +160,7 @@ def _is_rgb(count: int, dtype: str, channels: tuple[str, ...]) -> bool:
 
 def _plain_array(array: zarr.Array[Any], store: Path, path: str, name: str, axes: str | None) -> Slide:
     location = str(store / path)
-    axes = (axes or "".join(array.metadata.dimension_names or ()) if _named(array) else axes) or _guess_axes(
-        array.shape
-    )
+    axes = axes or _named_axes(array) or _guess_axes(array.shape)
     if axes is None or len(axes) != array.ndim or not set("yx") <= set(axes) <= set(AXES):
         raise ReadError(
             location,
@@ -178,9 +175,10 @@ def _plain_array(array: zarr.Array[Any], store: Path, path: str, name: str, axes
     return Slide(name, store, path, "zarr", axes, array.dtype.name, (level,), (None,) * array.ndim, (), rgb)
 
 
-def _named(array: zarr.Array[Any]) -> bool:
-    names = getattr(array.metadata, "dimension_names", None)
-    return bool(names) and all(isinstance(name, str) and len(name) == 1 for name in names)
+def _named_axes(array: zarr.Array[Any]) -> str | None:
+    """The dimension names of a zarr v3 array, if they are axes as we know them."""
+    names = [str(name).lower() for name in getattr(array.metadata, "dimension_names", None) or ()]
+    return "".join(names) if names and set(names) <= set(AXES) else None
 
 
 def _guess_axes(shape: tuple[int, ...]) -> str | None:

@@ -101,7 +101,7 @@ def _pixel_size_um(tiff: tifffile.TiffFile, number: int) -> float | None:
 
 
 def _ome_pixels(tiff: tifffile.TiffFile, number: int) -> dict[str, Any]:
-    images = tifffile.xml2dict(tiff.ome_metadata).get("OME", {}).get("Image", [])
+    images = tifffile.xml2dict(tiff.ome_metadata or "").get("OME", {}).get("Image", [])
     images = images if isinstance(images, list) else [images]
     pixels: dict[str, Any] = images[number].get("Pixels", {}) if number < len(images) else {}
     return pixels
