@@ -180,11 +180,17 @@ class _Campaign:
         if finished is not None:
             return self._describe(plan, "skipped", (finished["foreground"], finished["missing"]), "finished before")
 
-        reader = SlideReader(slide, plan.level.level, plan.channels.indices)
+        with SlideReader(slide, plan.level.level, plan.channels.indices) as reader:
+            return self._carry_out(plan, backend, resumed, journal, reader, number)
+
+    def _carry_out(
+        self, plan: SlidePlan, backend: Backend, resumed: bool, journal: Journal, reader: SlideReader, number: int
+    ) -> SlideReport:
+        place = plan.place
         runner = self._warm_runner(plan, backend, reader)
         plan, workers = self._fit_memory(plan, resumed)
         self.observer.planned(plan, self.planned_peak, number)
-        layout = lay_out(slide, plan.level.level, plan.grid, place.zarr_format)
+        layout = lay_out(plan.slide, plan.level.level, plan.grid, place.zarr_format)
         labels = ImageWriter(place.store, place.labels, layout)
         probability = ImageWriter(place.companion, place.probability, layout) if plan.probability else None
         if not resumed:
@@ -198,7 +204,7 @@ class _Campaign:
         failures = pipeline.run(workers)
         if failures:
             kept = f" [{len(failures)} of {len(plan.grid)} blocks failed; the others are kept]"
-            return SlideReport(slide.location, "failed", failures[0].detail + kept * (len(plan.grid) > 1))
+            return SlideReport(plan.slide.location, "failed", failures[0].detail + kept * (len(plan.grid) > 1))
         totals = pipeline.totals()
         list_label(place.store, place.labels.rpartition("/")[0], place.name, place.zarr_format)
         journal.finish({"foreground": totals[0], "missing": totals[1]})

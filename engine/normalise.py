@@ -45,12 +45,12 @@ def settle_bounds(slide: Slide, channels: tuple[int, ...], level: int, rule: Nor
     if rule.rule == "fixed":
         return Bounds(rule.low, rule.high)
     sampled = _sampling_level(slide, level)
-    reader = SlideReader(slide, sampled, channels)
     height, width = slide.plane_shape(sampled)
     count = slide.planes(sampled)
     planes = sorted({round(i * (count - 1) / max(1, min(count, _PLANES) - 1)) for i in range(min(count, _PLANES))})
     boxes = _sample_boxes(height, width, _WHOLE_PLANES_LIMIT // len(planes))
-    pixels = [_finite(reader.read(plane, box)) for plane in planes for box in boxes]
+    with SlideReader(slide, sampled, channels) as reader:
+        pixels = [_finite(reader.read(plane, box)) for plane in planes for box in boxes]
     return Bounds(*rule.bounds_of(np.concatenate(pixels)))
 
 

@@ -24,32 +24,24 @@ class SlideReader:
         channels: indices of the channels to read.
 
     Raises:
-        ReadError: the level cannot be opened, is empty or has a pixel type without an order.
+        ReadError: the level cannot be opened.
     """
 
     def __init__(self, slide: Slide, level: int, channels: tuple[int, ...]) -> None:
         self.slide = slide
         self.level = level
         self.channels = channels
-        if np.dtype(slide.dtype).kind not in "uifb":
-            raise ReadError(
-                slide.location,
-                expected="integer, floating point or boolean pixels",
-                found=f"{slide.dtype}",
-                remedy="convert the image, for example to its magnitude in float32",
-            )
-        if 0 in slide.levels[level].shape:
-            raise ReadError(
-                slide.location,
-                expected="an image with pixels",
-                found=f"shape {slide.levels[level].shape}",
-                cause="an export that never finished",
-                remedy="export it again",
-            )
         try:
             self._array = _open_level(slide, level)
         except Exception as error:
             raise _unreadable(slide, "its pixels", error) from error
+
+    def __enter__(self) -> SlideReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.slide.format == "tiff":
+            self._array.store.close()
 
     def read(self, plane: int, box: Box) -> NDArray[Any]:
         """Pixels of ``box`` in t/z plane number ``plane``: (C, h, w), any memory layout, the slide's own dtype.

@@ -110,11 +110,11 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
     threads = settings.threads or len(os.sched_getaffinity(0))
     backend = choose_backend(bundle, settings.backend, settings.precision, threads)
     plan = plan_slide(slide, place_output(slide, settings.name, None), settings, bundle.card)
-    reader = SlideReader(slide, plan.level.level, plan.channels.indices)
     threshold = logit_threshold(plan.threshold)
-    tiled_logits = _LogitsOf(plan, backend, reader)
     windows = seam_windows(plan, full, most)
-    compared = [_compare(window, plan, bundle.card, backend, reader, tiled_logits) for window in windows]
+    with SlideReader(slide, plan.level.level, plan.channels.indices) as reader:
+        tiled_logits = _LogitsOf(plan, backend, reader)
+        compared = [_compare(window, plan, bundle.card, backend, reader, tiled_logits) for window in windows]
     masks = [(tiled > threshold, untiled > threshold) for tiled, untiled in compared]
     return SeamReport(
         windows=len(windows),

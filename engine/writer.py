@@ -249,6 +249,9 @@ def _image_metadata(layout: Layout, name: str, source: str | None, is_label: boo
     kind = version.LabelImage if is_label else version.Image
     content = kind(**parts, **({"version": "0.5"} if layout.zarr_format == 3 else {}))
     dumped: dict[str, Any] = content.model_dump(mode="json", by_alias=True, exclude_none=True)
+    for colour in dumped.get("image-label", {}).get("colors", ()):
+        # The specification asks for a number, its readers for an integer.
+        colour["label-value"] = int(colour["label-value"])
     return {"ome": dumped} if layout.zarr_format == 3 else dumped
 
 

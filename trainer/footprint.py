@@ -7,6 +7,7 @@ exact and holds for any network, phase by phase of its strides, without a table 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -40,13 +41,13 @@ def measure_footprint(network: nn.Module, in_channels: int, span: int = 1024) ->
     Raises:
         ValueError: the receptive field does not fit in ``span``.
     """
-    network = network.eval()
+    # Double precision keeps to direct convolutions; a Winograd one would smear the NaN over its transform tile.
+    network = copy.deepcopy(network).double().eval()
     start = span // 2
     seen_by: list[tuple[int, int]] = []
-    # oneDNN may pick a Winograd convolution, which would smear the NaN over its whole transform tile.
-    with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=False):
+    with torch.inference_mode():
         for column in range(start, start + _LARGEST_STRIDE):
-            probe = torch.zeros(1, in_channels, _LARGEST_STRIDE, span)
+            probe = torch.zeros(1, in_channels, _LARGEST_STRIDE, span, dtype=torch.float64)
             probe[..., column] = torch.nan
             hit = torch.isnan(network(probe)).any(dim=(0, 1, 2)).nonzero().flatten()
             first, last = int(hit[0]), int(hit[-1])

@@ -5,11 +5,13 @@ The reference that every other backend is compared with is this one in fp32.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.fx.experimental.optimization import fuse
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cellseg_batch.engine.backends.backend import CompiledModel, Shape
 from cellseg_batch.engine.models import build_torch_network
@@ -17,6 +19,18 @@ from cellseg_batch.trainer.bundle import Bundle
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PRECISIONS = tuple(_DTYPES)
+
+
+def fold_batch_norm(network: nn.Module) -> nn.Module:
+    """Fold every batch norm that follows a convolution in a ``Sequential`` into it, in place; returns ``network``."""
+    for module in network.modules():
+        if isinstance(module, nn.Sequential):
+            for first, second in pairwise(range(len(module))):
+                convolution, norm = module[first], module[second]
+                if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    module[first] = fuse_conv_bn_eval(convolution, norm)
+                    module[second] = nn.Identity()
+    return network
 
 
 class TorchBackend:
@@ -29,7 +43,7 @@ class TorchBackend:
         self.precision = precision
         self._dtype = _DTYPES[precision]
         torch.set_num_threads(threads)
-        folded = fuse(build_torch_network(bundle))
+        folded = fold_batch_norm(build_torch_network(bundle))
         self._network: nn.Module = folded.to(dtype=self._dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def compile(self, shape: Shape) -> CompiledModel:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from cellseg_batch.engine.errors import CellsegError, NoImageError
 from cellseg_batch.engine.slides.ome_zarr import find_in_zarr, is_zarr_node, zarr_root
 from cellseg_batch.engine.slides.pictures import PICTURE_SUFFIXES, open_picture
@@ -36,7 +38,7 @@ def find_images(path: Path, axes: str | None = None) -> list[Slide | Broken]:
             str(path), expected="a file, a zarr store or a folder", found="nothing", remedy="check the path"
         )
     path = path.resolve()
-    found = list(_visit(path, path.name, axes))
+    found = [_usable(image) for image in _visit(path, path.name, axes)]
     if not found:
         raise NoImageError(
             str(path),
@@ -67,6 +69,20 @@ def _visit(path: Path, name: str, axes: str | None) -> Iterator[Slide | Broken]:
         yield Broken(
             name, str(path), f"{suffix} files are not supported; convert it to OME-Zarr or OME-TIFF (bioformats2raw)"
         )
+
+
+def _usable(image: Slide | Broken) -> Slide | Broken:
+    """The image itself, or why none can be segmented that is like it."""
+    if isinstance(image, Broken):
+        return image
+    if np.dtype(image.dtype).kind not in "uifb":
+        reason = f"expected integer, floating point or boolean pixels, found {image.dtype}; convert the image"
+        return Broken(image.name, image.location, reason)
+    empty = [level.shape for level in image.levels if 0 in level.shape]
+    if empty:
+        reason = f"expected an image with pixels, found shape {empty[0]} (likely an unfinished export); export it again"
+        return Broken(image.name, image.location, reason)
+    return image
 
 
 def _guarded(path: Path, name: str, opener: Callable[[Path, str], list[Slide]]) -> list[Slide | Broken]:

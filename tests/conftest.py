@@ -1,0 +1,182 @@
+"""Small models, slides and helpers that the tests share.
+
+Nothing is downloaded.  Larger real data are used only by tests marked slow, from the folder that the environment
+variable CELLSEG_TEST_DATA names.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from hypothesis import settings
+from typer.testing import CliRunner
+
+from cellseg_batch.engine.campaign import run as run_campaign
+from cellseg_batch.engine.cli import app
+from cellseg_batch.engine.settings import Settings
+from cellseg_batch.trainer.bundle import Bundle, Card, Normalisation, load_bundle, save_bundle
+from cellseg_batch.trainer.footprint import measure_footprint
+from cellseg_batch.trainer.unet import build_network
+
+# The same examples on every machine and in every run: a red test stays red.
+settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=50)
+settings.load_profile("fixed")
+
+TINY = {"name": "stem-unet", "in_channels": 3, "outputs": 3, "width": 4, "depth": 3}
+
+
+@pytest.fixture(scope="session")
+def data_folder():
+    """Folder with real data, for slow tests."""
+    folder = os.environ.get("CELLSEG_TEST_DATA")
+    if not folder:
+        pytest.skip("CELLSEG_TEST_DATA is not set")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of a bundle with a small random network whose mask is neither empty nor full."""
+    torch.manual_seed(0)
+    network = build_network(TINY)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    with torch.no_grad():
+        network.head.weight *= 8
+        logits = network.eval()(torch.rand(1, 3, 64, 64))
+        network.head.bias[:4] -= logits[:, 0].median()
+    footprint = measure_footprint(network, in_channels=3)
+    card = Card(
+        name="tiny",
+        architecture=TINY,
+        channels=3,
+        outputs=("foreground", "border", "distance"),
+        total_stride=footprint.total_stride,
+        exact_margin=footprint.exact_margin,
+        margin=footprint.total_stride,
+        threshold=0.5,
+        pixel_size_um=0.5,
+        normalisation=Normalisation("fixed", 0.0, 255.0),
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    save_bundle(Bundle(card, {name: value.numpy() for name, value in network.state_dict().items()}), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_model):
+    return load_bundle(tiny_model)
+
+
+class Watcher:
+    """An observer that remembers."""
+
+    def __init__(self):
+        self.plans = []
+        self.reports = []
+        self.pixels = 0
+
+    def found(self, images):
+        self.images = images
+
+    def planned(self, plan, peak_bytes, number):
+        self.plans.append(plan)
+
+    def advanced(self, pixels):
+        self.pixels += pixels
+
+    def ended(self, report):
+        self.reports.append(report)
+
+
+@pytest.fixture
+def watcher():
+    return Watcher()
+
+
+@pytest.fixture
+def segment(tiny_model, watcher):
+    """Run the engine in this process, with the small network in torch fp32 unless told otherwise."""
+
+    def call(*inputs, **changes):
+        given = {"model": str(tiny_model), "backend": "torch", "precision": "fp32", "tile": 96, "block": 128, **changes}
+        return run_campaign(list(inputs), Settings(**given), watcher)
+
+    return call
+
+
+@pytest.fixture
+def command():
+    """Call the command line in this process; returns (exit code, everything it printed)."""
+
+    def call(*arguments):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, " ".join(result.output.split())
+
+    return call
+
+
+def blobs(height, width, channels=3, seed=0):
+    """A uint8 image (C, H, W) of smooth bright blobs on a dark ground."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    image = np.zeros((height, width))
+    for _ in range(max(1, height * width // 400)):
+        centre_y, centre_x, radius = rng.uniform(0, height), rng.uniform(0, width), rng.uniform(3, 8)
+        image = np.maximum(image, np.exp(-((y - centre_y) ** 2 + (x - centre_x) ** 2) / radius**2))
+    noise = rng.normal(0, 6, (channels, height, width))
+    return np.clip(20 + 200 * image[None] + noise, 0, 255).astype(np.uint8)
+
+
+def write_ome_zarr(path, pixels, axes="cyx", version="0.5", levels=2, um=0.5, chunk=64, **omero):
+    """Write ``pixels`` as an OME-Zarr image of ``levels`` halvings; returns ``path``."""
+    zarr_format = 3 if version == "0.5" else 2
+    group = zarr.open_group(str(path), mode="w", zarr_format=zarr_format)
+    return fill_ome_zarr(group, path, pixels, axes, version, levels, um, chunk, **omero)
+
+
+def fill_ome_zarr(group, path, pixels, axes="cyx", version="0.5", levels=2, um=0.5, chunk=64, **omero):
+    units = {"t": ("time", "second"), "c": ("channel", None), "z": ("space", "micrometer")}
+    described = []
+    for axis in axes:
+        kind, unit = units.get(axis, ("space", "micrometer"))
+        described.append({"name": axis, "type": kind, **({"unit": unit} if unit else {})})
+    datasets = []
+    for level in range(levels):
+        step = tuple(slice(None, None, 2**level) if axis in "yx" else slice(None) for axis in axes)
+        chunks = tuple(
+            min(chunk, length) if axis in "yx" else 1 for axis, length in zip(axes, pixels[step].shape, strict=True)
+        )
+        array = group.create_array(
+            str(level),
+            shape=pixels[step].shape,
+            dtype=pixels.dtype,
+            chunks=chunks,
+            **({"dimension_names": tuple(axes)} if version == "0.5" else {}),
+        )
+        array[...] = pixels[step]
+        scale = [um * 2**level if axis in "yx" else 1.0 for axis in axes]
+        datasets.append({"path": str(level), "coordinateTransformations": [{"type": "scale", "scale": scale}]})
+    metadata = {"multiscales": [{"axes": described, "datasets": datasets, "name": "test"}]}
+    if omero:
+        metadata["omero"] = omero
+    if version == "0.5":
+        group.attrs["ome"] = {"version": "0.5", **metadata}
+    else:
+        metadata["multiscales"][0]["version"] = "0.4"
+        group.attrs.update(metadata)
+    return path
+
+
+def labels_of(report, index=0, level=0):
+    """The written labels of a run's slide."""
+    return zarr.open_array(f"{report.slides[index].labels}/{level}", mode="r")[...]

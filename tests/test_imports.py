@@ -1,0 +1,86 @@
+"""The arrows between the rooms point one way, and heavy libraries are imported only where they are needed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cellseg_batch import engine, kernels, trainer
+
+# Each room may import only from its own line's left.
+ENGINE_ROOMS = (
+    "errors",
+    "settings",
+    "stages",
+    "geometry",
+    "slides",
+    "memory",
+    "journal",
+    "models",
+    "reader",
+    "normalise",
+    "backends",
+    "place",
+    "writer",
+    "runner",
+    "plan",
+    "scheduler",
+    "pipeline",
+    "report",
+    "campaign",
+    "screen",
+    "seams",
+    "info",
+    "doctor",
+    "demo",
+    "options",
+    "cli",
+)
+TRAINER_ROOMS = ("bundle", "unet", "footprint", "data", "augment", "losses", "metrics", "train")
+
+
+def imports_of(package, prefix):
+    """(module, imported module) for every import of ours in a package."""
+    folder = Path(package.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        module = path.relative_to(folder).with_suffix("").as_posix().removesuffix("/__init__")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cellseg_batch."):
+                target = node.module.split(".")
+                names = [alias.name for alias in node.names] if len(target) == 2 else [target[2]]
+                yield from ((f"{prefix}/{module}", f"{target[1]}/{name}") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("package", "prefix", "rooms"), [(engine, "engine", ENGINE_ROOMS), (trainer, "trainer", TRAINER_ROOMS)]
+)
+def test_rooms_import_only_what_comes_before_them(package, prefix, rooms):
+    for module, target in imports_of(package, prefix):
+        room, target_package = module.split("/")[1], target.split("/")[0]
+        assert room in (*rooms, "__init__"), f"{module} is in no list of rooms"
+        if target_package == prefix and room != (other := target.split("/")[1]):
+            assert rooms.index(other) < rooms.index(room), f"{module} imports {target}"
+
+
+def test_packages_import_one_way():
+    assert not [pair for pair in imports_of(kernels, "kernels") if not pair[1].startswith("kernels/")]
+    assert not [pair for pair in imports_of(trainer, "trainer") if not pair[1].startswith("trainer/")]
+    shared = {target for _, target in imports_of(engine, "engine") if target.startswith("trainer/")}
+    assert shared == {"trainer/bundle", "trainer/unet"}, "the engine knows a model only through its bundle"
+
+
+def test_modules_stay_small():
+    long = {}
+    for package in (engine, kernels, trainer):
+        for path in Path(package.__file__).parent.rglob("*.py"):
+            lines = len(path.read_text().splitlines())
+            if lines > 330:
+                long[path.name] = lines
+    assert not long
+
+
+def test_the_command_line_starts_without_torch():
+    code = "import sys, cellseg_batch.engine.cli as c; print([m for m in ('torch', 'openvino') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -1,0 +1,284 @@
+"""The main job from end to end: what is written where, partition invariance, resume after kill -9, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tifffile
+import zarr
+from PIL import Image
+
+from cellseg_batch.engine.journal import Journal
+from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.slide import Slide
+from tests.conftest import blobs, labels_of, write_ome_zarr
+
+
+@pytest.fixture
+def slide(tmp_path):
+    return write_ome_zarr(tmp_path / "slide.zarr", blobs(300, 260), levels=2, channels=[{"label": c} for c in "RGB"])
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_labels_lie_in_place_and_are_listed(tmp_path, segment, version):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(150, 130), version=version)
+    report = segment(path)
+    assert report.status == "done"
+    assert report.slides[0].labels == str(path / "labels" / "cellseg")
+    assert report.slides[0].shape == (150, 130)
+    mask = labels_of(report)
+    assert set(np.unique(mask)) == {0, 1}
+    assert report.slides[0].foreground_fraction == pytest.approx(mask.mean())
+    attributes = dict(zarr.open_group(str(path / "labels"), mode="r").attrs)
+    assert attributes.get("ome", attributes)["labels"] == ["cellseg"]
+    assert labels_of(report, level=1).shape == (75, 65)
+    found = find_images(path)
+    assert [image.name for image in found] == ["a.zarr"], "labels are not images"
+
+
+def test_masks_do_not_depend_on_blocks_workers_or_batches(slide, segment, tmp_path):
+    masks = [
+        labels_of(segment(slide, name=f"n{number}", block=block, workers=workers, batch=batch))
+        for number, (block, workers, batch) in enumerate([(64, 1, 1), (128, 4, 2), (10**6, 2, 3)])
+    ]
+    for mask in masks[1:]:
+        np.testing.assert_array_equal(mask, masks[0])
+
+
+def test_planes_are_segmented_each_on_its_own(tmp_path, segment):
+    image = np.stack([blobs(90, 80, 1, seed)[0] for seed in range(4)]).reshape(2, 1, 2, 90, 80)
+    report = segment(write_ome_zarr(tmp_path / "a.zarr", image, "tczyx", levels=1), probability=True)
+    labels = labels_of(report)
+    assert labels.shape == (2, 2, 90, 80)
+    for t in (0, 1):
+        for z in (0, 1):
+            path = write_ome_zarr(tmp_path / f"{t}{z}.zarr", image[t, :, z], levels=1)
+            np.testing.assert_array_equal(labels_of(segment(path)), labels[t, z])
+    probability = zarr.open_array(str(tmp_path / "a.cellseg.zarr" / "cellseg_probability" / "0"), mode="r")
+    np.testing.assert_array_equal(probability[...] > 127, labels > 0)
+
+
+def test_inputs_that_cannot_hold_labels_get_a_store_beside_them(tmp_path, segment):
+    image = blobs(90, 80)
+    tifffile.imwrite(tmp_path / "t.tif", np.moveaxis(image, 0, -1), photometric="rgb")
+    Image.fromarray(np.moveaxis(image, 0, -1)).save(tmp_path / "p.png")
+    zarr.save_array(str(tmp_path / "z.zarr"), image)
+    report = segment(tmp_path / "t.tif", tmp_path / "p.png", tmp_path / "z.zarr")
+    assert [one.status for one in report.slides] == ["done"] * 3
+    for one, stem in zip(report.slides, "tpz", strict=True):
+        assert one.labels == str(tmp_path / f"{stem}.cellseg.zarr" / "labels" / "cellseg")
+    for index in (1, 2):
+        np.testing.assert_array_equal(labels_of(report, index), labels_of(report, 0))
+    assert len(find_images(tmp_path)) == 3, "what was written is not taken for an image"
+
+
+def test_output_mirrors_the_inputs(tmp_path, segment):
+    source = tmp_path / "in"
+    write_ome_zarr(source / "deep" / "a.zarr", blobs(64, 64))
+    Image.fromarray(blobs(50, 50, 1)[0]).save(source / "b.png")
+    out = tmp_path / "out"
+    report = segment(source, output=out)
+    assert [one.labels for one in report.slides] == [
+        str(out / "in" / "b.png" / "labels" / "cellseg"),
+        str(out / "in" / "deep" / "a.zarr" / "labels" / "cellseg"),
+    ]
+    assert not list(source.rglob("cellseg*"))
+    assert segment(source, output=out).status == "skipped"
+
+
+def test_a_finished_run_is_skipped_and_a_changed_one_refused(slide, segment):
+    segment(slide)
+    again = segment(slide)
+    assert (again.status, again.slides[0].status) == ("skipped", "skipped")
+    assert again.slides[0].foreground_fraction > 0
+    changed = segment(slide, threshold=0.25)
+    assert changed.status == "failed"
+    assert "threshold was 0.5, now 0.25" in changed.slides[0].reason
+    anew = segment(slide, threshold=0.25, overwrite=True)
+    assert anew.slides[0].foreground_fraction > again.slides[0].foreground_fraction
+
+
+def test_foreign_labels_are_never_touched(slide, segment):
+    write_ome_zarr(slide / "labels" / "cellseg", np.ones((300, 260), np.uint8), "yx")
+    report = segment(slide)
+    assert "--overwrite" in report.slides[0].reason
+    assert zarr.open_array(str(slide / "labels" / "cellseg" / "0"), mode="r")[...].all()
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path, tiny_model, segment, watcher):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(900, 900), chunk=128)
+    expected = labels_of(segment(path, name="whole"))
+    arguments = ["--model", tiny_model, "--backend", "torch", "--precision", "fp32", "--tile", 96, "--block", 64]
+    run = [sys.executable, "-m", "cellseg_batch.engine.cli", "run", str(path), "--quiet", *map(str, arguments)]
+    journal = Journal(tmp_path / "a.zarr.cellseg" / "labels" / "cellseg")
+    process = subprocess.Popen(run)
+    while len(journal.numbers("blocks")) < 5:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = journal.numbers("blocks")
+    stamps = {number: os.stat(journal.folder / "blocks" / "0" / f"{number}.json").st_mtime_ns for number in done}
+    assert 5 <= len(done) < len(watcher.plans[0].grid) * 5
+    report = segment(path, block=256)
+    assert report.status == "done"
+    np.testing.assert_array_equal(labels_of(report), expected)
+    after = {number: os.stat(journal.folder / "blocks" / "0" / f"{number}.json").st_mtime_ns for number in done}
+    assert after == stamps, "a finished block was computed twice"
+    assert report.slides[0].pixels < 900 * 900
+
+
+def test_a_damaged_chunk_costs_its_blocks_and_nothing_else(tmp_path, segment):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(300, 300, 1), levels=1)
+    good = write_ome_zarr(tmp_path / "b.zarr", blobs(100, 100, 1), levels=1)
+    expected = labels_of(segment(path, name="whole"))
+    chunk = path / "0" / "c" / "0" / "4" / "4"
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[: len(content) // 2])
+    report = segment(path, good)
+    assert [one.status for one in report.slides] == ["failed", "done"]
+    assert "blocks failed" in report.slides[0].reason
+    chunk.write_bytes(content)
+    mended = segment(path, good)
+    assert [one.status for one in mended.slides] == ["done", "skipped"]
+    np.testing.assert_array_equal(labels_of(mended), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 200), (200, 1), (5, 7), (1, 1)])
+def test_small_and_thin_images_work(tmp_path, segment, shape):
+    report = segment(write_ome_zarr(tmp_path / "a.zarr", blobs(*shape), levels=1))
+    assert labels_of(report).shape == shape
+    assert report.status == "done"
+
+
+def test_nan_pixels_are_counted_once(tmp_path, segment):
+    image = blobs(200, 200, 1).astype(np.float32)
+    image[0, 90:100, 90:110] = np.nan
+    report = segment(write_ome_zarr(tmp_path / "a.zarr", image, levels=1), block=64)
+    assert report.slides[0].missing_pixels == 200
+    assert report.status == "done"
+
+
+def test_two_inputs_never_write_to_one_place(tmp_path, segment):
+    for suffix in ("png", "tif"):
+        Image.fromarray(blobs(40, 40, 1)[0]).save(tmp_path / f"a.{suffix}")
+    report = segment(tmp_path)
+    assert sorted(one.status for one in report.slides) == ["done", "failed"]
+
+
+def test_memory_limit_lowers_what_is_in_flight_or_refuses(slide, segment, watcher):
+    report = segment(slide, max_memory=10**12, block=10**6)
+    assert len(watcher.plans[0].grid) == 1
+    assert report.planned_peak_bytes >= report.peak_rss_bytes * 0.8
+    refused = segment(slide, name="b", max_memory=1000)
+    assert "--max-memory" in refused.slides[0].reason
+
+
+def test_the_report_as_json(slide, command, tiny_model, tmp_path):
+    file = tmp_path / "report.json"
+    code, output = command("run", slide, "--model", tiny_model, "--tile", 96, "--json", file, "--backend", "torch")
+    report = json.loads(file.read_text())
+    assert code == 0, output
+    assert {
+        "status",
+        "seconds",
+        "mpx_per_s",
+        "engine_mpx_per_s",
+        "backend",
+        "precision",
+        "tile",
+        "margin",
+        "batch",
+    } <= {*report}
+    assert {"block", "workers", "peak_rss_bytes", "stages", "slides", "compile_seconds"} <= {*report}
+    assert {"path", "labels", "shape", "level", "pixel_size_um", "blocks", "tiles", "foreground_fraction"} <= {
+        *report["slides"][0]
+    }
+    assert report["stages"]["model"] > 0
+    assert "Mpx/s" in output
+
+
+def test_demo_and_info(tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, output = command("demo", "slides.zarr")
+    assert (code, "histology_he" in output) == (0, True)
+    images = find_images(tmp_path / "slides.zarr")
+    assert len(images) == 5
+    assert all(isinstance(image, Slide) and image.format == "ome-zarr 0.5" for image in images)
+    assert command("demo", "slides.zarr")[0] == 2
+    code, output = command("info", "slides.zarr")
+    assert (code, "RGB" in output) == (0, True)
+
+
+def test_doctor_names_the_backends(command):
+    code, output = command("doctor")
+    assert code == 0
+    assert "openvino" in output
+    assert "torch" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["missing.zarr"], 2, "missing.zarr"),
+        (["empty.zarr"], 2, "image"),
+        (["groups.zarr"], 2, "image"),
+        (["four.zarr"], 1, "--axes"),
+        (["complex.zarr"], 1, "complex64"),
+        (["zero.zarr"], 1, "pixels"),
+        (["json.zarr"], 1, "cannot be read"),
+        (["ok.zarr", "--output", "ok.zarr/out"], 2, "inside"),
+        (["ok.zarr", "--model", "nothing"], 2, "--model nothing"),
+        (["ok.zarr", "--backend", "cuda"], 2, "openvino"),
+        (["ok.zarr", "--backend", "tensorrt"], 2, "tensorrt"),
+        (["ok.zarr", "--precision", "fp64"], 2, "fp32"),
+        (["ok.zarr", "--threshold", "1"], 2, "between 0 and 1"),
+        (["ok.zarr", "--threshold", "nan"], 2, "between 0 and 1"),
+        (["ok.zarr", "--margin", "-16"], 2, "0 px or more"),
+        (["ok.zarr", "--margin", "wide"], 2, "exact"),
+        (["ok.zarr", "--margin", "13"], 2, "--margin 16"),
+        (["ok.zarr", "--level", "9"], 1, "--level 9"),
+        (["ok.zarr", "--channel", "DAPI"], 1, "--channel DAPI"),
+        (["ok.zarr", "--name", "a/b"], 2, "--name"),
+        (["ok.zarr", "--workers", "0"], 2, "--workers"),
+        (["taken.zarr"], 1, "--overwrite"),
+        (["readonly.zarr"], 1, "written"),
+    ],
+)
+def test_bad_input_is_one_line_and_the_right_exit_code(
+    tmp_path, monkeypatch, command, tiny_model, arguments, code, words
+):
+    monkeypatch.chdir(tmp_path)
+    kind = arguments[0].split(".")[0]
+    if kind in ("ok", "json", "taken", "readonly"):
+        write_ome_zarr(tmp_path / arguments[0], blobs(60, 60), levels=1)
+    if kind == "empty":
+        (tmp_path / "empty.zarr").mkdir()
+        zarr.open_group("empty.zarr", mode="w")
+    elif kind == "groups":
+        zarr.open_group("groups.zarr", mode="w").create_group("a").create_group("b")
+    elif kind == "four":
+        zarr.create_array("four.zarr", shape=(2, 3, 9, 9), dtype="uint8")
+    elif kind == "complex":
+        zarr.create_array("complex.zarr", shape=(9, 9), dtype="complex64")
+    elif kind == "zero":
+        zarr.create_array("zero.zarr", shape=(0, 9), dtype="uint8")
+    elif kind == "json":
+        (tmp_path / "json.zarr" / "zarr.json").write_text("{")
+    elif kind == "taken":
+        (tmp_path / "taken.zarr" / "labels" / "cellseg").mkdir(parents=True)
+    elif kind == "readonly":
+        # Root may write anywhere, so the folder is made impossible rather than forbidden.
+        (tmp_path / "readonly.zarr" / "labels").write_text("a file where a group should be")
+    model = [] if "--model" in arguments else ["--model", tiny_model]
+    backend = [] if "--backend" in arguments or "--precision" in arguments else ["--backend", "torch"]
+    tile = ["--tile", 96]
+    found, output = command("run", *arguments, *model, *backend, *tile)
+    assert found == code, output
+    assert words in output
+    assert "Traceback" not in output

@@ -1,0 +1,99 @@
+"""Laws 2 and 3: a tiled result does not depend on blocks or batches, and equals the untiled one."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import maximum_filter1d
+
+from cellseg_batch.engine.backends.torch_backend import TorchBackend
+from cellseg_batch.engine.geometry import fit_lattice, lay_blocks
+from cellseg_batch.engine.normalise import Bounds
+from cellseg_batch.engine.runner import Runner
+from cellseg_batch.engine.stages import StageClock
+from cellseg_batch.trainer.footprint import measure_footprint
+
+
+class Filter:
+    """A stand-in network that sees exactly ``reach`` px to each side and is wrong near a tile's edge."""
+
+    def __init__(self, reach):
+        self.reach = reach
+
+    def __call__(self, batch):
+        grown = batch
+        for axis in (2, 3):
+            grown = maximum_filter1d(grown, 2 * self.reach + 1, axis=axis, mode="constant", cval=1.0)
+        return (0.75 * batch - 0.25 * grown)[:, :1].copy()
+
+
+def run_blocks(image, lattice, block, batch, reach):
+    """The mask of a whole image, block by block."""
+    mask = np.full(image.shape[1:], 9, np.uint8)
+    shape = (batch, 3, *lattice.tile)
+    runner = Runner(Filter(reach), shape, lattice, Bounds(0.0, 255.0), 0.51, False, StageClock())
+    for one in lay_blocks(lattice, block):
+        pixels = image[(slice(None), *one.read_box.slices())]
+        result = runner.segment(pixels, one)
+        mask[one.box.slices()] = result.mask
+        assert result.foreground == result.mask.sum()
+    return mask
+
+
+@given(st.data())
+def test_tiled_equals_untiled_whatever_the_blocks_and_batches(data):
+    stride = data.draw(st.sampled_from([1, 8]), "stride")
+    margin = stride * data.draw(st.integers(0, 3), "margin")
+    tile = 2 * margin + stride * data.draw(st.integers(1, 5), "core")
+    shape = data.draw(st.tuples(st.integers(1, 90), st.integers(1, 90)), "shape")
+    lattice = fit_lattice(shape, tile, margin, stride)
+    if lattice.grid[0] * lattice.grid[1] > 400:
+        lattice = fit_lattice(shape, 16 * stride + 2 * margin, margin, stride)
+    image = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 256, (3, *shape), dtype=np.uint8)
+    padded = np.pad(image, ((0, 0), (margin, margin), (margin, margin)), mode="reflect")
+    untiled = Filter(margin)((padded / np.float32(255)).astype(np.float32)[None])[0, 0]
+    expected = untiled[margin : margin + shape[0], margin : margin + shape[1]]
+    mask = run_blocks(image, lattice, data.draw(st.integers(1, 200)), data.draw(st.integers(1, 5)), margin)
+    # The kernel multiplies by 1/255 where this divides by 255: no pixel away from the threshold may differ.
+    decided = np.abs(expected - np.log(0.51 / 0.49)) > 1e-6
+    np.testing.assert_array_equal(mask[decided], (expected > np.log(0.51 / 0.49))[decided])
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([(64, 1), (200, 2), (999, 3)]))
+def test_masks_are_bit_identical_for_any_partition(height, width, how):
+    lattice = fit_lattice((height, width), 56, 8, 8)
+    image = np.random.default_rng(height).integers(0, 256, (1, height, width), dtype=np.uint8)
+    np.testing.assert_array_equal(
+        run_blocks(image, lattice, *how, reach=20), run_blocks(image, lattice, 1, 1, reach=20)
+    )
+
+
+@settings(max_examples=8)
+@given(st.integers(20, 150), st.integers(20, 150), st.integers(1, 3))
+def test_exact_margin_makes_a_real_network_seamless(tiny_bundle, height, width, cores):
+    card = tiny_bundle.card
+    lattice = fit_lattice((height, width), 2 * card.exact_margin + cores * 16, card.exact_margin, card.total_stride)
+    backend = TorchBackend(tiny_bundle, "fp32", threads=1)
+    image = np.random.default_rng(width).integers(0, 256, (3, height, width), dtype=np.uint8)
+    shape = (1, 3, *lattice.tile)
+    runner = Runner(backend.compile(shape), shape, lattice, Bounds(0, 255), 0.5, False, StageClock())
+    grid = lay_blocks(lattice, 10**6)
+    margin, (rows, columns) = card.exact_margin, lattice.grid
+    reach = [(margin, rows * lattice.core[0] - height + margin), (margin, columns * lattice.core[1] - width + margin)]
+    padded = np.pad(image, ((0, 0), *reach), mode="reflect")[None] * np.float32(1 / 255)
+    untiled = backend.compile(padded.shape)(padded.astype(np.float32))[0, 0]
+    expected = untiled[margin : margin + height, margin : margin + width]
+    tiled = np.empty((height, width), np.float32)
+    for tile in grid[0].tiles:
+        logits = runner.logits(image, grid[0].read_box, [tile])[0, 0]
+        h, w = tile.core.shape
+        tiled[tile.core.slices()] = logits[margin : margin + h, margin : margin + w]
+    np.testing.assert_allclose(tiled, expected, atol=2e-5)
+
+
+def test_footprint_of_known_networks():
+    assert measure_footprint(torch.nn.Conv2d(1, 1, 7, padding=3), 1).exact_margin == 3
+    strided = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 4, 2, 1), torch.nn.ConvTranspose2d(2, 1, 2, 2))
+    footprint = measure_footprint(strided, 1)
+    # An aligned pair of outputs sees the four inputs around it, one on either side.
+    assert (footprint.total_stride, footprint.exact_margin) == (2, 2)
