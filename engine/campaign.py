@@ -18,7 +18,7 @@ from cellseg_batch.engine.backends.choose import choose_backend, make_backend
 from cellseg_batch.engine.errors import CellsegError, OutputError
 from cellseg_batch.engine.geometry import fit_lattice, lay_blocks
 from cellseg_batch.engine.journal import Journal
-from cellseg_batch.engine.memory import block_memory, peak_resident_bytes, resident_bytes
+from cellseg_batch.engine.memory import RUN_OVERHEAD_BYTES, block_memory, peak_resident_bytes, resident_bytes
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.pipeline import Pipeline
 from cellseg_batch.engine.place import place_output, refuse_output_inside
@@ -269,7 +269,7 @@ class _Campaign:
         Raises:
             OutputError: not even one small block at a time does.
         """
-        held = resident_bytes()
+        held = resident_bytes() + RUN_OVERHEAD_BYTES
         limit = self.settings.max_memory
         while True:
             block = block_memory(plan.slide, plan.level.level, len(plan.channels.indices), plan.grid, plan.probability)

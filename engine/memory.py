@@ -14,6 +14,8 @@ from cellseg_batch.engine.slides.slide import Slide
 
 # zarr decodes this many chunks of one read at a time (zarr.config async.concurrency).
 _CHUNKS_IN_FLIGHT = 10
+# What the event loop of zarr, dask, thread stacks and the allocator's slack add to the blocks themselves.
+RUN_OVERHEAD_BYTES = 96 << 20
 
 
 def resident_bytes() -> int:

@@ -25,6 +25,9 @@ from cellseg_batch.trainer.losses import OUTPUTS, segmentation_loss
 from cellseg_batch.trainer.metrics import pixel_score
 from cellseg_batch.trainer.unet import build_network
 
+# The Data Science Bowl images do not record their pixel size; nuclei of 15-40 px across suggest this.
+NOMINAL_PIXEL_SIZE_UM = 0.5
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -164,7 +167,7 @@ def train(data: Path, out: Path, settings: TrainSettings, report: Callable[[Prog
                 exact_margin=footprint.exact_margin,
                 margin=64,
                 threshold=0.5,
-                pixel_size_um=None,
+                pixel_size_um=NOMINAL_PIXEL_SIZE_UM,
                 normalisation=rule,
                 training={"data": data.name, "images": len(train_samples), "step": step + 1, **asdict(settings)},
                 metrics={"val_mean_dice": dice, "val_mean_dice_by_kind": by_kind},

@@ -1,0 +1,126 @@
+"""Metrics against hand-computed cases, targets, augmentation and a short training run."""
+
+import csv
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from skimage.io import imsave
+
+from cellseg_batch.trainer.augment import Augmenter
+from cellseg_batch.trainer.bundle import Normalisation, load_bundle
+from cellseg_batch.trainer.data import Sample, instance_distance, load_samples
+from cellseg_batch.trainer.losses import touching_border
+from cellseg_batch.trainer.metrics import competition_metric, instance_ious, matches, pixel_score
+from cellseg_batch.trainer.train import TrainSettings, learning_rate_at, train
+from cellseg_batch.trainer.unet import build_network
+from tests.conftest import TINY, blobs
+
+
+def test_pixel_score_by_hand():
+    predicted = np.array([[1, 1, 0, 0]], bool)
+    truth = np.array([[1, 0, 1, 0]], bool)
+    assert asdict(pixel_score(predicted, truth)) == pytest.approx({"dice": 0.5, "iou": 1 / 3, "accuracy": 0.5})
+    empty = np.zeros((2, 2), bool)
+    assert pixel_score(empty, empty).dice == 1
+    assert pixel_score(empty, ~empty).dice == 0
+
+
+def test_instance_metrics_by_hand():
+    truth = np.array([[1, 1, 1, 1, 2, 2, 0, 0, 3]])
+    predicted = np.array([[1, 1, 1, 0, 2, 2, 2, 2, 0]])
+    ious = instance_ious(predicted, truth)
+    np.testing.assert_allclose(ious, [[0.75, 0, 0], [0, 0.5, 0]])
+    assert matches(ious, 0.5) == (1, 1, 2)
+    # IoU 0.75 counts at 0.50, 0.55, 0.60, 0.65 and 0.70: five times 1 / (1 + 1 + 2), out of ten.
+    assert competition_metric(ious) == pytest.approx(5 * 0.25 / 10)
+    assert competition_metric(instance_ious(np.zeros((2, 2), int), np.zeros((2, 2), int))) == 1
+
+
+def test_distance_peaks_once_in_each_instance():
+    labels = np.zeros((20, 20), np.int32)
+    labels[2:9, 2:9], labels[2:9, 9:16] = 1, 2
+    distance = instance_distance(labels)
+    assert distance[5, 5] == distance[5, 12] == 1
+    assert distance[5, 8] < 0.5
+    assert distance[5, 9] < 0.5, "touching neighbours are kept apart"
+    assert not distance[labels == 0].any()
+
+
+def test_touching_border_lies_between_neighbours_only():
+    labels = torch.zeros(1, 12, 12, dtype=torch.long)
+    labels[0, 2:8, 1:5], labels[0, 2:8, 5:9] = 1, 2
+    border = touching_border(labels)[0]
+    assert border[4, 4]
+    assert border[4, 5]
+    assert not border[4, 1]
+    assert not touching_border(labels.clamp(max=1)).any()
+
+
+def test_augmentation_moves_image_labels_and_distance_together():
+    labels = np.zeros((80, 100), np.int32)
+    labels[20:60, 30:80] = 1
+    pixels = np.repeat((labels > 0)[..., None], 3, axis=-1).astype(np.float32)
+    sample = Sample("a", "fluo", pixels, labels, instance_distance(labels))
+    augmenter = Augmenter(64, (0.5, 2.0), seed=3)
+    for _ in range(20):
+        warped, ids, distance = augmenter._crop(sample)
+        agree = ((warped[0] > 0.5) == (ids > 0)).float().mean()
+        assert agree > 0.97
+        assert not distance[ids == 0].any()
+    first, second = (Augmenter(64, (0.5, 2.0), seed=5).batch([sample] * 2) for _ in range(2))
+    assert torch.equal(first.pixels, second.pixels), "a seed fixes every draw"
+    assert first.pixels.min() >= 0
+    assert first.pixels.max() <= 1
+
+
+def test_learning_rate_warms_up_stays_and_falls():
+    settings = TrainSettings(steps=2000, learning_rate=1.0)
+    assert learning_rate_at(0, settings) < 0.01
+    assert learning_rate_at(900, settings) == 1
+    assert learning_rate_at(1500, settings) == pytest.approx(0.5)
+    assert learning_rate_at(1999, settings) < 0.001
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Eight small images with instance maps in the layout that the trainer reads."""
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    rows = []
+    for number in range(8):
+        image = blobs(70, 90, 1, seed=number)[0]
+        imsave(tmp_path / "images" / f"{number}.png", image, check_contrast=False)
+        labels = (image > 120).astype(np.uint16)
+        imsave(tmp_path / "labels" / f"{number}.png", labels, check_contrast=False)
+        rows.append({"id": number, "split": "val" if number < 2 else "train", "group": "fluo"})
+    with open(tmp_path / "index.csv", "w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["id", "split", "group"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return tmp_path
+
+
+def test_a_short_training_writes_a_bundle_that_the_engine_runs(dataset, tmp_path, segment):
+    reports = []
+    settings = TrainSettings(name="smoke", width=4, steps=6, batch=2, crop=64, score_every=3)
+    train(dataset, tmp_path / "bundle", settings, reports.append)
+    assert [report.step for report in reports] == [3, 6]
+    bundle = load_bundle(tmp_path / "bundle")
+    assert bundle.card.total_stride == 16
+    assert bundle.card.exact_margin == 96
+    assert all(array.dtype == np.float16 for name, array in bundle.weights.items() if "num_batches" not in name)
+    report = segment(dataset / "images" / "0.png", model=str(tmp_path / "bundle"), tile=256)
+    assert report.status == "done", report.slides[0].reason
+
+
+def test_samples_follow_the_index(dataset):
+    samples = load_samples(dataset, "val", Normalisation())
+    assert [sample.name for sample in samples] == ["0", "1"]
+    assert samples[0].pixels.shape == (70, 90, 3)
+    assert samples[0].pixels.max() == 1
+
+
+def test_networks_keep_the_size_of_their_input():
+    assert build_network(TINY)(torch.zeros(2, 3, 48, 80)).shape == (2, 3, 48, 80)
