@@ -38,7 +38,7 @@ ENGINE_ROOMS = (
     "options",
     "cli",
 )
-TRAINER_ROOMS = ("bundle", "unet", "footprint", "data", "augment", "losses", "metrics", "train")
+TRAINER_ROOMS = ("bundle", "encoders", "unet", "footprint", "data", "augment", "losses", "metrics", "decode", "train")
 
 
 def imports_of(package, prefix):

@@ -12,7 +12,7 @@ from cellseg_batch.engine.campaign import run as run_campaign
 from cellseg_batch.engine.seams import prove_seams
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.trainer.bundle import Normalisation
-from cellseg_batch.trainer.data import load_samples
+from cellseg_batch.trainer.data.dataset import load_dataset
 from cellseg_batch.trainer.metrics import pixel_score
 from tests.conftest import write_ome_zarr
 
@@ -39,7 +39,7 @@ def test_every_real_format_gets_labels_or_a_reason(data_folder, tmp_path, watche
 @pytest.fixture(scope="module")
 def mosaic(data_folder, tmp_path_factory):
     """A 2600 x 2600 slide of real fluorescence images from the val split, as they come."""
-    samples = load_samples(data_folder / "dsb2018", "val", Normalisation())
+    samples = load_dataset(data_folder / "dsb2018", Normalisation(), only=("val",)).splits["val"]
     images = [imread(data_folder / "dsb2018" / "images" / f"{s.name}.png")[..., 0] for s in samples if "fluo" in s.kind]
     slide = np.zeros((1, 2600, 2600), np.uint8)
     y = x = tallest = 0
@@ -67,7 +67,7 @@ def test_default_margin_stays_under_its_bound(mosaic):
 
 
 def test_the_shipped_model_reaches_its_dice(data_folder, tmp_path, watcher):
-    samples = load_samples(data_folder / "dsb2018", "val", Normalisation())
+    samples = load_dataset(data_folder / "dsb2018", Normalisation(), only=("val",)).splits["val"]
     paths = [data_folder / "dsb2018" / "images" / f"{sample.name}.png" for sample in samples]
     report = run_campaign(paths, Settings(output=tmp_path / "out"), watcher)
     scores = [

@@ -10,7 +10,9 @@ from skimage.io import imsave
 
 from cellseg_batch.trainer.augment import Augmenter
 from cellseg_batch.trainer.bundle import Normalisation, load_bundle
-from cellseg_batch.trainer.data import Sample, instance_distance, load_samples
+from cellseg_batch.trainer.data.dataset import load_dataset
+from cellseg_batch.trainer.data.sample import Entry, instance_distance, make_sample
+from cellseg_batch.trainer.encoders import ENCODERS, load_encoder_weights
 from cellseg_batch.trainer.losses import touching_border
 from cellseg_batch.trainer.metrics import competition_metric, instance_ious, matches, pixel_score
 from cellseg_batch.trainer.train import TrainSettings, learning_rate_at, train
@@ -62,7 +64,7 @@ def test_augmentation_moves_image_labels_and_distance_together():
     labels = np.zeros((80, 100), np.int32)
     labels[20:60, 30:80] = 1
     pixels = np.repeat((labels > 0)[..., None], 3, axis=-1).astype(np.float32)
-    sample = Sample("a", "fluo", pixels, labels, instance_distance(labels))
+    sample = make_sample(Entry("a", "fluo", "", lambda: (pixels, labels)), Normalisation("fixed", 0, 1))
     augmenter = Augmenter(64, (0.5, 2.0), seed=3)
     for _ in range(20):
         warped, ids, distance = augmenter._crop(sample)
@@ -116,7 +118,7 @@ def test_a_short_training_writes_a_bundle_that_the_engine_runs(dataset, tmp_path
 
 
 def test_samples_follow_the_index(dataset):
-    samples = load_samples(dataset, "val", Normalisation())
+    samples = load_dataset(dataset, Normalisation()).splits["val"]
     assert [sample.name for sample in samples] == ["0", "1"]
     assert samples[0].pixels.shape == (70, 90, 3)
     assert samples[0].pixels.max() == 1
@@ -124,3 +126,40 @@ def test_samples_follow_the_index(dataset):
 
 def test_networks_keep_the_size_of_their_input():
     assert build_network(TINY)(torch.zeros(2, 3, 48, 80)).shape == (2, 3, 48, 80)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "millions", "stride"),
+    [
+        ({"name": "stem-unet", "width": 32, "depth": 4}, 1.94, 16),
+        ({"name": "unet", "width": 64}, 31.0, 16),
+        ({"name": "unet", "width": 16, "up": "bilinear"}, 1.8, 16),
+        ({"name": "encoder-unet", "encoder": "resnet34"}, 24.4, 32),
+        ({"name": "encoder-unet", "encoder": "mobilenetv2"}, 5.56, 32),
+    ],
+)
+def test_encoders_have_the_published_number_of_parameters():
+    counts = {name: sum(one.numel() for one in encoder().parameters()) for name, encoder in ENCODERS.items()}
+    # torchvision: 21,797,672 and 3,504,872 with their classifiers of 513,000 and 1,281,000.
+    assert counts == {"resnet34": 21_797_672 - 513_000, "mobilenetv2": 3_504_872 - 1_281_000}
+
+
+@pytest.mark.parametrize("name", ["resnet34", "mobilenetv2"])
+def test_encoder_weights_load_from_a_file_of_torchvisions_format(tmp_path, name):
+    donor, encoder = ENCODERS[name](), ENCODERS[name]()
+    classifier = {"fc.weight": torch.zeros(2), "classifier.1.bias": torch.zeros(2)}
+    torch.save({**donor.state_dict(), **classifier}, tmp_path / "w.pth")
+    load_encoder_weights(encoder, name, str(tmp_path / "w.pth"))
+    assert all(torch.equal(value, donor.state_dict()[key]) for key, value in encoder.state_dict().items())
+    with pytest.raises(FileNotFoundError, match="encoder-weights"):
+        load_encoder_weights(encoder, name, str(tmp_path / "missing.pth"))
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(RuntimeError):
+        load_encoder_weights(encoder, name, str(tmp_path / "w.pth"))
+
+
+def test_published_architectures_have_their_size(architecture, millions, stride):
+    network = build_network(architecture).eval()
+    assert sum(one.numel() for one in network.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+    with torch.inference_mode():
+        assert network(torch.zeros(1, 3, 2 * stride, 3 * stride)).shape[-2:] == (2 * stride, 3 * stride)

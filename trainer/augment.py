@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cellseg_batch.trainer.data import Sample
+from cellseg_batch.trainer.data.sample import Sample, normalise
 
 # Optical density of haematoxylin, eosin and their residual (Ruifrok & Johnston 2001).
 _STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
@@ -86,13 +86,16 @@ class Augmenter:
         y, x = centre_y + cos * dy - sin * dx, centre_x + sin * dy + cos * dx
         grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)[None]
 
-        smooth = np.concatenate([sample.pixels, sample.distance[..., None]], axis=-1)
+        smooth = np.concatenate(
+            [normalise(sample.image, sample.bounds), sample.distance[..., None] / np.float32(255)], axis=-1
+        )
         warped = F.grid_sample(
             torch.from_numpy(smooth).permute(2, 0, 1)[None], grid, padding_mode="reflection", align_corners=False
         )[0]
         ids = torch.from_numpy(sample.labels.astype(np.float32))[None, None]
         labels = F.grid_sample(ids, grid, mode="nearest", padding_mode="reflection", align_corners=False)[0, 0]
-        return warped[:3], labels.long(), warped[3] * (labels > 0)
+        pixels = warped[:-1] if len(warped) == 4 else warped[:1].expand(3, -1, -1)
+        return pixels, labels.long(), warped[-1] * (labels > 0)
 
     def _appearance(self, pixels: Tensor, colourful: Tensor) -> Tensor:
         count = len(pixels)
@@ -136,4 +139,4 @@ class Augmenter:
 
 
 def _is_colour(sample: Sample) -> bool:
-    return sample.kind.startswith("tissue")
+    return sample.image.shape[-1] == 3

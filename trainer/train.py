@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from cellseg_batch.trainer.augment import Augmenter
 from cellseg_batch.trainer.bundle import Bundle, Card, Normalisation, save_bundle
-from cellseg_batch.trainer.data import Sample, load_samples
+from cellseg_batch.trainer.data.dataset import load_dataset
+from cellseg_batch.trainer.data.sample import Sample
 from cellseg_batch.trainer.footprint import measure_footprint
 from cellseg_batch.trainer.losses import OUTPUTS, segmentation_loss
 from cellseg_batch.trainer.metrics import pixel_score
@@ -122,8 +123,8 @@ def train(data: Path, out: Path, settings: TrainSettings, report: Callable[[Prog
         FloatingPointError: the loss became NaN; the last bundle written is kept.
     """
     rule = Normalisation()
-    train_samples = load_samples(data, "train", rule)
-    val_samples = load_samples(data, "val", rule)
+    splits = load_dataset(data, rule).splits
+    train_samples, val_samples = splits["train"], splits["val"]
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
     augmenter = Augmenter(settings.crop, settings.zoom, settings.seed + 1)

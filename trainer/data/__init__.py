@@ -1,0 +1,1 @@
+"""Annotated images in the layouts that their publishers use.  Nothing here knows networks or losses."""

@@ -1,0 +1,74 @@
+"""A data set in any of the layouts, split for good: what training and evaluation ask for."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from cellseg_batch.trainer.bundle import Normalisation
+from cellseg_batch.trainer.data.dsb2018 import list_dsb2018
+from cellseg_batch.trainer.data.folder import list_folder
+from cellseg_batch.trainer.data.livecell import list_coco
+from cellseg_batch.trainer.data.sample import Entry, Problem, Sample, make_sample
+
+_VAL_SHARE = 0.15
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples by split, and the images that could not be used.
+
+    Attributes:
+        splits: train, val, test -> samples, in a fixed order.
+        problems: what was skipped, by file and reason.
+    """
+
+    splits: dict[str, list[Sample]]
+    problems: list[Problem]
+
+
+def list_entries(folder: Path) -> list[Entry]:
+    """The annotated images of ``folder``: a folder pair, COCO polygons or Data Science Bowl folders.
+
+    Raises:
+        FileNotFoundError: it is none of these, or there is no such folder.
+        ValueError: an annotation file is damaged.
+    """
+    if (folder / "images").is_dir():
+        pair = (folder / "labels").is_dir() or (folder / "masks").is_dir()
+        return list_folder(folder) if pair else list_coco(folder)
+    entries = list_dsb2018(folder) if folder.is_dir() else []
+    if not entries:
+        raise FileNotFoundError(
+            f"{folder}: expected images/ with labels/, masks/ or a COCO file, or <id>/images with <id>/masks"
+        )
+    return entries
+
+
+def load_dataset(folder: Path, rule: Normalisation, only: tuple[str, ...] = ("train", "val")) -> Dataset:
+    """Read the splits ``only`` of a data set; bad annotations are reported and skipped.
+
+    Images without a split go to train or val by a hash of their name, the same on every machine.
+
+    Raises:
+        FileNotFoundError, ValueError: as `list_entries`, or no image of these splits can be used.
+    """
+    splits: dict[str, list[Sample]] = {split: [] for split in only}
+    problems: list[Problem] = []
+    for entry in list_entries(folder):
+        split = entry.split or _hashed_split(entry.name)
+        if split in splits:
+            try:
+                splits[split].append(make_sample(entry, rule))
+            except (ValueError, OSError) as error:
+                problems.append(Problem(entry.name, str(error)))
+    empty = [split for split, samples in splits.items() if not samples]
+    if empty:
+        raise ValueError(f"{folder}: no usable image in {', '.join(empty)}; {len(problems)} could not be used")
+    return Dataset(splits, problems)
+
+
+def _hashed_split(name: str) -> str:
+    share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) / 2**32
+    return "val" if share < _VAL_SHARE else "train"
