@@ -128,16 +128,6 @@ def test_networks_keep_the_size_of_their_input():
     assert build_network(TINY)(torch.zeros(2, 3, 48, 80)).shape == (2, 3, 48, 80)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "millions", "stride"),
-    [
-        ({"name": "stem-unet", "width": 32, "depth": 4}, 1.94, 16),
-        ({"name": "unet", "width": 64}, 31.0, 16),
-        ({"name": "unet", "width": 16, "up": "bilinear"}, 1.8, 16),
-        ({"name": "encoder-unet", "encoder": "resnet34"}, 24.4, 32),
-        ({"name": "encoder-unet", "encoder": "mobilenetv2"}, 5.56, 32),
-    ],
-)
 def test_encoders_have_the_published_number_of_parameters():
     counts = {name: sum(one.numel() for one in encoder().parameters()) for name, encoder in ENCODERS.items()}
     # torchvision: 21,797,672 and 3,504,872 with their classifiers of 513,000 and 1,281,000.
@@ -158,6 +148,16 @@ def test_encoder_weights_load_from_a_file_of_torchvisions_format(tmp_path, name)
         load_encoder_weights(encoder, name, str(tmp_path / "w.pth"))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "millions", "stride"),
+    [
+        ({"name": "stem-unet", "width": 32, "depth": 4}, 1.94, 16),
+        ({"name": "unet", "width": 64}, 31.0, 16),
+        ({"name": "unet", "width": 16, "up": "bilinear"}, 1.8, 16),
+        ({"name": "encoder-unet", "encoder": "resnet34"}, 24.4, 32),
+        ({"name": "encoder-unet", "encoder": "mobilenetv2"}, 5.56, 32),
+    ],
+)
 def test_published_architectures_have_their_size(architecture, millions, stride):
     network = build_network(architecture).eval()
     assert sum(one.numel() for one in network.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)

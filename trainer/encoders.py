@@ -101,6 +101,7 @@ class MobileNetV2(nn.Module):
     """MobileNetV2 (width 1.0) without its classifier; its last 1x1 convolution included."""
 
     widths = (16, 24, 32, 96, 1280)
+    # Expansion, channels, blocks, stride of the first block: table 2 of the paper.
     _STAGES = (
         (1, 16, 1, 1),
         (6, 24, 2, 2),
