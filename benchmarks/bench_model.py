@@ -6,7 +6,6 @@ python benchmarks/bench_model.py [--tile 1776] [--rounds 7]
 from __future__ import annotations
 
 import argparse
-import os
 
 import numpy as np
 from conditions import interleaved_seconds, median, save
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from cellseg_batch.engine.backends.choose import available_precisions, make_backend
 from cellseg_batch.engine.backends.parity import gate_tiles, measure_parity
+from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.models import load_model
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--tile", type=int, default=1776, help="side in px")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    bundle, threads = load_model("nuclei"), len(os.sched_getaffinity(0))
+    bundle, threads = load_model("nuclei"), cores()
     names = [(name, precision) for name in ("torch", "openvino") for precision in available_precisions(name)]
     backends = {f"{name} {precision}": make_backend(bundle, name, precision, threads) for name, precision in names}
     tiles = gate_tiles(bundle)

@@ -7,18 +7,19 @@ This room decides what happens to a slide (skipped, continued, refused, done); t
 from __future__ import annotations
 
 import logging
-import os
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from cellseg_batch.engine.backends.backend import Backend, CompiledModel, Shape
-from cellseg_batch.engine.backends.choose import choose_backend, make_backend
-from cellseg_batch.engine.errors import CellsegError, OutputError
+from cellseg_batch.engine.backends.backend import Backend, Shape
+from cellseg_batch.engine.engines import Engines
+from cellseg_batch.engine.errors import CellsegError, OutputError, ReadError
 from cellseg_batch.engine.geometry import fit_lattice, lay_blocks
 from cellseg_batch.engine.journal import Journal
-from cellseg_batch.engine.memory import RUN_OVERHEAD_BYTES, block_memory, peak_resident_bytes, resident_bytes
+from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
+from cellseg_batch.engine.memory import RUN_OVERHEAD_BYTES, block_memory
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.pipeline import Pipeline
 from cellseg_batch.engine.place import place_output, refuse_output_inside
@@ -30,7 +31,7 @@ from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.slide import Broken, Slide
 from cellseg_batch.engine.stages import StageClock
-from cellseg_batch.engine.writer import ImageWriter, lay_out, list_label
+from cellseg_batch.engine.writer import ImageWriter, consolidate_again, lay_out, list_label
 from cellseg_batch.trainer.bundle import Bundle
 
 _log = logging.getLogger(__name__)
@@ -42,55 +43,17 @@ class Observer(Protocol):
     def found(self, images: int) -> None:
         """So many images will be processed."""
 
-    def planned(self, plan: SlidePlan, peak_bytes: int, number: int) -> None:
-        """Slide ``number`` is about to start; it will need at most ``peak_bytes`` of host memory."""
+    def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: int) -> None:
+        """Slide ``number`` is about to start.
+
+        It will need at most ``peak_bytes`` of host memory; ``done`` of its pixels are on disk already.
+        """
 
     def advanced(self, pixels: int) -> None:
         """So many more pixels are on disk."""
 
     def ended(self, report: SlideReport) -> None:
         """A slide is done, failed or skipped."""
-
-
-class Engines:
-    """The backends and compiled models of a run, each made once and kept.
-
-    Args:
-        bundle: the model.
-        settings: say which backend, precision and threads.
-    """
-
-    def __init__(self, bundle: Bundle, settings: Settings) -> None:
-        self.bundle = bundle
-        self.seconds = 0.0
-        self._threads = settings.threads or len(os.sched_getaffinity(0))
-        start = time.perf_counter()
-        self.chosen = choose_backend(bundle, settings.backend, settings.precision, self._threads)
-        self.seconds += time.perf_counter() - start
-        self._backends = {(self.chosen.name, self.chosen.precision): self.chosen}
-        self._compiled: tuple[tuple[str, str, Shape], CompiledModel] | None = None
-
-    def backend(self, name: str, precision: str) -> Backend:
-        """A backend by name, for a run that was begun with it.
-
-        Raises:
-            BackendError: it is not to be had here.
-        """
-        start = time.perf_counter()
-        if (name, precision) not in self._backends:
-            self._backends[name, precision] = make_backend(self.bundle, name, precision, self._threads)
-        self.seconds += time.perf_counter() - start
-        return self._backends[name, precision]
-
-    def compiled(self, backend: Backend, shape: Shape) -> CompiledModel:
-        """The model compiled for a batch shape; only the last one is kept, as each holds its own memory."""
-        key = (backend.name, backend.precision, shape)
-        if self._compiled is None or self._compiled[0] != key:
-            start = time.perf_counter()
-            self._compiled = None
-            self._compiled = (key, backend.compile(shape))
-            self.seconds += time.perf_counter() - start
-        return self._compiled[1]
 
 
 def run(inputs: list[Path], settings: Settings, observer: Observer, started: float | None = None) -> RunReport:
@@ -117,6 +80,7 @@ def run(inputs: list[Path], settings: Settings, observer: Observer, started: flo
     campaign = _Campaign(settings, bundle, engines, observer)
     observer.found(len(images))
     slides = [campaign.process(image, number) for number, image in enumerate(images)]
+    campaign.close()
     seconds = time.perf_counter() - started - engines.seconds
     return campaign.report(slides, seconds)
 
@@ -133,6 +97,8 @@ class _Campaign:
         self.taken: dict[Path, str] = {}
         self.largest: SlidePlan | None = None
         self.planned_peak = 0
+        self.workers = 0
+        self.written: set[Path] = set()
         self.warm: set[tuple[Shape, str, str, bool]] = set()
 
     def process(self, image: Slide | Broken, number: int) -> SlideReport:
@@ -151,6 +117,11 @@ class _Campaign:
         self.observer.ended(report)
         return report
 
+    def close(self) -> None:
+        """Bring the consolidated metadata of the stores that have them up to date, once each."""
+        for store in self.written:
+            consolidate_again(store)
+
     def report(self, slides: list[SlideReport], seconds: float) -> RunReport:
         """The report of the whole run."""
         largest = self.largest
@@ -163,7 +134,7 @@ class _Campaign:
             margin=pick_margin(self.settings, self.bundle.card),
             batch=self.settings.batch,
             block=largest.grid.block_shape if largest else (0, 0),
-            workers=self.settings.workers,
+            workers=self.workers,
             peak_rss_bytes=peak_resident_bytes(),
             planned_peak_bytes=self.planned_peak,
             stages=dict(self.clock.seconds),
@@ -172,16 +143,21 @@ class _Campaign:
 
     def _segment(self, slide: Slide, number: int) -> SlideReport:
         place = place_output(slide, self.settings.name, self.settings.output)
-        self._claim(place.labels_folder, slide)
-        plan = plan_slide(slide, place, self.settings, self.bundle.card)
+        folders = [place.labels_folder] + [place.probability_folder] * self.settings.probability
+        for folder in folders:
+            self._claim(folder, slide)
         journal = Journal(place.journal)
-        plan, backend, resumed = self._settle(plan, journal)
-        finished = journal.finished() if resumed else None
+        begun = self._begun(journal, folders)
+        plan = plan_slide(slide, place, self.settings, self.bundle.card, begun)
+        backend, finished = self.engines.chosen, None
+        if begun is not None:
+            backend, finished = self._backend_of(begun), journal.finished()
+            manifest = plan.manifest(self.bundle, backend)
+            plan = adopt_manifest(plan, begun, manifest, finished is not None)
         if finished is not None:
             return self._describe(plan, "skipped", (finished["foreground"], finished["missing"]), "finished before")
-
         with SlideReader(slide, plan.level.level, plan.channels.indices) as reader:
-            return self._carry_out(plan, backend, resumed, journal, reader, number)
+            return self._carry_out(plan, backend, begun is not None, journal, reader, number)
 
     def _carry_out(
         self, plan: SlidePlan, backend: Backend, resumed: bool, journal: Journal, reader: SlideReader, number: int
@@ -189,7 +165,6 @@ class _Campaign:
         place = plan.place
         runner = self._warm_runner(plan, backend, reader)
         plan, workers = self._fit_memory(plan, resumed)
-        self.observer.planned(plan, self.planned_peak, number)
         layout = lay_out(plan.slide, plan.level.level, plan.grid, place.zarr_format)
         labels = ImageWriter(place.store, place.labels, layout)
         probability = ImageWriter(place.companion, place.probability, layout) if plan.probability else None
@@ -201,12 +176,14 @@ class _Campaign:
             journal.record("created", 0, {})
         pipeline = Pipeline(plan, reader, runner, labels, probability, journal, self.clock, self.observer.advanced)
         before = pipeline.pixels_done()
+        self.observer.planned(plan, self.planned_peak, number, before)
         failures = pipeline.run(workers)
         if failures:
             kept = f" [{len(failures)} of {len(plan.grid)} blocks failed; the others are kept]"
             return SlideReport(plan.slide.location, "failed", failures[0].detail + kept * (len(plan.grid) > 1))
         totals = pipeline.totals()
         list_label(place.store, place.labels.rpartition("/")[0], place.name, place.zarr_format)
+        self.written.update(image.store for image in (labels, probability) if image is not None)
         journal.finish({"foreground": totals[0], "missing": totals[1]})
         return replace(self._describe(plan, "done", totals), pixels=plan.pixels - before)
 
@@ -222,33 +199,33 @@ class _Campaign:
                 remedy="run them one by one with different --name or --output",
             )
 
-    def _settle(self, plan: SlidePlan, journal: Journal) -> tuple[SlidePlan, Backend, bool]:
-        """The plan, its backend, and whether it goes on with work that is already there.
+    def _begun(self, journal: Journal, folders: list[Path]) -> dict[str, Any] | None:
+        """The manifest of this run's own earlier work, None when there is nothing to go on with.
 
         Raises:
-            OutputError: labels of that name are there and are not this run's own.
+            OutputError: something of that name is there and is not this run's own.
         """
-        settings, chosen = self.settings, self.engines.chosen
         manifest = journal.manifest()
-        folder = plan.place.labels_folder
-        if settings.overwrite or not folder.exists():
-            return plan, chosen, False
+        there = [folder for folder in folders if folder.exists()]
+        if self.settings.overwrite or not there:
+            return None
         if manifest is None:
             raise OutputError(
-                str(folder),
-                expected="no labels of that name, or this run's own unfinished ones",
-                found="labels without a journal",
-                cause="they were written by something else",
-                remedy="choose another --name, or --overwrite to replace them",
+                str(there[0]),
+                expected="nothing of that name, or this run's own unfinished work",
+                found="an image without a journal",
+                cause="it was written by something else",
+                remedy="choose another --name, or --overwrite to replace it",
             )
-        if not journal.numbers("created"):
-            return plan, chosen, False
-        begun = manifest["backend"]
-        backend = self.engines.backend(
-            begun["name"] if settings.backend == "auto" else chosen.name,
-            begun["precision"] if settings.precision == "auto" else chosen.precision,
+        return manifest if there == folders and journal.numbers("created") else None
+
+    def _backend_of(self, begun: dict[str, Any]) -> Backend:
+        """The backend that an earlier run was begun with, as far as the user did not ask for another one."""
+        settings, chosen, used = self.settings, self.engines.chosen, begun["backend"]
+        return self.engines.backend(
+            used["name"] if settings.backend == "auto" else chosen.name,
+            used["precision"] if settings.precision == "auto" else chosen.precision,
         )
-        return adopt_manifest(plan, manifest, plan.manifest(self.bundle, backend)), backend, True
 
     def _warm_runner(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> Runner:
         """A runner that has segmented one tile, so that everything is compiled and its memory can be seen."""
@@ -256,11 +233,10 @@ class _Campaign:
         arguments = (model, plan.shape, plan.grid.lattice, plan.bounds, plan.threshold, plan.probability)
         kind = (plan.shape, plan.slide.dtype, plan.slide.axes, plan.probability)
         if kind not in self.warm:
-            start = time.perf_counter()
             tile = lay_blocks(plan.grid.lattice, block=1)[0]
-            Runner(*arguments, clock=StageClock()).segment(reader.read(0, tile.read_box), tile)
+            with self.engines.counted(), suppress(ReadError):  # a damaged first chunk costs its block, not the slide
+                Runner(*arguments, clock=StageClock()).segment(reader.read(0, tile.read_box), tile)
             self.warm.add(kind)
-            self.engines.seconds += time.perf_counter() - start
         return Runner(*arguments, clock=self.clock)
 
     def _fit_memory(self, plan: SlidePlan, resumed: bool) -> tuple[SlidePlan, int]:
@@ -269,7 +245,7 @@ class _Campaign:
         Raises:
             OutputError: not even one small block at a time does.
         """
-        held = resident_bytes() + RUN_OVERHEAD_BYTES
+        held = max(resident_bytes() + RUN_OVERHEAD_BYTES, peak_resident_bytes())
         limit = self.settings.max_memory
         while True:
             block = block_memory(plan.slide, plan.level.level, len(plan.channels.indices), plan.grid, plan.probability)
@@ -290,7 +266,8 @@ class _Campaign:
             plan = replace(plan, grid=replace(plan.grid, cores=(-(-rows // 2), -(-columns // 2))))
         if self.largest is None or plan.pixels > self.largest.pixels:
             self.largest = plan
-        self.planned_peak = max(self.planned_peak, need, peak_resident_bytes())
+        self.planned_peak = max(self.planned_peak, need)
+        self.workers = max(self.workers, workers)
         return plan, workers
 
     def _describe(self, plan: SlidePlan, status: str, totals: tuple[int, int], reason: str = "") -> SlideReport:

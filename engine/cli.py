@@ -9,14 +9,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import psutil
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from cellseg_batch.engine import options as o
-from cellseg_batch.engine.errors import CellsegError
+from cellseg_batch.engine.errors import CellsegError, UsageError
 from cellseg_batch.engine.settings import Settings
 
 app = typer.Typer(
@@ -58,7 +59,7 @@ def run(
 ) -> None:
     """Segment every image that SLIDES hold; an unfinished run goes on where it stopped."""
     from cellseg_batch.engine.campaign import run as run_campaign
-    from cellseg_batch.engine.report import print_report
+    from cellseg_batch.engine.report import print_failures, print_report
     from cellseg_batch.engine.screen import Screen
 
     with _plain_errors(debug):
@@ -83,12 +84,13 @@ def run(
             probability=probability,
             overwrite=overwrite,
         )
+        _check_json(json_file)
         with Screen(Console(), verbosity=verbose - quiet) as screen:
             report = run_campaign(slides, settings, screen, started=_process_start())
-        if json_file is not None:
-            json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
-        if not quiet or report.status == "failed":
-            print_report(report, Console(stderr=quiet))
+        print_failures(report, Console(stderr=True))
+        if not quiet:
+            print_report(report, Console())
+        _write_json(json_file, report.to_json())
     raise typer.Exit(report.status == "failed")
 
 
@@ -174,11 +176,11 @@ def verify_seams(
             channel=channel,
             axes=axes,
         )
+        _check_json(json_file)
         report = prove_seams(slide, settings, full, windows)
-        if json_file is not None:
-            json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
         print_seams(report, bound, Console())
-    raise typer.Exit(report.flipped_fraction > bound)
+        _write_json(json_file, report.to_json())
+    raise typer.Exit(not report.holds(bound))
 
 
 @app.command()
@@ -188,6 +190,22 @@ def doctor(debug: o.Debug = False) -> None:
 
     with _plain_errors(debug):
         print_diagnosis(Console())
+
+
+def _check_json(file: Path | None) -> None:
+    """Refuse a report that could not be written, before the work rather than after it."""
+    if file is not None and not file.resolve().parent.is_dir():
+        raise UsageError(
+            f"--json {file}",
+            expected="a file in a folder that exists",
+            found="no such folder",
+            remedy="make the folder first",
+        )
+
+
+def _write_json(file: Path | None, content: dict[str, Any]) -> None:
+    if file is not None:
+        file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _process_start() -> float:
@@ -207,7 +225,7 @@ def _plain_errors(debug: bool) -> Iterator[None]:
     except CellsegError as error:
         if debug:
             raise
-        Console(stderr=True).print(f"[red]error[/red] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(Text.assemble(("error", "red"), f"  {error}"), soft_wrap=True)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; the same command goes on where this one stopped")

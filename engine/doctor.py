@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cellseg_batch.engine.backends.choose import available_precisions
+from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.models import shipped_models
 
 _BACKENDS = {
@@ -24,9 +24,9 @@ _LIBRARIES = ("zarr", "numcodecs", "tifffile", "imagecodecs", "dask", "numba", "
 def print_diagnosis(console: Console) -> None:
     """Print the findings as one table."""
     table = Table("what", "found", "remedy", title=f"cellseg-batch {version('cellseg-batch')}", title_justify="left")
-    cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory()
+    memory = psutil.virtual_memory()
     table.add_row("python", platform.python_version(), "")
-    table.add_row("processor", f"{platform.machine()}, {cores} cores to use", "")
+    table.add_row("processor", f"{platform.machine()}, {cores()} cores to use", "")
     table.add_row("memory", f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free", "")
     for backend, remedy in _BACKENDS.items():
         table.add_row(f"backend {backend}", *_backend(backend, remedy))

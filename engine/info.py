@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cellseg_batch.engine.errors import SlideError
 from cellseg_batch.engine.geometry import fit_lattice, lay_blocks
@@ -33,13 +34,13 @@ def print_images(inputs: list[Path], settings: Settings, console: Console) -> in
             broken.append((image.path, image.reason))
             continue
         try:
-            table.add_row(*_row(image, settings, card))
+            table.add_row(*map(Text, _row(image, settings, card)))
         except SlideError as error:
-            broken.append((image.location, str(error)))
+            broken.append((image.location, error.detail))
     if table.row_count:
         console.print(table)
     for path, reason in broken:
-        console.print(f"[red]broken[/red]  {path}: {reason}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble(("broken", "red"), f"  {path}: {reason}"), soft_wrap=True)
     return len(broken)
 
 

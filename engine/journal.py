@@ -16,14 +16,17 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from cellseg_batch.engine.errors import OutputError
 
 _BUCKET = 1000
 
 
 class Journal:
-    """The journal of one output in ``folder``."""
+    """The journal of one output in ``folder``; every method that writes raises OutputError when it cannot."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -62,22 +65,39 @@ class Journal:
 
     def clear(self) -> None:
         """Forget everything."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.exists():
+            with _writing(self.folder):
+                shutil.rmtree(self.folder)
 
 
 def _load(path: Path) -> dict[str, Any] | None:
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return content
 
 
 def _store(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    with open(partial, "w") as stream:
-        json.dump(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "w") as stream:
+            json.dump(content, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            str(path),
+            expected="a journal that can be written",
+            found=f"{type(error).__name__}: {error.strerror}",
+            cause="a read-only folder or a full disk",
+            remedy="make room or rights, or choose another --output; finished blocks are kept",
+        ) from error

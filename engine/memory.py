@@ -1,13 +1,11 @@
-"""Host memory: what the process holds, and what a plan will need at most."""
+"""What a plan will need of host memory at most."""
 
 from __future__ import annotations
 
-import resource
-import sys
+import math
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 
 from cellseg_batch.engine.geometry import BlockGrid
 from cellseg_batch.engine.slides.slide import Slide
@@ -16,17 +14,6 @@ from cellseg_batch.engine.slides.slide import Slide
 _CHUNKS_IN_FLIGHT = 10
 # What the event loop of zarr, dask, thread stacks and the allocator's slack add to the blocks themselves.
 RUN_OVERHEAD_BYTES = 96 << 20
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process now."""
-    return int(psutil.Process().memory_info().rss)
-
-
-def peak_resident_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @dataclass(frozen=True)
@@ -50,10 +37,12 @@ class BlockMemory:
 def block_memory(slide: Slide, level: int, channels: int, grid: BlockGrid, probability: bool) -> BlockMemory:
     """What a block of ``grid`` holds while it is read, computed and written."""
     itemsize = np.dtype(slide.dtype).itemsize
-    height, width = slide.plane_shape(level)
-    block_h, block_w = grid.block_shape
-    read = min(block_h + 2 * grid.lattice.margin, height) * min(block_w + 2 * grid.lattice.margin, width)
-    chunk = int(np.prod(slide.levels[level].chunks)) * itemsize
-    written = block_h * block_w * (2 if probability else 1)
+    sides = {"c": channels}
+    for axis, length, block in zip("yx", grid.lattice.shape, grid.block_shape, strict=True):
+        sides[axis] = min(block + 2 * grid.lattice.margin, length)
+    chunk = dict(zip(slide.axes, slide.levels[level].chunks, strict=True))
+    touched = math.prod(1 + math.ceil((side - 1) / chunk.get(axis, 1)) for axis, side in sides.items())
+    decoding = min(_CHUNKS_IN_FLIGHT, touched) * math.prod(chunk.values()) * itemsize
+    written = math.prod(grid.block_shape) * (2 if probability else 1)
     # The encoder holds its input, the chunks that it cut out of it and the shard that it builds.
-    return BlockMemory(pixels=read * channels * itemsize + _CHUNKS_IN_FLIGHT * chunk, output=3 * written)
+    return BlockMemory(pixels=math.prod(sides.values()) * itemsize + decoding, output=3 * written)

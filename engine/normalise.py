@@ -6,20 +6,23 @@ that the cost does not grow with the slide and the same slide always gives the s
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.trainer.bundle import Normalisation
 
 _ENOUGH_PIXELS = 1 << 20
-_WHOLE_PLANES_LIMIT = 1 << 22
-_WINDOW = 256
-_WINDOWS_PER_AXIS = 12
+_MOST_VALUES = 1 << 22
+_WINDOW = 128
 _PLANES = 8
 
 
@@ -40,18 +43,33 @@ def settle_bounds(slide: Slide, channels: tuple[int, ...], level: int, rule: Nor
     """The bounds of a slide by the model card's rule, the same for all channels and planes.
 
     Raises:
-        ReadError: the sampled pixels cannot be read.
+        ReadError: none of the sampled pixels can be read.
     """
     if rule.rule == "fixed":
         return Bounds(rule.low, rule.high)
     sampled = _sampling_level(slide, level)
-    height, width = slide.plane_shape(sampled)
     count = slide.planes(sampled)
-    planes = sorted({round(i * (count - 1) / max(1, min(count, _PLANES) - 1)) for i in range(min(count, _PLANES))})
-    boxes = _sample_boxes(height, width, _WHOLE_PLANES_LIMIT // len(planes))
+    planes = sorted({round(i) for i in np.linspace(0, count - 1, min(count, _PLANES))})
+    boxes = _sample_boxes(*slide.plane_shape(sampled), most=_MOST_VALUES // (len(planes) * len(channels)))
     with SlideReader(slide, sampled, channels) as reader:
-        pixels = [_finite(reader.read(plane, box)) for plane in planes for box in boxes]
+        pixels = [part for plane, box in product(planes, boxes) for part in _readable(reader, plane, box)]
+        if not pixels:
+            reader.read(planes[0], boxes[0])  # says what is wrong
     return Bounds(*rule.bounds_of(np.concatenate(pixels)))
+
+
+def _readable(reader: SlideReader, plane: int, box: Box) -> Iterator[NDArray[np.float32]]:
+    """Finite pixels of ``box``, quarter by quarter where it is damaged: a bad chunk costs its block, not the slide."""
+    try:
+        yield _finite(reader.read(plane, box))
+    except ReadError:
+        height, width = box.shape
+        if max(height, width) > _WINDOW // 2:
+            middle_y, middle_x = box.y0 + (height + 1) // 2, box.x0 + (width + 1) // 2
+            for y0, y1 in ((box.y0, middle_y), (middle_y, box.y1)):
+                for x0, x1 in ((box.x0, middle_x), (middle_x, box.x1)):
+                    if y0 < y1 and x0 < x1:
+                        yield from _readable(reader, plane, Box(y0, x0, y1, x1))
 
 
 def _sampling_level(slide: Slide, level: int) -> int:
@@ -60,14 +78,13 @@ def _sampling_level(slide: Slide, level: int) -> int:
     return max(enough, default=level)
 
 
-def _sample_boxes(height: int, width: int, limit: int) -> list[Box]:
-    if height * width <= limit:
+def _sample_boxes(height: int, width: int, most: int) -> list[Box]:
+    """A whole plane of up to ``most`` px, or windows that are spread evenly over a larger one."""
+    if height * width <= most:
         return [Box(0, 0, height, width)]
-    corners = [
-        sorted({round(i * max(0, length - _WINDOW) / (_WINDOWS_PER_AXIS - 1)) for i in range(_WINDOWS_PER_AXIS)})
-        for length in (height, width)
-    ]
-    return [Box(y, x, min(y + _WINDOW, height), min(x + _WINDOW, width)) for y in corners[0] for x in corners[1]]
+    count = max(2, math.isqrt(most // _WINDOW**2))
+    starts = [sorted({round(i) for i in np.linspace(0, max(0, n - _WINDOW), count)}) for n in (height, width)]
+    return [Box(y, x, min(y + _WINDOW, height), min(x + _WINDOW, width)) for y, x in product(*starts)]
 
 
 def _finite(pixels: NDArray[np.generic]) -> NDArray[np.float32]:

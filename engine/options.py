@@ -57,7 +57,7 @@ Margin = Annotated[
         "--margin",
         parser=_margin,
         metavar="N|exact",
-        help="Context cut from each side of a tile, in px.",
+        help="Context cut from each side of a tile, in px; default: the model's.",
         rich_help_panel=_SHAPE,
     ),
 ]
@@ -89,7 +89,8 @@ Channel = Annotated[
     ),
 ]
 Axes = Annotated[
-    str | None, typer.Option("--axes", help="Axes of plain zarr arrays, e.g. czyx.", rich_help_panel=_SLIDE)
+    str | None,
+    typer.Option("--axes", help="Axes of arrays that do not name theirs, e.g. czyx.", rich_help_panel=_SLIDE),
 ]
 Probability = Annotated[
     bool, typer.Option("--probability", help="Also write the probability as an image.", rich_help_panel=_OUTPUT)

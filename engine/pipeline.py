@@ -54,7 +54,6 @@ class Pipeline:
     def run(self, workers: int) -> list[SlideError]:
         """Segment every block that is not on disk yet, then build the pyramid; what failed comes back."""
         done = self.journal.numbers(_BLOCKS)
-        self.on_pixels(self.pixels_done())
         waiting = (self.plan.grid[index] for index in range(len(self.plan.grid)) if index not in done)
         failures = [error for error in run_tasks(self.segment_block, waiting, workers) if error is not None]
         if not failures:

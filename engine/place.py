@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cellseg_batch.engine.errors import UsageError
+from cellseg_batch.engine.errors import OutputError, UsageError
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, OUTPUT_SUFFIX
+from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, zarr_root
 from cellseg_batch.engine.slides.slide import Slide
 
 
@@ -51,13 +52,22 @@ class Place:
         return "/".join(part for part in (self.image, f"{self.name}_probability") if part)
 
     @property
+    def probability_folder(self) -> Path:
+        """The probability image on disk."""
+        return self.companion / self.probability
+
+    @property
     def journal(self) -> Path:
         """Folder of the journal, beside the store: a foreign folder inside it would trouble readers."""
         return self.store.with_name(self.store.name + JOURNAL_SUFFIX) / self.labels
 
 
 def place_output(slide: Slide, name: str, output: Path | None) -> Place:
-    """Where the output of ``slide`` goes."""
+    """Where the output of ``slide`` goes.
+
+    Raises:
+        OutputError: ``output`` would mirror the input onto itself.
+    """
     zarr_format: Literal[2, 3] = 2 if slide.format == "ome-zarr 0.4" else 3
     beside = slide.store.with_name(slide.store.stem + OUTPUT_SUFFIX)
     if output is None:
@@ -65,15 +75,22 @@ def place_output(slide: Slide, name: str, output: Path | None) -> Place:
             return Place(slide.store, slide.path, name, zarr_format, "../../", beside)
         return Place(beside, slide.path, name, zarr_format, None, beside)
     below = f"/{slide.path}"
-    if slide.path and slide.name.endswith(below):
+    if not slide.path:
+        root, image = slide.name, ""
+    elif slide.name.endswith(below):
         root, image = slide.name.removesuffix(below), slide.path
     else:  # the input is a group deep inside its store
         root, _, image = slide.name.partition("/")
     store = output.resolve() / root
-    place = Place(store, image, name, zarr_format, None, store)
-    if not slide.holds_labels:
-        return place
-    source = os.path.relpath(slide.location, place.labels_folder)
+    if store == slide.store or slide.store in store.parents or store in slide.store.parents:
+        raise OutputError(
+            str(store),
+            expected="a place apart from the input",
+            found=f"the input {slide.store} itself",
+            cause=f"--output {output} is the folder that the input lies in",
+            remedy="choose another folder, or leave --output out to write labels in place",
+        )
+    source = os.path.relpath(slide.location, store / image / "labels" / name) if slide.holds_labels else None
     return Place(store, image, name, zarr_format, source, store)
 
 
@@ -86,7 +103,8 @@ def refuse_output_inside(output: Path | None, inputs: list[Path]) -> None:
     if output is None:
         return
     for path in inputs:
-        if output.resolve().is_relative_to(path.resolve()):
+        root = zarr_root(path.resolve())[0] if is_zarr_node(path) else path.resolve()
+        if output.resolve().is_relative_to(root):
             raise UsageError(
                 f"--output {output}",
                 expected="a folder outside every input",

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from cellseg_batch.engine.backends.backend import Backend, Shape
-from cellseg_batch.engine.errors import OutputError
+from cellseg_batch.engine.errors import OutputError, SlideError
 from cellseg_batch.engine.geometry import BlockGrid, fit_lattice, lay_blocks
 from cellseg_batch.engine.normalise import Bounds, settle_bounds
 from cellseg_batch.engine.place import Place
@@ -20,8 +20,9 @@ from cellseg_batch.engine.slides.choice import ChannelChoice, LevelChoice, choos
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.trainer.bundle import Bundle, Card
 
-# Fields of a manifest that do not change a pixel: an unfinished run keeps its own blocks, whatever is asked now.
-_FREE = ("blocks", "software")
+# Fields of a manifest that a later run need not repeat: blocks and bounds are taken over from it, a store may be
+# moved, and libraries other than the backend's do not decide a pixel.
+_FREE = ("location", "blocks", "normalisation", "software")
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class SlidePlan:
         """What decides the output, as plain JSON values."""
         slide, lattice = self.slide, self.grid.lattice
         return {
+            "location": slide.location,
             "slide": {
-                "location": slide.location,
                 "dtype": slide.dtype,
                 "axes": slide.axes,
                 "level": self.level.level,
@@ -92,16 +93,35 @@ def pick_margin(settings: Settings, card: Card) -> int:
     return card.exact_margin if settings.margin == "exact" else int(settings.margin)
 
 
-def plan_slide(slide: Slide, place: Place, settings: Settings, card: Card) -> SlidePlan:
+def plan_slide(
+    slide: Slide, place: Place, settings: Settings, card: Card, begun: dict[str, Any] | None = None
+) -> SlidePlan:
     """Settle level, channels, lattice, blocks and normalisation of a slide.
 
+    Args:
+        slide: the image.
+        place: where its output goes.
+        settings: what was asked for.
+        card: of the model.
+        begun: manifest of an unfinished run of this slide, whose normalisation is kept.
+
     Raises:
-        SlideError: the slide has no such level or channel, or its pixels cannot be read.
+        SlideError: the slide has no such level or channel, or the model does not take it, or it cannot be read.
         UsageError: tile and margin do not go together.
     """
     level = choose_level(slide, settings.level, settings.pixel_size, card.pixel_size_um)
     channels = choose_channels(slide, settings.channel)
-    bounds = settle_bounds(slide, channels.indices, level.level, card.normalisation)
+    if len(channels.indices) not in (1, card.channels):
+        raise SlideError(
+            slide.location,
+            expected=f"an image of 1 or {card.channels} channels for the model {card.name}",
+            found=f"{len(channels.indices)} ({channels.reason})",
+            remedy="choose one with --channel",
+        )
+    if begun is not None:
+        bounds = Bounds(**begun["normalisation"])
+    else:
+        bounds = settle_bounds(slide, channels.indices, level.level, card.normalisation)
     margin = pick_margin(settings, card)
     lattice = fit_lattice(slide.plane_shape(level.level), settings.tile, margin, card.total_stride)
     return SlidePlan(
@@ -117,12 +137,20 @@ def plan_slide(slide: Slide, place: Place, settings: Settings, card: Card) -> Sl
     )
 
 
-def adopt_manifest(plan: SlidePlan, started: dict[str, Any], manifest: dict[str, Any]) -> SlidePlan:
+def adopt_manifest(plan: SlidePlan, started: dict[str, Any], manifest: dict[str, Any], finished: bool) -> SlidePlan:
     """The plan of a run that goes on with what ``started`` has begun: the same pixels, its blocks.
+
+    Args:
+        plan: of this run.
+        started: manifest of the earlier run.
+        manifest: of this run.
+        finished: nothing is left to compute, so the backend's version does not matter.
 
     Raises:
         OutputError: the two would not give the same pixels.
     """
+    if finished:
+        manifest = {**manifest, "backend": {**manifest["backend"], "version": started["backend"]["version"]}}
     changed = [
         f"{field} was {_brief(started.get(field))}, now {_brief(value)}"
         for field, value in manifest.items()

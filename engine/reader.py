@@ -44,7 +44,7 @@ class SlideReader:
             self._array.store.close()
 
     def read(self, plane: int, box: Box) -> NDArray[Any]:
-        """Pixels of ``box`` in t/z plane number ``plane``: (C, h, w), any memory layout, the slide's own dtype.
+        """Pixels of ``box`` in t/z plane number ``plane``: (C, h, w) in any memory layout.
 
         Raises:
             ReadError: a chunk is missing its data, damaged or of an unknown codec.
@@ -61,6 +61,7 @@ class SlideReader:
             raise _unreadable(
                 self.slide, f"plane {plane}, rows {box.y0}-{box.y1}, columns {box.x0}-{box.x1}", error
             ) from error
+        pixels = _computable(pixels)
         kept = [axis for axis in axes if axis in "cyx"]
         if "c" not in kept:
             return pixels.transpose([kept.index(axis) for axis in "yx"])[None]
@@ -69,6 +70,14 @@ class SlideReader:
     def _plane_index(self, plane: int) -> tuple[int, ...]:
         grid = self.slide.plane_grid(self.level)
         return tuple(int(i) for i in np.unravel_index(plane, grid)) if grid else ()
+
+
+def _computable(pixels: NDArray[Any]) -> NDArray[Any]:
+    """The pixels in a type that kernels are compiled for: native byte order, floats of 32 or 64 bits."""
+    kind, size = pixels.dtype.kind, pixels.dtype.itemsize
+    if kind == "f" and size not in (4, 8):
+        return pixels.astype(np.float32 if size < 4 else np.float64)
+    return pixels if pixels.dtype.isnative else pixels.astype(pixels.dtype.newbyteorder("="))
 
 
 def _open_level(slide: Slide, level: int) -> Any:

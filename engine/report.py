@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 _MEGA = 1e6
 
@@ -103,13 +104,18 @@ class RunReport:
         return {"status": self.status, **rates, **content, "slides": slides}
 
 
-def print_report(report: RunReport, console: Console) -> None:
-    """Print the summary: failures by name, then the figures of the run."""
+def print_failures(report: RunReport, console: Console) -> None:
+    """Print each image that failed, by name, and what else a user should know of."""
     for slide in report.slides:
         if slide.status == "failed":
-            console.print(f"[red]failed[/red]  {slide.path}: {slide.reason}", highlight=False, soft_wrap=True)
+            console.print(Text.assemble(("failed", "red"), f"  {slide.path}: {slide.reason}"), soft_wrap=True)
         elif slide.missing_pixels:
-            console.print(f"[yellow]note[/yellow]    {slide.path}: {slide.missing_pixels} NaN pixels taken as 0")
+            note = f"  {slide.path}: {slide.missing_pixels} NaN pixels taken as 0"
+            console.print(Text.assemble(("note", "yellow"), note), soft_wrap=True)
+
+
+def print_report(report: RunReport, console: Console) -> None:
+    """Print the figures of the run."""
     counts = {state: sum(slide.status == state for slide in report.slides) for state in ("done", "skipped", "failed")}
     table = Table(title=f"cellseg-batch run: {report.status}", show_header=False, title_justify="left")
     table.add_column()
@@ -130,7 +136,7 @@ def print_report(report: RunReport, console: Console) -> None:
         ),
         ("labels", _where(report.slides)),
     ):
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     console.print(table)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -30,14 +31,14 @@ class Screen:
 
     Args:
         console: where to write.
-        verbosity: -1 is silent, 0 describes each slide of a short list, 1 each slide.
+        verbosity: -1 is silent, 0 describes the first few slides, 1 each slide.
     """
 
     def __init__(self, console: Console, verbosity: int) -> None:
         self.console = console
         self._verbosity = verbosity
         self._images = 0
-        self._started = 0
+        self._described = 0
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -64,11 +65,15 @@ class Screen:
         """So many images will be processed."""
         self._images = images
 
-    def planned(self, plan: SlidePlan, peak_bytes: int, number: int) -> None:
+    def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: int) -> None:
         """A slide is about to start."""
-        self._bar.reset(self._task, total=plan.pixels, description=f"{number + 1}/{self._images} {plan.slide.name}")
-        if self._verbosity >= 1 or (self._verbosity == 0 and self._images <= _FEW_IMAGES):
-            self.console.print(describe(plan, peak_bytes), highlight=False, soft_wrap=True)
+        name = escape(f"{number + 1}/{self._images} {plan.slide.name}")
+        self._bar.reset(self._task, total=plan.pixels, completed=done, description=name)
+        self._described += 1
+        if self._verbosity >= 1 or (self._verbosity == 0 and self._described <= _FEW_IMAGES):
+            self.console.print(Text(describe(plan, peak_bytes)), soft_wrap=True)
+        elif self._verbosity == 0 and self._described == _FEW_IMAGES + 1:
+            self.console.print("... (-v describes every image)")
 
     def advanced(self, pixels: int) -> None:
         """So many more pixels are on disk."""
@@ -78,7 +83,7 @@ class Screen:
         """A slide is done, failed or skipped."""
         if self._verbosity >= 1:
             reason = f" ({report.reason})" if report.reason else ""
-            self.console.print(f"{report.status}: {report.path}{reason}", highlight=False, soft_wrap=True)
+            self.console.print(Text(f"{report.status}: {report.path}{reason}"), soft_wrap=True)
 
 
 def describe(plan: SlidePlan, peak_bytes: int) -> str:

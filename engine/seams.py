@@ -6,7 +6,6 @@ what the network would say if the whole slide fitted into one tile.
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -21,6 +20,7 @@ from cellseg_batch.engine.backends.backend import Backend
 from cellseg_batch.engine.backends.choose import choose_backend
 from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Box, Lattice, Tile, source_box
+from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.place import place_output
 from cellseg_batch.engine.plan import SlidePlan, plan_slide
@@ -61,6 +61,10 @@ class SeamReport:
     tile: tuple[int, int]
     margin: int
     cost: float
+
+    def holds(self, bound: float) -> bool:
+        """Whether at most a share of ``bound`` flips; logits that are NaN prove nothing."""
+        return self.flipped_fraction <= bound and bool(np.isfinite(self.max_dp))
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -107,8 +111,7 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
     if isinstance(slide, Broken):
         raise ReadError(slide.path, expected="an image", found=slide.reason, remedy="choose another slide")
     bundle = load_model(settings.model)
-    threads = settings.threads or len(os.sched_getaffinity(0))
-    backend = choose_backend(bundle, settings.backend, settings.precision, threads)
+    backend = choose_backend(bundle, settings.backend, settings.precision, settings.threads or cores())
     plan = plan_slide(slide, place_output(slide, settings.name, None), settings, bundle.card)
     threshold = logit_threshold(plan.threshold)
     windows = seam_windows(plan, full, most)
@@ -133,7 +136,7 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
 
 def print_seams(report: SeamReport, bound: float, console: Console) -> None:
     """Print the figures and the verdict."""
-    verdict = "holds" if report.flipped_fraction <= bound else "does NOT hold"
+    verdict = "holds" if report.holds(bound) else "does NOT hold"
     console.print(
         f"seams of {report.backend} {report.precision}, tile {report.tile[0]} x {report.tile[1]}, margin "
         f"{report.margin} px ({report.cost:.2f} px computed per px), in {report.windows} windows:\n"

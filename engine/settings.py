@@ -46,7 +46,7 @@ class Settings:
     backend: str = "auto"
     precision: str = "auto"
     threshold: float | None = None
-    tile: int = 2048
+    tile: int = 1792
     margin: int | str | None = None
     batch: int = 1
     block: int = 4096

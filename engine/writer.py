@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.geometry import BlockGrid, Box, chunk_side
+from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
 from cellseg_batch.engine.slides.slide import Level, Slide
 
 _MASK_COLOUR = [255, 64, 160, 160]
@@ -105,10 +107,6 @@ class ImageWriter:
         """The image's group on disk."""
         return self.store / self.path
 
-    def exists(self) -> bool:
-        """Whether something is there already."""
-        return self.folder.exists()
-
     def create(self, source: str | None, is_label: bool) -> None:
         """Make the groups, empty arrays and metadata, in place of whatever was there.
 
@@ -123,10 +121,12 @@ class ImageWriter:
         with _writing(self.folder):
             if self.folder.exists():
                 shutil.rmtree(self.folder)
-            group = zarr.open_group(str(self.store), mode="a", zarr_format=layout.zarr_format)
+            group = zarr.open_group(str(self.store), mode="a", zarr_format=layout.zarr_format, use_consolidated=False)
             group = group.require_group(self.path)
             for level, shape in enumerate(layout.shapes):
                 _create_array(group, str(level), shape, layout, level)
+            if not is_label:
+                group.attrs[OUTPUT_MARK] = "probability"
             group.attrs.update(_image_metadata(layout, self.path.rsplit("/", 1)[-1], source, is_label))
 
     def write(self, level: int, plane: int, box: Box, pixels: NDArray[np.uint8]) -> None:
@@ -195,13 +195,26 @@ def list_label(store: Path, labels: str, name: str, zarr_format: int) -> None:
         OutputError: the store cannot be written.
     """
     with _writing(store / labels):
-        group = zarr.open_group(str(store), path=labels, mode="r+")
+        group = zarr.open_group(str(store), path=labels, mode="r+", use_consolidated=False)
         metadata: dict[str, Any] = dict(group.attrs)
         holder = metadata.get("ome", {"version": "0.5"}) if zarr_format == 3 else metadata
         listed = list(holder.get("labels", []))
         if name not in listed:
             holder["labels"] = [*listed, name]
             group.attrs.update({"ome": holder} if zarr_format == 3 else holder)
+
+
+def consolidate_again(store: Path) -> None:
+    """Bring a store's consolidated metadata up to date, if it has any: readers see nothing else.
+
+    Raises:
+        OutputError: the store cannot be written.
+    """
+    with _writing(store), warnings.catch_warnings():
+        # zarr warns that consolidated metadata are no part of format 3; this store has chosen to have them.
+        warnings.simplefilter("ignore")
+        if zarr.open_group(str(store), mode="r").metadata.consolidated_metadata is not None:
+            zarr.consolidate_metadata(str(store))
 
 
 def _create_array(group: zarr.Group, name: str, shape: tuple[int, ...], layout: Layout, level: int) -> None:

@@ -86,7 +86,7 @@ class Watcher:
     def found(self, images):
         self.images = images
 
-    def planned(self, plan, peak_bytes, number):
+    def planned(self, plan, peak_bytes, number, done):
         self.plans.append(plan)
 
     def advanced(self, pixels):
@@ -106,8 +106,9 @@ def segment(tiny_model, watcher):
     """Run the engine in this process, with the small network in torch fp32 unless told otherwise."""
 
     def call(*inputs, **changes):
-        given = {"model": str(tiny_model), "backend": "torch", "precision": "fp32", "tile": 96, "block": 128, **changes}
-        return run_campaign(list(inputs), Settings(**given), watcher)
+        # One thread: on tiles this small a second one only waits for the first, the longer the busier the machine.
+        usual = {"model": str(tiny_model), "backend": "torch", "precision": "fp32", "threads": 1}
+        return run_campaign(list(inputs), Settings(**{**usual, "tile": 96, "block": 128, **changes}), watcher)
 
     return call
 
@@ -128,11 +129,13 @@ def command():
 def blobs(height, width, channels=3, seed=0):
     """A uint8 image (C, H, W) of smooth bright blobs on a dark ground."""
     rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
     image = np.zeros((height, width))
     for _ in range(max(1, height * width // 400)):
         centre_y, centre_x, radius = rng.uniform(0, height), rng.uniform(0, width), rng.uniform(3, 8)
-        image = np.maximum(image, np.exp(-((y - centre_y) ** 2 + (x - centre_x) ** 2) / radius**2))
+        around = np.s_[max(0, int(centre_y) - 24) : int(centre_y) + 25, max(0, int(centre_x) - 24) : int(centre_x) + 25]
+        y, x = np.ogrid[around[0].start : around[0].start + 49, around[1].start : around[1].start + 49]
+        blob = np.exp(-((y - centre_y) ** 2 + (x - centre_x) ** 2) / radius**2)
+        image[around] = np.maximum(image[around], blob[: image[around].shape[0], : image[around].shape[1]])
     noise = rng.normal(0, 6, (channels, height, width))
     return np.clip(20 + 200 * image[None] + noise, 0, 255).astype(np.uint8)
 

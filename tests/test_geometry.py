@@ -91,7 +91,7 @@ def test_a_chunk_divides_its_core(core):
 
 
 def test_small_fields_are_one_core():
-    lattice = fit_lattice((1080, 1080), tile=2048, margin=64, total_stride=16)
+    lattice = fit_lattice((1080, 1080), tile=1792, margin=64, total_stride=16)
     assert (lattice.core, lattice.grid) == ((1088, 1088), (1, 1))
 
 

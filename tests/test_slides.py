@@ -1,6 +1,8 @@
 """What images a path holds, and that a box read from any of them is the right one."""
 
 import json
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.slides.choice import choose_channels, choose_level
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.slide import Broken
+from cellseg_batch.kernels.gather import gather
 from cellseg_batch.trainer.bundle import Normalisation
 from tests.conftest import fill_ome_zarr, write_ome_zarr
 
@@ -37,7 +40,7 @@ def only(path, **options):
 
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
-@pytest.mark.parametrize("axes", ["yx", "cyx", "zyx", "czyx", "tczyx", "tyx"])
+@pytest.mark.parametrize("axes", ["yx", "xy", "cyx", "zyx", "czyx", "tczyx", "tyx", "ztcyx", "zyxt"])
 def test_ome_zarr_pixels_are_where_they_belong(tmp_path, version, axes):
     shape = tuple({"t": 2, "c": 3, "z": 2, "y": 7, "x": 9}[axis] for axis in axes)
     path = write_ome_zarr(tmp_path / "a.zarr", coordinates(axes, shape), axes, version, levels=1, chunk=4)
@@ -49,6 +52,74 @@ def test_ome_zarr_pixels_are_where_they_belong(tmp_path, version, axes):
         y, x = np.mgrid[2:6, 3:9]
         np.testing.assert_array_equal(read(slide, 0, (channel,), plane, Box(2, 3, 6, 9))[0], base + 10 * y + x)
     assert slide.format == f"ome-zarr {version}"
+
+
+@pytest.mark.parametrize("dtype", [">u2", ">f4", "<f2", "int8", "bool"])
+def test_unusual_types_of_number_reach_the_kernels(tmp_path, dtype):
+    array = zarr.create_array(str(tmp_path / "a.zarr"), shape=(20, 30), dtype=dtype, zarr_format=2)
+    array[...] = coordinates("yx", (20, 30)).astype(dtype)
+    got = read(only(tmp_path / "a.zarr"), 0, (0,), 0, Box(0, 0, 20, 30))
+    assert got.dtype.isnative
+    assert got.dtype.itemsize in (1, 2, 4, 8)
+    np.testing.assert_array_equal(got[0], coordinates("yx", (20, 30)).astype(dtype))
+    gather(got, np.zeros((1, 4), int), np.zeros((1, 4), int), 0.0, 1.0, np.empty((1, 1, 4, 4), np.float32))
+
+
+def test_axes_given_for_a_tiff_that_does_not_name_them(tmp_path):
+    pixels = coordinates("zyx", (9, 40, 30))
+    tifffile.imwrite(tmp_path / "s.tif", pixels)
+    assert "--axes" in only(tmp_path / "s.tif").reason
+    slide = only(tmp_path / "s.tif", axes="zyx")
+    np.testing.assert_array_equal(read(slide, 0, (0,), 7, Box(0, 0, 40, 30))[0], pixels[7])
+
+
+def test_sixteen_bit_rgb_tiffs_are_rgb(tmp_path):
+    tifffile.imwrite(tmp_path / "s.tif", coordinates("yxc", (40, 30, 3)), photometric="rgb")
+    assert only(tmp_path / "s.tif").rgb
+
+
+def test_levels_without_transformations_lie_by_their_shapes(tmp_path):
+    path = write_ome_zarr(tmp_path / "a.zarr", coordinates("cyx", (1, 64, 64)), levels=3)
+    metadata = json.loads((path / "zarr.json").read_text())
+    for dataset in metadata["attributes"]["ome"]["multiscales"][0]["datasets"]:
+        del dataset["coordinateTransformations"]
+    (path / "zarr.json").write_text(json.dumps(metadata))
+    assert [level.scale for level in only(path).levels] == [(1, 1, 1), (1, 2, 2), (1, 4, 4)]
+
+
+@pytest.mark.parametrize("unit", ["micrometer", "µm", "um", "micron"])
+def test_spellings_of_micrometre(tmp_path, unit):
+    path = write_ome_zarr(tmp_path / "a.zarr", coordinates("cyx", (1, 16, 16)), um=0.25)
+    (path / "zarr.json").write_text((path / "zarr.json").read_text().replace("micrometer", unit))
+    assert only(path).pixel_size_um(0) == 0.25
+    assert only(path).units == (None, "micrometer", "micrometer")
+
+
+def test_one_dimensional_and_text_arrays_are_no_images(tmp_path):
+    group = zarr.open_group(str(tmp_path / "g.zarr"), mode="w")
+    group.create_array("table", shape=(9,), dtype="float32")
+    group.create_array("image", shape=(9, 9), dtype="uint8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        group.create_array("words", shape=(2, 2), dtype=str)
+    image, words = find_images(tmp_path / "g.zarr")
+    assert image.path == "image"
+    assert "boolean pixels" in words.reason
+
+
+def test_a_folder_that_cannot_be_listed_is_reported(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    Image.fromarray(np.zeros((4, 4), "uint8")).save(tmp_path / "a.png")
+    listing = Path.iterdir
+
+    def refuse(path):
+        if path.name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return listing(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    slide, locked = find_images(tmp_path)
+    assert (slide.name, locked.reason.split(":")[0]) == (f"{tmp_path.name}/a.png", "the folder cannot be listed")
 
 
 def test_sharded_and_interleaved_arrays_read_the_same(tmp_path):
@@ -246,6 +317,13 @@ def test_bounds_come_from_the_whole_slide_and_pass_over_nan(tmp_path):
     bounds = settle_bounds(slide, (0,), 0, Normalisation("percentile", 1, 99))
     assert (bounds.low, bounds.high) == (10, 30)
     assert settle_bounds(slide, (0,), 0, Normalisation("fixed", 5, 6)).high == 6
+
+
+def test_a_few_bright_pixels_on_a_ground_of_one_value_are_not_lost(tmp_path):
+    pixels = np.zeros((1, 512, 512), np.uint16)
+    pixels[0, :12, :12] = 9000
+    slide = only(write_ome_zarr(tmp_path / "a.zarr", pixels, levels=1))
+    assert settle_bounds(slide, (0,), 0, Normalisation()).high == 9000
 
 
 def test_large_slides_without_a_pyramid_are_sampled_evenly(tmp_path):

@@ -33,11 +33,17 @@ class Normalisation:
     low: float = 0.1
     high: float = 99.9
 
+    def __post_init__(self) -> None:
+        if self.rule not in ("percentile", "fixed"):
+            raise ValueError(f"normalisation is percentile or fixed, not {self.rule!r}")
+
     def bounds_of(self, pixels: NDArray[Any]) -> tuple[float, float]:
         """The pixel values that become 0 and 1, from a sample of the slide's finite pixels (any shape)."""
         if self.rule == "fixed" or pixels.size == 0:
             return (self.low, self.high) if self.rule == "fixed" else (0.0, 1.0)
         low, high = np.percentile(pixels, (self.low, self.high))
+        if high <= low:  # a few bright pixels on a ground of one value
+            low, high = pixels.min(), pixels.max()
         return float(low), float(high)
 
 
@@ -78,7 +84,7 @@ class Card:
         """Parse a card.
 
         Raises:
-            ValueError: it is not JSON, or a field is missing, unknown or of the wrong kind.
+            ValueError: it is not JSON, or a field is missing or unknown.
         """
         try:
             fields = json.loads(text)
@@ -137,4 +143,5 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
         for name, array in bundle.weights.items()
     }
     save_file(halved, folder / WEIGHTS_FILE)
+    (folder / WEIGHTS_FILE).chmod(0o644)  # the library writes for its owner alone
     (folder / CARD_FILE).write_text(json.dumps(asdict(bundle.card), indent=2) + "\n")

@@ -115,11 +115,25 @@ def mean_dice(network: nn.Module, samples: list[Sample], total_stride: int) -> t
     return float(np.mean(every)), {kind: float(np.mean(scores)) for kind, scores in sorted(by_kind.items())}
 
 
-def train(data: Path, out: Path, settings: TrainSettings, report: Callable[[Progress], None]) -> Bundle:
+def train(
+    data: Path,
+    out: Path,
+    settings: TrainSettings,
+    report: Callable[[Progress], None],
+    fine_tune: Bundle | None = None,
+) -> Bundle:
     """Train on the train split of ``data`` and write the averaged weights to ``out`` at every score.
+
+    Args:
+        data: the annotated images.
+        out: folder of the bundle.
+        settings: the recipe.
+        report: told at every score.
+        fine_tune: start from this bundle's weights, which must be of the recipe's architecture.
 
     Raises:
         FileNotFoundError, ValueError: the data cannot be read.
+        RuntimeError: the bundle to start from is of another architecture.
         FloatingPointError: the loss became NaN; the last bundle written is kept.
     """
     rule = Normalisation()
@@ -130,7 +144,12 @@ def train(data: Path, out: Path, settings: TrainSettings, report: Callable[[Prog
     augmenter = Augmenter(settings.crop, settings.zoom, settings.seed + 1)
 
     architecture = {"name": "stem-unet", "in_channels": 3, "outputs": len(OUTPUTS), "width": settings.width, "depth": 4}
-    network = build_network(architecture).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = build_network(architecture)
+    if fine_tune is not None:
+        network.load_state_dict(
+            {name: torch.from_numpy(value) for name, value in fine_tune.weights.items()}, strict=True
+        )
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     footprint = measure_footprint(build_network(architecture), in_channels=3)
     averaged = copy.deepcopy(network)
     optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)

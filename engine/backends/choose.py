@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 from collections.abc import Iterator
 
 from cellseg_batch.engine.backends.backend import Backend
 from cellseg_batch.engine.backends.parity import FLIPPED_LIMIT, gate_tiles, measure_parity
-from cellseg_batch.engine.errors import BackendError
+from cellseg_batch.engine.errors import BackendError, CellsegError
 from cellseg_batch.trainer.bundle import Bundle
 
-# Fastest first, as measured on the shipped network (benchmarks/README.md).
+_log = logging.getLogger(__name__)
+
+# Fastest first, as measured on the shipped network (benchmarks/results/model.json).
 _RANKING = (("openvino", "bf16"), ("openvino", "fp32"), ("torch", "bf16"), ("torch", "fp32"))
 _REFERENCE = ("torch", "fp32")
 
 
 def available_precisions(backend: str) -> tuple[str, ...]:
     """The precisions that a backend offers on this machine; () when it is not installed or not supported."""
-    if importlib.util.find_spec(backend) is None:
-        return ()
-    if backend == "openvino":
-        from cellseg_batch.engine.backends.openvino_backend import supported_precisions
+    try:
+        if backend == "openvino":
+            from cellseg_batch.engine.backends.openvino_backend import supported_precisions
 
-        return supported_precisions()
-    if backend == "torch":
-        from cellseg_batch.engine.backends.torch_backend import PRECISIONS
+            return supported_precisions()
+        if backend == "torch":
+            from cellseg_batch.engine.backends.torch_backend import PRECISIONS
 
-        return PRECISIONS
+            return PRECISIONS
+    except Exception:  # a library that is missing or half installed fails in its own way; doctor shows how
+        _log.debug("%s is not available", backend, exc_info=True)
     return ()
 
 
@@ -63,7 +66,14 @@ def choose_backend(bundle: Bundle, backend: str, precision: str, threads: int) -
     refused: list[str] = []
     reference: Backend | None = None
     for name, level in _candidates(backend, precision):
-        candidate = make_backend(bundle, name, level, threads)
+        try:
+            candidate = make_backend(bundle, name, level, threads)
+        except CellsegError:
+            raise
+        except Exception as error:  # a network that this library cannot take; another one may
+            _log.debug("%s %s cannot run the model", name, level, exc_info=True)
+            refused.append(f"{name} {level} cannot run the model ({type(error).__name__}: {error})")
+            continue
         if (name, level) == _REFERENCE:
             return candidate
         reference = reference or make_backend(bundle, *_REFERENCE, threads)
@@ -75,7 +85,7 @@ def choose_backend(bundle: Bundle, backend: str, precision: str, threads: int) -
         f"--backend {backend} --precision {precision}",
         expected="a backend that is installed and agrees with torch fp32",
         found="; ".join(refused) or "none that offers this here",
-        remedy="see cellseg-batch doctor, or use --precision fp32",
+        remedy="see cellseg-batch doctor, or leave --backend and --precision to auto",
     )
 
 

@@ -73,7 +73,7 @@ def choose_channels(slide: Slide, channel: str | None) -> ChannelChoice:
     if channel is not None:
         if channel.isdecimal() and int(channel) < count:
             return ChannelChoice((int(channel),), "asked for")
-        if channel.lower() in names:
+        if channel.lower() in names[:count]:
             return ChannelChoice((names.index(channel.lower()),), "asked for")
         listed = ", ".join(slide.channels) if slide.channels else "no names"
         raise SlideError(

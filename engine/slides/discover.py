@@ -6,10 +6,10 @@ one bad file among many costs nothing but itself.  What earlier runs wrote is ne
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from cellseg_batch.engine.errors import CellsegError, NoImageError
 from cellseg_batch.engine.slides.ome_zarr import find_in_zarr, is_zarr_node, zarr_root
@@ -19,6 +19,7 @@ from cellseg_batch.engine.slides.tiff import TIFF_SUFFIXES, open_tiff
 
 # Microscopy formats that people will try; each is named in the report instead of being passed over in silence.
 _FOREIGN_SUFFIXES = (".dcm", ".czi", ".nd2", ".lif", ".mrxs", ".vsi", ".oib", ".oif", ".ims", ".h5", ".jp2")
+_NUMBERS = re.compile(r"bool|u?int\d+|float\d+")
 OUTPUT_SUFFIX = ".cellseg.zarr"
 JOURNAL_SUFFIX = ".cellseg"
 
@@ -28,7 +29,7 @@ def find_images(path: Path, axes: str | None = None) -> list[Slide | Broken]:
 
     Args:
         path: a file, a zarr store, a group inside one, or a folder of any of these.
-        axes: order of the axes of plain zarr arrays, such as ``cyx``.
+        axes: order of the axes of plain zarr arrays and of TIFFs that do not name them, such as ``cyx``.
 
     Raises:
         NoImageError: the path does not exist or holds nothing that could be an image.
@@ -56,13 +57,18 @@ def _visit(path: Path, name: str, axes: str | None) -> Iterator[Slide | Broken]:
             root, inside = zarr_root(path)
             yield from find_in_zarr(root, inside, name, axes)
         else:
-            for child in sorted(path.iterdir()):
+            try:
+                children = sorted(path.iterdir())
+            except OSError as error:
+                yield Broken(name, str(path), f"the folder cannot be listed: {error.strerror}")
+                return
+            for child in children:
                 if not child.name.startswith(".") and not child.name.endswith((OUTPUT_SUFFIX, JOURNAL_SUFFIX)):
                     yield from _visit(child, f"{name}/{child.name}", axes)
         return
     suffix = path.suffix.lower()
     if suffix in TIFF_SUFFIXES:
-        yield from _guarded(path, name, open_tiff)
+        yield from _guarded(path, name, partial(open_tiff, axes=axes))
     elif suffix in PICTURE_SUFFIXES:
         yield from _guarded(path, name, open_picture)
     elif suffix in _FOREIGN_SUFFIXES:
@@ -75,7 +81,7 @@ def _usable(image: Slide | Broken) -> Slide | Broken:
     """The image itself, or why none can be segmented that is like it."""
     if isinstance(image, Broken):
         return image
-    if np.dtype(image.dtype).kind not in "uifb":
+    if not _NUMBERS.fullmatch(image.dtype):
         reason = f"expected integer, floating point or boolean pixels, found {image.dtype}; convert the image"
         return Broken(image.name, image.location, reason)
     empty = [level.shape for level in image.levels if 0 in level.shape]

@@ -13,8 +13,12 @@ from typing import Any
 import zarr
 
 from cellseg_batch.engine.errors import CellsegError, ReadError
-from cellseg_batch.engine.slides.slide import AXES, Broken, Level, Slide
+from cellseg_batch.engine.slides.slide import AXES, Broken, Level, Slide, fits_axes
 
+# What people write for the specification's "micrometer".
+_UNIT_NAMES = dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometre"), "micrometer")
+# An attribute of what this program writes and is neither an image nor a label.
+OUTPUT_MARK = "cellseg-batch-output"
 _NODE_FILES = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
 
 
@@ -37,10 +41,11 @@ def find_in_zarr(store: Path, path: str, name: str, axes: str | None) -> Iterato
     try:
         node = zarr.open(str(store), path=path, mode="r")
         if isinstance(node, zarr.Array):
-            yield _plain_array(node, store, path, name, axes)
+            if node.ndim >= 2:
+                yield _plain_array(node, store, path, name, axes)
             return
         metadata = _ome_metadata(node)
-        if "image-label" in metadata:
+        if "image-label" in metadata or OUTPUT_MARK in node.attrs:
             return
         if "multiscales" in metadata:
             yield _multiscale(node, metadata, store, path, name)
@@ -96,7 +101,9 @@ def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: s
         if array.ndim != len(axes):
             raise _not_an_image(location, f"{len(axes)} axes as its metadata say", f"an array of shape {array.shape}")
         dtype = dtype or array.dtype.name
-        scale, translation = _placement(dataset, multiscale, len(axes))
+        # Before 0.4 there were no transformations, and the shapes alone say how levels lie on each other.
+        shrink = [a / b for a, b in zip(levels[0].shape if levels else array.shape, array.shape, strict=True)]
+        scale, translation = _placement(dataset, multiscale, shrink)
         levels.append(Level(str(dataset["path"]), array.shape, array.chunks, scale, translation))
     if not levels:
         listed = ", ".join(str(dataset["path"]) for dataset in multiscale["datasets"])
@@ -125,16 +132,17 @@ def _axes_of(multiscale: dict[str, Any], location: str) -> tuple[str, tuple[str 
     # Version 0.3 wrote axes as plain names.
     entries = [{"name": axis} if isinstance(axis, str) else axis for axis in listed]
     axes = "".join(str(axis["name"]).lower() for axis in entries)
-    if sorted(set(axes)) != sorted(axes) or not set("yx") <= set(axes) <= set(AXES):
+    if not fits_axes(axes, len(axes)):
         raise _not_an_image(location, "axes out of t, c, z, y, x with y and x among them", repr(axes))
-    return axes, tuple(axis.get("unit") for axis in entries)
+    return axes, tuple(_UNIT_NAMES.get(str(axis.get("unit")), axis.get("unit")) for axis in entries)
 
 
 def _placement(
-    dataset: dict[str, Any], multiscale: dict[str, Any], ndim: int
+    dataset: dict[str, Any], multiscale: dict[str, Any], shrink: list[float]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(scale, translation) of a level: the dataset's transformations, then the whole image's."""
-    scale, translation = [1.0] * ndim, [0.0] * ndim
+    scale = [1.0] * len(shrink) if "coordinateTransformations" in dataset else shrink
+    translation = [0.0] * len(shrink)
     for holder in (dataset, multiscale):
         for step in holder.get("coordinateTransformations", ()):
             if step.get("type") == "scale":
@@ -160,8 +168,8 @@ def _is_rgb(count: int, dtype: str, channels: tuple[str, ...]) -> bool:
 
 def _plain_array(array: zarr.Array[Any], store: Path, path: str, name: str, axes: str | None) -> Slide:
     location = str(store / path)
-    axes = axes or _named_axes(array) or _guess_axes(array.shape)
-    if axes is None or len(axes) != array.ndim or not set("yx") <= set(axes) <= set(AXES):
+    axes = (axes or "").lower() or _named_axes(array) or _guess_axes(array.shape)
+    if axes is None or not fits_axes(axes, array.ndim):
         raise ReadError(
             location,
             expected="a 2-D array, a 3-D one with one short axis for the channels, or --axes that fit",

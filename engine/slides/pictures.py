@@ -12,6 +12,8 @@ from PIL import Image
 from cellseg_batch.engine.slides.slide import Level, Slide
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+# Pillow refuses pictures above 179 Mpx as a possible attack; a slide may be larger.
+Image.MAX_IMAGE_PIXELS = 1 << 30
 _MODES_KEPT = {"L": "uint8", "RGB": "uint8", "RGBA": "uint8", "I;16": "uint16", "F": "float32", "I": "int32"}
 
 

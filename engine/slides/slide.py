@@ -9,6 +9,11 @@ from pathlib import Path
 AXES = "tczyx"
 
 
+def fits_axes(axes: str, ndim: int) -> bool:
+    """Whether ``axes`` names ``ndim`` different axes out of t, c, z, y, x, with y and x among them."""
+    return len(axes) == len(set(axes)) == ndim and set("yx") <= set(axes) <= set(AXES)
+
+
 @dataclass(frozen=True)
 class Level:
     """One resolution of a slide.
@@ -70,8 +75,8 @@ class Slide:
 
     @property
     def plane_axes(self) -> str:
-        """The axes that are segmented plane by plane: t and z, as far as there are any."""
-        return "".join(axis for axis in self.axes if axis in "tz")
+        """The axes that are segmented plane by plane: t and z, as far as there are any, in this order."""
+        return "".join(axis for axis in "tz" if axis in self.axes)
 
     def extent(self, axis: str, level: int) -> int:
         """Length of an axis in pixels at a level, 1 if the image does not have it."""

@@ -9,16 +9,22 @@ import tifffile
 import zarr
 
 from cellseg_batch.engine.errors import ReadError
-from cellseg_batch.engine.slides.slide import AXES, Level, Slide
+from cellseg_batch.engine.slides.slide import Level, Slide, fits_axes
 
 TIFF_SUFFIXES = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif", ".qptiff")
 # tifffile's own letters: S samples, I images in a sequence, Q an axis that it cannot name.
 _AXIS_OF = {"S": "c", "C": "c", "Y": "y", "X": "x", "Z": "z", "T": "t", "I": "t"}
 _CENTIMETRE, _INCH = 3, 2
+_UM_PER_OME_UNIT = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
 
 
-def open_tiff(path: Path, name: str) -> list[Slide]:
+def open_tiff(path: Path, name: str, axes: str | None = None) -> list[Slide]:
     """The images of a TIFF file: every series of an OME-TIFF, else the main one (thumbnails are not slides).
+
+    Args:
+        path: of the file.
+        name: of the image, or of all of them.
+        axes: for files that do not name theirs.
 
     Raises:
         ReadError: an axis cannot be named.
@@ -28,21 +34,22 @@ def open_tiff(path: Path, name: str) -> list[Slide]:
         series = list(enumerate(tiff.series)) if tiff.is_ome else list(enumerate(tiff.series))[:1]
         several = len(series) > 1
         return [
-            _slide(tiff, number, path, f"{name}/{number}" if several else name, str(number) if several else "")
+            _slide(tiff, number, path, f"{name}/{number}" if several else name, str(number) if several else "", axes)
             for number, _ in series
         ]
 
 
-def _slide(tiff: tifffile.TiffFile, number: int, path: Path, name: str, inside: str) -> Slide:
+def _slide(tiff: tifffile.TiffFile, number: int, path: Path, name: str, inside: str, given: str | None) -> Slide:
     series = tiff.series[number]
     axes = "".join(_AXIS_OF.get(letter, "?") for letter in series.axes)
-    if len(set(axes)) != len(axes) or not set("yx") <= set(axes) <= set(AXES):
+    axes = given if "?" in axes and given else axes
+    if not fits_axes(axes, series.ndim):
         raise ReadError(
             str(path),
             expected="axes out of time, channel, z, y, x",
             found=f"{series.axes} of shape {series.shape}",
             cause="a TIFF without metadata about its axes",
-            remedy="convert it to OME-TIFF or OME-Zarr, which name them",
+            remedy="name them, for example --axes zyx",
         )
     pixel_size = _pixel_size_um(tiff, number)
     levels = []
@@ -52,9 +59,10 @@ def _slide(tiff: tifffile.TiffFile, number: int, path: Path, name: str, inside: 
         scale = tuple(size if axis in "yx" else 1.0 for axis in axes)
         page = level.keyframe
         chunk = {"y": page.chunks[0], "x": page.chunks[1]} if len(page.chunks) >= 2 else {}
+        chunk["c"] = page.samplesperpixel if "S" in series.axes else 1
         chunks = tuple(chunk.get(axis, 1) for axis in axes)
         levels.append(Level(str(index), tuple(level.shape), chunks, scale, (0.0,) * len(axes)))
-    rgb = "S" in series.axes and series.keyframe.samplesperpixel >= 3 and series.dtype.name == "uint8"
+    rgb = "S" in series.axes and series.keyframe.samplesperpixel >= 3
     units = tuple("micrometer" if pixel_size and axis in "yx" else None for axis in axes)
     return Slide(
         name=name,
@@ -85,9 +93,8 @@ def _pixel_size_um(tiff: tifffile.TiffFile, number: int) -> float | None:
         return float(found) if found else None
     if tiff.is_ome:
         pixels = _ome_pixels(tiff, number)
-        if pixels.get("PhysicalSizeXUnit", "µm") in ("µm", "um") and "PhysicalSizeX" in pixels:
-            return float(pixels["PhysicalSizeX"])
-        return None
+        factor = _UM_PER_OME_UNIT.get(pixels.get("PhysicalSizeXUnit", "µm"))
+        return float(pixels["PhysicalSizeX"]) * factor if factor and "PhysicalSizeX" in pixels else None
     resolution, unit = page.tags.get("XResolution"), page.tags.get("ResolutionUnit")
     if resolution is None or unit is None or not resolution.value[0]:
         return None
@@ -96,8 +103,8 @@ def _pixel_size_um(tiff: tifffile.TiffFile, number: int) -> float | None:
     if um_per_unit is None:
         return None
     size = um_per_unit / pixels_per_unit
-    # 72 and 96 dpi are what programs write when they know nothing; no microscope has pixels above 100 µm.
-    return size if size < 100 else None
+    # 72, 96 and 300 dpi are what programs write when they know nothing; no slide has pixels of 84 µm and more.
+    return size if size < 20 else None
 
 
 def _ome_pixels(tiff: tifffile.TiffFile, number: int) -> dict[str, Any]:
