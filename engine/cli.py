@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from cellseg_batch.engine import IMPORTED_AT
 from cellseg_batch.engine import options as o
 from cellseg_batch.engine.errors import CellsegError, UsageError
 from cellseg_batch.engine.settings import Settings
@@ -86,7 +85,7 @@ def run(
         )
         _check_json(json_file)
         with Screen(Console(), verbosity=verbose - quiet) as screen:
-            report = run_campaign(slides, settings, screen, started=_process_start())
+            report = run_campaign(slides, settings, screen, started=IMPORTED_AT)
         print_failures(report, Console(stderr=True))
         if not quiet:
             print_report(report, Console())
@@ -206,12 +205,6 @@ def _check_json(file: Path | None) -> None:
 def _write_json(file: Path | None, content: dict[str, Any]) -> None:
     if file is not None:
         file.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _process_start() -> float:
-    """When this process began, on the clock of ``time.perf_counter``: imports are part of what a user waits for."""
-    age = time.time() - float(psutil.Process().create_time())
-    return time.perf_counter() - age
 
 
 @contextmanager
