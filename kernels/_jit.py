@@ -1,8 +1,14 @@
-"""The one place that configures Numba: compiled once, cached on disk where a cache can be written."""
+"""The one place that configures Numba: compiled once, cached on disk where a cache can be written.
+
+The cache lies in the user's cache folder, not beside the code: there it would outlive ``pip uninstall`` and hide the
+next installation.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
@@ -10,10 +16,22 @@ import numba
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def _prepare_cache() -> bool:
+    """Choose the cache folder, the user's own NUMBA_CACHE_DIR first; whether it can be written."""
+    if not numba.config.CACHE_DIR:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        numba.config.CACHE_DIR = str(base / "cellseg-batch")
+    try:
+        Path(numba.config.CACHE_DIR).mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(numba.config.CACHE_DIR, os.W_OK)
+
+
+_CACHE = _prepare_cache()
+
+
 def jit(function: Function) -> Function:
     """Compile ``function``, releasing the interpreter lock while it runs, without reordered arithmetic."""
-    try:
-        compiled: Function = numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache folder is writable
-        compiled = numba.njit(nogil=True)(function)
+    compiled: Function = numba.njit(nogil=True, cache=_CACHE)(function)
     return compiled

@@ -1,6 +1,9 @@
 """The fused kernels against the plain references that define them."""
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -88,3 +91,23 @@ def test_a_padded_batch_writes_nothing_for_its_padding():
 def test_logit_threshold_inverts_the_sigmoid():
     assert logit_threshold(0.5) == 0
     assert 1 / (1 + math.exp(-logit_threshold(0.2))) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_compiled_kernels_are_cached_away_from_the_code(tmp_path, writable):
+    """Beside the code they would outlive an uninstall and hide the next installation."""
+    cache = tmp_path / "cache"
+    if not writable:
+        cache.write_text("a file where the folder should be")
+    code = (
+        "import numpy as np; from cellseg_batch.kernels import stitch;"
+        "stitch.stitch_mask(np.ones((1, 1, 4, 4), 'f4'), np.array([[0, 0, 0, 0, 4, 4]]), 0.0, np.zeros((4, 4), 'u1'));"
+        "print(stitch.stitch_numba.stitch_mask._cache.cache_path if WRITABLE else 'worked')"
+    ).replace("WRITABLE", str(writable))
+    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_CACHE_DIR"}
+    environment["XDG_CACHE_HOME"] = str(cache)
+    output = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert output.startswith(str(cache)) if writable else output == "worked"
+    assert bool(list(cache.rglob("*.nbi"))) == writable
