@@ -15,6 +15,10 @@ A message is one line: what was expected, what was found, the likely cause, the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class CellsegError(Exception):
     """An error with everything a user needs to act on it, on one line.
@@ -69,3 +73,20 @@ class ComputeError(SlideError):
 
 class OutputError(SlideError):
     """A slide's labels cannot be written."""
+
+
+@contextmanager
+def writing_to(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever goes wrong while ``what`` is written to ``path`` into an OutputError."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except Exception as error:  # a store can fail in any way that its library knows
+        raise OutputError(
+            str(path),
+            expected=f"{what} that can be written",
+            found=f"{type(error).__name__}: {error}",
+            cause="a read-only folder or a full disk",
+            remedy="make room or rights, or choose another --output; finished blocks are kept",
+        ) from error

@@ -16,11 +16,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cellseg_batch.engine.errors import OutputError
+from cellseg_batch.engine.errors import writing_to
 
 _BUCKET = 1000
 
@@ -66,7 +65,7 @@ class Journal:
     def clear(self) -> None:
         """Forget everything."""
         if self.folder.exists():
-            with _writing(self.folder):
+            with writing_to(self.folder, "a journal"):
                 shutil.rmtree(self.folder)
 
 
@@ -80,24 +79,10 @@ def _load(path: Path) -> dict[str, Any] | None:
 
 def _store(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    with _writing(path):
+    with writing_to(path, "a journal"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "w") as stream:
             json.dump(content, stream)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            str(path),
-            expected="a journal that can be written",
-            found=f"{type(error).__name__}: {error.strerror}",
-            cause="a read-only folder or a full disk",
-            remedy="make room or rights, or choose another --output; finished blocks are kept",
-        ) from error

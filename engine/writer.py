@@ -11,7 +11,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from yaozarrs import v04, v05
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from cellseg_batch.engine.errors import OutputError
+from cellseg_batch.engine.errors import writing_to
 from cellseg_batch.engine.geometry import BlockGrid, Box, chunk_side
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
 from cellseg_batch.engine.slides.slide import Level, Slide
@@ -118,7 +117,7 @@ class ImageWriter:
             OutputError: the store cannot be written.
         """
         layout = self.layout
-        with _writing(self.folder):
+        with writing_to(self.folder, "a store"):
             if self.folder.exists():
                 shutil.rmtree(self.folder)
             group = zarr.open_group(str(self.store), mode="a", zarr_format=layout.zarr_format, use_consolidated=False)
@@ -135,7 +134,7 @@ class ImageWriter:
         Raises:
             OutputError: the store cannot be written.
         """
-        with _writing(self.folder):
+        with writing_to(self.folder, "a store"):
             array = self._array(level)
             place: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
             array[place] = pixels
@@ -164,7 +163,7 @@ class ImageWriter:
         source = tuple(
             int(_nearest(i, big, small)[0]) for i, big, small in zip(place, finer[:-2], coarser[:-2], strict=True)
         )
-        with _writing(self.folder):
+        with writing_to(self.folder, "a store"):
             around: tuple[Any, ...] = (*source, slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
             window = np.asarray(self._array(level - 1)[around])
         self.write(level, plane, box, window[np.ix_(rows - rows[0], columns - columns[0])])
@@ -194,7 +193,7 @@ def list_label(store: Path, labels: str, name: str, zarr_format: int) -> None:
     Raises:
         OutputError: the store cannot be written.
     """
-    with _writing(store / labels):
+    with writing_to(store / labels, "a store"):
         group = zarr.open_group(str(store), path=labels, mode="r+", use_consolidated=False)
         metadata: dict[str, Any] = dict(group.attrs)
         holder = metadata.get("ome", {"version": "0.5"}) if zarr_format == 3 else metadata
@@ -210,7 +209,7 @@ def consolidate_again(store: Path) -> None:
     Raises:
         OutputError: the store cannot be written.
     """
-    with _writing(store), warnings.catch_warnings():
+    with writing_to(store, "a store"), warnings.catch_warnings():
         # zarr warns that consolidated metadata are no part of format 3; this store has chosen to have them.
         warnings.simplefilter("ignore")
         if zarr.open_group(str(store), mode="r").metadata.consolidated_metadata is not None:
@@ -281,20 +280,3 @@ def _sync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turn whatever a store raises into an OutputError that names the folder."""
-    try:
-        yield
-    except OutputError:
-        raise
-    except Exception as error:
-        raise OutputError(
-            str(folder),
-            expected="a store that can be written",
-            found=f"{type(error).__name__}: {error}",
-            cause="a read-only folder or a full disk",
-            remedy="make room or rights, or choose another --output; finished blocks are kept",
-        ) from error

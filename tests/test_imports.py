@@ -51,7 +51,9 @@ def imports_of(package, prefix):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cellseg_batch."):
                 target = node.module.split(".")
-                names = [alias.name for alias in node.names] if len(target) == 2 else [target[2]]
+                names = (
+                    [alias.name for alias in node.names if alias.name.islower()] if len(target) == 2 else [target[2]]
+                )
                 yield from ((f"{prefix}/{module}", f"{target[1]}/{name}") for name in names)
 
 
