@@ -139,4 +139,4 @@ class Augmenter:
 
 
 def _is_colour(sample: Sample) -> bool:
-    return sample.image.shape[-1] == 3
+    return bool(sample.image.shape[-1] == 3)

@@ -45,4 +45,5 @@ def decode_instances(logits: NDArray[np.float32], decoding: Decoding) -> NDArray
         labels = watershed(-seed_map, seeds, mask=foreground)
     sizes = np.bincount(labels.ravel())
     kept: NDArray[np.int32] = np.where(sizes[labels] >= decoding.smallest, labels, 0).astype(np.int32)
-    return relabel_sequential(kept)[0].astype(np.int32)
+    numbered: NDArray[np.int32] = relabel_sequential(kept)[0].astype(np.int32)
+    return numbered
