@@ -183,6 +183,61 @@ def verify_seams(
 
 
 @app.command()
+def train(
+    data: Annotated[
+        Path, typer.Argument(help="Annotated images: images/ with labels/, masks/ or COCO, or DSB folders.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the bundle.")],
+    name: Annotated[str, typer.Option("--name", help="Of the model.")] = "nuclei",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = 16_000,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Crops per step.")] = 8,
+    crop: Annotated[int, typer.Option("--crop", min=64, help="Side of a crop in px, a multiple of 16.")] = 256,
+    width: Annotated[int, typer.Option("--width", min=1, help="Channels of the first layers.")] = 32,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", min=0, help="Peak of AdamW's.")] = 2e-3,
+    seed: Annotated[int, typer.Option("--seed", help="Of every random draw.")] = 0,
+    score_every: Annotated[int, typer.Option("--score-every", min=1, help="Steps between scores.")] = 1_000,
+    fine_tune: Annotated[str | None, typer.Option("--fine-tune", help="Start from this model.")] = None,
+    debug: o.Debug = False,
+) -> None:
+    """Train the stem U-Net on DATA and write a bundle at each score on the val split."""
+    with _plain_errors(debug):
+        from cellseg_batch.engine.training import train_model
+        from cellseg_batch.trainer.train import TrainSettings
+
+        recipe = TrainSettings(
+            name=name,
+            width=width,
+            steps=steps,
+            batch=batch,
+            crop=crop,
+            learning_rate=learning_rate,
+            seed=seed,
+            score_every=score_every,
+        )
+        train_model(data, out, recipe, fine_tune, Console())
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Shipped models or bundle folders, then the folder of data.")],
+    split: Annotated[str, typer.Option("--split", help="train, val or test.")] = "val",
+    json_file: o.Json = None,
+    debug: o.Debug = False,
+) -> None:
+    """Score MODELS on the annotated images of the last argument: Dice, IoU, the competition metric, F1, Mpx/s."""
+    with _plain_errors(debug):
+        from cellseg_batch.engine.training import evaluate_models
+
+        _check_json(json_file)
+        *bundles, data = models
+        if not bundles:
+            raise UsageError(
+                "evaluate", expected="a model and a folder of data", found=data, remedy=f"try: evaluate nuclei {data}"
+            )
+        _write_json(json_file, evaluate_models(bundles, Path(data), split, Console()))
+
+
+@app.command()
 def doctor(debug: o.Debug = False) -> None:
     """Show this machine's devices and backends, what is missing and how to get it."""
     from cellseg_batch.engine.doctor import print_diagnosis

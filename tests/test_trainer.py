@@ -1,6 +1,7 @@
 """Metrics against hand-computed cases, targets, augmentation and a short training run."""
 
 import csv
+import json
 from dataclasses import asdict
 
 import numpy as np
@@ -13,6 +14,7 @@ from cellseg_batch.trainer.bundle import Normalisation, load_bundle
 from cellseg_batch.trainer.data.dataset import load_dataset
 from cellseg_batch.trainer.data.sample import Entry, instance_distance, make_sample
 from cellseg_batch.trainer.encoders import ENCODERS, load_encoder_weights
+from cellseg_batch.trainer.evaluate import ImageScore, summarise
 from cellseg_batch.trainer.losses import touching_border
 from cellseg_batch.trainer.metrics import competition_metric, instance_ious, matches, pixel_score
 from cellseg_batch.trainer.train import TrainSettings, learning_rate_at, train
@@ -163,3 +165,29 @@ def test_published_architectures_have_their_size(architecture, millions, stride)
     assert sum(one.numel() for one in network.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
     with torch.inference_mode():
         assert network(torch.zeros(1, 3, 2 * stride, 3 * stride)).shape[-2:] == (2 * stride, 3 * stride)
+
+
+def test_train_and_evaluate_commands(dataset, tmp_path, command):
+    arguments = ["--out", tmp_path / "b", "--steps", 4, "--score-every", 2, "--batch", 2, "--crop", 64, "--width", 4]
+    code, output = command("train", dataset, *arguments)
+    assert code == 0, output
+    assert "step 4/4" in output
+    code, output = command("train", dataset, *arguments, "--fine-tune", tmp_path / "b")
+    assert code == 0, output
+    code, output = command("evaluate", tmp_path / "b", dataset, "--json", tmp_path / "e.json")
+    assert code == 0, output
+    result = json.loads((tmp_path / "e.json").read_text())[str(tmp_path / "b")]
+    assert result["summary"]["all"]["images"] == len(result["images"]) == 2
+    assert command("evaluate", tmp_path / "b", tmp_path / "nowhere")[0] == 2
+    assert command("evaluate", dataset)[0] == 2
+    assert command("train", dataset, *arguments, "--fine-tune", "nuclei")[0] == 2
+
+
+def test_summary_pools_instances_and_averages_images():
+    rows = [
+        ImageScore("a", "k", 1.0, 1.0, 1.0, 0.8, found=3, spurious=0, missed=1, megapixels=2.0, seconds=1.0),
+        ImageScore("b", "k", 0.5, 0.4, 0.9, 0.2, found=1, spurious=2, missed=0, megapixels=2.0, seconds=3.0),
+    ]
+    summary = summarise(rows)
+    assert (summary.dice, summary.metric, summary.mpx_per_s) == (0.75, pytest.approx(0.5), 1.0)
+    assert summary.f1 == pytest.approx(8 / (8 + 2 + 1))
