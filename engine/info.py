@@ -27,7 +27,9 @@ def print_images(inputs: list[Path], settings: Settings, console: Console) -> in
     """
     card = load_model(settings.model).card
     images = [image for path in inputs for image in find_images(path, settings.axes)]
-    table = Table("image", "format", "axes", "levels (y x)", "µm/px", "chunks", "channels", "would process")
+    table = Table()
+    for heading in ("image", "format", "axes", "levels (y x)", "µm/px", "chunks", "channels", "would process"):
+        table.add_column(heading, overflow="fold")
     broken: list[tuple[str, str]] = []
     for image in images:
         if isinstance(image, Broken):

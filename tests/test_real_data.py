@@ -27,6 +27,7 @@ UNUSABLE = {
     "zarr/bioimagetools/data/invalid/image-02.zarr",
     "zarr/bioimagetools/data/invalid/image-03.zarr",
     "zarr/bioimagetools/data/invalid/image-04.zarr",
+    "zarr/plate_ones.zarr/B/03/0",
 }
 
 

@@ -95,7 +95,10 @@ def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: s
     levels: list[Level] = []
     dtype = ""
     for dataset in multiscale["datasets"]:
-        array = node.get(str(dataset["path"]))
+        if not isinstance(dataset["path"], str):
+            # Readable here, but no reader of the labels would find its way back to such an image.
+            raise _not_an_image(location, "the paths of its levels as text", f"{dataset['path']!r}")
+        array = node.get(dataset["path"])
         if not isinstance(array, zarr.Array):
             continue
         if array.ndim != len(axes):
@@ -104,7 +107,7 @@ def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: s
         # Before 0.4 there were no transformations, and the shapes alone say how levels lie on each other.
         shrink = [a / b for a, b in zip(levels[0].shape if levels else array.shape, array.shape, strict=True)]
         scale, translation = _placement(dataset, multiscale, shrink)
-        levels.append(Level(str(dataset["path"]), array.shape, array.chunks, scale, translation))
+        levels.append(Level(dataset["path"], array.shape, array.chunks, scale, translation))
     if not levels:
         listed = ", ".join(str(dataset["path"]) for dataset in multiscale["datasets"])
         raise _not_an_image(location, f"the arrays that its metadata list ({listed})", "none of them in the store")
