@@ -251,8 +251,8 @@ class _Campaign:
             block = block_memory(plan.slide, plan.level.level, len(plan.channels.indices), plan.grid, plan.probability)
             workers = min(self.settings.workers, len(plan.grid))
             if limit is not None:
-                workers = min(workers, max(1, (limit - held) // block.total))
-            need = held + workers * block.total
+                workers = min(workers, max(1, (limit - held) // block))
+            need = held + workers * block
             if limit is None or need <= limit:
                 break
             rows, columns = plan.grid.cores
@@ -260,7 +260,7 @@ class _Campaign:
                 raise OutputError(
                     plan.slide.location,
                     expected=f"a run within --max-memory {limit / 1e6:.0f} MB",
-                    found=f"{held / 1e6:.0f} MB for the model and {block.total / 1e6:.0f} MB for one block",
+                    found=f"{held / 1e6:.0f} MB for the model and {block / 1e6:.0f} MB for one block",
                     remedy="allow more memory, or use a smaller --tile",
                 )
             plan = replace(plan, grid=replace(plan.grid, cores=(-(-rows // 2), -(-columns // 2))))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,26 +15,8 @@ _CHUNKS_IN_FLIGHT = 10
 RUN_OVERHEAD_BYTES = 96 << 20
 
 
-@dataclass(frozen=True)
-class BlockMemory:
-    """Bytes that one block in flight holds at most.
-
-    Attributes:
-        pixels: the read box, as stored, and the chunks being decoded into it.
-        output: mask, probability, and their encoded copies.
-    """
-
-    pixels: int
-    output: int
-
-    @property
-    def total(self) -> int:
-        """Bytes of one block."""
-        return self.pixels + self.output
-
-
-def block_memory(slide: Slide, level: int, channels: int, grid: BlockGrid, probability: bool) -> BlockMemory:
-    """What a block of ``grid`` holds while it is read, computed and written."""
+def block_memory(slide: Slide, level: int, channels: int, grid: BlockGrid, probability: bool) -> int:
+    """Bytes that a block of ``grid`` holds at most while it is read, computed and written."""
     itemsize = np.dtype(slide.dtype).itemsize
     sides = {"c": channels}
     for axis, length, block in zip("yx", grid.lattice.shape, grid.block_shape, strict=True):
@@ -45,4 +26,4 @@ def block_memory(slide: Slide, level: int, channels: int, grid: BlockGrid, proba
     decoding = min(_CHUNKS_IN_FLIGHT, touched) * math.prod(chunk.values()) * itemsize
     written = math.prod(grid.block_shape) * (2 if probability else 1)
     # The encoder holds its input, the chunks that it cut out of it and the shard that it builds.
-    return BlockMemory(pixels=math.prod(sides.values()) * itemsize + decoding, output=3 * written)
+    return math.prod(sides.values()) * itemsize + decoding + 3 * written

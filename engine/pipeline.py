@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cellseg_batch.engine.errors import SlideError
 from cellseg_batch.engine.geometry import Block, Box
@@ -32,7 +32,7 @@ class Pipeline:
     probability: ImageWriter | None
     journal: Journal
     clock: StageClock
-    on_pixels: Callable[[int], None] = field(default=lambda pixels: None)
+    on_pixels: Callable[[int], None]
 
     def segment_block(self, block: Block) -> SlideError | None:
         """Read, segment and write one block, then say so in the journal; the error if that failed."""

@@ -30,7 +30,7 @@ from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.slide import Broken
 from cellseg_batch.engine.stages import StageClock
-from cellseg_batch.kernels.stitch import logit_threshold
+from cellseg_batch.kernels.stitch import logit_threshold, sigmoid
 from cellseg_batch.trainer.bundle import Card
 
 _WINDOW = 2048
@@ -122,7 +122,7 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
     return SeamReport(
         windows=len(windows),
         pixels=sum(window.area for window in windows),
-        max_dp=max(float(np.abs(_sigmoid(tiled) - _sigmoid(untiled)).max()) for tiled, untiled in compared),
+        max_dp=max(float(np.abs(sigmoid(tiled) - sigmoid(untiled)).max()) for tiled, untiled in compared),
         flipped=sum(int(np.count_nonzero(tiled ^ untiled)) for tiled, untiled in masks),
         objects_tiled=sum(_count_objects(tiled) for tiled, _ in masks),
         objects_untiled=sum(_count_objects(untiled) for _, untiled in masks),
@@ -218,7 +218,3 @@ def _around(centre: int, length: int) -> tuple[int, int]:
 
 def _count_objects(mask: NDArray[np.bool_]) -> int:
     return int(ndimage.label(mask)[1])
-
-
-def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    return 0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64)))

@@ -19,6 +19,11 @@ def logit_threshold(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
+def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The probabilities of logits of any shape, for comparing them; a mask needs none."""
+    return 0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64)))
+
+
 def stitch_mask(
     logits: NDArray[np.float32], places: NDArray[np.int64], threshold: float, out: NDArray[np.uint8]
 ) -> tuple[int, int]:

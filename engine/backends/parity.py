@@ -13,7 +13,7 @@ from skimage.io import imread
 from cellseg_batch.engine.backends.backend import Backend
 from cellseg_batch.engine.geometry import reflect
 from cellseg_batch.kernels.gather import gather
-from cellseg_batch.kernels.stitch import logit_threshold
+from cellseg_batch.kernels.stitch import logit_threshold, sigmoid
 from cellseg_batch.trainer.bundle import Bundle
 
 FLIPPED_LIMIT = 5e-4
@@ -61,10 +61,6 @@ def measure_parity(backend: Backend, reference: Backend, tiles: NDArray[np.float
     limit = logit_threshold(threshold)
     model, exact = (one.compile((1, *tiles.shape[1:])) for one in (backend, reference))
     pairs = [(model(tile[None])[0, 0].copy(), exact(tile[None])[0, 0].copy()) for tile in tiles]
-    differences = np.stack([np.abs(_sigmoid(logits) - _sigmoid(expected)) for logits, expected in pairs])
+    differences = np.stack([np.abs(sigmoid(logits) - sigmoid(expected)) for logits, expected in pairs])
     flipped = np.stack([(logits > limit) != (expected > limit) for logits, expected in pairs])
     return Parity(float(differences.max()), float(differences.mean()), float(flipped.mean()))
-
-
-def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    return 0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64)))
