@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
-from cellseg_batch.engine import IMPORTED_AT
+from cellseg_batch.engine import IMPORTED_AT, trainer_commands
 from cellseg_batch.engine import options as o
-from cellseg_batch.engine.errors import CellsegError, UsageError
 from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.shell import check_json, plain_errors, write_json
 
 app = typer.Typer(
     help="Segment cells and nuclei in huge microscopy slides.",
@@ -26,7 +21,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_INTERRUPTED = 130
 
 
 @app.command()
@@ -61,7 +55,7 @@ def run(
     from cellseg_batch.engine.report import print_failures, print_report
     from cellseg_batch.engine.screen import Screen
 
-    with _plain_errors(debug):
+    with plain_errors(debug):
         settings = Settings(
             output=output,
             name=name,
@@ -83,13 +77,13 @@ def run(
             probability=probability,
             overwrite=overwrite,
         )
-        _check_json(json_file)
+        check_json(json_file)
         with Screen(Console(), verbosity=verbose - quiet) as screen:
             report = run_campaign(slides, settings, screen, started=IMPORTED_AT)
         print_failures(report, Console(stderr=True))
         if not quiet:
             print_report(report, Console())
-        _write_json(json_file, report.to_json())
+        write_json(json_file, report.to_json())
     raise typer.Exit(report.status == "failed")
 
 
@@ -100,7 +94,7 @@ def demo(
     """Write a small OME-Zarr store of real microscopy images to try things on."""
     from cellseg_batch.engine.demo import write_demo
 
-    with _plain_errors(debug):
+    with plain_errors(debug):
         names = write_demo(out)
         Console().print(f"{out}: {', '.join(names)}\nnow: cellseg-batch run {out}", highlight=False)
 
@@ -121,7 +115,7 @@ def info(
     """List the images that SLIDES hold, and how each would be cut into blocks and tiles."""
     from cellseg_batch.engine.info import print_images
 
-    with _plain_errors(debug):
+    with plain_errors(debug):
         settings = Settings(
             model=model,
             tile=tile,
@@ -160,7 +154,7 @@ def verify_seams(
     """Compare the tiled result of SLIDE with the untiled one; exit 1 when too many pixels flip."""
     from cellseg_batch.engine.seams import print_seams, prove_seams
 
-    with _plain_errors(debug):
+    with plain_errors(debug):
         settings = Settings(
             model=model,
             backend=backend,
@@ -175,66 +169,11 @@ def verify_seams(
             channel=channel,
             axes=axes,
         )
-        _check_json(json_file)
+        check_json(json_file)
         report = prove_seams(slide, settings, full, windows)
         print_seams(report, bound, Console())
-        _write_json(json_file, report.to_json())
+        write_json(json_file, report.to_json())
     raise typer.Exit(not report.holds(bound))
-
-
-@app.command()
-def train(
-    data: Annotated[
-        Path, typer.Argument(help="Annotated images: images/ with labels/, masks/ or COCO, or DSB folders.")
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the bundle.")],
-    name: Annotated[str, typer.Option("--name", help="Of the model.")] = "nuclei",
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = 16_000,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Crops per step.")] = 8,
-    crop: Annotated[int, typer.Option("--crop", min=64, help="Side of a crop in px, a multiple of 16.")] = 256,
-    width: Annotated[int, typer.Option("--width", min=1, help="Channels of the first layers.")] = 32,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", min=0, help="Peak of AdamW's.")] = 2e-3,
-    seed: Annotated[int, typer.Option("--seed", help="Of every random draw.")] = 0,
-    score_every: Annotated[int, typer.Option("--score-every", min=1, help="Steps between scores.")] = 1_000,
-    fine_tune: Annotated[str | None, typer.Option("--fine-tune", help="Start from this model.")] = None,
-    debug: o.Debug = False,
-) -> None:
-    """Train the stem U-Net on DATA and write a bundle at each score on the val split."""
-    with _plain_errors(debug):
-        from cellseg_batch.engine.training import train_model
-        from cellseg_batch.trainer.train import TrainSettings
-
-        recipe = TrainSettings(
-            name=name,
-            width=width,
-            steps=steps,
-            batch=batch,
-            crop=crop,
-            learning_rate=learning_rate,
-            seed=seed,
-            score_every=score_every,
-        )
-        train_model(data, out, recipe, fine_tune, Console())
-
-
-@app.command()
-def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Shipped models or bundle folders, then the folder of data.")],
-    split: Annotated[str, typer.Option("--split", help="train, val or test.")] = "val",
-    json_file: o.Json = None,
-    debug: o.Debug = False,
-) -> None:
-    """Score MODELS on the annotated images of the last argument: Dice, IoU, the competition metric, F1, Mpx/s."""
-    with _plain_errors(debug):
-        from cellseg_batch.engine.training import evaluate_models
-
-        _check_json(json_file)
-        *bundles, data = models
-        if not bundles:
-            raise UsageError(
-                "evaluate", expected="a model and a folder of data", found=data, remedy=f"try: evaluate nuclei {data}"
-            )
-        _write_json(json_file, evaluate_models(bundles, Path(data), split, Console()))
 
 
 @app.command()
@@ -242,42 +181,12 @@ def doctor(debug: o.Debug = False) -> None:
     """Show this machine's devices and backends, what is missing and how to get it."""
     from cellseg_batch.engine.doctor import print_diagnosis
 
-    with _plain_errors(debug):
+    with plain_errors(debug):
         print_diagnosis(Console())
 
 
-def _check_json(file: Path | None) -> None:
-    """Refuse a report that could not be written, before the work rather than after it."""
-    if file is not None and not file.resolve().parent.is_dir():
-        raise UsageError(
-            f"--json {file}",
-            expected="a file in a folder that exists",
-            found="no such folder",
-            remedy="make the folder first",
-        )
-
-
-def _write_json(file: Path | None, content: dict[str, Any]) -> None:
-    if file is not None:
-        file.write_text(json.dumps(content, indent=2) + "\n")
-
-
-@contextmanager
-def _plain_errors(debug: bool) -> Iterator[None]:
-    """Print an error of ours on one line and exit with its code; everything else is a bug and keeps its traceback."""
-    if debug:
-        logging.basicConfig()
-        logging.getLogger("cellseg_batch").setLevel(logging.DEBUG)
-    try:
-        yield
-    except CellsegError as error:
-        if debug:
-            raise
-        Console(stderr=True).print(Text.assemble(("error", "red"), f"  {error}"), soft_wrap=True)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command goes on where this one stopped")
-        raise typer.Exit(_INTERRUPTED) from None
+for command in (trainer_commands.train, trainer_commands.evaluate, trainer_commands.export):
+    app.command()(command)
 
 
 def main() -> None:

@@ -55,13 +55,11 @@ def build_torch_network(bundle: Bundle) -> nn.Module:
     Raises:
         ModelError: the architecture is unknown or the weights are of another one.
     """
-    import torch
-
-    from cellseg_batch.trainer.unet import ARCHITECTURES, build_network
+    from cellseg_batch.trainer.unet import ARCHITECTURES, load_network
 
     architecture = bundle.card.architecture
     try:
-        network = build_network(architecture)
+        return load_network(bundle)
     except (KeyError, TypeError) as error:
         raise ModelError(
             f"model {bundle.card.name}",
@@ -70,10 +68,6 @@ def build_torch_network(bundle: Bundle) -> nn.Module:
             cause="a bundle of a newer version",
             remedy="update cellseg-batch",
         ) from error
-    weights = {name: torch.from_numpy(array.copy()) for name, array in bundle.weights.items()}
-    weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
-    try:
-        network.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ModelError(
             f"model {bundle.card.name}",
@@ -82,4 +76,3 @@ def build_torch_network(bundle: Bundle) -> nn.Module:
             cause="weights of another architecture beside this card",
             remedy="keep card.json and weights.safetensors of one bundle together",
         ) from error
-    return network.eval()

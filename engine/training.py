@@ -2,95 +2,237 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 
-from cellseg_batch.engine.errors import UsageError
+from cellseg_batch.engine.errors import ComputeError, UsageError
 from cellseg_batch.engine.models import build_torch_network, load_model
-from cellseg_batch.trainer.bundle import Normalisation
 from cellseg_batch.trainer.data.dataset import Dataset, load_dataset
-from cellseg_batch.trainer.data.sample import Sample
-from cellseg_batch.trainer.evaluate import Summary, evaluate, summarise
-from cellseg_batch.trainer.train import Progress, TrainSettings, train
+from cellseg_batch.trainer.data.sample import Problem, Sample
+from cellseg_batch.trainer.evaluate import Summary, evaluate, rescale, summarise
+from cellseg_batch.trainer.export import export_network
+from cellseg_batch.trainer.plots import plot_predictions
+from cellseg_batch.trainer.recipe import Recipe, load_preset
+from cellseg_batch.trainer.train import Epoch, train
 
 
-def train_model(data: Path, out: Path, settings: TrainSettings, fine_tune: str | None, console: Console) -> None:
-    """Train and print a line at each score.
+def read_recipe(preset: str, changes: dict[str, Any]) -> Recipe:
+    """The recipe of a preset with some fields changed.
 
     Raises:
-        UsageError: the data or the model to start from cannot be used.
+        UsageError: there is no such preset, or a field has an impossible value.
+    """
+    try:
+        return load_preset(preset, **changes)
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f"--preset {preset}",
+            expected="a recipe whose fields all have possible values",
+            found=str(error),
+            remedy="see cellseg-batch train --help",
+        ) from error
+
+
+def train_model(
+    data: Path,
+    out: Path,
+    recipe: Recipe,
+    console: Console,
+    *,
+    fine_tune: str | None,
+    resume: bool,
+    max_steps: int | None,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Train, with a progress bar on a terminal and a line for each epoch.
+
+    Raises:
+        UsageError: data, recipe, weights or ``out`` cannot be used.
+        ComputeError: the loss is not finite any more.
     """
     start = load_model(fine_tune) if fine_tune is not None else None
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with _usable(f"train {data}"), TrainingScreen(console) as screen:
+        try:
+            train(data, out, recipe, screen, fine_tune=start, resume=resume, max_steps=max_steps, device=device)
+        except FloatingPointError as error:
+            raise ComputeError(
+                f"train {data}",
+                expected="a finite loss",
+                found=str(error),
+                cause="too high a learning rate, or damaged images",
+                remedy=f"lower --learning-rate; the best weights so far are in {out}",
+            ) from error
+    console.print(f"{out}: now cellseg-batch run SLIDES --model {out}", highlight=False, soft_wrap=True)
 
-    def report(progress: Progress) -> None:
-        kinds = ", ".join(f"{kind or 'all'} {dice:.3f}" for kind, dice in progress.dice_by_kind.items())
-        console.print(
-            f"step {progress.step}/{settings.steps}: loss {progress.loss:.3f}, val Dice {progress.dice:.4f} ({kinds}), "
-            f"{progress.images_per_second:.1f} images/s",
+
+class TrainingScreen:
+    """The observer of a training run on a terminal; used as a context manager around it."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._loss = 0.0
+        self._dice = ""
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=None)
+        self._images = 0
+
+    def __enter__(self) -> TrainingScreen:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def planned(self, dataset: Dataset, steps: int, done: int, batch: int) -> None:
+        """Say what will be trained on, and what was left out."""
+        print_problems(dataset.problems, self.console)
+        counts = ", ".join(f"{len(samples)} {split}" for split, samples in dataset.splits.items())
+        self.console.print(f"images: {counts}; {steps} steps" + (f", {done} done" if done else ""), highlight=False)
+        self._images = batch
+        self._bar.update(self._task, total=steps, completed=done)
+
+    def stepped(self, step: int, loss: float) -> None:
+        """Move the bar."""
+        self._loss = 0.98 * self._loss + 0.02 * loss if self._loss else loss
+        speed = self._bar.tasks[0].speed
+        rate = f", {speed * self._images:.1f} images/s" if speed else ""
+        self._bar.update(self._task, completed=step, description=f"loss {self._loss:.3f}{self._dice}{rate}")
+
+    def scored(self, epoch: Epoch) -> None:
+        """One line."""
+        scores = epoch.validation
+        self._dice = f", val Dice {scores.dice:.3f}"
+        metric = "" if scores.competition != scores.competition else f", metric {scores.competition:.4f}"
+        self.console.print(
+            f"epoch {epoch.number}, step {epoch.step}: loss {epoch.loss:.3f}, val loss {scores.loss:.3f}, "
+            f"val Dice {scores.dice:.4f}, IoU {scores.iou:.4f}{metric}, {epoch.images_per_second:.1f} images/s"
+            + (" (best)" if epoch.best else ""),
             highlight=False,
             soft_wrap=True,
         )
 
-    try:
-        train(data, out, settings, report, start)
-    except (FileNotFoundError, ValueError, RuntimeError) as error:
-        raise UsageError(
-            f"train {data}",
-            expected="annotated images, and a model to start from that fits the recipe",
-            found=str(error),
-            remedy="see the README for the layouts of data",
-        ) from error
-    console.print(f"{out}: now cellseg-batch run SLIDES --model {out}", highlight=False)
 
-
-def evaluate_models(models: list[str], data: Path, split: str, console: Console) -> dict[str, Any]:
+def evaluate_models(
+    models: list[str],
+    data: Path,
+    split: str,
+    console: Console,
+    factor: float,
+    pictures: Path | None,
+    threads: int | None,
+) -> dict[str, Any]:
     """Score each model on a split and print the table; returns every figure.
 
     Raises:
         UsageError: there is no such model, or the data cannot be used.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     results: dict[str, Any] = {}
-    table = Table(caption="means over images; F1 at IoU 0.5 pooled; Mpx/s of torch fp32")
-    for heading in ("model", "kind", "images", "Dice", "IoU", "accuracy", "metric", "F1", "Mpx/s"):
+    table = Table(
+        caption="Dice to recall: masks, mean over images. AP50, metric (mean AP at IoU 0.5 ... 0.95), AJI: instances, "
+        "mean over images. F1 at IoU 0.5: all instances together. Mpx/s of torch fp32."
+    )
+    for heading in ("model", "kind", "images", *_HEADINGS, "Mpx/s"):
         table.add_column(heading, overflow="fold")
     for model in models:
         bundle = load_model(model)
-        dataset = _load(data, split, bundle.card.normalisation)
-        for problem in dataset.problems:
-            console.print(f"skipped {problem.file}: {problem.reason}", highlight=False, markup=False, soft_wrap=True)
-        network = build_torch_network(bundle)
-        scores = evaluate(bundle, network, _tracked(dataset.splits[split], console))
+        with _usable(f"evaluate {data}"):
+            dataset = load_dataset(data, bundle.card.normalisation, only=(split,))
+        print_problems(dataset.problems, console)
+        samples = dataset.splits[split]
+        if factor != 1:
+            samples = [rescale(sample, factor) for sample in samples]
+        scores = evaluate(bundle, build_torch_network(bundle), _tracked(samples, console))
         rows = {kind: [one for one in scores if one.kind == kind] for kind in sorted({one.kind for one in scores})}
         summaries = {**{kind: summarise(one) for kind, one in rows.items() if len(rows) > 1}, "all": summarise(scores)}
         for kind, one in summaries.items():
             table.add_row(model, kind, *_cells(one))
         results[model] = {
+            "split": split,
+            "rescale": factor,
             "summary": {kind: asdict(one) for kind, one in summaries.items()},
             "images": [asdict(one) for one in scores],
         }
+        if pictures is not None:
+            with _usable(f"--pictures {pictures}"):
+                pictures.mkdir(parents=True, exist_ok=True)
+                plot_predictions(bundle, samples, pictures / f"{Path(model).name}.png")
     console.print(table)
     return results
 
 
-def _load(data: Path, split: str, rule: Normalisation) -> Dataset:
+_HEADINGS = ("Dice", "IoU", "accuracy", "precision", "recall", "AP50", "metric", "F1", "AJI")
+
+
+def _cells(one: Summary) -> tuple[str, ...]:
+    figures = (*one.mean.values(), one.ap[0], one.competition, one.f1, one.aji)
+    return str(one.images), *(f"{figure:.3f}" for figure in figures), f"{one.mpx_per_s:.2f}"
+
+
+def export_model(model: str, kind: str, tile: int, out: Path, console: Console) -> None:
+    """Write a model's network to a file.
+
+    Raises:
+        UsageError: the tile or the format does not fit, ``out`` cannot be written, or ONNX's packages are missing.
+    """
+    bundle = load_model(model)
+    with _usable(f"export {model}"):
+        try:
+            export_network(bundle, kind, tile, out)
+        except ModuleNotFoundError as error:
+            raise UsageError(
+                "export --format onnx",
+                expected="the packages onnx and onnxscript",
+                found=str(error),
+                remedy="pip install 'cellseg-batch[onnx]'",
+            ) from error
+    console.print(f"{out}: input (1 to 64, {bundle.card.channels}, {tile}, {tile}) float32 in [0, 1]", highlight=False)
+
+
+def print_problems(problems: Iterable[Problem], console: Console) -> None:
+    """A line for each image that cannot be used."""
+    for problem in problems:
+        console.print(f"skipped {problem.file}: {problem.reason}", highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _usable(subject: str) -> Iterator[None]:
+    """Turn what the trainer refuses into an error of ours."""
     try:
-        return load_dataset(data, rule, only=(split,))
-    except (FileNotFoundError, ValueError) as error:
+        yield
+    except (OSError, ValueError) as error:
         raise UsageError(
-            f"evaluate {data}", expected="annotated images", found=str(error), remedy="check the folder and --split"
+            subject,
+            expected="data, recipe, weights and folders that can be used together",
+            found=str(error),
+            remedy="see the README for the layouts of data and cellseg-batch train --help for recipes",
         ) from error
 
 
 def _tracked(samples: list[Sample], console: Console) -> Iterable[Sample]:
     return track(samples, "scoring", console=console, transient=True, disable=not console.is_terminal)
-
-
-def _cells(one: Summary) -> tuple[str, ...]:
-    figures = (one.dice, one.iou, one.accuracy, one.metric, one.f1)
-    return str(one.images), *(f"{figure:.3f}" for figure in figures), f"{one.mpx_per_s:.2f}"

@@ -1,7 +1,7 @@
-"""Random crops and changes of appearance: what a nucleus may look like on a user's slide.
+"""Training pictures: random crops and changes of appearance, what a nucleus may look like on a user's slide.
 
 Geometry is drawn and applied per sample in one resampling (scale, rotation, flip, elastic); appearance is
-drawn per sample and applied to the whole batch.  Everything comes from one generator, so a seed fixes a run.
+drawn per sample and applied to the whole batch.  Every draw comes from the generator that the caller hands in.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cellseg_batch.trainer.data.sample import Sample, normalise
+from cellseg_batch.trainer.recipe import Recipe
 
 # Optical density of haematoxylin, eosin and their residual (Ruifrok & Johnston 2001).
 _STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
@@ -36,25 +37,26 @@ class Batch:
 
 
 class Augmenter:
-    """Draws augmented crops of ``size`` px.
+    """Makes training pictures as a recipe says.
 
     Args:
-        size: side of the crop in px.
-        zoom: smallest and largest magnification, drawn log-uniformly.
-        seed: of the one generator that every draw comes from.
+        recipe: its framing, size, augmentation, zoom and share of plain pictures are used.
+        rng: where every draw comes from.
     """
 
-    def __init__(self, size: int, zoom: tuple[float, float], seed: int) -> None:
-        self.size = size
-        self.zoom = zoom
-        self.rng = np.random.default_rng(seed)
+    def __init__(self, recipe: Recipe, rng: np.random.Generator) -> None:
+        self.recipe = recipe
+        self.rng = rng
 
     def batch(self, samples: list[Sample]) -> Batch:
-        """One augmented crop of each sample."""
-        crops = [self._crop(sample) for sample in samples]
-        pixels, labels, distance = (torch.stack(parts) for parts in zip(*crops, strict=True))
-        colourful = torch.tensor([_is_colour(sample) for sample in samples])
-        return Batch(self._appearance(pixels, colourful), labels, distance)
+        """One picture of each sample."""
+        pictures = [self._picture(sample) for sample in samples]
+        pixels, labels, distance = (torch.stack(parts) for parts in zip(*pictures, strict=True))
+        if self.recipe.augmentation == "full":
+            colourful = torch.tensor([_is_colour(sample) for sample in samples])
+            plain = self._chosen(self.recipe.plain, len(samples)).view(-1, 1, 1, 1)
+            pixels = torch.where(plain, pixels, self._appearance(pixels, colourful))
+        return Batch(pixels, labels, distance)
 
     def _uniform(self, low: float, high: float, count: int) -> Tensor:
         return torch.from_numpy(self.rng.uniform(low, high, count).astype(np.float32))
@@ -65,27 +67,11 @@ class Augmenter:
     def _chosen(self, probability: float, count: int) -> Tensor:
         return torch.from_numpy(self.rng.random(count) < probability)
 
-    def _crop(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
+    def _picture(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels (3, S, S), labels (S, S) and distance (S, S) of one picture."""
+        y, x = self._positions(*sample.labels.shape)
         height, width = sample.labels.shape
-        zoom = float(self._log_uniform(*self.zoom, 1))
-        angle = float(self.rng.uniform(0, 2 * math.pi)) if self.rng.random() < 0.5 else 0.0
-        angle += math.pi / 2 * int(self.rng.integers(4))
-        flip = -1.0 if self.rng.random() < 0.5 else 1.0
-        half = self.size / zoom / 2
-        centre_y = self.rng.uniform(min(half, height / 2), max(height - half, height / 2))
-        centre_x = self.rng.uniform(min(half, width / 2), max(width - half, width / 2))
-
-        steps = (torch.arange(self.size, dtype=torch.float32) - (self.size - 1) / 2) / zoom
-        dy, dx = torch.meshgrid(steps, steps * flip, indexing="ij")
-        if self.rng.random() < 0.3:
-            coarse = torch.from_numpy(self.rng.normal(0, 1, (1, 2, 8, 8)).astype(np.float32))
-            bend = F.interpolate(coarse, size=(self.size, self.size), mode="bicubic", align_corners=True)[0]
-            strength = float(self.rng.uniform(1, 6))
-            dy, dx = dy + strength * bend[0], dx + strength * bend[1]
-        cos, sin = math.cos(angle), math.sin(angle)
-        y, x = centre_y + cos * dy - sin * dx, centre_x + sin * dy + cos * dx
         grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)[None]
-
         smooth = np.concatenate(
             [normalise(sample.image, sample.bounds), sample.distance[..., None] / np.float32(255)], axis=-1
         )
@@ -97,18 +83,50 @@ class Augmenter:
         pixels = warped[:-1] if len(warped) == 4 else warped[:1].expand(3, -1, -1)
         return pixels, labels.long(), warped[-1] * (labels > 0)
 
+    def _positions(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Row and column (S, S) of the image that each pixel of the picture shows."""
+        recipe, size = self.recipe, self.recipe.size
+        full = recipe.augmentation == "full"
+        zoom = float(self._log_uniform(recipe.zoom_min, recipe.zoom_max, 1)) if full else 1.0
+        angle, flip = 0.0, 1.0
+        if recipe.augmentation != "none":
+            flip = -1.0 if self.rng.random() < 0.5 else 1.0
+            angle = math.pi / 2 * int(self.rng.integers(4))
+        if full and self.rng.random() < 0.5:
+            angle += float(self.rng.uniform(0, 2 * math.pi))
+        steps = (torch.arange(size, dtype=torch.float32) - (size - 1) / 2) / zoom
+        dy, dx = torch.meshgrid(steps, steps * flip, indexing="ij")
+        if full and self.rng.random() < 0.3:
+            coarse = torch.from_numpy(self.rng.normal(0, 1, (1, 2, 8, 8)).astype(np.float32))
+            bend = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)[0]
+            strength = float(self.rng.uniform(1, 6))
+            dy, dx = dy + strength * bend[0], dx + strength * bend[1]
+        cos, sin = math.cos(angle), math.sin(angle)
+        dy, dx = cos * dy - sin * dx, sin * dy + cos * dx
+        if recipe.framing == "resize":
+            return (height - 1) / 2 + dy * height / size, (width - 1) / 2 + dx * width / size
+        half = size / zoom / 2
+        centre_y = self.rng.uniform(min(half, height / 2), max(height - half, height / 2))
+        centre_x = self.rng.uniform(min(half, width / 2), max(width - half, width / 2))
+        return centre_y + dy, centre_x + dx
+
     def _appearance(self, pixels: Tensor, colourful: Tensor) -> Tensor:
+        """Change stain, colour, contrast, focus and noise of pixels (N, 3, S, S)."""
         count = len(pixels)
         every = (count, 1, 1, 1)
-        stain = colourful & self._chosen(0.8, count)
-        if stain.any():
-            pixels = torch.where(stain.view(every), self._restain(pixels), pixels)
+        stained = ~colourful & self._chosen(0.15, count)
+        if stained.any():
+            pixels = torch.where(stained.view(every), self._virtual_stain(pixels), pixels)
+        colourful = colourful | stained
+        restained = colourful & self._chosen(0.8, count)
+        if restained.any():
+            pixels = torch.where(restained.view(every), self._restain(pixels), pixels)
         mix = torch.eye(3) + torch.from_numpy(self.rng.normal(0, 0.12, (count, 3, 3)).astype(np.float32))
         mix = mix / mix.sum(dim=2, keepdim=True)
         mixed = torch.einsum("nij,njhw->nihw", mix, pixels)
         pixels = torch.where((colourful & self._chosen(0.5, count)).view(every), mixed, pixels)
         grey = pixels.mean(dim=1, keepdim=True).expand_as(pixels)
-        pixels = torch.where(self._chosen(0.12, count).view(every), grey, pixels)
+        pixels = torch.where(self._chosen(0.1, count).view(every), grey, pixels)
 
         tint = torch.from_numpy(self.rng.uniform(0.05, 1, (count, 3, 1, 1)).astype(np.float32))
         tint = tint / tint.amax(dim=1, keepdim=True)
@@ -125,6 +143,20 @@ class Augmenter:
         sigma = torch.where(self._chosen(0.3, count), self._log_uniform(0.005, 0.08, count), torch.zeros(count))
         noise = torch.from_numpy(self.rng.standard_normal(pixels.shape, dtype=np.float32))
         return (pixels + sigma.view(every) * noise).clamp(0, 1)
+
+    def _virtual_stain(self, pixels: Tensor) -> Tensor:
+        """Fluorescence shown as haematoxylin on a cloudy ground of eosin (Gareau 2009, J. Biomed. Opt. 14:034050)."""
+        count, size = len(pixels), self.recipe.size
+        signal = pixels.mean(dim=1, keepdim=True)
+        cloud = torch.zeros(count, 1, size, size)
+        for side in (6, 24, 96):
+            coarse = torch.from_numpy(self.rng.normal(0, 1, (count, 1, side, side)).astype(np.float32))
+            cloud = cloud + F.interpolate(coarse, size=(size, size), mode="bilinear")
+        eosin = (0.5 + 0.25 * cloud).clamp(min=0) * self._uniform(0, 1, count).view(-1, 1, 1, 1) * (1 - 0.5 * signal)
+        haematoxylin = signal * self._log_uniform(0.7, 1.8, count).view(-1, 1, 1, 1)
+        stains = _STAINS / _STAINS.norm(dim=1, keepdim=True)
+        density = haematoxylin * stains[0].view(1, 3, 1, 1) + eosin * stains[1].view(1, 3, 1, 1)
+        return torch.exp(-density)
 
     def _restain(self, pixels: Tensor) -> Tensor:
         """Change amount and hue of each stain, in optical density (Tellez et al. 2018, 10.1109/TMI.2018.2820199)."""

@@ -11,11 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-# torchvision's own files, for users with internet (pytorch.org/vision, ImageNet-1K weights).
-_HUB = {
-    "resnet34": "https://download.pytorch.org/models/resnet34-b627a593.pth",
-    "mobilenetv2": "https://download.pytorch.org/models/mobilenet_v2-7ebf99e0.pth",
-}
+# Of the RGB pixels in [0, 1] that torchvision's weights were trained on.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 
 
 class BasicBlock(nn.Module):
@@ -136,22 +134,31 @@ class MobileNetV2(nn.Module):
 
 ENCODERS: dict[str, type[ResNet34] | type[MobileNetV2]] = {"resnet34": ResNet34, "mobilenetv2": MobileNetV2}
 
+# torchvision's own files, for users with internet (pytorch.org/vision, ImageNet-1K weights).
+_HUB: dict[type[nn.Module], str] = {
+    ResNet34: "https://download.pytorch.org/models/resnet34-b627a593.pth",
+    MobileNetV2: "https://download.pytorch.org/models/mobilenet_v2-7ebf99e0.pth",
+}
 
-def load_encoder_weights(encoder: nn.Module, name: str, source: str) -> None:
+
+def load_encoder_weights(encoder: nn.Module, source: str) -> None:
     """Load ImageNet weights: ``imagenet`` downloads torchvision's, anything else is a file of that format.
 
     The classifier's weights, which an encoder does not have, are left out; everything else must fit.
 
     Raises:
         FileNotFoundError: there is no such file.
-        RuntimeError: the weights are of another network.
+        ValueError: the weights are of another network.
         OSError: the download failed.
     """
     if source == "imagenet":
-        state = torch.hub.load_state_dict_from_url(_HUB[name], map_location="cpu", weights_only=True)
+        state = torch.hub.load_state_dict_from_url(_HUB[type(encoder)], map_location="cpu", weights_only=True)
     elif not Path(source).is_file():
         raise FileNotFoundError(f"--encoder-weights {source}: no such file; use none, imagenet or a .pth file")
     else:
         state = torch.load(source, map_location="cpu", weights_only=True)
     kept = {key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))}
-    encoder.load_state_dict(kept, strict=True)
+    try:
+        encoder.load_state_dict(kept, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"--encoder-weights {source} is not of {type(encoder).__name__}: {error}") from error

@@ -6,19 +6,30 @@ It runs the plain network on whole images; the engine's own result on the same i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 
 import numpy as np
-import torch
 from skimage.segmentation import relabel_sequential
+from skimage.transform import resize
 from torch import nn
 
 from cellseg_batch.trainer.bundle import Bundle
-from cellseg_batch.trainer.data.sample import Sample
+from cellseg_batch.trainer.data.sample import Sample, instance_distance
 from cellseg_batch.trainer.decode import Decoding, decode_instances
-from cellseg_batch.trainer.metrics import competition_metric, instance_ious, matches, pixel_score
-from cellseg_batch.trainer.train import predict_logits
+from cellseg_batch.trainer.metrics import (
+    PixelScore,
+    aggregated_jaccard,
+    average_precisions,
+    instance_overlaps,
+    matches,
+    pixel_score,
+)
+from cellseg_batch.trainer.predict import predict_logits
+
+_PIXEL_FIGURES = ("dice", "iou", "accuracy", "precision", "recall")
 
 
 @dataclass(frozen=True)
@@ -28,8 +39,9 @@ class ImageScore:
     Attributes:
         name: the image's id.
         kind: the kind of image.
-        dice, iou, accuracy: of the foreground mask.
-        metric: mean over IoU 0.50 ... 0.95 of TP / (TP + FP + FN), see `cellseg_batch.trainer.metrics`.
+        pixels: of the foreground mask.
+        ap: at IoU 0.50 ... 0.95.
+        aji: aggregated Jaccard index.
         found, spurious, missed: instances at IoU 0.5.
         megapixels: size of the image.
         seconds: of the network.
@@ -37,10 +49,9 @@ class ImageScore:
 
     name: str
     kind: str
-    dice: float
-    iou: float
-    accuracy: float
-    metric: float
+    pixels: PixelScore
+    ap: tuple[float, ...]
+    aji: float
     found: int
     spurious: int
     missed: int
@@ -50,55 +61,86 @@ class ImageScore:
 
 @dataclass(frozen=True)
 class Summary:
-    """Means over images, and instances pooled over them (F1 at IoU 0.5)."""
+    """The figures of several images.
+
+    Attributes:
+        images: how many.
+        mean: dice, iou, accuracy, precision, recall of the masks, averaged over images.
+        pooled: the same from all pixels together.
+        ap: at IoU 0.50 ... 0.95, averaged over images.
+        competition: mean of ``ap``.
+        f1: of all instances together, at IoU 0.5.
+        aji: averaged over images.
+        mpx_per_s: of the network in torch fp32.
+    """
 
     images: int
-    dice: float
-    iou: float
-    accuracy: float
-    metric: float
+    mean: dict[str, float]
+    pooled: dict[str, float]
+    ap: list[float]
+    competition: float
     f1: float
+    aji: float
     mpx_per_s: float
 
 
 def evaluate(bundle: Bundle, network: nn.Module, samples: Iterable[Sample]) -> list[ImageScore]:
     """Score ``network``, which is the bundle's in evaluation mode, on every sample in float32.
 
+    With one output every connected component of the mask is an instance.
+
     Args:
         bundle: the model.
         network: built from it.
         samples: annotated images.
     """
+    limit = np.log(bundle.card.threshold / (1 - bundle.card.threshold))
     scores = []
     for sample in samples:
         start = time.perf_counter()
-        logits = predict_logits(network, sample.pixels, bundle.card.total_stride, torch.float32).numpy()
+        logits = predict_logits(network, sample.pixels, bundle.card.total_stride, "fp32").numpy()
         seconds = time.perf_counter() - start
-        decoded = decode_instances(logits, Decoding(threshold=bundle.card.threshold))
         truth = relabel_sequential(sample.labels)[0]
-        limit = np.log(bundle.card.threshold / (1 - bundle.card.threshold))
-        pixels = pixel_score(logits[0] > limit, truth > 0)
-        ious = instance_ious(decoded, truth)
-        counts = matches(ious, 0.5)
-        size = truth.size / 1e6
-        metric = competition_metric(ious)
+        overlaps = instance_overlaps(decode_instances(logits, Decoding(threshold=bundle.card.threshold)), truth)
+        found, spurious, missed = matches(overlaps.ious, 0.5)
         scores.append(
             ImageScore(
-                sample.name, sample.kind, pixels.dice, pixels.iou, pixels.accuracy, metric, *counts, size, seconds
+                name=sample.name,
+                kind=sample.kind,
+                pixels=pixel_score(logits[0] > limit, truth > 0),
+                ap=average_precisions(overlaps.ious),
+                aji=aggregated_jaccard(overlaps),
+                found=found,
+                spurious=spurious,
+                missed=missed,
+                megapixels=truth.size / 1e6,
+                seconds=seconds,
             )
         )
     return scores
 
 
-def summarise(scores: list[ImageScore]) -> Summary:
-    """The figures of several images as one row."""
+def summarise(scores: Sequence[ImageScore]) -> Summary:
+    """The figures of several images, at least one."""
     found, spurious, missed = (sum(getattr(one, name) for one in scores) for name in ("found", "spurious", "missed"))
+    pooled = reduce(add, (one.pixels for one in scores))
+    ap = np.mean([one.ap for one in scores], axis=0)
     return Summary(
         images=len(scores),
-        dice=float(np.mean([one.dice for one in scores])),
-        iou=float(np.mean([one.iou for one in scores])),
-        accuracy=float(np.mean([one.accuracy for one in scores])),
-        metric=float(np.mean([one.metric for one in scores])),
+        mean={name: float(np.mean([getattr(one.pixels, name) for one in scores])) for name in _PIXEL_FIGURES},
+        pooled={name: getattr(pooled, name) for name in _PIXEL_FIGURES},
+        ap=ap.tolist(),
+        competition=float(ap.mean()),
         f1=2 * found / max(1, 2 * found + spurious + missed),
+        aji=float(np.mean([one.aji for one in scores])),
         mpx_per_s=sum(one.megapixels for one in scores) / sum(one.seconds for one in scores),
     )
+
+
+def rescale(sample: Sample, factor: float) -> Sample:
+    """The sample magnified by ``factor``: image bilinearly (smoothed first when it shrinks), labels by nearest."""
+    height, width = (round(side * factor) for side in sample.labels.shape)
+    image = resize(sample.image, (height, width), order=1, preserve_range=True, anti_aliasing=factor < 1)
+    labels = resize(sample.labels, (height, width), order=0, preserve_range=True, anti_aliasing=False)
+    distance = np.round(255 * instance_distance(labels)).astype(np.uint8)
+    return replace(sample, image=image.astype(np.float32), labels=labels.astype(np.int32), distance=distance)

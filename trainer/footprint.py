@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-_LARGEST_STRIDE = 64
+_LARGEST_STRIDE = 32
+_SPANS = (512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
@@ -30,30 +31,27 @@ class Footprint:
     exact_margin: int
 
 
-def measure_footprint(network: nn.Module, in_channels: int, span: int = 1024) -> Footprint:
+def measure_footprint(network: nn.Module, in_channels: int = 3) -> Footprint:
     """Measure the footprint of ``network`` along one axis (its layers are square).
 
     Args:
-        network: takes (1, in_channels, H, W) for H, W multiples of 64.
+        network: takes (1, in_channels, H, W) for H, W multiples of 32.
         in_channels: channels of its input.
-        span: width in px of the probe; at least twice the receptive field.
 
     Raises:
-        ValueError: the receptive field does not fit in ``span``.
+        ValueError: the receptive field is wider than 4096 px.
     """
     # Double precision keeps to direct convolutions; a Winograd one would smear the NaN over its transform tile.
     network = copy.deepcopy(network).double().eval()
-    start = span // 2
-    seen_by: list[tuple[int, int]] = []
-    with torch.inference_mode():
-        for column in range(start, start + _LARGEST_STRIDE):
-            probe = torch.zeros(1, in_channels, _LARGEST_STRIDE, span, dtype=torch.float64)
-            probe[..., column] = torch.nan
-            hit = torch.isnan(network(probe)).any(dim=(0, 1, 2)).nonzero().flatten()
-            first, last = int(hit[0]), int(hit[-1])
-            if first == 0 or last == span - 1:
-                raise ValueError(f"the receptive field reaches the edge of the {span} px probe; use a wider one")
-            seen_by.append((first - column, last - column))
+    for span in _SPANS:
+        columns = range(span // 2, span // 2 + _LARGEST_STRIDE)
+        first, last = _sees(network, in_channels, span, columns[0])
+        if first > _LARGEST_STRIDE and last < span - _LARGEST_STRIDE:
+            break
+    else:
+        raise ValueError(f"the receptive field is wider than {_SPANS[-1]} px")
+    reach = [_sees(network, in_channels, span, column) for column in columns]
+    seen_by = [(first - column, last - column) for column, (first, last) in zip(columns, reach, strict=True)]
     stride = next(
         period
         for period in (2**power for power in range(_LARGEST_STRIDE.bit_length()))
@@ -66,3 +64,12 @@ def measure_footprint(network: nn.Module, in_channels: int, span: int = 1024) ->
         core_end = (phase + before) // stride * stride + stride
         margin = max(margin, core_start - phase, phase + 1 - core_end)
     return Footprint(total_stride=stride, exact_margin=-(-margin // stride) * stride)
+
+
+def _sees(network: nn.Module, in_channels: int, span: int, column: int) -> tuple[int, int]:
+    """First and last output column that sees input ``column`` of a probe ``span`` px wide."""
+    probe = torch.zeros(1, in_channels, _LARGEST_STRIDE, span, dtype=torch.float64)
+    probe[..., column] = torch.nan
+    with torch.inference_mode():
+        hit = torch.isnan(network(probe)).any(dim=(0, 1, 2)).nonzero().flatten()
+    return int(hit[0]), int(hit[-1])

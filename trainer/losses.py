@@ -1,9 +1,11 @@
 """Targets and losses: foreground, touching border, distance.
 
-Shapes are (N, S, S) throughout, logits (N, 3, S, S).
+Shapes are (N, S, S) throughout, logits (N, K, S, S) with K 1 or 3.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 
 from cellseg_batch.trainer.augment import Batch
 
-OUTPUTS = ("foreground", "border", "distance")
+_FOCUS = 2.0
 
 
 def touching_border(labels: Tensor) -> Tensor:
@@ -23,20 +25,54 @@ def touching_border(labels: Tensor) -> Tensor:
     return ((largest > 0) & (smallest < largest))[:, 0]
 
 
-def _dice_loss(probability: Tensor, target: Tensor) -> Tensor:
+def outline(labels: Tensor) -> Tensor:
+    """True where a 5 x 5 px window holds foreground and background: where masks are won or lost."""
+    foreground = (labels > 0).float()[:, None]
+    return (F.max_pool2d(foreground, 5, 1, 2) + F.max_pool2d(1 - foreground, 5, 1, 2) > 1)[:, 0]
+
+
+def bce_loss(z: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Binary cross-entropy, weighted per pixel."""
+    return F.binary_cross_entropy_with_logits(z, target, weight=weight)
+
+
+def focal_loss(z: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Cross-entropy times ``(1 - p of the truth) ** 2`` (Lin et al. 2017, arXiv:1708.02002), weighted per pixel."""
+    truth = torch.where(target > 0, z, -z).sigmoid()
+    return (weight * (1 - truth) ** _FOCUS * -truth.clamp(min=1e-6).log()).mean()
+
+
+def dice_loss(z: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """One minus the soft Dice of each picture (Milletari et al. 2016, arXiv:1606.04797); takes no weights."""
+    probability = z.sigmoid()
     overlap = (probability * target).sum(dim=(1, 2))
     total = probability.sum(dim=(1, 2)) + target.sum(dim=(1, 2))
     return 1 - ((2 * overlap + 1) / (total + 1)).mean()
 
 
-def segmentation_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """BCE + Dice for foreground and border, squared error for the distance; touching pixels count five times."""
-    foreground = (batch.labels > 0).float()
-    border = touching_border(batch.labels).float()
-    weight = 1 + 4 * border
+_TERMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "bce": bce_loss,
+    "dice": dice_loss,
+    "focal": focal_loss,
+}
+
+
+def segmentation_loss(logits: Tensor, batch: Batch, terms: Sequence[str]) -> Tensor:
+    """The sum of ``terms`` for the foreground; with three outputs also for the border, and the distance's error.
+
+    With three outputs pixels between touching instances count five times and those along outlines three times;
+    the distance's squared error counts most where instances touch.
+    """
     z = logits.float()
-    loss = F.binary_cross_entropy_with_logits(z[:, 0], foreground, weight=weight)
-    loss = loss + _dice_loss(z[:, 0].sigmoid(), foreground)
-    loss = loss + F.binary_cross_entropy_with_logits(z[:, 1], border, weight=1 + 2 * border)
-    loss = loss + _dice_loss(z[:, 1].sigmoid(), border)
-    return loss + 4 * ((z[:, 2].sigmoid() - batch.distance) ** 2 * (weight + 2 * foreground)).mean()
+    foreground = (batch.labels > 0).float()
+    if z.shape[1] == 1:
+        return _sum(terms, z[:, 0], foreground, torch.ones_like(foreground))
+    border = touching_border(batch.labels).float()
+    loss = _sum(terms, z[:, 0], foreground, 1 + 4 * border + 2 * outline(batch.labels).float())
+    loss = loss + _sum(terms, z[:, 1], border, 1 + 2 * border)
+    error = (z[:, 2].sigmoid() - batch.distance) ** 2
+    return loss + 4 * (error * (1 + 4 * border + 2 * foreground)).mean()
+
+
+def _sum(terms: Sequence[str], z: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return torch.stack([_TERMS[term](z, target, weight) for term in terms]).sum()

@@ -1,7 +1,8 @@
 """Segmentation metrics by their published definitions, on plain arrays.
 
-The competition metric is the mean over IoU 0.50, 0.55, ... 0.95 of TP / (TP + FP + FN), averaged over images
-(2018 Data Science Bowl; Caicedo et al. 2019, doi 10.1038/s41592-019-0612-7).
+AP at an IoU threshold is TP / (TP + FP + FN); the competition metric is its mean over 0.50, 0.55, ... 0.95,
+averaged over images (2018 Data Science Bowl; Caicedo et al. 2019, doi 10.1038/s41592-019-0612-7).  AJI: Kumar et
+al. 2017, doi 10.1109/TMI.2017.2677499.
 """
 
 from __future__ import annotations
@@ -11,35 +12,86 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-IOU_THRESHOLDS = np.arange(0.5, 1.0, 0.05)
+IOU_THRESHOLDS = tuple(np.arange(50, 100, 5) / 100)
 
 
 @dataclass(frozen=True)
 class PixelScore:
-    """Agreement of two masks, each figure in [0, 1]."""
+    """Agreement of two masks: pixels counted, and figures in [0, 1] from them; what is undefined counts as 1.
 
-    dice: float
-    iou: float
-    accuracy: float
+    Attributes:
+        tp, fp, fn, tn: pixels that are predicted and true, predicted only, true only, neither.
+    """
+
+    tp: int
+    fp: int
+    fn: int
+    tn: int
+
+    def __add__(self, other: PixelScore) -> PixelScore:
+        """Both pooled."""
+        return PixelScore(self.tp + other.tp, self.fp + other.fp, self.fn + other.fn, self.tn + other.tn)
+
+    @property
+    def dice(self) -> float:
+        """2 TP / (2 TP + FP + FN)."""
+        return _share(2 * self.tp, 2 * self.tp + self.fp + self.fn)
+
+    @property
+    def iou(self) -> float:
+        """TP / (TP + FP + FN)."""
+        return _share(self.tp, self.tp + self.fp + self.fn)
+
+    @property
+    def accuracy(self) -> float:
+        """(TP + TN) / all."""
+        return _share(self.tp + self.tn, self.tp + self.fp + self.fn + self.tn)
+
+    @property
+    def precision(self) -> float:
+        """TP / (TP + FP)."""
+        return _share(self.tp, self.tp + self.fp)
+
+    @property
+    def recall(self) -> float:
+        """TP / (TP + FN)."""
+        return _share(self.tp, self.tp + self.fn)
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 1.0
 
 
 def pixel_score(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> PixelScore:
-    """Compare two masks of one shape; two empty masks agree perfectly."""
-    overlap = int(np.count_nonzero(predicted & truth))
-    total = int(np.count_nonzero(predicted)) + int(np.count_nonzero(truth))
-    if total == 0:
-        return PixelScore(1.0, 1.0, 1.0)
-    return PixelScore(2 * overlap / total, overlap / (total - overlap), float(np.mean(predicted == truth)))
+    """Compare two masks of one shape."""
+    tp = int(np.count_nonzero(predicted & truth))
+    fp, fn = int(np.count_nonzero(predicted)) - tp, int(np.count_nonzero(truth)) - tp
+    return PixelScore(tp, fp, fn, truth.size - tp - fp - fn)
 
 
-def instance_ious(predicted: NDArray[np.integer], truth: NDArray[np.integer]) -> NDArray[np.float64]:
-    """IoU of every predicted with every true instance, (predicted, true); labels are 0 and contiguous ids."""
+@dataclass(frozen=True)
+class Overlaps:
+    """How predicted and true instances of one image overlap.
+
+    Attributes:
+        pixels: (1 + predicted, 1 + true) pixels in common, row and column 0 are background.
+    """
+
+    pixels: NDArray[np.int64]
+
+    @property
+    def ious(self) -> NDArray[np.float64]:
+        """IoU of every predicted with every true instance, (predicted, true)."""
+        predicted, true = self.pixels.sum(axis=1, keepdims=True), self.pixels.sum(axis=0, keepdims=True)
+        ious: NDArray[np.float64] = self.pixels / np.maximum(predicted + true - self.pixels, 1)
+        return ious[1:, 1:]
+
+
+def instance_overlaps(predicted: NDArray[np.integer], truth: NDArray[np.integer]) -> Overlaps:
+    """Overlaps of two instance maps of one shape; labels are 0 and contiguous ids."""
     rows, columns = int(predicted.max(initial=0)) + 1, int(truth.max(initial=0)) + 1
     pairs = np.bincount(predicted.ravel().astype(np.int64) * columns + truth.ravel(), minlength=rows * columns)
-    overlap = pairs.reshape(rows, columns).astype(np.float64)
-    union = overlap.sum(axis=1, keepdims=True) + overlap.sum(axis=0, keepdims=True) - overlap
-    ious: NDArray[np.float64] = overlap / np.maximum(union, 1)
-    return ious[1:, 1:]
+    return Overlaps(pairs.reshape(rows, columns))
 
 
 def matches(ious: NDArray[np.float64], threshold: float) -> tuple[int, int, int]:
@@ -48,10 +100,32 @@ def matches(ious: NDArray[np.float64], threshold: float) -> tuple[int, int, int]
     return found, ious.shape[0] - found, ious.shape[1] - found
 
 
+def average_precisions(ious: NDArray[np.float64]) -> tuple[float, ...]:
+    """AP of one image at each of `IOU_THRESHOLDS`; 1 if it and its truth are empty. Their mean is the metric."""
+    counts = [matches(ious, threshold) for threshold in IOU_THRESHOLDS]
+    return tuple(_share(found, found + spurious + missed) for found, spurious, missed in counts)
+
+
 def competition_metric(ious: NDArray[np.float64]) -> float:
-    """Mean over the IoU thresholds of TP / (TP + FP + FN) for one image; 1 if it and its truth are empty."""
-    scores = []
-    for threshold in IOU_THRESHOLDS:
-        counts = matches(ious, float(threshold))
-        scores.append(counts[0] / sum(counts) if sum(counts) else 1.0)
-    return float(np.mean(scores))
+    """Mean of `average_precisions`."""
+    return float(np.mean(average_precisions(ious)))
+
+
+def aggregated_jaccard(overlaps: Overlaps) -> float:
+    """AJI of one image: pooled intersection over union of each true instance with its best match.
+
+    Predicted instances that are nobody's best match are added to the union.
+    """
+    ious, common = overlaps.ious, overlaps.pixels[1:, 1:]
+    predicted, true = overlaps.pixels.sum(axis=1)[1:], overlaps.pixels.sum(axis=0)[1:]
+    intersection, union, used = 0, 0, np.zeros(len(predicted), bool)
+    for column in range(len(true)):
+        best = int(ious[:, column].argmax()) if len(predicted) else -1
+        shared = int(common[best, column]) if best >= 0 else 0
+        if shared:
+            used[best] = True
+            intersection += shared
+            union += int(predicted[best] + true[column]) - shared
+        else:
+            union += int(true[column])
+    return _share(intersection, union + int(predicted[~used].sum()))

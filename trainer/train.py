@@ -1,88 +1,220 @@
 """Train a network on annotated images and write its bundle.
 
-One loop: draw a batch, step, now and then score the averaged weights on the val split.  It knows nothing
-about slides or the engine.
+One loop: draw a batch, step, and after each epoch score the averaged weights on the val split, keep the best
+and write a checkpoint.  Every draw is a function of the seed and the step, so a resumed run repeats what the
+killed one would have done.  It knows nothing about slides or the engine.
 """
 
 from __future__ import annotations
 
-import copy
 import math
+import os
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from cellseg_batch.trainer.augment import Augmenter
-from cellseg_batch.trainer.bundle import Bundle, Card, Normalisation, save_bundle
-from cellseg_batch.trainer.data.dataset import load_dataset
+from cellseg_batch.trainer.augment import Augmenter, Batch
+from cellseg_batch.trainer.bundle import Bundle, Card, load_bundle, save_bundle
+from cellseg_batch.trainer.checkpoint import CHECKPOINT_FILE, Checkpoint, check_same, load_checkpoint, save_checkpoint
+from cellseg_batch.trainer.data.dataset import Dataset, load_dataset
 from cellseg_batch.trainer.data.sample import Sample
-from cellseg_batch.trainer.footprint import measure_footprint
-from cellseg_batch.trainer.losses import OUTPUTS, segmentation_loss
-from cellseg_batch.trainer.metrics import pixel_score
+from cellseg_batch.trainer.footprint import Footprint, measure_footprint
+from cellseg_batch.trainer.learner import Learner
+from cellseg_batch.trainer.plots import plot_curves, plot_predictions, write_log
+from cellseg_batch.trainer.recipe import Recipe
+from cellseg_batch.trainer.schedule import learning_rate_at
 from cellseg_batch.trainer.unet import build_network
-
-# The Data Science Bowl images do not record their pixel size; nuclei of 15-40 px across suggest this.
-NOMINAL_PIXEL_SIZE_UM = 0.5
+from cellseg_batch.trainer.validate import Validation, validate
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """A recipe.
+class Epoch:
+    """Figures of one epoch.
 
     Attributes:
-        name: of the model.
-        width: channels of the network's first layers.
-        steps: optimiser steps.
-        batch: crops per step.
-        crop: side of a crop in px.
-        zoom: smallest and largest magnification of a crop.
-        learning_rate: AdamW's peak; warmed up over 300 steps, flat to the middle, then cosine to zero.
-        weight_decay: AdamW's.
-        averaging: decay of the exponential moving average of the weights that is scored and saved.
-        group_power: a kind of image is drawn in proportion to (its number of images) ** group_power.
-        score_every: steps between scores on the val split.
-        seed: of every random draw.
+        number: from 1.
+        step: steps done.
+        learning_rate: of the last step.
+        loss: mean over the epoch's batches.
+        validation: of the averaged weights.
+        best: whether they are the ones kept.
+        images_per_second: trained, scoring left out.
     """
 
-    name: str = "nuclei"
-    width: int = 32
-    steps: int = 16_000
-    batch: int = 8
-    crop: int = 256
-    zoom: tuple[float, float] = (0.5, 2.4)
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.02
-    averaging: float = 0.998
-    group_power: float = 0.6
-    score_every: int = 1_000
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a training run reports each time it scores itself; ``loss`` is the mean since the last report."""
-
+    number: int
     step: int
+    learning_rate: float
     loss: float
-    dice: float
-    dice_by_kind: dict[str, float]
+    validation: Validation
+    best: bool
     images_per_second: float
 
+    @property
+    def row(self) -> dict[str, float]:
+        """One line of the log."""
+        figures = {"epoch": self.number, "step": self.step, "learning_rate": self.learning_rate, "loss": self.loss}
+        scores = {f"val_{name}": value for name, value in asdict(self.validation).items()}
+        return figures | scores | {"best": self.best, "images_per_second": self.images_per_second}
 
-def learning_rate_at(step: int, settings: TrainSettings) -> float:
-    """Warm up, stay flat to the middle of the run, then follow a half cosine down to zero."""
-    flat = settings.steps // 2
-    if step < flat:
-        return settings.learning_rate * min(1.0, (step + 1) / 300)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - flat) / (settings.steps - flat)))
+
+class Observer(Protocol):
+    """Is told how a training run goes."""
+
+    def planned(self, dataset: Dataset, steps: int, done: int, batch: int) -> None:
+        """The data are read; ``done`` of ``steps`` steps, of ``batch`` pictures each, were taken before."""
+
+    def stepped(self, step: int, loss: float) -> None:
+        """``step`` steps are done."""
+
+    def scored(self, epoch: Epoch) -> None:
+        """An epoch is done."""
 
 
-def draw_samples(samples: list[Sample], count: int, power: float, rng: np.random.Generator) -> list[Sample]:
+def train(
+    data: Path,
+    out: Path,
+    recipe: Recipe,
+    observer: Observer,
+    *,
+    fine_tune: Bundle | None = None,
+    resume: bool = False,
+    max_steps: int | None = None,
+    device: str = "auto",
+) -> Bundle:
+    """Train on the train split of ``data``; ``out`` becomes the bundle of the best weights, with log and pictures.
+
+    Args:
+        data: the annotated images.
+        out: folder of the bundle, the checkpoint, ``log.csv``, ``curves.png`` and ``pictures.png``.
+        recipe: how to train.
+        observer: is told how it goes.
+        fine_tune: start from this bundle's weights, which must be of the recipe's architecture.
+        resume: go on from the checkpoint in ``out``.
+        max_steps: a shorter run; the schedule is fitted to it.
+        device: ``auto`` (CUDA where there is any), ``cpu`` or ``cuda``.
+
+    Returns:
+        The bundle of the best weights.
+
+    Raises:
+        OSError, ValueError: the data cannot be read, there is nothing to resume, the run to resume was another
+            one, ``out`` holds a run already, or weights to start from do not fit or cannot be had.
+        FloatingPointError: the loss is not finite any more; best bundle and last checkpoint are kept.
+    """
+    if not resume and (out / CHECKPOINT_FILE).exists():
+        raise ValueError(f"{out} holds a training run already; go on with --resume or choose another --out")
+    dataset = load_dataset(data, recipe.normalisation)
+    samples = dataset.splits["train"]
+    epoch_steps = recipe.epoch_steps or math.ceil(len(samples) / recipe.batch)
+    steps = min(epoch_steps * recipe.epochs, max_steps or epoch_steps * recipe.epochs)
+    start = Checkpoint(asdict(recipe), dataset.names, steps)
+    learner = Learner(recipe, torch.device(_pick_device(device)))
+    if resume:
+        checkpoint = load_checkpoint(out)
+        check_same(checkpoint, start)
+        learner.restore(checkpoint)
+    else:
+        checkpoint = start
+        if fine_tune is not None:
+            learner.start_from(fine_tune)
+    keeper = _Keeper(out, recipe, dataset, _footprint(recipe), checkpoint)
+    observer.planned(dataset, steps, checkpoint.step, recipe.batch)
+
+    def draw(step: int) -> Batch:
+        rng = np.random.default_rng((recipe.seed, step))
+        return Augmenter(recipe, rng).batch(draw_samples(samples, recipe.batch, recipe.group_power, rng))
+
+    losses: list[float] = []
+    since = time.perf_counter()
+    first = steps if keeper.patience_is_over else checkpoint.step
+    for step, batch in _in_order(
+        draw, first, steps, workers=0 if learner.device.type == "cpu" else os.cpu_count() or 1
+    ):
+        rate = learning_rate_at(step, steps, recipe)
+        losses.append(learner.step(batch, step, rate))
+        observer.stepped(step + 1, losses[-1])
+        if (step + 1) % epoch_steps == 0 or step + 1 == steps:
+            speed = recipe.batch * len(losses) / (time.perf_counter() - since)
+            observer.scored(keeper.keep(learner, step + 1, -(-(step + 1) // epoch_steps), rate, losses, speed))
+            if keeper.patience_is_over:
+                break
+            losses, since = [], time.perf_counter()
+    bundle = load_bundle(out)
+    plot_predictions(bundle, dataset.splits["val"], out / "pictures.png")
+    return bundle
+
+
+class _Keeper:
+    """Scores an epoch and puts what must not be lost on disk."""
+
+    def __init__(
+        self, out: Path, recipe: Recipe, dataset: Dataset, footprint: Footprint, checkpoint: Checkpoint
+    ) -> None:
+        self.out, self.recipe, self.dataset, self.footprint, self.checkpoint = (
+            out,
+            recipe,
+            dataset,
+            footprint,
+            checkpoint,
+        )
+        out.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def patience_is_over(self) -> bool:
+        return 0 < self.recipe.patience <= self.checkpoint.stale
+
+    def keep(self, learner: Learner, step: int, number: int, rate: float, losses: list[float], speed: float) -> Epoch:
+        """Score the averaged weights; write the bundle if they are the best so far, then checkpoint, log and curves."""
+        state = self.checkpoint
+        validation = validate(learner.averaged, self.dataset.splits["val"], self.recipe, self.footprint.total_stride)
+        value: float = getattr(validation, self.recipe.metric)
+        best = value > state.best
+        epoch = Epoch(number, step, rate, float(np.mean(losses)), validation, best, speed)
+        if best:
+            save_bundle(self._bundle(learner, epoch), self.out)
+        state.best, state.stale, state.step = max(value, state.best), 0 if best else state.stale + 1, step
+        state.history.append(epoch.row)
+        vars(state).update(learner.state())
+        # After the bundle: a kill in between repeats this epoch and writes the same bundle again.
+        save_checkpoint(state, self.out)
+        write_log(state.history, self.out / "log.csv")
+        plot_curves(state.history, self.out / "curves.png")
+        return epoch
+
+    def _bundle(self, learner: Learner, epoch: Epoch) -> Bundle:
+        recipe = self.recipe
+        card = Card(
+            name=recipe.name,
+            architecture=recipe.architecture,
+            channels=3,
+            outputs=recipe.outputs,
+            total_stride=self.footprint.total_stride,
+            exact_margin=self.footprint.exact_margin,
+            margin=recipe.margin,
+            threshold=recipe.threshold,
+            pixel_size_um=recipe.pixel_size_um or None,
+            normalisation=recipe.normalisation,
+            training={"images": len(self.dataset.splits["train"]), "step": epoch.step, **asdict(recipe)},
+            metrics=asdict(epoch.validation),
+        )
+        weights = {name: value.cpu().numpy() for name, value in learner.averaged.state_dict().items()}
+        return Bundle(card, weights)
+
+
+def _footprint(recipe: Recipe) -> Footprint:
+    """Measured on a thin network where the width can be chosen, for it changes nothing but the time."""
+    thin = {"width": 2} if "width" in recipe.architecture else {}
+    return measure_footprint(build_network(recipe.architecture | thin))
+
+
+def draw_samples(samples: Sequence[Sample], count: int, power: float, rng: np.random.Generator) -> list[Sample]:
     """Draw ``count`` samples, first the kind of image, then the image."""
     kinds = sorted({sample.kind for sample in samples})
     groups = [[sample for sample in samples if sample.kind == kind] for kind in kinds]
@@ -91,117 +223,20 @@ def draw_samples(samples: list[Sample], count: int, power: float, rng: np.random
     return [groups[i][rng.integers(len(groups[i]))] for i in chosen]
 
 
-@torch.inference_mode()
-def predict_logits(network: nn.Module, pixels: np.ndarray, total_stride: int, precision: torch.dtype) -> Tensor:
-    """Logits (K, H, W) float32 of one whole image (H, W, C), padded by reflection to the total stride."""
-    height, width = pixels.shape[:2]
-    padding = ((0, -height % total_stride), (0, -width % total_stride), (0, 0))
-    padded = torch.from_numpy(np.pad(pixels, padding, mode="reflect")).permute(2, 0, 1)[None]
-    with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
-        logits = network(padded.contiguous(memory_format=torch.channels_last))
-    inside: Tensor = logits[0, :, :height, :width].float()
-    return inside
+def _in_order(draw: Callable[[int], Batch], first: int, last: int, workers: int) -> Iterator[tuple[int, Batch]]:
+    """The batches of steps ``first`` to ``last``, drawn ahead by ``workers`` threads if there are any."""
+    if workers == 0:
+        yield from ((step, draw(step)) for step in range(first, last))
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        ahead = deque(pool.submit(draw, step) for step in range(first, min(first + 2 * workers, last)))
+        for step in range(first, last):
+            yield step, ahead.popleft().result()
+            if step + 2 * workers < last:
+                ahead.append(pool.submit(draw, step + 2 * workers))
 
 
-def mean_dice(network: nn.Module, samples: list[Sample], total_stride: int) -> tuple[float, dict[str, float]]:
-    """Mean pixel Dice of the foreground over images, overall and by kind."""
-    network.eval()
-    by_kind: dict[str, list[float]] = {}
-    for sample in samples:
-        logits = predict_logits(network, sample.pixels, total_stride, torch.bfloat16)
-        score = pixel_score((logits[0] > 0).numpy(), sample.labels > 0)
-        by_kind.setdefault(sample.kind, []).append(score.dice)
-    every = [dice for scores in by_kind.values() for dice in scores]
-    return float(np.mean(every)), {kind: float(np.mean(scores)) for kind, scores in sorted(by_kind.items())}
-
-
-def train(
-    data: Path,
-    out: Path,
-    settings: TrainSettings,
-    report: Callable[[Progress], None],
-    fine_tune: Bundle | None = None,
-) -> Bundle:
-    """Train on the train split of ``data`` and write the averaged weights to ``out`` at every score.
-
-    Args:
-        data: the annotated images.
-        out: folder of the bundle.
-        settings: the recipe.
-        report: told at every score.
-        fine_tune: start from this bundle's weights, which must be of the recipe's architecture.
-
-    Raises:
-        FileNotFoundError, ValueError: the data cannot be read.
-        RuntimeError: the bundle to start from is of another architecture.
-        FloatingPointError: the loss became NaN; the last bundle written is kept.
-    """
-    rule = Normalisation()
-    splits = load_dataset(data, rule).splits
-    train_samples, val_samples = splits["train"], splits["val"]
-    torch.manual_seed(settings.seed)
-    rng = np.random.default_rng(settings.seed)
-    augmenter = Augmenter(settings.crop, settings.zoom, settings.seed + 1)
-
-    architecture = {"name": "stem-unet", "in_channels": 3, "outputs": len(OUTPUTS), "width": settings.width, "depth": 4}
-    network = build_network(architecture)
-    if fine_tune is not None:
-        network.load_state_dict(
-            {name: torch.from_numpy(value) for name, value in fine_tune.weights.items()}, strict=True
-        )
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    footprint = measure_footprint(build_network(architecture), in_channels=3)
-    averaged = copy.deepcopy(network)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-
-    losses: list[float] = []
-    started = time.perf_counter()
-    for step in range(settings.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate_at(step, settings)
-        batch = augmenter.batch(draw_samples(train_samples, settings.batch, settings.group_power, rng))
-        network.train()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = network(batch.pixels.contiguous(memory_format=torch.channels_last))
-        loss = segmentation_loss(logits, batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss became {float(loss)} at step {step}; lower the learning rate")
-        optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-        optimiser.step()
-        _average(averaged, network, min(settings.averaging, (step + 1) / (step + 10)))
-        losses.append(float(loss.detach()))
-
-        if (step + 1) % settings.score_every == 0 or step + 1 == settings.steps:
-            dice, by_kind = mean_dice(averaged, val_samples, footprint.total_stride)
-            rate = (step + 1) * settings.batch / (time.perf_counter() - started)
-            report(Progress(step + 1, float(np.mean(losses)), dice, by_kind, rate))
-            losses.clear()
-            card = Card(
-                name=settings.name,
-                architecture=architecture,
-                channels=3,
-                outputs=OUTPUTS,
-                total_stride=footprint.total_stride,
-                exact_margin=footprint.exact_margin,
-                margin=64,
-                threshold=0.5,
-                pixel_size_um=NOMINAL_PIXEL_SIZE_UM,
-                normalisation=rule,
-                training={"data": data.name, "images": len(train_samples), "step": step + 1, **asdict(settings)},
-                metrics={"val_mean_dice": dice, "val_mean_dice_by_kind": by_kind},
-            )
-            weights = {name: value.numpy() for name, value in averaged.state_dict().items()}
-            bundle = Bundle(card, weights)
-            save_bundle(bundle, out)
-    return bundle
-
-
-@torch.no_grad()
-def _average(averaged: nn.Module, network: nn.Module, decay: float) -> None:
-    for mean, value in zip(averaged.state_dict().values(), network.state_dict().values(), strict=True):
-        if mean.dtype.is_floating_point:
-            mean.lerp_(value, 1 - decay)
-        else:
-            mean.copy_(value)
+def _pick_device(device: str) -> str:
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"

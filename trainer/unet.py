@@ -7,20 +7,43 @@ multiples of its total stride.  Nothing here knows about data, training or slide
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cellseg_batch.trainer.encoders import ENCODERS
+from cellseg_batch.trainer.bundle import Bundle
+from cellseg_batch.trainer.encoders import ENCODERS, IMAGENET_DEVIATION, IMAGENET_MEAN
 
 
-def _conv_block(inputs: int, outputs: int) -> nn.Sequential:
-    """Two 3x3 convolutions, each with batch norm and ReLU."""
-    layers: list[nn.Module] = []
-    for width in (inputs, outputs):
-        layers += [nn.Conv2d(width, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers)
+def _conv(inputs: int, outputs: int) -> nn.Sequential:
+    """A 3x3 convolution with batch norm and ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+    )
+
+
+def _conv_block(inputs: int, outputs: int, count: int = 2) -> nn.Sequential:
+    """3x3 convolutions, two as a rule, each with batch norm and ReLU."""
+    widths = [inputs, *[outputs] * count]
+    return nn.Sequential(*(layer for a, b in pairwise(widths) for layer in _conv(a, b)))
+
+
+class _DenseBlock(nn.Module):
+    """Two 3x3 convolutions of half the width each; the second sees the input as well, the output is both."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        half = outputs // 2
+        self.first = _conv(inputs, half)
+        self.second = _conv(inputs + half, outputs - half)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (N, outputs, H, W)."""
+        first = self.first(features)
+        return torch.cat([first, self.second(torch.cat([features, first], dim=1))], dim=1)
 
 
 class StemUNet(nn.Module):
@@ -36,9 +59,12 @@ class StemUNet(nn.Module):
         outputs: K, the number of logits per pixel.
         width: channels at half resolution.
         depth: number of resolutions; the total stride is ``2 ** depth``.
+        merge_convs: convolutions after each merge with the encoder's features.
     """
 
-    def __init__(self, in_channels: int = 3, outputs: int = 3, width: int = 32, depth: int = 4) -> None:
+    def __init__(
+        self, in_channels: int = 3, outputs: int = 3, width: int = 32, depth: int = 4, merge_convs: int = 2
+    ) -> None:
         super().__init__()
         widths = [width * 2**level for level in range(depth)]
         self.stem = nn.Sequential(
@@ -49,7 +75,7 @@ class StemUNet(nn.Module):
         self.down = nn.ModuleList(_conv_block(a, b) for a, b in zip([width, *widths], widths, strict=False))
         self.pool = nn.MaxPool2d(2)
         self.up = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in widths[:-1])
-        self.merge = nn.ModuleList(_conv_block(2 * w, w) for w in widths[:-1])
+        self.merge = nn.ModuleList(_conv_block(2 * w, w, merge_convs) for w in widths[:-1])
         self.head = nn.Conv2d(width, 4 * outputs, 1)
         self.shuffle = nn.PixelShuffle(2)
 
@@ -77,6 +103,8 @@ class UNet(nn.Module):
         depth: number of resolutions; 5 in the paper. The total stride is ``2 ** (depth - 1)``.
         up: ``transposed`` convolutions, or ``bilinear`` interpolation and a 1x1 convolution.
         dropout: probability with which the deepest features are dropped in training.
+        grey: look at the mean of the input's channels only.
+        encoder_block: makes one resolution of the contracting path from its input and output channels.
     """
 
     def __init__(
@@ -87,10 +115,14 @@ class UNet(nn.Module):
         depth: int = 5,
         up: str = "transposed",
         dropout: float = 0.0,
+        grey: bool = False,
+        encoder_block: Callable[[int, int], nn.Module] = _conv_block,
     ) -> None:
         super().__init__()
+        self.grey = grey
         widths = [width * 2**level for level in range(depth)]
-        self.down = nn.ModuleList(_conv_block(a, b) for a, b in zip([in_channels, *widths], widths, strict=False))
+        inputs = [1 if grey else in_channels, *widths]
+        self.down = nn.ModuleList(encoder_block(a, b) for a, b in zip(inputs, widths, strict=False))
         self.pool = nn.MaxPool2d(2)
         self.dropout = nn.Dropout2d(dropout)
         self.up = nn.ModuleList(_upsample(2 * w, w, up) for w in widths[:-1])
@@ -100,7 +132,7 @@ class UNet(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (N, K, H, W) of ``pixels`` (N, C, H, W)."""
         skips: list[Tensor] = []
-        features = pixels
+        features = pixels.mean(dim=1, keepdim=True) if self.grey else pixels
         for level, block in enumerate(self.down):
             features = block(features if level == 0 else self.pool(features))
             skips.append(features)
@@ -111,8 +143,36 @@ class UNet(nn.Module):
         return logits
 
 
+class UNetPlus(UNet):
+    """A U-Net with a lighter, densely connected encoder, after the idea of U-Net+ (Long 2020).
+
+    U-Net+ changes the contracting path of U-Net to be cheaper to compute (doi 10.1186/s12859-019-3332-1).
+    Only that much of the paper's description was at hand; the layers here are ours: each resolution's two
+    convolutions have half the channels, and the second one and the output reuse the first's features
+    (Huang et al. 2017, arXiv:1608.06993).  The encoder has half the
+    weights of U-Net's of the same width.
+
+    Args:
+        arguments: as `UNet`'s.
+    """
+
+    def __init__(
+        self,
+        outputs: int = 1,
+        width: int = 64,
+        depth: int = 5,
+        up: str = "transposed",
+        dropout: float = 0.0,
+        grey: bool = False,
+    ) -> None:
+        super().__init__(3, outputs, width, depth, up, dropout, grey, encoder_block=_DenseBlock)
+
+
 class EncoderUNet(nn.Module):
     """A U-Net whose contracting path is a published encoder; its decoder halves the channels at each resolution.
+
+    The input is pixels in [0, 1]; ImageNet's mean and standard deviation, which the published weights expect,
+    are applied inside.
 
     Args:
         encoder: a name of `cellseg_batch.trainer.encoders.ENCODERS`.
@@ -121,6 +181,9 @@ class EncoderUNet(nn.Module):
         up: as `UNet`.
         dropout: probability with which the encoder's deepest features are dropped in training.
     """
+
+    mean: Tensor
+    deviation: Tensor
 
     def __init__(
         self,
@@ -131,6 +194,8 @@ class EncoderUNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("deviation", torch.tensor(IMAGENET_DEVIATION).view(1, 3, 1, 1), persistent=False)
         self.encoder = ENCODERS[encoder]()
         self.dropout = nn.Dropout2d(dropout)
         skips = [*reversed(self.encoder.widths[:-1]), 0]
@@ -141,7 +206,7 @@ class EncoderUNet(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (N, K, H, W) of ``pixels`` (N, 3, H, W)."""
-        skips: list[Tensor] = self.encoder(pixels)
+        skips: list[Tensor] = self.encoder((pixels - self.mean) / self.deviation)
         features = self.dropout(skips.pop())
         for up, merge in zip(self.up, self.merge, strict=True):
             features = up(features)
@@ -161,7 +226,9 @@ def _upsample(inputs: int, outputs: int, how: str) -> nn.Module:
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "stem-unet": StemUNet,
     "unet": UNet,
-    "encoder-unet": EncoderUNet,
+    "unet-plus": UNetPlus,
+    "unet-mobilenetv2": partial(EncoderUNet, "mobilenetv2"),
+    "unet-resnet34": partial(EncoderUNet, "resnet34"),
 }
 
 
@@ -174,3 +241,17 @@ def build_network(architecture: dict[str, Any]) -> nn.Module:
     """
     arguments = dict(architecture)
     return ARCHITECTURES[arguments.pop("name")](**arguments)
+
+
+def load_network(bundle: Bundle) -> nn.Module:
+    """The bundle's network in float32, in evaluation mode, with its weights loaded strictly.
+
+    Raises:
+        KeyError, TypeError: the architecture is not of this version.
+        RuntimeError: the weights are of another architecture.
+    """
+    network = build_network(bundle.card.architecture)
+    weights = {name: torch.from_numpy(array.copy()) for name, array in bundle.weights.items()}
+    # Strict loading converts float16 to the parameters' float32.
+    network.load_state_dict(weights, strict=True)
+    return network.eval()

@@ -27,6 +27,11 @@ class Dataset:
     splits: dict[str, list[Sample]]
     problems: list[Problem]
 
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """Split -> names of its images, in order."""
+        return {split: [sample.name for sample in samples] for split, samples in self.splits.items()}
+
 
 def list_entries(folder: Path) -> list[Entry]:
     """The annotated images of ``folder``: a folder pair, COCO polygons or Data Science Bowl folders.

@@ -1,0 +1,30 @@
+"""Logits of one whole image, as scoring during and after training needs them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@torch.inference_mode()
+def predict_logits(network: nn.Module, pixels: NDArray[np.float32], total_stride: int, precision: str) -> Tensor:
+    """Logits (K, H, W) float32 on the CPU of an image (H, W, C) in [0, 1], padded by reflection to the total stride.
+
+    Args:
+        network: in evaluation mode, on any device.
+        pixels: the image.
+        total_stride: px; the network takes multiples of it.
+        precision: fp32, bf16 or fp16.
+    """
+    height, width = pixels.shape[:2]
+    padding = ((0, -height % total_stride), (0, -width % total_stride), (0, 0))
+    padded = torch.from_numpy(np.pad(pixels, padding, mode="reflect")).permute(2, 0, 1)[None]
+    device = next(network.parameters()).device
+    with torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32"):
+        logits = network(padded.to(device).contiguous(memory_format=torch.channels_last))
+    inside: Tensor = logits[0, :, :height, :width].float().cpu()
+    return inside

@@ -1,0 +1,48 @@
+"""Score a network on the val split during training: what decides which weights are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from skimage.segmentation import relabel_sequential
+from torch import nn
+
+from cellseg_batch.trainer.augment import Batch
+from cellseg_batch.trainer.data.sample import Sample
+from cellseg_batch.trainer.decode import Decoding, decode_instances
+from cellseg_batch.trainer.losses import segmentation_loss
+from cellseg_batch.trainer.metrics import competition_metric, instance_overlaps, pixel_score
+from cellseg_batch.trainer.predict import predict_logits
+from cellseg_batch.trainer.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Means over images; ``competition`` is NaN unless the recipe keeps the best by it, for it takes longest."""
+
+    loss: float
+    dice: float
+    iou: float
+    competition: float
+
+
+def validate(network: nn.Module, samples: Sequence[Sample], recipe: Recipe, total_stride: int) -> Validation:
+    """Score ``network``, which is put into evaluation mode, on whole images."""
+    network.eval()
+    limit = np.log(recipe.threshold / (1 - recipe.threshold))
+    rows = []
+    for sample in samples:
+        logits = predict_logits(network, sample.pixels, total_stride, recipe.precision)
+        labels = torch.from_numpy(sample.labels.astype(np.int64))[None]
+        truth = Batch(torch.empty(0), labels, torch.from_numpy(sample.distance)[None].float() / 255)
+        loss = float(segmentation_loss(logits[None], truth, recipe.loss_terms))
+        pixels = pixel_score((logits[0] > limit).numpy(), sample.labels > 0)
+        metric = np.nan
+        if recipe.metric == "competition":
+            decoded = decode_instances(logits.numpy(), Decoding(threshold=recipe.threshold))
+            metric = competition_metric(instance_overlaps(decoded, relabel_sequential(sample.labels)[0]).ious)
+        rows.append((loss, pixels.dice, pixels.iou, metric))
+    return Validation(*(float(mean) for mean in np.mean(rows, axis=0)))
