@@ -66,8 +66,8 @@ def load_dataset(folder: Path, rule: Normalisation, only: tuple[str, ...] = ("tr
         if split in splits:
             try:
                 splits[split].append(make_sample(entry, rule))
-            except (ValueError, OSError) as error:
-                problems.append(Problem(entry.name, str(error)))
+            except Exception as error:  # a file can be damaged in any way that its library knows
+                problems.append(Problem(entry.name, str(error) or type(error).__name__))
     empty = [split for split, samples in splits.items() if not samples]
     if empty:
         raise ValueError(f"{folder}: no usable image in {', '.join(empty)}; {len(problems)} could not be used")

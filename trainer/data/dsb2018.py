@@ -52,7 +52,7 @@ def merge_masks(masks: list[NDArray[np.bool_]], shape: tuple[int, int]) -> NDArr
     """One instance map from masks of single objects; of two that overlap the smaller one is on top.
 
     Raises:
-        ValueError: a mask is empty or of another size.
+        ValueError: a mask is empty, of another size, or hidden by others.
     """
     labels = np.zeros(shape, np.int32)
     for number, mask in enumerate(sorted(masks, key=np.count_nonzero, reverse=True), start=1):
@@ -61,6 +61,8 @@ def merge_masks(masks: list[NDArray[np.bool_]], shape: tuple[int, int]) -> NDArr
         if not mask.any():
             raise ValueError("a mask is empty")
         labels[mask] = number
+    if len(np.unique(labels[labels > 0])) < len(masks):
+        raise ValueError("overlapping masks hide one of them")
     return labels
 
 

@@ -1,0 +1,176 @@
+"""The published layouts of annotated images, good and bad."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from skimage.io import imsave
+
+from cellseg_batch.trainer.bundle import Normalisation
+from cellseg_batch.trainer.data.dataset import load_dataset
+from cellseg_batch.trainer.data.dsb2018 import decode_runs, merge_masks
+
+TRUTH = np.zeros((20, 30), np.int32)
+TRUTH[2:8, 3:9], TRUTH[10:18, 12:28] = 2, 1
+
+
+def image(path, shape=TRUTH.shape):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    imsave(path, np.full(shape, 7, np.uint8), check_contrast=False)
+
+
+def mask(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    imsave(path, array.astype(np.uint8) * 255, check_contrast=False)
+
+
+def read(folder):
+    return load_dataset(folder, Normalisation(), only=("train",))
+
+
+def same_instances(labels, truth):
+    pairs = set(zip(labels.ravel().tolist(), truth.ravel().tolist(), strict=True))
+    return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+
+
+@pytest.fixture
+def bowl(tmp_path, monkeypatch):
+    """One good image in the Data Science Bowl's layout."""
+    monkeypatch.setattr("cellseg_batch.trainer.data.dataset._hashed_split", lambda _: "train")
+    image(tmp_path / "good" / "images" / "good.png")
+    for number in (1, 2):
+        mask(tmp_path / "good" / "masks" / f"{number}.png", number == TRUTH)
+    return tmp_path
+
+
+def test_mask_files_become_an_instance_map(bowl):
+    (sample,) = read(bowl).splits["train"]
+    assert sample.name == "good"
+    assert same_instances(sample.labels, TRUTH)
+
+
+def test_bad_mask_files_are_reported_and_skipped(bowl):
+    cases = {
+        "empty": ([np.zeros(TRUTH.shape)], "a mask is empty"),
+        "size": ([np.ones((5, 5))], "a mask is (5, 5) px"),
+        "hidden": ([TRUTH == 1, TRUTH == 1], "overlapping masks"),
+    }
+    for name, (masks, _) in cases.items():
+        image(bowl / name / "images" / f"{name}.png")
+        for number, one in enumerate(masks):
+            mask(bowl / name / "masks" / f"{number}.png", one)
+    image(bowl / "torn" / "images" / "torn.png")
+    (bowl / "torn" / "masks").mkdir()
+    (bowl / "torn" / "masks" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    (bowl / "lost" / "images").mkdir(parents=True)
+    (bowl / "lost" / "masks").mkdir()
+    dataset = read(bowl)
+    assert [sample.name for sample in dataset.splits["train"]] == ["good"]
+    problems = {problem.file: problem.reason for problem in dataset.problems}
+    assert set(problems) == {*cases, "torn", "lost"}
+    for name, (_, reason) in cases.items():
+        assert reason in problems[name]
+    assert all(problems.values())
+
+
+def test_run_lengths_by_hand():
+    # Column-major from 1: the second and third pixel of the first column, the first of the second.
+    np.testing.assert_array_equal(decode_runs("2 2 4 1", 3, 2), [[0, 1], [1, 0], [1, 0]])
+    for runs in ("2 2 4", "5 3", "0 1"):
+        with pytest.raises(ValueError, match=r"pairs|outside"):
+            decode_runs(runs, 3, 2)
+
+
+def test_the_run_length_file_replaces_mask_files(bowl):
+    image(bowl / "coded" / "images" / "coded.png")
+    with open(bowl / "solution.csv", "w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["ImageId", "EncodedPixels", "Height", "Width"])
+        for number in (1, 2):
+            flat = np.flatnonzero((number == TRUTH).T.ravel())
+            writer.writerow(["coded", " ".join(f"{position + 1} 1" for position in flat), 20, 30])
+    coded, good = read(bowl).splits["train"]
+    assert coded.name == "coded"
+    assert same_instances(coded.labels, good.labels)
+
+
+def test_the_smaller_of_two_overlapping_masks_is_on_top():
+    large, small = np.zeros((2, 4, 4), bool)
+    large[:3], small[2:, :2] = True, True
+    labels = merge_masks([small, large], (4, 4))
+    assert (labels[2:, :2] == labels[3, 0]).all()
+    assert labels[2, 3] == labels[0, 0] != labels[3, 0]
+
+
+def polygon(*corners):
+    return [[float(value) for corner in corners for value in corner]]
+
+
+def coco(folder, annotations, names=("a_1.png",)):
+    for name in names:
+        image(folder / "images" / name)
+    content = {
+        "images": [{"id": number, "file_name": name} for number, name in enumerate(names)],
+        "annotations": annotations,
+    }
+    (folder / "livecell_coco_train.json").write_text(json.dumps(content))
+
+
+def test_polygons_become_masks(tmp_path):
+    rectangle = polygon((3, 2), (9, 2), (9, 8), (3, 8))
+    coco(tmp_path, {"1": {"image_id": 0, "segmentation": rectangle}})
+    (sample,) = read(tmp_path).splits["train"]
+    np.testing.assert_array_equal(sample.labels, TRUTH == 2)
+    assert sample.kind == "a"
+
+
+def test_bad_polygons_and_files_are_reported_and_skipped(tmp_path):
+    inside, outside = polygon((3, 2), (9, 2), (9, 8)), polygon((300, 2), (309, 2), (309, 8))
+    segments = [inside, outside, polygon((1, 1), (2, 2)), {"counts": [1, 2], "size": [20, 30]}, inside]
+    annotations = [{"image_id": number, "segmentation": one} for number, one in enumerate(segments)]
+    names = [f"{kind}_1.png" for kind in ("good", "outside", "line", "rle", "gone")]
+    coco(tmp_path, annotations, names)
+    (tmp_path / "images" / "gone_1.png").unlink()
+    dataset = read(tmp_path)
+    assert [sample.name for sample in dataset.splits["train"]] == ["good_1"]
+    assert {problem.file for problem in dataset.problems} == {"outside_1", "line_1", "rle_1", "gone_1"}
+
+
+def test_a_damaged_coco_file_is_named(tmp_path):
+    coco(tmp_path, [])
+    (tmp_path / "livecell_coco_train.json").write_text("{")
+    with pytest.raises(ValueError, match="livecell_coco_train"):
+        read(tmp_path)
+
+
+def test_folder_pairs_may_hold_binary_masks(tmp_path):
+    image(tmp_path / "images" / "a.png")
+    mask(tmp_path / "masks" / "a.png", TRUTH > 0)
+    image(tmp_path / "images" / "b.png", (9, 9))
+    mask(tmp_path / "masks" / "b.png", TRUTH > 0)
+    (tmp_path / "index.csv").write_text("id,split\na,train\nb,train\n")
+    dataset = read(tmp_path)
+    assert same_instances(dataset.splits["train"][0].labels, TRUTH)
+    assert [problem.file for problem in dataset.problems] == ["b"]
+
+
+def test_splits_without_an_index_are_the_same_every_time(tmp_path):
+    for number in range(30):
+        image(tmp_path / "images" / f"{number}.png")
+        mask(tmp_path / "masks" / f"{number}.png", TRUTH > 0)
+    first, second = (load_dataset(tmp_path, Normalisation()).names for _ in range(2))
+    assert first == second
+    assert len(first["train"]) + len(first["val"]) == 30
+    assert 0 < len(first["val"]) < 15
+
+
+def test_what_is_no_data_set_is_refused(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match="expected images"):
+            read(folder)
+    image(tmp_path / "images" / "a.png")
+    mask(tmp_path / "masks" / "a.png", TRUTH > 0)
+    (tmp_path / "index.csv").write_text("id,split\na,val\n")
+    with pytest.raises(ValueError, match="no usable image in train"):
+        read(tmp_path)
