@@ -124,6 +124,7 @@ def train(
         checkpoint = start
         if fine_tune is not None:
             learner.start_from(fine_tune)
+    out.mkdir(parents=True, exist_ok=True)
     keeper = _Keeper(out, recipe, dataset, _footprint(recipe), checkpoint)
     observer.planned(dataset, steps, checkpoint.step, recipe.batch)
 
@@ -151,20 +152,15 @@ def train(
     return bundle
 
 
+@dataclass
 class _Keeper:
     """Scores an epoch and puts what must not be lost on disk."""
 
-    def __init__(
-        self, out: Path, recipe: Recipe, dataset: Dataset, footprint: Footprint, checkpoint: Checkpoint
-    ) -> None:
-        self.out, self.recipe, self.dataset, self.footprint, self.checkpoint = (
-            out,
-            recipe,
-            dataset,
-            footprint,
-            checkpoint,
-        )
-        out.mkdir(parents=True, exist_ok=True)
+    out: Path
+    recipe: Recipe
+    dataset: Dataset
+    footprint: Footprint
+    checkpoint: Checkpoint
 
     @property
     def patience_is_over(self) -> bool:
@@ -202,7 +198,7 @@ class _Keeper:
             pixel_size_um=recipe.pixel_size_um or None,
             normalisation=recipe.normalisation,
             training={"images": len(self.dataset.splits["train"]), "step": epoch.step, **asdict(recipe)},
-            metrics=asdict(epoch.validation),
+            metrics={name: value for name, value in asdict(epoch.validation).items() if not math.isnan(value)},
         )
         weights = {name: value.cpu().numpy() for name, value in learner.averaged.state_dict().items()}
         return Bundle(card, weights)
