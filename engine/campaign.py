@@ -40,6 +40,9 @@ _log = logging.getLogger(__name__)
 class Observer(Protocol):
     """Told about a run while it goes on; implemented by the command line."""
 
+    def racing(self) -> None:
+        """The backends are raced for this model and machine, which happens once."""
+
     def found(self, images: int) -> None:
         """So many images will be processed."""
 
@@ -76,7 +79,7 @@ def run(inputs: list[Path], settings: Settings, observer: Observer, started: flo
     images = [image for path in inputs for image in find_images(path, settings.axes)]
     bundle = load_model(settings.model)
     _refuse_margin_off_grid(settings, bundle)
-    engines = Engines(bundle, settings)
+    engines = Engines(bundle, settings, observer.racing)
     campaign = _Campaign(settings, bundle, engines, observer)
     observer.found(len(images))
     slides = [campaign.process(image, number) for number, image in enumerate(images)]

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cellseg_batch.engine import IMPORTED_AT, trainer_commands
 from cellseg_batch.engine import options as o
-from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.settings import RACE_TILE, Settings
 from cellseg_batch.engine.shell import check_json, plain_errors, write_json
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ def run(
     model: o.Model = Settings.model,
     backend: o.BackendName = Settings.backend,
     precision: o.Precision = Settings.precision,
+    gate: o.Gate = Settings.gate,
     threshold: o.Threshold = None,
     threads: o.Threads = None,
     tile: o.TileSide = Settings.tile,
@@ -62,6 +63,7 @@ def run(
             model=model,
             backend=backend,
             precision=precision,
+            gate=gate,
             threshold=threshold,
             tile=tile,
             margin=margin,
@@ -139,6 +141,7 @@ def verify_seams(
     model: o.Model = Settings.model,
     backend: o.BackendName = Settings.backend,
     precision: o.Precision = Settings.precision,
+    gate: o.Gate = Settings.gate,
     threshold: o.Threshold = None,
     threads: o.Threads = None,
     tile: o.TileSide = Settings.tile,
@@ -159,6 +162,7 @@ def verify_seams(
             model=model,
             backend=backend,
             precision=precision,
+            gate=gate,
             threshold=threshold,
             tile=tile,
             margin=margin,
@@ -174,6 +178,34 @@ def verify_seams(
         print_seams(report, bound, Console())
         write_json(json_file, report.to_json())
     raise typer.Exit(not report.holds(bound))
+
+
+@app.command("compile")
+def compile_model(
+    model: o.Model = Settings.model,
+    backend: o.BackendName = Settings.backend,
+    precision: o.Precision = Settings.precision,
+    tile: Annotated[int, typer.Option("--tile", min=1, help="Side of the timed tiles in px.")] = RACE_TILE,
+    batch: o.BatchSize = Settings.batch,
+    threads: o.Threads = None,
+    again: Annotated[bool, typer.Option("--again", help="Race anew, even if a result is known.")] = False,
+    list_entries: Annotated[bool, typer.Option("--list", help="List what is kept, and do nothing else.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove what is kept, and do nothing else.")] = False,
+    json_file: o.Json = None,
+    debug: o.Debug = False,
+) -> None:
+    """Race the backends for a model on this machine, hold each against torch fp32, and keep the result."""
+    from cellseg_batch.engine.compiling import clear_artefacts, print_artefacts, run_race
+
+    with plain_errors(debug):
+        check_json(json_file)
+        if list_entries:
+            print_artefacts(Console())
+        elif clear:
+            clear_artefacts(Console())
+        else:
+            settings = Settings(model=model, backend=backend, precision=precision, batch=batch, threads=threads)
+            write_json(json_file, run_race(settings, tile, again, Console()))
 
 
 @app.command()

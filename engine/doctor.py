@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -10,14 +9,11 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from cellseg_batch.engine.backends.choose import available_precisions
-from cellseg_batch.engine.machine import cores
+from cellseg_batch.engine.artefacts import Artefacts
+from cellseg_batch.engine.backends.choose import KINDS, Kind, why_not
+from cellseg_batch.engine.machine import cores, processor
 from cellseg_batch.engine.models import shipped_models
 
-_BACKENDS = {
-    "openvino": "pip install openvino",
-    "torch": "pip install torch",
-}
 _LIBRARIES = ("zarr", "numcodecs", "tifffile", "imagecodecs", "dask", "numba", "yaozarrs")
 
 
@@ -26,22 +22,25 @@ def print_diagnosis(console: Console) -> None:
     table = Table("what", "found", "remedy", title=f"cellseg-batch {version('cellseg-batch')}", title_justify="left")
     memory = psutil.virtual_memory()
     table.add_row("python", platform.python_version(), "")
-    table.add_row("processor", f"{platform.machine()}, {cores()} cores to use", "")
+    table.add_row("processor", f"{processor()}, {cores()} cores to use", "")
     table.add_row("memory", f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free", "")
-    for backend, remedy in _BACKENDS.items():
-        table.add_row(f"backend {backend}", *_backend(backend, remedy))
+    for backend, kind in KINDS.items():
+        for precision in kind.precisions:
+            reason = why_not(backend, precision)
+            table.add_row(f"backend {backend} {precision}", *_backend(kind, reason))
+    artefacts = Artefacts()
+    table.add_row("compiled", f"{len(artefacts.entries())} entries in {artefacts.folder}", "compile --list")
     table.add_row("models", ", ".join(shipped_models()) or "none", "")
     for library in _LIBRARIES:
         table.add_row(library, *_library(library))
     console.print(table)
 
 
-def _backend(name: str, remedy: str) -> tuple[str, str]:
-    try:
-        importlib.import_module(f"cellseg_batch.engine.backends.{name}_backend")
-    except Exception as error:  # a half-installed library can fail in any way
-        return f"missing: {type(error).__name__}: {error}", remedy
-    return f"{version(name)} on the CPU: {', '.join(available_precisions(name))}", ""
+def _backend(kind: Kind, reason: str) -> tuple[str, str]:
+    if not reason:
+        return f"{version(kind.package)} on the CPU", ""
+    found, _, remedy = reason.rpartition("; ")
+    return (f"missing: {found}", remedy) if found else (reason, "")
 
 
 def _library(name: str) -> tuple[str, str]:

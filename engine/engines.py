@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from cellseg_batch.engine.artefacts import Artefacts
 from cellseg_batch.engine.backends.backend import Backend, CompiledModel, Shape
-from cellseg_batch.engine.backends.choose import choose_backend, make_backend
+from cellseg_batch.engine.backends.choose import REFERENCE, candidates, make_backend
 from cellseg_batch.engine.machine import cores
-from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.race import Certificate, Request, certify
+from cellseg_batch.engine.settings import RACE_TILE, Settings
 from cellseg_batch.trainer.bundle import Bundle
 
 
@@ -18,22 +20,34 @@ class Engines:
 
     Args:
         bundle: the model.
-        settings: say which backend, precision and threads.
+        settings: say which model, backend, precision and threads.
+        racing: called if no race of this model is known on this machine yet, before it is run.
 
     Attributes:
         chosen: the backend of every slide that was not begun with another one.
+        certificate: the race that it won; None if there was nothing to choose.
         seconds: spent on choosing, compiling and warming up.
 
     Raises:
         BackendError: no backend can do what was asked.
     """
 
-    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+    def __init__(self, bundle: Bundle, settings: Settings, racing: Callable[[], None] = lambda: None) -> None:
         self.bundle = bundle
         self.seconds = 0.0
         self._threads = settings.threads or cores()
+        self._artefacts = Artefacts()
         with self.counted():
-            self.chosen = choose_backend(bundle, settings.backend, settings.precision, self._threads)
+            self.certificate: Certificate | None = None
+            fitting = candidates(settings.backend, settings.precision)
+            if fitting == [REFERENCE] or (len(fitting) == 1 and not settings.gate):
+                (winner,) = fitting  # nothing to compare with anything
+            else:
+                request = Request(settings.model, settings.backend, settings.precision, RACE_TILE, 1, self._threads)
+                self.certificate = certify(request, bundle, self._artefacts, racing)
+                best = self.certificate.pick(settings.backend, settings.precision, settings.gate)
+                winner = best.backend, best.precision
+            self.chosen = make_backend(bundle, *winner, self._threads, self._artefacts)
         self._backends = {(self.chosen.name, self.chosen.precision): self.chosen}
         self._compiled: tuple[tuple[str, str, Shape], CompiledModel] | None = None
 
@@ -54,7 +68,9 @@ class Engines:
         """
         if (name, precision) not in self._backends:
             with self.counted():
-                self._backends[name, precision] = make_backend(self.bundle, name, precision, self._threads)
+                self._backends[name, precision] = make_backend(
+                    self.bundle, name, precision, self._threads, self._artefacts
+                )
         return self._backends[name, precision]
 
     def compiled(self, backend: Backend, shape: Shape) -> CompiledModel:

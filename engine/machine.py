@@ -1,10 +1,13 @@
-"""What this process may use and has used: cores and resident memory."""
+"""What this machine is, and what this process may use and has used: processor, cores, resident memory."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 import resource
 import sys
+from pathlib import Path
 
 import psutil
 
@@ -14,6 +17,16 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def processor() -> str:
+    """Model of this machine's processor, with a hash of the features that the system reports."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    features = hashlib.sha256(" ".join(sorted(fields.get("flags", fields.get("Features", "")).split())).encode())
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return f"{name} ({features.hexdigest()[:8]})"
 
 
 def resident_bytes() -> int:

@@ -41,6 +41,10 @@ Model = Annotated[
 ]
 BackendName = Annotated[str, typer.Option("--backend", help="|".join(BACKENDS), rich_help_panel=_MODEL)]
 Precision = Annotated[str, typer.Option("--precision", help="|".join(PRECISIONS), rich_help_panel=_MODEL)]
+Gate = Annotated[
+    bool,
+    typer.Option("--gate/--no-gate", help="Refuse a backend that disagrees with torch fp32.", rich_help_panel=_MODEL),
+]
 Threshold = Annotated[
     float | None,
     typer.Option(

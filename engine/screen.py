@@ -61,6 +61,11 @@ class Screen:
     ) -> None:
         self._bar.stop()
 
+    def racing(self) -> None:
+        """Say why it takes a while before anything happens."""
+        if self._verbosity >= 0:
+            self.console.print("racing the backends for this model on this machine, once ...", highlight=False)
+
     def found(self, images: int) -> None:
         """So many images will be processed."""
         self._images = images

@@ -17,10 +17,9 @@ from rich.console import Console
 from scipy import ndimage
 
 from cellseg_batch.engine.backends.backend import Backend
-from cellseg_batch.engine.backends.choose import choose_backend
+from cellseg_batch.engine.engines import Engines
 from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Box, Lattice, Tile, source_box
-from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.place import place_output
 from cellseg_batch.engine.plan import SlidePlan, plan_slide
@@ -111,7 +110,7 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
     if isinstance(slide, Broken):
         raise ReadError(slide.path, expected="an image", found=slide.reason, remedy="choose another slide")
     bundle = load_model(settings.model)
-    backend = choose_backend(bundle, settings.backend, settings.precision, settings.threads or cores())
+    backend = Engines(bundle, settings).chosen
     plan = plan_slide(slide, place_output(slide, settings.name, None), settings, bundle.card)
     threshold = logit_threshold(plan.threshold)
     windows = seam_windows(plan, full, most)

@@ -13,6 +13,9 @@ from cellseg_batch.engine.errors import UsageError
 BACKENDS = ("auto", "torch", "openvino", "tensorrt")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
 
+# Side in px of the tiles that the backends are raced at: what a large slide's lattice is fitted to.
+RACE_TILE = 1776
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -24,6 +27,7 @@ class Settings:
         model: a shipped model's name or a bundle's path.
         backend: one of `BACKENDS`.
         precision: one of `PRECISIONS`.
+        gate: False runs what was asked for even where it does not agree with torch fp32.
         threshold: probability above which a pixel is foreground, in (0, 1); None is the card's.
         tile: largest tile side in px; the lattice fits the real one to the slide.
         margin: px cut from each side of a tile, ``exact`` for the network's own reach; None is the card's.
@@ -45,6 +49,7 @@ class Settings:
     model: str = "nuclei"
     backend: str = "auto"
     precision: str = "auto"
+    gate: bool = True
     threshold: float | None = None
     tile: int = 1792
     margin: int | str | None = None

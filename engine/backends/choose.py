@@ -1,96 +1,95 @@
-"""Pick the backend: the one asked for, or the fastest that is installed, native and passes the gate."""
+"""Which backends there are on this machine, and one of them by name."""
 
 from __future__ import annotations
 
+import importlib
 import logging
-from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
 
+from cellseg_batch.engine.artefacts import Artefacts
 from cellseg_batch.engine.backends.backend import Backend
-from cellseg_batch.engine.backends.parity import FLIPPED_LIMIT, gate_tiles, measure_parity
-from cellseg_batch.engine.errors import BackendError, CellsegError
+from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.trainer.bundle import Bundle
 
 _log = logging.getLogger(__name__)
 
-# Fastest first, as measured on the shipped network (benchmarks/results/model.json).
-_RANKING = (("openvino", "bf16"), ("openvino", "fp32"), ("torch", "bf16"), ("torch", "fp32"))
-_REFERENCE = ("torch", "fp32")
+REFERENCE = ("torch", "fp32")
 
 
-def available_precisions(backend: str) -> tuple[str, ...]:
-    """The precisions that a backend offers on this machine; () when it is not installed or not supported."""
+@dataclass(frozen=True)
+class Kind:
+    """A backend that this version knows.
+
+    Attributes:
+        package: that it needs.
+        precisions: that it may offer.
+        remedy: how to get it.
+    """
+
+    package: str
+    precisions: tuple[str, ...]
+    remedy: str
+
+
+KINDS = {
+    "torch": Kind("torch", ("fp32", "bf16"), "pip install torch"),
+    "openvino": Kind("openvino", ("fp32", "bf16", "int8"), "pip install openvino"),
+}
+_EXTRAS = {("openvino", "int8"): ("nncf", "pip install 'cellseg-batch[int8]'")}
+
+
+def why_not(backend: str, precision: str) -> str:
+    """Why a backend cannot be had here at a precision; "" if it can."""
+    kind = KINDS.get(backend)
+    if kind is None:
+        return "this version has no such backend"
+    if precision not in kind.precisions:
+        return f"{backend} offers {', '.join(kind.precisions)}"
     try:
-        if backend == "openvino":
-            from cellseg_batch.engine.backends.openvino_backend import supported_precisions
-
-            return supported_precisions()
-        if backend == "torch":
-            from cellseg_batch.engine.backends.torch_backend import PRECISIONS
-
-            return PRECISIONS
-    except Exception:  # a library that is missing or half installed fails in its own way; doctor shows how
+        module = importlib.import_module(f"cellseg_batch.engine.backends.{backend}_backend")
+    except Exception as error:  # a half-installed library can fail in any way
         _log.debug("%s is not available", backend, exc_info=True)
-    return ()
+        return f"{type(error).__name__}: {error}; {kind.remedy}"
+    if (backend, precision) in _EXTRAS:
+        package, remedy = _EXTRAS[backend, precision]
+        try:
+            version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return f"needs {package}; {remedy}"
+        return ""
+    offered: tuple[str, ...] = module.supported_precisions()
+    return "" if precision in offered else f"this processor has no native {precision}"
 
 
-def make_backend(bundle: Bundle, backend: str, precision: str, threads: int) -> Backend:
+def candidates(backend: str, precision: str) -> list[tuple[str, str]]:
+    """(backend, precision) of everything this version knows that fits what was asked for, installed or not."""
+    return [
+        (name, level)
+        for name, kind in KINDS.items()
+        for level in kind.precisions
+        if backend in ("auto", name) and precision in ("auto", level)
+    ]
+
+
+def make_backend(bundle: Bundle, backend: str, precision: str, threads: int, artefacts: Artefacts) -> Backend:
     """One backend by name.
 
     Raises:
         BackendError: it is not installed, or does not offer this precision here.
     """
-    offered = available_precisions(backend)
-    if precision not in offered:
+    reason = why_not(backend, precision)
+    if reason:
         raise BackendError(
             f"--backend {backend} --precision {precision}",
-            expected=f"a precision that {backend} offers on this machine ({', '.join(offered) or 'none'})",
-            found=precision,
-            cause="" if offered else f"{backend} is not installed or has no device here",
+            expected="a backend that can be had on this machine",
+            found=reason,
             remedy="see cellseg-batch doctor, or leave the choice to auto",
         )
     if backend == "openvino":
         from cellseg_batch.engine.backends.openvino_backend import OpenVinoBackend
 
-        return OpenVinoBackend(bundle, precision, threads)
+        return OpenVinoBackend(bundle, precision, threads, artefacts)
     from cellseg_batch.engine.backends.torch_backend import TorchBackend
 
     return TorchBackend(bundle, precision, threads)
-
-
-def choose_backend(bundle: Bundle, backend: str, precision: str, threads: int) -> Backend:
-    """The fastest backend that fits what was asked for and whose masks agree with torch fp32.
-
-    Raises:
-        BackendError: none is installed, or none passes the gate.
-    """
-    refused: list[str] = []
-    reference: Backend | None = None
-    for name, level in _candidates(backend, precision):
-        try:
-            candidate = make_backend(bundle, name, level, threads)
-        except CellsegError:
-            raise
-        except Exception as error:  # a network that this library cannot take; another one may
-            _log.debug("%s %s cannot run the model", name, level, exc_info=True)
-            refused.append(f"{name} {level} cannot run the model ({type(error).__name__}: {error})")
-            continue
-        if (name, level) == _REFERENCE:
-            return candidate
-        reference = reference or make_backend(bundle, *_REFERENCE, threads)
-        parity = measure_parity(candidate, reference, gate_tiles(bundle), bundle.card.threshold)
-        if parity.passed:
-            return candidate
-        refused.append(f"{name} {level} flips {parity.flipped:.1e} of the pixels (limit {FLIPPED_LIMIT:.0e})")
-    raise BackendError(
-        f"--backend {backend} --precision {precision}",
-        expected="a backend that is installed and agrees with torch fp32",
-        found="; ".join(refused) or "none that offers this here",
-        remedy="see cellseg-batch doctor, or leave --backend and --precision to auto",
-    )
-
-
-def _candidates(backend: str, precision: str) -> Iterator[tuple[str, str]]:
-    offered = {name: available_precisions(name) for name in dict(_RANKING)}
-    for name, level in _RANKING:
-        if backend in ("auto", name) and precision in ("auto", level) and level in offered[name]:
-            yield name, level

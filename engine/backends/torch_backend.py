@@ -18,7 +18,11 @@ from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.trainer.bundle import Bundle
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PRECISIONS = tuple(_DTYPES)
+
+
+def supported_precisions() -> tuple[str, ...]:
+    """What runs on any processor; bf16 is slow where it is not native, which the race shows."""
+    return tuple(_DTYPES)
 
 
 def fold_batch_norm(network: nn.Module) -> nn.Module:

@@ -1,0 +1,82 @@
+"""``cellseg-batch compile``: the race as a table, and what is kept on disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cellseg_batch.engine.artefacts import Artefacts
+from cellseg_batch.engine.errors import BackendError
+from cellseg_batch.engine.machine import cores
+from cellseg_batch.engine.models import load_model
+from cellseg_batch.engine.race import Candidate, Certificate, Request, certify
+from cellseg_batch.engine.settings import Settings
+
+
+def run_race(settings: Settings, tile: int, again: bool, console: Console) -> dict[str, Any]:
+    """Race what was asked for and print the table; returns every figure.
+
+    Raises:
+        BackendError: nothing that was asked for by name can be used.
+    """
+    bundle = load_model(settings.model)
+    threads = settings.threads or cores()
+    request = Request(settings.model, settings.backend, settings.precision, tile, settings.batch, threads)
+    with console.status("racing the backends"):
+        certificate = certify(request, bundle, Artefacts(), lambda: None, again)
+    try:
+        winner: Candidate | None = certificate.pick(settings.backend, settings.precision)
+    except BackendError:
+        winner = None
+    _print_certificate(certificate, winner, console)
+    if winner is None:
+        certificate.pick(settings.backend, settings.precision)
+    return certificate.to_json()
+
+
+def _print_certificate(certificate: Certificate, winner: Candidate | None, console: Console) -> None:
+    count, _, height, width = certificate.shape
+    table = Table(
+        title=f"{certificate.request.model}: {count} x {height} x {width} px, {certificate.request.threads} threads, "
+        f"{certificate.processor}, {certificate.date}",
+        title_justify="left",
+    )
+    for heading in ("backend", "Mpx/s", "max |dp|", "mean |dp|", "flipped", "object F1", "objects", ""):
+        table.add_column(heading, overflow="fold")
+    for one in certificate.candidates:
+        if one.parity is None:
+            table.add_row(one.name, "", "", "", "", "", "", one.missing)
+            continue
+        verdict = "winner" if one == winner else "on request" if one.precision == "int8" else ""
+        table.add_row(
+            one.name,
+            f"{one.mpx_per_s:.2f}",
+            f"{one.parity.max_dp:.1e}",
+            f"{one.parity.mean_dp:.1e}",
+            f"{one.parity.flipped:.1e}",
+            f"{one.parity.object_f1:.4f}",
+            f"{one.parity.object_change:+.2%}",
+            verdict if one.passed else "refused by the gate",
+        )
+    objects = max((one.parity.objects for one in certificate.candidates if one.parity is not None), default=0)
+    console.print(table, f"compared with torch fp32 on {objects} objects", highlight=False)
+
+
+def print_artefacts(console: Console) -> None:
+    """Print a row for each entry of the cache."""
+    artefacts = Artefacts()
+    table = Table("what", "model", "MB", "state", "made for", title=str(artefacts.folder), title_justify="left")
+    for entry in artefacts.entries():
+        rest = {name: value for name, value in entry.key.items() if name not in ("what", "model", "versions", "sha256")}
+        about = ", ".join(f"{name} {value}" for name, value in rest.items())
+        what, model = str(entry.key.get("what", "?")), str(entry.key.get("model", "?"))
+        table.add_row(what, model, f"{entry.size / 1e6:.1f}", "sound" if entry.sound else "damaged", about)
+    console.print(table)
+
+
+def clear_artefacts(console: Console) -> None:
+    """Remove every entry of the cache."""
+    artefacts = Artefacts()
+    console.print(f"{artefacts.folder}: {artefacts.clear()} entries removed", highlight=False)

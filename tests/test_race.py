@@ -1,0 +1,165 @@
+"""The race: who runs, who wins, what is kept, and what is said when nothing can be used."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cellseg_batch.engine import race as racing
+from cellseg_batch.engine.artefacts import Artefacts
+from cellseg_batch.engine.backends.gate import Parity
+from cellseg_batch.engine.engines import Engines
+from cellseg_batch.engine.errors import BackendError
+from cellseg_batch.engine.race import Candidate, Certificate, Request, certify, race, time_in_turns
+from cellseg_batch.engine.settings import Settings
+
+GOOD = Parity(max_dp=0.01, mean_dp=1e-5, flipped=1e-4, object_f1=0.999, object_change=0.0, objects=2100)
+BAD = Parity(max_dp=0.9, mean_dp=1e-2, flipped=3e-3, object_f1=0.97, object_change=0.02, objects=2100)
+
+
+def certificate(*candidates):
+    request = Request("m", "auto", "auto", 256, 1, 1)
+    return Certificate(request, "0", (1, 3, 256, 256), "cpu", {"torch": "2"}, "today", candidates)
+
+
+REFERENCE = Candidate("torch", "fp32", "", 1.0, 1.0, 1.0, GOOD)
+FAST = Candidate("openvino", "bf16", "", 9.0, 8.0, 10.0, GOOD)
+BROKEN = Candidate("openvino", "fp32", "", 20.0, 8.0, 30.0, BAD)
+INT8 = Candidate("openvino", "int8", "", 30.0, 8.0, 40.0, GOOD)
+ABSENT = Candidate("tensorrt", "fp16", "no GPU")
+
+
+def test_the_fastest_that_passes_wins_and_int8_only_when_asked_for():
+    result = certificate(REFERENCE, FAST, BROKEN, INT8, ABSENT)
+    assert result.pick("auto", "auto") == FAST
+    assert result.pick("auto", "int8") == INT8
+    assert result.pick("torch", "auto") == REFERENCE
+    rows = result.to_json()["candidates"]
+    assert [row["winner"] for row in rows] == [False, True, False, False, False]
+    assert [row["passed"] for row in rows] == [True, True, False, True, False]
+    assert {"backend", "precision", "mpx_per_s", "max_dp", "mean_dp", "flipped", "object_change"} <= rows[0].keys()
+
+
+def test_what_fails_the_gate_is_refused_with_its_figures_unless_the_gate_is_off():
+    result = certificate(REFERENCE, BROKEN, ABSENT)
+    with pytest.raises(BackendError, match=r"flips 3.0e-03 .* F1 0.9700 .*--no-gate"):
+        result.pick("openvino", "fp32")
+    assert result.pick("openvino", "fp32", gate=False) == BROKEN
+    with pytest.raises(BackendError, match="no GPU"):
+        result.pick("tensorrt", "auto", gate=False)
+
+
+def test_a_certificate_survives_its_file():
+    result = certificate(REFERENCE, FAST, BROKEN, ABSENT)
+    assert Certificate.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+def test_all_take_turns_and_the_hopeless_drop_out(monkeypatch):
+    clock, order = [0.0], []
+    monkeypatch.setattr(racing.time, "perf_counter", lambda: clock[0])
+
+    def call(name, seconds):
+        def run():
+            order.append(name)
+            clock[0] += seconds
+
+        return run
+
+    seconds = time_in_turns({"a": call("a", 1.0), "b": call("b", 2.0), "c": call("c", 9.0)})
+    assert seconds == {"a": [1.0] * 5, "b": [2.0] * 5, "c": [9.0]}
+    assert order[:6] == ["a", "b", "c", "a", "b", "c"]
+
+
+@pytest.fixture(scope="module")
+def request_of(tiny_model):
+    return lambda **changes: Request(
+        **{"model": str(tiny_model), "backend": "auto", "precision": "auto", "tile": 256, "batch": 2, "threads": 1}
+        | changes
+    )
+
+
+def test_a_race_runs_everything_that_is_here(request_of, tiny_bundle, monkeypatch, tmp_path):
+    monkeypatch.setitem(racing.__dict__, "why_not", lambda name, level: "not today" if level == "int8" else "")
+    result = race(request_of(), tiny_bundle, Artefacts(tmp_path))
+    rows = {(one.backend, one.precision): one for one in result.candidates}
+    assert rows["openvino", "int8"].missing == "not today"
+    assert rows["torch", "fp32"].parity.flipped == 0
+    assert rows["openvino", "fp32"].passed
+    assert rows["openvino", "fp32"].slowest <= rows["openvino", "fp32"].mpx_per_s <= rows["openvino", "fp32"].fastest
+    assert result.shape == (2, 3, 256, 256)
+
+
+def test_a_backend_that_breaks_is_listed_and_the_others_go_on(request_of, tiny_bundle, monkeypatch, tmp_path):
+    honest = racing.make_backend
+
+    def breaks(bundle, name, precision, *rest):
+        if (name, precision) == ("openvino", "fp32"):
+            raise RuntimeError("illegal instruction")
+        return honest(bundle, name, precision, *rest)
+
+    monkeypatch.setattr(racing, "make_backend", breaks)
+    result = race(request_of(precision="fp32"), tiny_bundle, Artefacts(tmp_path))
+    rows = {one.backend: one for one in result.candidates}
+    assert "illegal instruction" in rows["openvino"].missing
+    assert rows["torch"].passed
+
+
+def test_the_result_is_kept_and_raced_again_only_on_request(request_of, tiny_bundle, tmp_path):
+    artefacts, runs = Artefacts(tmp_path), []
+    request = request_of(backend="openvino", precision="fp32")
+    first = certify(request, tiny_bundle, artefacts, lambda: runs.append(1))
+    assert certify(request, tiny_bundle, artefacts, lambda: runs.append(2)) == first
+    assert runs == [1]
+    certify(request, tiny_bundle, artefacts, lambda: runs.append(3), again=True)
+    assert runs == [1, 3]
+
+
+def test_one_changed_weight_needs_another_race(request_of, tiny_bundle):
+    from dataclasses import replace
+
+    weights = {name: array.copy() for name, array in tiny_bundle.weights.items()}
+    weights["head.bias"][0] += 1
+    request = request_of()
+    keys = [racing._key(request, one) for one in (tiny_bundle, replace(tiny_bundle, weights=weights))]
+    assert keys[0] != keys[1]
+
+
+def test_a_race_that_dies_says_so(request_of, tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(racing.sys, "executable", "/bin/false")
+    with pytest.raises(BackendError, match="exit 1"):
+        certify(request_of(), tiny_bundle, Artefacts(tmp_path), lambda: None)
+
+
+def test_a_run_after_the_race_does_not_load_torch(tiny_model, tmp_path):
+    Engines_of = Settings(model=str(tiny_model), backend="openvino", precision="fp32", threads=1)
+    from cellseg_batch.engine.models import load_model
+
+    Engines(load_model(str(tiny_model)), Engines_of)
+    code = f"""
+import sys
+from cellseg_batch.engine.engines import Engines
+from cellseg_batch.engine.models import load_model
+from cellseg_batch.engine.settings import Settings
+settings = Settings(model={str(tiny_model)!r}, backend="openvino", precision="fp32", threads=1)
+engines = Engines(load_model(settings.model), settings)
+engines.compiled(engines.chosen, (1, 3, 64, 64))
+print("torch" in sys.modules)
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=os.environ).strip() == "False"
+
+
+def test_the_compile_command(tiny_model, tmp_path, command):
+    arguments = ["compile", "--model", tiny_model, "--backend", "openvino", "--precision", "fp32", "--threads", 1]
+    code, output = command(*arguments, "--tile", 256, "--json", tmp_path / "race.json")
+    assert code == 0, output
+    assert "winner" in output
+    content = json.loads((tmp_path / "race.json").read_text())
+    assert [row["winner"] for row in content["candidates"]] == [True]
+    code, output = command("compile", "--list")
+    assert code == 0
+    assert "race" in output
+    assert "sound" in output
+    code, output = command("compile", "--model", tiny_model, "--backend", "tensorrt")
+    assert code == 2
