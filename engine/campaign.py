@@ -173,9 +173,10 @@ class _Campaign:
         probability = ImageWriter(place.companion, place.probability, layout) if plan.probability else None
         if not resumed:
             journal.start(plan.manifest(self.bundle, backend))
-            labels.create(place.source, is_label=True)
+            provenance = {**plan.manifest(self.bundle, backend), "certificate": self.engines.certificate_of(backend)}
+            labels.create(place.source, is_label=True, provenance=provenance)
             if probability is not None:
-                probability.create(None, is_label=False)
+                probability.create(None, is_label=False, provenance=provenance)
             journal.record("created", 0, {})
         pipeline = Pipeline(plan, reader, runner, labels, probability, journal, self.clock, self.observer.advanced)
         before = pipeline.pixels_done()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from cellseg_batch.engine.artefacts import Artefacts
 from cellseg_batch.engine.backends.backend import Backend, CompiledModel, Shape
@@ -72,6 +73,15 @@ class Engines:
                     self.bundle, name, precision, self._threads, self._artefacts
                 )
         return self._backends[name, precision]
+
+    def certificate_of(self, backend: Backend) -> dict[str, Any] | None:
+        """What the race says of a backend, with its conditions; None if it was not raced."""
+        if self.certificate is None:
+            return None
+        content = self.certificate.to_json()
+        rows = content.pop("candidates")
+        name = (backend.name, backend.precision)
+        return content | next((row for row in rows if (row["backend"], row["precision"]) == name), {})
 
     def compiled(self, backend: Backend, shape: Shape) -> CompiledModel:
         """The model compiled for a batch shape; only the last one is kept, as each holds its own memory."""

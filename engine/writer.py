@@ -106,12 +106,13 @@ class ImageWriter:
         """The image's group on disk."""
         return self.store / self.path
 
-    def create(self, source: str | None, is_label: bool) -> None:
+    def create(self, source: str | None, is_label: bool, provenance: dict[str, Any]) -> None:
         """Make the groups, empty arrays and metadata, in place of whatever was there.
 
         Args:
             source: relative path to the segmented image, None when it is no zarr image.
             is_label: write it as a label image rather than as an intensity image.
+            provenance: how it came about, as plain JSON values.
 
         Raises:
             OutputError: the store cannot be written.
@@ -124,8 +125,7 @@ class ImageWriter:
             group = group.require_group(self.path)
             for level, shape in enumerate(layout.shapes):
                 _create_array(group, str(level), shape, layout, level)
-            if not is_label:
-                group.attrs[OUTPUT_MARK] = "probability"
+            group.attrs[OUTPUT_MARK] = {"kind": "mask" if is_label else "probability", **provenance}
             group.attrs.update(_image_metadata(layout, self.path.rsplit("/", 1)[-1], source, is_label))
 
     def write(self, level: int, plane: int, box: Box, pixels: NDArray[np.uint8]) -> None:

@@ -67,6 +67,18 @@ def test_planes_are_segmented_each_on_its_own(tmp_path, segment):
     np.testing.assert_array_equal(probability[...] > 127, labels > 0)
 
 
+def test_labels_say_how_they_came_about(tmp_path, segment, tiny_bundle):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(64, 64))
+    report = segment(path, backend="openvino", precision="fp32")
+    about = zarr.open_group(report.slides[0].labels, mode="r").attrs["cellseg-batch-output"]
+    assert about["model"] == {"name": "tiny", "sha256": tiny_bundle.sha256}
+    assert about["kind"] == "mask"
+    assert about["threshold"] == 0.5
+    assert about["certificate"]["backend"] == "openvino"
+    assert about["certificate"]["flipped"] <= 5e-4
+    assert about["certificate"]["versions"]["openvino"]
+
+
 def test_inputs_that_cannot_hold_labels_get_a_store_beside_them(tmp_path, segment):
     image = blobs(90, 80)
     tifffile.imwrite(tmp_path / "t.tif", np.moveaxis(image, 0, -1), photometric="rgb")
