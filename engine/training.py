@@ -153,12 +153,6 @@ def evaluate_models(
     if threads is not None:
         torch.set_num_threads(threads)
     results: dict[str, Any] = {}
-    table = Table(
-        caption="Dice to recall: masks, mean over images. AP50, metric (mean AP at IoU 0.5 ... 0.95), AJI: instances, "
-        "mean over images. F1 at IoU 0.5: all instances together. Mpx/s of torch fp32."
-    )
-    for heading in ("model", "kind", "images", *_HEADINGS, "Mpx/s"):
-        table.add_column(heading, overflow="fold")
     for model in models:
         bundle = load_model(model)
         with _usable(f"evaluate {data}"):
@@ -170,8 +164,7 @@ def evaluate_models(
         scores = evaluate(bundle, build_torch_network(bundle), _tracked(samples, console))
         rows = {kind: [one for one in scores if one.kind == kind] for kind in sorted({one.kind for one in scores})}
         summaries = {**{kind: summarise(one) for kind, one in rows.items() if len(rows) > 1}, "all": summarise(scores)}
-        for kind, one in summaries.items():
-            table.add_row(model, kind, *_cells(one))
+        console.print(_table(model, summaries))
         results[model] = {
             "split": split,
             "rescale": factor,
@@ -182,16 +175,32 @@ def evaluate_models(
             with _usable(f"--pictures {pictures}"):
                 pictures.mkdir(parents=True, exist_ok=True)
                 plot_predictions(bundle, samples, pictures / f"{Path(model).name}.png")
-    console.print(table)
     return results
 
 
-_HEADINGS = ("Dice", "IoU", "accuracy", "precision", "recall", "AP50", "metric", "F1", "AJI")
-
-
-def _cells(one: Summary) -> tuple[str, ...]:
-    figures = (*one.mean.values(), one.ap[0], one.competition, one.f1, one.aji)
-    return str(one.images), *(f"{figure:.3f}" for figure in figures), f"{one.mpx_per_s:.2f}"
+def _table(model: str, summaries: dict[str, Summary]) -> Table:
+    """A column for each kind of image, a row for each figure."""
+    table = Table(
+        title=model,
+        title_justify="left",
+        caption="masks and AP: mean over images; F1: all instances together; metric: mean AP at IoU 0.5 ... 0.95",
+        caption_justify="left",
+    )
+    table.add_column("")
+    for kind in summaries:
+        table.add_column(kind.replace("_", " "), overflow="fold")
+    every = list(summaries.values())
+    table.add_row("images", *(str(one.images) for one in every))
+    figures = {name: [one.mean[name] for one in every] for name in every[0].mean} | {
+        "AP at IoU 0.5": [one.ap[0] for one in every],
+        "metric": [one.competition for one in every],
+        "F1 at IoU 0.5": [one.f1 for one in every],
+        "AJI": [one.aji for one in every],
+    }
+    for name, values in figures.items():
+        table.add_row(name, *(f"{value:.3f}" for value in values))
+    table.add_row("Mpx/s, torch fp32", *(f"{one.mpx_per_s:.2f}" for one in every))
+    return table
 
 
 def export_model(model: str, kind: str, tile: int, out: Path, console: Console) -> None:
