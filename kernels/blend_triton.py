@@ -15,8 +15,6 @@ installed.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import triton
@@ -37,26 +35,26 @@ from cellseg_batch.kernels.tiling import TileGrid, check_grid
 
 
 @triton.jit
-def _term(pointers: Any, weight: Any, keep: Any) -> Any:
+def _term(pointers: tl.tensor, weight: tl.tensor, keep: tl.tensor) -> tl.tensor:
     """Weighted logits of one tile; a tile of weight 0 takes no part, be it infinite."""
     return tl.where(weight > 0, weight * tl.load(pointers, keep, 0).to(tl.float32), 0)
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
 def blend_kernel(
-    logits_ptr: Any,  # (N, K, T_y, T_x)
-    tile_stride: Any,
-    row_stride: Any,
-    rows: Any,  # of tiles
-    columns: Any,
-    top: Any,  # the window, in px
-    left: Any,
-    height: Any,
-    width: Any,
-    threshold: Any,
-    out_ptr: Any,
-    out_stride: Any,
-    counts_ptr: Any,  # (programs, 2) int32
+    logits_ptr: tl.tensor,  # (N, K, T_y, T_x)
+    tile_stride: tl.tensor,
+    row_stride: tl.tensor,
+    rows: tl.tensor,  # of tiles
+    columns: tl.tensor,
+    top: tl.tensor,  # the window, in px
+    left: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    threshold: tl.tensor,
+    out_ptr: tl.tensor,
+    out_stride: tl.tensor,
+    counts_ptr: tl.tensor,  # (programs, 2) int32
     STEP_Y: tl.constexpr,
     STEP_X: tl.constexpr,
     OVERLAP: tl.constexpr,

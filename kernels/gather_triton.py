@@ -14,8 +14,6 @@ triton is installed.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import triton
@@ -30,17 +28,17 @@ BLOCK_Y, BLOCK_X = 8, 128
 
 @triton.jit
 def gather_kernel(
-    pixels_ptr: Any,  # (S, h, w), any strides
-    channel_stride: Any,
-    row_stride: Any,
-    column_stride: Any,
-    rows_ptr: Any,  # (N, T_y) int64
-    columns_ptr: Any,  # (N, T_x) int64
-    low: Any,
-    scale: Any,
-    out_ptr: Any,  # (N, C, T_y, T_x), contiguous
-    height: Any,  # of a tile
-    width: Any,
+    pixels_ptr: tl.tensor,  # (S, h, w), any strides
+    channel_stride: tl.tensor,
+    row_stride: tl.tensor,
+    column_stride: tl.tensor,
+    rows_ptr: tl.tensor,  # (N, T_y) int64
+    columns_ptr: tl.tensor,  # (N, T_x) int64
+    low: tl.tensor,
+    scale: tl.tensor,
+    out_ptr: tl.tensor,  # (N, C, T_y, T_x), contiguous
+    height: tl.tensor,  # of a tile
+    width: tl.tensor,
     SOURCES: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_Y: tl.constexpr,

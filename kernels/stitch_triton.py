@@ -10,8 +10,6 @@ installed.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import triton
@@ -34,13 +32,13 @@ LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
 @triton.jit
 def write_block(
-    logits: Any,  # (BLOCK_Y, BLOCK_X) float32
-    rows: Any,  # of the block that lie inside the output
-    columns: Any,
-    threshold: Any,
-    out_ptr: Any,  # uint8; of the block's first pixel, or of its byte
-    out_stride: Any,
-    counts_ptr: Any,  # int32; foreground and NaN pixels of this program
+    logits: tl.tensor,  # (BLOCK_Y, BLOCK_X) float32
+    rows: tl.tensor,  # of the block that lie inside the output
+    columns: tl.tensor,
+    threshold: tl.tensor,
+    out_ptr: tl.tensor,  # uint8; of the block's first pixel, or of its byte
+    out_stride: tl.tensor,
+    counts_ptr: tl.tensor,  # int32; foreground and NaN pixels of this program
     FORM: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
@@ -68,18 +66,18 @@ def write_block(
 
 @triton.jit
 def crop_kernel(
-    logits_ptr: Any,  # (N, K, T_y, T_x)
-    tile_stride: Any,
-    row_stride: Any,
-    places_ptr: Any,  # (M, 6) int64
-    blocks_y: Any,  # programs per tile
-    blocks_x: Any,
-    threshold: Any,
-    out_ptr: Any,
-    out_stride: Any,
-    counts_ptr: Any,  # (programs, 2) int32
+    logits_ptr: tl.tensor,  # (N, K, T_y, T_x)
+    tile_stride: tl.tensor,
+    row_stride: tl.tensor,
+    places_ptr: tl.tensor,  # (M, 6) int64
+    blocks_y: tl.tensor,  # programs per tile
+    blocks_x: tl.tensor,
+    threshold: tl.tensor,
+    out_ptr: tl.tensor,
+    out_stride: tl.tensor,
+    counts_ptr: tl.tensor,  # (programs, 2) int32
     FORM: tl.constexpr,
-    ALIGN: tl.constexpr,  # divides where cores begin along x
+    ALIGN: tl.constexpr,  # divides the cores' positions and widths along x
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ) -> None:
@@ -88,10 +86,12 @@ def crop_kernel(
     tile = program // (blocks_y * blocks_x)
     place_ptr = places_ptr + tile * 6
     y0, x0 = program // blocks_x % blocks_y * BLOCK_Y, program % blocks_x * BLOCK_X
-    from_y, from_x = tl.load(place_ptr) + y0, tl.multiple_of(tl.load(place_ptr + 1), ALIGN) + x0
-    to_y, to_x = tl.load(place_ptr + 2) + y0, tl.multiple_of(tl.load(place_ptr + 3), ALIGN) + x0
+    from_y, to_y = tl.load(place_ptr) + y0, tl.load(place_ptr + 2) + y0
     rows = (tl.load(place_ptr + 4) - y0).to(tl.int32)
-    columns = (tl.load(place_ptr + 5) - x0).to(tl.int32)
+    # The division tells the compiler that the multiplication is exact, so 8 px are read and written at once.
+    from_x = tl.load(place_ptr + 1) // ALIGN * ALIGN + x0
+    to_x = tl.load(place_ptr + 3) // ALIGN * ALIGN + x0
+    columns = (tl.load(place_ptr + 5) // ALIGN * ALIGN - x0).to(tl.int32)
 
     y, x = tl.arange(0, BLOCK_Y)[:, None], tl.arange(0, BLOCK_X)[None, :]
     # Scalars carry what may pass 2^31: the places are int64.
@@ -153,7 +153,7 @@ def _crop(
         out.stride(0),
         counts,
         FORM=form,
-        ALIGN=1 if (places[:, (1, 3)] % 8).any() else 8,
+        ALIGN=1 if (places[:, 1::2] % 8).any() else 8,
         BLOCK_Y=BLOCK_Y,
         BLOCK_X=BLOCK_X,
         **LAUNCH,
