@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,16 +154,26 @@ def _widest(instruction: str, ptx: str) -> int:
 
 
 def table() -> str:
-    """The resources of every variant on every GPU, in Markdown."""
-    lines = ["| kernel | GPU | registers | spilled | shared | vector load | vector store |", "|-|-|-|-|-|-|-|"]
+    """A row for every variant, in Markdown: registers on each GPU, then the worst of all GPUs; sizes in bytes."""
+    lines = []
     for variant in variants():
-        for capability in CAPABILITIES:
-            found = measure(variant, capability)
-            lines.append(
-                f"| {found.name} | {found.target} | {found.registers} | {found.spilled} | {found.shared} "
-                f"| {found.loads} | {found.stores} |"
-            )
+        found = [measure(variant, capability) for capability in CAPABILITIES]
+        if not lines:
+            targets = [resources.target for resources in found]
+            header = ["kernel", *targets, "spilled", "shared", "vector load", "vector store"]
+            lines = [_row(header), _row(["-"] * len(header))]
+        worst = (
+            max(resources.spilled for resources in found),
+            max(resources.shared for resources in found),
+            min(resources.loads for resources in found),
+            min(resources.stores for resources in found),
+        )
+        lines.append(_row([variant.name, *(resources.registers for resources in found), *worst]))
     return "\n".join(lines)
+
+
+def _row(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 if __name__ == "__main__":

@@ -55,17 +55,18 @@ def gather_kernel(
     column = tl.load(columns_ptr + tile * width + x, x < width, 0)
     keep = (y < height)[:, None] & (x < width)[None, :]
 
-    source_ptrs = pixels_ptr + (row * row_stride)[:, None] + (column * column_stride)[None, :]
-    out_ptrs = out_ptr + tile * CHANNELS * height * width + (y * width)[:, None] + x[None, :]
+    from_pixel = (row * row_stride)[:, None] + (column * column_stride)[None, :]
+    to_pixel = (y * width)[:, None] + x[None, :]
+    out_ptr += tile * CHANNELS * height * width
     for _source in tl.static_range(SOURCES):
-        scaled = (tl.load(source_ptrs, keep, 0).to(tl.float32) - low) * scale
+        scaled = (tl.load(pixels_ptr + from_pixel, keep, 0).to(tl.float32) - low) * scale
         # NaN is not above 0.
         value = tl.where(scaled > 0, tl.where(scaled < 1, scaled, 1), 0).to(out_ptr.dtype.element_ty)
         # One source channel is replicated.
         for _copy in tl.static_range(CHANNELS if SOURCES == 1 else 1):
-            tl.store(out_ptrs, value, keep)
-            out_ptrs += tl.cast(height, tl.int64) * width
-        source_ptrs += channel_stride
+            tl.store(out_ptr + to_pixel, value, keep)
+            out_ptr += tl.cast(height, tl.int64) * width
+        pixels_ptr += channel_stride
 
 
 def gather(

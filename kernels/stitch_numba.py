@@ -28,17 +28,14 @@ def _write_mask(row: Logits, threshold: np.float32, out: Bytes) -> tuple[int, in
 
 @jit
 def _write_bits(row: Logits, threshold: np.float32, out: Bytes) -> tuple[int, int]:
-    foreground = 0
-    missing = 0
-    for byte in range((len(row) + 7) // 8):
+    mask = np.zeros((len(row) + 7) // 8 * 8, np.uint8)
+    counts = _write_mask(row, threshold, mask)
+    for byte in range(len(mask) // 8):
         packed = 0
-        for x in range(8 * byte, min(8 * byte + 8, len(row))):
-            inside = row[x] > threshold
-            packed |= inside << (7 - x % 8)
-            foreground += inside
-            missing += row[x] != row[x]
+        for bit in range(8):
+            packed |= mask[8 * byte + bit] << (7 - bit)
         out[byte] = packed
-    return foreground, missing
+    return counts
 
 
 @jit
