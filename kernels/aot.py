@@ -155,7 +155,7 @@ def _widest(instruction: str, ptx: str) -> int:
 
 def table() -> str:
     """A row for every variant, in Markdown: registers on each GPU, then the worst of all GPUs; sizes in bytes."""
-    lines = []
+    lines: list[str] = []
     for variant in variants():
         found = [measure(variant, capability) for capability in CAPABILITIES]
         if not lines:

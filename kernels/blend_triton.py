@@ -7,8 +7,8 @@ T px that overlap by O:
     write 1 byte of mask or probability, 0.125 of bits
 
 `stitch_reference` defines the meaning; masks, bits and counts are the same bit for bit.  The functions are those of
-`cellseg_batch.kernels.stitch`, for tensors on one device; none of them waits for it.  Imported only where triton is
-installed.
+`cellseg_batch.kernels.stitch`, for tensors on the current device; none of them waits for it.  Imported only where
+triton is installed.
 
 ``python -m cellseg_batch.kernels.blend_triton`` checks the kernel against the reference and times it.
 """

@@ -6,8 +6,8 @@ Where a table runs on without mirroring, neighbouring threads still read neighbo
 path for it.
 
 `gather_reference` defines the meaning; the result is the same bit for bit, rounded once more for float16.  The function
-is that of `cellseg_batch.kernels.gather`, for tensors on one device; it does not wait for it.  Imported only where
-triton is installed.
+is that of `cellseg_batch.kernels.gather`, for tensors on the current device; it does not wait for it.  Imported only
+where triton is installed.
 
 ``python -m cellseg_batch.kernels.gather_triton`` checks the kernel against the reference and times it.
 """
@@ -21,6 +21,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 
 from cellseg_batch.kernels import gather_reference
+from cellseg_batch.kernels._tensors import upload
 
 # Four warps, 8 px a thread: a 16-byte store of float16.
 BLOCK_Y, BLOCK_X = 8, 128
@@ -111,8 +112,8 @@ def gather(
     gather_kernel[(programs,)](
         pixels,
         *pixels.stride(),
-        torch.tensor(rows, dtype=torch.int64, device=out.device),
-        torch.tensor(columns, dtype=torch.int64, device=out.device),
+        upload(rows, out.device),
+        upload(columns, out.device),
         low,
         scale,
         out,

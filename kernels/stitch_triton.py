@@ -2,8 +2,8 @@
 
 Per pixel it reads one logit (2 bytes in float16) and writes 1 byte of mask or probability, or 0.125 bytes of bits.
 `stitch_reference` defines the meaning; masks, bits and counts are the same bit for bit.  The functions are those of
-`cellseg_batch.kernels.stitch`, for tensors on one device; none of them waits for it.  Imported only where triton is
-installed.
+`cellseg_batch.kernels.stitch`, for tensors on the current device; none of them waits for it.  Imported only where
+triton is installed.
 
 ``python -m cellseg_batch.kernels.stitch_triton`` checks the kernel against the reference and times it.
 """
@@ -17,6 +17,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 
 from cellseg_batch.kernels import stitch_reference
+from cellseg_batch.kernels._tensors import upload
 from cellseg_batch.kernels.tiling import check_places
 
 MASK = tl.constexpr(0)
@@ -88,7 +89,7 @@ def crop_kernel(
     y0, x0 = program // blocks_x % blocks_y * BLOCK_Y, program % blocks_x * BLOCK_X
     from_y, to_y = tl.load(place_ptr) + y0, tl.load(place_ptr + 2) + y0
     rows = (tl.load(place_ptr + 4) - y0).to(tl.int32)
-    # The division tells the compiler that the multiplication is exact, so 8 px are read and written at once.
+    # Rounding changes nothing here; it tells the compiler that these are multiples, so that 8 px move at once.
     from_x = tl.load(place_ptr + 1) // ALIGN * ALIGN + x0
     to_x = tl.load(place_ptr + 3) // ALIGN * ALIGN + x0
     columns = (tl.load(place_ptr + 5) // ALIGN * ALIGN - x0).to(tl.int32)
@@ -145,7 +146,7 @@ def _crop(
         logits,
         logits.stride(0),
         logits.stride(2),
-        torch.tensor(places, dtype=torch.int64, device=out.device),
+        upload(places, out.device),
         blocks_y,
         blocks_x,
         threshold,
