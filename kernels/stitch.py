@@ -1,7 +1,11 @@
-"""Put the cores of tiles back together: the step after the network, one read and one write per pixel.
+"""Put tiles back together: the step after the network, one read and one write per pixel.
 
-The threshold is applied to the logit, z > log(t / (1 - t)), so a mask needs no exponential.  The reference
-defines the meaning; the fused kernel gives the same mask bit for bit, and probabilities within 1/255.
+Two forms: *stitch* crops the core of each tile, *blend* fades overlapping tiles into each other.  What is blended are
+logits, not probabilities.  Three outputs: the mask in bytes, the mask in bits, the probability.  The threshold is
+applied to the logit, z > log(t / (1 - t)), so a mask needs no exponential.
+
+The reference defines the meaning; the fused kernel gives the same mask bit for bit, and probabilities within 1/255.
+`cellseg_batch.kernels.stitch_triton` has the same functions for tensors on a GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.kernels import stitch_numba
+from cellseg_batch.kernels.tiling import TileGrid, check_grid, check_places
 
 
 def logit_threshold(probability: float) -> float:
@@ -49,3 +54,64 @@ def stitch_probability(logits: NDArray[np.float32], places: NDArray[np.int64], o
     Arguments as `stitch_mask`; a NaN logit becomes 0.
     """
     stitch_numba.stitch_probability(logits, places, out)
+
+
+def stitch_bits(
+    logits: NDArray[np.float32], places: NDArray[np.int64], threshold: float, out: NDArray[np.uint8]
+) -> tuple[int, int]:
+    """Write the mask of `stitch_mask` as bits, as ``numpy.packbits(mask, axis=1)`` packs them.
+
+    Arguments and result as `stitch_mask`, but ``out`` is (H, ceil(W / 8)).
+
+    Raises:
+        ValueError: a core is out of bounds, or shares a byte with its neighbour.
+    """
+    check_places(places, logits.shape, out.shape, packed=True)
+    foreground, missing = stitch_numba.stitch_bits(logits, places, np.float32(threshold), out)
+    return int(foreground), int(missing)
+
+
+def blend_mask(
+    logits: NDArray[np.float32], grid: TileGrid, threshold: float, out: NDArray[np.uint8]
+) -> tuple[int, int]:
+    """Write ``blended > threshold`` of a window of overlapping tiles into ``out``.
+
+    In the r-th pixel of an overlap of O, the later tile weighs r / O and the earlier one the rest; where four tiles
+    meet, the weights along y and x are multiplied.  Terms are added in raster order of the tiles.
+
+    Args:
+        logits: (N, K, T_y, T_x) float32, the tiles of ``grid`` in raster order; logit 0 is the foreground.
+        grid: how the tiles overlap, and which window of them is written.
+        threshold: a logit, see `logit_threshold`.
+        out: (grid.height, grid.width) uint8, 1 is foreground.
+
+    Returns:
+        (foreground pixels, pixels whose blended logit is NaN); a NaN is background.
+
+    Raises:
+        ValueError: the shapes do not fit together, or the overlap is not as `TileGrid` says.
+    """
+    check_grid(grid, logits.shape, out.shape, packed=False)
+    foreground, missing = stitch_numba.blend_mask(logits, grid, np.float32(threshold), out)
+    return int(foreground), int(missing)
+
+
+def blend_bits(
+    logits: NDArray[np.float32], grid: TileGrid, threshold: float, out: NDArray[np.uint8]
+) -> tuple[int, int]:
+    """Write the mask of `blend_mask` as bits, as ``numpy.packbits(mask, axis=1)`` packs them.
+
+    Arguments, result and errors as `blend_mask`, but ``out`` is (grid.height, ceil(grid.width / 8)).
+    """
+    check_grid(grid, logits.shape, out.shape, packed=True)
+    foreground, missing = stitch_numba.blend_bits(logits, grid, np.float32(threshold), out)
+    return int(foreground), int(missing)
+
+
+def blend_probability(logits: NDArray[np.float32], grid: TileGrid, out: NDArray[np.uint8]) -> None:
+    """Write ``floor(255 * sigmoid(blended) + 0.5)`` of a window of overlapping tiles into ``out``.
+
+    Arguments and errors as `blend_mask`; a NaN logit becomes 0.
+    """
+    check_grid(grid, logits.shape, out.shape, packed=False)
+    stitch_numba.blend_probability(logits, grid, out)

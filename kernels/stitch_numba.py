@@ -1,4 +1,4 @@
-"""`stitch` as one fused pass on the CPU."""
+"""`stitch` as one fused pass on the CPU, row by row: a crop or a blend gives a row of logits, which is then written."""
 
 from __future__ import annotations
 
@@ -8,36 +8,152 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.kernels._jit import jit
+from cellseg_batch.kernels.tiling import TileGrid
+
+Logits = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
 
 
 @jit
-def stitch_mask(
-    logits: NDArray[np.float32], places: NDArray[np.int64], threshold: np.float32, out: NDArray[np.uint8]
-) -> tuple[int, int]:
+def _write_mask(row: Logits, threshold: np.float32, out: Bytes) -> tuple[int, int]:
+    foreground = 0
+    missing = 0
+    for x in range(len(row)):
+        inside = row[x] > threshold
+        out[x] = inside
+        foreground += inside
+        missing += row[x] != row[x]
+    return foreground, missing
+
+
+@jit
+def _write_bits(row: Logits, threshold: np.float32, out: Bytes) -> tuple[int, int]:
+    mask = np.zeros((len(row) + 7) // 8 * 8, np.uint8)
+    counts = _write_mask(row, threshold, mask)
+    for byte in range(len(mask) // 8):
+        packed = 0
+        for bit in range(8):
+            packed |= mask[8 * byte + bit] << (7 - bit)
+        out[byte] = packed
+    return counts
+
+
+@jit
+def _write_probability(row: Logits, out: Bytes) -> None:
+    for x in range(len(row)):
+        probability = np.float32(0)
+        if row[x] == row[x]:
+            probability = np.float32(1) / (np.float32(1) + np.float32(math.exp(-row[x])))
+        out[x] = np.uint8(np.float32(255) * probability + np.float32(0.5))
+
+
+@jit
+def stitch_mask(logits: Logits, places: NDArray[np.int64], threshold: np.float32, out: Bytes) -> tuple[int, int]:
     """Write the mask; arguments as `cellseg_batch.kernels.stitch.stitch_mask`."""
     foreground = 0
     missing = 0
     for tile in range(len(places)):
         from_y, from_x, to_y, to_x, height, width = places[tile]
         for y in range(height):
-            for x in range(width):
-                logit = logits[tile, 0, from_y + y, from_x + x]
-                inside = logit > threshold
-                out[to_y + y, to_x + x] = inside
-                foreground += inside
-                missing += logit != logit
+            row = logits[tile, 0, from_y + y, from_x : from_x + width]
+            counts = _write_mask(row, threshold, out[to_y + y, to_x : to_x + width])
+            foreground += counts[0]
+            missing += counts[1]
     return foreground, missing
 
 
 @jit
-def stitch_probability(logits: NDArray[np.float32], places: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+def stitch_bits(logits: Logits, places: NDArray[np.int64], threshold: np.float32, out: Bytes) -> tuple[int, int]:
+    """Write the mask as bits; arguments as `cellseg_batch.kernels.stitch.stitch_bits`."""
+    foreground = 0
+    missing = 0
+    for tile in range(len(places)):
+        from_y, from_x, to_y, to_x, height, width = places[tile]
+        for y in range(height):
+            row = logits[tile, 0, from_y + y, from_x : from_x + width]
+            counts = _write_bits(row, threshold, out[to_y + y, to_x // 8 :])
+            foreground += counts[0]
+            missing += counts[1]
+    return foreground, missing
+
+
+@jit
+def stitch_probability(logits: Logits, places: NDArray[np.int64], out: Bytes) -> None:
     """Write the probability; arguments as `cellseg_batch.kernels.stitch.stitch_probability`."""
     for tile in range(len(places)):
         from_y, from_x, to_y, to_x, height, width = places[tile]
         for y in range(height):
-            for x in range(width):
-                logit = logits[tile, 0, from_y + y, from_x + x]
-                probability = np.float32(0)
-                if logit == logit:
-                    probability = np.float32(1) / (np.float32(1) + np.float32(math.exp(-logit)))
-                out[to_y + y, to_x + x] = np.uint8(np.float32(255) * probability + np.float32(0.5))
+            row = logits[tile, 0, from_y + y, from_x : from_x + width]
+            _write_probability(row, out[to_y + y, to_x : to_x + width])
+
+
+@jit
+def _add_tiles(logits: Logits, grid: TileGrid, tile_row: int, y: int, weight: np.float32, row: Logits) -> None:
+    """Add row ``y`` of one row of tiles to the window's ``row``, from left to right."""
+    width = logits.shape[3]
+    step = width - grid.overlap
+    unit = np.float32(1 / grid.overlap)
+    for column in range(grid.columns):
+        line = logits[tile_row * grid.columns + column, 0, y]
+        shift = column * step - grid.left
+        first, last = max(0, -shift), min(width, grid.width - shift)
+        rise = grid.overlap if column > 0 else 0
+        fall = step if column < grid.columns - 1 else width
+        for x in range(max(first, min(rise, 1)), min(last, rise)):
+            row[shift + x] += weight * (np.float32(x) * unit) * line[x]
+        for x in range(max(first, rise), min(last, fall)):
+            row[shift + x] += weight * line[x]
+        for x in range(max(first, fall), last):
+            row[shift + x] += weight * (np.float32(width - x) * unit) * line[x]
+
+
+@jit
+def _blend_row(logits: Logits, grid: TileGrid, y: int, row: Logits) -> None:
+    """Fill ``row`` with the logits of row ``y`` of the grid."""
+    step = logits.shape[2] - grid.overlap
+    tile_row = min(y // step, grid.rows - 1)
+    inside = y - tile_row * step
+    row[:] = 0
+    if tile_row > 0 and inside < grid.overlap:
+        _add_tiles(logits, grid, tile_row - 1, inside + step, np.float32(1 - inside / grid.overlap), row)
+        if inside > 0:
+            _add_tiles(logits, grid, tile_row, inside, np.float32(inside / grid.overlap), row)
+    else:
+        _add_tiles(logits, grid, tile_row, inside, np.float32(1), row)
+
+
+@jit
+def blend_mask(logits: Logits, grid: TileGrid, threshold: np.float32, out: Bytes) -> tuple[int, int]:
+    """Write the mask; arguments as `cellseg_batch.kernels.stitch.blend_mask`."""
+    foreground = 0
+    missing = 0
+    row = np.empty(grid.width, np.float32)
+    for y in range(grid.height):
+        _blend_row(logits, grid, grid.top + y, row)
+        counts = _write_mask(row, threshold, out[y])
+        foreground += counts[0]
+        missing += counts[1]
+    return foreground, missing
+
+
+@jit
+def blend_bits(logits: Logits, grid: TileGrid, threshold: np.float32, out: Bytes) -> tuple[int, int]:
+    """Write the mask as bits; arguments as `cellseg_batch.kernels.stitch.blend_bits`."""
+    foreground = 0
+    missing = 0
+    row = np.empty(grid.width, np.float32)
+    for y in range(grid.height):
+        _blend_row(logits, grid, grid.top + y, row)
+        counts = _write_bits(row, threshold, out[y])
+        foreground += counts[0]
+        missing += counts[1]
+    return foreground, missing
+
+
+@jit
+def blend_probability(logits: Logits, grid: TileGrid, out: Bytes) -> None:
+    """Write the probability; arguments as `cellseg_batch.kernels.stitch.blend_probability`."""
+    row = np.empty(grid.width, np.float32)
+    for y in range(grid.height):
+        _blend_row(logits, grid, grid.top + y, row)
+        _write_probability(row, out[y])

@@ -1,5 +1,6 @@
 """The fused kernels against the plain references that define them."""
 
+import importlib.util
 import math
 import os
 import subprocess
@@ -7,12 +8,30 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellseg_batch.kernels import gather_reference, stitch_reference
+from cellseg_batch.kernels import gather_reference, stitch, stitch_reference
 from cellseg_batch.kernels.gather import gather
 from cellseg_batch.kernels.stitch import logit_threshold, stitch_mask, stitch_probability
+from cellseg_batch.kernels.tiling import TileGrid
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: pip install 'cellseg-batch[triton]'")
+if HAS_TRITON:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRITON_INTERPRET", "1")
+        from cellseg_batch.kernels import blend_triton, gather_triton, stitch_triton
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreted_triton():
+    """Triton interprets kernels, without a GPU, if this is set when they are decorated and when they are called."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRITON_INTERPRET", "1")
+        yield
+
 
 DTYPES = ["uint8", "int8", "uint16", "int32", "float32", "float64", "bool"]
 
@@ -81,6 +100,263 @@ def test_stitch_equals_its_reference(case, probability):
     assert np.abs(mask.astype(int) - expected).max() <= 1
 
 
+def spoil(rng, logits):
+    """Strew what a float16 network may put out: NaN, infinities, huge values, thresholds hit exactly."""
+    for value in (np.nan, np.inf, -np.inf, 60000, -60000, 0):
+        logits[rng.random(logits.shape) < 0.004] = value
+
+
+@st.composite
+def byte_cores(draw):
+    """Logits, places and output shape (H, W) of tiles whose cores begin at whole bytes; the last may end anywhere."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    rows, columns = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    height, width = draw(st.integers(1, 40)), 8 * draw(st.integers(1, 10))
+    top, left, cut = draw(st.integers(0, 9)), draw(st.sampled_from([0, 3, 8, 16])), draw(st.integers(0, 7))
+    logits = rng.normal(0, 4, (rows * columns + 1, 2, height + 2 * top, width + 2 * left))
+    logits = logits.astype(draw(st.sampled_from([np.float16, np.float32])))
+    spoil(rng, logits)
+    places = np.array([[top, left, y * height, x * width, height, width] for y in range(rows) for x in range(columns)])
+    places[columns - 1 :: columns, 5] -= cut
+    return logits, places, (rows * height, columns * width - cut)
+
+
+@st.composite
+def overlapping_tiles(draw):
+    """Logits and the grid of their tiles, with any window of it."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    overlap = 2 ** draw(st.integers(0, 5))
+    rows, columns = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    height, width = (2 * overlap + draw(st.integers(1, 40)) for _ in range(2))
+    whole = ((count - 1) * (side - overlap) + side for count, side in ((rows, height), (columns, width)))
+    (top, bottom), (left, right) = (sorted(rng.choice(length + 1, 2, replace=False).tolist()) for length in whole)
+    if draw(st.booleans()):
+        top = left = 0
+    logits = rng.normal(0, 4, (rows * columns + 1, 2, height, width))
+    logits = logits.astype(draw(st.sampled_from([np.float16, np.float32])))
+    spoil(rng, logits)
+    return logits, TileGrid(rows, columns, overlap, top, left, bottom - top, right - left)
+
+
+def forms(form, implementation, logits, argument, shape, threshold):
+    """Mask, bits, probability and counts that ``implementation`` makes of a crop or a blend."""
+    made, counts = [], []
+    with np.errstate(all="ignore"):  # the interpreter computes with numpy, a GPU is silent
+        for name, width in (("mask", shape[1]), ("bits", -(-shape[1] // 8)), ("probability", shape[1])):
+            out = np.full((shape[0], width), 7, np.uint8)
+            target, limit = torch.from_numpy(out), () if name == "probability" else (threshold,)
+            result = getattr(implementation, f"{form}_{name}")(
+                logits, argument, *limit, target if isinstance(logits, torch.Tensor) else out
+            )
+            made.append(out)
+            counts.append(None if result is None else tuple(int(value) for value in result))
+    return made, counts
+
+
+def assert_forms_equal(made, expected):
+    (mask, bits, probability), counts = made
+    (expected_mask, expected_bits, expected_probability), expected_counts = expected
+    np.testing.assert_array_equal(mask, expected_mask)
+    np.testing.assert_array_equal(bits, expected_bits)
+    assert np.abs(probability.astype(int) - expected_probability).max() <= 1
+    assert counts == expected_counts
+
+
+THRESHOLDS = st.sampled_from([0.0, -3.4, 2.2])
+
+
+@given(byte_cores(), THRESHOLDS)
+def test_every_form_of_stitch_equals_its_reference(case, threshold):
+    logits, places, shape = case
+    logits = logits.astype(np.float32)
+    expected = forms("stitch", stitch_reference, logits, places, shape, threshold)
+    assert_forms_equal(forms("stitch", stitch, logits, places, shape, threshold), expected)
+    np.testing.assert_array_equal(expected[0][1], np.packbits(expected[0][0], axis=1))
+
+
+@given(overlapping_tiles(), THRESHOLDS)
+def test_every_form_of_blend_equals_its_reference(case, threshold):
+    logits, grid = case
+    logits, shape = logits.astype(np.float32), grid[5:]
+    expected = forms("blend", stitch_reference, logits, grid, shape, threshold)
+    assert_forms_equal(forms("blend", stitch, logits, grid, shape, threshold), expected)
+    np.testing.assert_array_equal(expected[0][1], np.packbits(expected[0][0], axis=1))
+
+
+@needs_triton
+@settings(max_examples=20)
+@given(byte_cores(), THRESHOLDS)
+def test_every_form_of_stitch_in_triton_equals_its_reference(case, threshold):
+    logits, places, shape = case
+    expected = forms("stitch", stitch_reference, logits.astype(np.float32), places, shape, threshold)
+    assert_forms_equal(forms("stitch", stitch_triton, torch.from_numpy(logits), places, shape, threshold), expected)
+
+
+@needs_triton
+@settings(max_examples=20)
+@given(overlapping_tiles(), THRESHOLDS)
+def test_every_form_of_blend_in_triton_equals_its_reference(case, threshold):
+    logits, grid = case
+    expected = forms("blend", stitch_reference, logits.astype(np.float32), grid, grid[5:], threshold)
+    assert_forms_equal(forms("blend", blend_triton, torch.from_numpy(logits), grid, grid[5:], threshold), expected)
+
+
+@given(overlapping_tiles())
+def test_tiles_that_agree_are_blended_into_their_image_exactly(case):
+    _, grid = case
+    height, width = case[0].shape[2:]
+    rng = np.random.default_rng(grid.width)
+    steps = height - grid.overlap, width - grid.overlap
+    image = rng.normal(0, 4, (grid.rows * height, grid.columns * width)).astype(np.float16).astype(np.float32)
+    corners = [(row * steps[0], column * steps[1]) for row in range(grid.rows) for column in range(grid.columns)]
+    tiles = np.stack([image[y : y + height, x : x + width] for y, x in corners])[:, None]
+    window = image[grid.top :, grid.left :][: grid.height, : grid.width]
+    np.testing.assert_array_equal(stitch_reference.blend(tiles, grid), window)
+
+
+def test_a_blend_runs_evenly_from_one_tile_to_the_next():
+    logits = np.zeros((2, 1, 16, 16), np.float32)
+    logits[1] = 8
+    grid = TileGrid(rows=1, columns=2, overlap=8, top=0, left=0, height=16, width=24)
+    ramp = [0] * 8 + list(range(8)) + [8] * 8
+    np.testing.assert_array_equal(stitch_reference.blend(logits, grid), [ramp] * 16)
+
+
+def test_a_tile_of_no_weight_cannot_spoil_a_seam():
+    logits = np.ones((2, 1, 4, 16), np.float32)
+    logits[1, :, :, 0] = np.inf
+    grid = TileGrid(rows=1, columns=2, overlap=2, top=0, left=0, height=4, width=30)
+    mask = np.zeros((4, 30), np.uint8)
+    assert stitch.blend_mask(logits, grid, 0.0, mask) == (120, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"overlap": 3}, "power of two"),
+        ({"overlap": 0}, "power of two"),
+        ({"overlap": 128}, "power of two"),
+        ({"overlap": 16}, "power of two"),
+        ({"rows": 3}, "do not fill"),
+        ({"rows": 0}, "do not fill"),
+        ({"top": 1}, "leaves a grid"),
+        ({"left": -1}, "leaves a grid"),
+        ({"height": 35}, "does not fit"),
+    ],
+)
+def test_blend_refuses_a_grid_that_does_not_fit(change, message):
+    grid = TileGrid(rows=2, columns=2, overlap=4, top=0, left=0, height=36, width=36)
+    logits, mask = np.zeros((4, 1, 20, 20), np.float32), np.zeros((36, 36), np.uint8)
+    assert stitch.blend_mask(logits, grid, 0.0, mask) == (0, 0)
+    with pytest.raises(ValueError, match=message):
+        stitch.blend_mask(logits, grid._replace(**change), 0.0, mask)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ([0, 0, 0, 4, 8, 8], "multiples of 8"),
+        ([0, 0, 0, 0, 8, 4], "multiples of 8"),
+        ([1, 0, 0, 0, 8, 8], "leaves its tile"),
+        ([0, 0, 0, 16, 8, 8], "leaves its tile"),
+        ([0, 0, -1, 0, 8, 8], "leaves its tile"),
+    ],
+)
+def test_packed_bits_refuse_cores_that_do_not_fit(place, message):
+    logits, bits = np.zeros((1, 1, 8, 8), np.float32), np.zeros((8, 2), np.uint8)
+    with pytest.raises(ValueError, match=message):
+        stitch.stitch_bits(logits, np.array([place]), 0.0, bits)
+    with pytest.raises(ValueError, match="expected"):
+        stitch.stitch_bits(logits, np.zeros((2, 6), int), 0.0, bits)
+
+
+@needs_triton
+@settings(max_examples=15)
+@given(
+    st.sampled_from(["uint8", "uint16", "float32"]),
+    st.sampled_from([torch.float16, torch.float32]),
+    st.sampled_from([1, 3]),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+def test_gather_in_triton_equals_its_reference(dtype, precision, channels, interleaved, seed):
+    rng = np.random.default_rng(seed)
+    values = np.clip(rng.normal(40, 60, (23, 31, channels)), 0, 255)
+    if dtype == "float32":
+        values[rng.random(values.shape) < 0.05] = np.nan
+        values[0, 0], values[0, 1] = np.inf, -np.inf
+    pixels = np.moveaxis(values.astype(dtype), -1, 0)
+    pixels = pixels if interleaved else np.ascontiguousarray(pixels)
+    rows, columns = rng.integers(0, 23, (2, 9)), rng.integers(0, 31, (2, int(rng.integers(1, 200))))
+    expected = np.full((2, 3, 9, columns.shape[1]), -1, np.float32)
+    out = torch.from_numpy(expected).to(precision)
+    low, scale = float(rng.normal(10, 10)), float(rng.choice([0.0, 0.013]))
+    with np.errstate(all="ignore"):
+        gather_triton.gather(torch.from_numpy(pixels), rows, columns, low, scale, out)
+    gather_reference.gather(pixels, rows, columns, low, scale, expected)
+    assert torch.equal(out, torch.from_numpy(expected).to(precision))
+
+
+@needs_triton
+@pytest.mark.parametrize("module", ["stitch_triton", "blend_triton", "gather_triton"])
+def test_the_check_of_each_triton_module_passes(module):
+    globals()[module].check("cpu")
+
+
+@needs_triton
+def test_triton_kernels_count_beyond_32_bits(monkeypatch):
+    """More than 2^31 logits or pixels; the memory is reserved, and but for a few pixels never touched."""
+    from triton.runtime.interpreter import GridExecutor
+
+    # It would copy whole arguments back, which are the same memory here.
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *arguments: None)
+    side = 2**14
+    logits = torch.empty(9, 1, side, side, dtype=torch.float16)
+    logits[8, 0, :24, :48] = torch.arange(-24, 24)
+    out = torch.full((8, 16), 7, dtype=torch.uint8)
+    places = np.zeros((9, 6), np.int64)
+    places[8] = 0, 16, 0, 0, 8, 16
+    expected = np.broadcast_to(np.arange(16) > 8, (8, 16))
+    assert stitch_triton.stitch_mask(logits, places, 0.0, out).tolist() == [56, 0]
+    np.testing.assert_array_equal(out, expected)
+    last = 8 * (side - 16) + 16
+    for grid in (TileGrid(1, 9, 16, top=0, left=last, height=8, width=16), TileGrid(9, 1, 16, last, 16, 8, 16)):
+        assert blend_triton.blend_mask(logits, grid, 0.0, out.zero_()).tolist() == [56, 0]
+        np.testing.assert_array_equal(out, expected)
+    pixels = torch.empty(1, 2**16, 2**15 + 8, dtype=torch.uint8)
+    pixels[0, -1, -2:] = torch.tensor([3, 4], dtype=torch.uint8)
+    tiles = torch.empty(1, 1, 1, 2)
+    gather_triton.gather(pixels, np.array([[2**16 - 1]]), np.array([[2**15 + 6, 2**15 + 7]]), 2.0, 0.5, tiles)
+    assert tiles.flatten().tolist() == [0.5, 1]
+
+
+@needs_triton
+def test_triton_launchers_refuse_what_they_cannot_read():
+    logits, mask = torch.zeros(1, 1, 8, 8), torch.zeros(8, 8, dtype=torch.uint8)
+    places = np.array([[0, 0, 0, 0, 8, 8]])
+    for bad_logits, bad_mask, message in (
+        (logits.double(), mask, "expected float16"),
+        (logits, mask.float(), "expected float16"),
+        (logits.transpose(2, 3), mask, "not contiguous"),
+        (logits, mask.T, "not contiguous"),
+        (logits, mask[:7], "leaves its tile"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stitch_triton.stitch_mask(bad_logits, places, 0.0, bad_mask)
+    with pytest.raises(ValueError, match="do not fill"):
+        blend_triton.blend_mask(logits, TileGrid(1, 2, 4, 0, 0, 8, 8), 0.0, mask)
+    pixels, table, tiles = torch.zeros(1, 8, 8), np.zeros((1, 4), int), torch.zeros(1, 1, 4, 4)
+    for bad_pixels, bad_table, bad_tiles, message in (
+        (torch.zeros(2, 8, 8), table, tiles, "do not fit"),
+        (pixels.double(), table, tiles, "see the docstring"),
+        (pixels, table, tiles.transpose(2, 3), "contiguous: False"),
+        (pixels, table + 8, tiles, "leave an axis"),
+        (pixels, table - 1, tiles, "leave an axis"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gather_triton.gather(bad_pixels, bad_table, bad_table, 0.0, 1.0, bad_tiles)
+
+
 def test_a_padded_batch_writes_nothing_for_its_padding():
     logits = np.ones((3, 1, 4, 4), np.float32)
     mask = np.zeros((4, 8), np.uint8)
@@ -91,6 +367,11 @@ def test_a_padded_batch_writes_nothing_for_its_padding():
 def test_logit_threshold_inverts_the_sigmoid():
     assert logit_threshold(0.5) == 0
     assert 1 / (1 + math.exp(-logit_threshold(0.2))) == pytest.approx(0.2)
+
+
+def test_the_kernels_of_the_cpu_import_no_triton():
+    code = "import sys; from cellseg_batch.kernels import gather, stitch; print({'triton', 'torch'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
 @pytest.mark.parametrize("writable", [True, False])

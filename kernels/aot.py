@@ -1,0 +1,180 @@
+"""Compile every Triton kernel for GPUs that are not there, and report what ptxas makes of it.
+
+``python -m cellseg_batch.kernels.aot`` prints the table as Markdown.  It needs triton, which ships ptxas, and no GPU.
+Only for measuring: a run compiles its kernels when it first launches them.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cellseg_batch.kernels import blend_triton, gather_triton, stitch_triton
+
+CAPABILITIES = (80, 90, 100)
+"""Compute capabilities, times ten: A100, H100 and H200, B200."""
+
+TILE, OVERLAP = 512, 64
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with everything that is fixed when it is compiled.
+
+    Attributes:
+        name: what it computes, for people.
+        kernel: the decorated function.
+        types: type of every argument that is not constant, as Triton spells them, in order.
+        constants: the others.
+        options: of the compiler.
+    """
+
+    name: str
+    kernel: Any
+    types: tuple[str, ...]
+    constants: dict[str, int]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one thread of a kernel uses on one GPU.
+
+    Attributes:
+        name: of the variant.
+        target: the GPU, as ptxas names it.
+        registers: per thread.
+        spilled: bytes per thread, stored and loaded.
+        shared: bytes of shared memory per program.
+        loads: bytes of the widest vector load from global memory; 0 if all are scalar.
+        stores: likewise.
+    """
+
+    name: str
+    target: str
+    registers: int
+    spilled: int
+    shared: int
+    loads: int
+    stores: int
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel in every form, for the logits that a GPU network gives and for float32."""
+    block = {"BLOCK_Y": stitch_triton.BLOCK_Y, "BLOCK_X": stitch_triton.BLOCK_X}
+    step = {"STEP_Y": TILE - OVERLAP, "STEP_X": TILE - OVERLAP, "OVERLAP": OVERLAP}
+    forms = {"mask": stitch_triton.MASK, "bits": stitch_triton.BITS, "probability": stitch_triton.PROBABILITY}
+    for logits in ("fp16", "fp32"):
+        written = ("fp32", "*u8", "i32", "*i32")
+        for name, form in forms.items():
+            yield Variant(
+                f"stitch {logits} to {name}",
+                stitch_triton.crop_kernel,
+                (f"*{logits}", "i32", "i32", "*i64", "i32", "i32", *written),
+                {"FORM": form.value, "ALIGN": 8, **block},
+                stitch_triton.LAUNCH,
+            )
+            yield Variant(
+                f"blend {logits} to {name}",
+                blend_triton.blend_kernel,
+                (f"*{logits}", *["i32"] * 8, *written),
+                {"FORM": form.value, **step, **block},
+                stitch_triton.LAUNCH,
+            )
+    block = {"BLOCK_Y": gather_triton.BLOCK_Y, "BLOCK_X": gather_triton.BLOCK_X}
+    for pixels, tiles, sources in (("u8", "fp16", 3), ("u8", "fp16", 1), ("u16", "fp16", 1), ("fp32", "fp32", 1)):
+        yield Variant(
+            f"gather {sources} x {pixels} to 3 x {tiles}",
+            gather_triton.gather_kernel,
+            (f"*{pixels}", "i32", "i32", "i32", "*i64", "*i64", "fp32", "fp32", f"*{tiles}", "i32", "i32"),
+            {"SOURCES": sources, "CHANNELS": 3, **block},
+            {"num_warps": 4},
+        )
+
+
+def measure(variant: Variant, capability: int) -> Resources:
+    """Compile ``variant``; pointers, sizes and strides count as multiples of 16, as they are for whole tiles.
+
+    Raises:
+        CalledProcessError: ptxas refused the code.
+        LookupError: ptxas printed something new.
+    """
+    names = variant.kernel.arg_names
+    free = [name for name in names if name not in variant.constants]
+    types = dict(zip(free, variant.types, strict=True))
+    # Counts and strides that are no multiples of 16, and floats.
+    odd = {"rows", "columns", "blocks_y", "blocks_x", "threshold", "low", "scale", "column_stride"}
+    source = ASTSource(
+        fn=variant.kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in variant.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in free if name not in odd},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
+    ptx = compiled.asm["ptx"]
+    target = _find(r"\.target (\w+)", ptx)
+    tool = triton.knobs.nvidia.ptxas_blackwell if capability >= 100 else triton.knobs.nvidia.ptxas
+    with tempfile.TemporaryDirectory() as folder:
+        code = Path(folder) / "kernel.ptx"
+        code.write_text(ptx)
+        command = [tool.path, "-v", "--gpu-name", target, code, "-o", code.with_suffix(".cubin")]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return Resources(
+        name=variant.name,
+        target=target,
+        registers=int(_find(r"Used (\d+) registers", log)),
+        spilled=int(_find(r"(\d+) bytes spill stores", log)) + int(_find(r"(\d+) bytes spill loads", log)),
+        shared=compiled.metadata.shared,
+        loads=_widest("ld", ptx),
+        stores=_widest("st", ptx),
+    )
+
+
+def _find(pattern: str, text: str) -> str:
+    """The first group of ``pattern``; raises LookupError where a tool has changed what it prints."""
+    found = re.search(pattern, text)
+    if found is None:
+        raise LookupError(f"no {pattern} in: {text}")
+    return found[1]
+
+
+def _widest(instruction: str, ptx: str) -> int:
+    """Bytes that the widest vector ``instruction`` moves per thread, as ld.global.v4.b32 moves 16."""
+    found = re.findall(instruction + r"\.global[.\w:]*\.v(\d)\.[bu](\d+)", ptx)
+    return max((int(count) * int(bits) // 8 for count, bits in found), default=0)
+
+
+def table() -> str:
+    """A row for every variant, in Markdown: registers on each GPU, then the worst of all GPUs; sizes in bytes."""
+    lines: list[str] = []
+    for variant in variants():
+        found = [measure(variant, capability) for capability in CAPABILITIES]
+        if not lines:
+            targets = [resources.target for resources in found]
+            header = ["kernel", *targets, "spilled", "shared", "vector load", "vector store"]
+            lines = [_row(header), _row(["-"] * len(header))]
+        worst = (
+            max(resources.spilled for resources in found),
+            max(resources.shared for resources in found),
+            min(resources.loads for resources in found),
+            min(resources.stores for resources in found),
+        )
+        lines.append(_row([variant.name, *(resources.registers for resources in found), *worst]))
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+if __name__ == "__main__":
+    print(f"triton {triton.__version__}\n\n{table()}")

@@ -1,0 +1,229 @@
+"""The blend form of `stitch` on a GPU, in Triton: each output pixel reads the 1, 2 or 4 tiles that show it.
+
+Every output pixel is written once and nothing is accumulated in memory.  Per pixel, for float16 logits of tiles of
+T px that overlap by O:
+
+    read  2 (T / (T - O))^2 bytes of logits: 2.6 for 512 and 64
+    write 1 byte of mask or probability, 0.125 of bits
+
+`stitch_reference` defines the meaning; masks, bits and counts are the same bit for bit.  The functions are those of
+`cellseg_batch.kernels.stitch`, for tensors on the current device; none of them waits for it.  Imported only where
+triton is installed.
+
+``python -m cellseg_batch.kernels.blend_triton`` checks the kernel against the reference and times it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from cellseg_batch.kernels import stitch_reference
+from cellseg_batch.kernels.stitch_triton import (
+    BITS,
+    BLOCK_X,
+    BLOCK_Y,
+    LAUNCH,
+    MASK,
+    PROBABILITY,
+    check_tensors,
+    write_block,
+)
+from cellseg_batch.kernels.tiling import TileGrid, check_grid
+
+
+@triton.jit
+def _term(pointers: tl.tensor, weight: tl.tensor, keep: tl.tensor) -> tl.tensor:
+    """Weighted logits of one tile; a tile of weight 0 takes no part, be it infinite."""
+    return tl.where(weight > 0, weight * tl.load(pointers, keep, 0).to(tl.float32), 0)
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def blend_kernel(
+    logits_ptr: tl.tensor,  # (N, K, T_y, T_x)
+    tile_stride: tl.tensor,
+    row_stride: tl.tensor,
+    rows: tl.tensor,  # of tiles
+    columns: tl.tensor,
+    top: tl.tensor,  # the window, in px
+    left: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    threshold: tl.tensor,
+    out_ptr: tl.tensor,
+    out_stride: tl.tensor,
+    counts_ptr: tl.tensor,  # (programs, 2) int32
+    STEP_Y: tl.constexpr,
+    STEP_X: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    FORM: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+) -> None:
+    """One block of the window per program."""
+    program = tl.program_id(0)
+    blocks_x = tl.cdiv(width, BLOCK_X)
+    y0, x0 = program // blocks_x * BLOCK_Y, program % blocks_x * BLOCK_X
+    y, x = y0 + tl.arange(0, BLOCK_Y), x0 + tl.arange(0, BLOCK_X)
+
+    # The last tile that shows a pixel; the one before shows it too within the overlap.
+    tile_y, tile_x = tl.minimum((top + y) // STEP_Y, rows - 1), tl.minimum((left + x) // STEP_X, columns - 1)
+    in_y, in_x = top + y - tile_y * STEP_Y, left + x - tile_x * STEP_X
+    two_y, two_x = (tile_y > 0) & (in_y < OVERLAP), (tile_x > 0) & (in_x < OVERLAP)
+    rise_y = tl.where(two_y, in_y, OVERLAP)[:, None].to(tl.float32) / OVERLAP
+    rise_x = tl.where(two_x, in_x, OVERLAP)[None, :].to(tl.float32) / OVERLAP
+
+    # Offsets in int64: a batch may have more than 2^31 logits.
+    tile_row = columns.to(tl.int64) * tile_stride
+    here_y = (tile_y * tile_row + in_y * row_stride)[:, None]
+    here_x = (tile_x.to(tl.int64) * tile_stride + in_x)[None, :]
+    above, before = here_y + (STEP_Y * row_stride - tile_row), here_x + (STEP_X - tile_stride)
+    in_window_y, in_window_x = (y < height)[:, None], (x < width)[None, :]
+    keep_y, keep_x = in_window_y & two_y[:, None], in_window_x & two_x[None, :]
+
+    logits = _term(logits_ptr + above + before, (1 - rise_y) * (1 - rise_x), keep_y & keep_x)
+    logits += _term(logits_ptr + above + here_x, (1 - rise_y) * rise_x, keep_y & in_window_x)
+    logits += _term(logits_ptr + here_y + before, rise_y * (1 - rise_x), in_window_y & keep_x)
+    logits += _term(logits_ptr + here_y + here_x, rise_y * rise_x, in_window_y & in_window_x)
+
+    column = x0 // 8 if FORM == BITS else x0
+    out_ptr += y0.to(tl.int64) * out_stride + column
+    write_block(
+        logits,
+        height - y0,
+        width - x0,
+        threshold,
+        out_ptr,
+        out_stride,
+        counts_ptr + 2 * program,
+        FORM,
+        BLOCK_Y,
+        BLOCK_X,
+    )
+
+
+def blend_mask(logits: torch.Tensor, grid: TileGrid, threshold: float, out: torch.Tensor) -> torch.Tensor:
+    """Write ``blended > threshold`` of a window of overlapping tiles into ``out``.
+
+    Args:
+        logits: (N, K, T_y, T_x) float16 or float32, contiguous along x: the tiles of ``grid`` in raster order.
+        grid: how the tiles overlap, and which window of them is written.
+        threshold: a logit.
+        out: (grid.height, grid.width) uint8, contiguous along x, on the same device.
+
+    Returns:
+        (2,) int64 on the device: foreground pixels, and pixels whose blended logit is NaN.
+
+    Raises:
+        ValueError: a dtype, stride or shape does not fit.
+    """
+    return _blend(logits, grid, threshold, out, MASK).sum(0)
+
+
+def blend_bits(logits: torch.Tensor, grid: TileGrid, threshold: float, out: torch.Tensor) -> torch.Tensor:
+    """Write the mask as bits, (grid.height, ceil(grid.width / 8)); otherwise as `blend_mask`."""
+    return _blend(logits, grid, threshold, out, BITS).sum(0)
+
+
+def blend_probability(logits: torch.Tensor, grid: TileGrid, out: torch.Tensor) -> None:
+    """Write ``floor(255 * sigmoid(blended) + 0.5)``, 0 for NaN; arguments and errors as `blend_mask`."""
+    _blend(logits, grid, 0.0, out, PROBABILITY)
+
+
+def _blend(
+    logits: torch.Tensor, grid: TileGrid, threshold: float, out: torch.Tensor, form: tl.constexpr
+) -> torch.Tensor:
+    """Launch `blend_kernel`; the counts of each program, (programs, 2) int32, undefined for a probability."""
+    check_tensors(logits, out)
+    check_grid(grid, tuple(logits.shape), tuple(out.shape), packed=bool(form == BITS))
+    programs = triton.cdiv(grid.height, BLOCK_Y) * triton.cdiv(grid.width, BLOCK_X)
+    counts = torch.empty((programs, 2), dtype=torch.int32, device=out.device)
+    blend_kernel[(programs,)](
+        logits,
+        logits.stride(0),
+        logits.stride(2),
+        grid.rows,
+        grid.columns,
+        grid.top,
+        grid.left,
+        grid.height,
+        grid.width,
+        threshold,
+        out,
+        out.stride(0),
+        counts,
+        STEP_Y=logits.shape[2] - grid.overlap,
+        STEP_X=logits.shape[3] - grid.overlap,
+        OVERLAP=grid.overlap,
+        FORM=form,
+        BLOCK_Y=BLOCK_Y,
+        BLOCK_X=BLOCK_X,
+        **LAUNCH,
+    )
+    return counts
+
+
+def check(device: str) -> None:
+    """Compare every output with the reference on tiles of an odd size; raises AssertionError where they differ."""
+    generator = np.random.default_rng(0)
+    logits = generator.normal(0, 4, (6, 2, 50, 41)).astype(np.float16)
+    logits[generator.random(logits.shape) < 0.01] = np.nan
+    grid = TileGrid(rows=2, columns=3, overlap=16, top=3, left=5, height=80, width=81)
+    mask, bits = np.zeros((80, 81), np.uint8), np.zeros((80, 11), np.uint8)
+    tensor, read = torch.tensor(logits, device=device), logits.astype(np.float32)
+    for launch, reference, expected in (
+        (blend_mask, stitch_reference.blend_mask, mask),
+        (blend_bits, stitch_reference.blend_bits, bits),
+    ):
+        out = torch.zeros(expected.shape, dtype=torch.uint8, device=device)
+        counts = launch(tensor, grid, 0.3, out)
+        assert tuple(counts.tolist()) == reference(read, grid, 0.3, expected)
+        assert np.array_equal(out.cpu().numpy(), expected)
+    out = torch.zeros(mask.shape, dtype=torch.uint8, device=device)
+    blend_probability(tensor, grid, out)
+    stitch_reference.blend_probability(read, grid, mask)
+    assert np.abs(out.cpu().numpy().astype(int) - mask).max() <= 1
+
+
+def naive_blend(logits: torch.Tensor, grid: TileGrid, threshold: float) -> torch.Tensor:
+    """The mask of a whole grid in plain torch: every tile is weighted, added to an accumulator, then compared."""
+    height, width = logits.shape[2:]
+    steps = height - grid.overlap, width - grid.overlap
+    whole = torch.zeros(grid.height, grid.width, device=logits.device)  # write 4 bytes
+    rise = torch.arange(grid.overlap, device=logits.device) / grid.overlap
+    for tile in range(grid.rows * grid.columns):
+        row, column = divmod(tile, grid.columns)
+        ramps = [torch.ones(length, device=logits.device) for length in (height, width)]
+        for ramp, index, count in zip(ramps, (row, column), (grid.rows, grid.columns), strict=True):
+            ramp[: grid.overlap] = rise if index > 0 else 1
+            ramp[-grid.overlap :] = 1 - rise if index < count - 1 else 1
+        weighted = torch.outer(*ramps) * logits[tile, 0]  # per logit: read 4 + 2, write 4, and 4 for the weights
+        whole[row * steps[0] :, column * steps[1] :][:height, :width] += weighted  # read 4 + 4, write 4
+    return (whole > threshold).to(torch.uint8)  # read 4, write 1; read 1, write 1
+
+
+def benchmark() -> None:
+    """Print time and GB/s (of the bytes that must move) of every output at 4096 x 4096 px, caches flushed."""
+    side, tile, overlap = 4096, 512, 64
+    count = 1 + (side - tile) // (tile - overlap)
+    logits = torch.randn(count * count, 1, tile, tile, device="cuda").half()
+    grid = TileGrid(count, count, overlap, 0, 0, side, side)
+    mask, bits = (torch.empty(side, width, dtype=torch.uint8, device="cuda") for width in (side, side // 8))
+    for name, out, run in (
+        ("plain torch", mask, lambda: naive_blend(logits, grid, 0.0)),
+        ("blend_mask", mask, lambda: blend_mask(logits, grid, 0.0, mask)),
+        ("blend_bits", bits, lambda: blend_bits(logits, grid, 0.0, bits)),
+        ("blend_probability", mask, lambda: blend_probability(logits, grid, mask)),
+    ):
+        milliseconds = triton.testing.do_bench(run, return_mode="median")
+        moved = logits.element_size() * logits.numel() + out.numel()
+        print(f"{name:20} {1000 * milliseconds:8.1f} us {moved / milliseconds / 1e6:8.0f} GB/s")
+
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        raise SystemExit("no GPU")
+    check("cuda")
+    benchmark()

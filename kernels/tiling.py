@@ -1,0 +1,87 @@
+"""How tiles lie in an image: the geometry that every form of `stitch` shares, and the checks that keep it in bounds.
+
+A grid of overlapping tiles along one axis; tile t begins at t * step, step = length - overlap:
+
+    tile 0   |============|----|
+    tile 1                |----|============|----|
+    tile 2                                  |----|============|
+    its weight            0 to 1      1     1 to 0
+
+Nothing here knows where the tiles come from or what is written.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+
+MAX_OVERLAP = 64
+
+
+class TileGrid(NamedTuple):
+    """Equal tiles in raster order, each overlapping the next, and the window of them that is wanted; all in px.
+
+    The overlap is a power of two of at most 64, so that the product of two ramps and a float16 logit is exact in
+    float32: 6 bits, 6 bits and 11.
+    """
+
+    rows: int
+    """Tiles along y."""
+    columns: int
+    """Tiles along x."""
+    overlap: int
+    """Pixels that two neighbours share, along y and along x."""
+    top: int
+    """First row of the window, from the top of tile 0."""
+    left: int
+    """First column of the window, from the left of tile 0."""
+    height: int
+    """Rows of the window."""
+    width: int
+    """Columns of the window."""
+
+
+def check_grid(grid: TileGrid, logits: tuple[int, ...], out: tuple[int, ...], packed: bool) -> None:
+    """Refuse a grid that its logits (N, K, T_y, T_x) or its output (H, W or W / 8 bytes) do not fit.
+
+    Raises:
+        ValueError: the overlap is no power of two up to 64 or more than half a tile, there are too few tiles, the
+            window leaves the grid, or the output has another shape than the window.
+    """
+    overlap = grid.overlap
+    if not 0 < overlap <= MAX_OVERLAP or overlap & (overlap - 1) or 2 * overlap > min(logits[2:]):
+        raise ValueError(f"an overlap of {overlap} px is no power of two up to {MAX_OVERLAP} and half of {logits[2:]}")
+    if min(grid.rows, grid.columns) < 1 or grid.rows * grid.columns > logits[0]:
+        raise ValueError(f"{logits[0]} tiles do not fill a grid of {grid.rows} x {grid.columns}")
+    height, width = (
+        (count - 1) * (length - overlap) + length
+        for count, length in zip((grid.rows, grid.columns), logits[2:], strict=True)
+    )
+    if min(grid.top, grid.left) < 0 or grid.top + grid.height > height or grid.left + grid.width > width:
+        raise ValueError(f"the window {grid[3:]} leaves a grid of {height} x {width} px")
+    if out != (grid.height, _columns(grid.width, packed)):
+        raise ValueError(f"an output of {out} does not fit a window of {grid.height} x {grid.width} px")
+
+
+def check_places(places: NDArray[Any], logits: tuple[int, ...], out: tuple[int, ...], packed: bool) -> None:
+    """Refuse cores, rows of (from y, from x, to y, to x, height, width), outside their tiles or their output.
+
+    Raises:
+        ValueError: not (M, 6) with M at most the number of tiles, a core out of bounds, or, packed, a core that
+            shares a byte with its neighbour: it must begin at a multiple of 8 px, and end at one or at the right edge.
+    """
+    if places.ndim != 2 or places.shape[1] != 6 or len(places) > logits[0]:
+        raise ValueError(f"places of shape {places.shape} for {logits[0]} tiles; expected (M, 6)")
+    source, target, size = places[:, 0:2], places[:, 2:4], places[:, 4:6]
+    columns = out[1] * 8 if packed else out[1]
+    if (places < 0).any() or (source + size > logits[2:]).any() or (target + size > (out[0], columns)).any():
+        raise ValueError(f"a core leaves its tile of {logits[2:]} or the output of {out}")
+    ends = target[:, 1] + size[:, 1]
+    if packed and ((target[:, 1] % 8).any() or (ends[_columns(ends, True) < out[1]] % 8).any()):
+        raise ValueError("packed bits need cores that begin and end at multiples of 8 px")
+
+
+def _columns(width: Any, packed: bool) -> Any:
+    """Bytes of a row of ``width`` px."""
+    return (width + 7) // 8 if packed else width
