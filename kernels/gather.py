@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.kernels import gather_numba
+try:
+    from cellseg_batch.kernels import gather_numba as fastest
+except ImportError:  # without Numba the reference does the work, several times slower
+    from cellseg_batch.kernels import gather_reference as fastest  # type: ignore[no-redef]
 
 
 def gather(
@@ -39,4 +42,4 @@ def gather(
         raise ValueError(
             f"pixels {pixels.shape}, rows {rows.shape} and columns {columns.shape} do not fit tiles {out.shape}"
         )
-    gather_numba.gather(pixels, rows, columns, np.float32(low), np.float32(scale), out)
+    fastest.gather(pixels, rows, columns, np.float32(low), np.float32(scale), out)

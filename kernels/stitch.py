@@ -15,8 +15,12 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.kernels import stitch_numba
 from cellseg_batch.kernels.tiling import TileGrid, check_grid, check_places
+
+try:
+    from cellseg_batch.kernels import stitch_numba as fastest
+except ImportError:  # without Numba the reference does the work, several times slower
+    from cellseg_batch.kernels import stitch_reference as fastest  # type: ignore[no-redef]
 
 
 def logit_threshold(probability: float) -> float:
@@ -44,7 +48,7 @@ def stitch_mask(
     Returns:
         (foreground pixels, NaN logits); a NaN is background.
     """
-    foreground, missing = stitch_numba.stitch_mask(logits, places, np.float32(threshold), out)
+    foreground, missing = fastest.stitch_mask(logits, places, np.float32(threshold), out)
     return int(foreground), int(missing)
 
 
@@ -53,7 +57,7 @@ def stitch_probability(logits: NDArray[np.float32], places: NDArray[np.int64], o
 
     Arguments as `stitch_mask`; a NaN logit becomes 0.
     """
-    stitch_numba.stitch_probability(logits, places, out)
+    fastest.stitch_probability(logits, places, out)
 
 
 def stitch_bits(
@@ -67,7 +71,7 @@ def stitch_bits(
         ValueError: a core is out of bounds, or shares a byte with its neighbour.
     """
     check_places(places, logits.shape, out.shape, packed=True)
-    foreground, missing = stitch_numba.stitch_bits(logits, places, np.float32(threshold), out)
+    foreground, missing = fastest.stitch_bits(logits, places, np.float32(threshold), out)
     return int(foreground), int(missing)
 
 
@@ -92,7 +96,7 @@ def blend_mask(
         ValueError: the shapes do not fit together, or the overlap is not as `TileGrid` says.
     """
     check_grid(grid, logits.shape, out.shape, packed=False)
-    foreground, missing = stitch_numba.blend_mask(logits, grid, np.float32(threshold), out)
+    foreground, missing = fastest.blend_mask(logits, grid, np.float32(threshold), out)
     return int(foreground), int(missing)
 
 
@@ -104,7 +108,7 @@ def blend_bits(
     Arguments, result and errors as `blend_mask`, but ``out`` is (grid.height, ceil(grid.width / 8)).
     """
     check_grid(grid, logits.shape, out.shape, packed=True)
-    foreground, missing = stitch_numba.blend_bits(logits, grid, np.float32(threshold), out)
+    foreground, missing = fastest.blend_bits(logits, grid, np.float32(threshold), out)
     return int(foreground), int(missing)
 
 
@@ -114,4 +118,4 @@ def blend_probability(logits: NDArray[np.float32], grid: TileGrid, out: NDArray[
     Arguments and errors as `blend_mask`; a NaN logit becomes 0.
     """
     check_grid(grid, logits.shape, out.shape, packed=False)
-    stitch_numba.blend_probability(logits, grid, out)
+    fastest.blend_probability(logits, grid, out)

@@ -383,7 +383,7 @@ def test_compiled_kernels_are_cached_away_from_the_code(tmp_path, writable):
     code = (
         "import numpy as np; from cellseg_batch.kernels import stitch;"
         "stitch.stitch_mask(np.ones((1, 1, 4, 4), 'f4'), np.array([[0, 0, 0, 0, 4, 4]]), 0.0, np.zeros((4, 4), 'u1'));"
-        "print(stitch.stitch_numba.stitch_mask._cache.cache_path if WRITABLE else 'worked')"
+        "print(stitch.fastest.stitch_mask._cache.cache_path if WRITABLE else 'worked')"
     ).replace("WRITABLE", str(writable))
     environment = {key: value for key, value in os.environ.items() if key != "NUMBA_CACHE_DIR"}
     environment["XDG_CACHE_HOME"] = str(cache)

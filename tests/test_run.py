@@ -307,6 +307,36 @@ def test_demo_and_info(tmp_path, command, monkeypatch):
     assert (code, "RGB" in output) == (0, True)
 
 
+@pytest.mark.parametrize("missing", ["numba", "openvino", "triton", "nncf"])
+def test_a_run_works_without_an_optional_library(tmp_path, tiny_model, missing):
+    write_ome_zarr(tmp_path / "a.zarr", blobs(64, 64))
+    code = f"""
+import sys
+sys.modules[{missing!r}] = None
+from cellseg_batch.engine.cli import main
+sys.argv = ["cellseg-batch", "run", {str(tmp_path / "a.zarr")!r}, "--model", {str(tiny_model)!r}, "--backend", "torch",
+            "--precision", "fp32", "--threads", "1", "-q"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_library_is_named_with_its_remedy(tmp_path, tiny_model):
+    write_ome_zarr(tmp_path / "a.zarr", blobs(64, 64))
+    code = f"""
+import sys
+sys.modules["openvino"] = None
+from cellseg_batch.engine.cli import main
+sys.argv = ["cellseg-batch", "run", {str(tmp_path / "a.zarr")!r}, "--model", {str(tiny_model)!r},
+            "--backend", "openvino", "--precision", "fp32", "--no-gate"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install openvino" in done.stderr
+
+
 def test_doctor_names_the_backends(command):
     code, output = command("doctor")
     assert code == 0
