@@ -77,7 +77,7 @@ def test_the_gate_refuses_wrong_results(spoil):
 
 
 def test_auto_falls_back_when_a_backend_is_missing_or_fails_the_gate(tiny_bundle, monkeypatch):
-    offered = {"openvino": (), "torch": ("fp32", "bf16")}
+    offered = {"tensorrt": (), "openvino": (), "torch": ("fp32", "bf16")}
     monkeypatch.setattr(choose, "available_precisions", offered.__getitem__)
     monkeypatch.setattr(choose, "FLIPPED_LIMIT", -1.0)
     monkeypatch.setattr("cellseg_batch.engine.backends.parity.FLIPPED_LIMIT", -1.0)

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 
 from cellseg_batch.engine.backends.backend import Backend
 from cellseg_batch.engine.backends.parity import FLIPPED_LIMIT, gate_tiles, measure_parity
-from cellseg_batch.engine.errors import BackendError, CellsegError
+from cellseg_batch.engine.errors import BackendError, CellsegError, ModelError
 from cellseg_batch.trainer.bundle import Bundle
 
 _log = logging.getLogger(__name__)
 
-# Fastest first, as measured on the shipped network (benchmarks/results/model.json).
-_RANKING = (("openvino", "bf16"), ("openvino", "fp32"), ("torch", "bf16"), ("torch", "fp32"))
+# Fastest first, as measured on the shipped network (benchmarks/results/model.json); TensorRT, which is offered on
+# GPUs only, has not been measured.
+_RANKING = (("tensorrt", "fp16"), ("openvino", "bf16"), ("openvino", "fp32"), ("torch", "bf16"), ("torch", "fp32"))
 _REFERENCE = ("torch", "fp32")
 
 
@@ -24,6 +25,10 @@ def available_precisions(backend: str) -> tuple[str, ...]:
             from cellseg_batch.engine.backends.openvino_backend import supported_precisions
 
             return supported_precisions()
+        if backend == "tensorrt":
+            from cellseg_batch.engine.backends import tensorrt_backend
+
+            return tensorrt_backend.supported_precisions()
         if backend == "torch":
             from cellseg_batch.engine.backends.torch_backend import PRECISIONS
 
@@ -52,6 +57,10 @@ def make_backend(bundle: Bundle, backend: str, precision: str, threads: int) -> 
         from cellseg_batch.engine.backends.openvino_backend import OpenVinoBackend
 
         return OpenVinoBackend(bundle, precision, threads)
+    if backend == "tensorrt":
+        from cellseg_batch.engine.backends.tensorrt_backend import TensorRtBackend
+
+        return TensorRtBackend(bundle, precision, threads)
     from cellseg_batch.engine.backends.torch_backend import TorchBackend
 
     return TorchBackend(bundle, precision, threads)
@@ -66,18 +75,19 @@ def choose_backend(bundle: Bundle, backend: str, precision: str, threads: int) -
     refused: list[str] = []
     reference: Backend | None = None
     for name, level in _candidates(backend, precision):
+        if (name, level) == _REFERENCE:
+            return make_backend(bundle, name, level, threads)
+        reference = reference or make_backend(bundle, *_REFERENCE, threads)
         try:
             candidate = make_backend(bundle, name, level, threads)
-        except CellsegError:
+            parity = measure_parity(candidate, reference, gate_tiles(bundle), bundle.card.threshold)
+        except ModelError:
             raise
         except Exception as error:  # a network that this library cannot take; another one may
             _log.debug("%s %s cannot run the model", name, level, exc_info=True)
-            refused.append(f"{name} {level} cannot run the model ({type(error).__name__}: {error})")
+            reason = error.detail if isinstance(error, CellsegError) else f"{type(error).__name__}: {error}"
+            refused.append(f"{name} {level} cannot run the model ({reason})")
             continue
-        if (name, level) == _REFERENCE:
-            return candidate
-        reference = reference or make_backend(bundle, *_REFERENCE, threads)
-        parity = measure_parity(candidate, reference, gate_tiles(bundle), bundle.card.threshold)
         if parity.passed:
             return candidate
         refused.append(f"{name} {level} flips {parity.flipped:.1e} of the pixels (limit {FLIPPED_LIMIT:.0e})")

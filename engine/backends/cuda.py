@@ -16,6 +16,11 @@ from cellseg_batch.engine.backends.backend import Shape
 DEVICE = "cuda"
 
 
+def available() -> bool:
+    """Whether torch can use a GPU."""
+    return torch.cuda.is_available()
+
+
 class GraphedHalf:
     """float16 buffers on the device that never move, and what is launched between them as one CUDA graph.
 
@@ -37,7 +42,7 @@ class GraphedHalf:
         self._pixels = pinned(pixels)
         self._logits = pinned(logits)
         self._result = torch.empty(logits)
-        # Neither TensorRT nor a capture can do without synchronising on the default stream.
+        # On the default stream TensorRT synchronises after every enqueue, and nothing can be captured.
         self._stream = torch.cuda.Stream()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._launch: Callable[[int], None] = _no_launch

@@ -22,15 +22,14 @@ from torch.export import Dim, ExportedProgram
 
 from cellseg_batch.engine.backends import cuda
 from cellseg_batch.engine.backends.backend import CompiledModel, Shape
+from cellseg_batch.engine.backends.tensorrt_errors import demand, explained, given
 from cellseg_batch.engine.backends.torch_backend import fold_batch_norm
-from cellseg_batch.engine.errors import BackendError, ModelError
+from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.trainer.bundle import Bundle
 
 PRECISIONS = ("fp16",)
 _LARGEST_BATCH = 64
-# float16 ends at 65504; an infinite logit would turn into NaN when a weight of zero meets it.
-_LARGEST_LOGIT = 6e4
 # An engine in fp16 holds 2 bytes a weight and some padding, one in fp32 holds 4.
 _BYTES_PER_WEIGHT = 3
 _PADDING_BYTES = 1 << 20
@@ -52,7 +51,7 @@ def load_libraries() -> tuple[Any, Any]:
     Raises:
         BackendError: there is no GPU that torch can use, or one of them cannot be imported.
     """
-    if not torch.cuda.is_available():
+    if not cuda.available():
         raise BackendError(
             "TensorRT",
             expected="an NVIDIA GPU that torch can use",
@@ -61,10 +60,11 @@ def load_libraries() -> tuple[Any, Any]:
             remedy="install the CUDA build of torch and cellseg-batch[tensorrt] on a machine with an NVIDIA GPU",
         )
     try:
-        # In this order: torch_tensorrt puts a stand-in of its own in tensorrt's place.
-        import torch_tensorrt
+        with _quiet():
+            # In this order: torch_tensorrt puts a stand-in of its own in tensorrt's place.
+            import torch_tensorrt
 
-        import tensorrt  # isort: skip
+            import tensorrt  # isort: skip
     except Exception as error:  # a missing library is a plain Exception there, not an ImportError
         raise BackendError(
             "TensorRT",
@@ -84,8 +84,7 @@ class TensorRtBackend:
         precision: fp16.
         threads: of no use here; part of what every backend is made with.
         plans: what `serialise` gave for the same bundle, libraries and GPU model, by batch shape.
-        timing_cache: file in which the builder's measurements outlive the process, of the same libraries and GPU
-            model; None keeps them for this process.
+        timing_cache: file for the builder's measurements, of the same libraries and GPU model; None keeps none.
 
     Raises:
         BackendError: as `load_libraries`.
@@ -106,8 +105,7 @@ class TensorRtBackend:
         self.version = f"{self._tensorrt.__version__} (torch-tensorrt {self._torch_tensorrt.__version__})"
         self._bundle = bundle
         self._plans = dict(plans or {})
-        self._scratch = tempfile.TemporaryDirectory(prefix="cellseg-batch-")
-        self._timing_cache = timing_cache or Path(self._scratch.name) / "timing.bin"
+        self._timing_cache = timing_cache
 
     def compile(self, shape: Shape) -> CompiledModel:
         """Build the plan for batches of ``shape`` (N, C, H, W) unless it is there, and make it ready to run.
@@ -116,16 +114,27 @@ class TensorRtBackend:
             BackendError: TensorRT cannot build or load it, or it would not run in fp16.
         """
         weights = sum(array.size for array in self._bundle.weights.values())
-        return TensorRtModel(self._tensorrt, self.serialise(shape), shape, weights)
+        # One logger a process: TensorRT keeps the first that it is given.
+        logger = self._torch_tensorrt.logging.TRT_LOGGER
+        plan = self.serialise(shape)
+        with explained(f"load the plan for batches of {shape}"):
+            return TensorRtModel(self._tensorrt, logger, plan, shape, weights)
 
     def serialise(self, shape: Shape) -> bytes:
         """The plan for batches of ``shape``, built if need be; valid for these libraries and this GPU model only.
 
         Raises:
-            BackendError: TensorRT cannot build it.
+            BackendError: TensorRT cannot build it, or the batch is too large.
         """
+        if shape[0] > _LARGEST_BATCH:
+            raise BackendError(
+                f"--batch {shape[0]}",
+                expected=f"at most {_LARGEST_BATCH} tiles with TensorRT",
+                found=f"{shape[0]}",
+                remedy="choose a smaller --batch",
+            )
         if shape not in self._plans:
-            with _explained(f"build a plan for batches of {shape}"):
+            with explained(f"build a plan for batches of {shape}"):
                 self._plans[shape] = self._build(shape)
         return self._plans[shape]
 
@@ -133,17 +142,15 @@ class TensorRtBackend:
         batch, *rest = shape
         # One more than asked for where only one is: a profile of one shape would make the batch a constant.
         largest = (max(batch, 2), *rest)
-        profile = self._torch_tensorrt.Input(
-            min_shape=(1, *rest), opt_shape=shape, max_shape=largest, dtype=torch.half, name="pixels"
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        profile = self._torch_tensorrt.Input(min_shape=(1, *rest), opt_shape=shape, max_shape=largest, dtype=torch.half)
+        program = export_half(self._bundle, (rest[1], rest[2]))
+        with tempfile.TemporaryDirectory() as folder, _quiet():
             plan = self._torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
-                export_half(self._bundle, (rest[1], rest[2])),
+                program,
                 arg_inputs=[profile],
                 require_full_compilation=True,
                 optimization_level=3,
-                timing_cache_path=str(self._timing_cache),
+                timing_cache_path=str(self._timing_cache or Path(folder) / "timing.bin"),
             )
         return bytes(plan)
 
@@ -153,27 +160,28 @@ class TensorRtModel:
 
     Args:
         tensorrt: the module.
+        logger: what TensorRT tells its troubles.
         plan: what TensorRT built.
         shape: (N, C, H, W) of every batch.
         weights: number of weights in the network, to tell fp16 from fp32.
 
     Raises:
-        BackendError: the plan cannot be loaded or run here, or is not in fp16.
+        BackendError: the engine is not in fp16.
+        Exception: the plan cannot be loaded or run here.
     """
 
-    def __init__(self, tensorrt: Any, plan: bytes, shape: Shape, weights: int) -> None:
-        with _explained(f"load the plan for batches of {shape}"):
-            self._runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))
-            self._engine = _given(self._runtime.deserialize_cuda_engine(plan), "deserialize_cuda_engine")
-            pixels, logits = _tensor_names(tensorrt, self._engine)
-            _demand_half(tensorrt, self._engine, weights)
-            self._context = _given(self._engine.create_execution_context(), "create_execution_context")
-            _demand(self._context.set_input_shape(pixels, shape), "set_input_shape")
-            n, k, height, width = self._context.get_tensor_shape(logits)
-            self._buffers = cuda.GraphedHalf(shape, (n, k, height, width))
-            _demand(self._context.set_tensor_address(pixels, self._buffers.pixels.data_ptr()), "set_tensor_address")
-            _demand(self._context.set_tensor_address(logits, self._buffers.logits.data_ptr()), "set_tensor_address")
-            self._buffers.capture(self._enqueue)
+    def __init__(self, tensorrt: Any, logger: Any, plan: bytes, shape: Shape, weights: int) -> None:
+        self._runtime = tensorrt.Runtime(logger)
+        self._engine = given(self._runtime.deserialize_cuda_engine(plan), "deserialize_cuda_engine")
+        pixels, logits = _tensor_names(tensorrt, self._engine)
+        _demand_half(tensorrt, self._engine, weights)
+        self._context = given(self._engine.create_execution_context(), "create_execution_context")
+        demand(self._context.set_input_shape(pixels, shape), "set_input_shape")
+        n, k, height, width = self._context.get_tensor_shape(logits)
+        self._buffers = cuda.GraphedHalf(shape, (n, k, height, width))
+        demand(self._context.set_tensor_address(pixels, self._buffers.pixels.data_ptr()), "set_tensor_address")
+        demand(self._context.set_tensor_address(logits, self._buffers.logits.data_ptr()), "set_tensor_address")
+        self._buffers.capture(self._enqueue)
 
     def __call__(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """As `CompiledModel`."""
@@ -184,30 +192,37 @@ class TensorRtModel:
         return self._buffers(batch, plain=True)
 
     def _enqueue(self, stream: int) -> None:
-        _demand(self._context.execute_async_v3(stream), "execute_async_v3")
+        demand(self._context.execute_async_v3(stream), "execute_async_v3")
 
 
 def export_half(bundle: Bundle, sides: tuple[int, int]) -> ExportedProgram:
-    """The network in float16 on the device, batch norm folded, for batches (1 to 64, C, *sides)."""
-    network = _Clamped(fold_batch_norm(build_torch_network(bundle))).half().to(cuda.DEVICE).eval()
+    """The network in float16 on the device, batch norm folded, for batches (1 to 64, C, *sides).
+
+    Its logits are not clamped: what TensorRT's clamp makes of NaN is not laid down, and NaN is how an overflow is seen.
+    """
+    network = _with_plain_clamps(fold_batch_norm(build_torch_network(bundle))).half().to(cuda.DEVICE)
     # An example of batch 1 would be taken for a constant.
     example = torch.zeros(2, bundle.card.channels, *sides, dtype=torch.half, device=cuda.DEVICE)
     batch = Dim("batch", min=1, max=_LARGEST_BATCH)
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         return torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
 
 
-class _Clamped(nn.Module):
-    """A network whose logits are finite, unless they are NaN."""
+class _ReLU6(nn.Module):
+    """``torch.nn.ReLU6``, which torch lowers to a float32 clamp between two casts, as one clamp in any type."""
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
+    def forward(self, features: Tensor) -> Tensor:
+        """``features`` held between 0 and 6."""
+        return features.clamp(0.0, 6.0)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Logits (N, K, H, W) of ``pixels`` (N, C, H, W)."""
-        logits: Tensor = self.network(pixels)
-        return logits.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+
+def _with_plain_clamps(network: nn.Module) -> nn.Module:
+    """Replace every ReLU6 in place, so that no layer leaves float16; returns ``network``."""
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU6):
+                setattr(module, name, _ReLU6())
+    return network
 
 
 def _tensor_names(tensorrt: Any, engine: Any) -> tuple[str, str]:
@@ -241,49 +256,9 @@ def _refusal(expected: str, found: str, cause: str) -> BackendError:
     )
 
 
-class _RefusedError(Exception):
-    """TensorRT answered a call with False or None; why is in its own log."""
-
-
-def _demand(done: bool, call: str) -> None:
-    if not done:
-        raise _RefusedError(f"{call} returned False")
-
-
-def _given(thing: Any, call: str) -> Any:
-    if thing is None:
-        raise _RefusedError(f"{call} returned None")
-    return thing
-
-
 @contextlib.contextmanager
-def _explained(task: str) -> Iterator[None]:
-    """Turn whatever TensorRT fails with into a BackendError; a broken model stays a ModelError."""
-    try:
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' warnings about their own insides from the user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield
-    except (BackendError, ModelError):
-        raise
-    except Exception as error:  # its failures share no class
-        cause, remedy = _diagnosis(error)
-        raise BackendError(
-            "TensorRT",
-            expected=f"to {task}",
-            found=f"{type(error).__name__.removeprefix('_')}: {error}",
-            cause=cause,
-            remedy=remedy,
-        ) from error
-
-
-def _diagnosis(error: Exception) -> tuple[str, str]:
-    """Likely cause and remedy of what TensorRT, torch-tensorrt or CUDA raised."""
-    chain: list[BaseException] = [error]
-    while (earlier := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(earlier)
-    text = " ".join(str(link) for link in chain).lower()
-    if "out of memory" in text or "outofmemory" in text:
-        return "too little memory on the GPU", "choose a smaller --batch or --tile, or free the GPU"
-    if "nullptr" in text:
-        return "a driver older than this TensorRT", "update the NVIDIA driver, or choose another --backend"
-    if "deserialize_cuda_engine" in text:
-        return "a plan of another TensorRT or GPU model, or a damaged one", "have it built anew"
-    return "TensorRT's own message above", "choose another --backend"

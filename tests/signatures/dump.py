@@ -22,7 +22,6 @@ from typing import Any
 
 HERE = Path(__file__).parent
 CLASSES = (
-    "Logger",
     "Runtime",
     "ICudaEngine",
     "IExecutionContext",
@@ -31,6 +30,7 @@ CLASSES = (
 )
 ENUMS = ("DataType", "EngineStat", "LayerInformationFormat", "TensorIOMode")
 FUNCTIONS = ("dynamo/_compiler.py:convert_exported_program_to_serialized_trt_engine", "_Input.py:Input")
+CONSTANTS = ("logging.py:TRT_LOGGER",)
 LIBRARIES = ("libnvinfer.so", "libnvinfer_plugin.so", "libnvonnxparser.so")
 # Everything the bindings need from the libraries; none of it is called while signatures are read.
 SYMBOLS = (
@@ -68,11 +68,8 @@ def bindings_table() -> dict[str, Any]:
             member = getattr(getattr(tensorrt, class_name), name)
             if isinstance(member, property):
                 members[name] = "property" if member.fset is None else "writable property"
-            elif callable(member) and (found := signatures(name, member.__doc__)):
-                if not name.startswith("__") or name == "__init__":
-                    members[name] = found
-            elif isinstance(member, tensorrt.ILogger.Severity):
-                members[name] = "constant"
+            elif (found := signatures(name, member.__doc__)) and (name == "__init__" or name[0] != "_"):
+                members[name] = found
         table["classes"][class_name] = members
     for enum in ENUMS:
         if hasattr(tensorrt, enum):
@@ -80,16 +77,21 @@ def bindings_table() -> dict[str, Any]:
     return table
 
 
+def unpack_bindings(wheel: Path, folder: str) -> None:
+    """Unpack a wheel of bindings, with stubs beside it of the libraries that they are linked to."""
+    major = wheel.name.split("-")[1].split(".")[0]
+    zipfile.ZipFile(wheel).extractall(folder)
+    source = "".join(f"long {symbol}(void) {{ return 0; }}\n" for symbol in SYMBOLS)
+    for library in LIBRARIES:
+        stub = f"{library}.{major}"
+        build = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{stub}", "-x", "c", "-", "-o", f"{folder}/{stub}"]
+        subprocess.run(build, check=True, input=source, text=True)
+
+
 def dump_bindings(wheel: Path) -> dict[str, Any]:
     """The table of a wheel of bindings, made in a process of its own."""
-    major = wheel.name.split("-")[1].split(".")[0]
     with tempfile.TemporaryDirectory() as folder:
-        zipfile.ZipFile(wheel).extractall(folder)
-        source = "".join(f"long {symbol}(void) {{ return 0; }}\n" for symbol in SYMBOLS)
-        for library in LIBRARIES:
-            stub = f"{library}.{major}"
-            build = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{stub}", "-x", "c", "-", "-o", f"{folder}/{stub}"]
-            subprocess.run(build, check=True, input=source, text=True)
+        unpack_bindings(wheel, folder)
         environment = {**os.environ, "LD_LIBRARY_PATH": folder, "PYTHONPATH": folder}
         child = [sys.executable, str(Path(__file__).resolve()), "--imported"]
         output = subprocess.run(child, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -122,7 +124,7 @@ def keys_read(function: ast.FunctionDef, variable: str) -> list[str]:
 
 def dump_torch_tensorrt(wheel: Path) -> dict[str, Any]:
     """The table of a wheel of torch-tensorrt, read from its source."""
-    table: dict[str, Any] = {"version": wheel.name.split("-")[1], "functions": {}}
+    table: dict[str, Any] = {"version": wheel.name.split("-")[1], "functions": {}, "constants": []}
     with zipfile.ZipFile(wheel) as archive:
         for place in FUNCTIONS:
             path, name = place.split(":")
@@ -134,9 +136,18 @@ def dump_torch_tensorrt(wheel: Path) -> dict[str, Any]:
             entry = parameters(found)
             entry["keys_read"] = keys_read(found, found.args.kwarg.arg) if found.args.kwarg else []
             table["functions"][name] = entry
+        for place in CONSTANTS:
+            path, name = place.split(":")
+            assigned = [
+                node for node in ast.parse(archive.read(f"torch_tensorrt/{path}")).body if isinstance(node, ast.Assign)
+            ]
+            if name in {target.id for node in assigned for target in node.targets if isinstance(target, ast.Name)}:
+                table["constants"].append(place)
         metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         lines = archive.read(metadata).decode().splitlines()
-        table["requires"] = sorted({line.split(": ")[1] for line in lines if re.match(r"Requires-Dist: (torch|tens)", line)})
+        table["requires"] = sorted(
+            {line.split(": ")[1] for line in lines if re.match(r"Requires-Dist: (torch|tens)", line)}
+        )
     return table
 
 
