@@ -4,11 +4,13 @@ What only a GPU can show is in ``test_tensorrt.py``.
 """
 
 import ast
+import gc
 import io
 import subprocess
 import sys
 import tomllib
 import warnings
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +24,7 @@ from cellseg_batch.engine.backends import choose, cuda, tensorrt_backend
 from cellseg_batch.engine.backends.choose import available_precisions, choose_backend, make_backend
 from cellseg_batch.engine.backends.tensorrt_backend import TensorRtBackend, export_half, load_libraries
 from cellseg_batch.engine.errors import BackendError
-from cellseg_batch.engine.models import build_torch_network
+from cellseg_batch.engine.models import build_torch_network, load_model
 from cellseg_batch.trainer.unet import ARCHITECTURES, build_network
 from tests import fake_tensorrt
 from tests.fake_tensorrt import FAILURES, PAIRS, SIGNATURES, parameters_of, table_of
@@ -109,6 +111,19 @@ def test_plans_can_be_kept(pair, monkeypatch, tiny_bundle, batch):
     assert [profile.opt_shape[0] for profile in torch_tensorrt.builds] == [2, 1]
 
 
+def test_a_dropped_model_leaves_at_once(pair, monkeypatch, tiny_bundle):
+    """Its memory on the device is needed for the next one."""
+    fake_tensorrt.install(monkeypatch, pair)
+    model = TensorRtBackend(tiny_bundle, "fp16", 1).compile(SHAPE)
+    left = [weakref.ref(model), weakref.ref(model._buffers)]
+    gc.disable()
+    try:
+        del model
+        assert [reference() for reference in left] == [None, None]
+    finally:
+        gc.enable()
+
+
 REFUSED = {
     "import": ["libnvinfer.so.11", "pip install 'cellseg-batch[tensorrt]'"],
     "driver": ["nullptr", "update the NVIDIA driver"],
@@ -135,6 +150,12 @@ def test_every_way_to_fail_says_what_to_do(pair, monkeypatch, tiny_bundle, failu
         TensorRtBackend(tiny_bundle, "fp16", 1).compile(SHAPE)
     for words in REFUSED[failure]:
         assert words in str(caught.value)
+
+
+def test_the_shipped_network_is_large_enough_to_tell_fp32_from_fp16(pair, monkeypatch):
+    fake_tensorrt.install(monkeypatch, pair, "fp32 layers")
+    with pytest.raises(BackendError, match="layers in fp16"):
+        TensorRtBackend(load_model("nuclei"), "fp16", 1).compile((1, 3, 16, 16))
 
 
 def test_a_device_without_room_is_named(pair, monkeypatch, tiny_bundle):

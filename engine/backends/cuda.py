@@ -43,7 +43,7 @@ class GraphedHalf:
         self._logits = pinned(logits)
         self._result = torch.empty(logits)
         # On the default stream TensorRT synchronises after every enqueue, and nothing can be captured.
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._launch: Callable[[int], None] = _no_launch
         # The zeros above were written on the default stream.

@@ -171,17 +171,24 @@ class TensorRtModel:
     """
 
     def __init__(self, tensorrt: Any, logger: Any, plan: bytes, shape: Shape, weights: int) -> None:
-        self._runtime = tensorrt.Runtime(logger)
-        self._engine = given(self._runtime.deserialize_cuda_engine(plan), "deserialize_cuda_engine")
-        pixels, logits = _tensor_names(tensorrt, self._engine)
-        _demand_half(tensorrt, self._engine, weights)
-        self._context = given(self._engine.create_execution_context(), "create_execution_context")
-        demand(self._context.set_input_shape(pixels, shape), "set_input_shape")
-        n, k, height, width = self._context.get_tensor_shape(logits)
+        runtime = tensorrt.Runtime(logger)
+        engine = given(runtime.deserialize_cuda_engine(plan), "deserialize_cuda_engine")
+        pixels, logits = _tensor_names(tensorrt, engine)
+        _demand_half(tensorrt, engine, weights)
+        context = given(engine.create_execution_context(), "create_execution_context")
+        demand(context.set_input_shape(pixels, shape), "set_input_shape")
+        n, k, height, width = context.get_tensor_shape(logits)
         self._buffers = cuda.GraphedHalf(shape, (n, k, height, width))
-        demand(self._context.set_tensor_address(pixels, self._buffers.pixels.data_ptr()), "set_tensor_address")
-        demand(self._context.set_tensor_address(logits, self._buffers.logits.data_ptr()), "set_tensor_address")
-        self._buffers.capture(self._enqueue)
+        # A tuple is taken down from its end: nothing outlives what it was made from.
+        self._kept = (runtime, engine, context)
+        demand(context.set_tensor_address(pixels, self._buffers.pixels.data_ptr()), "set_tensor_address")
+        demand(context.set_tensor_address(logits, self._buffers.logits.data_ptr()), "set_tensor_address")
+
+        # Not a method: a cycle would hold the device's memory until the collector comes round.
+        def enqueue(stream: int) -> None:
+            demand(context.execute_async_v3(stream), "execute_async_v3")
+
+        self._buffers.capture(enqueue)
 
     def __call__(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """As `CompiledModel`."""
@@ -190,9 +197,6 @@ class TensorRtModel:
     def run_plain(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """The same without the CUDA graph, to compare the two."""
         return self._buffers(batch, plain=True)
-
-    def _enqueue(self, stream: int) -> None:
-        demand(self._context.execute_async_v3(stream), "execute_async_v3")
 
 
 def export_half(bundle: Bundle, sides: tuple[int, int]) -> ExportedProgram:
@@ -235,7 +239,10 @@ def _tensor_names(tensorrt: Any, engine: Any) -> tuple[str, str]:
 
 
 def _demand_half(tensorrt: Any, engine: Any, weights: int) -> None:
-    """TensorRT has built fp32 engines without a word where fp16 was asked for; so look at what was built."""
+    """TensorRT has built fp32 engines without a word where fp16 was asked for; so look at what was built.
+
+    Its inspector tells the types of layers only of engines built to be debugged; the size of the weights always tells.
+    """
     types = {name: engine.get_tensor_dtype(name) for name in _tensor_names(tensorrt, engine)}
     if any(dtype != tensorrt.DataType.HALF for dtype in types.values()):
         found = ", ".join(f"{name} {dtype.name}" for name, dtype in types.items())
