@@ -19,7 +19,7 @@ def bundle():
 
 @pytest.fixture(scope="module")
 def backend(bundle):
-    return make_backend(bundle, "tensorrt", "fp16", threads=1)
+    return TensorRtBackend(bundle, "fp16", 1)
 
 
 @pytest.fixture(scope="module")
