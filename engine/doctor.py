@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import psutil
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cellseg_batch.engine.artefacts import Artefacts
@@ -37,10 +38,11 @@ def print_diagnosis(console: Console) -> None:
 
 
 def _backend(kind: Kind, reason: str) -> tuple[str, str]:
+    unproven = "not yet run on hardware: pytest -m tensorrt in a clone proves it" if kind.package == "tensorrt" else ""
     if not reason:
-        return f"{version(kind.package)} on the CPU", ""
+        return f"{_library(kind.package)[0]} on the {kind.device}", unproven
     found, _, remedy = reason.rpartition("; ")
-    return (f"missing: {found}", remedy) if found else (reason, "")
+    return (escape(f"missing: {found}"), escape(f"{remedy}; {unproven}".removesuffix("; "))) if found else (reason, "")
 
 
 def _library(name: str) -> tuple[str, str]:

@@ -25,16 +25,19 @@ class Kind:
         package: that it needs.
         precisions: that it may offer.
         remedy: how to get it.
+        device: what it runs on.
     """
 
     package: str
     precisions: tuple[str, ...]
     remedy: str
+    device: str = "CPU"
 
 
 KINDS = {
     "torch": Kind("torch", ("fp32", "bf16"), "pip install torch"),
     "openvino": Kind("openvino", ("fp32", "bf16", "int8"), "pip install openvino"),
+    "tensorrt": Kind("tensorrt", ("fp16",), "pip install 'cellseg-batch[tensorrt]'", device="GPU"),
 }
 _EXTRAS = {("openvino", "int8"): ("nncf", "pip install 'cellseg-batch[int8]'")}
 
@@ -48,6 +51,9 @@ def why_not(backend: str, precision: str) -> str:
         return f"{backend} offers {', '.join(kind.precisions)}"
     try:
         module = importlib.import_module(f"cellseg_batch.engine.backends.{backend}_backend")
+        offered: tuple[str, ...] = module.supported_precisions()
+    except BackendError as error:
+        return f"{error.detail}; {kind.remedy}"
     except Exception as error:  # a half-installed library can fail in any way
         _log.debug("%s is not available", backend, exc_info=True)
         return f"{type(error).__name__}: {error}; {kind.remedy}"
@@ -58,7 +64,6 @@ def why_not(backend: str, precision: str) -> str:
         except importlib.metadata.PackageNotFoundError:
             return f"needs {package}; {remedy}"
         return ""
-    offered: tuple[str, ...] = module.supported_precisions()
     return "" if precision in offered else f"this processor has no native {precision}"
 
 
@@ -90,6 +95,10 @@ def make_backend(bundle: Bundle, backend: str, precision: str, threads: int, art
         from cellseg_batch.engine.backends.openvino_backend import OpenVinoBackend
 
         return OpenVinoBackend(bundle, precision, threads, artefacts)
+    if backend == "tensorrt":
+        from cellseg_batch.engine.backends.tensorrt_backend import TensorRtBackend
+
+        return TensorRtBackend(bundle, precision, threads)
     from cellseg_batch.engine.backends.torch_backend import TorchBackend
 
     return TorchBackend(bundle, precision, threads)
