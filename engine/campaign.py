@@ -31,6 +31,7 @@ from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.slide import Broken, Slide
 from cellseg_batch.engine.stages import StageClock
+from cellseg_batch.engine.working_scale import settle_shrink, shrink_plan
 from cellseg_batch.engine.writer import ImageWriter, consolidate_again, lay_out, list_label
 from cellseg_batch.trainer.bundle import Bundle
 
@@ -102,7 +103,7 @@ class _Campaign:
         self.planned_peak = 0
         self.workers = 0
         self.written: set[Path] = set()
-        self.warm: set[tuple[Shape, str, str, bool]] = set()
+        self.warm: set[tuple[Shape, str, str, bool, int]] = set()
 
     def process(self, image: Slide | Broken, number: int) -> SlideReport:
         """Segment one image; whatever goes wrong with it is in the report that comes back."""
@@ -152,15 +153,23 @@ class _Campaign:
         journal = Journal(place.journal)
         begun = self._begun(journal, folders)
         plan = plan_slide(slide, place, self.settings, self.bundle.card, begun)
-        backend, finished = self.engines.chosen, None
-        if begun is not None:
-            backend, finished = self._backend_of(begun), journal.finished()
-            manifest = plan.manifest(self.bundle, backend)
-            plan = adopt_manifest(plan, begun, manifest, finished is not None)
-        if finished is not None:
-            return self._describe(plan, "skipped", (finished["foreground"], finished["missing"]), "finished before")
         with SlideReader(slide, plan.level.level, plan.channels.indices) as reader:
+            if begun is not None:
+                factor = self.settings.shrink or int(begun["shrink"])
+            else:
+                factor = settle_shrink(plan, self.settings, self.engines, reader)
+            plan = shrink_plan(plan, self.settings, self.bundle, factor)
+            backend, finished = self.engines.shrunk(self.engines.chosen, factor), None
+            if begun is not None:
+                backend, finished = self._backend_of(begun, factor), journal.finished()
+                plan = adopt_manifest(plan, begun, self._manifest(plan, backend), finished is not None)
+            if finished is not None:
+                totals = finished["foreground"], finished["missing"]
+                return self._describe(plan, "skipped", totals, "finished before")
             return self._carry_out(plan, backend, begun is not None, journal, reader, number)
+
+    def _manifest(self, plan: SlidePlan, backend: Backend) -> dict[str, Any]:
+        return plan.manifest(self.bundle.shrunk(plan.shrink), backend)
 
     def _carry_out(
         self, plan: SlidePlan, backend: Backend, resumed: bool, journal: Journal, reader: SlideReader, number: int
@@ -172,8 +181,8 @@ class _Campaign:
         labels = ImageWriter(place.store, place.labels, layout)
         probability = ImageWriter(place.companion, place.probability, layout) if plan.probability else None
         if not resumed:
-            journal.start(plan.manifest(self.bundle, backend))
-            provenance = {**plan.manifest(self.bundle, backend), "certificate": self.engines.certificate_of(backend)}
+            journal.start(self._manifest(plan, backend))
+            provenance = {**self._manifest(plan, backend), "certificate": self.engines.certificate_of(backend)}
             labels.create(place.source, is_label=True, provenance=provenance)
             if probability is not None:
                 probability.create(None, is_label=False, provenance=provenance)
@@ -223,19 +232,20 @@ class _Campaign:
             )
         return manifest if there == folders and journal.numbers("created") else None
 
-    def _backend_of(self, begun: dict[str, Any]) -> Backend:
+    def _backend_of(self, begun: dict[str, Any], factor: int) -> Backend:
         """The backend that an earlier run was begun with, as far as the user did not ask for another one."""
         settings, chosen, used = self.settings, self.engines.chosen, begun["backend"]
         return self.engines.backend(
             used["name"] if settings.backend == "auto" else chosen.name,
             used["precision"] if settings.precision == "auto" else chosen.precision,
+            factor,
         )
 
     def _warm_runner(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> Runner:
         """A runner that has segmented one tile, so that everything is compiled and its memory can be seen."""
         model = self.engines.compiled(backend, plan.shape)
         arguments = (model, plan.shape, plan.grid.lattice, plan.bounds, plan.threshold, plan.probability)
-        kind = (plan.shape, plan.slide.dtype, plan.slide.axes, plan.probability)
+        kind = (plan.shape, plan.slide.dtype, plan.slide.axes, plan.probability, plan.shrink)
         if kind not in self.warm:
             tile = lay_blocks(plan.grid.lattice, block=1)[0]
             with self.engines.counted(), suppress(ReadError):  # a damaged first chunk costs its block, not the slide
@@ -289,6 +299,7 @@ class _Campaign:
             tiles=plan.tiles,
             foreground_fraction=foreground / plan.pixels,
             missing_pixels=missing,
+            shrink=plan.shrink,
         )
 
 

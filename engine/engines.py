@@ -15,6 +15,8 @@ from cellseg_batch.engine.race import Certificate, Request, certify
 from cellseg_batch.engine.settings import RACE_TILE, Settings
 from cellseg_batch.trainer.bundle import Bundle
 
+_MOST_PROBES = 4
+
 
 class Engines:
     """Makes and keeps what the slides of a run share.
@@ -49,8 +51,9 @@ class Engines:
                 best = self.certificate.pick(settings.backend, settings.precision, settings.gate)
                 winner = best.backend, best.precision
             self.chosen = make_backend(bundle, *winner, self._threads, self._artefacts)
-        self._backends = {(self.chosen.name, self.chosen.precision): self.chosen}
-        self._compiled: tuple[tuple[str, str, Shape], CompiledModel] | None = None
+        self._backends = {(self.chosen.name, self.chosen.precision, 1): self.chosen}
+        self._compiled: tuple[Backend, Shape, CompiledModel] | None = None
+        self._probes: dict[tuple[Backend, Shape], CompiledModel] = {}
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -61,18 +64,22 @@ class Engines:
         finally:
             self.seconds += time.perf_counter() - start
 
-    def backend(self, name: str, precision: str) -> Backend:
-        """A backend by name, for a slide that was begun with it.
+    def backend(self, name: str, precision: str, shrink: int = 1) -> Backend:
+        """A backend by name, for images shrunk by ``shrink``.
 
         Raises:
             BackendError: it is not to be had here.
         """
-        if (name, precision) not in self._backends:
+        key = (name, precision, shrink)
+        if key not in self._backends:
             with self.counted():
-                self._backends[name, precision] = make_backend(
-                    self.bundle, name, precision, self._threads, self._artefacts
-                )
-        return self._backends[name, precision]
+                bundle = self.bundle.shrunk(shrink)
+                self._backends[key] = make_backend(bundle, name, precision, self._threads, self._artefacts)
+        return self._backends[key]
+
+    def shrunk(self, backend: Backend, factor: int) -> Backend:
+        """The same library and precision, for images shrunk by ``factor``."""
+        return self.backend(backend.name, backend.precision, factor)
 
     def certificate_of(self, backend: Backend) -> dict[str, Any] | None:
         """What the race says of a backend, with its conditions; None if it was not raced."""
@@ -85,9 +92,18 @@ class Engines:
 
     def compiled(self, backend: Backend, shape: Shape) -> CompiledModel:
         """The model compiled for a batch shape; only the last one is kept, as each holds its own memory."""
-        key = (backend.name, backend.precision, shape)
-        if self._compiled is None or self._compiled[0] != key:
+        if self._compiled is None or self._compiled[0] is not backend or self._compiled[1] != shape:
             self._compiled = None
             with self.counted():
-                self._compiled = (key, backend.compile(shape))
-        return self._compiled[1]
+                self._compiled = (backend, shape, backend.compile(shape))
+        return self._compiled[2]
+
+    def probe(self, backend: Backend, shape: Shape) -> CompiledModel:
+        """The model compiled for windows that show how large nuclei are: small, so a few are kept."""
+        key = (backend, shape)
+        if key not in self._probes:
+            if len(self._probes) >= _MOST_PROBES:
+                self._probes.clear()
+            with self.counted():
+                self._probes[key] = backend.compile(shape)
+        return self._probes[key]

@@ -39,6 +39,7 @@ class SlidePlan:
         threshold: probability above which a pixel is foreground.
         shape: (N, C, T_y, T_x) of every batch.
         probability: also write the probability.
+        shrink: by how much the image is shrunk for the model.
     """
 
     slide: Slide
@@ -50,6 +51,7 @@ class SlidePlan:
     threshold: float
     shape: Shape
     probability: bool
+    shrink: int = 1
 
     @property
     def pixels(self) -> int:
@@ -77,6 +79,7 @@ class SlidePlan:
             },
             "model": {"name": bundle.card.name, "sha256": bundle.sha256},
             "backend": {"name": backend.name, "precision": backend.precision, "version": backend.version},
+            "shrink": self.shrink,
             "lattice": {"core": list(lattice.core), "margin": lattice.margin},
             "normalisation": asdict(self.bounds),
             "threshold": self.threshold,

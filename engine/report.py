@@ -30,6 +30,7 @@ class SlideReport:
         missing_pixels: NaN in the input, taken as 0.
         objects: number of objects; None, as a mask has none.
         pixels: pixels that were segmented by this run.
+        shrink: by how much the image was shrunk for the model.
     """
 
     path: str
@@ -45,6 +46,7 @@ class SlideReport:
     missing_pixels: int = 0
     objects: int | None = None
     pixels: int = 0
+    shrink: int = 1
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.slide import Broken
 from cellseg_batch.engine.stages import StageClock
+from cellseg_batch.engine.working_scale import settle_shrink, shrink_plan
 from cellseg_batch.kernels.stitch import logit_threshold, sigmoid
 from cellseg_batch.trainer.bundle import Card
 
@@ -110,13 +111,16 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
     if isinstance(slide, Broken):
         raise ReadError(slide.path, expected="an image", found=slide.reason, remedy="choose another slide")
     bundle = load_model(settings.model)
-    backend = Engines(bundle, settings).chosen
+    engines = Engines(bundle, settings)
     plan = plan_slide(slide, place_output(slide, settings.name, None), settings, bundle.card)
-    threshold = logit_threshold(plan.threshold)
-    windows = seam_windows(plan, full, most)
     with SlideReader(slide, plan.level.level, plan.channels.indices) as reader:
+        factor = settle_shrink(plan, settings, engines, reader)
+        plan, backend = shrink_plan(plan, settings, bundle, factor), engines.shrunk(engines.chosen, factor)
+        card = bundle.shrunk(factor).card
+        threshold = logit_threshold(plan.threshold)
+        windows = seam_windows(plan, full, most)
         tiled_logits = _LogitsOf(plan, backend, reader)
-        compared = [_compare(window, plan, bundle.card, backend, reader, tiled_logits) for window in windows]
+        compared = [_compare(window, plan, card, backend, reader, tiled_logits) for window in windows]
     masks = [(tiled > threshold, untiled > threshold) for tiled, untiled in compared]
     return SeamReport(
         windows=len(windows),

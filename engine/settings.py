@@ -38,6 +38,7 @@ class Settings:
         max_memory: bytes of host memory that the run must stay under; None is no limit.
         level: resolution to process; None picks the one nearest the model's pixel size.
         pixel_size: µm per px of level 0, over the metadata's.
+        shrink: by how much images are shrunk for the model; None lets the model's card and the slide decide.
         channel: index or name of the channel with the nuclei; None picks by rule.
         axes: of plain arrays, such as "cyx".
         probability: also write the probability image.
@@ -60,6 +61,7 @@ class Settings:
     max_memory: int | None = None
     level: int | None = None
     pixel_size: float | None = None
+    shrink: int | None = None
     channel: str | None = None
     axes: str | None = None
     probability: bool = False
@@ -86,6 +88,7 @@ class Settings:
             ("--workers", self.workers),
             ("--threads", self.threads),
             ("--max-memory", self.max_memory),
+            ("--shrink", self.shrink),
         ):
             if value is not None and value < 1:
                 _refuse(flag, "1 or more", value, "leave it out for the default")

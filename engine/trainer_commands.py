@@ -73,6 +73,8 @@ def train(
     dataset: Annotated[str | None, _flag("The training images, in words.", _CARD)] = None,
     threshold: Annotated[float | None, _flag("Of the foreground's probability.", _CARD)] = None,
     margin: Annotated[int | None, _flag("Default tile margin in px.", _CARD)] = None,
+    shrink_2: Annotated[float | None, _flag("Width in px from which images are shrunk by 2.", _CARD)] = None,
+    shrink_4: Annotated[float | None, _flag("Width in px from which images are shrunk by 4.", _CARD)] = None,
     pixel_size_um: Annotated[float | None, _flag("µm per px; 0: not known.", _CARD)] = None,
     debug: o.Debug = False,
 ) -> None:

@@ -30,6 +30,7 @@ ENGINE_ROOMS = (
     "writer",
     "runner",
     "plan",
+    "working_scale",
     "scheduler",
     "pipeline",
     "report",
@@ -48,6 +49,7 @@ ENGINE_ROOMS = (
 )
 TRAINER_ROOMS = (
     "bundle",
+    "scale",
     "encoders",
     "unet",
     "footprint",
@@ -102,7 +104,9 @@ def test_packages_import_one_way():
         for module, target in imports_of(engine, "engine")
         if target.startswith("trainer/") and module not in ("engine/training", "engine/trainer_commands")
     }
-    assert shared == {"trainer/bundle", "trainer/unet"}, "the engine knows a model only through its bundle"
+    assert shared == {"trainer/bundle", "trainer/scale", "trainer/unet"}, (
+        "the engine knows a model only through its bundle"
+    )
 
 
 def test_modules_stay_small():

@@ -11,6 +11,7 @@ from cellseg_batch.trainer.data.sample import Entry, instance_distance, make_sam
 from cellseg_batch.trainer.encoders import ENCODERS, load_encoder_weights
 from cellseg_batch.trainer.evaluate import ImageScore, rescale, summarise
 from cellseg_batch.trainer.export import export_network
+from cellseg_batch.trainer.footprint import measure_footprint
 from cellseg_batch.trainer.losses import bce_loss, dice_loss, focal_loss, segmentation_loss, touching_border
 from cellseg_batch.trainer.metrics import (
     PixelScore,
@@ -211,6 +212,28 @@ def test_a_grey_network_sees_the_mean_of_the_channels():
     pixels = torch.rand(1, 3, 8, 8)
     with torch.inference_mode():
         torch.testing.assert_close(network(pixels), network(pixels.mean(dim=1, keepdim=True).expand(1, 3, 8, 8)))
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_a_shrunk_network_sees_the_image_shrunk(tiny_bundle, factor):
+    shrunk = tiny_bundle.shrunk(factor)
+    small = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+    large = small.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+    with torch.inference_mode():
+        expected = load_network(tiny_bundle)(small)
+        given = load_network(shrunk)(large)
+    assert given.shape[2:] == large.shape[2:]
+    torch.testing.assert_close(
+        torch.nn.functional.avg_pool2d(given, factor)[..., 1:-1, 1:-1],
+        torch.nn.functional.avg_pool2d(
+            torch.nn.functional.interpolate(expected, scale_factor=factor, mode="bilinear"), factor
+        )[..., 1:-1, 1:-1],
+    )
+    measured = measure_footprint(build_network(shrunk.card.architecture))
+    assert measured.total_stride == shrunk.card.total_stride
+    assert measured.exact_margin <= shrunk.card.exact_margin
+    assert tiny_bundle.shrunk(1) is tiny_bundle
+    assert shrunk.sha256 != tiny_bundle.sha256
 
 
 def test_encoders_have_the_published_number_of_parameters():

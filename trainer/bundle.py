@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 CARD_FILE = "card.json"
 WEIGHTS_FILE = "weights.safetensors"
+# The architecture of a bundle that works on shrunk images, which only `Bundle.shrunk` makes.
+SHRUNK = "shrunk"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Card:
         threshold: probability above which a pixel is foreground by default.
         pixel_size_um: µm per px that the model was trained at; None when the data do not record it.
         normalisation: how a slide's pixels become the input.
+        shrink: factor -> width of objects in px of the image shrunk by it, from which on the model is shown that
+            image; see `cellseg_batch.trainer.scale`. Empty: always the image as it is.
         training: data, licence, recipe.
         metrics: what it reached, on which data.
     """
@@ -76,6 +80,7 @@ class Card:
     threshold: float
     pixel_size_um: float | None
     normalisation: Normalisation
+    shrink: dict[str, float] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -101,6 +106,24 @@ class Bundle:
 
     card: Card
     weights: dict[str, NDArray[Any]]
+
+    def shrunk(self, factor: int) -> Bundle:
+        """The model that works on images shrunk by ``factor``; see `cellseg_batch.trainer.unet.Shrunk`.
+
+        Its stride and margins are ``factor`` times as many px; interpolating its logits adds one px of the shrunk image
+        to what it sees, for which the exact margin grows by one stride.
+        """
+        if factor == 1:
+            return self
+        card = replace(
+            self.card,
+            architecture={"name": SHRUNK, "factor": factor, "inner": self.card.architecture},
+            total_stride=factor * self.card.total_stride,
+            exact_margin=factor * (self.card.exact_margin + self.card.total_stride),
+            margin=factor * self.card.margin,
+            shrink={},
+        )
+        return Bundle(card, {f"inner.{name}": array for name, array in self.weights.items()})
 
     @property
     def sha256(self) -> str:

@@ -12,6 +12,7 @@ from functools import reduce
 from operator import add
 
 import numpy as np
+from numpy.typing import NDArray
 from skimage.segmentation import relabel_sequential
 from skimage.transform import resize
 from torch import nn
@@ -28,6 +29,8 @@ from cellseg_batch.trainer.metrics import (
     pixel_score,
 )
 from cellseg_batch.trainer.predict import predict_logits
+from cellseg_batch.trainer.scale import pick_shrink
+from cellseg_batch.trainer.unet import Shrunk
 
 _PIXEL_FIGURES = ("dice", "iou", "accuracy", "precision", "recall")
 
@@ -45,6 +48,7 @@ class ImageScore:
         found, spurious, missed: instances at IoU 0.5.
         megapixels: size of the image.
         seconds: of the network.
+        shrink: by how much the image was shrunk for the model.
     """
 
     name: str
@@ -57,6 +61,7 @@ class ImageScore:
     missed: int
     megapixels: float
     seconds: float
+    shrink: int = 1
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,16 @@ def evaluate(bundle: Bundle, network: nn.Module, samples: Iterable[Sample]) -> l
     scores = []
     for sample in samples:
         start = time.perf_counter()
-        logits = predict_logits(network, sample.pixels, bundle.card.total_stride, "fp32").numpy()
+
+        def logits_at(factor: int, sample: Sample = sample) -> NDArray[np.float32]:
+            shown = network if factor == 1 else Shrunk(factor, network)
+            return predict_logits(shown, sample.pixels, factor * bundle.card.total_stride, "fp32").numpy()
+
+        def masks_at(factor: int) -> list[NDArray[np.bool_]]:
+            return [logits_at(factor)[0, factor // 2 :: factor, factor // 2 :: factor] > limit]
+
+        shrink = pick_shrink(bundle.card.shrink, masks_at)
+        logits = logits_at(shrink)
         seconds = time.perf_counter() - start
         truth = relabel_sequential(sample.labels)[0]
         overlaps = instance_overlaps(decode_instances(logits, Decoding(threshold=bundle.card.threshold)), truth)
@@ -115,6 +129,7 @@ def evaluate(bundle: Bundle, network: nn.Module, samples: Iterable[Sample]) -> l
                 missed=missed,
                 megapixels=truth.size / 1e6,
                 seconds=seconds,
+                shrink=shrink,
             )
         )
     return scores

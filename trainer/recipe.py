@@ -74,6 +74,8 @@ class Recipe:
         seed: of every random draw.
         threshold: of the foreground's probability, for the card.
         margin: px of context cut from each side of a tile by default, for the card.
+        shrink_2: width of objects, in px of the image shrunk by 2, from which on it is shown to the model; 0: never.
+        shrink_4: likewise for 4.
         pixel_size_um: µm per px of the training images, for the card; 0 when they do not record it.
     """
 
@@ -115,6 +117,8 @@ class Recipe:
     seed: int = 0
     threshold: float = 0.5
     margin: int = 64
+    shrink_2: float = 0.0
+    shrink_4: float = 0.0
     pixel_size_um: float = 0.0
 
     def __post_init__(self) -> None:
@@ -144,6 +148,11 @@ class Recipe:
     def normalisation(self) -> Normalisation:
         """How pixel values become the network's input."""
         return Normalisation(self.normalise, self.low, self.high)
+
+    @property
+    def shrink(self) -> dict[str, float]:
+        """The card's rule for large objects."""
+        return {factor: width for factor, width in (("2", self.shrink_2), ("4", self.shrink_4)) if width}
 
     @property
     def architecture(self) -> dict[str, Any]:

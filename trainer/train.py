@@ -197,6 +197,7 @@ class _Keeper:
             threshold=recipe.threshold,
             pixel_size_um=recipe.pixel_size_um or None,
             normalisation=recipe.normalisation,
+            shrink=recipe.shrink,
             training={"images": len(self.dataset.splits["train"]), "step": epoch.step, **asdict(recipe)},
             metrics={name: value for name, value in asdict(epoch.validation).items() if not math.isnan(value)},
         )

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from cellseg_batch.trainer.bundle import Bundle
+from cellseg_batch.trainer.bundle import SHRUNK, Bundle
 from cellseg_batch.trainer.encoders import ENCODERS, IMAGENET_DEVIATION, IMAGENET_MEAN
 
 
@@ -215,6 +216,27 @@ class EncoderUNet(nn.Module):
         return logits
 
 
+class Shrunk(nn.Module):
+    """A network that works on an image shrunk by a whole factor: large nuclei become as large as it has learnt.
+
+    Pixels are averaged, logits interpolated linearly, both around the same pixel centres.
+
+    Args:
+        factor: how many px of the input make one of the inner network's.
+        inner: the network.
+    """
+
+    def __init__(self, factor: int, inner: nn.Module) -> None:
+        super().__init__()
+        self.factor = factor
+        self.inner = inner
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits (N, K, H, W) of ``pixels`` (N, C, H, W)."""
+        logits = self.inner(F.avg_pool2d(pixels, self.factor))
+        return F.interpolate(logits, scale_factor=float(self.factor), mode="bilinear", align_corners=False)
+
+
 def _upsample(inputs: int, outputs: int, how: str) -> nn.Module:
     if how == "transposed":
         return nn.ConvTranspose2d(inputs, outputs, 2, stride=2)
@@ -240,6 +262,8 @@ def build_network(architecture: dict[str, Any]) -> nn.Module:
         TypeError: it does not take these arguments.
     """
     arguments = dict(architecture)
+    if arguments["name"] == SHRUNK:
+        return Shrunk(arguments["factor"], build_network(arguments["inner"]))
     return ARCHITECTURES[arguments.pop("name")](**arguments)
 
 
