@@ -8,7 +8,7 @@ import pytest
 from cellseg_batch.engine.seams import prove_seams
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.trainer.bundle import load_bundle, save_bundle
-from cellseg_batch.trainer.scale import mean_width, pick_shrink
+from cellseg_batch.trainer.scale import measure_objects, pick_shrink
 from tests.conftest import blobs, labels_of, write_ome_zarr
 
 
@@ -20,11 +20,13 @@ def disks(side, radius):
 
 @pytest.mark.parametrize("radius", [6, 20])
 def test_the_width_of_disks_is_their_diameter(radius):
-    assert mean_width([disks(20 * radius, radius)] * 2) == pytest.approx(2 * radius, rel=0.15)
+    found = measure_objects([disks(21 * radius, radius)] * 2)
+    assert found.width == pytest.approx(2 * radius, rel=0.1)
+    assert found.share == pytest.approx(np.pi / 9, rel=0.1)
 
 
 def test_nothing_has_no_width():
-    assert mean_width([np.zeros((5, 5), bool)]) == mean_width([]) == 0
+    assert measure_objects([np.zeros((5, 5), bool)]).width == measure_objects([]).width == 0
 
 
 def test_the_largest_factor_at_which_objects_are_wide_enough_is_taken():
@@ -40,10 +42,20 @@ def test_the_largest_factor_at_which_objects_are_wide_enough_is_taken():
     rule = {"2": 15.0, "4": 29.0}
     assert pick_shrink(rule, masks_of(160)) == 4
     assert pick_shrink(rule, masks_of(64)) == 2
-    assert looked == [4, 4, 2]
+    assert looked == [4, 2, 4, 2, 1]
+    looked.clear()
     assert pick_shrink(rule, masks_of(24)) == 1
-    assert looked == [4, 4, 2, 4], "what is far too narrow is not looked at again"
+    assert looked == [4], "what is far too narrow is not looked at again"
     assert pick_shrink({}, masks_of(160)) == 1
+
+
+def test_a_crowd_that_melts_into_one_is_not_taken_for_large_nuclei():
+    rule = {"2": 15.0, "4": 29.0}
+    melting = {4: np.ones((40, 40), bool), 2: disks(80, 16), 1: disks(160, 5)}
+    melting[1][::2] = False
+    assert measure_objects([np.pad(melting[4], 1)]).width > 29
+    assert measure_objects([melting[2]]).width > 15
+    assert pick_shrink(rule, lambda factor: [np.pad(melting[factor], 1)]) == 1
 
 
 def nuclei_image(side, radius):
