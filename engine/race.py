@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -226,7 +227,7 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
     for name, seconds in time_in_turns(calls).items():
         rates = [megapixels / one for one in seconds]
         rows[name] = Candidate(*name, "", median(rates), min(rates), max(rates), parities[name])
-    return Certificate(
+    certificate = Certificate(
         request=request,
         model_sha256=bundle.sha256,
         shape=shape,
@@ -235,6 +236,12 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         candidates=tuple(sorted(rows.values(), key=lambda one: -one.mpx_per_s)),
     )
+    with suppress(BackendError):  # nobody won; who asks for the result is told why
+        winner = certificate.pick(request.backend, request.precision)
+        # Made here and kept, so that a run need not load torch to show the model a slide shrunk.
+        for factor in bundle.card.shrink:
+            make_backend(bundle.shrunk(int(factor)), winner.backend, winner.precision, request.threads, artefacts)
+    return certificate
 
 
 def time_in_turns(calls: dict[tuple[str, str], Callable[[], object]]) -> dict[tuple[str, str], list[float]]:

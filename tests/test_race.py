@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -12,8 +13,10 @@ from cellseg_batch.engine.artefacts import Artefacts
 from cellseg_batch.engine.backends.gate import Parity
 from cellseg_batch.engine.engines import Engines
 from cellseg_batch.engine.errors import BackendError
+from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.race import Candidate, Certificate, Request, certify, race, time_in_turns
 from cellseg_batch.engine.settings import Settings
+from cellseg_batch.trainer.bundle import save_bundle
 
 GOOD = Parity(max_dp=0.01, mean_dp=1e-5, flipped=1e-4, object_f1=0.999, object_change=0.0, objects=2100)
 BAD = Parity(max_dp=0.9, mean_dp=1e-2, flipped=3e-3, object_f1=0.97, object_change=0.02, objects=2100)
@@ -117,8 +120,6 @@ def test_the_result_is_kept_and_raced_again_only_on_request(request_of, tiny_bun
 
 
 def test_one_changed_weight_needs_another_race(request_of, tiny_bundle):
-    from dataclasses import replace
-
     weights = {name: array.copy() for name, array in tiny_bundle.weights.items()}
     weights["head.bias"][0] += 1
     request = request_of()
@@ -132,19 +133,19 @@ def test_a_race_that_dies_says_so(request_of, tiny_bundle, tmp_path, monkeypatch
         certify(request_of(), tiny_bundle, Artefacts(tmp_path), lambda: None)
 
 
-def test_a_run_after_the_race_does_not_load_torch(tiny_model, tmp_path):
-    Engines_of = Settings(model=str(tiny_model), backend="openvino", precision="fp32", threads=1)
-    from cellseg_batch.engine.models import load_model
-
-    Engines(load_model(str(tiny_model)), Engines_of)
+def test_a_run_after_the_race_does_not_load_torch(tiny_bundle, tmp_path):
+    save_bundle(replace(tiny_bundle, card=replace(tiny_bundle.card, shrink={"2": 15.0})), tmp_path / "model")
+    settings = Settings(model=str(tmp_path / "model"), backend="openvino", precision="fp32", threads=1)
+    Engines(load_model(settings.model), settings)
     code = f"""
 import sys
 from cellseg_batch.engine.engines import Engines
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.settings import Settings
-settings = Settings(model={str(tiny_model)!r}, backend="openvino", precision="fp32", threads=1)
+settings = Settings(model={settings.model!r}, backend="openvino", precision="fp32", threads=1)
 engines = Engines(load_model(settings.model), settings)
-engines.compiled(engines.chosen, (1, 3, 64, 64))
+for factor in (1, 2):
+    engines.compiled(engines.shrunk(engines.chosen, factor), (1, 3, 64, 64))
 print("torch" in sys.modules)
 """
     assert subprocess.check_output([sys.executable, "-c", code], text=True, env=os.environ).strip() == "False"
