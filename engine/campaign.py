@@ -153,19 +153,18 @@ class _Campaign:
         journal = Journal(place.journal)
         begun = self._begun(journal, folders)
         plan = plan_slide(slide, place, self.settings, self.bundle.card, begun)
-        with SlideReader(slide, plan.level.level, plan.channels.indices) as reader:
-            if begun is not None:
-                factor = self.settings.shrink or int(begun["shrink"])
-            else:
-                factor = settle_shrink(plan, self.settings, self.engines, reader)
-            plan = shrink_plan(plan, self.settings, self.bundle, factor)
-            backend, finished = self.engines.shrunk(self.engines.chosen, factor), None
-            if begun is not None:
-                backend, finished = self._backend_of(begun, factor), journal.finished()
-                plan = adopt_manifest(plan, begun, self._manifest(plan, backend), finished is not None)
+        if begun is not None:
+            factor, finished = self.settings.shrink or int(begun["shrink"]), journal.finished()
+            plan, backend = shrink_plan(plan, self.settings, self.bundle, factor), self._backend_of(begun, factor)
+            plan = adopt_manifest(plan, begun, self._manifest(plan, backend), finished is not None)
             if finished is not None:
                 totals = finished["foreground"], finished["missing"]
                 return self._describe(plan, "skipped", totals, "finished before")
+        with SlideReader(slide, plan.level.level, plan.channels.indices) as reader:
+            if begun is None:
+                factor = settle_shrink(plan, self.settings, self.engines, reader)
+                plan = shrink_plan(plan, self.settings, self.bundle, factor)
+                backend = self.engines.shrunk(self.engines.chosen, factor)
             return self._carry_out(plan, backend, begun is not None, journal, reader, number)
 
     def _manifest(self, plan: SlidePlan, backend: Backend) -> dict[str, Any]:
@@ -181,8 +180,9 @@ class _Campaign:
         labels = ImageWriter(place.store, place.labels, layout)
         probability = ImageWriter(place.companion, place.probability, layout) if plan.probability else None
         if not resumed:
-            journal.start(self._manifest(plan, backend))
-            provenance = {**self._manifest(plan, backend), "certificate": self.engines.certificate_of(backend)}
+            manifest = self._manifest(plan, backend)
+            journal.start(manifest)
+            provenance = {**manifest, "certificate": self.engines.certificate_of(backend)}
             labels.create(place.source, is_label=True, provenance=provenance)
             if probability is not None:
                 probability.create(None, is_label=False, provenance=provenance)

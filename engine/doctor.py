@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 import psutil
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from cellseg_batch.engine.artefacts import Artefacts
 from cellseg_batch.engine.backends.choose import KINDS, Kind, why_not
-from cellseg_batch.engine.machine import cores, processor
+from cellseg_batch.engine.machine import cores, package_version, processor
 from cellseg_batch.engine.models import shipped_models
 
 _LIBRARIES = ("zarr", "numcodecs", "tifffile", "imagecodecs", "dask", "numba", "yaozarrs")
@@ -46,7 +46,5 @@ def _backend(kind: Kind, reason: str) -> tuple[str, str]:
 
 
 def _library(name: str) -> tuple[str, str]:
-    try:
-        return version(name), ""
-    except PackageNotFoundError:
-        return "missing", f"pip install {name}"
+    found = package_version(name)
+    return (found, "") if found else ("missing", f"pip install {name}")

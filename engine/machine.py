@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -27,6 +28,14 @@ def processor() -> str:
     features = hashlib.sha256(" ".join(sorted(fields.get("flags", fields.get("Features", "")).split())).encode())
     name = fields.get("model name") or platform.processor() or platform.machine()
     return f"{name} ({features.hexdigest()[:8]})"
+
+
+def package_version(package: str) -> str | None:
+    """Version of an installed package; None if it is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def resident_bytes() -> int:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +28,7 @@ from cellseg_batch.engine.backends.backend import Backend
 from cellseg_batch.engine.backends.choose import REFERENCE, candidates, make_backend, why_not
 from cellseg_batch.engine.backends.gate import TILE, Parity, logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.errors import BackendError
-from cellseg_batch.engine.machine import processor
+from cellseg_batch.engine.machine import package_version, processor
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.trainer.bundle import Bundle
 
@@ -201,7 +201,7 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
     threshold = bundle.card.threshold
     tiles = real_tiles("gate", bundle.card.channels)
     reference = make_backend(bundle, *REFERENCE, request.threads, artefacts)
-    expected = logits_of(reference.compile((1, *tiles.shape[1:])), tiles)
+    expected = _gate_logits(reference, tiles)
     stride = bundle.card.total_stride
     side = max(1, request.tile // stride) * stride
     shape = (request.batch, bundle.card.channels, side, side)
@@ -217,7 +217,7 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
                 logits = expected if name == REFERENCE else _gate_logits(backend, tiles)
                 parities[name] = measure_parity(logits, expected, threshold)
                 model = backend.compile(shape)
-                calls[name] = lambda model=model: model(batch)  # type: ignore[misc]
+                calls[name] = partial(model, batch)
                 continue
             except Exception as error:  # a network that this library cannot take; another one may
                 _log.debug("%s cannot run the model", name, exc_info=True)
@@ -301,13 +301,7 @@ def _key(request: Request, bundle: Bundle) -> Key:
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    return {package: package_version(package) for package in _PACKAGES}
 
 
 def main() -> None:

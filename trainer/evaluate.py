@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cache, reduce
 from operator import add
 
 import numpy as np
@@ -99,20 +99,11 @@ def evaluate(bundle: Bundle, network: nn.Module, samples: Iterable[Sample]) -> l
         network: built from it.
         samples: annotated images.
     """
-    limit = np.log(bundle.card.threshold / (1 - bundle.card.threshold))
+    limit = float(np.log(bundle.card.threshold / (1 - bundle.card.threshold)))
     scores = []
     for sample in samples:
         start = time.perf_counter()
-
-        def logits_at(factor: int, sample: Sample = sample) -> NDArray[np.float32]:
-            shown = network if factor == 1 else Shrunk(factor, network)
-            return predict_logits(shown, sample.pixels, factor * bundle.card.total_stride, "fp32").numpy()
-
-        def masks_at(factor: int) -> list[NDArray[np.bool_]]:
-            return [logits_at(factor)[0, factor // 2 :: factor, factor // 2 :: factor] > limit]
-
-        shrink = pick_shrink(bundle.card.shrink, masks_at)
-        logits = logits_at(shrink)
+        shrink, logits = _show(network, sample, bundle, limit)
         seconds = time.perf_counter() - start
         truth = relabel_sequential(sample.labels)[0]
         overlaps = instance_overlaps(decode_instances(logits, Decoding(threshold=bundle.card.threshold)), truth)
@@ -133,6 +124,21 @@ def evaluate(bundle: Bundle, network: nn.Module, samples: Iterable[Sample]) -> l
             )
         )
     return scores
+
+
+def _show(network: nn.Module, sample: Sample, bundle: Bundle, limit: float) -> tuple[int, NDArray[np.float32]]:
+    """By how much the sample is shrunk for the network, and its logits then; none are computed twice."""
+
+    @cache
+    def logits_at(factor: int) -> NDArray[np.float32]:
+        shown = network if factor == 1 else Shrunk(factor, network)
+        return predict_logits(shown, sample.pixels, factor * bundle.card.total_stride, "fp32").numpy()
+
+    def masks_at(factor: int) -> list[NDArray[np.bool_]]:
+        return [logits_at(factor)[0, factor // 2 :: factor, factor // 2 :: factor] > limit]
+
+    shrink = pick_shrink(bundle.card.shrink, masks_at)
+    return shrink, logits_at(shrink)
 
 
 def summarise(scores: Sequence[ImageScore]) -> Summary:

@@ -47,6 +47,22 @@ class _DenseBlock(nn.Module):
         return torch.cat([first, self.second(torch.cat([features, first], dim=1))], dim=1)
 
 
+def _contract(features: Tensor, down: nn.ModuleList, pool: nn.Module) -> list[Tensor]:
+    """The features of every resolution, the finest first."""
+    skips: list[Tensor] = []
+    for level, block in enumerate(down):
+        features = block(features if level == 0 else pool(features))
+        skips.append(features)
+    return skips
+
+
+def _expand(features: Tensor, skips: list[Tensor], up: nn.ModuleList, merge: nn.ModuleList) -> Tensor:
+    """The deepest features brought back up, merged with those of each finer resolution on the way."""
+    for enlarge, join, skip in zip(reversed(up), reversed(merge), reversed(skips), strict=True):
+        features = join(torch.cat([skip, enlarge(features)], dim=1))
+    return features
+
+
 class StemUNet(nn.Module):
     """U-Net (Ronneberger et al. 2015, arXiv:1505.04597) that works at half resolution.
 
@@ -82,14 +98,8 @@ class StemUNet(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (N, K, H, W) of ``pixels`` (N, C, H, W)."""
-        features = self.stem(pixels)
-        skips: list[Tensor] = []
-        for level, block in enumerate(self.down):
-            features = block(features if level == 0 else self.pool(features))
-            skips.append(features)
-        skips.pop()
-        for up, merge in zip(reversed(self.up), reversed(self.merge), strict=True):
-            features = merge(torch.cat([skips.pop(), up(features)], dim=1))
+        skips = _contract(self.stem(pixels), self.down, self.pool)
+        features = _expand(skips.pop(), skips, self.up, self.merge)
         logits: Tensor = self.shuffle(self.head(features))
         return logits
 
@@ -132,14 +142,9 @@ class UNet(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (N, K, H, W) of ``pixels`` (N, C, H, W)."""
-        skips: list[Tensor] = []
-        features = pixels.mean(dim=1, keepdim=True) if self.grey else pixels
-        for level, block in enumerate(self.down):
-            features = block(features if level == 0 else self.pool(features))
-            skips.append(features)
-        features = self.dropout(skips.pop())
-        for up, merge in zip(reversed(self.up), reversed(self.merge), strict=True):
-            features = merge(torch.cat([skips.pop(), up(features)], dim=1))
+        seen = pixels.mean(dim=1, keepdim=True) if self.grey else pixels
+        skips = _contract(seen, self.down, self.pool)
+        features = _expand(self.dropout(skips.pop()), skips, self.up, self.merge)
         logits: Tensor = self.head(features)
         return logits
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import logging
 from dataclasses import dataclass
-from importlib.metadata import version
 
 from cellseg_batch.engine.artefacts import Artefacts
 from cellseg_batch.engine.backends.backend import Backend
 from cellseg_batch.engine.errors import BackendError
+from cellseg_batch.engine.machine import package_version
 from cellseg_batch.trainer.bundle import Bundle
 
 _log = logging.getLogger(__name__)
@@ -59,11 +59,7 @@ def why_not(backend: str, precision: str) -> str:
         return f"{type(error).__name__}: {error}; {kind.remedy}"
     if (backend, precision) in _EXTRAS:
         package, remedy = _EXTRAS[backend, precision]
-        try:
-            version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return f"needs {package}; {remedy}"
-        return ""
+        return "" if package_version(package) else f"needs {package}; {remedy}"
     return "" if precision in offered else f"this processor has no native {precision}"
 
 
