@@ -50,12 +50,13 @@ class Augmenter:
 
     def batch(self, samples: list[Sample]) -> Batch:
         """One picture of each sample."""
-        pictures = [self._picture(sample) for sample in samples]
+        share = self.recipe.plain if self.recipe.augmentation == "full" else 1.0
+        plain = self._chosen(share, len(samples))
+        pictures = [self._picture(sample, bool(one)) for sample, one in zip(samples, plain, strict=True)]
         pixels, labels, distance = (torch.stack(parts) for parts in zip(*pictures, strict=True))
-        if self.recipe.augmentation == "full":
+        if not plain.all():
             colourful = torch.tensor([_is_colour(sample) for sample in samples])
-            plain = self._chosen(self.recipe.plain, len(samples)).view(-1, 1, 1, 1)
-            pixels = torch.where(plain, pixels, self._appearance(pixels, colourful))
+            pixels = torch.where(plain.view(-1, 1, 1, 1), pixels, self._appearance(pixels, colourful))
         return Batch(pixels, labels, distance)
 
     def _uniform(self, low: float, high: float, count: int) -> Tensor:
@@ -67,9 +68,9 @@ class Augmenter:
     def _chosen(self, probability: float, count: int) -> Tensor:
         return torch.from_numpy(self.rng.random(count) < probability)
 
-    def _picture(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
+    def _picture(self, sample: Sample, plain: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels (3, S, S), labels (S, S) and distance (S, S) of one picture."""
-        y, x = self._positions(*sample.labels.shape)
+        y, x = self._positions(*sample.labels.shape, plain)
         height, width = sample.labels.shape
         grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)[None]
         smooth = np.concatenate(
@@ -83,10 +84,10 @@ class Augmenter:
         pixels = warped[:-1] if len(warped) == 4 else warped[:1].expand(3, -1, -1)
         return pixels, labels.long(), warped[-1] * (labels > 0)
 
-    def _positions(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Row and column (S, S) of the image that each pixel of the picture shows."""
+    def _positions(self, height: int, width: int, plain: bool) -> tuple[Tensor, Tensor]:
+        """Row and column (S, S) of the image that each pixel of the picture shows; 0 is the first pixel's centre."""
         recipe, size = self.recipe, self.recipe.size
-        full = recipe.augmentation == "full"
+        full = not plain
         zoom = float(self._log_uniform(recipe.zoom_min, recipe.zoom_max, 1)) if full else 1.0
         angle, flip = 0.0, 1.0
         if recipe.augmentation != "none":
@@ -106,8 +107,12 @@ class Augmenter:
         if recipe.framing == "resize":
             return (height - 1) / 2 + dy * height / size, (width - 1) / 2 + dx * width / size
         half = size / zoom / 2
-        centre_y = self.rng.uniform(min(half, height / 2), max(height - half, height / 2))
-        centre_x = self.rng.uniform(min(half, width / 2), max(width - half, width / 2))
+        centre_y = self.rng.uniform(min(half, height / 2), max(height - half, height / 2)) - 0.5
+        centre_x = self.rng.uniform(min(half, width / 2), max(width - half, width / 2)) - 0.5
+        if plain:
+            # Onto whole pixels: outlines are learnt from what was drawn, not from what was interpolated.
+            odd = (size - 1) / 2 % 1
+            centre_y, centre_x = math.floor(centre_y) + odd, math.floor(centre_x) + odd
         return centre_y + dy, centre_x + dx
 
     def _appearance(self, pixels: Tensor, colourful: Tensor) -> Tensor:

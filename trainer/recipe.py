@@ -55,7 +55,7 @@ class Recipe:
         augmentation: ``none``, ``flips`` (and quarter turns), or ``full`` (geometry, stain, contrast, noise).
         zoom_min: smallest magnification of a fully augmented crop.
         zoom_max: largest magnification of a fully augmented crop.
-        plain: share of fully augmented crops whose appearance stays as it is.
+        plain: share of fully augmented pictures that are only flipped and turned by quarters.
         group_power: a kind of image is drawn in proportion to (its number of images) ** group_power.
         loss: a sum of ``bce``, ``dice`` and ``focal``, such as ``bce+dice``.
         optimiser: ``adamw``, ``adam`` or ``sgd`` (momentum 0.9).
