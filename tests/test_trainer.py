@@ -7,7 +7,7 @@ import torch
 
 from cellseg_batch.trainer.augment import Augmenter, Batch
 from cellseg_batch.trainer.bundle import Normalisation, load_bundle
-from cellseg_batch.trainer.data.sample import Entry, instance_distance, make_sample
+from cellseg_batch.trainer.data.sample import Entry, Sample, instance_distance, make_sample
 from cellseg_batch.trainer.encoders import ENCODERS, load_encoder_weights
 from cellseg_batch.trainer.evaluate import ImageScore, rescale, summarise
 from cellseg_batch.trainer.export import export_network
@@ -177,7 +177,7 @@ def test_augmentation_moves_image_labels_and_distance_together(framing, augmenta
     recipe = Recipe("a", framing=framing, augmentation=augmentation, size=64, zoom_min=0.5, zoom_max=2.0)
     augmenter = Augmenter(recipe, np.random.default_rng(3))
     for _ in range(10):
-        warped, ids, distance = augmenter._picture(square_sample())
+        warped, ids, distance = augmenter._picture(square_sample(), plain=augmentation != "full")
         agree = ((warped[0] > 0.5) == (ids > 0)).float().mean()
         assert agree > 0.97
         assert not distance[ids == 0].any()
@@ -185,7 +185,7 @@ def test_augmentation_moves_image_labels_and_distance_together(framing, augmenta
 
 def test_resize_shows_the_whole_image():
     recipe = Recipe("a", framing="resize", augmentation="none", size=64)
-    _, ids, _ = Augmenter(recipe, np.random.default_rng(0))._picture(square_sample())
+    _, ids, _ = Augmenter(recipe, np.random.default_rng(0))._picture(square_sample(), plain=True)
     assert ids.float().mean().item() == pytest.approx(40 * 50 / 80 / 100, abs=0.02)
 
 
@@ -197,10 +197,28 @@ def test_a_generator_fixes_every_draw():
     assert first.pixels.max() <= 1
 
 
-def test_plain_crops_keep_their_appearance():
-    recipe = Recipe("a", size=64, plain=1.0)
-    batch = Augmenter(recipe, np.random.default_rng(5)).batch([square_sample()] * 2)
-    assert ((batch.pixels[:, 0] > 0.5) == (batch.labels > 0)).float().mean() > 0.97
+@pytest.mark.parametrize("size", [32, 33, 64])
+@pytest.mark.parametrize("side", [63, 64])
+def test_plain_crops_lie_on_whole_pixels(size, side):
+    ids = np.arange(1, side * side + 1, dtype=np.int32).reshape(side, side)
+    sample = Sample(
+        "a", "", ids.astype(np.float32)[..., None], (0.0, float(side * side)), ids, np.zeros_like(ids, np.uint8)
+    )
+    augmenter = Augmenter(Recipe("a", size=size, plain=1.0), np.random.default_rng(5))
+    for _ in range(4):
+        batch = augmenter.batch([sample])
+        torch.testing.assert_close(batch.pixels[:, 0] * side * side, batch.labels.float(), atol=0.01, rtol=0)
+
+
+def test_changed_crops_show_labels_where_their_pixels_are():
+    # A ramp: were labels taken half a pixel beside the pixels, the mean difference would be half a step.
+    side = 64
+    ids = np.repeat(np.arange(1, side + 1, dtype=np.int32)[None], side, axis=0)
+    sample = Sample("a", "", ids.astype(np.float32)[..., None], (0.0, float(side)), ids, np.zeros_like(ids, np.uint8))
+    recipe = Recipe("a", size=32, zoom_min=1.5, zoom_max=1.5)
+    pictures = [Augmenter(recipe, np.random.default_rng(seed))._picture(sample, plain=False) for seed in range(40)]
+    offset = torch.stack([pixels[0] * side - labels for pixels, labels, _ in pictures]).mean()
+    assert abs(float(offset)) < 0.1
 
 
 def test_networks_keep_the_size_of_their_input():
