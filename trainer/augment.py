@@ -70,8 +70,8 @@ class Augmenter:
 
     def _picture(self, sample: Sample, plain: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels (3, S, S), labels (S, S) and distance (S, S) of one picture."""
-        y, x = self._positions(*sample.labels.shape, plain)
         height, width = sample.labels.shape
+        y, x = self._positions(height, width, plain)
         grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)[None]
         smooth = np.concatenate(
             [normalise(sample.image, sample.bounds), sample.distance[..., None] / np.float32(255)], axis=-1
