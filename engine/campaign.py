@@ -78,10 +78,17 @@ def run(inputs: list[Path], settings: Settings, observer: Observer, started: flo
     started = time.perf_counter() if started is None else started
     refuse_output_inside(settings.output, inputs)
     images = [image for path in inputs for image in find_images(path, settings.axes)]
+    return run_images(images, settings, observer, StageClock(), started)
+
+
+def run_images(
+    images: list[Slide | Broken], settings: Settings, observer: Observer, clock: StageClock, started: float
+) -> RunReport:
+    """Segment ``images``, their stages counted by ``clock``; `run` says the rest."""
     bundle = load_model(settings.model)
     _refuse_margin_off_grid(settings, bundle)
     engines = Engines(bundle, settings, observer.racing)
-    campaign = _Campaign(settings, bundle, engines, observer)
+    campaign = _Campaign(settings, bundle, engines, observer, clock)
     observer.found(len(images))
     slides = [campaign.process(image, number) for number, image in enumerate(images)]
     campaign.close()
@@ -92,12 +99,14 @@ def run(inputs: list[Path], settings: Settings, observer: Observer, started: flo
 class _Campaign:
     """What the slides of one run share."""
 
-    def __init__(self, settings: Settings, bundle: Bundle, engines: Engines, observer: Observer) -> None:
+    def __init__(
+        self, settings: Settings, bundle: Bundle, engines: Engines, observer: Observer, clock: StageClock
+    ) -> None:
         self.settings = settings
         self.bundle = bundle
         self.engines = engines
         self.observer = observer
-        self.clock = StageClock()
+        self.clock = clock
         self.taken: dict[Path, str] = {}
         self.largest: SlidePlan | None = None
         self.planned_peak = 0

@@ -43,6 +43,10 @@ class Box:
         """Number of pixels."""
         return (self.y1 - self.y0) * (self.x1 - self.x0)
 
+    def shifted(self, by: tuple[int, int]) -> Box:
+        """The box moved by (y, x)."""
+        return Box(self.y0 + by[0], self.x0 + by[1], self.y1 + by[0], self.x1 + by[1])
+
     def slices(self) -> tuple[slice[int, int, None], slice[int, int, None]]:
         """The box as an index into an array with axes (y, x)."""
         return slice(self.y0, self.y1), slice(self.x0, self.x1)

@@ -51,7 +51,7 @@ class SlideReader:
         """
         axes = self.slide.axes
         place = dict(zip(self.slide.plane_axes, self._plane_index(plane), strict=True))
-        rows, columns = box.slices()
+        rows, columns = box.shifted(self.slide.levels[self.level].origin).slices()
         # Neighbouring channels are one slice, which every store can read; a list of indices is not.
         channels = slice(self.channels[0], self.channels[-1] + 1)
         index = tuple({"y": rows, "x": columns, "c": channels}.get(axis, place.get(axis)) for axis in axes)

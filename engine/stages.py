@@ -1,4 +1,4 @@
-"""Busy seconds of each stage of the pipeline, added up over all threads."""
+"""Busy seconds of each stage of the pipeline, added up over all threads; when each was busy, if that is asked for."""
 
 from __future__ import annotations
 
@@ -6,15 +6,42 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 STAGES = ("read", "gather", "model", "stitch", "write", "pyramid")
 
 
-class StageClock:
-    """Adds up the seconds that the threads of a run spend in each stage."""
+@dataclass(frozen=True)
+class Interval:
+    """One stretch of work of one thread.
 
-    def __init__(self) -> None:
+    Attributes:
+        stage: one of `STAGES`.
+        thread: native id of the thread.
+        start, end: seconds of ``time.perf_counter()``.
+    """
+
+    stage: str
+    thread: int
+    start: float
+    end: float
+
+
+class StageClock:
+    """Adds up the seconds that the threads of a run spend in each stage.
+
+    Args:
+        keep_intervals: also note every stretch of work, which grows with the run.
+
+    Attributes:
+        seconds: busy seconds of each stage.
+        intervals: every stretch, in the order in which they ended; empty unless asked for.
+    """
+
+    def __init__(self, keep_intervals: bool = False) -> None:
         self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.intervals: list[Interval] = []
+        self._keep = keep_intervals
         self._lock = threading.Lock()
 
     @contextmanager
@@ -24,5 +51,8 @@ class StageClock:
         try:
             yield
         finally:
+            end = time.perf_counter()
             with self._lock:
-                self.seconds[name] += time.perf_counter() - start
+                self.seconds[name] += end - start
+                if self._keep:
+                    self.intervals.append(Interval(name, threading.get_native_id(), start, end))

@@ -302,6 +302,21 @@ def test_level_nearest_the_models_pixel_size(tmp_path):
     assert choose_level(slide, None, None, None).level == 0
 
 
+@pytest.mark.parametrize("axes", ["cyx", "xy"])
+def test_a_part_of_a_slide_is_a_slide_at_every_level(tmp_path, axes):
+    shape = tuple({"c": 2, "y": 61, "x": 90}[axis] for axis in axes)
+    whole = only(write_ome_zarr(tmp_path / "a.zarr", coordinates(axes, shape), axes, levels=3, um=0.5))
+    part = whole.cropped(1, Box(8, 12, 20, 45))
+    assert [part.plane_shape(level) for level in range(3)] == [(24, 66), (12, 33), (6, 17)]
+    for level in range(3):
+        height, width = part.plane_shape(level)
+        y, x = (part.levels[level].origin[i] for i in (0, 1))
+        expected = read(whole, level, (0,), 0, Box(y, x, y + height, x + width))
+        np.testing.assert_array_equal(read(part, level, (0,), 0, Box(0, 0, height, width)), expected)
+        assert part.levels[level].translation[part.axes.index("x")] == x * 0.5 * 2**level
+    assert part.levels[1].origin == (8, 12)
+
+
 def test_empty_and_complex_images_are_refused(tmp_path):
     zarr.create_array(str(tmp_path / "e.zarr"), shape=(0, 5), dtype="uint8")
     zarr.create_array(str(tmp_path / "c.zarr"), shape=(5, 5), dtype="complex64")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from cellseg_batch.engine.geometry import Box
 
 AXES = "tczyx"
 
@@ -24,6 +26,7 @@ class Level:
         chunks: the same, as stored.
         scale: size of a pixel along each axis, in the axis' unit (µm for y and x where ``units`` says so).
         translation: position of the first pixel along each axis, in the same unit.
+        origin: (y, x) of the stored pixel that is the level's first; not (0, 0) in a part of a slide only.
     """
 
     path: str
@@ -31,6 +34,7 @@ class Level:
     chunks: tuple[int, ...]
     scale: tuple[float, ...]
     translation: tuple[float, ...]
+    origin: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,20 @@ class Slide:
         index = self.axes.index("x")
         factor = _UM_PER_UNIT.get(self.units[index] or "")
         return None if factor is None else self.levels[level].scale[index] * factor
+
+    def cropped(self, level: int, box: Box) -> Slide:
+        """The part of this slide that ``box``, in px of ``level``, shows: a slide like any other, with every level."""
+        return replace(self, levels=tuple(self._crop(one, self.plane_shape(level), box) for one in self.levels))
+
+    def _crop(self, level: Level, shape: tuple[int, int], box: Box) -> Level:
+        sides, places, origin = list(level.shape), list(level.translation), dict(zip("yx", level.origin, strict=True))
+        for axis, length, start, side in zip("yx", shape, (box.y0, box.x0), box.shape, strict=True):
+            index = self.axes.index(axis)
+            first = start * level.shape[index] // length
+            sides[index] = min(max(1, round(side * level.shape[index] / length)), level.shape[index] - first)
+            places[index] += first * level.scale[index]
+            origin[axis] += first
+        return replace(level, shape=tuple(sides), translation=tuple(places), origin=(origin["y"], origin["x"]))
 
 
 _UM_PER_UNIT = {
