@@ -38,9 +38,9 @@ def print_diagnosis(console: Console) -> None:
 
 
 def _backend(kind: Kind, reason: str) -> tuple[str, str]:
-    unproven = "not yet run on hardware: pytest -m tensorrt in a clone proves it" if kind.package == "tensorrt" else ""
+    unproven = f"not yet run on hardware: {kind.proof} in a clone proves it" if kind.proof else ""
     if not reason:
-        return f"{_library(kind.package)[0]} on the {kind.device}", unproven
+        return f"{_library(kind.package)[0]} on the {'GPU' if kind.on_gpu else 'CPU'}", unproven
     found, _, remedy = reason.rpartition("; ")
     return (escape(f"missing: {found}"), escape(f"{remedy}; {unproven}".removesuffix("; "))) if found else (reason, "")
 

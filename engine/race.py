@@ -28,7 +28,7 @@ from cellseg_batch.engine.backends.backend import Backend
 from cellseg_batch.engine.backends.choose import REFERENCE, candidates, make_backend, why_not
 from cellseg_batch.engine.backends.gate import TILE, Parity, logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.errors import BackendError
-from cellseg_batch.engine.machine import package_version, processor
+from cellseg_batch.engine.machine import gpus, package_version, processor
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.trainer.bundle import Bundle
 
@@ -54,6 +54,7 @@ class Request:
         tile: side in px of the timed tiles.
         batch: tiles per call.
         threads: of the model.
+        device: auto, cpu or a GPU; the first of several.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Request:
     tile: int
     batch: int
     threads: int
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -209,15 +211,20 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     parities: dict[tuple[str, str], Parity] = {}
     batch = _fill(shape, tiles)
-    for name in candidates(request.backend, request.precision):
+    gpu = "cuda:0" if request.device in ("auto", "cpu") else request.device
+    for name in candidates(request.backend, request.precision, request.device):
         missing = why_not(*name)
         if not missing:
             try:
-                backend = reference if name == REFERENCE else make_backend(bundle, *name, request.threads, artefacts)
+                backend = reference
+                if name != REFERENCE:
+                    backend = make_backend(bundle, *name, request.threads, artefacts, gpu)
                 logits = expected if name == REFERENCE else _gate_logits(backend, tiles)
                 parities[name] = measure_parity(logits, expected, threshold)
                 model = backend.compile(shape)
-                calls[name] = partial(model, batch)
+                model(batch)
+                # A GPU's copies overlap its work in a run.
+                calls[name] = getattr(model, "repeat", None) or partial(model, batch)
                 continue
             except Exception as error:  # a network that this library cannot take; another one may
                 _log.debug("%s cannot run the model", name, exc_info=True)
@@ -295,6 +302,7 @@ def _key(request: Request, bundle: Bundle) -> Key:
         "sha256": bundle.sha256,
         "threshold": bundle.card.threshold,
         "processor": processor(),
+        "gpus": gpus(),
         "versions": _versions(),
         **raced,
     }

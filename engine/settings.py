@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cellseg_batch.engine.errors import UsageError
 
-BACKENDS = ("auto", "torch", "openvino", "tensorrt")
+BACKENDS = ("auto", "torch", "openvino", "torch-cuda", "torch-compile", "tensorrt")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
 
 # Side in px of the tiles that the backends are raced at: what a large slide's lattice is fitted to.

@@ -248,14 +248,16 @@ class FakeDevice:
     def install(self, monkeypatch):
         from cellseg_batch.engine.backends import cuda
 
-        monkeypatch.setattr(cuda, "DEVICE", "cpu")
         monkeypatch.setattr(cuda, "available", lambda: True)
-        monkeypatch.setattr(cuda, "pinned", lambda shape: torch.empty(shape, dtype=torch.half))
+        monkeypatch.setattr(cuda, "Device", self.device_class(cuda.Device))
         real = inspect.signature(torch.cuda.graph.__init__)
         device = self
 
         class Stream:
             cuda_stream = 4711
+
+            def __init__(self, device):
+                pass
 
             def synchronize(self):
                 assert device.capturing is None, "nothing may wait during a capture"
@@ -289,7 +291,24 @@ class FakeDevice:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "stream", stream_context)
         monkeypatch.setattr(torch.cuda, "graph", graph_context)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fake GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    @staticmethod
+    def device_class(base):
+        """A device whose streams are a GPU's and whose memory is the host's."""
+
+        class OnHost(base):
+            def __init__(self, name):
+                super().__init__("cpu")
+                self.is_gpu = True
+
+            def pinned(self, shape, dtype):
+                return torch.empty(shape, dtype=dtype)
+
+        return OnHost
 
 
 class Refusing:

@@ -80,7 +80,6 @@ def lower_all() -> int:
     from cellseg_batch.trainer.unet import ARCHITECTURES, build_network
 
     logging.disable(logging.ERROR)
-    cuda.DEVICE = "cpu"
     tensorrt_backend.build_torch_network = lambda bundle: build_network(bundle.card.architecture).eval()
     assert {variant["name"] for variant in VARIANTS} == set(ARCHITECTURES)
     settings = CompilationSettings(require_full_compilation=True)
@@ -89,7 +88,7 @@ def lower_all() -> int:
     wrong = 0
     for variant in VARIANTS:
         bundle = types.SimpleNamespace(card=types.SimpleNamespace(architecture=variant, channels=3))
-        program = pre_export_lowering(tensorrt_backend.export_half(bundle, (64, 64)), settings)
+        program = pre_export_lowering(tensorrt_backend.export_half(bundle, (64, 64), cuda.Device("cpu")), settings)
         program = program.run_decompositions(get_decompositions())
         graph = post_lowering(program.module(), settings)
         values = [node.meta.get("val") for node in graph.graph.nodes]
@@ -107,15 +106,24 @@ def lower_all() -> int:
 
 def reaches_the_builder() -> bool:
     """Build the shipped network with the real torch-tensorrt: its own code takes our call, TensorRT's stub gives up."""
+    from cellseg_batch.engine.artefacts import Artefacts
     from cellseg_batch.engine.backends import cuda, tensorrt_backend
-    from cellseg_batch.engine.errors import BackendError
     from cellseg_batch.engine.models import build_torch_network, load_model
 
     cuda.available = lambda: True
     tensorrt_backend.build_torch_network = build_torch_network
-    backend = tensorrt_backend.TensorRtBackend(load_model("nuclei"), "fp16", 1)
+    cuda.Device.model = "pretended"
+    with tempfile.TemporaryDirectory() as folder:
+        artefacts = Artefacts(Path(folder))
+        backend = tensorrt_backend.TensorRtBackend(load_model("nuclei"), "fp16", cuda.Device("cpu"), artefacts)
+        return _fails_in_the_builder(backend)
+
+
+def _fails_in_the_builder(backend) -> bool:
+    from cellseg_batch.engine.errors import BackendError
+
     try:
-        backend.serialise((2, 3, 64, 64))
+        backend.plan((2, 3, 64, 64))
     except BackendError as error:
         print(f"TensorRT {backend.version}: {error}")
         return "factory function returned nullptr" in str(error)

@@ -6,6 +6,7 @@ import torch
 
 from cellseg_batch.engine.artefacts import Artefacts
 from cellseg_batch.engine.backends.choose import make_backend
+from cellseg_batch.engine.backends.cuda import Device
 from cellseg_batch.engine.backends.gate import logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.backends.tensorrt_backend import TensorRtBackend, load_libraries
 from cellseg_batch.engine.models import load_model
@@ -19,8 +20,8 @@ def bundle():
 
 
 @pytest.fixture(scope="module")
-def backend(bundle):
-    return TensorRtBackend(bundle, "fp16", 1)
+def backend(bundle, tmp_path_factory):
+    return TensorRtBackend(bundle, "fp16", Device("cuda:0"), Artefacts(tmp_path_factory.mktemp("plans")))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_masks_of_real_tiles_agree_with_torch_fp32(bundle, backend, tiles):
 def test_the_engine_is_half(bundle, backend, tiles):
     tensorrt, torch_tensorrt = load_libraries()
     runtime = tensorrt.Runtime(torch_tensorrt.logging.TRT_LOGGER)
-    engine = runtime.deserialize_cuda_engine(backend.serialise((1, *tiles.shape[1:])))
+    engine = runtime.deserialize_cuda_engine(backend.plan((1, *tiles.shape[1:])))
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     assert [engine.get_tensor_dtype(name) for name in names] == [tensorrt.DataType.HALF] * 2
     weights = sum(array.size for array in bundle.weights.values())
@@ -56,7 +57,7 @@ def test_the_graph_gives_what_a_plain_enqueue_gives(backend, tiles, count):
     model = backend.compile(batch.shape)
     replayed = model(batch).copy()
     assert np.abs(replayed).max() > 1
-    np.testing.assert_array_equal(model.run_plain(batch), replayed)
+    np.testing.assert_array_equal(model(batch, plain=True), replayed)
     other = model(np.zeros_like(batch)).copy()
     assert not np.array_equal(other, replayed)
     np.testing.assert_array_equal(model(batch), replayed)
@@ -71,7 +72,7 @@ def test_two_batch_shapes_agree(backend, tiles):
 
 def test_a_kept_plan_gives_the_same_logits(bundle, backend, tiles):
     shape = (1, *tiles.shape[1:])
-    kept = TensorRtBackend(bundle, "fp16", 1, plans={shape: backend.serialise(shape)})
+    kept = TensorRtBackend(bundle, "fp16", Device("cuda:0"), backend._artefacts)
     expected = backend.compile(shape)(tiles[:1]).copy()
     np.testing.assert_array_equal(kept.compile(shape)(tiles[:1]), expected)
 

@@ -46,6 +46,11 @@ def pair(request):
     return request.param
 
 
+def backend_of(bundle, folder):
+    """The backend on the device that is there when it is made, its plans in ``folder``."""
+    return TensorRtBackend(bundle, "fp16", cuda.Device("cuda:0"), Artefacts(folder))
+
+
 @pytest.fixture
 def batch():
     return np.random.default_rng(0).random(SHAPE, np.float32)
@@ -60,15 +65,15 @@ def test_a_batch_goes_through_the_engine_and_back(pair, monkeypatch, tiny_bundle
         expected = build_torch_network(tiny_bundle)(torch.from_numpy(batch)).numpy()
     np.testing.assert_allclose(logits, expected, atol=np.abs(expected).max() * 1e-2)
     assert device.events == ["enqueue", "capture", "replay"]
-    np.testing.assert_array_equal(model.run_plain(batch), logits)
+    np.testing.assert_array_equal(model(batch, plain=True), logits)
     other = model(batch[::-1].copy()).copy()
     np.testing.assert_array_equal(other[::-1], model(batch))
 
 
-def test_every_call_is_in_the_tables_of_both_versions(pair, monkeypatch, tiny_bundle, batch):
+def test_every_call_is_in_the_tables_of_both_versions(pair, monkeypatch, tiny_bundle, batch, tmp_path):
     """The fakes refuse what is not; here: that the calls above were all the calls there are."""
     tensorrt, _, _ = fake_tensorrt.install(monkeypatch, pair)
-    TensorRtBackend(tiny_bundle, "fp16", 1).compile(SHAPE)(batch)
+    backend_of(tiny_bundle, tmp_path).compile(SHAPE)(batch)
     used = {name for _, name in tensorrt.used}
     known = {name for members in tensorrt.table["classes"].values() for name in members}
     tree = ast.parse(Path(tensorrt_backend.__file__).read_text())
@@ -101,23 +106,24 @@ def test_signatures_are_read_as_written():
     assert result == "bool"
 
 
-def test_plans_can_be_kept(pair, monkeypatch, tiny_bundle, batch):
+def test_plans_are_kept_for_this_gpu_and_these_libraries(pair, monkeypatch, tiny_bundle, batch, tmp_path):
     _, torch_tensorrt, _ = fake_tensorrt.install(monkeypatch, pair)
-    first = TensorRtBackend(tiny_bundle, "fp16", 1)
-    plan, logits = first.serialise(SHAPE), first.compile(SHAPE)(batch).copy()
-    second = TensorRtBackend(tiny_bundle, "fp16", 1, plans={SHAPE: plan})
-    assert second.serialise(SHAPE) == plan
-    np.testing.assert_array_equal(second.compile(SHAPE)(batch), logits)
+    logits = backend_of(tiny_bundle, tmp_path).compile(SHAPE)(batch).copy()
+    kept = backend_of(tiny_bundle, tmp_path)
+    np.testing.assert_array_equal(kept.compile(SHAPE)(batch), logits)
     assert len(torch_tensorrt.builds) == 1
-    second.compile((1, *SHAPE[1:]))
+    kept.compile((1, *SHAPE[1:]))
     assert [profile.opt_shape[0] for profile in torch_tensorrt.builds] == [2, 1]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Another GPU")
+    kept.compile(SHAPE)
+    assert len(torch_tensorrt.builds) == 3
 
 
-def test_a_dropped_model_leaves_at_once(pair, monkeypatch, tiny_bundle):
+def test_a_dropped_model_leaves_at_once(pair, monkeypatch, tiny_bundle, tmp_path):
     """Its memory on the device is needed for the next one."""
     fake_tensorrt.install(monkeypatch, pair)
-    model = TensorRtBackend(tiny_bundle, "fp16", 1).compile(SHAPE)
-    left = [weakref.ref(model), weakref.ref(model._buffers)]
+    model = backend_of(tiny_bundle, tmp_path).compile(SHAPE)
+    left = [weakref.ref(model), weakref.ref(model.pixels)]
     gc.disable()
     try:
         del model
@@ -144,46 +150,47 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_every_way_to_fail_says_what_to_do(pair, monkeypatch, tiny_bundle, failure):
+def test_every_way_to_fail_says_what_to_do(pair, monkeypatch, tiny_bundle, failure, tmp_path):
     fake_tensorrt.install(monkeypatch, pair, failure)
     # The tiny network's weights are all within what padding is allowed to take.
     monkeypatch.setattr(tensorrt_backend, "_PADDING_BYTES", 0)
     with pytest.raises(BackendError) as caught:
-        TensorRtBackend(tiny_bundle, "fp16", 1).compile(SHAPE)
+        backend_of(tiny_bundle, tmp_path).compile(SHAPE)
     for words in REFUSED[failure]:
         assert words in str(caught.value)
 
 
-def test_the_shipped_network_is_large_enough_to_tell_fp32_from_fp16(pair, monkeypatch):
+def test_the_shipped_network_is_large_enough_to_tell_fp32_from_fp16(pair, monkeypatch, tmp_path):
     fake_tensorrt.install(monkeypatch, pair, "fp32 layers")
     with pytest.raises(BackendError, match="layers in fp16"):
-        TensorRtBackend(load_model("nuclei"), "fp16", 1).compile((1, 3, 16, 16))
+        backend_of(load_model("nuclei"), tmp_path).compile((1, 3, 16, 16))
 
 
-def test_a_device_without_room_is_named(pair, monkeypatch, tiny_bundle):
+def test_a_device_without_room_is_named(pair, monkeypatch, tiny_bundle, tmp_path):
     fake_tensorrt.install(monkeypatch, pair)
 
-    def full(shape):
+    def full(self, shape, dtype):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    monkeypatch.setattr(cuda, "pinned", full)
+    monkeypatch.setattr(cuda.Device, "zeros", full)
     with pytest.raises(BackendError, match=r"20.00 GiB.*smaller --batch or --tile"):
-        TensorRtBackend(tiny_bundle, "fp16", 1).compile(SHAPE)
+        backend_of(tiny_bundle, tmp_path).compile(SHAPE)
 
 
-def test_a_float32_network_is_noticed(pair, monkeypatch, tiny_bundle):
+def test_a_float32_network_is_noticed(pair, monkeypatch, tiny_bundle, tmp_path):
     fake_tensorrt.install(monkeypatch, pair)
     program = torch.export.export(build_torch_network(tiny_bundle), (torch.zeros(SHAPE),))
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
+    monkeypatch.setattr(TensorRtBackend, "_build", lambda *arguments: buffer.getvalue())
     with pytest.raises(BackendError, match="pixels FLOAT"):
-        TensorRtBackend(tiny_bundle, "fp16", 1, plans={SHAPE: buffer.getvalue()}).compile(SHAPE)
+        backend_of(tiny_bundle, tmp_path).compile(SHAPE)
 
 
-def test_too_large_a_batch_is_refused(pair, monkeypatch, tiny_bundle):
+def test_too_large_a_batch_is_refused(pair, monkeypatch, tiny_bundle, tmp_path):
     fake_tensorrt.install(monkeypatch, pair)
     with pytest.raises(BackendError, match="at most 64"):
-        TensorRtBackend(tiny_bundle, "fp16", 1).compile((65, *SHAPE[1:]))
+        backend_of(tiny_bundle, tmp_path).compile((65, *SHAPE[1:]))
 
 
 def test_without_a_gpu_nothing_is_imported(monkeypatch):
@@ -220,10 +227,9 @@ def test_the_race_goes_on_when_tensorrt_fails(pair, monkeypatch, tiny_bundle, tm
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_is_float16_throughout(monkeypatch, name):
     """Casts to float32 would be kept by TensorRT: slower, and not what was asked for."""
-    monkeypatch.setattr(cuda, "DEVICE", "cpu")
     monkeypatch.setattr(tensorrt_backend, "build_torch_network", random_network)
     card = SimpleNamespace(architecture={"name": name, **SMALL[name]}, channels=3)
-    program = export_half(SimpleNamespace(card=card), (64, 32))
+    program = export_half(SimpleNamespace(card=card), (64, 32), cuda.Device("cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # torch-tensorrt takes ReLU6 apart by torch's own rule.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = tuple[int, int, int, int]
 
@@ -18,6 +21,26 @@ class CompiledModel(Protocol):
 
         Not to be called from two threads at once; the result is valid until the next call.
         """
+        ...
+
+
+class DeviceModel(CompiledModel, Protocol):
+    """A compiled model whose batch and logits lie on a GPU, for those who fill and read them there.
+
+    Attributes:
+        pixels: (N, C, H, W) float16, always at the same address.
+        logits: (N, K, H, W) float16, likewise.
+    """
+
+    pixels: Tensor
+    logits: Tensor
+
+    def enqueue(self) -> None:
+        """Enqueue on the current stream: logits from what `pixels` will hold by then."""
+        ...
+
+    def repeat(self) -> None:
+        """Compute the last batch again and wait for it: what the device takes, without the copies."""
         ...
 
 

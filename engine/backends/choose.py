@@ -15,6 +15,7 @@ from cellseg_batch.trainer.bundle import Bundle
 _log = logging.getLogger(__name__)
 
 REFERENCE = ("torch", "fp32")
+_CUDA_TORCH = "install the CUDA build of torch"
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,27 @@ class Kind:
         package: that it needs.
         precisions: that it may offer.
         remedy: how to get it.
-        device: what it runs on.
+        module: of the backend.
+        on_gpu: whether it runs on a GPU, or on the CPU.
+        proof: the command that proves it where it has not run on hardware yet; "" where it has.
     """
 
     package: str
     precisions: tuple[str, ...]
     remedy: str
-    device: str = "CPU"
+    module: str
+    on_gpu: bool = False
+    proof: str = ""
 
 
 KINDS = {
-    "torch": Kind("torch", ("fp32", "bf16"), "pip install torch"),
-    "openvino": Kind("openvino", ("fp32", "bf16", "int8"), "pip install openvino"),
-    "tensorrt": Kind("tensorrt", ("fp16",), "pip install 'cellseg-batch[tensorrt]'", device="GPU"),
+    "torch": Kind("torch", ("fp32", "bf16"), "pip install torch", "torch_backend"),
+    "openvino": Kind("openvino", ("fp32", "bf16", "int8"), "pip install openvino", "openvino_backend"),
+    "torch-cuda": Kind("torch", ("fp16",), _CUDA_TORCH, "torch_cuda_backend", True, "bash benchmarks/gpu.sh"),
+    "torch-compile": Kind("torch", ("fp16",), _CUDA_TORCH, "torch_cuda_backend", True, "bash benchmarks/gpu.sh"),
+    "tensorrt": Kind(
+        "tensorrt", ("fp16",), "pip install 'cellseg-batch[tensorrt]'", "tensorrt_backend", True, "pytest -m tensorrt"
+    ),
 }
 _EXTRAS = {("openvino", "int8"): ("nncf", "pip install 'cellseg-batch[int8]'")}
 
@@ -50,7 +59,7 @@ def why_not(backend: str, precision: str) -> str:
     if precision not in kind.precisions:
         return f"{backend} offers {', '.join(kind.precisions)}"
     try:
-        module = importlib.import_module(f"cellseg_batch.engine.backends.{backend}_backend")
+        module = importlib.import_module(f"cellseg_batch.engine.backends.{kind.module}")
         offered: tuple[str, ...] = module.supported_precisions()
     except BackendError as error:
         return f"{error.detail}; {kind.remedy}"
@@ -63,18 +72,27 @@ def why_not(backend: str, precision: str) -> str:
     return "" if precision in offered else f"this processor has no native {precision}"
 
 
-def candidates(backend: str, precision: str) -> list[tuple[str, str]]:
-    """(backend, precision) of everything this version knows that fits what was asked for, installed or not."""
+def candidates(backend: str, precision: str, device: str = "auto") -> list[tuple[str, str]]:
+    """(backend, precision) of everything this version knows that fits what was asked for, installed or not.
+
+    Args:
+        backend: a name or auto.
+        precision: a name or auto.
+        device: auto, cpu, or GPUs.
+    """
     return [
         (name, level)
         for name, kind in KINDS.items()
+        if backend in ("auto", name) and (device == "auto" or kind.on_gpu == (device != "cpu"))
         for level in kind.precisions
-        if backend in ("auto", name) and precision in ("auto", level)
+        if precision in ("auto", level)
     ]
 
 
-def make_backend(bundle: Bundle, backend: str, precision: str, threads: int, artefacts: Artefacts) -> Backend:
-    """One backend by name.
+def make_backend(
+    bundle: Bundle, backend: str, precision: str, threads: int, artefacts: Artefacts, gpu: str = "cuda:0"
+) -> Backend:
+    """One backend by name; those for GPUs run on ``gpu``.
 
     Raises:
         BackendError: it is not installed, or does not offer this precision here.
@@ -91,10 +109,16 @@ def make_backend(bundle: Bundle, backend: str, precision: str, threads: int, art
         from cellseg_batch.engine.backends.openvino_backend import OpenVinoBackend
 
         return OpenVinoBackend(bundle, precision, threads, artefacts)
-    if backend == "tensorrt":
-        from cellseg_batch.engine.backends.tensorrt_backend import TensorRtBackend
+    if KINDS[backend].on_gpu:
+        from cellseg_batch.engine.backends.cuda import Device
 
-        return TensorRtBackend(bundle, precision, threads)
+        if backend == "tensorrt":
+            from cellseg_batch.engine.backends.tensorrt_backend import TensorRtBackend
+
+            return TensorRtBackend(bundle, precision, Device(gpu), artefacts)
+        from cellseg_batch.engine.backends.torch_cuda_backend import TorchCudaBackend
+
+        return TorchCudaBackend(bundle, Device(gpu), compiled=backend == "torch-compile")
     from cellseg_batch.engine.backends.torch_backend import TorchBackend
 
     return TorchBackend(bundle, precision, threads)

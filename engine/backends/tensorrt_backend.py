@@ -2,26 +2,24 @@
 
 Written against TensorRT 10.15 and 11.0 (torch-tensorrt 2.11 and 2.13), where a network's own types decide the
 precision: a float16 network is the only thing that is asked for.  Neither library is imported before a GPU is known
-to be there, as both fail in their own ways without one.  It must not know where plans are kept.
+to be there, as both fail in their own ways without one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from cellseg_batch.engine.backends import cuda
-from cellseg_batch.engine.backends.backend import CompiledModel, Shape
+from cellseg_batch.engine.artefacts import Artefacts
+from cellseg_batch.engine.backends.backend import Shape
+from cellseg_batch.engine.backends.cuda import Device, GraphedHalf, demand_gpu
 from cellseg_batch.engine.backends.tensorrt_errors import demand, explained, given
 from cellseg_batch.engine.backends.torch_backend import fold_batch_norm
 from cellseg_batch.engine.errors import BackendError
@@ -33,6 +31,7 @@ _LARGEST_BATCH = 64
 # An engine in fp16 holds 2 bytes a weight and some padding, one in fp32 holds 4.
 _BYTES_PER_WEIGHT = 3
 _PADDING_BYTES = 1 << 20
+_FILE = "model.plan"
 
 
 def supported_precisions() -> tuple[str, ...]:
@@ -51,14 +50,7 @@ def load_libraries() -> tuple[Any, Any]:
     Raises:
         BackendError: there is no GPU that torch can use, or one of them cannot be imported.
     """
-    if not cuda.available():
-        raise BackendError(
-            "TensorRT",
-            expected="an NVIDIA GPU that torch can use",
-            found=f"torch {torch.__version__} without one",
-            cause="no GPU, no driver, or the CPU build of torch",
-            remedy="install the CUDA build of torch and cellseg-batch[tensorrt] on a machine with an NVIDIA GPU",
-        )
+    demand_gpu("TensorRT")
     try:
         with _quiet():
             # In this order: torch_tensorrt puts a stand-in of its own in tensorrt's place.
@@ -82,9 +74,8 @@ class TensorRtBackend:
     Args:
         bundle: the model.
         precision: fp16.
-        threads: of no use here; part of what every backend is made with.
-        plans: what `serialise` gave for the same bundle, libraries and GPU model, by batch shape.
-        timing_cache: file for the builder's measurements, of the same libraries and GPU model; None keeps none.
+        device: that computes.
+        artefacts: where plans are kept.
 
     Raises:
         BackendError: as `load_libraries`.
@@ -92,23 +83,16 @@ class TensorRtBackend:
 
     name = "tensorrt"
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        precision: str,
-        threads: int,
-        plans: dict[Shape, bytes] | None = None,
-        timing_cache: Path | None = None,
-    ) -> None:
+    def __init__(self, bundle: Bundle, precision: str, device: Device, artefacts: Artefacts) -> None:
         self.precision = precision
         self._tensorrt, self._torch_tensorrt = load_libraries()
         self.version = f"{self._tensorrt.__version__} (torch-tensorrt {self._torch_tensorrt.__version__})"
         self._bundle = bundle
-        self._plans = dict(plans or {})
-        self._timing_cache = timing_cache
+        self._device = device
+        self._artefacts = artefacts
 
-    def compile(self, shape: Shape) -> CompiledModel:
-        """Build the plan for batches of ``shape`` (N, C, H, W) unless it is there, and make it ready to run.
+    def compile(self, shape: Shape) -> GraphedHalf:
+        """Make the plan for batches of ``shape`` (N, C, H, W) ready to run.
 
         Raises:
             BackendError: TensorRT cannot build or load it, or it would not run in fp16.
@@ -116,12 +100,12 @@ class TensorRtBackend:
         weights = sum(array.size for array in self._bundle.weights.values())
         # One logger a process: TensorRT keeps the first that it is given.
         logger = self._torch_tensorrt.logging.TRT_LOGGER
-        plan = self.serialise(shape)
-        with explained(f"load the plan for batches of {shape}"):
-            return TensorRtModel(self._tensorrt, logger, plan, shape, weights)
+        plan = self.plan(shape)
+        with explained(f"load the plan for batches of {shape}"), self._device.on(self._device.stream()):
+            return load_plan(self._tensorrt, logger, plan, shape, weights, self._device)
 
-    def serialise(self, shape: Shape) -> bytes:
-        """The plan for batches of ``shape``, built if need be; valid for these libraries and this GPU model only.
+    def plan(self, shape: Shape) -> bytes:
+        """The plan for batches of ``shape``, built if none is kept for these libraries and this GPU model.
 
         Raises:
             BackendError: TensorRT cannot build it, or the batch is too large.
@@ -133,30 +117,41 @@ class TensorRtBackend:
                 found=f"{shape[0]}",
                 remedy="choose a smaller --batch",
             )
-        if shape not in self._plans:
-            with explained(f"build a plan for batches of {shape}"):
-                self._plans[shape] = self._build(shape)
-        return self._plans[shape]
+        key = {
+            "what": "tensorrt plan",
+            "model": self._bundle.card.name,
+            "sha256": self._bundle.sha256,
+            "shape": list(shape),
+            "precision": self.precision,
+            "gpu": self._device.model,
+            "versions": {"tensorrt": self.version, "torch": torch.__version__},
+        }
 
-    def _build(self, shape: Shape) -> bytes:
+        def make(folder: Path) -> None:
+            with explained(f"build a plan for batches of {shape}"):
+                (folder / _FILE).write_bytes(self._build(shape, folder / "timings.bin"))
+
+        return (self._artefacts.get(key, make) / _FILE).read_bytes()
+
+    def _build(self, shape: Shape, timings: Path) -> bytes:
         batch, *rest = shape
         # One more than asked for where only one is: a profile of one shape would make the batch a constant.
         largest = (max(batch, 2), *rest)
         profile = self._torch_tensorrt.Input(min_shape=(1, *rest), opt_shape=shape, max_shape=largest, dtype=torch.half)
-        program = export_half(self._bundle, (rest[1], rest[2]))
-        with tempfile.TemporaryDirectory() as folder, _quiet():
+        program = export_half(self._bundle, (rest[1], rest[2]), self._device)
+        with _quiet():
             plan = self._torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
                 program,
                 arg_inputs=[profile],
                 require_full_compilation=True,
                 optimization_level=3,
-                timing_cache_path=str(self._timing_cache or Path(folder) / "timing.bin"),
+                timing_cache_path=str(timings),
             )
         return bytes(plan)
 
 
-class TensorRtModel:
-    """A plan that is ready to run at one batch shape.
+def load_plan(tensorrt: Any, logger: Any, plan: bytes, shape: Shape, weights: int, device: Device) -> GraphedHalf:
+    """A plan made ready to run at one batch shape.
 
     Args:
         tensorrt: the module.
@@ -164,49 +159,40 @@ class TensorRtModel:
         plan: what TensorRT built.
         shape: (N, C, H, W) of every batch.
         weights: number of weights in the network, to tell fp16 from fp32.
+        device: that computes.
 
     Raises:
         BackendError: the engine is not in fp16.
         Exception: the plan cannot be loaded or run here.
     """
+    runtime = tensorrt.Runtime(logger)
+    engine = given(runtime.deserialize_cuda_engine(plan), "deserialize_cuda_engine")
+    pixels, logits = _tensor_names(tensorrt, engine)
+    _demand_half(tensorrt, engine, weights)
+    context = given(engine.create_execution_context(), "create_execution_context")
+    demand(context.set_input_shape(pixels, shape), "set_input_shape")
+    n, k, height, width = context.get_tensor_shape(logits)
+    buffers = GraphedHalf(shape, (n, k, height, width), device)
+    demand(context.set_tensor_address(pixels, buffers.pixels.data_ptr()), "set_tensor_address")
+    demand(context.set_tensor_address(logits, buffers.logits.data_ptr()), "set_tensor_address")
+    # A tuple is taken down from its end: nothing outlives what it was made from.
+    kept = (runtime, engine, context)
 
-    def __init__(self, tensorrt: Any, logger: Any, plan: bytes, shape: Shape, weights: int) -> None:
-        runtime = tensorrt.Runtime(logger)
-        engine = given(runtime.deserialize_cuda_engine(plan), "deserialize_cuda_engine")
-        pixels, logits = _tensor_names(tensorrt, engine)
-        _demand_half(tensorrt, engine, weights)
-        context = given(engine.create_execution_context(), "create_execution_context")
-        demand(context.set_input_shape(pixels, shape), "set_input_shape")
-        n, k, height, width = context.get_tensor_shape(logits)
-        self._buffers = cuda.GraphedHalf(shape, (n, k, height, width))
-        # A tuple is taken down from its end: nothing outlives what it was made from.
-        self._kept = (runtime, engine, context)
-        demand(context.set_tensor_address(pixels, self._buffers.pixels.data_ptr()), "set_tensor_address")
-        demand(context.set_tensor_address(logits, self._buffers.logits.data_ptr()), "set_tensor_address")
+    def launch(stream: int) -> None:
+        demand(kept[-1].execute_async_v3(stream), "execute_async_v3")
 
-        # Not a method: a cycle would hold the device's memory until the collector comes round.
-        def enqueue(stream: int) -> None:
-            demand(context.execute_async_v3(stream), "execute_async_v3")
-
-        self._buffers.capture(enqueue)
-
-    def __call__(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """As `CompiledModel`."""
-        return self._buffers(batch)
-
-    def run_plain(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The same without the CUDA graph, to compare the two."""
-        return self._buffers(batch, plain=True)
+    buffers.capture(launch)
+    return buffers
 
 
-def export_half(bundle: Bundle, sides: tuple[int, int]) -> ExportedProgram:
+def export_half(bundle: Bundle, sides: tuple[int, int], device: Device) -> ExportedProgram:
     """The network in float16 on the device, batch norm folded, for batches (1 to 64, C, *sides).
 
     Its logits are not clamped: what TensorRT's clamp makes of NaN is not laid down, and NaN is how an overflow is seen.
     """
-    network = _with_plain_clamps(fold_batch_norm(build_torch_network(bundle))).half().to(cuda.DEVICE)
+    network = _with_plain_clamps(fold_batch_norm(build_torch_network(bundle))).half().to(device.place)
     # An example of batch 1 would be taken for a constant.
-    example = torch.zeros(2, bundle.card.channels, *sides, dtype=torch.half, device=cuda.DEVICE)
+    example = torch.zeros(2, bundle.card.channels, *sides, dtype=torch.half, device=device.place)
     batch = Dim("batch", min=1, max=_LARGEST_BATCH)
     with torch.no_grad(), _quiet():
         return torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
