@@ -1,11 +1,16 @@
-"""The backends and compiled models of a run: each made once, kept, and its time counted."""
+"""The backends and compiled models of a process: made once, kept, used by one thread at a time, their time counted."""
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cellseg_batch.engine.artefacts import Artefacts
 from cellseg_batch.engine.backends.backend import Backend, CompiledModel, Shape
@@ -16,10 +21,16 @@ from cellseg_batch.engine.settings import RACE_TILE, Settings
 from cellseg_batch.trainer.bundle import Bundle
 
 _MOST_PROBES = 4
+# Compiled models are kept while their batches are no larger together than this, in px: two large tiles, or the many
+# shapes of a folder of small images.
+_KEPT_AREA = 2 * RACE_TILE**2
+
+# A compiled model and its input, (N, C, H, W) float32.
+Device = tuple[CompiledModel, NDArray[np.float32]]
 
 
 class Engines:
-    """Makes and keeps what the slides of a run share.
+    """Makes and keeps what the slides of a run share in one process.
 
     Args:
         bundle: the model.
@@ -30,6 +41,7 @@ class Engines:
         chosen: the backend of every slide that was not begun with another one.
         certificate: the race that it won; None if there was nothing to choose.
         seconds: spent on choosing, compiling and warming up.
+        turn: held by the thread that uses a compiled model.
 
     Raises:
         BackendError: no backend can do what was asked.
@@ -38,6 +50,7 @@ class Engines:
     def __init__(self, bundle: Bundle, settings: Settings, racing: Callable[[], None] = lambda: None) -> None:
         self.bundle = bundle
         self.seconds = 0.0
+        self.turn = threading.RLock()
         self._threads = settings.threads or cores()
         self._artefacts = Artefacts()
         with self.counted():
@@ -52,7 +65,7 @@ class Engines:
                 winner = best.backend, best.precision
             self.chosen = make_backend(bundle, *winner, self._threads, self._artefacts)
         self._backends = {(self.chosen.name, self.chosen.precision, 1): self.chosen}
-        self._compiled: tuple[Backend, Shape, CompiledModel] | None = None
+        self._devices: dict[tuple[Backend, Shape], Device] = {}
         self._probes: dict[tuple[Backend, Shape], CompiledModel] = {}
 
     @contextmanager
@@ -71,11 +84,12 @@ class Engines:
             BackendError: it is not to be had here.
         """
         key = (name, precision, shrink)
-        if key not in self._backends:
-            with self.counted():
-                bundle = self.bundle.shrunk(shrink)
-                self._backends[key] = make_backend(bundle, name, precision, self._threads, self._artefacts)
-        return self._backends[key]
+        with self.turn:
+            if key not in self._backends:
+                with self.counted():
+                    bundle = self.bundle.shrunk(shrink)
+                    self._backends[key] = make_backend(bundle, name, precision, self._threads, self._artefacts)
+            return self._backends[key]
 
     def shrunk(self, backend: Backend, factor: int) -> Backend:
         """The same library and precision, for images shrunk by ``factor``."""
@@ -90,16 +104,32 @@ class Engines:
         name = (backend.name, backend.precision)
         return content | next((row for row in rows if (row["backend"], row["precision"]) == name), {})
 
-    def compiled(self, backend: Backend, shape: Shape) -> CompiledModel:
-        """The model compiled for a batch shape; only the last one is kept, as each holds its own memory."""
-        if self._compiled is None or self._compiled[0] is not backend or self._compiled[1] != shape:
-            self._compiled = None
-            with self.counted():
-                self._compiled = (backend, shape, backend.compile(shape))
-        return self._compiled[2]
+    @contextmanager
+    def device(self, backend: Backend, shape: Shape) -> Iterator[Device]:
+        """The model compiled for a batch shape, for this thread alone while the context lasts."""
+        with self.turn:
+            key = (backend, shape)
+            device = self._devices.pop(key, None)
+            if device is None:
+                self._make_room(shape)
+                with self.counted():
+                    device = backend.compile(shape), np.zeros(shape, np.float32)
+            self._devices[key] = device  # the last one used comes last
+            yield device
+
+    def _make_room(self, shape: Shape) -> None:
+        """Let go of the models that were not used for longest: each holds memory of its own."""
+        areas = {key: math.prod(key[1]) // key[1][1] for key in self._devices}
+        room = _KEPT_AREA - math.prod(shape) // shape[1]
+        for key in areas:
+            if sum(areas[one] for one in self._devices) > room:
+                del self._devices[key]
 
     def probe(self, backend: Backend, shape: Shape) -> CompiledModel:
-        """The model compiled for windows that show how large nuclei are: small, so a few are kept."""
+        """The model compiled for windows that show how large nuclei are: small, so a few are kept.
+
+        To be asked for and used while ``turn`` is held.
+        """
         key = (backend, shape)
         if key not in self._probes:
             if len(self._probes) >= _MOST_PROBES:

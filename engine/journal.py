@@ -54,6 +54,13 @@ class Journal:
         """Numbers of the items of ``part`` that are on disk."""
         return {int(path.stem) for path in (self.folder / part).glob("*/*.json")}
 
+    def missing(self, part: str, count: int) -> Iterator[int]:
+        """Numbers below ``count`` of the items of ``part`` that are not on disk, looked up as they are asked for."""
+        for first in range(0, count, _BUCKET):
+            bucket = self.folder / part / str(first // _BUCKET)
+            done = {int(path.stem) for path in bucket.glob("*.json")}
+            yield from (number for number in range(first, min(first + _BUCKET, count)) if number not in done)
+
     def finished(self) -> dict[str, Any] | None:
         """The closing record, None while the output is incomplete."""
         return _load(self.folder / "finished.json")

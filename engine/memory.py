@@ -1,8 +1,11 @@
-"""What a plan will need of host memory at most."""
+"""What a plan will need of host memory at most, and blocks that wait until there is room for them."""
 
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -27,3 +30,24 @@ def block_memory(slide: Slide, level: int, channels: int, grid: BlockGrid, proba
     written = math.prod(grid.block_shape) * (2 if probability else 1)
     # The encoder holds its input, the chunks that it cut out of it and the shard that it builds.
     return math.prod(sides.values()) * itemsize + decoding + 3 * written
+
+
+class Room:
+    """Host memory that the blocks in flight of one process share, so that slides with large blocks take turns."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, nbytes: int, limit: int | None) -> Iterator[None]:
+        """Hold ``nbytes``, once they fit below ``limit`` together with what others hold; alone they always do."""
+        with self._changed:
+            self._changed.wait_for(lambda: limit is None or not self.taken or self.taken + nbytes <= limit)
+            self.taken += nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.taken -= nbytes
+                self._changed.notify_all()

@@ -1,88 +1,103 @@
 """The path of the data: slide -> blocks -> tiles -> batch -> model -> stitch -> writer -> journal.
 
-`segment_block` is the whole story; every other room is called from it.
+`segment_block` is the whole story of a block, `passes_of` that of a slide; every other room is called from here or
+calls these.  What lies here runs in a worker, which may be a process on another machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from cellseg_batch.engine.errors import SlideError
-from cellseg_batch.engine.geometry import Block, Box
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.plan import SlidePlan
 from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.runner import Runner
-from cellseg_batch.engine.scheduler import run_tasks
 from cellseg_batch.engine.stages import StageClock
-from cellseg_batch.engine.writer import ImageWriter
+from cellseg_batch.engine.writer import ImageWriter, lay_out
 
-_BLOCKS, _LEVELS = "blocks", "levels"
+BLOCKS = "blocks"
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Pipeline:
-    """The rooms that one slide's blocks pass through."""
+class OpenSlide:
+    """The rooms that one slide's pixels pass through, open in this process.
+
+    Attributes:
+        plan: how the slide is processed.
+        reader: of the image.
+        runner: the model for one block at a time, as a context.
+        labels, probability: what is written; no probability unless asked for.
+        journal: of the output.
+        clock: of the process.
+    """
 
     plan: SlidePlan
     reader: SlideReader
-    runner: Runner
+    runner: Callable[[], AbstractContextManager[Runner]]
     labels: ImageWriter
     probability: ImageWriter | None
     journal: Journal
     clock: StageClock
-    on_pixels: Callable[[int], None]
 
-    def segment_block(self, block: Block) -> SlideError | None:
-        """Read, segment and write one block, then say so in the journal; the error if that failed."""
-        try:
-            with self.clock.stage("read"):
-                pixels = self.reader.read(block.plane, block.read_box)
-            result = self.runner.segment(pixels, block)
-            with self.clock.stage("write"):
-                self.labels.write(0, block.plane, block.box, result.mask)
-                if self.probability is not None and result.probability is not None:
-                    self.probability.write(0, block.plane, block.box, result.probability)
-                record = {"foreground": result.foreground, "missing": result.missing}
-                self.journal.record(_BLOCKS, block.index, record)
-        except SlideError as error:
-            return error
-        self.on_pixels(block.box.area)
-        return None
+    @property
+    def images(self) -> Iterator[ImageWriter]:
+        """Everything that is written."""
+        return (image for image in (self.labels, self.probability) if image is not None)
 
-    def run(self, workers: int) -> list[SlideError]:
-        """Segment every block that is not on disk yet, then build the pyramid; what failed comes back."""
-        done = self.journal.numbers(_BLOCKS)
-        waiting = (self.plan.grid[index] for index in range(len(self.plan.grid)) if index not in done)
-        failures = [error for error in run_tasks(self.segment_block, waiting, workers) if error is not None]
-        if not failures:
-            self._build_pyramid(workers)
-        return failures
 
-    def totals(self) -> tuple[int, int]:
-        """(foreground pixels, NaN in the input) of every finished block."""
-        records = [record for _, record in self.journal.records(_BLOCKS)]
-        return sum(one["foreground"] for one in records), sum(one["missing"] for one in records)
+@dataclass(frozen=True)
+class Pass:
+    """One round over a slide: tasks that do not depend on each other, but on all of the pass before.
 
-    def pixels_done(self) -> int:
-        """Pixels of the blocks that are on disk."""
-        return sum(self.plan.grid[index].box.area for index in self.journal.numbers(_BLOCKS))
+    Attributes:
+        part: of the journal, one record per finished task.
+        count: number of tasks.
+        task: does task ``number`` and returns its record.
+    """
 
-    def _build_pyramid(self, workers: int) -> None:
-        for level in range(1, len(self.labels.layout.shapes)):
-            part = f"{_LEVELS}/{level}"
-            done = self.journal.numbers(part)
+    part: str
+    count: int
+    task: Callable[[OpenSlide, int], Record]
 
-            def build(task: tuple[int, tuple[int, Box]], level: int = level, part: str = part) -> None:
-                number, (plane, box) = task
-                with self.clock.stage("pyramid"):
-                    self.labels.shrink(level, plane, box)
-                    if self.probability is not None:
-                        self.probability.shrink(level, plane, box)
-                    self.journal.record(part, number, {})
 
-            boxes = enumerate(self.labels.shard_boxes(level))
-            waiting = (task for task in boxes if task[0] not in done)
-            for _ in run_tasks(build, waiting, workers):
-                pass
+def passes_of(plan: SlidePlan) -> Iterator[Pass]:
+    """The passes over a slide, in order."""
+    yield Pass(BLOCKS, len(plan.grid), segment_block)
+    layout = lay_out(plan.slide, plan.level.level, plan.grid, plan.place.zarr_format)
+    for level in range(1, len(layout.shapes)):
+        yield Pass(f"levels/{level}", layout.shard_count(level), partial(build_shard, level))
+
+
+def segment_block(slide: OpenSlide, number: int) -> Record:
+    """Read, segment and write one block."""
+    block = slide.plan.grid[number]
+    with slide.clock.stage("read"):
+        pixels = slide.reader.read(block.plane, block.read_box)
+    with slide.runner() as runner:
+        result = runner.segment(pixels, block)
+    with slide.clock.stage("write"):
+        slide.labels.write(0, block.plane, block.box, result.mask)
+        if slide.probability is not None and result.probability is not None:
+            slide.probability.write(0, block.plane, block.box, result.probability)
+    return {"foreground": result.foreground, "missing": result.missing}
+
+
+def build_shard(level: int, slide: OpenSlide, number: int) -> Record:
+    """Shrink one shard of a level of the pyramid from the level above it."""
+    with slide.clock.stage("pyramid"):
+        for image in slide.images:
+            image.shrink(level, *image.layout.shard_box(level, number))
+    return {}
+
+
+def totals(journal: Journal) -> tuple[int, int]:
+    """(foreground pixels, NaN in the input) of every finished block."""
+    foreground = missing = 0
+    for _, record in journal.records(BLOCKS):
+        foreground, missing = foreground + record["foreground"], missing + record["missing"]
+    return foreground, missing

@@ -56,6 +56,14 @@ class Place:
         """The probability image on disk."""
         return self.companion / self.probability
 
+    def folders(self, probability: bool) -> list[Path]:
+        """The image groups that are written, on disk."""
+        return [self.labels_folder, self.probability_folder] if probability else [self.labels_folder]
+
+    def stores(self, probability: bool) -> set[Path]:
+        """The zarr hierarchies that are written to."""
+        return {self.store, self.companion} if probability else {self.store}
+
     @property
     def journal(self) -> Path:
         """Folder of the journal, beside the store: a foreign folder inside it would trouble readers."""

@@ -89,6 +89,29 @@ class SlidePlan:
         }
 
 
+@dataclass(frozen=True)
+class SlideJob:
+    """All that any worker process needs to know to work on a slide; small, and no pixels.
+
+    Attributes:
+        plan: how the slide is processed.
+        backend: name, precision and version of the library that computes it.
+        block_bytes: host memory that one block holds at most.
+        room_bytes: host memory that all blocks in flight of one process may hold; None is no limit.
+        workers: blocks in flight in one process.
+        peak_bytes: host memory that the process will need at most.
+        done: pixels that are on disk already.
+    """
+
+    plan: SlidePlan
+    backend: tuple[str, str, str]
+    block_bytes: int
+    room_bytes: int | None
+    workers: int
+    peak_bytes: int
+    done: int
+
+
 def pick_margin(settings: Settings, card: Card) -> int:
     """The margin in px: the one asked for, the network's own reach for ``exact``, else the card's."""
     if settings.margin is None:

@@ -40,6 +40,10 @@ class SlideReader:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
         if self.slide.format == "tiff":
             self._array.store.close()
 

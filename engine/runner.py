@@ -1,11 +1,7 @@
-"""Run the tiles of a block through the compiled model: gather, model, stitch, batch by batch.
-
-One block at a time uses the device; others are being read or written meanwhile.
-"""
+"""Run the tiles of a block through the compiled model: gather, model, stitch, batch by batch."""
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.backends.backend import CompiledModel, Shape
+from cellseg_batch.engine.backends.backend import CompiledModel
 from cellseg_batch.engine.errors import ComputeError
 from cellseg_batch.engine.geometry import Block, Box, Lattice, Tile, reflect
 from cellseg_batch.engine.normalise import Bounds
@@ -40,11 +36,12 @@ class BlockResult:
 
 
 class Runner:
-    """Segments blocks of one slide.
+    """Segments blocks of one slide, one at a time: model and batch are its own meanwhile.
 
     Args:
-        model: compiled for ``shape``.
-        shape: (N, C, T_y, T_x) of every batch; the last one of a block is padded with what it held before.
+        model: compiled for the batch's shape.
+        batch: (N, C, T_y, T_x) float32 that tiles are gathered into; the last one of a block is padded with what it
+            held before.
         lattice: of the slide.
         bounds: of the slide.
         threshold: probability above which a pixel is foreground.
@@ -55,7 +52,7 @@ class Runner:
     def __init__(
         self,
         model: CompiledModel,
-        shape: Shape,
+        batch: NDArray[np.float32],
         lattice: Lattice,
         bounds: Bounds,
         threshold: float,
@@ -68,8 +65,7 @@ class Runner:
         self._threshold = logit_threshold(threshold)
         self._probability = probability
         self._clock = clock
-        self._batch = np.zeros(shape, np.float32)
-        self._device = threading.Lock()
+        self._batch = batch
 
     def segment(self, pixels: NDArray[Any], block: Block) -> BlockResult:
         """Segment ``block`` from the pixels (C, h, w) of its read box.
@@ -80,16 +76,15 @@ class Runner:
         mask = np.empty(block.box.shape, np.uint8)
         probability = np.empty(block.box.shape, np.uint8) if self._probability else None
         foreground = undefined = 0
-        with self._device:
-            tiles = iter(block.tiles)
-            while batch := list(islice(tiles, len(self._batch))):
-                logits = self.logits(pixels, block.read_box, batch)
-                with self._clock.stage("stitch"):
-                    places = core_places(batch, block.box)
-                    counts = stitch_mask(logits, places, self._threshold, mask)
-                    foreground, undefined = foreground + counts[0], undefined + counts[1]
-                    if probability is not None:
-                        stitch_probability(logits, places, probability)
+        tiles = iter(block.tiles)
+        while batch := list(islice(tiles, len(self._batch))):
+            logits = self.logits(pixels, block.read_box, batch)
+            with self._clock.stage("stitch"):
+                places = core_places(batch, block.box)
+                counts = stitch_mask(logits, places, self._threshold, mask)
+                foreground, undefined = foreground + counts[0], undefined + counts[1]
+                if probability is not None:
+                    stitch_probability(logits, places, probability)
         if undefined:
             raise ComputeError(
                 f"block {block.index}",

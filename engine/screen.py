@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a line per slide and a progress bar with rate and time left.
+"""What a person sees while a run goes on: a line per slide and one progress bar with rate and time left.
 
 Nothing moves on the screen when the output is not a terminal.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -38,7 +37,9 @@ class Screen:
         self.console = console
         self._verbosity = verbosity
         self._images = 0
-        self._described = 0
+        self._planned = 0
+        self._planned_pixels = 0
+        self._ended = 0
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -72,12 +73,14 @@ class Screen:
 
     def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: int) -> None:
         """A slide is about to start."""
-        name = escape(f"{number + 1}/{self._images} {plan.slide.name}")
-        self._bar.reset(self._task, total=plan.pixels, completed=done, description=name)
-        self._described += 1
-        if self._verbosity >= 1 or (self._verbosity == 0 and self._described <= _FEW_IMAGES):
+        self._planned += 1
+        self._planned_pixels += plan.pixels
+        # The images to come are taken to be as large as those so far.
+        self._bar.update(self._task, total=self._planned_pixels * self._images / self._planned)
+        self._bar.advance(self._task, done)
+        if self._verbosity >= 1 or (self._verbosity == 0 and self._planned <= _FEW_IMAGES):
             self.console.print(Text(describe(plan, peak_bytes)), soft_wrap=True)
-        elif self._verbosity == 0 and self._described == _FEW_IMAGES + 1:
+        elif self._verbosity == 0 and self._planned == _FEW_IMAGES + 1:
             self.console.print("... (-v describes every image)")
 
     def advanced(self, pixels: int) -> None:
@@ -86,6 +89,8 @@ class Screen:
 
     def ended(self, report: SlideReport) -> None:
         """A slide is done, failed or skipped."""
+        self._ended += 1
+        self._bar.update(self._task, description=f"{self._ended}/{self._images} images")
         if self._verbosity >= 1:
             reason = f" ({report.reason})" if report.reason else ""
             self.console.print(Text(f"{report.status}: {report.path}{reason}"), soft_wrap=True)

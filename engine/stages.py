@@ -56,3 +56,15 @@ class StageClock:
                 self.seconds[name] += end - start
                 if self._keep:
                     self.intervals.append(Interval(name, threading.get_native_id(), start, end))
+
+    def drain(self) -> dict[str, float]:
+        """What was added up since the last call, which then counts no more here: a worker hands it to the run."""
+        with self._lock:
+            drained, self.seconds = self.seconds, dict.fromkeys(STAGES, 0.0)
+        return drained
+
+    def add(self, seconds: dict[str, float]) -> None:
+        """Count what a clock has drained."""
+        with self._lock:
+            for name, more in seconds.items():
+                self.seconds[name] += more

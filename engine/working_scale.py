@@ -71,7 +71,7 @@ def _masks(plan: SlidePlan, engines: Engines, factor: int, reader: SlideReader) 
     stride = engines.bundle.card.total_stride * factor
     height, width = (min(_WINDOW // stride, -(-length // stride)) * stride for length in plan.grid.lattice.shape)
     shape = (1, plan.shape[1], height, width)
-    model, tile = engines.probe(backend, shape), np.empty(shape, np.float32)
+    tile = np.empty(shape, np.float32)
     limit = logit_threshold(plan.threshold)
     for plane, box in product((plan.grid.planes // 2,), _windows(plan.grid.lattice.shape)):
         try:
@@ -80,7 +80,9 @@ def _masks(plan: SlidePlan, engines: Engines, factor: int, reader: SlideReader) 
             continue
         rows, columns = (reflect(0, side, length)[None] for side, length in zip(shape[2:], box.shape, strict=True))
         gather(pixels, rows, columns, plan.bounds.low, plan.bounds.scale, tile)
-        yield model(tile)[0, 0, factor // 2 :: factor, factor // 2 :: factor] > limit
+        with engines.turn:
+            mask = engines.probe(backend, shape)(tile)[0, 0, factor // 2 :: factor, factor // 2 :: factor] > limit
+        yield mask
 
 
 def _windows(shape: tuple[int, int]) -> list[Box]:

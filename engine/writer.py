@@ -7,6 +7,7 @@ models, tiles or the journal.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import warnings
@@ -57,6 +58,21 @@ class Layout:
         """(chunks, shards) of a level for every axis; t and z are never stored together."""
         ones = (1,) * (len(self.axes) - 2)
         return (*ones, *self.chunks), (*ones, *self.shards[level])
+
+    def shard_count(self, level: int) -> int:
+        """Number of shards of a level, in all planes."""
+        return math.prod(self._shard_grid(level))
+
+    def shard_box(self, level: int, number: int) -> tuple[int, Box]:
+        """(plane, box) of a shard of a level, numbered plane by plane in raster order."""
+        plane, row, column = (int(i) for i in np.unravel_index(number, self._shard_grid(level)))
+        (height, width), (shard_h, shard_w) = self.shapes[level][-2:], self.shards[level]
+        y, x = row * shard_h, column * shard_w
+        return plane, Box(y, x, min(y + shard_h, height), min(x + shard_w, width))
+
+    def _shard_grid(self, level: int) -> tuple[int, int, int]:
+        *planes, height, width = self.shapes[level]
+        return math.prod(planes), -(-height // self.shards[level][0]), -(-width // self.shards[level][1])
 
 
 def lay_out(slide: Slide, level: int, grid: BlockGrid, zarr_format: Literal[2, 3]) -> Layout:
@@ -140,15 +156,6 @@ class ImageWriter:
             array[place] = pixels
             for key in self._files(level, plane, box):
                 _sync(self.folder / str(level) / key)
-
-    def shard_boxes(self, level: int) -> Iterator[tuple[int, Box]]:
-        """(plane, box) of every shard of a level, in order."""
-        *planes, height, width = self.layout.shapes[level]
-        shard_h, shard_w = self.layout.shards[level]
-        for plane in range(int(np.prod(planes))):
-            for y in range(0, height, shard_h):
-                for x in range(0, width, shard_w):
-                    yield plane, Box(y, x, min(y + shard_h, height), min(x + shard_w, width))
 
     def shrink(self, level: int, plane: int, box: Box) -> None:
         """Fill ``box`` of a level of the pyramid with the nearest pixels of the level above it.

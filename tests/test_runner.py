@@ -31,7 +31,7 @@ def run_blocks(image, lattice, block, batch, reach):
     """The mask of a whole image, block by block."""
     mask = np.full(image.shape[1:], 9, np.uint8)
     shape = (batch, 3, *lattice.tile)
-    runner = Runner(Filter(reach), shape, lattice, Bounds(0.0, 255.0), 0.51, False, StageClock())
+    runner = Runner(Filter(reach), np.zeros(shape, np.float32), lattice, Bounds(0.0, 255.0), 0.51, False, StageClock())
     for one in lay_blocks(lattice, block):
         pixels = image[(slice(None), *one.read_box.slices())]
         result = runner.segment(pixels, one)
@@ -76,7 +76,9 @@ def test_exact_margin_makes_a_real_network_seamless(tiny_bundle, height, width, 
     backend = TorchBackend(tiny_bundle, "fp32", threads=1)
     image = np.random.default_rng(width).integers(0, 256, (3, height, width), dtype=np.uint8)
     shape = (1, 3, *lattice.tile)
-    runner = Runner(backend.compile(shape), shape, lattice, Bounds(0, 255), 0.5, False, StageClock())
+    runner = Runner(
+        backend.compile(shape), np.zeros(shape, np.float32), lattice, Bounds(0, 255), 0.5, False, StageClock()
+    )
     grid = lay_blocks(lattice, 10**6)
     margin, (rows, columns) = card.exact_margin, lattice.grid
     reach = [(margin, rows * lattice.core[0] - height + margin), (margin, columns * lattice.core[1] - width + margin)]

@@ -26,8 +26,8 @@ def fill(slide, grid, writer, truth):
     for block in grid:
         writer.write(0, block.plane, block.box, truth[(block.plane, *block.box.slices())])
     for level in range(1, len(writer.layout.shapes)):
-        for plane, box in writer.shard_boxes(level):
-            writer.shrink(level, plane, box)
+        for number in range(writer.layout.shard_count(level)):
+            writer.shrink(level, *writer.layout.shard_box(level, number))
 
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
@@ -69,7 +69,8 @@ def test_no_two_blocks_share_a_file(tmp_path, version):
     every = [file for one in files for file in one]
     assert len(every) == len(set(every))
     for level in range(1, len(writer.layout.shapes)):
-        every = [file for plane, box in writer.shard_boxes(level) for file in writer._files(level, plane, box)]
+        shards = [writer.layout.shard_box(level, number) for number in range(writer.layout.shard_count(level))]
+        every = [file for plane, box in shards for file in writer._files(level, plane, box)]
         assert len(every) == len(set(every))
     writer.write(0, 0, grid[0].box, np.ones(grid[0].box.shape, np.uint8))
     assert all((writer.folder / "0" / file).exists() for file in files[0])

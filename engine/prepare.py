@@ -1,0 +1,184 @@
+"""Before a slide's first block and after its last one: what is there already, plan, outputs; and the closing entry.
+
+Both are tasks for any worker, as blocks are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cellseg_batch.engine.backends.backend import Backend
+from cellseg_batch.engine.engines import Engines
+from cellseg_batch.engine.errors import OutputError
+from cellseg_batch.engine.journal import Journal
+from cellseg_batch.engine.memory import block_memory
+from cellseg_batch.engine.pipeline import BLOCKS, totals
+from cellseg_batch.engine.place import Place
+from cellseg_batch.engine.plan import SlideJob, SlidePlan, adopt_manifest, plan_slide
+from cellseg_batch.engine.reader import SlideReader
+from cellseg_batch.engine.report import SlideReport
+from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.slides.slide import Slide
+from cellseg_batch.engine.worker import Worker
+from cellseg_batch.engine.working_scale import settle_shrink, shrink_plan
+from cellseg_batch.engine.writer import ImageWriter, lay_out, list_label
+
+
+@dataclass(frozen=True)
+class Request:
+    """A slide, where its output goes, and what was asked for."""
+
+    slide: Slide
+    place: Place
+    settings: Settings
+
+
+def prepare_slide(worker: Worker, request: Request) -> SlideJob | SlideReport:
+    """Settle all that decides a slide's pixels and make its output; a report if it was finished before.
+
+    Raises:
+        SlideError: it cannot be processed as asked.
+    """
+    slide, place, settings, engines = request.slide, request.place, request.settings, worker.engines
+    journal = Journal(place.journal)
+    begun = _begun(request, journal)
+    plan = plan_slide(slide, place, settings, engines.bundle.card, begun)
+    if begun is not None:
+        factor, finished = settings.shrink or int(begun["shrink"]), journal.finished()
+        plan, backend = (
+            shrink_plan(plan, settings, engines.bundle, factor),
+            _backend_of(begun, settings, engines, factor),
+        )
+        plan = adopt_manifest(plan, begun, _manifest(plan, engines, backend), finished is not None)
+        if finished is not None:
+            return describe(plan, "skipped", (finished["foreground"], finished["missing"]), "finished before")
+    reader = SlideReader(slide, plan.level.level, plan.channels.indices)
+    try:
+        if begun is None:
+            factor = settle_shrink(plan, settings, engines, reader)
+            plan = shrink_plan(plan, settings, engines.bundle, factor)
+            backend = engines.shrunk(engines.chosen, factor)
+        worker.warm_up(plan, backend, reader)
+        job = _fit_memory(plan, backend, settings, worker.held, begun is not None)
+        if begun is None:
+            _create_outputs(job.plan, engines, backend, journal)
+        else:
+            job = replace(job, done=sum(plan.grid[index].box.area for index in journal.numbers(BLOCKS)))
+    except BaseException:
+        reader.close()
+        raise
+    worker.keep_open(job, reader)
+    return job
+
+
+def finish_slide(worker: Worker, job: SlideJob) -> SlideReport:
+    """List the label, now that it is complete, and close the journal."""
+    place, journal = job.plan.place, Journal(job.plan.place.journal)
+    foreground, missing = totals(journal)
+    list_label(place.store, place.labels.rpartition("/")[0], place.name, place.zarr_format)
+    journal.finish({"foreground": foreground, "missing": missing})
+    return replace(describe(job.plan, "done", (foreground, missing)), pixels=job.plan.pixels - job.done)
+
+
+def describe(plan: SlidePlan, status: str, counts: tuple[int, int], reason: str = "") -> SlideReport:
+    """The report of a slide whose blocks are all on disk.
+
+    Args:
+        plan: of the slide.
+        status: done or skipped.
+        counts: foreground pixels, and NaN in the input.
+        reason: why it was skipped.
+    """
+    slide, level = plan.slide, plan.level.level
+    foreground, missing = counts
+    return SlideReport(
+        path=slide.location,
+        status=status,
+        reason=reason,
+        labels=str(plan.place.labels_folder),
+        shape=lay_out(slide, level, plan.grid, plan.place.zarr_format).shapes[0],
+        level=level,
+        pixel_size_um=plan.level.pixel_size_um,
+        blocks=len(plan.grid),
+        tiles=plan.tiles,
+        foreground_fraction=foreground / plan.pixels,
+        missing_pixels=missing,
+        shrink=plan.shrink,
+    )
+
+
+def _begun(request: Request, journal: Journal) -> dict[str, Any] | None:
+    """The manifest of this run's own earlier work, None when there is nothing to go on with.
+
+    Raises:
+        OutputError: something of that name is there and is not this run's own.
+    """
+    place, settings = request.place, request.settings
+    manifest = journal.manifest()
+    folders = place.folders(settings.probability)
+    there = [folder for folder in folders if folder.exists()]
+    if settings.overwrite or not there:
+        return None
+    if manifest is None:
+        raise OutputError(
+            str(there[0]),
+            expected="nothing of that name, or this run's own unfinished work",
+            found="an image without a journal",
+            cause="it was written by something else",
+            remedy="choose another --name, or --overwrite to replace it",
+        )
+    return manifest if there == folders and journal.numbers("created") else None
+
+
+def _backend_of(begun: dict[str, Any], settings: Settings, engines: Engines, factor: int) -> Backend:
+    """The backend that an earlier run was begun with, as far as the user did not ask for another one."""
+    chosen, used = engines.chosen, begun["backend"]
+    return engines.backend(
+        used["name"] if settings.backend == "auto" else chosen.name,
+        used["precision"] if settings.precision == "auto" else chosen.precision,
+        factor,
+    )
+
+
+def _manifest(plan: SlidePlan, engines: Engines, backend: Backend) -> dict[str, Any]:
+    return plan.manifest(engines.bundle.shrunk(plan.shrink), backend)
+
+
+def _create_outputs(plan: SlidePlan, engines: Engines, backend: Backend, journal: Journal) -> None:
+    place, manifest = plan.place, _manifest(plan, engines, backend)
+    journal.start(manifest)
+    provenance = {**manifest, "certificate": engines.certificate_of(backend)}
+    layout = lay_out(plan.slide, plan.level.level, plan.grid, place.zarr_format)
+    ImageWriter(place.store, place.labels, layout).create(place.source, is_label=True, provenance=provenance)
+    if plan.probability:
+        probability = ImageWriter(place.companion, place.probability, layout)
+        probability.create(None, is_label=False, provenance=provenance)
+    journal.record("created", 0, {})
+
+
+def _fit_memory(plan: SlidePlan, backend: Backend, settings: Settings, held: int, resumed: bool) -> SlideJob:
+    """The plan with blocks that stay under ``--max-memory`` beside ``held`` bytes; a resumed plan keeps its blocks.
+
+    Raises:
+        OutputError: not even one small block at a time does.
+    """
+    limit = settings.max_memory
+    while True:
+        block = block_memory(plan.slide, plan.level.level, len(plan.channels.indices), plan.grid, plan.probability)
+        workers = settings.workers
+        if limit is not None:
+            workers = min(workers, max(1, (limit - held) // block))
+        peak = held + workers * block
+        if limit is None or peak <= limit:
+            identity = backend.name, backend.precision, backend.version
+            return SlideJob(plan, identity, block, limit and limit - held, workers, peak, done=0)
+        rows, columns = plan.grid.cores
+        if resumed or (rows, columns) == (1, 1):
+            raise OutputError(
+                plan.slide.location,
+                expected=f"a run within --max-memory {limit / 1e6:.0f} MB",
+                found=f"{held / 1e6:.0f} MB for the model and {block / 1e6:.0f} MB for one block",
+                remedy="allow more memory, or use a smaller --tile",
+            )
+        plan = replace(plan, grid=replace(plan.grid, cores=(-(-rows // 2), -(-columns // 2))))

@@ -1,0 +1,168 @@
+"""What one process keeps while tasks pass through it: compiled models, open slides, a clock.
+
+The threads of a run share the one of their process.  Sent to another process, a worker becomes that process's own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+from cellseg_batch.engine.backends.backend import Backend
+from cellseg_batch.engine.engines import Engines
+from cellseg_batch.engine.errors import OutputError, ReadError, SlideError
+from cellseg_batch.engine.geometry import lay_blocks
+from cellseg_batch.engine.journal import Journal
+from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
+from cellseg_batch.engine.memory import RUN_OVERHEAD_BYTES, Room
+from cellseg_batch.engine.pipeline import BLOCKS, OpenSlide, Pass
+from cellseg_batch.engine.plan import SlideJob, SlidePlan
+from cellseg_batch.engine.reader import SlideReader
+from cellseg_batch.engine.runner import Runner
+from cellseg_batch.engine.stages import StageClock
+from cellseg_batch.engine.writer import ImageWriter, lay_out
+
+# Slides that nothing works on stay open, as their next block is often on its way.
+_IDLE_SLIDES = 2
+
+
+@dataclass
+class Outcome:
+    """What became of some tasks of a pass.
+
+    Attributes:
+        done: numbers of those that are journalled.
+        failed: number -> error of the others.
+        pixels: newly segmented.
+        stages: busy seconds of the process since its last outcome.
+    """
+
+    done: list[int] = field(default_factory=list)
+    failed: dict[int, SlideError] = field(default_factory=dict)
+    pixels: int = 0
+    stages: dict[str, float] = field(default_factory=dict)
+
+
+class Worker:
+    """One process's models and open slides, shared by its threads.
+
+    Args:
+        engines: makes and keeps the models.
+        clock: busy seconds of the process.
+
+    Attributes:
+        held: bytes that the process holds besides what blocks need, as far as it has been seen.
+    """
+
+    def __init__(self, engines: Engines, clock: StageClock) -> None:
+        self.engines = engines
+        self.clock = clock
+        self.held = 0
+        self._room = Room()
+        self._open: OrderedDict[SlideJob, _Entry] = OrderedDict()
+        self._lock = threading.Lock()
+        self._warm: set[tuple[object, ...]] = set()
+
+    def run(self, job: SlideJob, work: Pass, number: int) -> Outcome:
+        """Do one task of a pass and journal it; a slide's failure is part of the outcome."""
+        outcome = Outcome()
+        try:
+            with self._room.take(job.block_bytes, job.room_bytes), self._opened(job) as slide:
+                record = work.task(slide, number)
+                with self.clock.stage("write"):
+                    slide.journal.record(work.part, number, record)
+            outcome.done.append(number)
+            outcome.pixels = job.plan.grid[number].box.area if work.part == BLOCKS else 0
+        except SlideError as error:
+            outcome.failed[number] = error
+        outcome.stages = self.clock.drain()
+        return outcome
+
+    def warm_up(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> None:
+        """Segment one tile, so that everything is compiled and its memory can be seen."""
+        kind = (plan.shape, plan.slide.dtype, plan.slide.axes, plan.probability, plan.shrink)
+        with self.engines.turn:
+            if kind in self._warm:
+                return
+            tile = lay_blocks(plan.grid.lattice, block=1)[0]
+            with suppress(ReadError):  # a damaged first chunk costs its block, not the slide
+                pixels = reader.read(0, tile.read_box)
+                with self._runner(plan, backend, StageClock()) as runner, self.engines.counted():
+                    runner.segment(pixels, tile)
+            now = resident_bytes() + RUN_OVERHEAD_BYTES - self._room.taken
+            self.held = max(self.held, now, 0 if self._warm else peak_resident_bytes())
+            self._warm.add(kind)
+
+    def keep_open(self, job: SlideJob, reader: SlideReader) -> None:
+        """Take over a reader that is open already."""
+        with self._lock:
+            self._open[job] = _Entry(self._open_slide(job, reader))
+            self._close_idle(_IDLE_SLIDES)
+
+    def close(self) -> None:
+        """Close every slide."""
+        with self._lock:
+            self._close_idle(0)
+
+    @contextmanager
+    def _opened(self, job: SlideJob) -> Iterator[OpenSlide]:
+        with self._lock:
+            entry = self._open.setdefault(job, _Entry())
+            self._open.move_to_end(job)
+            entry.users += 1
+        try:
+            with entry.lock:
+                if entry.slide is None:
+                    reader = SlideReader(job.plan.slide, job.plan.level.level, job.plan.channels.indices)
+                    entry.slide = self._open_slide(job, reader)
+            yield entry.slide
+        finally:
+            with self._lock:
+                entry.users -= 1
+                self._close_idle(_IDLE_SLIDES)
+
+    def _close_idle(self, keep: int) -> None:
+        idle = [job for job, entry in self._open.items() if not entry.users]
+        for job in idle[: len(idle) - keep]:
+            slide = self._open.pop(job).slide
+            if slide is not None:
+                slide.reader.close()
+
+    def _open_slide(self, job: SlideJob, reader: SlideReader) -> OpenSlide:
+        plan, (name, precision, version) = job.plan, job.backend
+        place = plan.place
+        backend = self.engines.backend(name, precision, plan.shrink)
+        if backend.version != version:
+            raise OutputError(
+                str(place.labels_folder),
+                expected=f"{name} {version} in every worker, as these labels were begun with it",
+                found=backend.version,
+                remedy="install one version everywhere",
+            )
+        layout = lay_out(plan.slide, plan.level.level, plan.grid, place.zarr_format)
+        return OpenSlide(
+            plan=plan,
+            reader=reader,
+            runner=lambda: self._runner(plan, backend, self.clock),
+            labels=ImageWriter(place.store, place.labels, layout),
+            probability=ImageWriter(place.companion, place.probability, layout) if plan.probability else None,
+            journal=Journal(place.journal),
+            clock=self.clock,
+        )
+
+    @contextmanager
+    def _runner(self, plan: SlidePlan, backend: Backend, clock: StageClock) -> Iterator[Runner]:
+        with self.engines.device(backend, plan.shape) as (model, batch):
+            yield Runner(model, batch, plan.grid.lattice, plan.bounds, plan.threshold, plan.probability, clock)
+
+
+class _Entry:
+    """A slide that is open, or is being opened, and how many threads use it."""
+
+    def __init__(self, slide: OpenSlide | None = None) -> None:
+        self.slide = slide
+        self.users = 0
+        self.lock = threading.Lock()

@@ -1,0 +1,117 @@
+"""Courses of many slides through one pool: order, look-ahead, failures."""
+
+import threading
+from concurrent.futures import Future
+
+import pytest
+
+from cellseg_batch.engine.scheduler import ThreadPool, Work, ask, run_courses
+
+
+class Stepwise:
+    """A pool that does one call whenever it is full, and notes what it was given."""
+
+    def __init__(self, workers, window):
+        self.workers, self.window = workers, window
+        self.given, self.most = [], 0
+
+    def submit(self, call, item):
+        future = Future()
+        self.given.append(item)
+        try:
+            future.set_result(call(item))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def close(self):
+        self.closed = True
+
+
+def course(name, log, tasks=3):
+    prepared = yield from ask(str.upper, name)
+    log.append(f"{prepared} prepared")
+    for step in (1, 2):
+        done = []
+        yield Work(lambda number, step=step: f"{name}{step}{number}", range(tasks), done.append)
+        log.append(f"{prepared} pass {step}: {','.join(sorted(done))}")
+    return prepared
+
+
+@pytest.mark.parametrize("pool", [lambda: ThreadPool(1), lambda: ThreadPool(3), lambda: Stepwise(2, 4)])
+def test_every_task_of_a_pass_is_done_before_the_next_pass(pool):
+    log = []
+    ended = list(run_courses((course(name, log) for name in "abcdefgh"), pool()))
+    assert sorted(ended) == list("ABCDEFGH")
+    for name in "abcdefgh":
+        mine = [line for line in log if line.startswith(name.upper())]
+        passes = [f"{name.upper()} pass {n}: {','.join(f'{name}{n}{i}' for i in range(3))}" for n in (1, 2)]
+        assert mine == [f"{name.upper()} prepared", *passes]
+
+
+def test_the_next_course_is_prepared_while_the_last_tasks_of_one_run():
+    """The only block of the first course ends when the second is prepared: that never comes if it has to wait."""
+    prepared = threading.Event()
+
+    def first():
+        yield from ask(str, "first")
+        results = []
+        yield Work(lambda _: prepared.wait(60), (0,), results.append)
+        return results[0]
+
+    def second():
+        yield from ask(lambda _: prepared.set(), None)
+        return True
+
+    assert list(run_courses((one() for one in (first, second)), ThreadPool(2))) == [True, True]
+
+
+def test_courses_and_tasks_are_opened_only_as_workers_need_them():
+    opened, handed = [], []
+
+    def course(number):
+        opened.append(number)
+        yield Work(handed.append, iter(range(5000 if number == 0 else 10**9)), lambda _: None)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(run_courses((course(number) for number in range(10**9)), ThreadPool(2)))
+    assert opened == [0, 1, 2], "one course is opened ahead of those that are worked on"
+    assert len(handed) <= 5000 + 2 * 2
+
+
+def test_a_failing_task_fails_its_course_and_no_other():
+    def fails(number):
+        try:
+            yield Work(lambda item: 1 // (item - 2), range(100), lambda _: None)
+        except ZeroDivisionError:
+            return f"{number} failed"
+
+    def works(number):
+        yield Work(str, range(3), lambda _: None)
+        return f"{number} done"
+
+    courses = ((fails if number % 2 else works)(number) for number in range(6))
+    assert sorted(run_courses(courses, ThreadPool(2))) == [f"{n} {'failed' if n % 2 else 'done'}" for n in range(6)]
+
+
+def test_items_that_cannot_be_listed_fail_their_course():
+    def items():
+        yield 1
+        raise OSError("gone")
+
+    def fails():
+        try:
+            yield Work(str, items(), lambda _: None)
+        except OSError as error:
+            return str(error)
+
+    assert list(run_courses(iter([fails()]), ThreadPool(1))) == ["gone"]
+
+
+def test_work_without_items_is_passed_over():
+    def empty():
+        yield Work(str, (), lambda _: None)
+        return "end"
+
+    assert list(run_courses(iter([empty(), empty()]), ThreadPool(1))) == ["end", "end"]
