@@ -6,20 +6,19 @@ one bad file among many costs nothing but itself.  What earlier runs wrote is ne
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 from cellseg_batch.engine.errors import CellsegError, NoImageError
+from cellseg_batch.engine.slides.limits import absurdity
 from cellseg_batch.engine.slides.ome_zarr import find_in_zarr, is_zarr_node, zarr_root
 from cellseg_batch.engine.slides.pictures import PICTURE_SUFFIXES, open_picture
-from cellseg_batch.engine.slides.slide import Broken, Slide
+from cellseg_batch.engine.slides.slide import NUMBERS, Broken, Slide
 from cellseg_batch.engine.slides.tiff import TIFF_SUFFIXES, open_tiff
 
 # Microscopy formats that people will try; each is named in the report instead of being passed over in silence.
 _FOREIGN_SUFFIXES = (".dcm", ".czi", ".nd2", ".lif", ".mrxs", ".vsi", ".oib", ".oif", ".ims", ".h5", ".jp2")
-_NUMBERS = re.compile(r"bool|u?int\d+|float\d+")
 OUTPUT_SUFFIX = ".cellseg.zarr"
 JOURNAL_SUFFIX = ".cellseg"
 
@@ -81,9 +80,12 @@ def _usable(image: Slide | Broken) -> Slide | Broken:
     """The image itself, or why none can be segmented that is like it."""
     if isinstance(image, Broken):
         return image
-    if not _NUMBERS.fullmatch(image.dtype):
+    if not NUMBERS.fullmatch(image.dtype):
         reason = f"expected integer, floating point or boolean pixels, found {image.dtype}; convert the image"
         return Broken(image.name, image.location, reason)
+    absurd = absurdity(image)
+    if absurd:
+        return Broken(image.name, image.location, absurd)
     empty = [level.shape for level in image.levels if 0 in level.shape]
     if empty:
         reason = f"expected an image with pixels, found shape {empty[0]} (likely an unfinished export); export it again"

@@ -13,7 +13,7 @@ from typing import Any
 import zarr
 
 from cellseg_batch.engine.errors import CellsegError, ReadError
-from cellseg_batch.engine.slides.slide import AXES, Broken, Level, Slide, fits_axes
+from cellseg_batch.engine.slides.slide import AXES, NUMBERS, Broken, Level, Slide, fits_axes
 
 # What people write for the specification's "micrometer".
 _UNIT_NAMES = dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometre"), "micrometer")
@@ -50,7 +50,7 @@ def find_in_zarr(store: Path, path: str, name: str, axes: str | None) -> Iterato
         if "multiscales" in metadata:
             yield _multiscale(node, metadata, store, path, name)
             return
-        children = _children(node, metadata)
+        children = [_inside(child, location) for child in _children(node, metadata)]
     except CellsegError as error:
         yield Broken(name, location, error.detail)
         return
@@ -82,6 +82,18 @@ def _children(node: zarr.Group, metadata: dict[str, Any]) -> list[str]:
     return sorted((key for key in node if key not in ("labels", "tables", "OME")), key=_numbers_in_order)
 
 
+def _inside(listed: object, location: str) -> str:
+    """A path that metadata list, which must lead to something below the node that lists it.
+
+    Raises:
+        ReadError: it leads elsewhere.
+    """
+    parts = str(listed).replace("\\", "/").rstrip("/").split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        raise _not_an_image(location, "paths in its metadata that stay inside it", repr(listed))
+    return str(listed)
+
+
 def _numbers_in_order(key: str) -> tuple[bool, int, str]:
     return (not key.isdecimal(), int(key) if key.isdecimal() else 0, key)
 
@@ -98,12 +110,13 @@ def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: s
         if not isinstance(dataset["path"], str):
             # Readable here, but no reader of the labels would find its way back to such an image.
             raise _not_an_image(location, "the paths of its levels as text", f"{dataset['path']!r}")
-        array = node.get(dataset["path"])
+        array = node.get(_inside(dataset["path"], location))
         if not isinstance(array, zarr.Array):
             continue
         if array.ndim != len(axes):
             raise _not_an_image(location, f"{len(axes)} axes as its metadata say", f"an array of shape {array.shape}")
-        dtype = dtype or array.dtype.name
+        if not dtype or not NUMBERS.fullmatch(array.dtype.name):
+            dtype = array.dtype.name
         # Before 0.4 there were no transformations, and the shapes alone say how levels lie on each other.
         shrink = [a / b for a, b in zip(levels[0].shape if levels else array.shape, array.shape, strict=True)]
         scale, translation = _placement(dataset, multiscale, shrink)

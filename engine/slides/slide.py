@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cellseg_batch.engine.geometry import Box
 
 AXES = "tczyx"
+# Names of the pixel types that can be segmented.
+NUMBERS = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)")
 
 
 def fits_axes(axes: str, ndim: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from cellseg_batch.engine.slides.slide import Level, Slide, fits_axes
 TIFF_SUFFIXES = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif", ".qptiff")
 # tifffile's own letters: S samples, I images in a sequence, Q an axis that it cannot name.
 _AXIS_OF = {"S": "c", "C": "c", "Y": "y", "X": "x", "Z": "z", "T": "t", "I": "t"}
+_OTHER_FILE = re.compile(r"""FileName\s*=\s*["']([^"']*)["']""")
 _CENTIMETRE, _INCH = 3, 2
 _UM_PER_OME_UNIT = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
 
@@ -31,6 +34,7 @@ def open_tiff(path: Path, name: str, axes: str | None = None) -> list[Slide]:
         tifffile.TiffFileError: the file is no TIFF.
     """
     with tifffile.TiffFile(path) as tiff:
+        _refuse_files_elsewhere(tiff, path)
         series = list(enumerate(tiff.series)) if tiff.is_ome else list(enumerate(tiff.series))[:1]
         several = len(series) > 1
         return [
@@ -83,6 +87,18 @@ def open_tiff_level(slide: Slide, level: int) -> zarr.Array[Any]:
     """A level of a TIFF slide as a lazily read zarr array."""
     store = tifffile.imread(slide.store, aszarr=True, series=slide.series, level=level)
     return zarr.open_array(store, mode="r")
+
+
+def _refuse_files_elsewhere(tiff: tifffile.TiffFile, path: Path) -> None:
+    """Refuse an OME-TIFF with pixels in files that do not lie beside it; asking for its series would open these."""
+    for name in _OTHER_FILE.findall(tiff.ome_metadata or ""):
+        if set(unescape(name)) & set("/\\"):
+            raise ReadError(
+                str(path),
+                expected="an OME-TIFF whose parts lie beside it",
+                found=f"one in {name}",
+                remedy="put the files into one folder and write their names without folders into the metadata",
+            )
 
 
 def _pixel_size_um(tiff: tifffile.TiffFile, number: int) -> float | None:
