@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from cellseg_batch.trainer.augment import Augmenter, Batch
-from cellseg_batch.trainer.bundle import Normalisation, load_bundle
+from cellseg_batch.trainer.bundle import Instances, Normalisation, load_bundle
 from cellseg_batch.trainer.data.sample import Entry, Sample, instance_distance, make_sample
+from cellseg_batch.trainer.decode import decode_instances
 from cellseg_batch.trainer.encoders import ENCODERS, load_encoder_weights
 from cellseg_batch.trainer.evaluate import ImageScore, rescale, summarise
 from cellseg_batch.trainer.export import export_network
@@ -137,6 +138,18 @@ def test_the_loss_is_the_sum_of_its_terms():
     three = torch.cat([right, torch.full_like(right, -20.0), right], dim=1)
     assert segmentation_loss(three, batch, ("bce", "dice")).item() < 1e-2
     assert segmentation_loss(-three, batch, ("bce", "dice")).item() > 10
+
+
+@pytest.mark.parametrize("shrink", [1, 2])
+def test_touching_instances_are_told_apart_by_their_distance(shrink):
+    y, x = np.indices((48, 96)) * 1.0
+    distance = np.maximum(1 - np.hypot(y - 24, x - 30) / 18, 1 - np.hypot(y - 24, x - 64) / 18)
+    logits = np.stack([20 * distance, np.full_like(distance, -9), 8 * distance - 4]).astype(np.float32)
+    logits[:, 2:5, 2:5] = 9  # nine px, no object
+    labels = decode_instances(logits, 0.5, Instances(), shrink)
+    assert labels.max() == 2
+    assert labels[24, 30] != labels[24, 64]
+    assert decode_instances(logits[:1], 0.5, Instances(), shrink).max() == 1
 
 
 def test_learning_rates():

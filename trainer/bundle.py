@@ -50,6 +50,29 @@ class Normalisation:
 
 
 @dataclass(frozen=True)
+class Instances:
+    """How a model's logits become instances; in px of the image that the model is shown.
+
+    The *seed map* is the probability of distance minus that of border, smoothed.  Its high parts are the seeds.
+
+    Attributes:
+        border_weight: how much of the border's probability is taken off the distance.
+        smoothing: standard deviation of the Gaussian over the seed map.
+        seed_level: of the seed map, above which a foreground pixel is a seed.
+        border_level: of the seed map, at or below which seeds grow into a pixel last.
+        smallest_seed: px; smaller seeds are no objects.
+        growth: px by which seeds grow into the other foreground, and again into the border.
+    """
+
+    border_weight: float = 0.75
+    smoothing: float = 1.4
+    seed_level: float = 0.25
+    border_level: float = -0.1
+    smallest_seed: int = 10
+    growth: int = 8
+
+
+@dataclass(frozen=True)
 class Card:
     """What a bundle says about its model.
 
@@ -66,6 +89,7 @@ class Card:
         normalisation: how a slide's pixels become the input.
         shrink: factor -> width of objects in px of the image shrunk by it, from which on the model is shown that
             image; see `cellseg_batch.trainer.scale`. Empty: always the image as it is.
+        instances: how logits become instances.
         training: data, licence, recipe.
         metrics: what it reached, on which data.
     """
@@ -81,6 +105,7 @@ class Card:
     pixel_size_um: float | None
     normalisation: Normalisation
     shrink: dict[str, float] = field(default_factory=dict)
+    instances: Instances = field(default_factory=Instances)
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -95,6 +120,7 @@ class Card:
             fields = json.loads(text)
             fields["outputs"] = tuple(fields["outputs"])
             fields["normalisation"] = Normalisation(**fields["normalisation"])
+            fields["instances"] = Instances(**fields.get("instances", {}))
             return cls(**fields)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a model card: {error}") from error

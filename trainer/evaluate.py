@@ -19,7 +19,7 @@ from torch import nn
 
 from cellseg_batch.trainer.bundle import Bundle
 from cellseg_batch.trainer.data.sample import Sample, instance_distance
-from cellseg_batch.trainer.decode import Decoding, decode_instances
+from cellseg_batch.trainer.decode import decode_instances
 from cellseg_batch.trainer.metrics import (
     PixelScore,
     aggregated_jaccard,
@@ -106,7 +106,8 @@ def evaluate(bundle: Bundle, network: nn.Module, samples: Iterable[Sample]) -> l
         shrink, logits = _show(network, sample, bundle, limit)
         seconds = time.perf_counter() - start
         truth = relabel_sequential(sample.labels)[0]
-        overlaps = instance_overlaps(decode_instances(logits, Decoding(threshold=bundle.card.threshold)), truth)
+        decoded = decode_instances(logits, bundle.card.threshold, bundle.card.instances, shrink)
+        overlaps = instance_overlaps(decoded, truth)
         found, spurious, missed = matches(overlaps.ious, 0.5)
         scores.append(
             ImageScore(

@@ -13,7 +13,7 @@ from skimage.segmentation import find_boundaries
 
 from cellseg_batch.trainer.bundle import Bundle
 from cellseg_batch.trainer.data.sample import Sample
-from cellseg_batch.trainer.decode import Decoding, decode_instances
+from cellseg_batch.trainer.decode import decode_instances
 from cellseg_batch.trainer.predict import predict_logits
 from cellseg_batch.trainer.unet import load_network
 
@@ -57,7 +57,7 @@ def plot_predictions(bundle: Bundle, samples: Sequence[Sample], path: Path, rows
     figure = _figure(11, 2.9 * len(chosen))
     for line, sample in zip(figure.subplots(len(chosen), 4, squeeze=False), chosen, strict=True):
         logits = predict_logits(network, sample.pixels, bundle.card.total_stride, "fp32").numpy()
-        decoded = decode_instances(logits, Decoding(threshold=bundle.card.threshold))
+        decoded = decode_instances(logits, bundle.card.threshold, bundle.card.instances)
         pictures = (
             _bytes(sample.pixels),
             outlined(sample.pixels, sample.labels),

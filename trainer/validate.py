@@ -11,8 +11,9 @@ from skimage.segmentation import relabel_sequential
 from torch import nn
 
 from cellseg_batch.trainer.augment import Batch
+from cellseg_batch.trainer.bundle import Instances
 from cellseg_batch.trainer.data.sample import Sample
-from cellseg_batch.trainer.decode import Decoding, decode_instances
+from cellseg_batch.trainer.decode import decode_instances
 from cellseg_batch.trainer.losses import segmentation_loss
 from cellseg_batch.trainer.metrics import competition_metric, instance_overlaps, pixel_score
 from cellseg_batch.trainer.predict import predict_logits
@@ -42,7 +43,7 @@ def validate(network: nn.Module, samples: Sequence[Sample], recipe: Recipe, tota
         pixels = pixel_score((logits[0] > limit).numpy(), sample.labels > 0)
         metric = np.nan
         if recipe.metric == "competition":
-            decoded = decode_instances(logits.numpy(), Decoding(threshold=recipe.threshold))
+            decoded = decode_instances(logits.numpy(), recipe.threshold, Instances())
             metric = competition_metric(instance_overlaps(decoded, relabel_sequential(sample.labels)[0]).ious)
         rows.append((loss, pixels.dice, pixels.iou, metric))
     return Validation(*(float(mean) for mean in np.mean(rows, axis=0)))

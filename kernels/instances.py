@@ -1,0 +1,168 @@
+"""From logits to instances: seeds of tiles, their components in a block, their growth into the foreground.
+
+A pixel is of one of four classes: background; *border*, foreground where nuclei touch; *inner*, the other foreground;
+*seed*.  A seed pixel lies where smoothed distance minus border is high.  The 4-connected components of the seeds are
+numbered, and grow by synchronous steps, into inner pixels first and into border pixels last, so that they meet where
+the model saw a border.  Each function needs only pixels near those that it decides; see `grow` for how near.
+
+A *code* holds a class and a number: 0 background, 1 border, 2 inner, 2 + id for the seed ``id``, counted from 1.
+
+All arithmetic is in integers, so the fast form gives the bits of the reference, which defines the meaning.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellseg_batch.kernels.tiling import check_places
+
+try:
+    from cellseg_batch.kernels import instances_numba as fastest
+except ImportError:  # without Numba the reference does the work, many times slower
+    from cellseg_batch.kernels import instances_reference as fastest  # type: ignore[no-redef]
+
+BACKGROUND, BORDER, INNER = 0, 1, 2
+# Fixed point: 2 ** 14 stands for 1.  A logit is looked up in tables of 128 steps per unit from -8 to 8.
+ONE_BITS = 14
+TABLE_STEPS, TABLE_RANGE = 128, 8
+
+
+class SeedRule(NamedTuple):
+    """What decides a pixel's class; made by `seed_rule`."""
+
+    foreground: np.float32
+    """Logit above which a pixel is foreground."""
+    distance: NDArray[np.int32]
+    """Probability of each quantised logit, in units of 2 ** -14."""
+    border: NDArray[np.int32]
+    """The same times the border's weight."""
+    weights: NDArray[np.int32]
+    """Half of a symmetric smoothing kernel, its centre first; the whole adds up to 2 ** 14."""
+    spacing: int
+    """Pixels between two taps of the kernel."""
+    seed_level: int
+    """Smoothed distance minus border above which a foreground pixel is a seed."""
+    border_level: int
+    """The same, at or below which it is border."""
+
+
+class Seeds(NamedTuple):
+    """The numbered seeds of a block, in order of their ids 1, 2, ..."""
+
+    first: NDArray[np.int64]
+    """Index of each one's first pixel, in raster order of the block."""
+    area: NDArray[np.int64]
+    """Pixels of each one."""
+
+
+def seed_rule(
+    foreground: float, border_weight: float, smoothing: float, spacing: int, seed_level: float, border_level: float
+) -> SeedRule:
+    """The rule in fixed point.
+
+    Args:
+        foreground: a logit.
+        border_weight: how much of the border's probability is taken off the distance, at most 3.
+        smoothing: standard deviation of a Gaussian that is cut at four of them, in units of ``spacing`` px.
+        spacing: px; logits that a shrunk model interpolated are smoothed on the grid that it saw.
+        seed_level: above it a pixel is a seed.
+        border_level: at or below it a pixel is border.
+    """
+    one = 1 << ONE_BITS
+    logits = np.arange(2 * TABLE_RANGE * TABLE_STEPS + 1) / TABLE_STEPS - TABLE_RANGE
+    probability = 0.5 * (1 + np.tanh(0.5 * logits))
+    distance = np.arange(int(4 * smoothing + 0.5) + 1)
+    gaussian = np.exp(-0.5 * (distance / max(smoothing, 1e-9)) ** 2)
+    weights = np.round(one * gaussian / (2 * gaussian.sum() - gaussian[0])).astype(np.int32)
+    weights[0] = one - 2 * weights[1:].sum()
+    return SeedRule(
+        np.float32(foreground),
+        np.round(one * probability).astype(np.int32),
+        np.round(one * border_weight * probability).astype(np.int32),
+        weights,
+        spacing,
+        round(one * seed_level),
+        round(one * border_level),
+    )
+
+
+def mark_seeds(
+    logits: NDArray[np.float32], places: NDArray[np.int64], rule: SeedRule, out: NDArray[np.uint8]
+) -> tuple[int, int]:
+    """Write the class of every pixel of every tile's core: 0 background, 1 border, 2 inner, 3 seed.
+
+    The smoothing reads into the tile's margin and repeats the tile's outermost pixels beyond it.
+
+    Args:
+        logits: (N, K, T_y, T_x) float32 of a batch: 0 foreground, 1 border, 2 distance.
+        places: as in `cellseg_batch.kernels.stitch.stitch_mask`.
+        rule: from `seed_rule`.
+        out: (H, W) uint8.
+
+    Returns:
+        (foreground pixels, NaN among their logits); a NaN in logit 0 is background, elsewhere it counts as -8.
+
+    Raises:
+        ValueError: a core is out of bounds, or there are fewer than three logits.
+    """
+    if logits.shape[1] < 3:
+        raise ValueError(f"{logits.shape[1]} logits; seeds need foreground, border and distance")
+    check_places(places, logits.shape, out.shape, packed=False)
+    foreground, missing = fastest.mark_seeds(logits, places, rule, out)
+    return int(foreground), int(missing)
+
+
+def label_seeds(
+    classes: NDArray[np.uint8],
+    cell: tuple[int, int],
+    smallest: int,
+    open_sides: tuple[bool, bool, bool, bool],
+    out: NDArray[np.uint32],
+) -> Seeds:
+    """Number the 4-connected components of a block's seeds and write the block's codes.
+
+    Ids are ordered by the cell that holds a seed's first pixel, then by that pixel, both in raster order.  A component
+    of fewer than ``smallest`` px is no seed but inner, unless it touches an open side, beyond which it may go on.
+
+    Args:
+        classes: (H, W) uint8 from `mark_seeds`.
+        cell: (height, width) in px of the cells, laid from the block's first pixel.
+        smallest: px.
+        open_sides: whether the slide goes on above, left, below and right of the block.
+        out: (H, W) uint32, gets the codes.
+    """
+    first, area = fastest.label_seeds(classes, cell, smallest, open_sides, out)
+    return Seeds(first, area)
+
+
+def reach(steps: int) -> int:
+    """Width in px of the frame that `grow` needs around what it writes."""
+    return 2 * steps + 1
+
+
+def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> int:
+    """Grow every seed by ``steps`` steps into inner pixels, then by as many into inner and border pixels.
+
+    In each step every foreground pixel without an id takes that of its neighbour above, left, right or below, the
+    first of these that had one before the step.  So the result at a pixel depends on codes at most 2 * steps px away.
+
+    Args:
+        codes: (H + 2 f, W + 2 f) uint32 or uint64 with f = ``reach(steps)``; overwritten.
+        steps: of each of the two rounds, at least 1.
+        out: (H, W) of the same dtype, gets the ids, 0 where there is none.
+
+    Returns:
+        Foreground pixels of ``out`` without an id.
+
+    Raises:
+        ValueError: the shapes do not fit, or there is no step.
+    """
+    if steps < 1:
+        raise ValueError(f"{steps} steps; growth needs at least 1")
+    frame = reach(steps)
+    if codes.shape != (out.shape[0] + 2 * frame, out.shape[1] + 2 * frame):
+        raise ValueError(f"codes {codes.shape} are not ids {out.shape} with a frame of {frame} px")
+    return int(fastest.grow(codes, steps, out))

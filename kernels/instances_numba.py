@@ -1,0 +1,268 @@
+"""`instances` on the CPU, in single passes: smoothing in a ring of rows, components by runs, growth by its front."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellseg_batch.kernels._jit import jit
+
+if TYPE_CHECKING:
+    from cellseg_batch.kernels.instances import SeedRule
+
+Logits = NDArray[np.float32]
+_ONE_BITS, _STEPS, _RANGE = 14, 128, 8
+_SCALE, _OFFSET, _LAST = np.float32(_STEPS), np.float32(_RANGE * _STEPS + 0.5), np.float32(2 * _RANGE * _STEPS)
+
+
+@jit
+def _score_row(distance: Logits, border: Logits, rule: SeedRule, first: int, row: NDArray[np.int32]) -> None:
+    """Distance minus border of a row of logits from column ``first`` on, its ends repeated beyond the tile."""
+    last = len(distance) - 1
+    for i in range(len(row)):
+        x = min(max(first + i, 0), last)
+        high, low = distance[x] * _SCALE + _OFFSET, border[x] * _SCALE + _OFFSET
+        high = high if high > 0 else np.float32(0)  # also where it is NaN
+        low = low if low > 0 else np.float32(0)
+        row[i] = rule.distance[int(min(high, _LAST))] - rule.border[int(min(low, _LAST))]
+
+
+@jit
+def _smooth_row(row: NDArray[np.int32], rule: SeedRule, out: NDArray[np.int32]) -> None:
+    radius, width = (len(rule.weights) - 1) * rule.spacing, len(out)
+    half = np.int32(1 << (_ONE_BITS - 1))
+    for x in range(width):
+        out[x] = rule.weights[0] * row[radius + x] + half
+    for tap in range(1, len(rule.weights)):
+        weight = rule.weights[tap]
+        left, right = row[radius - tap * rule.spacing :], row[radius + tap * rule.spacing :]
+        for x in range(width):
+            out[x] += weight * (left[x] + right[x])
+    for x in range(width):
+        out[x] >>= _ONE_BITS
+
+
+@jit
+def _smooth_column(ring: NDArray[np.int32], y: int, rule: SeedRule, out: NDArray[np.int32]) -> None:
+    """Smooth along y row ``y``, where the ring holds row i in slot i modulo its length."""
+    half = np.int32(1 << (_ONE_BITS - 1))
+    centre = ring[y % len(ring)]
+    for x in range(len(out)):
+        out[x] = rule.weights[0] * centre[x] + half
+    for tap in range(1, len(rule.weights)):
+        weight = rule.weights[tap]
+        above, below = ring[(y - tap * rule.spacing) % len(ring)], ring[(y + tap * rule.spacing) % len(ring)]
+        for x in range(len(out)):
+            out[x] += weight * (above[x] + below[x])
+    for x in range(len(out)):
+        out[x] >>= _ONE_BITS
+
+
+@jit
+def mark_seeds(logits: Logits, places: NDArray[np.int64], rule: SeedRule, out: NDArray[np.uint8]) -> tuple[int, int]:
+    """Write the classes; arguments as `cellseg_batch.kernels.instances.mark_seeds`."""
+    radius = (len(rule.weights) - 1) * rule.spacing
+    size = 2 * radius + 1
+    foreground = 0
+    missing = 0
+    for tile in range(len(places)):
+        from_y, from_x, to_y, to_x, height, width = places[tile]
+        border, distance = logits[tile, 1], logits[tile, 2]
+        ring, held = np.empty((size, width), np.int32), np.full(size, -size)
+        row, score = np.empty(width + 2 * radius, np.int32), np.empty(width, np.int32)
+        for y in range(height):
+            mask, target = logits[tile, 0, from_y + y, from_x : from_x + width], out[to_y + y, to_x : to_x + width]
+            inside = 0
+            for x in range(width):
+                far, near = distance[from_y + y, from_x + x], border[from_y + y, from_x + x]
+                missing += (mask[x] != mask[x]) | (far != far) | (near != near)
+                inside += mask[x] > rule.foreground
+                target[x] = 0
+            foreground += inside
+            if inside == 0:
+                continue
+            for line in range(y - radius, y + radius + 1, rule.spacing):
+                if held[line % size] != line:
+                    source = min(max(from_y + line, 0), logits.shape[2] - 1)
+                    _score_row(distance[source], border[source], rule, from_x - radius, row)
+                    _smooth_row(row, rule, ring[line % size])
+                    held[line % size] = line
+            _smooth_column(ring, y, rule, score)
+            for x in range(width):
+                if mask[x] > rule.foreground:
+                    target[x] = 1 + (score[x] > rule.border_level) + (score[x] > rule.seed_level)
+    return foreground, missing
+
+
+def label_seeds(
+    classes: NDArray[np.uint8],
+    cell: tuple[int, int],
+    smallest: int,
+    open_sides: tuple[bool, bool, bool, bool],
+    out: NDArray[np.uint32],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Number the components; arguments as `cellseg_batch.kernels.instances.label_seeds`."""
+    runs = _find_runs(classes)
+    component, first, area, touching = _join_runs(runs, classes.shape, open_sides)
+    kept = np.flatnonzero(touching | (area >= smallest))
+    first_kept, width = first[kept], classes.shape[1]
+    cells = first_kept // width // cell[0] * -(-width // cell[1]) + first_kept % width // cell[1]
+    order = kept[np.lexsort((first_kept, cells))]
+    codes = np.full(len(first), 2, np.uint32)
+    codes[order] = np.arange(3, 3 + len(order), dtype=np.uint32)
+    _write_codes(classes, runs, codes[component], out)
+    return first[order], area[order]
+
+
+@jit
+def _find_runs(classes: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """(row, start, stop) of every run of seed pixels in a row, in raster order."""
+    height, width = classes.shape
+    count = 0
+    for y in range(height):
+        row = classes[y]
+        count += row[0] == 3
+        for x in range(1, width):
+            count += (row[x] == 3) & (row[x - 1] != 3)
+    runs = np.empty((count, 3), np.int64)
+    count = 0
+    for y in range(height):
+        x = 0
+        while x < width:
+            if classes[y, x] != 3:
+                x += 1
+                continue
+            runs[count, 0], runs[count, 1] = y, x
+            while x < width and classes[y, x] == 3:
+                x += 1
+            runs[count, 2] = x
+            count += 1
+    return runs
+
+
+@jit
+def _root(parent: NDArray[np.int64], run: int) -> int:
+    while parent[run] != run:
+        parent[run] = parent[parent[run]]
+        run = parent[run]
+    return run
+
+
+@jit
+def _join_runs(
+    runs: NDArray[np.int64], shape: tuple[int, int], open_sides: tuple[bool, bool, bool, bool]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Component of each run; first pixel, area and whether it touches an open side of each component."""
+    parent = np.arange(len(runs))
+    above = 0
+    for run in range(len(runs)):
+        y, start, stop = runs[run]
+        while runs[above, 0] < y - 1 or (runs[above, 0] == y - 1 and runs[above, 2] <= start):
+            above += 1
+        other = above
+        while runs[other, 0] == y - 1 and runs[other, 1] < stop:
+            a, b = _root(parent, run), _root(parent, other)
+            parent[max(a, b)] = min(a, b)  # the root is the first run
+            other += 1
+    component = np.empty(len(runs), np.int64)
+    first, area = np.empty(len(runs), np.int64), np.zeros(len(runs), np.int64)
+    touching = np.zeros(len(runs), np.bool_)
+    count = 0
+    for run in range(len(runs)):
+        y, start, stop = runs[run]
+        if parent[run] == run:
+            component[run] = count
+            first[count] = y * shape[1] + start
+            count += 1
+        else:
+            component[run] = component[parent[run]]
+        one = component[run]
+        area[one] += stop - start
+        touching[one] |= (open_sides[0] and y == 0) or (open_sides[2] and y == shape[0] - 1)
+        touching[one] |= (open_sides[1] and start == 0) or (open_sides[3] and stop == shape[1])
+    return component, first[:count], area[:count], touching[:count]
+
+
+@jit
+def _write_codes(
+    classes: NDArray[np.uint8], runs: NDArray[np.int64], codes: NDArray[np.uint32], out: NDArray[np.uint32]
+) -> None:
+    out[:] = classes
+    for run in range(len(runs)):
+        y, start, stop = runs[run]
+        out[y, start:stop] = codes[run]
+
+
+@jit
+def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> int:
+    """Grow the seeds; arguments as `cellseg_batch.kernels.instances.grow`."""
+    frame = 2 * steps + 1
+    _close(codes[0])
+    _close(codes[-1])
+    _close(codes[:, 0])
+    _close(codes[:, -1])
+    for lowest_class in (2, 1):
+        front = _front(codes, lowest_class)
+        for step in range(1, steps + 1):
+            front = _advance(codes.reshape(-1), codes.shape[1], lowest_class, front, step == steps)
+    unreached = 0
+    for y in range(out.shape[0]):
+        row = codes[frame + y, frame : frame + out.shape[1]]
+        for x in range(len(row)):
+            code = row[x]
+            out[y, x] = code - 2 if code > 2 else 0
+            unreached += (code == 1) | (code == 2)
+    return unreached
+
+
+@jit
+def _close(edge: NDArray[Any]) -> None:
+    """Let nothing grow into an outermost row or column."""
+    for i in range(len(edge)):
+        if edge[i] <= 2:
+            edge[i] = 0
+
+
+@jit
+def _front(codes: NDArray[Any], lowest_class: int) -> NDArray[np.int64]:
+    """Index of every pixel that the first step of a round takes; a pixel in a front counts as background until then."""
+    height, width = codes.shape
+    free = 0
+    for code in codes.reshape(-1):
+        free += (code >= lowest_class) & (code <= 2)
+    front, count = np.empty(free, np.int64), 0
+    for y in range(1, height - 1):
+        above, row, below = codes[y - 1], codes[y], codes[y + 1]
+        for x in range(1, width - 1):
+            beside = (above[x] > 2) | (row[x - 1] > 2) | (row[x + 1] > 2) | (below[x] > 2)
+            if (row[x] <= 2) & (row[x] >= lowest_class) & beside:
+                row[x] = 0
+                front[count] = y * width + x
+                count += 1
+    return front[:count]
+
+
+@jit
+def _advance(
+    flat: NDArray[Any], width: int, lowest_class: int, front: NDArray[np.int64], is_last: bool
+) -> NDArray[np.int64]:
+    """One step: every pixel of the front takes an id; the next front, empty after the last step."""
+    around = (-width, -1, 1, width)
+    taken = np.empty(len(front), flat.dtype)
+    for i in range(len(front)):
+        for offset in around:
+            taken[i] = flat[front[i] + offset]
+            if taken[i] > 2:
+                break
+    following, count = np.empty(0 if is_last else 3 * len(front), np.int64), 0
+    for i in range(len(front)):
+        flat[front[i]] = taken[i]
+        for offset in around:
+            neighbour = front[i] + offset
+            if lowest_class <= flat[neighbour] <= 2 and not is_last:
+                flat[neighbour] = 0
+                following[count] = neighbour
+                count += 1
+    return following[:count]

@@ -1,0 +1,109 @@
+"""What `instances` means, in plain numpy.
+
+Seeds read three logits (12 bytes in float32) and write a byte per pixel; labelling reads that and writes 4 bytes;
+growth reads 4 and writes 4, or twice as much with 64-bit ids.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from cellseg_batch.kernels.instances import SeedRule
+
+Logits = NDArray[np.float32]
+_ONE_BITS, _STEPS, _RANGE = 14, np.float32(128), 8
+# Above, left, right, below.
+_NEIGHBOURS = ((-1, 0), (0, -1), (0, 1), (1, 0))
+
+
+def mark_seeds(logits: Logits, places: NDArray[np.int64], rule: SeedRule, out: NDArray[np.uint8]) -> tuple[int, int]:
+    """Write the classes; arguments as `cellseg_batch.kernels.instances.mark_seeds`."""
+    foreground = missing = 0
+    for tile, (from_y, from_x, to_y, to_x, height, width) in enumerate(places):
+        score = rule.distance[_quantised(logits[tile, 2])] - rule.border[_quantised(logits[tile, 1])]
+        score = _smooth(_smooth(score, rule).T, rule).T
+        core = np.s_[from_y : from_y + height, from_x : from_x + width]
+        score, mask = score[core], logits[tile, 0][core] > rule.foreground
+        classes = 1 + (score > rule.border_level).astype(np.uint8) + (score > rule.seed_level)
+        out[to_y : to_y + height, to_x : to_x + width] = np.where(mask, classes, 0)
+        foreground += int(np.count_nonzero(mask))
+        missing += int(np.count_nonzero(np.isnan(logits[tile, :3][:, *core]).any(axis=0)))
+    return foreground, missing
+
+
+def _quantised(logits: Logits) -> NDArray[np.int32]:
+    steps = logits * _STEPS + (_RANGE * _STEPS + np.float32(0.5))
+    # fmax takes the number where the other one is NaN.
+    return np.fmin(np.fmax(steps, np.float32(0)), 2 * _RANGE * _STEPS).astype(np.int32)
+
+
+def _smooth(score: NDArray[np.int32], rule: SeedRule) -> NDArray[np.int32]:
+    """Smooth along the last axis."""
+    radius, width = (len(rule.weights) - 1) * rule.spacing, score.shape[1]
+    padded = np.pad(score, ((0, 0), (radius, radius)), mode="edge")
+    total = rule.weights[0] * score
+    for tap in range(1, len(rule.weights)):
+        left, right = radius - tap * rule.spacing, radius + tap * rule.spacing
+        total += rule.weights[tap] * (padded[:, left : left + width] + padded[:, right : right + width])
+    return (total + (1 << (_ONE_BITS - 1))) >> _ONE_BITS
+
+
+def label_seeds(
+    classes: NDArray[np.uint8],
+    cell: tuple[int, int],
+    smallest: int,
+    open_sides: tuple[bool, bool, bool, bool],
+    out: NDArray[np.uint32],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Number the components; arguments as `cellseg_batch.kernels.instances.label_seeds`."""
+    roots = _lowest_of_component(classes == 3)
+    first, area = np.unique(roots[classes == 3], return_counts=True)
+    sides = (roots[0], roots[:, 0], roots[-1], roots[:, -1])
+    touching = np.concatenate([side for side, is_open in zip(sides, open_sides, strict=True) if is_open] or [[]])
+    kept = (area >= smallest) | np.isin(first, touching)
+    first, area = first[kept], area[kept]
+    width = classes.shape[1]
+    cells = first // width // cell[0] * -(-width // cell[1]) + first % width // cell[1]
+    order = np.lexsort((first, cells))
+    codes = np.full(classes.size + 1, 2, np.uint32)
+    codes[first[order]] = 3 + np.arange(len(first))
+    out[...] = np.where(classes == 3, codes[roots], classes)
+    return first[order], area[order]
+
+
+def _lowest_of_component(seeds: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The lowest raster index in each pixel's 4-connected component; the number of pixels where there is no seed."""
+    lowest = np.where(seeds, np.arange(seeds.size).reshape(seeds.shape), seeds.size)
+    while True:
+        around = np.pad(lowest, 1, constant_values=seeds.size)
+        lower = np.minimum.reduce([lowest, *_shifted(around)])
+        lower = np.where(seeds, np.append(lower, seeds.size)[lower], seeds.size)
+        if (lower == lowest).all():
+            return lowest
+        lowest = lower
+
+
+def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> int:
+    """Grow the seeds; arguments as `cellseg_batch.kernels.instances.grow`."""
+    for lowest_class in (2, 1):
+        for _ in range(steps):
+            taken = np.zeros_like(codes[1:-1, 1:-1])
+            for neighbour in _shifted(codes):
+                taken = np.where((taken == 0) & (neighbour > 2), neighbour, taken)
+            inside = codes[1:-1, 1:-1]
+            free = (inside >= lowest_class) & (inside <= 2) & (taken > 0)
+            inside[free] = taken[free]
+    frame = 2 * steps + 1
+    core = codes[frame:-frame, frame:-frame]
+    out[...] = np.where(core > 2, core - np.minimum(core, 2), 0)
+    return int(np.count_nonzero((core == 1) | (core == 2)))
+
+
+def _shifted(framed: NDArray[Any]) -> list[NDArray[Any]]:
+    """The four neighbours of every pixel inside a frame of one, in the order in which they are asked."""
+    height, width = framed.shape[0] - 2, framed.shape[1] - 2
+    return [framed[1 + y : 1 + y + height, 1 + x : 1 + x + width] for y, x in _NEIGHBOURS]
