@@ -38,14 +38,15 @@ def mark_seeds(logits: Logits, places: NDArray[np.int64], rule: SeedRule, out: N
 def _quantised(logits: Logits) -> NDArray[np.int32]:
     steps = logits * _STEPS + (_RANGE * _STEPS + np.float32(0.5))
     # fmax takes the number where the other one is NaN.
-    return np.fmin(np.fmax(steps, np.float32(0)), 2 * _RANGE * _STEPS).astype(np.int32)
+    index: NDArray[np.int32] = np.fmin(np.fmax(steps, np.float32(0)), 2 * _RANGE * _STEPS).astype(np.int32)
+    return index
 
 
 def _smooth(score: NDArray[np.int32], rule: SeedRule) -> NDArray[np.int32]:
     """Smooth along the last axis."""
     radius, width = (len(rule.weights) - 1) * rule.spacing, score.shape[1]
     padded = np.pad(score, ((0, 0), (radius, radius)), mode="edge")
-    total = rule.weights[0] * score
+    total: NDArray[np.int32] = rule.weights[0] * score
     for tap in range(1, len(rule.weights)):
         left, right = radius - tap * rule.spacing, radius + tap * rule.spacing
         total += rule.weights[tap] * (padded[:, left : left + width] + padded[:, right : right + width])
