@@ -31,10 +31,12 @@ def run(
     model: o.Model = Settings.model,
     backend: o.BackendName = Settings.backend,
     precision: o.Precision = Settings.precision,
+    device: o.Device = Settings.device,
     gate: o.Gate = Settings.gate,
     threshold: o.Threshold = None,
     threads: o.Threads = None,
     tile: o.TileSide = Settings.tile,
+    stitch: o.Stitch = Settings.stitch,
     margin: o.Margin = None,
     batch: o.BatchSize = Settings.batch,
     block: o.BlockSide = Settings.block,
@@ -64,9 +66,11 @@ def run(
             model=model,
             backend=backend,
             precision=precision,
+            device=device,
             gate=gate,
             threshold=threshold,
             tile=tile,
+            stitch=stitch,
             margin=margin,
             batch=batch,
             block=block,
@@ -143,6 +147,7 @@ def verify_seams(
     model: o.Model = Settings.model,
     backend: o.BackendName = Settings.backend,
     precision: o.Precision = Settings.precision,
+    device: o.Device = Settings.device,
     gate: o.Gate = Settings.gate,
     threshold: o.Threshold = None,
     threads: o.Threads = None,
@@ -165,6 +170,7 @@ def verify_seams(
             model=model,
             backend=backend,
             precision=precision,
+            device=device,
             gate=gate,
             threshold=threshold,
             tile=tile,
@@ -189,6 +195,7 @@ def compile_model(
     model: o.Model = Settings.model,
     backend: o.BackendName = Settings.backend,
     precision: o.Precision = Settings.precision,
+    device: o.Device = Settings.device,
     tile: Annotated[int, typer.Option("--tile", min=1, help="Side of the timed tiles in px.")] = RACE_TILE,
     batch: o.BatchSize = Settings.batch,
     threads: o.Threads = None,
@@ -208,7 +215,9 @@ def compile_model(
         elif clear:
             clear_artefacts(Console())
         else:
-            settings = Settings(model=model, backend=backend, precision=precision, batch=batch, threads=threads)
+            settings = Settings(
+                model=model, backend=backend, precision=precision, device=device, batch=batch, threads=threads
+            )
             write_json(json_file, run_race(settings, tile, again, Console()))
 
 

@@ -12,7 +12,7 @@ from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.race import Candidate, Certificate, Request, certify
-from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.settings import Settings, race_device
 
 
 def run_race(settings: Settings, tile: int, again: bool, console: Console) -> dict[str, Any]:
@@ -23,7 +23,8 @@ def run_race(settings: Settings, tile: int, again: bool, console: Console) -> di
     """
     bundle = load_model(settings.model)
     threads = settings.threads or cores()
-    request = Request(settings.model, settings.backend, settings.precision, tile, settings.batch, threads)
+    device = race_device(settings.device)
+    request = Request(settings.model, settings.backend, settings.precision, tile, settings.batch, threads, device)
     with console.status("racing the backends"):
         certificate = certify(request, bundle, Artefacts(), lambda: None, again)
     try:

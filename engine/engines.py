@@ -5,25 +5,35 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from importlib.util import find_spec
+from itertools import cycle
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.artefacts import Artefacts
-from cellseg_batch.engine.backends.backend import Backend, CompiledModel, Shape
-from cellseg_batch.engine.backends.choose import REFERENCE, candidates, make_backend
+from cellseg_batch.engine.backends.backend import Backend, CompiledModel, DeviceModel, Shape
+from cellseg_batch.engine.backends.choose import KINDS, REFERENCE, candidates, make_backend
 from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.race import Certificate, Request, certify
-from cellseg_batch.engine.settings import RACE_TILE, Settings
+from cellseg_batch.engine.settings import RACE_TILE, Settings, gpus_of, race_device
 from cellseg_batch.trainer.bundle import Bundle
+
+if TYPE_CHECKING:
+    from cellseg_batch.engine.batch_queue import BatchQueue
 
 _MOST_PROBES = 4
 # Compiled models are kept while their batches are no larger together than this, in px: two large tiles, or the many
 # shapes of a folder of small images.
 _KEPT_AREA = 2 * RACE_TILE**2
+
+# Tile sizes whose models stay on a GPU.
+_KEPT_QUEUES = 4
 
 # A compiled model and its input, (N, C, H, W) float32.
 Device = tuple[CompiledModel, NDArray[np.float32]]
@@ -52,19 +62,22 @@ class Engines:
         self.seconds = 0.0
         self.turn = threading.RLock()
         self._threads = settings.threads or cores()
+        self._gpus = gpus_of(settings.device)
         self._artefacts = Artefacts()
         with self.counted():
             self.certificate: Certificate | None = None
-            fitting = candidates(settings.backend, settings.precision)
+            fitting = candidates(settings.backend, settings.precision, settings.device)
             if fitting == [REFERENCE] or (len(fitting) == 1 and not settings.gate):
                 (winner,) = fitting  # nothing to compare with anything
             else:
-                request = Request(settings.model, settings.backend, settings.precision, RACE_TILE, 1, self._threads)
+                asked = settings.model, settings.backend, settings.precision
+                request = Request(*asked, RACE_TILE, 1, self._threads, race_device(settings.device))
                 self.certificate = certify(request, bundle, self._artefacts, racing)
                 best = self.certificate.pick(settings.backend, settings.precision, settings.gate)
                 winner = best.backend, best.precision
-            self.chosen = make_backend(bundle, *winner, self._threads, self._artefacts)
-        self._backends = {(self.chosen.name, self.chosen.precision, 1): self.chosen}
+            self.chosen = make_backend(bundle, *winner, self._threads, self._artefacts, self._gpus[0])
+        self._backends = {(self.chosen.name, self.chosen.precision, 1, self._gpus[0]): self.chosen}
+        self._queues: OrderedDict[tuple[Backend, Shape], Iterator[BatchQueue]] = OrderedDict()
         self._devices: dict[tuple[Backend, Shape], Device] = {}
         self._probes: dict[tuple[Backend, Shape], CompiledModel] = {}
 
@@ -77,18 +90,19 @@ class Engines:
         finally:
             self.seconds += time.perf_counter() - start
 
-    def backend(self, name: str, precision: str, shrink: int = 1) -> Backend:
-        """A backend by name, for images shrunk by ``shrink``.
+    def backend(self, name: str, precision: str, shrink: int = 1, gpu: str | None = None) -> Backend:
+        """A backend by name, for images shrunk by ``shrink``; on the first GPU unless another one is named.
 
         Raises:
             BackendError: it is not to be had here.
         """
-        key = (name, precision, shrink)
+        key = (name, precision, shrink, gpu or self._gpus[0])
         with self.turn:
             if key not in self._backends:
                 with self.counted():
                     bundle = self.bundle.shrunk(shrink)
-                    self._backends[key] = make_backend(bundle, name, precision, self._threads, self._artefacts)
+                    how = name, precision, self._threads, self._artefacts
+                    self._backends[key] = make_backend(bundle, *how, key[-1])
             return self._backends[key]
 
     def shrunk(self, backend: Backend, factor: int) -> Backend:
@@ -117,6 +131,29 @@ class Engines:
             self._devices[key] = device  # the last one used comes last
             yield device
 
+    def queue(self, backend: Backend, shrink: int, shape: Shape) -> BatchQueue | None:
+        """The queue of a GPU for batches of a shape, of every GPU in turn; None for what does not run on GPUs.
+
+        Without Triton there is none either: the host cuts and stitches then, and the GPU only computes.
+        """
+        if not KINDS[backend.name].on_gpu or find_spec("triton") is None:
+            return None
+        from cellseg_batch.engine.backends import cuda
+        from cellseg_batch.engine.batch_queue import BatchQueue
+
+        with self.turn:
+            key = (backend, shape)
+            if key not in self._queues:
+                queues = []
+                for gpu in self._gpus:
+                    there = self.backend(backend.name, backend.precision, shrink, gpu)
+                    queues.append(BatchQueue(cuda.Device(gpu), partial(_compile_batch, there, shape), shape[0]))
+                self._queues[key] = cycle(queues)
+            self._queues.move_to_end(key)
+            while len(self._queues) > _KEPT_QUEUES:
+                self._queues.popitem(last=False)
+            return next(self._queues[key])
+
     def _make_room(self, shape: Shape) -> None:
         """Let go of the models that were not used for longest: each holds memory of its own."""
         areas = {key: math.prod(key[1]) // key[1][1] for key in self._devices}
@@ -137,3 +174,8 @@ class Engines:
             with self.counted():
                 self._probes[key] = backend.compile(shape)
         return self._probes[key]
+
+
+def _compile_batch(backend: Backend, shape: Shape, batch: int) -> DeviceModel:
+    """The model for batches of another size on a GPU, whose backends all compile models of that kind."""
+    return cast("DeviceModel", backend.compile((batch, *shape[1:])))

@@ -108,6 +108,11 @@ class Lattice:
         """Number of cores along y and x."""
         return -(-self.shape[0] // self.core[0]), -(-self.shape[1] // self.core[1])
 
+    @property
+    def overlap(self) -> int:
+        """Pixels over which neighbouring tiles are blended: a power of two of at most 64; 0 without a margin."""
+        return 1 << min(2 * self.margin, *self.core, 64).bit_length() - 1 if self.margin else 0
+
     def tile_at(self, row: int, column: int) -> Tile:
         """The tile of core (row, column) of the grid."""
         y, x = row * self.core[0], column * self.core[1]
@@ -163,7 +168,8 @@ class Block:
         plane: index of the t/z plane, 0 when there is only one.
         box: what it writes, clipped to the slide.
         read_box: what it reads, clipped to the slide; every mirrored pixel comes from inside it.
-        tiles: in raster order.
+        tiles: in raster order; to blend, those around the block too.
+        tile_rows_columns: how many there are along y and x.
     """
 
     index: int
@@ -171,6 +177,7 @@ class Block:
     box: Box
     read_box: Box
     tiles: tuple[Tile, ...]
+    tile_rows_columns: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -181,11 +188,13 @@ class BlockGrid:
         lattice: of every plane.
         cores: number of cores along y and x of a block.
         planes: number of t/z planes.
+        ring: cores beyond a block whose tiles it needs: 1 to blend them, so that both sides of a seam see the same.
     """
 
     lattice: Lattice
     cores: tuple[int, int]
     planes: int
+    ring: int = 0
 
     @property
     def block_shape(self) -> tuple[int, int]:
@@ -213,31 +222,36 @@ class BlockGrid:
         rows, columns = self.grid
         plane, place = divmod(index, rows * columns)
         row, column = divmod(place, columns)
-        core_rows = self._cores_of(row, axis=0)
-        core_columns = self._cores_of(column, axis=1)
+        own_rows, own_columns = self._cores_of(row, axis=0), self._cores_of(column, axis=1)
+        first = self.lattice.tile_at(own_rows[0], own_columns[0]).core
+        last = self.lattice.tile_at(own_rows[-1], own_columns[-1]).core
+        core_rows, core_columns = self._with_ring(own_rows, axis=0), self._with_ring(own_columns, axis=1)
         tiles = tuple(self.lattice.tile_at(y, x) for y in core_rows for x in core_columns)
-        first, last = tiles[0], tiles[-1]
-        frame = Box(first.frame.y0, first.frame.x0, last.frame.y1, last.frame.x1)
+        frame = Box(tiles[0].frame.y0, tiles[0].frame.x0, tiles[-1].frame.y1, tiles[-1].frame.x1)
         return Block(
             index=index,
             plane=plane,
-            box=Box(first.core.y0, first.core.x0, last.core.y1, last.core.x1),
+            box=Box(first.y0, first.x0, last.y1, last.x1),
             read_box=source_box(frame, self.lattice.shape),
             tiles=tiles,
+            tile_rows_columns=(len(core_rows), len(core_columns)),
         )
 
     def _cores_of(self, block: int, axis: int) -> range:
         first = block * self.cores[axis]
         return range(first, min(first + self.cores[axis], self.lattice.grid[axis]))
 
+    def _with_ring(self, cores: range, axis: int) -> range:
+        return range(max(0, cores.start - self.ring), min(cores.stop + self.ring, self.lattice.grid[axis]))
 
-def lay_blocks(lattice: Lattice, block: int, planes: int = 1) -> BlockGrid:
+
+def lay_blocks(lattice: Lattice, block: int, planes: int = 1, ring: int = 0) -> BlockGrid:
     """Blocks of about ``block`` px a side, rounded to whole cores, at least one and no more than there are."""
 
     def rounded(axis: int) -> int:
         return max(1, min(round(block / lattice.core[axis]), lattice.grid[axis]))
 
-    return BlockGrid(lattice, (rounded(0), rounded(1)), planes)
+    return BlockGrid(lattice, (rounded(0), rounded(1)), planes, ring)
 
 
 def chunk_side(core: int, target: int = 512) -> int:

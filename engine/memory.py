@@ -22,14 +22,21 @@ def block_memory(slide: Slide, level: int, channels: int, grid: BlockGrid, proba
     """Bytes that a block of ``grid`` holds at most while it is read, computed and written."""
     itemsize = np.dtype(slide.dtype).itemsize
     sides = {"c": channels}
-    for axis, length, block in zip("yx", grid.lattice.shape, grid.block_shape, strict=True):
-        sides[axis] = min(block + 2 * grid.lattice.margin, length)
+    lattice = grid.lattice
+    for axis, length, block, core in zip("yx", lattice.shape, grid.block_shape, lattice.core, strict=True):
+        sides[axis] = min(block + 2 * (grid.ring * core + grid.lattice.margin), length)
     chunk = dict(zip(slide.axes, slide.levels[level].chunks, strict=True))
     touched = math.prod(1 + math.ceil((side - 1) / chunk.get(axis, 1)) for axis, side in sides.items())
     decoding = min(_CHUNKS_IN_FLIGHT, touched) * math.prod(chunk.values()) * itemsize
     written = math.prod(grid.block_shape) * (2 if probability else 1)
     # The encoder holds its input, the chunks that it cut out of it and the shard that it builds.
-    return math.prod(sides.values()) * itemsize + decoding + 3 * written
+    return math.prod(sides.values()) * itemsize + decoding + 3 * written + _blended_logits(grid)
+
+
+def _blended_logits(grid: BlockGrid) -> int:
+    """Bytes of the logits of a block that are held until all of its tiles can be blended."""
+    tiles = math.prod(cores + 2 for cores in grid.cores)
+    return 4 * tiles * math.prod(core + grid.lattice.overlap for core in grid.lattice.core) if grid.ring else 0
 
 
 class Room:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from dask.utils import parse_bytes
 
-from cellseg_batch.engine.settings import BACKENDS, PRECISIONS
+from cellseg_batch.engine.settings import BACKENDS, PRECISIONS, STITCHES
 
 _MODEL, _SHAPE, _SLIDE, _OUTPUT, _SCREEN = "Model", "Tiles and blocks", "Slide", "Output", "Screen"
 
@@ -40,6 +40,9 @@ Model = Annotated[
     str, typer.Option("--model", help="A shipped model's name, or a bundle's folder.", rich_help_panel=_MODEL)
 ]
 BackendName = Annotated[str, typer.Option("--backend", help="|".join(BACKENDS), rich_help_panel=_MODEL)]
+Device = Annotated[
+    str, typer.Option("--device", help="auto|cpu|cuda|cuda:0,1 (one engine per GPU).", rich_help_panel=_MODEL)
+]
 Precision = Annotated[str, typer.Option("--precision", help="|".join(PRECISIONS), rich_help_panel=_MODEL)]
 Gate = Annotated[
     bool,
@@ -55,6 +58,12 @@ Threads = Annotated[
     int | None, typer.Option("--threads", help="Threads of the model; default: every core.", rich_help_panel=_MODEL)
 ]
 TileSide = Annotated[int, typer.Option("--tile", help="Largest tile side in px.", rich_help_panel=_SHAPE)]
+Stitch = Annotated[
+    str,
+    typer.Option(
+        "--stitch", help="|".join(STITCHES) + ": cut tiles at their cores, or fade them.", rich_help_panel=_SHAPE
+    ),
+]
 Margin = Annotated[
     str | None,
     typer.Option(

@@ -15,7 +15,7 @@ from typing import Any
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.plan import SlidePlan
 from cellseg_batch.engine.reader import SlideReader
-from cellseg_batch.engine.runner import Runner
+from cellseg_batch.engine.runner import AnyRunner
 from cellseg_batch.engine.stages import StageClock
 from cellseg_batch.engine.writer import ImageWriter, lay_out
 
@@ -38,7 +38,7 @@ class OpenSlide:
 
     plan: SlidePlan
     reader: SlideReader
-    runner: Callable[[], AbstractContextManager[Runner]]
+    runner: Callable[[], AbstractContextManager[AnyRunner]]
     labels: ImageWriter
     probability: ImageWriter | None
     journal: Journal

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from cellseg_batch.engine.backends.backend import Backend, Shape
-from cellseg_batch.engine.errors import OutputError, SlideError
+from cellseg_batch.engine.errors import OutputError, SlideError, UsageError
 from cellseg_batch.engine.geometry import BlockGrid, fit_lattice, lay_blocks
 from cellseg_batch.engine.normalise import Bounds, settle_bounds
 from cellseg_batch.engine.place import Place
@@ -40,6 +40,7 @@ class SlidePlan:
         shape: (N, C, T_y, T_x) of every batch.
         probability: also write the probability.
         shrink: by how much the image is shrunk for the model.
+        stitch: crop or blend.
     """
 
     slide: Slide
@@ -52,6 +53,7 @@ class SlidePlan:
     shape: Shape
     probability: bool
     shrink: int = 1
+    stitch: str = "crop"
 
     @property
     def pixels(self) -> int:
@@ -80,6 +82,7 @@ class SlidePlan:
             "model": {"name": bundle.card.name, "sha256": bundle.sha256},
             "backend": {"name": backend.name, "precision": backend.precision, "version": backend.version},
             "shrink": self.shrink,
+            "stitch": self.stitch,
             "lattice": {"core": list(lattice.core), "margin": lattice.margin},
             "normalisation": asdict(self.bounds),
             "threshold": self.threshold,
@@ -149,17 +152,25 @@ def plan_slide(
     else:
         bounds = settle_bounds(slide, channels.indices, level.level, card.normalisation)
     margin = pick_margin(settings, card)
+    if settings.stitch == "blend" and not margin:
+        raise UsageError(
+            "--stitch blend",
+            expected="tiles that overlap",
+            found="a margin of 0 px",
+            remedy=f"use --margin {card.total_stride} or more, or --stitch crop",
+        )
     lattice = fit_lattice(slide.plane_shape(level.level), settings.tile, margin, card.total_stride)
     return SlidePlan(
         slide=slide,
         place=place,
         level=level,
         channels=channels,
-        grid=lay_blocks(lattice, settings.block, slide.planes(level.level)),
+        grid=lay_blocks(lattice, settings.block, slide.planes(level.level), ring=settings.stitch == "blend"),
         bounds=bounds,
         threshold=settings.threshold if settings.threshold is not None else card.threshold,
         shape=(settings.batch, card.channels, *lattice.tile),
         probability=settings.probability,
+        stitch=settings.stitch,
     )
 
 

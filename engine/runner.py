@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,10 @@ from cellseg_batch.engine.errors import ComputeError
 from cellseg_batch.engine.geometry import Block, Box, Lattice, Tile, reflect
 from cellseg_batch.engine.normalise import Bounds
 from cellseg_batch.engine.stages import StageClock
+from cellseg_batch.engine.stitching import make_stitch
+from cellseg_batch.kernels import stitch
 from cellseg_batch.kernels.gather import gather
-from cellseg_batch.kernels.stitch import logit_threshold, stitch_mask, stitch_probability
+from cellseg_batch.kernels.stitch import logit_threshold
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,18 @@ class BlockResult:
     missing: int
 
 
+class AnyRunner(Protocol):
+    """What segments the blocks of one slide, on the CPU or on a GPU."""
+
+    def segment(self, pixels: NDArray[Any], block: Block) -> BlockResult:
+        """Segment ``block`` from the pixels (C, h, w) of its read box.
+
+        Raises:
+            ComputeError: the model gives no usable numbers.
+        """
+        ...
+
+
 class Runner:
     """Segments blocks of one slide, one at a time: model and batch are its own meanwhile.
 
@@ -46,6 +61,7 @@ class Runner:
         bounds: of the slide.
         threshold: probability above which a pixel is foreground.
         probability: also make the probability.
+        stitch: crop or blend.
         clock: counts the stages.
     """
 
@@ -57,6 +73,7 @@ class Runner:
         bounds: Bounds,
         threshold: float,
         probability: bool,
+        stitch: str,
         clock: StageClock,
     ) -> None:
         self._model = model
@@ -64,6 +81,7 @@ class Runner:
         self._bounds = bounds
         self._threshold = logit_threshold(threshold)
         self._probability = probability
+        self._stitch = stitch
         self._clock = clock
         self._batch = batch
 
@@ -75,52 +93,46 @@ class Runner:
         """
         mask = np.empty(block.box.shape, np.uint8)
         probability = np.empty(block.box.shape, np.uint8) if self._probability else None
-        foreground = undefined = 0
-        tiles = iter(block.tiles)
-        while batch := list(islice(tiles, len(self._batch))):
+        way = self._stitch, block, self._lattice, self._threshold, mask, probability
+        stitching = make_stitch(*way, kernels=stitch, empty=partial(np.empty, dtype=np.float32))
+        for first in range(0, len(block.tiles), len(self._batch)):
+            batch = block.tiles[first : first + len(self._batch)]
             logits = self.logits(pixels, block.read_box, batch)
             with self._clock.stage("stitch"):
-                places = core_places(batch, block.box)
-                counts = stitch_mask(logits, places, self._threshold, mask)
-                foreground, undefined = foreground + counts[0], undefined + counts[1]
-                if probability is not None:
-                    stitch_probability(logits, places, probability)
-        if undefined:
-            raise ComputeError(
-                f"block {block.index}",
-                expected="finite logits",
-                found=f"{undefined} NaN",
-                cause="weights or a precision that overflow",
-                remedy="try --precision fp32",
-            )
+                stitching.add(first, logits[: len(batch)])
+        with self._clock.stage("stitch"):
+            foreground, undefined = (sum(counts) for counts in zip(*stitching.finish(), strict=True))
+        refuse_nan(block, undefined)
         return BlockResult(mask, probability, foreground, count_missing(pixels, block))
 
-    def logits(self, pixels: NDArray[Any], read_box: Box, batch: list[Tile]) -> NDArray[np.float32]:
+    def logits(self, pixels: NDArray[Any], read_box: Box, batch: Sequence[Tile]) -> NDArray[np.float32]:
         """Logits (N, K, T_y, T_x) of a batch of tiles, valid until the next call."""
-        height, width = self._lattice.shape
         with self._clock.stage("gather"):
-            rows = np.stack([reflect(tile.frame.y0, tile.frame.y1, height) for tile in batch]) - read_box.y0
-            columns = np.stack([reflect(tile.frame.x0, tile.frame.x1, width) for tile in batch]) - read_box.x0
+            rows, columns = source_tables(batch, self._lattice.shape, read_box)
             gather(pixels, rows, columns, self._bounds.low, self._bounds.scale, self._batch[: len(batch)])
         with self._clock.stage("model"):
             return self._model(self._batch)
 
 
-def core_places(batch: list[Tile], target: Box) -> NDArray[np.int64]:
-    """Where the cores of a batch lie in their tiles and in ``target``: rows for `stitch_mask`, (N, 6) int64."""
-    return np.array(
-        [
-            (
-                tile.core.y0 - tile.frame.y0,
-                tile.core.x0 - tile.frame.x0,
-                tile.core.y0 - target.y0,
-                tile.core.x0 - target.x0,
-                *tile.core.shape,
-            )
-            for tile in batch
-        ],
-        np.int64,
-    )
+def source_tables(
+    tiles: Sequence[Tile], shape: tuple[int, int], read_box: Box
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row and column in the pixels of ``read_box`` of each row (N, T_y) and column (N, T_x) of tiles of a slide."""
+    rows = np.stack([reflect(tile.frame.y0, tile.frame.y1, shape[0]) for tile in tiles]) - read_box.y0
+    columns = np.stack([reflect(tile.frame.x0, tile.frame.x1, shape[1]) for tile in tiles]) - read_box.x0
+    return rows, columns
+
+
+def refuse_nan(block: Block, undefined: int) -> None:
+    """Raise ComputeError where ``undefined`` logits of a block were NaN."""
+    if undefined:
+        raise ComputeError(
+            f"block {block.index}",
+            expected="finite logits",
+            found=f"{undefined} NaN",
+            cause="weights or a precision that overflow",
+            remedy="try --precision fp32",
+        )
 
 
 def count_missing(pixels: NDArray[Any], block: Block) -> int:

@@ -179,7 +179,7 @@ class _LogitsOf:
             shape = (1, plan.shape[1], *tile.frame.shape)
             model = self._backend.compile(shape)
             self._runner = Runner(
-                model, np.zeros(shape, np.float32), lattice, plan.bounds, plan.threshold, False, StageClock()
+                model, np.zeros(shape, np.float32), lattice, plan.bounds, plan.threshold, False, "crop", StageClock()
             )
         read_box = source_box(tile.frame, lattice.shape)
         logits = self._runner.logits(self._reader.read(0, read_box), read_box, [tile])[0, 0]

@@ -5,6 +5,7 @@ None means "not said": the model card, the machine or an unfinished run decides.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from cellseg_batch.engine.errors import UsageError
 
 BACKENDS = ("auto", "torch", "openvino", "torch-cuda", "torch-compile", "tensorrt")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
+STITCHES = ("crop", "blend")
 
 # Side in px of the tiles that the backends are raced at: what a large slide's lattice is fitted to.
 RACE_TILE = 1776
@@ -27,9 +29,11 @@ class Settings:
         model: a shipped model's name or a bundle's path.
         backend: one of `BACKENDS`.
         precision: one of `PRECISIONS`.
+        device: auto, cpu, or GPUs as `gpus_of` reads them; auto takes what is fastest, on one GPU at most.
         gate: False runs what was asked for even where it does not agree with torch fp32.
         threshold: probability above which a pixel is foreground, in (0, 1); None is the card's.
         tile: largest tile side in px; the lattice fits the real one to the slide.
+        stitch: one of `STITCHES`.
         margin: px cut from each side of a tile, ``exact`` for the network's own reach; None is the card's.
         batch: tiles per call of the model.
         block: target side in px of the box that one task writes; rounded to whole tile cores.
@@ -50,9 +54,11 @@ class Settings:
     model: str = "nuclei"
     backend: str = "auto"
     precision: str = "auto"
+    device: str = "auto"
     gate: bool = True
     threshold: float | None = None
     tile: int = 1792
+    stitch: str = "crop"
     margin: int | str | None = None
     batch: int = 1
     block: int = 4096
@@ -75,6 +81,9 @@ class Settings:
         """
         _one_of("--backend", self.backend, BACKENDS)
         _one_of("--precision", self.precision, PRECISIONS)
+        _one_of("--stitch", self.stitch, STITCHES)
+        if self.device not in ("auto", "cpu"):
+            gpus_of(self.device)
         if self.threshold is not None and not 0 < self.threshold < 1:
             _refuse("--threshold", "a probability between 0 and 1, both excluded", self.threshold, "try 0.5")
         if isinstance(self.margin, str) and self.margin != "exact":
@@ -98,6 +107,27 @@ class Settings:
             _refuse("--pixel-size", "µm per px above 0", self.pixel_size, "try 0.5")
         if not self.name or set(self.name) & set("/\\") or self.name.startswith("."):
             _refuse("--name", "a plain name for the label group", repr(self.name), "try --name nuclei")
+
+
+def gpus_of(device: str) -> tuple[str, ...]:
+    """The GPUs that ``cuda``, ``cuda:1`` or ``cuda:0,1`` names, counted among those that CUDA_VISIBLE_DEVICES shows.
+
+    ``cuda``, ``auto`` and ``cpu`` give the first one.
+
+    Raises:
+        UsageError: it names something else.
+    """
+    if device in ("auto", "cpu", "cuda"):
+        return ("cuda:0",)
+    if not re.fullmatch(r"cuda:\d+(,\d+)*", device):
+        _refuse("--device", "auto, cpu, cuda, cuda:0 or cuda:0,1", device, "see cellseg-batch doctor")
+    numbers = device.removeprefix("cuda:").split(",")
+    return tuple(f"cuda:{int(number)}" for number in dict.fromkeys(numbers))
+
+
+def race_device(device: str) -> str:
+    """What the backends are raced on: of several GPUs, the first stands for all."""
+    return device if device in ("auto", "cpu") else gpus_of(device)[0]
 
 
 def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:

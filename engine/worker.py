@@ -9,19 +9,18 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cellseg_batch.engine.backends.backend import Backend
 from cellseg_batch.engine.engines import Engines
 from cellseg_batch.engine.errors import OutputError, ReadError, SlideError
-from cellseg_batch.engine.geometry import lay_blocks
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
 from cellseg_batch.engine.memory import RUN_OVERHEAD_BYTES, Room
 from cellseg_batch.engine.pipeline import BLOCKS, OpenSlide, Pass
 from cellseg_batch.engine.plan import SlideJob, SlidePlan
 from cellseg_batch.engine.reader import SlideReader
-from cellseg_batch.engine.runner import Runner
+from cellseg_batch.engine.runner import AnyRunner, Runner
 from cellseg_batch.engine.stages import StageClock
 from cellseg_batch.engine.writer import ImageWriter, lay_out
 
@@ -87,7 +86,7 @@ class Worker:
         with self.engines.turn:
             if kind in self._warm:
                 return
-            tile = lay_blocks(plan.grid.lattice, block=1)[0]
+            tile = replace(plan.grid, cores=(1, 1))[0]
             with suppress(ReadError):  # a damaged first chunk costs its block, not the slide
                 pixels = reader.read(0, tile.read_box)
                 with self._runner(plan, backend, StageClock()) as runner, self.engines.counted():
@@ -154,9 +153,16 @@ class Worker:
         )
 
     @contextmanager
-    def _runner(self, plan: SlidePlan, backend: Backend, clock: StageClock) -> Iterator[Runner]:
+    def _runner(self, plan: SlidePlan, backend: Backend, clock: StageClock) -> Iterator[AnyRunner]:
+        how = plan.grid.lattice, plan.bounds, plan.threshold, plan.probability, plan.stitch, clock
+        queue = self.engines.queue(backend, plan.shrink, plan.shape)
+        if queue is not None:
+            from cellseg_batch.engine.device_runner import DeviceRunner
+
+            yield DeviceRunner(queue, *how)
+            return
         with self.engines.device(backend, plan.shape) as (model, batch):
-            yield Runner(model, batch, plan.grid.lattice, plan.bounds, plan.threshold, plan.probability, clock)
+            yield Runner(model, batch, *how)
 
 
 class _Entry:

@@ -51,7 +51,7 @@ def shrink_plan(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: int
     lattice = fit_lattice(plan.grid.lattice.shape, settings.tile, pick_margin(settings, card), card.total_stride)
     return replace(
         plan,
-        grid=lay_blocks(lattice, settings.block, plan.grid.planes),
+        grid=lay_blocks(lattice, settings.block, plan.grid.planes, plan.grid.ring),
         shape=(*plan.shape[:2], *lattice.tile),
         shrink=factor,
     )

@@ -27,12 +27,13 @@ class Filter:
         return (0.75 * batch - 0.25 * grown)[:, :1].copy()
 
 
-def run_blocks(image, lattice, block, batch, reach):
+def run_blocks(image, lattice, block, batch, reach, stitch="crop"):
     """The mask of a whole image, block by block."""
     mask = np.full(image.shape[1:], 9, np.uint8)
     shape = (batch, 3, *lattice.tile)
-    runner = Runner(Filter(reach), np.zeros(shape, np.float32), lattice, Bounds(0.0, 255.0), 0.51, False, StageClock())
-    for one in lay_blocks(lattice, block):
+    feed = Filter(reach), np.zeros(shape, np.float32)
+    runner = Runner(*feed, lattice, Bounds(0.0, 255.0), 0.51, False, stitch, StageClock())
+    for one in lay_blocks(lattice, block, ring=stitch == "blend"):
         pixels = image[(slice(None), *one.read_box.slices())]
         result = runner.segment(pixels, one)
         mask[one.box.slices()] = result.mask
@@ -59,13 +60,61 @@ def test_tiled_equals_untiled_whatever_the_blocks_and_batches(data):
     np.testing.assert_array_equal(mask[decided], (expected > np.log(0.51 / 0.49))[decided])
 
 
-@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([(64, 1), (200, 2), (999, 3)]))
-def test_masks_are_bit_identical_for_any_partition(height, width, how):
+@given(
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.sampled_from([(64, 1), (200, 2), (999, 3)]),
+    st.sampled_from(["crop", "blend"]),
+)
+def test_masks_are_bit_identical_for_any_partition(height, width, how, stitch):
     lattice = fit_lattice((height, width), 56, 8, 8)
     image = np.random.default_rng(height).integers(0, 256, (1, height, width), dtype=np.uint8)
     np.testing.assert_array_equal(
-        run_blocks(image, lattice, *how, reach=20), run_blocks(image, lattice, 1, 1, reach=20)
+        run_blocks(image, lattice, *how, reach=20, stitch=stitch),
+        run_blocks(image, lattice, 1, 1, reach=20, stitch=stitch),
     )
+
+
+class Constant:
+    """A stand-in network whose logits say which tile of a run they are from."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, batch):
+        self.calls += 1
+        return np.full_like(batch[:, :1], self.calls)
+
+
+def test_a_blend_fades_from_tile_to_tile_around_the_edge_of_their_cores():
+    lattice = fit_lattice((48, 96), 80, 16, 16)
+    assert (lattice.core, lattice.overlap) == ((48, 48), 32)
+    thresholds = []
+    for level in range(1, 32):
+        runner = Runner(
+            Constant(),
+            np.zeros((1, 1, *lattice.tile), np.float32),
+            lattice,
+            Bounds(0.0, 255.0),
+            1 / (1 + np.exp(-(1 + (level - 0.5) / 32))),
+            False,
+            "blend",
+            StageClock(),
+        )
+        (block,) = lay_blocks(lattice, 999, ring=1)
+        mask = runner.segment(np.zeros((1, 48, 96), np.uint8), block).mask
+        np.testing.assert_array_equal(mask, np.broadcast_to(mask[0], mask.shape))
+        thresholds.append(int(np.argmax(mask[0])))
+    # Tile 1 says 1, tile 2 says 2; between them the logit rises by 1/32 per px, centred on the edge at 48.
+    assert thresholds == list(range(33, 64))
+
+
+def test_exact_margin_and_the_overlap_make_crop_and_blend_the_same():
+    lattice = fit_lattice((150, 170), 96, 24, 8)
+    image = np.random.default_rng(0).integers(0, 256, (1, 150, 170), dtype=np.uint8)
+    reach = lattice.margin - lattice.overlap // 2
+    cropped, blended = (run_blocks(image, lattice, 100, 2, reach, stitch) for stitch in ("crop", "blend"))
+    np.testing.assert_array_equal(cropped, blended)
 
 
 @settings(max_examples=8)
@@ -77,7 +126,7 @@ def test_exact_margin_makes_a_real_network_seamless(tiny_bundle, height, width, 
     image = np.random.default_rng(width).integers(0, 256, (3, height, width), dtype=np.uint8)
     shape = (1, 3, *lattice.tile)
     runner = Runner(
-        backend.compile(shape), np.zeros(shape, np.float32), lattice, Bounds(0, 255), 0.5, False, StageClock()
+        backend.compile(shape), np.zeros(shape, np.float32), lattice, Bounds(0, 255), 0.5, False, "crop", StageClock()
     )
     grid = lay_blocks(lattice, 10**6)
     margin, (rows, columns) = card.exact_margin, lattice.grid
