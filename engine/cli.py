@@ -222,6 +222,23 @@ def compile_model(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A TIFF, OME-TIFF, SVS, PNG or plain zarr, or a folder of them.")],
+    target: Annotated[Path, typer.Argument(metavar="DST.zarr", help="The store to write.")],
+    axes: o.Axes = None,
+    workers: o.Workers = Settings.workers,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the way.")] = False,
+    debug: o.Debug = False,
+) -> None:
+    """Write SOURCE as OME-Zarr 0.5, sharded and with a pyramid; an unfinished conversion goes on where it stopped."""
+    from cellseg_batch.engine.convert import print_conversions
+
+    with plain_errors(debug):
+        failed = print_conversions(source, target, axes, workers, overwrite, Console())
+    raise typer.Exit(failed > 0)
+
+
+@app.command()
 def doctor(debug: o.Debug = False) -> None:
     """Show this machine's devices and backends, what is missing and how to get it."""
     from cellseg_batch.engine.doctor import print_diagnosis

@@ -37,13 +37,14 @@ class Layout:
     """Shape and storage of an output image, the same for labels and probability.
 
     Attributes:
-        axes: the slide's without the channel.
+        axes: the slide's, without the channel in labels and probabilities.
         shapes: of each level, the processed one first.
         chunks: (height, width) of a chunk.
         shards: (height, width) of the box that one task writes, by level.
-        datasets: scale and translation of each level, without the channel.
+        datasets: scale and translation of each level.
         units: of the axes.
         zarr_format: 2 or 3.
+        dtype: numpy name of the pixel type.
     """
 
     axes: str
@@ -53,9 +54,10 @@ class Layout:
     datasets: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]
     units: tuple[str | None, ...]
     zarr_format: Literal[2, 3]
+    dtype: str = "uint8"
 
     def storage(self, level: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(chunks, shards) of a level for every axis; t and z are never stored together."""
+        """(chunks, shards) of a level for every axis; two planes or channels are never stored together."""
         ones = (1,) * (len(self.axes) - 2)
         return (*ones, *self.chunks), (*ones, *self.shards[level])
 
@@ -133,18 +135,36 @@ class ImageWriter:
         Raises:
             OutputError: the store cannot be written.
         """
+        metadata = _image_metadata(self.layout, self.path.rsplit("/", 1)[-1], source, is_label)
+        mark = {"kind": "mask" if is_label else "probability", **provenance}
+        self.create_empty({OUTPUT_MARK: mark, **metadata})
+
+    def create_empty(self, attributes: dict[str, Any]) -> None:
+        """Make the groups and empty arrays, in place of whatever was there.
+
+        Raises:
+            OutputError: the store cannot be written.
+        """
         layout = self.layout
         with writing_to(self.folder, "a store"):
             if self.folder.exists():
                 shutil.rmtree(self.folder)
             group = zarr.open_group(str(self.store), mode="a", zarr_format=layout.zarr_format, use_consolidated=False)
-            group = group.require_group(self.path)
+            group = group.require_group(self.path) if self.path else group
             for level, shape in enumerate(layout.shapes):
                 _create_array(group, str(level), shape, layout, level)
-            group.attrs[OUTPUT_MARK] = {"kind": "mask" if is_label else "probability", **provenance}
-            group.attrs.update(_image_metadata(layout, self.path.rsplit("/", 1)[-1], source, is_label))
+            group.attrs.update(attributes)
 
-    def write(self, level: int, plane: int, box: Box, pixels: NDArray[np.uint8]) -> None:
+    def read(self, level: int, plane: int, box: Box) -> NDArray[Any]:
+        """Pixels (h, w) of ``box`` of a plane, as they are on disk.
+
+        Raises:
+            OutputError: they cannot be read.
+        """
+        with writing_to(self.folder, "a store"):
+            return np.asarray(self._array(level)[(*self._plane(level, plane), *box.slices())])
+
+    def write(self, level: int, plane: int, box: Box, pixels: NDArray[Any]) -> None:
         """Write ``pixels`` (h, w) to ``box`` of a plane and wait until they are on disk.
 
         Raises:
@@ -229,7 +249,7 @@ def _create_array(group: zarr.Group, name: str, shape: tuple[int, ...], layout: 
         group.create_array(
             name,
             shape=shape,
-            dtype="uint8",
+            dtype=layout.dtype,
             chunks=chunks,
             shards=shards,
             compressors=[ZstdCodec(level=3), Crc32cCodec()],
@@ -240,7 +260,7 @@ def _create_array(group: zarr.Group, name: str, shape: tuple[int, ...], layout: 
         group.create_array(
             name,
             shape=shape,
-            dtype="uint8",
+            dtype=layout.dtype,
             chunks=chunks,
             compressors=numcodecs.Zstd(level=3),
             chunk_key_encoding={"name": "v2", "separator": "/"},
@@ -248,7 +268,8 @@ def _create_array(group: zarr.Group, name: str, shape: tuple[int, ...], layout: 
         )
 
 
-def _image_metadata(layout: Layout, name: str, source: str | None, is_label: bool) -> dict[str, Any]:
+def multiscale(layout: Layout, name: str) -> Any:
+    """The multiscale metadata of an image, as a model of yaozarrs."""
     version: Any = v05 if layout.zarr_format == 3 else v04
     datasets = []
     for path, (scale, translation) in enumerate(layout.datasets):
@@ -256,11 +277,17 @@ def _image_metadata(layout: Layout, name: str, source: str | None, is_label: boo
         if any(translation):
             steps.append(version.TranslationTransformation(translation=list(translation)))
         datasets.append(version.Dataset(path=str(path), coordinateTransformations=steps))
+    kinds = {"t": version.TimeAxis, "c": version.ChannelAxis}
     axes: list[Any] = [
-        version.TimeAxis(name=axis, unit=unit) if axis == "t" else version.SpaceAxis(name=axis, unit=unit)
+        kinds.get(axis, version.SpaceAxis)(name=axis, unit=unit)
         for axis, unit in zip(layout.axes, layout.units, strict=True)
     ]
-    parts: dict[str, Any] = {"multiscales": [version.Multiscale(name=name, axes=axes, datasets=datasets)]}
+    return version.Multiscale(name=name, axes=axes, datasets=datasets)
+
+
+def _image_metadata(layout: Layout, name: str, source: str | None, is_label: bool) -> dict[str, Any]:
+    version: Any = v05 if layout.zarr_format == 3 else v04
+    parts: dict[str, Any] = {"multiscales": [multiscale(layout, name)]}
     if is_label:
         origin = None if source is None else version.LabelSource(image=source)
         colours = [version.LabelColor(**{"label-value": 1, "rgba": _MASK_COLOUR})]

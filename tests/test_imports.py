@@ -40,6 +40,8 @@ ENGINE_ROOMS = (
     "report",
     "prepare",
     "campaign",
+    "image_layout",
+    "convert",
     "screen",
     "seams",
     "info",
