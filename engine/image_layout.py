@@ -67,7 +67,7 @@ def halve(pixels: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
     """
     step_y, step_x = (1 if length == had else 2 for length, had in zip(shape, pixels.shape, strict=True))
     corners = pixels[: shape[0] * step_y, : shape[1] * step_x].reshape(shape[0], step_y, shape[1], step_x)
-    means = corners.mean(axis=(1, 3))
+    means: NDArray[Any] = corners.mean(axis=(1, 3))
     return (means if pixels.dtype.kind == "f" else np.rint(means)).astype(pixels.dtype)
 
 

@@ -162,7 +162,8 @@ class ImageWriter:
             OutputError: they cannot be read.
         """
         with writing_to(self.folder, "a store"):
-            return np.asarray(self._array(level)[(*self._plane(level, plane), *box.slices())])
+            place: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
+            return np.asarray(self._array(level)[place])
 
     def write(self, level: int, plane: int, box: Box, pixels: NDArray[Any]) -> None:
         """Write ``pixels`` (h, w) to ``box`` of a plane and wait until they are on disk.
