@@ -138,6 +138,28 @@ def info(
     raise typer.Exit(broken > 0)
 
 
+@app.command()
+def preview(
+    slide: o.Slide,
+    out: Annotated[Path, typer.Option("--out", help="The PNG to write.")],
+    box: o.BoxSides = None,
+    name: o.Name = Settings.name,
+    output: o.Output = None,
+    channel: o.Channel = None,
+    axes: o.Axes = None,
+    debug: o.Debug = False,
+) -> None:
+    """Write a picture of SLIDE with the outlines of its labels."""
+    from cellseg_batch.engine.preview import write_preview
+
+    with plain_errors(debug):
+        seen = write_preview(slide, out, o.sides(box), name, output, channel, axes)
+        Console().print(
+            f"{out}: {seen.shape[1]} x {seen.shape[0]} px, {seen.zoom:.3g} px for each px of the labels",
+            highlight=False,
+        )
+
+
 @app.command("verify-seams")
 def verify_seams(
     slide: o.Slide,

@@ -29,6 +29,15 @@ def _bytes(text: str) -> int:
         raise typer.BadParameter(f"expected a size such as 4GB or 800MiB, found {text!r}") from None
 
 
+def sides(text: str | None) -> tuple[int, int, int, int] | None:
+    """What ``--box`` names."""
+    try:
+        y0, x0, y1, x1 = map(int, (text or "0,0,0,0").split(","))
+    except ValueError:
+        raise typer.BadParameter(f"expected four numbers of px, Y0,X0,Y1,X1, found {text!r}") from None
+    return None if text is None else (y0, x0, y1, x1)
+
+
 Slides = Annotated[list[Path], typer.Argument(help="OME-Zarr, zarr, TIFF, SVS, PNG or JPEG, or folders of them.")]
 Slide = Annotated[Path, typer.Argument(help="One image, or a path that holds images (the first is taken).")]
 Output = Annotated[
@@ -110,6 +119,10 @@ Channel = Annotated[
 Axes = Annotated[
     str | None,
     typer.Option("--axes", help="Axes of arrays that do not name theirs, e.g. czyx.", rich_help_panel=_SLIDE),
+]
+BoxSides = Annotated[
+    str | None,
+    typer.Option("--box", metavar="Y0,X0,Y1,X1", help="What to show, in px of the labels; default: everything."),
 ]
 Probability = Annotated[
     bool, typer.Option("--probability", help="Also write the probability as an image.", rich_help_panel=_OUTPUT)

@@ -21,6 +21,8 @@ ENGINE_ROOMS = (
     "slides",
     "memory",
     "journal",
+    "objects",
+    "object_table",
     "models",
     "reader",
     "normalise",
@@ -45,6 +47,7 @@ ENGINE_ROOMS = (
     "screen",
     "seams",
     "info",
+    "preview",
     "training",
     "compiling",
     "doctor",
@@ -71,6 +74,7 @@ TRAINER_ROOMS = (
     "checkpoint",
     "learner",
     "validate",
+    "outlines",
     "plots",
     "train",
     "evaluate",
@@ -111,7 +115,7 @@ def test_packages_import_one_way():
         for module, target in imports_of(engine, "engine")
         if target.startswith("trainer/") and module not in ("engine/training", "engine/trainer_commands")
     }
-    assert shared == {"trainer/bundle", "trainer/scale", "trainer/unet"}, (
+    assert shared == {"trainer/bundle", "trainer/outlines", "trainer/scale", "trainer/unet"}, (
         "the engine knows a model only through its bundle"
     )
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from skimage.segmentation import find_boundaries
 
 from cellseg_batch.trainer.bundle import Bundle
 from cellseg_batch.trainer.data.sample import Sample
 from cellseg_batch.trainer.decode import decode_instances
+from cellseg_batch.trainer.outlines import outlined
 from cellseg_batch.trainer.predict import predict_logits
 from cellseg_batch.trainer.unet import load_network
 
@@ -60,8 +60,8 @@ def plot_predictions(bundle: Bundle, samples: Sequence[Sample], path: Path, rows
         decoded = decode_instances(logits, bundle.card.threshold, bundle.card.instances)
         pictures = (
             _bytes(sample.pixels),
-            outlined(sample.pixels, sample.labels),
-            outlined(sample.pixels, decoded),
+            outlined(_bytes(sample.pixels), sample.labels),
+            outlined(_bytes(sample.pixels), decoded),
             error_map(decoded > 0, sample.labels > 0),
         )
         for axes, picture, title in zip(line, pictures, ("input", "truth", "prediction", "error"), strict=True):
@@ -69,13 +69,6 @@ def plot_predictions(bundle: Bundle, samples: Sequence[Sample], path: Path, rows
             axes.set_title(f"{title}: {sample.kind}" if title == "input" and sample.kind else title, fontsize=9)
             axes.axis("off")
     figure.savefig(path, dpi=80)
-
-
-def outlined(pixels: NDArray[np.float32], labels: NDArray[np.integer]) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8: pixels (H, W, 3) in [0, 1] with the outline of each instance of labels (H, W) in yellow."""
-    picture = _bytes(pixels)
-    picture[find_boundaries(labels, mode="inner")] = (255, 220, 0)
-    return picture
 
 
 def error_map(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> NDArray[np.uint8]:

@@ -66,6 +66,24 @@ def find_in_zarr(store: Path, path: str, name: str, axes: str | None) -> Iterato
             yield Broken(f"{name}/{child}", str(store / below), "listed in the metadata, but not in the store")
 
 
+def open_labels(store: Path, path: str) -> Slide:
+    """The label image ``path`` of ``store`` as a slide.
+
+    Raises:
+        ReadError: there is none.
+    """
+    try:
+        node = zarr.open_group(str(store), path=path, mode="r")
+        return _multiscale(node, _ome_metadata(node), store, path, path)
+    except (OSError, KeyError, ValueError) as error:
+        raise ReadError(
+            str(store / path),
+            expected="a label image",
+            found=f"{type(error).__name__}: {error}",
+            remedy="write it with cellseg-batch run, or name another one with --name or --output",
+        ) from error
+
+
 def _ome_metadata(node: zarr.Group) -> dict[str, Any]:
     """OME attributes: under ``ome`` since 0.5, at the top before."""
     attributes = dict(node.attrs)
