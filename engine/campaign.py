@@ -12,8 +12,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Protocol
+from uuid import uuid4
 
-from cellseg_batch.engine.engines import Engines
+from cellseg_batch.engine.clusters import open_pool
+from cellseg_batch.engine.engines import Engines, choose_backend, settings_elsewhere
 from cellseg_batch.engine.errors import CellsegError, OutputError, SlideError
 from cellseg_batch.engine.geometry import fit_lattice
 from cellseg_batch.engine.journal import Journal
@@ -24,11 +26,12 @@ from cellseg_batch.engine.place import Place, place_output, refuse_output_inside
 from cellseg_batch.engine.plan import SlideJob, SlidePlan, pick_margin
 from cellseg_batch.engine.prepare import Request, finish_slide, prepare_slide
 from cellseg_batch.engine.report import RunReport, SlideReport
-from cellseg_batch.engine.scheduler import Course, ThreadPool, Work, ask, run_courses
+from cellseg_batch.engine.scheduler import Course, Work, ask, run_courses
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.slide import Broken, Slide
 from cellseg_batch.engine.stages import StageClock
+from cellseg_batch.engine.stopping import Stop
 from cellseg_batch.engine.worker import Outcome, Worker
 from cellseg_batch.engine.writer import consolidate_again
 from cellseg_batch.trainer.bundle import Bundle
@@ -58,7 +61,9 @@ class Observer(Protocol):
         """A slide is done, failed or skipped."""
 
 
-def run(inputs: list[Path], settings: Settings, observer: Observer, started: float | None = None) -> RunReport:
+def run(
+    inputs: list[Path], settings: Settings, observer: Observer, started: float | None = None, stop: Stop | None = None
+) -> RunReport:
     """Segment every image below ``inputs``.
 
     Args:
@@ -66,54 +71,69 @@ def run(inputs: list[Path], settings: Settings, observer: Observer, started: flo
         settings: what was asked for.
         observer: told as things happen.
         started: ``time.perf_counter()`` at the command's start; now when left out.
+        stop: asks the run to end early.
 
     Returns:
         The report; images that failed are in it with their reasons.
 
     Raises:
         UsageError: nothing can be run as asked.
+        Stopped: it was asked to end.
     """
     started = time.perf_counter() if started is None else started
     refuse_output_inside(settings.output, inputs)
     images = [image for path in inputs for image in find_images(path, settings.axes)]
-    return run_images(images, settings, observer, StageClock(), started)
+    return run_images(images, settings, observer, StageClock(), started, stop)
 
 
 def run_images(
-    images: list[Slide | Broken], settings: Settings, observer: Observer, clock: StageClock, started: float
+    images: list[Slide | Broken],
+    settings: Settings,
+    observer: Observer,
+    clock: StageClock,
+    started: float,
+    stop: Stop | None = None,
 ) -> RunReport:
     """Segment ``images``, their stages counted by ``clock``; `run` says the rest."""
     bundle = load_model(settings.model)
     _refuse_margin_off_grid(settings, bundle)
-    engines = Engines(bundle, settings, observer.racing)
-    campaign = _Campaign(settings, engines, observer, clock)
+    campaign = _Campaign(settings, bundle, observer, clock)
     observer.found(len(images))
-    slides = campaign.run(images)
+    slides = campaign.run(images, stop or Stop())
     return campaign.report(slides, time.perf_counter() - started)
 
 
 class _Campaign:
     """What the slides of one run share."""
 
-    def __init__(self, settings: Settings, engines: Engines, observer: Observer, clock: StageClock) -> None:
+    def __init__(self, settings: Settings, bundle: Bundle, observer: Observer, clock: StageClock) -> None:
         self.settings = settings
-        self.engines = engines
+        self.card = bundle.card
         self.observer = observer
         self.clock = clock
-        self.worker = Worker(engines, clock)
         self.taken: dict[Path, str] = {}
         self.written: set[Path] = set()
         self.largest: SlidePlan | None = None
         self.planned_peak = 0
         self.workers = 0
-        self.compiled_before: float | None = None
+        self.pool = open_pool(settings)
+        begun = time.perf_counter()
+        if settings.scheduler == "threads":
+            self.engines: Engines | None = Engines(bundle, settings, observer.racing)
+            self.choice = self.engines.choice
+        else:
+            # Not on this machine, which may be a login node without the workers' devices.
+            self.engines, settings = None, settings_elsewhere(settings)
+            self.choice = self.pool.submit(choose_backend, settings).result()
+        self.compile_seconds = time.perf_counter() - begun
+        self.worker = Worker(settings, self.choice, uuid4().hex, self.engines, clock)
 
-    def run(self, images: list[Slide | Broken]) -> list[SlideReport]:
+    def run(self, images: list[Slide | Broken], stop: Stop) -> list[SlideReport]:
         """Take every image through the pool; reports in the order of the images."""
         reports: dict[int, SlideReport] = {}
         courses = (self._course(image, number, reports) for number, image in enumerate(images))
         try:
-            for number in run_courses(courses, ThreadPool(self.settings.workers)):
+            for number in run_courses(courses, self.pool, stop):
                 self.observer.ended(reports[number])
         finally:
             self.worker.close()
@@ -140,7 +160,7 @@ class _Campaign:
             return SlideReport(image.path, "failed", image.reason)
         place = place_output(image, self.settings.name, self.settings.output)
         self._claim(place, image)
-        job = yield from ask(partial(prepare_slide, self.worker), Request(image, place, self.settings))
+        job = yield from ask(partial(prepare_slide, self.worker), Request(image, place))
         if isinstance(job, SlideReport):
             return job
         self._announce(job, number)
@@ -165,8 +185,9 @@ class _Campaign:
         return collect
 
     def _announce(self, job: SlideJob, number: int) -> None:
-        if self.compiled_before is None:
-            self.compiled_before = self.engines.seconds
+        if self.largest is None and self.engines is not None:
+            # What is compiled later, while blocks are under way, is part of the run.
+            self.compile_seconds = self.engines.seconds
         if self.largest is None or job.plan.pixels > self.largest.pixels:
             self.largest = job.plan
         self.planned_peak = max(self.planned_peak, job.peak_bytes)
@@ -189,15 +210,13 @@ class _Campaign:
     def report(self, slides: list[SlideReport], seconds: float) -> RunReport:
         """The report of the whole run, which took ``seconds`` with compiling."""
         largest = self.largest
-        # What was compiled while blocks were under way is part of the run.
-        before = self.engines.seconds if self.compiled_before is None else self.compiled_before
         return RunReport(
-            seconds=seconds - before,
-            compile_seconds=before,
-            backend=self.engines.chosen.name,
-            precision=self.engines.chosen.precision,
+            seconds=seconds - self.compile_seconds,
+            compile_seconds=self.compile_seconds,
+            backend=self.choice.backend,
+            precision=self.choice.precision,
             tile=largest.grid.lattice.tile if largest else (0, 0),
-            margin=pick_margin(self.settings, self.engines.bundle.card),
+            margin=pick_margin(self.settings, self.card),
             batch=self.settings.batch,
             block=largest.grid.block_shape if largest else (0, 0),
             workers=self.workers,

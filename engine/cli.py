@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cellseg_batch.engine import IMPORTED_AT, trainer_commands
 from cellseg_batch.engine import options as o
-from cellseg_batch.engine.settings import RACE_TILE, Settings
+from cellseg_batch.engine.settings import RACE_TILE, ClusterSettings, Settings
 from cellseg_batch.engine.shell import check_json, plain_errors, write_json
 
 app = typer.Typer(
@@ -41,6 +41,14 @@ def run(
     batch: o.BatchSize = Settings.batch,
     block: o.BlockSide = Settings.block,
     workers: o.Workers = Settings.workers,
+    scheduler: o.Scheduler = Settings.scheduler,
+    queue: o.Queue = None,
+    account: o.Account = None,
+    walltime: o.Walltime = None,
+    gres: o.Gres = None,
+    cores: o.Cores = None,
+    memory: o.JobMemory = None,
+    cluster_config: o.ClusterConfig = None,
     max_memory: o.MaxMemory = None,
     level: o.LevelIndex = None,
     pixel_size: o.PixelSize = None,
@@ -58,6 +66,7 @@ def run(
     from cellseg_batch.engine.campaign import run as run_campaign
     from cellseg_batch.engine.report import print_failures, print_report
     from cellseg_batch.engine.screen import Screen
+    from cellseg_batch.engine.stopping import Stop
 
     with plain_errors(debug):
         settings = Settings(
@@ -75,6 +84,8 @@ def run(
             batch=batch,
             block=block,
             workers=workers,
+            scheduler=scheduler,
+            cluster=ClusterSettings(queue, account, walltime, gres, cores, memory, cluster_config),
             threads=threads,
             max_memory=max_memory,
             level=level,
@@ -86,8 +97,9 @@ def run(
             overwrite=overwrite,
         )
         check_json(json_file)
-        with Screen(Console(), verbosity=verbose - quiet) as screen:
-            report = run_campaign(slides, settings, screen, started=IMPORTED_AT)
+        stop = Stop()
+        with stop.on_signals(), Screen(Console(), verbosity=verbose - quiet) as screen:
+            report = run_campaign(slides, settings, screen, IMPORTED_AT, stop)
         print_failures(report, Console(stderr=True))
         if not quiet:
             print_report(report, Console())

@@ -8,9 +8,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import cycle
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -20,6 +22,7 @@ from cellseg_batch.engine.artefacts import Artefacts
 from cellseg_batch.engine.backends.backend import Backend, CompiledModel, DeviceModel, Shape
 from cellseg_batch.engine.backends.choose import KINDS, REFERENCE, candidates, make_backend
 from cellseg_batch.engine.machine import cores
+from cellseg_batch.engine.models import load_model, shipped_models
 from cellseg_batch.engine.race import Certificate, Request, certify
 from cellseg_batch.engine.settings import RACE_TILE, Settings, gpus_of, race_device
 from cellseg_batch.trainer.bundle import Bundle
@@ -39,6 +42,55 @@ _KEPT_QUEUES = 4
 Device = tuple[CompiledModel, NDArray[np.float32]]
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The backend of every slide that was not begun with another one.
+
+    Attributes:
+        backend, precision: its name.
+        certificate: the race that it won; None if there was nothing to choose.
+    """
+
+    backend: str
+    precision: str
+    certificate: Certificate | None
+
+
+def choose(settings: Settings, bundle: Bundle, racing: Callable[[], None] = lambda: None) -> Choice:
+    """The fastest backend that does what was asked and passes the gate.
+
+    Args:
+        settings: say which model, backend, precision and threads.
+        bundle: the model.
+        racing: called if no race of this model is known on this machine yet, before it is run.
+
+    Raises:
+        BackendError: no backend can do what was asked.
+    """
+    fitting = candidates(settings.backend, settings.precision, settings.device)
+    if fitting == [REFERENCE] or (len(fitting) == 1 and not settings.gate):
+        return Choice(*fitting[0], None)  # nothing to compare with anything
+    asked = settings.model, settings.backend, settings.precision
+    request = Request(*asked, RACE_TILE, 1, settings.threads or cores(), race_device(settings.device))
+    certificate = certify(request, bundle, Artefacts(), racing)
+    best = certificate.pick(settings.backend, settings.precision, settings.gate)
+    return Choice(best.backend, best.precision, certificate)
+
+
+def choose_backend(settings: Settings) -> Choice:
+    """`choose`, as a task for a worker process."""
+    return choose(settings, load_model(settings.model))
+
+
+def settings_elsewhere(settings: Settings) -> Settings:
+    """The settings as a worker process needs them: no path depends on its folder, and workers share the cores here."""
+    model = settings.model if settings.model in shipped_models() else str(Path(settings.model).resolve())
+    threads = settings.threads
+    if settings.scheduler == "processes":
+        threads = threads or max(1, cores() // settings.workers)
+    return replace(settings, model=model, threads=threads)
+
+
 class Engines:
     """Makes and keeps what the slides of a run share in one process.
 
@@ -46,10 +98,11 @@ class Engines:
         bundle: the model.
         settings: say which model, backend, precision and threads.
         racing: called if no race of this model is known on this machine yet, before it is run.
+        choice: of the backend, if that is settled already.
 
     Attributes:
-        chosen: the backend of every slide that was not begun with another one.
-        certificate: the race that it won; None if there was nothing to choose.
+        choice: which backend is to be used.
+        chosen: that backend.
         seconds: spent on choosing, compiling and warming up.
         turn: held by the thread that uses a compiled model.
 
@@ -57,7 +110,13 @@ class Engines:
         BackendError: no backend can do what was asked.
     """
 
-    def __init__(self, bundle: Bundle, settings: Settings, racing: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        settings: Settings,
+        racing: Callable[[], None] = lambda: None,
+        choice: Choice | None = None,
+    ) -> None:
         self.bundle = bundle
         self.seconds = 0.0
         self.turn = threading.RLock()
@@ -65,16 +124,8 @@ class Engines:
         self._gpus = gpus_of(settings.device)
         self._artefacts = Artefacts()
         with self.counted():
-            self.certificate: Certificate | None = None
-            fitting = candidates(settings.backend, settings.precision, settings.device)
-            if fitting == [REFERENCE] or (len(fitting) == 1 and not settings.gate):
-                (winner,) = fitting  # nothing to compare with anything
-            else:
-                asked = settings.model, settings.backend, settings.precision
-                request = Request(*asked, RACE_TILE, 1, self._threads, race_device(settings.device))
-                self.certificate = certify(request, bundle, self._artefacts, racing)
-                best = self.certificate.pick(settings.backend, settings.precision, settings.gate)
-                winner = best.backend, best.precision
+            self.choice = choice or choose(settings, bundle, racing)
+            winner = self.choice.backend, self.choice.precision
             self.chosen = make_backend(bundle, *winner, self._threads, self._artefacts, self._gpus[0])
         self._backends = {(self.chosen.name, self.chosen.precision, 1, self._gpus[0]): self.chosen}
         self._queues: OrderedDict[tuple[Backend, Shape], Iterator[BatchQueue]] = OrderedDict()
@@ -111,9 +162,9 @@ class Engines:
 
     def certificate_of(self, backend: Backend) -> dict[str, Any] | None:
         """What the race says of a backend, with its conditions; None if it was not raced."""
-        if self.certificate is None:
+        if self.choice.certificate is None:
             return None
-        content = self.certificate.to_json()
+        content = self.choice.certificate.to_json()
         rows = content.pop("candidates")
         name = (backend.name, backend.precision)
         return content | next((row for row in rows if (row["backend"], row["precision"]) == name), {})

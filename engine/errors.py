@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class CellsegError(Exception):
@@ -39,6 +40,16 @@ class CellsegError(Exception):
         likely = f" (likely {cause})" if cause else ""
         self.detail = " ".join(f"expected {expected}, found {found}{likely}; {remedy}".split())
         super().__init__(f"{subject}: {self.detail}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors travel between processes; the parts of the message are not kept apart."""
+        return _rebuild, (type(self), str(self), self.detail)
+
+
+def _rebuild(kind: type[CellsegError], message: str, detail: str) -> CellsegError:
+    error = kind.__new__(kind, message)
+    error.detail = detail
+    return error
 
 
 class UsageError(CellsegError):

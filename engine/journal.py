@@ -41,7 +41,11 @@ class Journal:
 
     def record(self, part: str, number: int, content: dict[str, Any]) -> None:
         """Note that item ``number`` of ``part`` is on disk."""
-        _store(self.folder / part / str(number // _BUCKET) / f"{number}.json", content)
+        _store(self._path(part, number), content)
+
+    def has(self, part: str, number: int) -> bool:
+        """Whether item ``number`` of ``part`` is on disk."""
+        return self._path(part, number).exists()
 
     def records(self, part: str) -> Iterator[tuple[int, dict[str, Any]]]:
         """(number, content) of every item of ``part`` that is on disk, in no particular order."""
@@ -74,6 +78,9 @@ class Journal:
         if self.folder.exists():
             with writing_to(self.folder, "a journal"):
                 shutil.rmtree(self.folder)
+
+    def _path(self, part: str, number: int) -> Path:
+        return self.folder / part / str(number // _BUCKET) / f"{number}.json"
 
 
 def _load(path: Path) -> dict[str, Any] | None:

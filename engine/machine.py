@@ -20,6 +20,14 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def visible_gpus() -> list[str]:
+    """NVIDIA GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name and name != "-1"]
+    return [str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+
+
 def processor() -> str:
     """Model of this machine's processor, with a hash of the features that the system reports."""
     about = Path("/proc/cpuinfo")

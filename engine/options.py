@@ -11,6 +11,7 @@ from dask.utils import parse_bytes
 from cellseg_batch.engine.settings import BACKENDS, PRECISIONS, STITCHES
 
 _MODEL, _SHAPE, _SLIDE, _OUTPUT, _SCREEN = "Model", "Tiles and blocks", "Slide", "Output", "Screen"
+_CLUSTER = "Cluster"
 
 
 def _margin(text: str) -> int | str:
@@ -85,7 +86,32 @@ Margin = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option("--batch", help="Tiles per call of the model.", rich_help_panel=_SHAPE)]
 BlockSide = Annotated[int, typer.Option("--block", help="Side in px of what one task writes.", rich_help_panel=_SHAPE)]
-Workers = Annotated[int, typer.Option("--workers", help="Blocks in flight.", rich_help_panel=_SHAPE)]
+Workers = Annotated[int, typer.Option("--workers", help="Blocks in flight, or processes.", rich_help_panel=_SHAPE)]
+Scheduler = Annotated[
+    str,
+    typer.Option(
+        "--scheduler",
+        metavar="threads|processes|slurm|ADDRESS",
+        help="Where blocks are computed: here, or by a dask cluster.",
+        rich_help_panel=_CLUSTER,
+    ),
+]
+Queue = Annotated[str | None, typer.Option("--queue", help="SLURM partition.", rich_help_panel=_CLUSTER)]
+Account = Annotated[str | None, typer.Option("--account", help="SLURM account.", rich_help_panel=_CLUSTER)]
+Walltime = Annotated[
+    str | None, typer.Option("--walltime", help="Of each job, such as 04:00:00.", rich_help_panel=_CLUSTER)
+]
+Gres = Annotated[
+    str | None, typer.Option("--gres", help="Resources of each job, such as gpu:1.", rich_help_panel=_CLUSTER)
+]
+Cores = Annotated[int | None, typer.Option("--cores", help="Cores of each job.", rich_help_panel=_CLUSTER)]
+JobMemory = Annotated[
+    str | None, typer.Option("--memory", help="Memory of each job, such as 16GB.", rich_help_panel=_CLUSTER)
+]
+ClusterConfig = Annotated[
+    Path | None,
+    typer.Option("--cluster-config", metavar="FILE", help="A file of dask-jobqueue.", rich_help_panel=_CLUSTER),
+]
 MaxMemory = Annotated[
     int | None,
     typer.Option(

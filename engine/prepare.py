@@ -27,11 +27,10 @@ from cellseg_batch.engine.writer import ImageWriter, lay_out, list_label
 
 @dataclass(frozen=True)
 class Request:
-    """A slide, where its output goes, and what was asked for."""
+    """A slide, and where its output goes."""
 
     slide: Slide
     place: Place
-    settings: Settings
 
 
 def prepare_slide(worker: Worker, request: Request) -> SlideJob | SlideReport:
@@ -40,9 +39,9 @@ def prepare_slide(worker: Worker, request: Request) -> SlideJob | SlideReport:
     Raises:
         SlideError: it cannot be processed as asked.
     """
-    slide, place, settings, engines = request.slide, request.place, request.settings, worker.engines
+    slide, place, settings, engines = request.slide, request.place, worker.settings, worker.engines
     journal = Journal(place.journal)
-    begun = _begun(request, journal)
+    begun = _begun(place, settings, journal)
     plan = plan_slide(slide, place, settings, engines.bundle.card, begun)
     if begun is not None:
         factor, finished = settings.shrink or int(begun["shrink"]), journal.finished()
@@ -108,13 +107,12 @@ def describe(plan: SlidePlan, status: str, counts: tuple[int, int], reason: str 
     )
 
 
-def _begun(request: Request, journal: Journal) -> dict[str, Any] | None:
+def _begun(place: Place, settings: Settings, journal: Journal) -> dict[str, Any] | None:
     """The manifest of this run's own earlier work, None when there is nothing to go on with.
 
     Raises:
         OutputError: something of that name is there and is not this run's own.
     """
-    place, settings = request.place, request.settings
     manifest = journal.manifest()
     folders = place.folders(settings.probability)
     there = [folder for folder in folders if folder.exists()]

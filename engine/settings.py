@@ -12,11 +12,35 @@ from pathlib import Path
 from cellseg_batch.engine.errors import UsageError
 
 BACKENDS = ("auto", "torch", "openvino", "torch-cuda", "torch-compile", "tensorrt")
+SCHEDULERS = ("threads", "processes", "slurm")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
 STITCHES = ("crop", "blend")
 
 # Side in px of the tiles that the backends are raced at: what a large slide's lattice is fitted to.
 RACE_TILE = 1776
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """What SLURM is asked for, for each worker's job; None leaves it to dask-jobqueue's own configuration.
+
+    Attributes:
+        queue: partition.
+        account: that is charged.
+        walltime: such as ``04:00:00``.
+        gres: generic resources, such as ``gpu:1``.
+        cores: of the job.
+        memory: of the job, such as ``16GB``.
+        config: a configuration file of dask-jobqueue.
+    """
+
+    queue: str | None = None
+    account: str | None = None
+    walltime: str | None = None
+    gres: str | None = None
+    cores: int | None = None
+    memory: str | None = None
+    config: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +61,9 @@ class Settings:
         margin: px cut from each side of a tile, ``exact`` for the network's own reach; None is the card's.
         batch: tiles per call of the model.
         block: target side in px of the box that one task writes; rounded to whole tile cores.
-        workers: blocks in flight.
+        workers: blocks in flight, or worker processes where ``scheduler`` is a cluster.
+        scheduler: ``threads``, ``processes``, ``slurm`` or the address of a dask scheduler.
+        cluster: what SLURM is asked for.
         threads: of the model; None uses every core.
         max_memory: bytes of host memory that the run must stay under; None is no limit.
         level: resolution to process; None picks the one nearest the model's pixel size.
@@ -63,6 +89,8 @@ class Settings:
     batch: int = 1
     block: int = 4096
     workers: int = 3
+    scheduler: str = "threads"
+    cluster: ClusterSettings = ClusterSettings()
     threads: int | None = None
     max_memory: int | None = None
     level: int | None = None
@@ -80,6 +108,9 @@ class Settings:
             UsageError: a value is out of range.
         """
         _one_of("--backend", self.backend, BACKENDS)
+        if self.scheduler not in SCHEDULERS and "://" not in self.scheduler:
+            expected = f"{', '.join(SCHEDULERS)} or an address such as tcp://host:8786"
+            _refuse("--scheduler", expected, self.scheduler, "leave it out for the threads of this machine")
         _one_of("--precision", self.precision, PRECISIONS)
         _one_of("--stitch", self.stitch, STITCHES)
         if self.device not in ("auto", "cpu"):

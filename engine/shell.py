@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cellseg_batch.engine.errors import CellsegError, UsageError
+from cellseg_batch.engine.stopping import Stopped
 
 _INTERRUPTED = 130
 
@@ -48,6 +50,15 @@ def plain_errors(debug: bool) -> Iterator[None]:
             raise
         Console(stderr=True).print(Text.assemble(("error", "red"), f"  {error}"), soft_wrap=True)
         raise typer.Exit(error.exit_code) from None
+    except Stopped as stopped:
+        _say(f"stopped by {stopped}; the same command goes on where this one stopped")
+        if not stopped.clean:  # threads that are still at work would keep the process alive
+            os._exit(stopped.exit_code)
+        raise typer.Exit(stopped.exit_code) from None
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command goes on where this one stopped")
+        _say("interrupted; the same command goes on where this one stopped")
         raise typer.Exit(_INTERRUPTED) from None
+
+
+def _say(line: str) -> None:
+    Console(stderr=True).print(line, highlight=False, soft_wrap=True)

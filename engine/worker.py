@@ -10,17 +10,20 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from cellseg_batch.engine.backends.backend import Backend
-from cellseg_batch.engine.engines import Engines
+from cellseg_batch.engine.engines import Choice, Engines
 from cellseg_batch.engine.errors import OutputError, ReadError, SlideError
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
 from cellseg_batch.engine.memory import RUN_OVERHEAD_BYTES, Room
+from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.pipeline import BLOCKS, OpenSlide, Pass
 from cellseg_batch.engine.plan import SlideJob, SlidePlan
 from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.runner import AnyRunner, Runner
+from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.stages import StageClock
 from cellseg_batch.engine.writer import ImageWriter, lay_out
 
@@ -49,30 +52,59 @@ class Worker:
     """One process's models and open slides, shared by its threads.
 
     Args:
-        engines: makes and keeps the models.
+        settings: of the run.
+        choice: of the backend.
+        run: identifies the run; a worker that is sent to another process becomes that process's one for this run.
+        engines: makes and keeps the models; made when first needed if left out.
         clock: busy seconds of the process.
 
     Attributes:
+        settings: of the run.
+        clock: busy seconds of the process.
         held: bytes that the process holds besides what blocks need, as far as it has been seen.
     """
 
-    def __init__(self, engines: Engines, clock: StageClock) -> None:
-        self.engines = engines
-        self.clock = clock
+    def __init__(
+        self,
+        settings: Settings,
+        choice: Choice,
+        run: str,
+        engines: Engines | None = None,
+        clock: StageClock | None = None,
+    ) -> None:
+        self.clock = clock or StageClock()
+        self.settings = settings
+        self._choice, self._run = choice, run
+        self._engines = engines
         self.held = 0
         self._room = Room()
         self._open: OrderedDict[SlideJob, _Entry] = OrderedDict()
         self._lock = threading.Lock()
+        self._making = threading.Lock()
         self._warm: set[tuple[object, ...]] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What travels is what another process needs to make its own."""
+        return _worker_of_this_process, (self.settings, self._choice, self._run)
+
+    @property
+    def engines(self) -> Engines:
+        """Makes and keeps the models."""
+        with self._making:
+            if self._engines is None:
+                bundle = load_model(self.settings.model)
+                self._engines = Engines(bundle, self.settings, choice=self._choice)
+            return self._engines
 
     def run(self, job: SlideJob, work: Pass, number: int) -> Outcome:
         """Do one task of a pass and journal it; a slide's failure is part of the outcome."""
         outcome = Outcome()
         try:
             with self._room.take(job.block_bytes, job.room_bytes), self._opened(job) as slide:
-                record = work.task(slide, number)
-                with self.clock.stage("write"):
-                    slide.journal.record(work.part, number, record)
+                if not slide.journal.has(work.part, number):  # done, by a worker that died before it could say so
+                    record = work.task(slide, number)
+                    with self.clock.stage("write"):
+                        slide.journal.record(work.part, number, record)
             outcome.done.append(number)
             outcome.pixels = job.plan.grid[number].box.area if work.part == BLOCKS else 0
         except SlideError as error:
@@ -163,6 +195,19 @@ class Worker:
             return
         with self.engines.device(backend, plan.shape) as (model, batch):
             yield Runner(model, batch, *how)
+
+
+def _worker_of_this_process(settings: Settings, choice: Choice, run: str) -> Worker:
+    with _present_lock:
+        if run not in _present:
+            for other in list(_present):
+                _present.pop(other).close()
+            _present[run] = Worker(settings, choice, run)
+        return _present[run]
+
+
+_present: dict[str, Worker] = {}
+_present_lock = threading.Lock()
 
 
 class _Entry:

@@ -5,27 +5,31 @@ from concurrent.futures import Future
 
 import pytest
 
-from cellseg_batch.engine.scheduler import ThreadPool, Work, ask, run_courses
+from cellseg_batch.engine.scheduler import ThreadPool, Work, ask
+from cellseg_batch.engine.scheduler import run_courses as run_until_stopped
+from cellseg_batch.engine.stopping import Stop, Stopped
 
 
-class Stepwise:
-    """A pool that does one call whenever it is full, and notes what it was given."""
+def run_courses(courses, pool):
+    return run_until_stopped(courses, pool, Stop())
 
-    def __init__(self, workers, window):
-        self.workers, self.window = workers, window
-        self.given, self.most = [], 0
 
-    def submit(self, call, item):
-        future = Future()
-        self.given.append(item)
-        try:
-            future.set_result(call(item))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+class Mortal(ThreadPool):
+    """A pool whose worker dies of every call with a deadly item, and of the first ``unlucky`` calls."""
 
-    def close(self):
-        self.closed = True
+    def __init__(self, workers, deadly=(), unlucky=0):
+        super().__init__(workers)
+        self.deadly, self.unlucky, self.calls = set(deadly), unlucky, []
+
+    def submit(self, call, *arguments):
+        items = arguments[-1]
+        self.calls.append(items)
+        self.unlucky -= 1
+        if self.unlucky >= 0 or self.deadly & {item for item in items if isinstance(item, int)}:
+            future = Future()
+            future.set_exception(SystemError("worker died"))
+            return future
+        return super().submit(call, *arguments)
 
 
 def course(name, log, tasks=3):
@@ -38,7 +42,7 @@ def course(name, log, tasks=3):
     return prepared
 
 
-@pytest.mark.parametrize("pool", [lambda: ThreadPool(1), lambda: ThreadPool(3), lambda: Stepwise(2, 4)])
+@pytest.mark.parametrize("pool", [lambda: ThreadPool(1), lambda: ThreadPool(3), lambda: Mortal(2, unlucky=2)])
 def test_every_task_of_a_pass_is_done_before_the_next_pass(pool):
     log = []
     ended = list(run_courses((course(name, log) for name in "abcdefgh"), pool()))
@@ -77,7 +81,7 @@ def test_courses_and_tasks_are_opened_only_as_workers_need_them():
     with pytest.raises(KeyboardInterrupt):
         list(run_courses((course(number) for number in range(10**9)), ThreadPool(2)))
     assert opened == [0, 1, 2], "one course is opened ahead of those that are worked on"
-    assert len(handed) <= 5000 + 2 * 2
+    assert len(handed) <= 5000 + 2 * 2 * 32
 
 
 def test_a_failing_task_fails_its_course_and_no_other():
@@ -115,3 +119,41 @@ def test_work_without_items_is_passed_over():
         return "end"
 
     assert list(run_courses(iter([empty(), empty()]), ThreadPool(1))) == ["end", "end"]
+
+
+def test_a_task_that_kills_its_workers_is_given_up_and_only_it():
+    done, lost = [], []
+
+    def course():
+        yield Work(str, range(200), done.append, lambda item, error: lost.append((item, str(error))))
+
+    pool = Mortal(2, deadly=[7, 150])
+    list(run_courses(iter([course()]), pool))
+    assert sorted(lost) == [(7, "worker died"), (150, "worker died")]
+    assert sorted(map(int, done)) == [number for number in range(200) if number not in (7, 150)]
+    assert max(len(items) for items in pool.calls) > 1, "short tasks are handed out several at a time"
+    assert pool.calls.count([7]) >= 2
+
+
+@pytest.mark.parametrize("grace", [60, 0.01])
+def test_a_run_that_is_asked_to_stop_ends_what_has_begun_within_its_grace(grace):
+    stop, release, closed, begun = Stop(grace), threading.Event(), [], []
+
+    def block(number):
+        begun.append(number)
+        stop._ask(15, None)
+        if grace > 1:
+            release.set()
+        release.wait()
+
+    def course():
+        try:
+            yield Work(block, range(100), lambda _: None)
+        finally:
+            closed.append(True)
+
+    with pytest.raises(Stopped) as stopped:
+        list(run_until_stopped(iter([course()]), ThreadPool(1), stop))
+    release.set()
+    assert (stopped.value.exit_code, stopped.value.clean) == (143, grace > 1)
+    assert (begun, closed) == ([0], [True])

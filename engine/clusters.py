@@ -1,0 +1,179 @@
+"""Pools of worker processes: on this machine, on any dask cluster, on SLURM.
+
+The pool's face is `cellseg_batch.engine.scheduler.Pool`.  Nothing here knows what the workers are given to do.  dask is
+imported only when a cluster is asked for.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from cellseg_batch.engine.errors import UsageError
+from cellseg_batch.engine.machine import visible_gpus
+from cellseg_batch.engine.scheduler import Pool, ThreadPool
+from cellseg_batch.engine.settings import ClusterSettings, Settings
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+# One block is computed while another is read or written.
+THREADS_PER_PROCESS = 2
+_CONNECT_SECONDS = 30
+_COUNT_SECONDS = 5
+_GPU = "GPU"
+# A task whose worker died comes back to the run, which knows what to do with it.
+_SCHEDULER = {"allowed_failures": 0, "dashboard": False}
+
+
+def open_pool(settings: Settings) -> Pool:
+    """The pool that ``--scheduler`` asks for.
+
+    Raises:
+        UsageError: it cannot be had.
+    """
+    if settings.scheduler == "threads":
+        return ThreadPool(settings.workers)
+    if settings.scheduler == "processes":
+        devices = [] if settings.backend in ("torch", "openvino") else visible_gpus()
+        return _open_processes([*devices] or [None] * settings.workers)
+    if settings.scheduler == "slurm":
+        return _open_slurm(settings.workers, settings.cluster)
+    return _connect(settings.scheduler)
+
+
+class DaskPool:
+    """The workers of a dask cluster.
+
+    Args:
+        client: connected to it.
+        close: lets go of the cluster.
+        most: workers that it may come to have; None counts those that it has.
+    """
+
+    def __init__(self, client: Client, close: Callable[[], None], most: int | None = None) -> None:
+        self._client = client
+        self._close = close
+        self._most = most
+        self._counted = 0.0
+        self._threads = 1
+        resources = {_GPU: 1} if self._has_gpus() else None
+        self._executor = client.get_executor(pure=False, **({"resources": resources} if resources else {}))
+
+    @property
+    def workers(self) -> int:
+        """Calls that run at a time."""
+        if self._most is not None:
+            return self._most * THREADS_PER_PROCESS
+        if time.monotonic() - self._counted > _COUNT_SECONDS:
+            self._threads = max(1, sum(self._client.nthreads().values()))
+            self._counted = time.monotonic()
+        return self._threads
+
+    @property
+    def window(self) -> int:
+        """Calls to hand out at a time."""
+        return 2 * self.workers
+
+    def submit(self, call: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
+        """Have a worker make the call."""
+        future: Future[Any] = self._executor.submit(call, *arguments)
+        return future
+
+    def close(self, wait: bool) -> None:
+        """Let the workers go; those of a cluster that is not ours stay."""
+        with suppress(Exception):  # a cluster that is gone already
+            self._client.close(timeout=_CONNECT_SECONDS if wait else 1)
+        with suppress(Exception):
+            self._close()
+
+    def _has_gpus(self) -> bool:
+        workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
+        return any(worker["resources"].get(_GPU) for worker in workers)
+
+
+def _open_processes(devices: list[str | None]) -> Pool:
+    """A process for each of ``devices``, which sees only its own GPU, if any.  All listen on loopback only."""
+    from distributed import Client, Nanny, Scheduler, SpecCluster
+
+    common = {"nthreads": THREADS_PER_PROCESS, "memory_limit": 0, "host": "127.0.0.1", "dashboard": False}
+    nannies = {}
+    for number, device in enumerate(devices):
+        own = {"env": {"CUDA_VISIBLE_DEVICES": device}, "resources": {_GPU: THREADS_PER_PROCESS}} if device else {}
+        nannies[number] = {"cls": Nanny, "options": {**common, **own}}
+    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", **_SCHEDULER}}
+    with _left_to_the_run(signal.SIGINT, signal.SIGUSR1):
+        cluster = SpecCluster(workers=nannies, scheduler=scheduler)
+        return DaskPool(Client(cluster), cluster.close)
+
+
+def _open_slurm(workers: int, asked: ClusterSettings) -> Pool:
+    """Up to ``workers`` SLURM jobs of one process each, started as there is work and given back when there is none."""
+    try:
+        import dask_jobqueue
+    except ImportError as error:
+        raise UsageError(
+            "--scheduler slurm",
+            expected="dask-jobqueue",
+            found="no such package",
+            remedy="pip install 'cellseg-batch[hpc]'",
+        ) from error
+    import dask
+    from distributed import Client
+
+    if asked.config is not None:
+        dask.config.update(dask.config.config, dask.config.collect(paths=[str(asked.config)], env={}), priority="new")
+    worker = ["--nthreads", str(THREADS_PER_PROCESS), "--memory-limit", "0", "--no-dashboard"]
+    if asked.gres is not None:
+        worker += ["--resources", f"{_GPU}={THREADS_PER_PROCESS}"]
+    options = {
+        "queue": asked.queue,
+        "account": asked.account,
+        "walltime": asked.walltime,
+        "cores": asked.cores,
+        "memory": asked.memory,
+        "job_extra_directives": None if asked.gres is None else [f"--gres={asked.gres}"],
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        cluster = dask_jobqueue.SLURMCluster(
+            processes=1, worker_extra_args=worker, scheduler_options=_SCHEDULER, **given
+        )
+    except (ValueError, OSError) as error:
+        raise UsageError(
+            "--scheduler slurm",
+            expected="what a SLURM job needs: --cores and --memory at least",
+            found=str(error),
+            remedy="add the flags, or a dask-jobqueue file with --cluster-config",
+        ) from error
+    cluster.adapt(minimum=0, maximum=workers)
+    return DaskPool(Client(cluster), cluster.close, most=workers)
+
+
+def _connect(address: str) -> Pool:
+    from distributed import Client
+
+    try:
+        client = Client(address, timeout=_CONNECT_SECONDS)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--scheduler {address}",
+            expected="the address of a running dask scheduler, such as tcp://host:8786",
+            found=f"{type(error).__name__}: {error}".splitlines()[0],
+            remedy="start one with dask scheduler, and workers with dask worker",
+        ) from error
+    return DaskPool(client, lambda: None)
+
+
+@contextmanager
+def _left_to_the_run(*numbers: signal.Signals) -> Iterator[None]:
+    """Processes and threads started inside never see these signals, which a terminal sends to all of them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
