@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cellseg_batch.engine.errors import UsageError
 from cellseg_batch.engine.machine import visible_gpus
 from cellseg_batch.engine.scheduler import Pool, ThreadPool
-from cellseg_batch.engine.settings import ClusterSettings, Settings
+from cellseg_batch.engine.settings import ClusterSettings, Settings, gpus_of
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -39,11 +39,18 @@ def open_pool(settings: Settings) -> Pool:
     if settings.scheduler == "threads":
         return ThreadPool(settings.workers)
     if settings.scheduler == "processes":
-        devices = [] if settings.backend in ("torch", "openvino") else visible_gpus()
-        return _open_processes([*devices] or [None] * settings.workers)
+        return _open_processes([*_devices(settings)] or [None] * settings.workers)
     if settings.scheduler == "slurm":
         return _open_slurm(settings.workers, settings.cluster)
     return _connect(settings.scheduler)
+
+
+def _devices(settings: Settings) -> list[str]:
+    """The GPUs that get a process each, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    if settings.device == "cpu" or settings.backend in ("torch", "openvino"):
+        return []
+    asked = gpus_of(settings.device) if ":" in settings.device else None
+    return [name for number, name in enumerate(visible_gpus()) if asked is None or f"cuda:{number}" in asked]
 
 
 class DaskPool:

@@ -85,10 +85,11 @@ def choose_backend(settings: Settings) -> Choice:
 def settings_elsewhere(settings: Settings) -> Settings:
     """The settings as a worker process needs them: no path depends on its folder, and workers share the cores here."""
     model = settings.model if settings.model in shipped_models() else str(Path(settings.model).resolve())
-    threads = settings.threads
-    if settings.scheduler == "processes":
-        threads = threads or max(1, cores() // settings.workers)
-    return replace(settings, model=model, threads=threads)
+    if settings.scheduler != "processes":
+        return replace(settings, model=model)
+    threads = settings.threads or max(1, cores() // settings.workers)
+    device = "cuda" if settings.device.startswith("cuda") else settings.device  # each process sees one only
+    return replace(settings, model=model, threads=threads, device=device)
 
 
 class Engines:

@@ -50,13 +50,12 @@ Course = Generator[Work, None, Result]
 
 
 class Pool(Protocol):
-    """Workers behind one face.
+    """Workers behind one face."""
 
-    Attributes:
-        workers: calls that run at a time.
-    """
-
-    workers: int
+    @property
+    def workers(self) -> int:
+        """Calls that run at a time."""
+        ...
 
     @property
     def window(self) -> int:
