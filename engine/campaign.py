@@ -99,7 +99,7 @@ def run_images(
     _refuse_margin_off_grid(settings, bundle)
     campaign = _Campaign(settings, bundle, observer, clock)
     observer.found(len(images))
-    slides = campaign.run(images, stop or Stop())
+    slides = campaign.run(images, stop)
     return campaign.report(slides, time.perf_counter() - started)
 
 
@@ -128,7 +128,7 @@ class _Campaign:
         self.compile_seconds = time.perf_counter() - begun
         self.worker = Worker(settings, self.choice, uuid4().hex, self.engines, clock)
 
-    def run(self, images: list[Slide | Broken], stop: Stop) -> list[SlideReport]:
+    def run(self, images: list[Slide | Broken], stop: Stop | None) -> list[SlideReport]:
         """Take every image through the pool; reports in the order of the images."""
         reports: dict[int, SlideReport] = {}
         courses = (self._course(image, number, reports) for number, image in enumerate(images))

@@ -95,7 +95,7 @@ def ask(call: Callable[[Any], Result], item: Any) -> Course[Result]:
     return answers[0]
 
 
-def run_courses(courses: Iterable[Course[Result]], pool: Pool, stop: Stop) -> Iterator[Result]:
+def run_courses(courses: Iterable[Course[Result]], pool: Pool, stop: Stop | None = None) -> Iterator[Result]:
     """Run every course to its end; what they return comes in the order in which they end.
 
     An exception that a course does not catch ends the run.
@@ -103,6 +103,7 @@ def run_courses(courses: Iterable[Course[Result]], pool: Pool, stop: Stop) -> It
     Raises:
         Stopped: ``stop`` was asked for; the calls that had begun were given its grace to end.
     """
+    stop = stop or Stop()
     flow = _Flow(courses, pool, stop)
     try:
         with stop.wakes(flow.wake):

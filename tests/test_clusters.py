@@ -14,7 +14,6 @@ from cellseg_batch.engine.errors import UsageError
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.scheduler import Work, run_courses
 from cellseg_batch.engine.settings import ClusterSettings, Settings
-from cellseg_batch.engine.stopping import Stop
 from tests.conftest import blobs, labels_of, write_ome_zarr
 
 # Sockets and pipes of a cluster that is going away are closed late, by the garbage collector.
@@ -73,7 +72,7 @@ def test_a_task_that_kills_its_worker_costs_only_itself():
         )
 
     pool = clusters.open_pool(Settings(scheduler="processes", workers=2, backend="torch"))
-    list(run_courses(iter([course()]), pool, Stop()))
+    list(run_courses(iter([course()]), pool))
     assert [(item, type(error).__name__) for item, error in lost] == [(13, "KilledWorker")]
     assert sorted(done) == [number for number in range(60) if number != 13]
 

@@ -5,13 +5,8 @@ from concurrent.futures import Future
 
 import pytest
 
-from cellseg_batch.engine.scheduler import ThreadPool, Work, ask
-from cellseg_batch.engine.scheduler import run_courses as run_until_stopped
+from cellseg_batch.engine.scheduler import ThreadPool, Work, ask, run_courses
 from cellseg_batch.engine.stopping import Stop, Stopped
-
-
-def run_courses(courses, pool):
-    return run_until_stopped(courses, pool, Stop())
 
 
 class Mortal(ThreadPool):
@@ -153,7 +148,7 @@ def test_a_run_that_is_asked_to_stop_ends_what_has_begun_within_its_grace(grace)
             closed.append(True)
 
     with pytest.raises(Stopped) as stopped:
-        list(run_until_stopped(iter([course()]), ThreadPool(1), stop))
+        list(run_courses(iter([course()]), ThreadPool(1), stop))
     release.set()
     assert (stopped.value.exit_code, stopped.value.clean) == (143, grace > 1)
     assert (begun, closed) == ([0], [True])
