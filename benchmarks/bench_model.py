@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from conditions import save
+from common import row, save
 
 from cellseg_batch.engine.artefacts import Artefacts
 from cellseg_batch.engine.machine import cores
@@ -23,9 +23,12 @@ def main() -> None:
     arguments = parser.parse_args()
     request = Request("nuclei", "auto", "auto", arguments.tile, arguments.batch, cores())
     certificate = race(request, load_model(request.model), Artefacts())
-    for one in certificate.candidates:
-        print(one.name, one.missing or f"{one.mpx_per_s:.2f} Mpx/s", one.parity.text if one.parity else "")
-    print(save("model", certificate.to_json()["candidates"]))
+    rows = [
+        row(one.name, [one.slowest, one.mpx_per_s, one.fastest], flipped=one.parity.flipped, max_dp=one.parity.max_dp)
+        for one in certificate.candidates
+        if one.parity is not None
+    ]
+    save("model", rows, tile=arguments.tile, batch=arguments.batch)
 
 
 if __name__ == "__main__":

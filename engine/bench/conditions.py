@@ -1,4 +1,4 @@
-"""The conditions of a measurement, kept with its figures."""
+"""The conditions of a measurement, kept with its figures in one JSON file."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from cellseg_batch.engine.machine import package_version, processor
+from cellseg_batch.engine.machine import cores, package_version, processor
 
-RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("cellseg-batch", "torch", "openvino", "numpy", "numba", "zarr", "dask")
 
 
 def conditions() -> dict[str, Any]:
-    """Hardware, versions, commit, load and date."""
+    """Hardware, versions, commit of the source if it is a clone, load and date."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": {name: package_version(name) for name in _PACKAGES},
@@ -30,14 +29,17 @@ def conditions() -> dict[str, Any]:
     }
 
 
-def save(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Write a result with its conditions to ``results/<name>.json``."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"conditions": conditions(), "rows": rows}, indent=2) + "\n")
+def save(path: Path, rows: list[dict[str, Any]], **about: Any) -> Path:
+    """Write ``rows`` to ``path`` with the conditions of now and whatever else is to be said about them."""
+    path.write_text(json.dumps({"conditions": conditions(), **about, "rows": rows}, indent=2) + "\n")
     return path
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:  # no git on this machine
+        return ""
     return done.stdout.strip()

@@ -1,0 +1,108 @@
+"""What the benchmarks share: processes with their wall time and memory, ours on the command line, results as files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from cellseg_batch.engine.bench.conditions import save as save_rows
+from cellseg_batch.engine.bench.slides import PIECE, Pieces, shipped_pieces
+from cellseg_batch.engine.settings import Settings
+from cellseg_batch.trainer.data.dataset import list_entries
+
+# TEMPORARY until the flag lands
+_WHOLE = ["--skip-background", "off"] if "skip_background" in Settings.__dataclass_fields__ else []
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that has ended: its wall time, its largest resident memory, what it printed."""
+
+    seconds: float
+    peak_mb: float
+    output: str
+
+
+def finish(command: list[str], **environment: str) -> Finished:
+    """Run a process to its end, with ``environment`` added to ours; a failure ends the benchmark with its last words."""
+    with tempfile.TemporaryFile("w+") as said:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env={**os.environ, **environment})
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        said.seek(0)
+        output = said.read()
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit {process.returncode}\n{output[-2000:]}")
+    return Finished(seconds, usage.ru_maxrss / 1000, output)
+
+
+def segment(slide: Path, out: Path, *flags: str, keep: bool = False) -> dict[str, Any]:
+    """Run ``cellseg-batch run`` in a process of its own; its JSON report, with ``wall`` and ``peak_mb`` of the process.
+
+    ``keep`` leaves the labels in ``out``; the background is computed and no slide is shrunk unless ``flags`` say so.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    report = out.with_suffix(".json")
+    usual = ["--output", str(out), "--json", str(report), "--quiet", "--shrink", "1", *_WHOLE]
+    done = finish([sys.executable, "-m", "cellseg_batch.engine.cli", "run", str(slide), *usual, *flags])
+    if not keep:
+        shutil.rmtree(out)
+    return {**json.loads(report.read_text()), "wall": done.seconds, "peak_mb": done.peak_mb}
+
+
+def row(name: str, rates: list[float], **figures: Any) -> dict[str, Any]:
+    """A row of a result: rates in Mpx/s, one a round, their median, and other figures."""
+    return {"name": name, "mpx_per_s": median(rates), "rounds": rates, **figures}
+
+
+def save(name: str, rows: list[dict[str, Any]], **about: Any) -> None:
+    """Print the rows and write them to ``results/<name>.json``."""
+    for one in rows:
+        print("  ".join(f"{key} {_brief(value)}" for key, value in one.items() if key != "rounds"))
+    RESULTS.mkdir(exist_ok=True)
+    print(save_rows(RESULTS / f"{name}.json", rows, **about))
+
+
+def _brief(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def work_folder(chosen: Path | None) -> Iterator[Path]:
+    """A folder for slides and labels: the one chosen, which is kept, or a temporary one."""
+    if chosen is not None:
+        chosen.mkdir(parents=True, exist_ok=True)
+        yield chosen
+        return
+    with tempfile.TemporaryDirectory(prefix="cellseg-bench-") as folder:
+        yield Path(folder)
+
+
+def pieces_of(data: Path | None, kind: str = "fluo_small") -> Pieces:
+    """Held-out pictures of ``kind`` with their truth from an annotated folder, else those of the package."""
+    if data is None:
+        return shipped_pieces()
+    pieces: Pieces = []
+    for entry in list_entries(data):
+        if entry.split == "val" and entry.kind == kind:
+            picture, labels = entry.read()
+            if min(labels.shape) >= PIECE:
+                rgb = picture[..., :3] if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=2)
+                pieces.append((rgb[:PIECE, :PIECE], labels[:PIECE, :PIECE] > 0))
+    return pieces

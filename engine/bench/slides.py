@@ -1,0 +1,169 @@
+"""Slides to measure on, laid out with real pictures of nuclei: the same pixels on every machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from skimage.io import imread
+
+PIECE = 256
+_PATTERN = 4096
+_FIELD = 1080
+
+Pieces = list[tuple[NDArray[np.uint8], NDArray[np.bool_] | None]]
+"""Pictures (256, 256, 3), each with its true mask if that is known."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a slide is stored.
+
+    Attributes:
+        side: of the square in px.
+        dtype: uint8 is three channels, red, green and blue; uint16 is one.
+        chunk: side of a chunk in px.
+        shard: side of a shard in px; 0 is none.
+        levels: of the pyramid.
+        tissue: share of the slide that shows cells, a square in its middle; the rest is background.
+    """
+
+    side: int
+    dtype: str = "uint8"
+    chunk: int = 512
+    shard: int = 0
+    levels: int = 1
+    tissue: float = 1.0
+
+
+def shipped_pieces() -> Pieces:
+    """Pieces of the fluorescence pictures that ship with the package; their truth is not known."""
+    folder = Path(str(files("cellseg_batch.engine"))) / "assets" / "gate"
+    pictures = [imread(path) for path in sorted(folder.glob("fluorescence_small_*.png"))]
+    return [
+        (np.repeat(picture[y : y + PIECE, x : x + PIECE, None], 3, axis=2), None)
+        for picture in pictures
+        for y in range(0, picture.shape[0], PIECE)
+        for x in range(0, picture.shape[1], PIECE)
+    ]
+
+
+def write_slide(path: Path, form: Form, pieces: Pieces) -> Path:
+    """Write an OME-Zarr 0.5 image of ``form`` to ``path``, and its true mask to ``labels/truth`` inside it if that is known.
+
+    The pieces fill a pattern of 4096 px at random, always alike; a larger slide repeats it.
+    """
+    pixels, truth = _pattern(min(form.side, _PATTERN), pieces)
+    group = zarr.open_group(str(path), mode="w", zarr_format=3)
+    images = _create_levels(group, form)
+    mask = None
+    if truth is not None:
+        mask = group.create_array(
+            "labels/truth", shape=(form.side, form.side), dtype="bool", chunks=(form.chunk, form.chunk)
+        )
+    for y in range(0, form.side, _PATTERN):
+        height = min(_PATTERN, form.side - y)
+        band = np.tile(pixels, (1, 1, -(-form.side // pixels.shape[2])))[:, :height, : form.side]
+        _clear_background(band, y, form)
+        for level, image in enumerate(images):
+            step = 2**level
+            image[:, y // step : (y + height) // step] = _stored(band, form.dtype)[:, ::step, ::step]
+        if mask is not None and truth is not None:
+            mask[y : y + height] = np.tile(truth, (1, -(-form.side // truth.shape[1])))[:height, : form.side]
+    return path
+
+
+def write_plate(path: Path, fields: int, pieces: Pieces) -> Path:
+    """Write an HCS plate of ``fields`` uint16 fields of 1080 x 1080 px, ten a well."""
+    pixels, _ = _pattern(_PATTERN, pieces)
+    wells = [(chr(ord("A") + well // 10), str(well % 10 + 1)) for well in range(-(-fields // 10))]
+    plate = zarr.open_group(str(path), mode="w", zarr_format=3)
+    rows, columns = sorted({row for row, _ in wells}), sorted({column for _, column in wells}, key=int)
+    plate.attrs["ome"] = {
+        "version": "0.5",
+        "plate": {
+            "name": path.stem,
+            "rows": [{"name": row} for row in rows],
+            "columns": [{"name": column} for column in columns],
+            "wells": [
+                {"path": f"{row}/{column}", "rowIndex": rows.index(row), "columnIndex": columns.index(column)}
+                for row, column in wells
+            ],
+        },
+    }
+    form = Form(_FIELD, "uint16", chunk=_FIELD)
+    rng = np.random.default_rng(0)
+    for number, (row, column) in enumerate(wells):
+        count = min(10, fields - 10 * number)
+        well = plate.create_group(f"{row}/{column}")
+        well.attrs["ome"] = {"version": "0.5", "well": {"images": [{"path": str(i)} for i in range(count)]}}
+        for field in range(count):
+            y, x = rng.integers(0, _PATTERN - _FIELD, 2)
+            (image,) = _create_levels(well.create_group(str(field)), form)
+            image[...] = _stored(pixels[:, y : y + _FIELD, x : x + _FIELD], form.dtype)
+    return path
+
+
+def _pattern(side: int, pieces: Pieces) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+    """(3, side, side) pixels out of pieces, turned and mirrored at random, and their true mask."""
+    rng = np.random.default_rng(1)
+    pixels = np.empty((3, side, side), np.uint8)
+    truth = np.zeros((side, side), np.bool_) if all(mask is not None for _, mask in pieces) else None
+    for y in range(0, side, PIECE):
+        for x in range(0, side, PIECE):
+            picture, mask = pieces[int(rng.integers(len(pieces)))]
+            turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
+            place = np.s_[y : y + PIECE, x : x + PIECE]
+            target = pixels[:, *place]
+            target[...] = np.moveaxis(_turned(picture, turns, mirrored), -1, 0)[:, : target.shape[1], : target.shape[2]]
+            if truth is not None and mask is not None:
+                truth[place] = _turned(mask, turns, mirrored)[: target.shape[1], : target.shape[2]]
+    return pixels, truth
+
+
+def _turned(picture: NDArray[Any], turns: int, mirrored: bool) -> NDArray[Any]:
+    return np.rot90(picture[:, ::-1] if mirrored else picture, turns)
+
+
+def _clear_background(band: NDArray[np.uint8], y: int, form: Form) -> None:
+    """Everything outside the tissue becomes dark with a little noise."""
+    edge = round(form.side * (1 - form.tissue**0.5) / 2)
+    if not edge:
+        return
+    noise = np.random.default_rng(y).normal(np.percentile(band, 1), 1, band.shape[1:]).clip(0, 255).astype(np.uint8)
+    outside = np.ones(band.shape[1:], np.bool_)
+    outside[max(0, edge - y) : max(0, form.side - edge - y), edge : form.side - edge] = False
+    band[:, outside] = noise[outside]
+
+
+def _stored(band: NDArray[np.uint8], dtype: str) -> NDArray[Any]:
+    return band if dtype == "uint8" else band[:1].astype(np.uint16) * 257
+
+
+def _create_levels(group: zarr.Group, form: Form) -> list[zarr.Array[Any]]:
+    """The empty arrays of an image, with its metadata."""
+    arrays, datasets = [], []
+    for level in range(form.levels):
+        side = form.side // 2**level
+        chunk = min(form.chunk, side)
+        array = group.create_array(
+            str(level),
+            shape=(3 if form.dtype == "uint8" else 1, side, side),
+            dtype=form.dtype,
+            chunks=(1, chunk, chunk),
+            shards=(1, form.shard, form.shard) if form.shard else None,
+            dimension_names=("c", "y", "x"),
+        )
+        arrays.append(array)
+        scale = [1.0, 0.5 * 2**level, 0.5 * 2**level]
+        datasets.append({"path": str(level), "coordinateTransformations": [{"type": "scale", "scale": scale}]})
+    axes = [{"name": "c", "type": "channel"}]
+    axes += [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"]
+    multiscale: Any = {"name": "bench", "axes": axes, "datasets": datasets}
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [multiscale]}
+    return arrays
