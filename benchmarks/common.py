@@ -38,7 +38,7 @@ class Finished:
 
 
 def finish(command: list[str], **environment: str) -> Finished:
-    """Run a process to its end, with ``environment`` added to ours; a failure ends the benchmark with its last words."""
+    """Run a process to its end, with ``environment`` added to ours; a failure ends the benchmark."""
     with tempfile.TemporaryFile("w+") as said:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env={**os.environ, **environment})

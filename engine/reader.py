@@ -32,7 +32,7 @@ class SlideReader:
         self.level = level
         self.channels = channels
         try:
-            self._array = _open_level(slide, level)
+            self.array = _open_level(slide, level)
         except Exception as error:
             raise _unreadable(slide, "its pixels", error) from error
 
@@ -45,7 +45,7 @@ class SlideReader:
     def close(self) -> None:
         """Let go of the file."""
         if self.slide.format == "tiff":
-            self._array.store.close()
+            self.array.store.close()
 
     def read(self, plane: int, box: Box) -> NDArray[Any]:
         """Pixels of ``box`` in t/z plane number ``plane``: (C, h, w) in any memory layout.
@@ -60,7 +60,7 @@ class SlideReader:
         channels = slice(self.channels[0], self.channels[-1] + 1)
         index = tuple({"y": rows, "x": columns, "c": channels}.get(axis, place.get(axis)) for axis in axes)
         try:
-            pixels = np.asarray(self._array[index])
+            pixels = np.asarray(self.array[index])
         except Exception as error:
             raise _unreadable(
                 self.slide, f"plane {plane}, rows {box.y0}-{box.y1}, columns {box.x0}-{box.x1}", error

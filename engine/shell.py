@@ -20,11 +20,11 @@ from cellseg_batch.engine.stopping import Stopped
 _INTERRUPTED = 130
 
 
-def check_json(file: Path | None) -> None:
+def check_json(file: Path | None, flag: str = "--json") -> None:
     """Refuse a report that could not be written, before the work rather than after it."""
     if file is not None and not file.resolve().parent.is_dir():
         raise UsageError(
-            f"--json {file}",
+            f"{flag} {file}",
             expected="a file in a folder that exists",
             found="no such folder",
             remedy="make the folder first",

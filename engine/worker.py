@@ -100,7 +100,7 @@ class Worker:
         """Do one task of a pass and journal it; a slide's failure is part of the outcome."""
         outcome = Outcome()
         try:
-            with self._room.take(job.block_bytes, job.room_bytes), self._opened(job) as slide:
+            with self._room.take(job.block_bytes, job.room_bytes), self.opened(job) as slide:
                 if not slide.journal.has(work.part, number):  # done, by a worker that died before it could say so
                     record = work.task(slide, number)
                     with self.clock.stage("write"):
@@ -139,7 +139,8 @@ class Worker:
             self._close_idle(0)
 
     @contextmanager
-    def _opened(self, job: SlideJob) -> Iterator[OpenSlide]:
+    def opened(self, job: SlideJob) -> Iterator[OpenSlide]:
+        """The slide of ``job``, open for as long as the context lasts."""
         with self._lock:
             entry = self._open.setdefault(job, _Entry())
             self._open.move_to_end(job)

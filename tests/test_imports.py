@@ -47,6 +47,8 @@ ENGINE_ROOMS = (
     "image_layout",
     "convert",
     "screen",
+    "profile",
+    "bench",
     "seams",
     "info",
     "preview",
@@ -56,6 +58,7 @@ ENGINE_ROOMS = (
     "demo",
     "options",
     "shell",
+    "measure_commands",
     "trainer_commands",
     "cli",
 )

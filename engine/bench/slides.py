@@ -54,7 +54,7 @@ def shipped_pieces() -> Pieces:
 
 
 def write_slide(path: Path, form: Form, pieces: Pieces) -> Path:
-    """Write an OME-Zarr 0.5 image of ``form`` to ``path``, and its true mask to ``labels/truth`` inside it if that is known.
+    """Write an OME-Zarr 0.5 image of ``form`` to ``path``, and its true mask, if that is known, to ``labels/truth``.
 
     The pieces fill a pattern of 4096 px at random, always alike; a larger slide repeats it.
     """

@@ -8,7 +8,6 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import Any
 
 from cellseg_batch.engine.stages import Interval
@@ -33,33 +32,37 @@ def occupied(intervals: Iterable[Interval]) -> float:
     return total
 
 
-def span(intervals: Sequence[Interval]) -> tuple[float, float]:
-    """(start, end) of the steady part: from the first work on the device to the last, or to the pyramid's end."""
-    device = [one for one in intervals if on_device(one.stage)]
-    last = [one.end for one in intervals if on_device(one.stage) or one.stage == "pyramid"]
-    return min(one.start for one in device), max(last)
+def busy_seconds(intervals: Iterable[Interval]) -> Counter[str]:
+    """Seconds of each stage, over all threads."""
+    seconds: Counter[str] = Counter()
+    for one in intervals:
+        seconds[one.stage] += one.end - one.start
+    return seconds
 
 
-def shares(intervals: Sequence[Interval]) -> dict[str, float]:
-    """Share of the steady part that each stage accounts for; together 1.
+def wall_seconds(intervals: Sequence[Interval]) -> float:
+    """Seconds from the first work to the last."""
+    return max(one.end for one in intervals) - min(one.start for one in intervals)
 
-    A moment in which the device works is the device's.  One in which it waits is shared by the stages that are busy
-    then, by their number of threads, or is nobody's (`IDLE`).
+
+def shares(intervals: Sequence[Interval], workers: int) -> dict[str, float]:
+    """Share of a long run that each stage would account for if it went on as here; together 1.
+
+    A sample is short: its first reads and last writes count for more than they would.  So the time of a block in the
+    long run is taken to be that of the device, or what a worker spends on it divided by ``workers`` if that is more;
+    then the device waits, for reading and writing in proportion to their seconds.  Time in which nothing is counted
+    comes on top.
     """
-    start, end = span(intervals)
-    events = [(one.start, 1, one.stage) for one in intervals] + [(one.end, -1, one.stage) for one in intervals]
-    active: Counter[str] = Counter()
-    total: Counter[str] = Counter()
-    for (moment, change, stage), (following, *_) in pairwise([*sorted(events), (end, 0, "")]):
-        active[stage] += change
-        length = min(following, end) - max(moment, start)
-        if length <= 0:
-            continue
-        busy = {name: count for name, count in active.items() if count and on_device(name)}
-        busy = busy or {name: count for name, count in active.items() if count} or {IDLE: 1}
-        for name, count in busy.items():
-            total[name] += length * count / sum(busy.values())
-    return {name: seconds / (end - start) for name, seconds in total.items()}
+    busy = busy_seconds(intervals)
+    device = occupied(one for one in intervals if on_device(one.stage))
+    host = {stage: seconds for stage, seconds in busy.items() if stage in _HOST and stage != "pyramid"}
+    waiting = max(0.0, (device + sum(host.values())) / workers - device)
+    parts = {stage: waiting * seconds / sum(host.values()) for stage, seconds in host.items()}
+    on_it = sum(seconds for stage, seconds in busy.items() if on_device(stage))
+    parts |= {stage: device * seconds / on_it for stage, seconds in busy.items() if on_device(stage)}
+    parts["pyramid"] = occupied(one for one in intervals if one.stage == "pyramid")
+    parts[IDLE] = wall_seconds(intervals) - occupied(intervals)
+    return {stage: seconds / sum(parts.values()) for stage, seconds in parts.items()}
 
 
 def predict_seconds(blocks: int, workers: int, read: float, device: float, write: float) -> float:

@@ -1,0 +1,62 @@
+"""Utilisation and energy of the first NVIDIA GPU during a run, where NVML can be asked."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from types import TracebackType
+from typing import Any
+
+_PERIOD = 0.05
+
+
+class GpuMeter:
+    """Watches the GPU for as long as the context lasts.
+
+    Attributes:
+        figures: mean and largest utilisation in %, and energy in J; empty where there is no NVML or no GPU.
+    """
+
+    def __init__(self) -> None:
+        self.figures: dict[str, float] = {}
+        self._ended = threading.Event()
+        self._samples: list[int] = []
+
+    def __enter__(self) -> GpuMeter:
+        self._nvml = _open_nvml()
+        if self._nvml is not None:
+            self._handle = self._nvml.nvmlDeviceGetHandleByIndex(0)
+            self._energy = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._nvml is None:
+            return
+        self._ended.set()
+        self._thread.join()
+        millijoules = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) - self._energy
+        self.figures = {
+            "gpu_utilisation": sum(self._samples) / len(self._samples),
+            "gpu_utilisation_peak": max(self._samples),
+            "gpu_energy_j": millijoules / 1000,
+        }
+        self._nvml.nvmlShutdown()
+
+    def _watch(self) -> None:
+        while True:
+            self._samples.append(self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu)
+            if self._ended.wait(_PERIOD):
+                return
+
+
+def _open_nvml() -> Any:
+    try:
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        return nvml if nvml.nvmlDeviceGetCount() else None
+    except Exception:  # not installed, no driver, no GPU: there is nothing to watch
+        return None
