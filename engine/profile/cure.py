@@ -85,11 +85,10 @@ def find_cure(slide: Slide, level: int, channels: tuple[int, ...], folder: Path)
 
 def copy_slide(slide: Slide, level: int, folder: Path, storage: Storage) -> Slide:
     """Copy ``slide`` from ``level`` on to a zarr hierarchy in ``folder``, in place of what is there."""
-    version = 2 if slide.format == "ome-zarr 0.4" else 3
-    group = zarr.open_group(str(folder), mode="w", zarr_format=version)
+    group = zarr.open_group(str(folder), mode="w", zarr_format=2 if slide.format == "ome-zarr 0.4" else 3)
     levels = tuple(_copy_level(slide, number, group, storage) for number in range(level, len(slide.levels)))
-    name = "ome-zarr 0.4" if version == 2 else "ome-zarr 0.5"
-    return replace(slide, store=folder, path="", format=name, levels=levels)
+    stored = slide.format if slide.format == "ome-zarr 0.4" else "ome-zarr 0.5"
+    return replace(slide, store=folder, path="", format=stored, levels=levels)
 
 
 def _copy_level(slide: Slide, number: int, group: zarr.Group, storage: Storage) -> Level:

@@ -6,7 +6,7 @@ It knows intervals only, no slides and no models.
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,7 +15,7 @@ from cellseg_batch.engine.stages import Interval
 IDLE = "scheduler"
 """The share of the time in which nothing that is counted goes on: planning, scheduling, Python."""
 
-_HOST = ("read", "write", "pyramid")
+_HOST = ("read", "write", "pyramid", IDLE)
 
 
 def on_device(stage: str) -> bool:
@@ -32,9 +32,9 @@ def occupied(intervals: Iterable[Interval]) -> float:
     return total
 
 
-def busy_seconds(intervals: Iterable[Interval]) -> Counter[str]:
+def busy_seconds(intervals: Iterable[Interval]) -> dict[str, float]:
     """Seconds of each stage, over all threads."""
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
     for one in intervals:
         seconds[one.stage] += one.end - one.start
     return seconds
