@@ -71,7 +71,7 @@ class DeviceRunner:
                     raise
                 self.queue.make_room()
         mask, probability, (foreground, undefined) = tiles.fetch()
-        self.clock.add({"model": self.queue.busy_seconds()})
+        self.clock.worked("model", self.queue.busy_seconds())
         refuse_nan(block, undefined)
         return BlockResult(mask, probability, foreground, count_missing(pixels, block))
 
@@ -87,7 +87,7 @@ class _BlockOnDevice:
         self._runner = runner
         self._block = block
         self._queue, self._device = runner.queue, runner.queue.device
-        with runner.clock.stage("gather"):
+        with runner.clock.stage("upload"):
             source = torch.from_numpy(_as_the_kernel_reads(pixels))
             self._sent = torch.empty_like(source, pin_memory=self._device.is_gpu).copy_(source)
         with self._device.on(self._queue.incoming):

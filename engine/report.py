@@ -123,7 +123,7 @@ def print_report(report: RunReport, console: Console) -> None:
     table.add_column()
     table.add_column(overflow="fold")
     shares = [slide.foreground_fraction for slide in report.slides if slide.foreground_fraction is not None]
-    stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items())
+    stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items() if seconds)
     for name, value in (
         ("images", ", ".join(f"{count} {state}" for state, count in counts.items() if count)),
         ("blocks, tiles", f"{sum(s.blocks for s in report.slides)}, {sum(s.tiles for s in report.slides)}"),

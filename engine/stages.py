@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-STAGES = ("read", "gather", "model", "stitch", "write", "pyramid")
+STAGES = ("read", "upload", "gather", "model", "stitch", "write", "pyramid")
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,15 @@ class StageClock:
         try:
             yield
         finally:
-            end = time.perf_counter()
-            with self._lock:
-                self.seconds[name] += end - start
-                if self._keep:
-                    self.intervals.append(Interval(name, threading.get_native_id(), start, end))
+            self.worked(name, time.perf_counter() - start)
+
+    def worked(self, name: str, seconds: float) -> None:
+        """Count ``seconds`` of work that has just ended, perhaps on another device."""
+        end = time.perf_counter()
+        with self._lock:
+            self.seconds[name] += seconds
+            if self._keep:
+                self.intervals.append(Interval(name, threading.get_native_id(), end - seconds, end))
 
     def drain(self) -> dict[str, float]:
         """What was added up since the last call, which then counts no more here: a worker hands it to the run."""

@@ -77,4 +77,10 @@ def say(bottleneck: str, shares: dict[str, float], uses: dict[str, StageUse], re
     return f"{text}; {remedy}" if remedy else text
 
 
-_WHAT = {"read": "reading", "write": "writing", "pyramid": "the pyramid", IDLE: "planning and scheduling"}
+_WHAT = {
+    "read": "reading",
+    "upload": "copies to the GPU",
+    "write": "writing",
+    "pyramid": "the pyramid",
+    IDLE: "planning and scheduling",
+}
