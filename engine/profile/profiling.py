@@ -61,9 +61,10 @@ def profile_slide(path: Path, settings: Settings, observer: Observer) -> Profile
         settings.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="cellseg-profile-", dir=settings.output) as name:
         folder = Path(name)
-        worker = Worker(Engines(bundle, settings, observer.racing), StageClock())
+        engines = Engines(bundle, settings, observer.racing)
+        worker = Worker(settings, engines.choice, run="profile", engines=engines)
         place = place_output(sample[0], settings.name, folder / "alone")
-        job = prepare_slide(worker, Request(sample[0], place, settings))
+        job = prepare_slide(worker, Request(sample[0], place))
         assert isinstance(job, SlideJob)  # nothing was there, so nothing was finished before
         with worker.opened(job) as slide:
             first = first_read(slide, list(job.plan.grid))
