@@ -10,9 +10,10 @@ import argparse
 from common import row, save
 
 from cellseg_batch.engine.artefacts import Artefacts
+from cellseg_batch.engine.certificate import Request
 from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.race import Request, race
+from cellseg_batch.engine.race import race
 from cellseg_batch.engine.settings import RACE_TILE
 
 

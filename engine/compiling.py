@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from cellseg_batch.engine.artefacts import Artefacts
+from cellseg_batch.engine.certificate import Candidate, Certificate, Request
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.race import Candidate, Certificate, Request, certify
+from cellseg_batch.engine.race import certify
 from cellseg_batch.engine.settings import Settings, race_device
 
 

@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike
 
 from cellseg_batch.engine.artefacts import Artefacts
-from cellseg_batch.engine.backends.backend import Backend, CompiledModel, DeviceModel, Shape
+from cellseg_batch.engine.backends.backend import Backend, DeviceModel, Shape
 from cellseg_batch.engine.backends.choose import KINDS, REFERENCE, candidates, make_backend
+from cellseg_batch.engine.certificate import Certificate, Request
+from cellseg_batch.engine.feed import Feed
 from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.models import load_model, shipped_models
-from cellseg_batch.engine.race import Certificate, Request, certify
+from cellseg_batch.engine.race import certify
 from cellseg_batch.engine.settings import RACE_TILE, Settings, gpus_of, race_device
 from cellseg_batch.trainer.bundle import Bundle
 
@@ -38,8 +40,8 @@ _KEPT_AREA = 2 * RACE_TILE**2
 # Tile sizes whose models stay on a GPU.
 _KEPT_QUEUES = 4
 
-# A compiled model and its input, (N, C, H, W) float32.
-Device = tuple[CompiledModel, NDArray[np.float32]]
+# What a model is compiled for.
+_Key = tuple[Backend, Shape, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,8 @@ class Engines:
             self.chosen = make_backend(bundle, *winner, self._threads, self._artefacts, self._gpus[0])
         self._backends = {(self.chosen.name, self.chosen.precision, 1, self._gpus[0]): self.chosen}
         self._queues: OrderedDict[tuple[Backend, Shape], Iterator[BatchQueue]] = OrderedDict()
-        self._devices: dict[tuple[Backend, Shape], Device] = {}
-        self._probes: dict[tuple[Backend, Shape], CompiledModel] = {}
+        self._feeds: dict[_Key, Feed] = {}
+        self._probes: dict[_Key, Feed] = {}
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -171,17 +173,17 @@ class Engines:
         return content | next((row for row in rows if (row["backend"], row["precision"]) == name), {})
 
     @contextmanager
-    def device(self, backend: Backend, shape: Shape) -> Iterator[Device]:
-        """The model compiled for a batch shape, for this thread alone while the context lasts."""
+    def feed(self, backend: Backend, shape: Shape, dtype: DTypeLike) -> Iterator[Feed]:
+        """The model compiled for a batch shape and a type of pixels, for this thread alone while the context lasts."""
         with self.turn:
-            key = (backend, shape)
-            device = self._devices.pop(key, None)
-            if device is None:
+            key = (backend, shape, np.dtype(dtype))
+            feed = self._feeds.pop(key, None)
+            if feed is None:
                 self._make_room(shape)
                 with self.counted():
-                    device = backend.compile(shape), np.zeros(shape, np.float32)
-            self._devices[key] = device  # the last one used comes last
-            yield device
+                    feed = Feed(backend, shape, dtype)
+            self._feeds[key] = feed  # the last one used comes last
+            yield feed
 
     def queue(self, backend: Backend, shrink: int, shape: Shape) -> BatchQueue | None:
         """The queue of a GPU for batches of a shape, of every GPU in turn; None for what does not run on GPUs.
@@ -208,23 +210,23 @@ class Engines:
 
     def _make_room(self, shape: Shape) -> None:
         """Let go of the models that were not used for longest: each holds memory of its own."""
-        areas = {key: math.prod(key[1]) // key[1][1] for key in self._devices}
+        areas = {key: math.prod(key[1]) // key[1][1] for key in self._feeds}
         room = _KEPT_AREA - math.prod(shape) // shape[1]
         for key in areas:
-            if sum(areas[one] for one in self._devices) > room:
-                del self._devices[key]
+            if sum(areas[one] for one in self._feeds) > room:
+                del self._feeds[key]
 
-    def probe(self, backend: Backend, shape: Shape) -> CompiledModel:
+    def probe(self, backend: Backend, shape: Shape, dtype: DTypeLike) -> Feed:
         """The model compiled for windows that show how large nuclei are: small, so a few are kept.
 
         To be asked for and used while ``turn`` is held.
         """
-        key = (backend, shape)
+        key = (backend, shape, np.dtype(dtype))
         if key not in self._probes:
             if len(self._probes) >= _MOST_PROBES:
                 self._probes.clear()
             with self.counted():
-                self._probes[key] = backend.compile(shape)
+                self._probes[key] = Feed(backend, shape, dtype)
         return self._probes[key]
 
 

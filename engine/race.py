@@ -14,22 +14,23 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.artefacts import Artefacts, Key
-from cellseg_batch.engine.backends.backend import Backend
+from cellseg_batch.engine.backends.backend import Backend, Shape
 from cellseg_batch.engine.backends.choose import REFERENCE, candidates, make_backend, why_not
 from cellseg_batch.engine.backends.gate import TILE, Parity, logits_of, measure_parity, real_tiles
+from cellseg_batch.engine.certificate import Candidate, Certificate, Request
 from cellseg_batch.engine.errors import BackendError
+from cellseg_batch.engine.feed import Feed
 from cellseg_batch.engine.machine import gpus, package_version, processor
 from cellseg_batch.engine.models import load_model
+from cellseg_batch.engine.normalise import Bounds
 from cellseg_batch.trainer.bundle import Bundle
 
 _log = logging.getLogger(__name__)
@@ -39,138 +40,6 @@ _PACKAGES = ("cellseg-batch", "torch", "openvino", "nncf", "tensorrt", "torch-te
 _ROUNDS = 5
 # A candidate this much slower than the fastest is timed once; it will not win.
 _HOPELESS = 3.0
-# Listed always, but it wins only when it is asked for by name.
-_ON_REQUEST = ("int8",)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be raced.
-
-    Attributes:
-        model: a shipped model's name or a bundle's path.
-        backend: a name, or auto for all.
-        precision: a name, or auto for all.
-        tile: side in px of the timed tiles.
-        batch: tiles per call.
-        threads: of the model.
-        device: auto, cpu or a GPU; the first of several.
-    """
-
-    model: str
-    backend: str
-    precision: str
-    tile: int
-    batch: int
-    threads: int
-    device: str = "auto"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One row of the race.
-
-    Attributes:
-        backend, precision: what ran.
-        missing: why it did not run; "" if it did.
-        mpx_per_s: pixels of its input per second, median of the rounds, in Mpx/s; 0 if it did not run.
-        slowest, fastest: of the rounds, Mpx/s.
-        parity: against torch fp32; None if it did not run.
-    """
-
-    backend: str
-    precision: str
-    missing: str = ""
-    mpx_per_s: float = 0.0
-    slowest: float = 0.0
-    fastest: float = 0.0
-    parity: Parity | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether the gate lets it run slides."""
-        return self.parity is not None and self.parity.passed
-
-    @property
-    def name(self) -> str:
-        """Backend and precision."""
-        return f"{self.backend} {self.precision}"
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """A race's result.
-
-    Attributes:
-        request: what was raced.
-        model_sha256: of the bundle.
-        shape: (N, C, H, W) of the timed batches.
-        processor: of this machine.
-        versions: of the packages that may decide it; None for what is not installed.
-        date: in UTC.
-        candidates: every row.
-    """
-
-    request: Request
-    model_sha256: str
-    shape: tuple[int, int, int, int]
-    processor: str
-    versions: dict[str, str | None]
-    date: str
-    candidates: tuple[Candidate, ...]
-
-    def pick(self, backend: str, precision: str, gate: bool = True) -> Candidate:
-        """The fastest candidate that fits what was asked for and passes the gate.
-
-        Args:
-            backend: a name or auto.
-            precision: a name or auto.
-            gate: False takes the fastest whatever its figures.
-
-        Raises:
-            BackendError: there is none; the reasons and figures are in it.
-        """
-        fitting = [
-            one
-            for one in self.candidates
-            if backend in ("auto", one.backend)
-            and (precision == one.precision or (precision == "auto" and one.precision not in _ON_REQUEST))
-        ]
-        able = [one for one in fitting if one.parity is not None and (one.passed or not gate)]
-        if able:
-            return max(able, key=lambda one: one.mpx_per_s)
-        failed = [f"{one.name} {one.parity.text}" for one in fitting if one.parity is not None]
-        missing = [f"{one.name}: {one.missing}" for one in fitting if one.missing]
-        raise BackendError(
-            f"--backend {backend} --precision {precision}",
-            expected="a backend that can be had here and agrees with torch fp32",
-            found="; ".join(failed + missing) or "none that this version knows",
-            remedy="--no-gate uses it all the same" if failed else "see cellseg-batch doctor, or leave both to auto",
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Every figure, as plain values; one candidate at most is the winner of an open race."""
-        try:
-            winner: Candidate | None = self.pick(self.request.backend, self.request.precision)
-        except BackendError:
-            winner = None
-        rows = []
-        for one in self.candidates:
-            figures = asdict(one.parity) if one.parity is not None else {}
-            row = {name: value for name, value in asdict(one).items() if name != "parity"}
-            rows.append({**row, **figures, "passed": one.passed, "winner": one == winner})
-        return {**asdict(self), "candidates": rows}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Certificate:
-        """The certificate that `to_json` wrote."""
-        rows = []
-        for row in content["candidates"]:
-            parity = Parity(**{name: row[name] for name in Parity.__dataclass_fields__}) if "flipped" in row else None
-            plain = {name: row[name] for name in Candidate.__dataclass_fields__ if name != "parity"}
-            rows.append(Candidate(**plain, parity=parity))
-        fields = {**content, "request": Request(**content["request"]), "shape": tuple(content["shape"])}
-        return cls(**{**fields, "candidates": tuple(rows)})
 
 
 def certify(
@@ -203,14 +72,14 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
     threshold = bundle.card.threshold
     tiles = real_tiles("gate", bundle.card.channels)
     reference = make_backend(bundle, *REFERENCE, request.threads, artefacts)
-    expected = _gate_logits(reference, tiles)
+    expected = logits_of(reference.compile((1, *tiles.shape[1:])), tiles)
     stride = bundle.card.total_stride
     side = max(1, request.tile // stride) * stride
     shape = (request.batch, bundle.card.channels, side, side)
     rows: dict[tuple[str, str], Candidate] = {}
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     parities: dict[tuple[str, str], Parity] = {}
-    batch = _fill(shape, tiles)
+    pixels = _lay_out(shape, tiles)
     gpu = "cuda:0" if request.device in ("auto", "cpu") else request.device
     for name in candidates(request.backend, request.precision, request.device):
         missing = why_not(*name)
@@ -219,12 +88,8 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
                 backend = reference
                 if name != REFERENCE:
                     backend = make_backend(bundle, *name, request.threads, artefacts, gpu)
-                logits = expected if name == REFERENCE else _gate_logits(backend, tiles)
-                parities[name] = measure_parity(logits, expected, threshold)
-                model = backend.compile(shape)
-                model(batch)
-                # A GPU's copies overlap its work in a run.
-                calls[name] = getattr(model, "repeat", None) or partial(model, batch)
+                parities[name] = worst_parity(backend, tiles, expected, threshold)
+                calls[name] = _fed(backend, shape, pixels)
                 continue
             except Exception as error:  # a network that this library cannot take; another one may
                 _log.debug("%s cannot run the model", name, exc_info=True)
@@ -267,18 +132,41 @@ def time_in_turns(calls: dict[tuple[str, str], Callable[[], object]]) -> dict[tu
     return seconds
 
 
-def _gate_logits(backend: Backend, tiles: NDArray[np.float32]) -> NDArray[np.float32]:
-    return logits_of(backend.compile((1, *tiles.shape[1:])), tiles)
+def worst_parity(
+    backend: Backend, tiles: NDArray[np.float32], expected: NDArray[np.float32], threshold: float
+) -> Parity:
+    """Of the two ways into the network, normalised pixels and bytes, that which agrees less."""
+    shape = (1, *tiles.shape[1:])
+    ways = [backend.compile(shape)]
+    if (of_bytes := backend.compile_bytes(shape)) is not None:
+        ways.append(lambda tile: of_bytes(_as_bytes(tile), 0.0, 1 / 255))
+    parities = [measure_parity(logits_of(way, tiles), expected, threshold) for way in ways]
+    return min(parities, key=lambda parity: (parity.passed, -parity.flipped))
 
 
-def _fill(shape: tuple[int, int, int, int], tiles: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A batch of ``shape`` laid out with real tiles."""
-    batch = np.empty(shape, np.float32)
-    corners = [(image, y, x) for image in batch for y in range(0, shape[2], TILE) for x in range(0, shape[3], TILE)]
-    for number, (image, y, x) in enumerate(corners):
-        place = image[:, y : y + TILE, x : x + TILE]
-        place[...] = tiles[number % len(tiles)][:, : place.shape[1], : place.shape[2]]
-    return batch
+def _fed(backend: Backend, shape: Shape, pixels: NDArray[np.uint8]) -> Callable[[], object]:
+    """A call of the network on a batch of tiles that all show ``pixels`` (C, H, W)."""
+    feed = Feed(backend, shape, pixels.dtype)
+    rows, columns = (np.tile(np.arange(side), (shape[0], 1)) for side in shape[2:])
+    feed.fill(pixels, rows, columns, Bounds(0.0, 255.0))
+    feed.logits()
+    # A GPU's copies overlap its work in a run.
+    repeat: Callable[[], object] = getattr(feed.model, "repeat", feed.logits)
+    return repeat
+
+
+def _lay_out(shape: Shape, tiles: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Pixels (C, H, W) for batches of ``shape``, laid out with real tiles."""
+    pixels = np.empty(shape[1:], np.uint8)
+    corners = [(y, x) for y in range(0, shape[2], TILE) for x in range(0, shape[3], TILE)]
+    for number, (y, x) in enumerate(corners):
+        place = pixels[:, y : y + TILE, x : x + TILE]
+        place[...] = _as_bytes(tiles[number % len(tiles)])[:, : place.shape[1], : place.shape[2]]
+    return pixels
+
+
+def _as_bytes(tiles: NDArray[np.float32]) -> NDArray[np.uint8]:
+    return np.round(255 * tiles).astype(np.uint8)
 
 
 def _race_elsewhere(request: Request, artefacts: Artefacts, folder: Path) -> None:

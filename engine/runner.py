@@ -10,14 +10,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.backends.backend import CompiledModel
 from cellseg_batch.engine.errors import ComputeError
+from cellseg_batch.engine.feed import Feed
 from cellseg_batch.engine.geometry import Block, Box, Lattice, Tile, reflect
 from cellseg_batch.engine.normalise import Bounds
 from cellseg_batch.engine.stages import StageClock
 from cellseg_batch.engine.stitching import make_stitch
 from cellseg_batch.kernels import stitch
-from cellseg_batch.kernels.gather import gather
 from cellseg_batch.kernels.stitch import logit_threshold
 
 
@@ -51,12 +50,10 @@ class AnyRunner(Protocol):
 
 
 class Runner:
-    """Segments blocks of one slide, one at a time: model and batch are its own meanwhile.
+    """Segments blocks of one slide, one at a time: the feed is its own meanwhile.
 
     Args:
-        model: compiled for the batch's shape.
-        batch: (N, C, T_y, T_x) float32 that tiles are gathered into; the last one of a block is padded with what it
-            held before.
+        feed: the model; the last batch of a block is padded with what it held before.
         lattice: of the slide.
         bounds: of the slide.
         threshold: probability above which a pixel is foreground.
@@ -67,8 +64,7 @@ class Runner:
 
     def __init__(
         self,
-        model: CompiledModel,
-        batch: NDArray[np.float32],
+        feed: Feed,
         lattice: Lattice,
         bounds: Bounds,
         threshold: float,
@@ -76,14 +72,13 @@ class Runner:
         stitch: str,
         clock: StageClock,
     ) -> None:
-        self._model = model
+        self._feed = feed
         self._lattice = lattice
         self._bounds = bounds
         self._threshold = logit_threshold(threshold)
         self._probability = probability
         self._stitch = stitch
         self._clock = clock
-        self._batch = batch
 
     def segment(self, pixels: NDArray[Any], block: Block) -> BlockResult:
         """Segment ``block`` from the pixels (C, h, w) of its read box.
@@ -95,8 +90,9 @@ class Runner:
         probability = np.empty(block.box.shape, np.uint8) if self._probability else None
         way = self._stitch, block, self._lattice, self._threshold, mask, probability
         stitching = make_stitch(*way, kernels=stitch, empty=partial(np.empty, dtype=np.float32))
-        for first in range(0, len(block.tiles), len(self._batch)):
-            batch = block.tiles[first : first + len(self._batch)]
+        count = self._feed.shape[0]
+        for first in range(0, len(block.tiles), count):
+            batch = block.tiles[first : first + count]
             logits = self.logits(pixels, block.read_box, batch)
             with self._clock.stage("stitch"):
                 stitching.add(first, logits[: len(batch)])
@@ -109,9 +105,9 @@ class Runner:
         """Logits (N, K, T_y, T_x) of a batch of tiles, valid until the next call."""
         with self._clock.stage("gather"):
             rows, columns = source_tables(batch, self._lattice.shape, read_box)
-            gather(pixels, rows, columns, self._bounds.low, self._bounds.scale, self._batch[: len(batch)])
+            self._feed.fill(pixels, rows, columns, self._bounds)
         with self._clock.stage("model"):
-            return self._model(self._batch)
+            return self._feed.logits()
 
 
 def source_tables(

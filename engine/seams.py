@@ -19,6 +19,7 @@ from scipy import ndimage
 from cellseg_batch.engine.backends.backend import Backend
 from cellseg_batch.engine.engines import Engines
 from cellseg_batch.engine.errors import ReadError
+from cellseg_batch.engine.feed import Feed
 from cellseg_batch.engine.geometry import Box, Lattice, Tile, source_box
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.place import place_output
@@ -177,10 +178,8 @@ class _LogitsOf:
         plan, lattice = self._plan, self._plan.grid.lattice
         if self._runner is None:
             shape = (1, plan.shape[1], *tile.frame.shape)
-            model = self._backend.compile(shape)
-            self._runner = Runner(
-                model, np.zeros(shape, np.float32), lattice, plan.bounds, plan.threshold, False, "crop", StageClock()
-            )
+            feed = Feed(self._backend, shape, plan.slide.dtype)
+            self._runner = Runner(feed, lattice, plan.bounds, plan.threshold, False, "crop", StageClock())
         read_box = source_box(tile.frame, lattice.shape)
         logits = self._runner.logits(self._reader.read(0, read_box), read_box, [tile])[0, 0]
         part = Box(

@@ -194,8 +194,8 @@ class Worker:
 
             yield DeviceRunner(queue, *how)
             return
-        with self.engines.device(backend, plan.shape) as (model, batch):
-            yield Runner(model, batch, *how)
+        with self.engines.feed(backend, plan.shape, plan.slide.dtype) as feed:
+            yield Runner(feed, *how)
 
 
 def _worker_of_this_process(settings: Settings, choice: Choice, run: str) -> Worker:

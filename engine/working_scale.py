@@ -18,7 +18,6 @@ from cellseg_batch.engine.geometry import Box, fit_lattice, lay_blocks, reflect
 from cellseg_batch.engine.plan import SlidePlan, pick_margin
 from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.kernels.gather import gather
 from cellseg_batch.kernels.stitch import logit_threshold
 from cellseg_batch.trainer.bundle import Bundle
 from cellseg_batch.trainer.scale import pick_shrink
@@ -71,7 +70,6 @@ def _masks(plan: SlidePlan, engines: Engines, factor: int, reader: SlideReader) 
     stride = engines.bundle.card.total_stride * factor
     height, width = (min(_WINDOW // stride, -(-length // stride)) * stride for length in plan.grid.lattice.shape)
     shape = (1, plan.shape[1], height, width)
-    tile = np.empty(shape, np.float32)
     limit = logit_threshold(plan.threshold)
     for plane, box in product((plan.grid.planes // 2,), _windows(plan.grid.lattice.shape)):
         try:
@@ -79,9 +77,10 @@ def _masks(plan: SlidePlan, engines: Engines, factor: int, reader: SlideReader) 
         except ReadError:  # a damaged chunk costs its block, not the slide
             continue
         rows, columns = (reflect(0, side, length)[None] for side, length in zip(shape[2:], box.shape, strict=True))
-        gather(pixels, rows, columns, plan.bounds.low, plan.bounds.scale, tile)
         with engines.turn:
-            mask = engines.probe(backend, shape)(tile)[0, 0, factor // 2 :: factor, factor // 2 :: factor] > limit
+            feed = engines.probe(backend, shape, pixels.dtype)
+            feed.fill(pixels, rows, columns, plan.bounds)
+            mask = feed.logits()[0, 0, factor // 2 :: factor, factor // 2 :: factor] > limit
         yield mask
 
 

@@ -1,10 +1,11 @@
-"""Cut a batch of tiles out of a block's pixels and normalise them: the step before the network.
+"""Cut a batch of tiles out of a block's pixels and normalise them, or leave that to the network: the step before it.
 
 The reference defines the meaning; the fused kernel gives the same bits.
 """
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -37,9 +38,47 @@ def gather(
     Raises:
         ValueError: the shapes do not fit together.
     """
+    _check(pixels, rows, columns, out)
+    fastest.gather(pixels, rows, columns, np.float32(low), np.float32(scale), out)
+
+
+def cut(pixels: NDArray[Any], rows: NDArray[np.int64], columns: NDArray[np.int64], out: NDArray[Any]) -> None:
+    """Fill ``out`` with the pixels of every tile as they are.
+
+    A table of rows or columns is a few runs of evenly spaced indices, one where nothing is mirrored, and two of them
+    span a rectangle that numpy copies as fast as memory allows.
+
+    Args:
+        pixels: (S, h, w) of ``out``'s type, any memory layout.
+        rows, columns: as `gather`'s.
+        out: (N, C, T_y, T_x), overwritten; C = S, or any C for S = 1, which is then replicated.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    _check(pixels, rows, columns, out)
+    for tile, tile_rows, tile_columns in zip(out, rows, columns, strict=True):
+        for (y, from_y), (x, from_x) in product(_runs(tile_rows), _runs(tile_columns)):
+            tile[:, y, x] = pixels[:, from_y, from_x]
+
+
+def _runs(indices: NDArray[np.int64]) -> list[tuple[slice, slice]]:
+    """(place in ``indices``, the indices) of each run of evenly spaced ones, as slices; equal ones are one index."""
+    runs = []
+    steps, start = np.diff(indices), 0
+    while start < len(indices):
+        step = int(steps[start]) if start < len(steps) else 1
+        (uneven,) = np.nonzero(steps[start:] != step)
+        stop = start + int(uneven[0]) + 1 if len(uneven) else len(indices)
+        first, end = int(indices[start]), int(indices[stop - 1]) + (1 if step >= 0 else -1)
+        runs.append((slice(start, stop), slice(first, end if end >= 0 else None, step or 1)))
+        start = stop
+    return runs
+
+
+def _check(pixels: NDArray[Any], rows: NDArray[np.int64], columns: NDArray[np.int64], out: NDArray[Any]) -> None:
     tiles, channels, height, width = out.shape
     if pixels.shape[0] not in (1, channels) or rows.shape != (tiles, height) or columns.shape != (tiles, width):
         raise ValueError(
             f"pixels {pixels.shape}, rows {rows.shape} and columns {columns.shape} do not fit tiles {out.shape}"
         )
-    fastest.gather(pixels, rows, columns, np.float32(low), np.float32(scale), out)

@@ -16,6 +16,7 @@ from cellseg_batch.engine.backends.choose import candidates, make_backend, why_n
 from cellseg_batch.engine.backends.gate import OBJECT_F1_LIMIT, count_matches, logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.errors import BackendError, ModelError
 from cellseg_batch.engine.models import build_torch_network, load_model, shipped_models
+from cellseg_batch.engine.race import worst_parity
 from cellseg_batch.trainer.bundle import save_bundle
 
 EVERY = [name for name in candidates("auto", "auto") if not why_not(*name)]
@@ -80,6 +81,10 @@ class Wrong:
         model = self._inner.compile(shape)
         return lambda batch: self._spoil(model, batch)
 
+    def compile_bytes(self, shape):
+        model = self._inner.compile_bytes(shape)
+        return lambda batch, low, scale: self._spoil(lambda raw: model(raw, low, scale), batch)
+
 
 def overflow(model, batch):
     """What fp16 does beyond 65504: infinity, and NaN from its differences."""
@@ -103,6 +108,15 @@ def test_the_gate_refuses_wrong_results_and_gives_the_figures(shipped, spoil):
     assert not parity.passed
     assert f"{parity.flipped:.1e} of the pixels" in parity.text
     assert f"F1 {parity.object_f1:.4f}" in parity.text
+
+
+def test_the_gate_looks_at_both_ways_into_a_network(shipped):
+    bundle, tiles, expected = shipped
+    right = make(bundle, "openvino", "fp32")
+    wrong = Wrong(right, lambda model, batch: model(255 - batch))
+    wrong.compile = right.compile
+    assert worst_parity(right, tiles[:2], expected[:2], 0.5).passed
+    assert not worst_parity(wrong, tiles[:2], expected[:2], 0.5).passed
 
 
 def test_the_gate_notices_lost_objects_that_hardly_cost_a_pixel():

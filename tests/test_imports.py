@@ -29,6 +29,8 @@ ENGINE_ROOMS = (
     "reader",
     "normalise",
     "backends",
+    "feed",
+    "certificate",
     "race",
     "batch_queue",
     "engines",

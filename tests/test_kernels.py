@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellseg_batch.kernels import gather_reference, stitch, stitch_reference
-from cellseg_batch.kernels.gather import gather
+from cellseg_batch.kernels.gather import cut, gather
 from cellseg_batch.kernels.stitch import logit_threshold, stitch_mask, stitch_probability
 from cellseg_batch.kernels.tiling import TileGrid
 
@@ -67,6 +67,22 @@ def test_gather_cuts_the_pixels_that_it_is_told_to():
     out = np.empty((1, 1, 2, 3), np.float32)
     gather(pixels, np.array([[7, 49]]), np.array([[0, 5, 59]]), 0.0, 1 / 8192, out)
     np.testing.assert_array_equal(out[0, 0] * 8192, [[700, 705, 759], [4900, 4905, 4959]])
+
+
+@given(
+    st.sampled_from([1, 3]),
+    st.booleans(),
+    st.lists(st.integers(0, 22), min_size=1, max_size=12),
+    st.integers(-50, 40),
+    st.integers(1, 60),
+)
+def test_cut_copies_any_rows_and_mirrored_columns(channels, interleaved, rows, start, width):
+    pixels = np.random.default_rng(width).integers(0, 256, (23, 31, channels), np.uint8).transpose(2, 0, 1)
+    pixels = pixels if interleaved else np.ascontiguousarray(pixels)
+    columns = np.pad(np.arange(31), 500, mode="reflect")[500 + start :][:width]
+    out = np.full((1, 3, len(rows), width), 7, np.uint8)
+    cut(pixels, np.array([rows]), columns[None], out)
+    np.testing.assert_array_equal(out[0], np.broadcast_to(pixels[:, rows][:, :, columns], out.shape[1:]))
 
 
 def test_gather_refuses_shapes_that_do_not_fit():

@@ -11,10 +11,11 @@ import pytest
 from cellseg_batch.engine import race as racing
 from cellseg_batch.engine.artefacts import Artefacts
 from cellseg_batch.engine.backends.gate import Parity
+from cellseg_batch.engine.certificate import Candidate, Certificate, Request
 from cellseg_batch.engine.engines import Engines
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.race import Candidate, Certificate, Request, certify, race, time_in_turns
+from cellseg_batch.engine.race import certify, race, time_in_turns
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.trainer.bundle import save_bundle
 
@@ -145,7 +146,8 @@ from cellseg_batch.engine.settings import Settings
 settings = Settings(model={settings.model!r}, backend="openvino", precision="fp32", threads=1)
 engines = Engines(load_model(settings.model), settings)
 for factor in (1, 2):
-    engines.compiled(engines.shrunk(engines.chosen, factor), (1, 3, 64, 64))
+    with engines.feed(engines.shrunk(engines.chosen, factor), (1, 3, 64, 64), "uint8") as feed:
+        feed.logits()
 print("torch" in sys.modules)
 """
     assert subprocess.check_output([sys.executable, "-c", code], text=True, env=os.environ).strip() == "False"

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import maximum_filter1d
 
 from cellseg_batch.engine.backends.torch_backend import TorchBackend
+from cellseg_batch.engine.feed import Feed
 from cellseg_batch.engine.geometry import fit_lattice, lay_blocks
 from cellseg_batch.engine.normalise import Bounds
 from cellseg_batch.engine.runner import Runner
@@ -27,12 +28,28 @@ class Filter:
         return (0.75 * batch - 0.25 * grown)[:, :1].copy()
 
 
+class Alone:
+    """A stand-in backend of one network, for normalised pixels only."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def compile(self, shape):
+        return self.network
+
+    def compile_bytes(self, shape):
+        return None
+
+
+def feed_of(network, shape):
+    return Feed(Alone(network), shape, np.uint8)
+
+
 def run_blocks(image, lattice, block, batch, reach, stitch="crop"):
     """The mask of a whole image, block by block."""
     mask = np.full(image.shape[1:], 9, np.uint8)
     shape = (batch, 3, *lattice.tile)
-    feed = Filter(reach), np.zeros(shape, np.float32)
-    runner = Runner(*feed, lattice, Bounds(0.0, 255.0), 0.51, False, stitch, StageClock())
+    runner = Runner(feed_of(Filter(reach), shape), lattice, Bounds(0.0, 255.0), 0.51, False, stitch, StageClock())
     for one in lay_blocks(lattice, block, ring=stitch == "blend"):
         pixels = image[(slice(None), *one.read_box.slices())]
         result = runner.segment(pixels, one)
@@ -92,8 +109,7 @@ def test_a_blend_fades_from_tile_to_tile_around_the_edge_of_their_cores():
     thresholds = []
     for level in range(1, 32):
         runner = Runner(
-            Constant(),
-            np.zeros((1, 1, *lattice.tile), np.float32),
+            feed_of(Constant(), (1, 1, *lattice.tile)),
             lattice,
             Bounds(0.0, 255.0),
             1 / (1 + np.exp(-(1 + (level - 0.5) / 32))),
@@ -125,9 +141,7 @@ def test_exact_margin_makes_a_real_network_seamless(tiny_bundle, height, width, 
     backend = TorchBackend(tiny_bundle, "fp32", threads=1)
     image = np.random.default_rng(width).integers(0, 256, (3, height, width), dtype=np.uint8)
     shape = (1, 3, *lattice.tile)
-    runner = Runner(
-        backend.compile(shape), np.zeros(shape, np.float32), lattice, Bounds(0, 255), 0.5, False, "crop", StageClock()
-    )
+    runner = Runner(Feed(backend, shape, image.dtype), lattice, Bounds(0, 255), 0.5, False, "crop", StageClock())
     grid = lay_blocks(lattice, 10**6)
     margin, (rows, columns) = card.exact_margin, lattice.grid
     reach = [(margin, rows * lattice.core[0] - height + margin), (margin, columns * lattice.core[1] - width + margin)]

@@ -24,6 +24,14 @@ class CompiledModel(Protocol):
         ...
 
 
+class ByteModel(Protocol):
+    """A network ready to run at one batch shape, on pixels that it normalises itself."""
+
+    def __call__(self, batch: NDArray[np.uint8], low: float, scale: float) -> NDArray[np.float32]:
+        """Logits of ``clip((batch - low) * scale, 0, 1)`` for pixels (N, C, H, W) uint8; else as `CompiledModel`."""
+        ...
+
+
 class DeviceModel(CompiledModel, Protocol):
     """A compiled model whose batch and logits lie on a GPU, for those who fill and read them there.
 
@@ -59,4 +67,8 @@ class Backend(Protocol):
 
     def compile(self, shape: Shape) -> CompiledModel:
         """Make the network ready for batches of ``shape`` (N, C, H, W)."""
+        ...
+
+    def compile_bytes(self, shape: Shape) -> ByteModel | None:
+        """The same for pixels in bytes; None where that would gain nothing."""
         ...

@@ -1,4 +1,7 @@
-"""The gate: no fast path is used unless its masks agree with torch fp32 on real tiles that it was not tuned on."""
+"""The gate: no fast path is used unless its masks agree with torch fp32 on real tiles that it was not tuned on.
+
+A run with a kept race needs nothing of it, so that what only the race needs is imported here when it is used.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
-from skimage.io import imread
 
 from cellseg_batch.engine.backends.backend import CompiledModel
 from cellseg_batch.kernels.stitch import logit_threshold, sigmoid
@@ -56,6 +57,8 @@ class Parity:
 
 def real_tiles(purpose: str, channels: int) -> NDArray[np.float32]:
     """Real tiles (N, channels, 512, 512) in [0, 1] for the ``gate`` or for ``calibration``; no image is in both."""
+    from skimage.io import imread
+
     folder = Path(str(files("cellseg_batch.engine"))) / "assets" / purpose
     tiles = []
     for path in sorted(folder.glob("*.png")):
@@ -72,6 +75,8 @@ def logits_of(model: CompiledModel, tiles: NDArray[np.float32]) -> NDArray[np.fl
 
 def measure_parity(logits: NDArray[np.float32], expected: NDArray[np.float32], threshold: float) -> Parity:
     """Compare foreground logits (N, H, W) with the reference's, at a probability ``threshold``."""
+    from scipy import ndimage
+
     limit = logit_threshold(threshold)
     differences = np.abs(sigmoid(logits) - sigmoid(expected))
     masks, references = logits > limit, expected > limit

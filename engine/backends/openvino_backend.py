@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.artefacts import Artefacts
-from cellseg_batch.engine.backends.backend import CompiledModel, Shape
+from cellseg_batch.engine.backends.backend import ByteModel, CompiledModel, Shape
 from cellseg_batch.engine.backends.gate import real_tiles
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.trainer.bundle import Bundle
@@ -28,6 +29,7 @@ from cellseg_batch.trainer.bundle import Bundle
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 import openvino  # noqa: E402
+from openvino import opset13 as op  # noqa: E402
 
 # A quantised network's other layers run in the fastest native precision.
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
@@ -64,17 +66,44 @@ class OpenVinoBackend:
 
     def compile(self, shape: Shape) -> CompiledModel:
         """Compile for one static batch shape."""
+        return self._ready(self._reshaped(shape))
+
+    def compile_bytes(self, shape: Shape) -> ByteModel:
+        """Compile for one static batch shape; the same logits bit for bit (`tests/test_feed.py`)."""
+        return self._ready(_normalising(self._reshaped(shape)))
+
+    def _reshaped(self, shape: Shape) -> Any:
         model = self._model.clone()
         model.reshape(list(shape))
+        return model
+
+    def _ready(self, model: Any) -> Callable[..., NDArray[np.float32]]:
         request = self._core.compile_model(model, "CPU", self._options).create_infer_request()
 
-        def run(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-            request.set_input_tensor(openvino.Tensor(batch, shared_memory=True))
+        def run(batch: NDArray[Any], *constants: float) -> NDArray[np.float32]:
+            request.set_input_tensor(0, openvino.Tensor(batch, shared_memory=True))
+            for number, value in enumerate(constants, start=1):
+                request.set_input_tensor(number, openvino.Tensor(np.array([value], np.float32)))
             request.infer()
             logits: NDArray[np.float32] = request.get_output_tensor(0).data
             return logits
 
         return run
+
+
+def _normalising(model: Any) -> Any:
+    """The network with inputs (pixels as bytes, low, scale) in place of normalised pixels."""
+    (pixels,) = model.get_parameters()
+    raw = op.parameter(pixels.get_output_shape(0), np.uint8, name="raw")
+    low, scale = op.parameter([1], np.float32, name="low"), op.parameter([1], np.float32, name="scale")
+    # Bounds are inputs and no constants, so that slides of one shape share one compiled network.
+    normalised = op.clamp(op.multiply(op.subtract(op.convert(raw, "f32"), low), scale), 0.0, 1.0)
+    for target in pixels.output(0).get_target_inputs():
+        target.replace_source_output(normalised.output(0))
+    model.remove_parameter(pixels)
+    model.add_parameters([raw, low, scale])
+    model.validate_nodes_and_infer_types()
+    return model
 
 
 def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:

@@ -91,6 +91,9 @@ class TensorRtBackend:
         self._device = device
         self._artefacts = artefacts
 
+    def compile_bytes(self, shape: Shape) -> None:
+        """Not offered."""
+
     def compile(self, shape: Shape) -> GraphedHalf:
         """Make the plan for batches of ``shape`` (N, C, H, W) ready to run.
 

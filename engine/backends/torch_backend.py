@@ -54,6 +54,9 @@ class TorchBackend:
         """Eager torch takes any shape as it comes."""
         return self._run
 
+    def compile_bytes(self, shape: Shape) -> None:
+        """Not offered: torch would spend as much on normalising them as the engine does."""
+
     def _run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():
             pixels = torch.from_numpy(batch).to(dtype=self._dtype, memory_format=torch.channels_last)

@@ -51,6 +51,9 @@ class TorchCudaBackend:
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
 
+    def compile_bytes(self, shape: Shape) -> None:
+        """Not offered."""
+
     def compile(self, shape: Shape) -> GraphedHalf:
         """Capture the network for batches of ``shape`` (N, C, H, W).
 

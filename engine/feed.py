@@ -1,0 +1,55 @@
+"""A compiled network and the batch that it is fed from: tiles cut out of pixels go in, logits come out.
+
+Bytes go in as they are where the network normalises them itself, which moves a quarter of the memory; all else is
+normalised while it is cut.  It must not know slides or blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from cellseg_batch.engine.backends.backend import Backend, Shape
+from cellseg_batch.engine.normalise import Bounds
+from cellseg_batch.kernels.gather import cut, gather
+
+
+class Feed:
+    """A network compiled for one batch shape and one type of pixels; used by one thread at a time.
+
+    Args:
+        backend: of the network.
+        shape: (N, C, T_y, T_x) of every batch.
+        dtype: of the pixels that will come.
+
+    Attributes:
+        shape: of every batch.
+        model: what was compiled, a `CompiledModel` or a `ByteModel`.
+    """
+
+    def __init__(self, backend: Backend, shape: Shape, dtype: DTypeLike) -> None:
+        self.shape = shape
+        of_bytes = backend.compile_bytes(shape) if np.dtype(dtype) == np.uint8 else None
+        self._takes_bytes = of_bytes is not None
+        self.model: Callable[..., NDArray[np.float32]] = of_bytes or backend.compile(shape)
+        self._batch: NDArray[Any] = np.zeros(shape, np.uint8 if self._takes_bytes else np.float32)
+        self._constants: tuple[float, ...] = ()
+
+    def fill(self, pixels: NDArray[Any], rows: NDArray[np.int64], columns: NDArray[np.int64], bounds: Bounds) -> None:
+        """Put up to N tiles into the batch; those behind them stay what they were.
+
+        Pixels, rows and columns as in `cellseg_batch.kernels.gather.gather`.
+        """
+        tiles = self._batch[: len(rows)]
+        if self._takes_bytes:
+            cut(pixels, rows, columns, tiles)
+            self._constants = bounds.low, bounds.scale
+        else:
+            gather(pixels, rows, columns, bounds.low, bounds.scale, tiles)
+
+    def logits(self) -> NDArray[np.float32]:
+        """Logits (N, K, T_y, T_x) of the batch, valid until the next call."""
+        return self.model(self._batch, *self._constants)
