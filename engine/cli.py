@@ -284,6 +284,8 @@ def doctor(debug: o.Debug = False) -> None:
 for command in (measure_commands.profile, trainer_commands.train, trainer_commands.evaluate, trainer_commands.export):
     app.command()(command)
 
+app.add_typer(measure_commands.bench, name="bench")
+
 
 def main() -> None:
     """Entry point of ``cellseg-batch``."""

@@ -1,0 +1,141 @@
+"""``cellseg-batch bench compare``: is one result slower than another by more than noise explains?
+
+The ratio of two medians has an interval by bootstrap over the rounds.  A virtual machine as a whole may be slower today
+than yesterday; where both results have a yardstick of the machine's own speed, a row counts as slower only if it is
+so with and without its rates being divided by it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from cellseg_batch.engine.errors import UsageError
+
+_TOLERANCE = 0.1
+"""Share by which two runs of the same code may differ though each run's rounds agree."""
+
+_DRAWS = 4000
+_INTERVAL = (2.5, 97.5)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How the second result's rate compares with the first's.
+
+    Attributes:
+        median: second over first; below 1 is slower.
+        low, high: its 95 % interval.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def slower(self) -> bool:
+        """Slower by more than the tolerance, and surely so."""
+        return self.median < 1 - _TOLERANCE and self.high < 1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row that both results have.
+
+    Attributes:
+        name: of the row.
+        first, second: medians in Mpx/s.
+        plain: ratio of the rates.
+        scaled: ratio of the rates per speed of the machine; None without a yardstick.
+    """
+
+    name: str
+    first: float
+    second: float
+    plain: Ratio
+    scaled: Ratio | None
+
+    @property
+    def regressed(self) -> bool:
+        """Slower beyond noise."""
+        return self.plain.slower and (self.scaled is None or self.scaled.slower)
+
+
+def load_result(path: Path) -> dict[str, Any]:
+    """A result as ``bench`` or a benchmark wrote it.
+
+    Raises:
+        UsageError: it cannot be read as one.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        for row in content["rows"]:
+            if not row["name"] or not all(rate > 0 for rate in row["rounds"]) or not row["rounds"]:
+                raise ValueError(f"row {row['name']!r} has no rounds above 0")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            str(path),
+            expected="a result of cellseg-batch bench",
+            found=f"{type(error).__name__}: {error}",
+            remedy="write one with cellseg-batch bench --out FILE",
+        ) from error
+    return content
+
+
+def compare_results(first: dict[str, Any], second: dict[str, Any]) -> list[Comparison]:
+    """Every row that both results have.
+
+    Raises:
+        UsageError: there is none.
+    """
+    later = {row["name"]: row for row in second["rows"]}
+    both = [(row, later[row["name"]]) for row in first["rows"] if row["name"] in later]
+    if not both:
+        raise UsageError("bench compare", expected="rows of one name", found="none", remedy="compare like with like")
+    return [_compare(old, new, first.get("yardstick"), second.get("yardstick")) for old, new in both]
+
+
+def _compare(
+    old: dict[str, Any], new: dict[str, Any], old_speed: list[float] | None, new_speed: list[float] | None
+) -> Comparison:
+    before, after = np.array(old["rounds"]), np.array(new["rounds"])
+    scaled = None
+    if old_speed and new_speed:
+        scaled = _ratio(before / np.array(old_speed), after / np.array(new_speed))
+    return Comparison(old["name"], float(np.median(before)), float(np.median(after)), _ratio(before, after), scaled)
+
+
+def _ratio(before: NDArray[np.float64], after: NDArray[np.float64]) -> Ratio:
+    """Percentile bootstrap (Efron 1979) of the ratio of two medians; the draws are always the same."""
+    rng = np.random.default_rng(0)
+    drawn = [np.median(rng.choice(rates, (_DRAWS, len(rates))), axis=1) for rates in (before, after)]
+    low, high = np.percentile(drawn[1] / drawn[0], _INTERVAL)
+    return Ratio(float(np.median(after) / np.median(before)), float(low), float(high))
+
+
+def print_comparison(rows: list[Comparison], first: dict[str, Any], second: dict[str, Any], console: Console) -> None:
+    """Print a row for each comparison, and what differs in the conditions."""
+    table = Table()
+    for heading in ("", "A Mpx/s", "B Mpx/s", "B / A", "per machine speed", ""):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for row in rows:
+        verdict = "[red]slower[/red]" if row.regressed else ""
+        scaled = "" if row.scaled is None else _text(row.scaled)
+        table.add_row(row.name, f"{row.first:.2f}", f"{row.second:.2f}", _text(row.plain), scaled, verdict)
+    console.print(table)
+    conditions = first.get("conditions", {}), second.get("conditions", {})
+    for name in ("processor", "cores", "versions"):
+        old, new = (one.get(name) for one in conditions)
+        if old != new:
+            console.print(f"not the same {name}: {old} and {new}", highlight=False, soft_wrap=True)
+
+
+def _text(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
