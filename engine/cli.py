@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cellseg_batch.engine import IMPORTED_AT, measure_commands, trainer_commands
+from cellseg_batch.engine import IMPORTED_AT, campaign_commands, measure_commands, trainer_commands
 from cellseg_batch.engine import options as o
 from cellseg_batch.engine.settings import RACE_TILE, ClusterSettings, Settings
 from cellseg_batch.engine.shell import check_json, plain_errors, write_json
@@ -281,7 +281,13 @@ def doctor(debug: o.Debug = False) -> None:
         print_diagnosis(Console())
 
 
-for command in (measure_commands.profile, trainer_commands.train, trainer_commands.evaluate, trainer_commands.export):
+for command in (
+    campaign_commands.plan,
+    measure_commands.profile,
+    trainer_commands.train,
+    trainer_commands.evaluate,
+    trainer_commands.export,
+):
     app.command()(command)
 
 app.add_typer(measure_commands.bench, name="bench")

@@ -46,6 +46,7 @@ ENGINE_ROOMS = (
     "report",
     "prepare",
     "campaign",
+    "estimate",
     "image_layout",
     "convert",
     "screen",
@@ -62,6 +63,7 @@ ENGINE_ROOMS = (
     "shell",
     "measure_commands",
     "trainer_commands",
+    "campaign_commands",
     "cli",
 )
 TRAINER_ROOMS = (

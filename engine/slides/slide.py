@@ -111,6 +111,14 @@ class Slide:
         """The part of this slide that ``box``, in px of ``level``, shows: a slide like any other, with every level."""
         return replace(self, levels=tuple(self._crop(one, self.plane_shape(level), box) for one in self.levels))
 
+    def first_plane(self) -> Slide:
+        """The first t/z plane of this slide: a slide like any other."""
+
+        def shape(level: Level) -> tuple[int, ...]:
+            return tuple(1 if axis in "tz" else length for axis, length in zip(self.axes, level.shape, strict=True))
+
+        return replace(self, levels=tuple(replace(level, shape=shape(level)) for level in self.levels))
+
     def _crop(self, level: Level, shape: tuple[int, int], box: Box) -> Level:
         sides, places, origin = list(level.shape), list(level.translation), dict(zip("yx", level.origin, strict=True))
         for axis, length, start, side in zip("yx", shape, (box.y0, box.x0), box.shape, strict=True):
