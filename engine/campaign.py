@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -16,9 +15,11 @@ from uuid import uuid4
 
 from cellseg_batch.engine.clusters import open_pool
 from cellseg_batch.engine.engines import Engines, choose_backend, settings_elsewhere
-from cellseg_batch.engine.errors import CellsegError, OutputError, SlideError
+from cellseg_batch.engine.errors import CellsegError, OutputError
+from cellseg_batch.engine.failures import FailedImages, location
 from cellseg_batch.engine.geometry import fit_lattice
 from cellseg_batch.engine.journal import Journal
+from cellseg_batch.engine.lock import BusyError, Locks
 from cellseg_batch.engine.machine import peak_resident_bytes
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.pipeline import passes_of
@@ -98,6 +99,8 @@ def run_images(
     bundle = load_model(settings.model)
     _refuse_margin_off_grid(settings, bundle)
     campaign = _Campaign(settings, bundle, observer, clock)
+    if settings.retry_failed:
+        images = [image for image in images if campaign.failures.has(image)]
     observer.found(len(images))
     slides = campaign.run(images, stop)
     return campaign.report(slides, time.perf_counter() - started)
@@ -116,17 +119,26 @@ class _Campaign:
         self.largest: SlidePlan | None = None
         self.planned_peak = 0
         self.workers = 0
+        self.locks = Locks()
+        self.failures = FailedImages(settings.name, settings.output)
         self.pool = open_pool(settings)
+        try:
+            self._choose_backend(settings, bundle)
+        except BaseException:
+            self.pool.close(wait=False)
+            raise
+
+    def _choose_backend(self, settings: Settings, bundle: Bundle) -> None:
         begun = time.perf_counter()
         if settings.scheduler == "threads":
-            self.engines: Engines | None = Engines(bundle, settings, observer.racing)
+            self.engines: Engines | None = Engines(bundle, settings, self.observer.racing)
             self.choice = self.engines.choice
         else:
             # Not on this machine, which may be a login node without the workers' devices.
             self.engines, settings = None, settings_elsewhere(settings)
             self.choice = self.pool.submit(choose_backend, settings).result()
         self.compile_seconds = time.perf_counter() - begun
-        self.worker = Worker(settings, self.choice, uuid4().hex, self.engines, clock)
+        self.worker = Worker(settings, self.choice, uuid4().hex, self.engines, self.clock)
 
     def run(self, images: list[Slide | Broken], stop: Stop | None) -> list[SlideReport]:
         """Take every image through the pool; reports in the order of the images."""
@@ -137,52 +149,69 @@ class _Campaign:
                 self.observer.ended(reports[number])
         finally:
             self.worker.close()
+            self.locks.close()
         for store in self.written:
             consolidate_again(store)
         return [reports[number] for number in range(len(images))]
 
     def _course(self, image: Slide | Broken, number: int, reports: dict[int, SlideReport]) -> Course[int]:
         """Segment one image; whatever goes wrong with it is in its report."""
-        path = image.path if isinstance(image, Broken) else image.location
         try:
-            reports[number] = yield from self._segment(image, number)
+            report = yield from self._segment(image, number)
         except CellsegError as error:
-            _log.debug("%s failed", path, exc_info=True)
-            reports[number] = SlideReport(path, "failed", error.detail)
+            _log.debug("%s failed", location(image), exc_info=True)
+            report = SlideReport(location(image), "failed", error.detail)
+            if isinstance(error, BusyError):
+                reports[number] = report
+                return number
         except Exception as error:  # a campaign of thousands of slides must not die of one
-            _log.debug("%s failed", path, exc_info=True)
-            reports[number] = SlideReport(path, "failed", f"{type(error).__name__}: {error} (see --debug)")
+            _log.debug("%s failed", location(image), exc_info=True)
+            report = SlideReport(location(image), "failed", f"{type(error).__name__}: {error} (see --debug)")
+        if report.status == "failed":
+            self.failures.note(image, report.reason)
+        else:
+            self.failures.forget(image)
+        reports[number] = report
         return number
 
     def _segment(self, image: Slide | Broken, number: int) -> Course[SlideReport]:
-        """The course of a slide: prepare it, do every pass, finish it."""
         if isinstance(image, Broken):
             return SlideReport(image.path, "failed", image.reason)
         place = place_output(image, self.settings.name, self.settings.output)
         self._claim(place, image)
-        job = yield from ask(partial(prepare_slide, self.worker), Request(image, place))
+        if Journal(place.journal).finished() is not None and not self.settings.overwrite:
+            return (yield from self._work_on(image, place, number))  # nothing will be written
+        with self.locks.hold(place.lock):
+            return (yield from self._work_on(image, place, number))
+
+    def _work_on(self, slide: Slide, place: Place, number: int) -> Course[SlideReport]:
+        """The course of a slide: prepare it, do every pass, finish it."""
+        job = yield from ask(partial(prepare_slide, self.worker), Request(slide, place))
         if isinstance(job, SlideReport):
             return job
         self._announce(job, number)
+        journal = Journal(place.journal)
         for one in passes_of(job.plan):
-            failures: dict[int, SlideError] = {}
-            waiting = Journal(place.journal).missing(one.part, one.count)
-            yield Work(partial(self.worker.run, job, one), waiting, self._collector(failures))
+            failures: dict[int, str] = {}
+            yield Work(
+                call=partial(self.worker.run, job, one),
+                items=journal.missing(one.part, one.count),
+                collect=partial(self._collect, failures),
+                lost=partial(_give_up, journal, one.part, failures),
+            )
             if failures:
                 kept = f" [{len(failures)} of {one.count} blocks failed; the others are kept]"
-                reason = failures[min(failures)].detail + kept * (one.count > 1)
-                return SlideReport(image.location, "failed", reason)
+                return SlideReport(slide.location, "failed", failures[min(failures)] + kept * (one.count > 1))
+            self.locks.check(place.lock)
         report = yield from ask(partial(finish_slide, self.worker), job)
         self.written.update(place.stores(job.plan.probability))
         return report
 
-    def _collector(self, failures: dict[int, SlideError]) -> Callable[[Outcome], None]:
-        def collect(outcome: Outcome) -> None:
-            failures.update(outcome.failed)
-            self.clock.add(outcome.stages)
-            self.observer.advanced(outcome.pixels)
-
-        return collect
+    def _collect(self, failures: dict[int, str], outcome: Outcome) -> None:
+        if outcome.reason:
+            failures[outcome.number] = outcome.reason
+        self.clock.add(outcome.stages)
+        self.observer.advanced(outcome.pixels)
 
     def _announce(self, job: SlideJob, number: int) -> None:
         if self.largest is None and self.engines is not None:
@@ -225,6 +254,14 @@ class _Campaign:
             stages=self.clock.seconds,
             slides=slides,
         )
+
+
+def _give_up(journal: Journal, part: str, failures: dict[int, str], number: int, loss: BaseException) -> None:
+    """Note a task that its worker processes died of."""
+    failures[number] = (
+        f"the processes that worked on it died ({type(loss).__name__}); use more memory, or see their logs"
+    )
+    journal.fail(part, number, failures[number])
 
 
 def _refuse_margin_off_grid(settings: Settings, bundle: Bundle) -> None:

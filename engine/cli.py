@@ -57,6 +57,7 @@ def run(
     axes: o.Axes = None,
     probability: o.Probability = False,
     overwrite: o.Overwrite = False,
+    retry_failed: o.RetryFailed = False,
     json_file: o.Json = None,
     debug: o.Debug = False,
     verbose: o.Verbose = False,
@@ -95,6 +96,7 @@ def run(
             axes=axes,
             probability=probability,
             overwrite=overwrite,
+            retry_failed=retry_failed,
         )
         check_json(json_file)
         stop = Stop()

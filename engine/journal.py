@@ -4,6 +4,7 @@
         manifest.json              what was planned; a resumed run must agree with it
         blocks/<n // 1000>/<n>.json   one record per finished block
         levels/<level>/...         one record per finished shard of the label pyramid
+        failed/<part>/...          what was given up for now, and why
         finished.json              written last
 
 A record is written after its pixels, to a temporary name, synced and renamed: it is whole or absent.  There is
@@ -17,11 +18,15 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from cellseg_batch.engine.errors import writing_to
 
 _BUCKET = 1000
+_FAILED = "failed"
+# zarr's local stores use the same one.
+PARTIAL_SUFFIX = ".partial"
 
 
 class Journal:
@@ -37,15 +42,28 @@ class Journal:
     def start(self, manifest: dict[str, Any]) -> None:
         """Begin anew: forget every record and write the manifest."""
         self.clear()
-        _store(self.folder / "manifest.json", manifest)
+        write_json(self.folder / "manifest.json", manifest)
 
     def record(self, part: str, number: int, content: dict[str, Any]) -> None:
         """Note that item ``number`` of ``part`` is on disk."""
-        _store(self._path(part, number), content)
+        write_json(self._path(part, number), content)
+        self._path(f"{_FAILED}/{part}", number).unlink(missing_ok=True)
+
+    def fail(self, part: str, number: int, reason: str) -> None:
+        """Note why item ``number`` of ``part`` was given up, until it is recorded as done."""
+        write_json(self._path(f"{_FAILED}/{part}", number), {"reason": reason})
+
+    def failed(self, part: str) -> Iterator[tuple[int, str]]:
+        """(number, reason) of every item of ``part`` that was given up, in no particular order."""
+        return ((number, record["reason"]) for number, record in self.records(f"{_FAILED}/{part}"))
 
     def has(self, part: str, number: int) -> bool:
         """Whether item ``number`` of ``part`` is on disk."""
         return self._path(part, number).exists()
+
+    def get(self, part: str, number: int) -> dict[str, Any] | None:
+        """The record of item ``number`` of ``part``, None while it is not on disk."""
+        return _load(self._path(part, number))
 
     def records(self, part: str) -> Iterator[tuple[int, dict[str, Any]]]:
         """(number, content) of every item of ``part`` that is on disk, in no particular order."""
@@ -71,7 +89,7 @@ class Journal:
 
     def finish(self, content: dict[str, Any]) -> None:
         """Close the journal: every part is on disk."""
-        _store(self.folder / "finished.json", content)
+        write_json(self.folder / "finished.json", content)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -91,8 +109,13 @@ def _load(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _store(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a small file, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    partial = path.with_suffix(f".{token_hex(4)}{PARTIAL_SUFFIX}")
     with writing_to(path, "a journal"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "w") as stream:
@@ -100,3 +123,12 @@ def _store(path: Path, content: dict[str, Any]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
+
+
+def sweep_partials(folder: Path) -> None:
+    """Remove what killed processes left half written: journal entries, and chunks that zarr had not yet renamed.
+
+    Only while no other process writes below ``folder``.
+    """
+    for path in folder.rglob(f"*{PARTIAL_SUFFIX}"):
+        path.unlink(missing_ok=True)

@@ -154,6 +154,9 @@ Probability = Annotated[
     bool, typer.Option("--probability", help="Also write the probability as an image.", rich_help_panel=_OUTPUT)
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace labels of that name.", rich_help_panel=_OUTPUT)]
+RetryFailed = Annotated[
+    bool, typer.Option("--retry-failed", help="Take up only the images that failed before.", rich_help_panel=_OUTPUT)
+]
 Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.", rich_help_panel=_SCREEN)
 ]

@@ -69,6 +69,11 @@ class Place:
         """Folder of the journal, beside the store: a foreign folder inside it would trouble readers."""
         return self.store.with_name(self.store.name + JOURNAL_SUFFIX) / self.labels
 
+    @property
+    def lock(self) -> Path:
+        """File that says which run is at work."""
+        return self.journal.with_name(f"{self.name}.lock")
+
 
 def place_output(slide: Slide, name: str, output: Path | None) -> Place:
     """Where the output of ``slide`` goes.

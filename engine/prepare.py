@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cellseg_batch.engine.backends.backend import Backend
+from cellseg_batch.engine.complete import demand_complete
 from cellseg_batch.engine.engines import Engines
 from cellseg_batch.engine.errors import OutputError
-from cellseg_batch.engine.journal import Journal
+from cellseg_batch.engine.journal import Journal, sweep_partials
 from cellseg_batch.engine.memory import block_memory
-from cellseg_batch.engine.pipeline import BLOCKS, totals
+from cellseg_batch.engine.pipeline import BLOCKS, passes_of, totals
 from cellseg_batch.engine.place import Place
 from cellseg_batch.engine.plan import SlideJob, SlidePlan, adopt_manifest, plan_slide
 from cellseg_batch.engine.reader import SlideReader
@@ -63,6 +64,8 @@ def prepare_slide(worker: Worker, request: Request) -> SlideJob | SlideReport:
         if begun is None:
             _create_outputs(job.plan, engines, backend, journal)
         else:
+            for folder in (journal.folder, *place.folders(plan.probability)):
+                sweep_partials(folder)
             job = replace(job, done=sum(plan.grid[index].box.area for index in journal.numbers(BLOCKS)))
     except BaseException:
         reader.close()
@@ -72,8 +75,14 @@ def prepare_slide(worker: Worker, request: Request) -> SlideJob | SlideReport:
 
 
 def finish_slide(worker: Worker, job: SlideJob) -> SlideReport:
-    """List the label, now that it is complete, and close the journal."""
+    """List the label, after a look whether it is complete, and close the journal.
+
+    Raises:
+        OutputError: it is not.
+    """
     place, journal = job.plan.place, Journal(job.plan.place.journal)
+    with worker.opened(job) as slide:
+        demand_complete(journal, [*slide.images], ((one.part, one.count) for one in passes_of(job.plan)))
     foreground, missing = totals(journal)
     list_label(place.store, place.labels.rpartition("/")[0], place.name, place.zarr_format)
     journal.finish({"foreground": foreground, "missing": missing})

@@ -73,6 +73,7 @@ class Settings:
         axes: of plain arrays, such as "cyx".
         probability: also write the probability image.
         overwrite: replace labels of that name.
+        retry_failed: take up only the images that failed before.
     """
 
     output: Path | None = None
@@ -100,6 +101,7 @@ class Settings:
     axes: str | None = None
     probability: bool = False
     overwrite: bool = False
+    retry_failed: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no slide and no model could make right.

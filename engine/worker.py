@@ -6,15 +6,16 @@ The threads of a run share the one of their process.  Sent to another process, a
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cellseg_batch.engine.backends.backend import Backend
 from cellseg_batch.engine.engines import Choice, Engines
-from cellseg_batch.engine.errors import OutputError, ReadError, SlideError
+from cellseg_batch.engine.errors import CellsegError, OutputError, ReadError
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
 from cellseg_batch.engine.memory import RUN_OVERHEAD_BYTES, Room
@@ -25,27 +26,31 @@ from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.runner import AnyRunner, Runner
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.stages import StageClock
-from cellseg_batch.engine.writer import ImageWriter, lay_out
+from cellseg_batch.engine.writer import ImageWriter, lay_out, noting_writes
 
 # Slides that nothing works on stay open, as their next block is often on its way.
 _IDLE_SLIDES = 2
 
 
-@dataclass
+# A task that fails is tried again after so many seconds each: stores have hiccups.
+_PAUSES = (0.1, 0.4)
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What became of some tasks of a pass.
+    """What became of a task of a pass.
 
     Attributes:
-        done: numbers of those that are journalled.
-        failed: number -> error of the others.
+        number: of the task.
         pixels: newly segmented.
+        reason: why it was given up; "" if it is done.
         stages: busy seconds of the process since its last outcome.
     """
 
-    done: list[int] = field(default_factory=list)
-    failed: dict[int, SlideError] = field(default_factory=dict)
-    pixels: int = 0
-    stages: dict[str, float] = field(default_factory=dict)
+    number: int
+    pixels: int
+    reason: str
+    stages: dict[str, float]
 
 
 class Worker:
@@ -97,20 +102,36 @@ class Worker:
             return self._engines
 
     def run(self, job: SlideJob, work: Pass, number: int) -> Outcome:
-        """Do one task of a pass and journal it; a slide's failure is part of the outcome."""
-        outcome = Outcome()
-        try:
-            with self._room.take(job.block_bytes, job.room_bytes), self.opened(job) as slide:
-                if not slide.journal.has(work.part, number):  # done, by a worker that died before it could say so
-                    record = work.task(slide, number)
-                    with self.clock.stage("write"):
-                        slide.journal.record(work.part, number, record)
-            outcome.done.append(number)
-            outcome.pixels = job.plan.grid[number].box.area if work.part == BLOCKS else 0
-        except SlideError as error:
-            outcome.failed[number] = error
-        outcome.stages = self.clock.drain()
-        return outcome
+        """Do one task of a pass and journal it, or why it was given up: that costs the task and nothing else.
+
+        Raises:
+            OutputError: the output cannot be written, which no other task could do either.
+        """
+        reason = ""
+        with self._room.take(job.block_bytes, job.room_bytes):
+            for pause in (*_PAUSES, None):
+                try:
+                    self._do(job, work, number)
+                    break
+                except Exception as error:
+                    if pause is not None:
+                        time.sleep(pause)
+                        continue
+                    if isinstance(error, OutputError):
+                        raise
+                    reason = error.detail if isinstance(error, CellsegError) else f"{type(error).__name__}: {error}"
+                    Journal(job.plan.place.journal).fail(work.part, number, reason)
+        pixels = job.plan.grid[number].box.area if work.part == BLOCKS and not reason else 0
+        return Outcome(number, pixels, reason, self.clock.drain())
+
+    def _do(self, job: SlideJob, work: Pass, number: int) -> None:
+        with self.opened(job) as slide:
+            if slide.journal.has(work.part, number):
+                return  # by a worker that died before it could say so
+            with noting_writes() as written:
+                record = work.task(slide, number)
+            with self.clock.stage("write"):
+                slide.journal.record(work.part, number, {**record, "written": written})
 
     def warm_up(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> None:
         """Segment one tile, so that everything is compiled and its memory can be seen."""

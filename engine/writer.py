@@ -11,7 +11,10 @@ import math
 import os
 import shutil
 import warnings
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -104,6 +107,22 @@ def lay_out(slide: Slide, level: int, grid: BlockGrid, zarr_format: Literal[2, 3
     )
 
 
+# (path of the image in its store, level, plane, (y0, x0, y1, x1), CRC-32 of the pixels), as plain JSON values.
+Written = tuple[str, int, int, tuple[int, int, int, int], int]
+_written: ContextVar[list[Written] | None] = ContextVar("written", default=None)
+
+
+@contextmanager
+def noting_writes() -> Iterator[list[Written]]:
+    """What this thread writes while the context lasts."""
+    written: list[Written] = []
+    token = _written.set(written)
+    try:
+        yield written
+    finally:
+        _written.reset(token)
+
+
 class ImageWriter:
     """Writes one multiscale image, box by box; safe from any number of threads for boxes that do not overlap.
 
@@ -177,6 +196,11 @@ class ImageWriter:
             array[place] = pixels
             for key in self._files(level, plane, box):
                 _sync(self.folder / str(level) / key)
+        written = _written.get()
+        if written is not None:
+            corners = (box.y0, box.x0, box.y1, box.x1)
+            checksum = zlib.crc32(np.ascontiguousarray(pixels, self.layout.dtype))
+            written.append((self.path, level, plane, corners, checksum))
 
     def shrink(self, level: int, plane: int, box: Box) -> None:
         """Fill ``box`` of a level of the pyramid with the nearest pixels of the level above it.

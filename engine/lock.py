@@ -1,0 +1,173 @@
+"""One run at a time on one output, even when its owner dies: a small file that says who is at work.
+
+    <store>.cellseg/<image>/labels/<name>.lock
+
+A lock whose process is dead is taken over: at once if it ran on this machine, else when it has not been renewed for
+`LEASE_SECONDS`; a live owner renews it every quarter of that.  Ages are counted by the file system's own clock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psutil
+
+from cellseg_batch.engine.errors import OutputError, writing_to
+
+LEASE_SECONDS = 120.0
+
+
+class BusyError(OutputError):
+    """Another run is at work on an output."""
+
+
+class Locks:
+    """The locks that one run holds; a thread renews them while there are any.
+
+    Args:
+        lease: seconds after which a lock of another machine counts as left behind.
+    """
+
+    def __init__(self, lease: float = LEASE_SECONDS) -> None:
+        self._lease = lease
+        self._held: dict[Path, str] = {}
+        self._ended = threading.Event()
+        threading.Thread(target=self._renew, name="lock renewal", daemon=True).start()
+
+    @contextmanager
+    def hold(self, path: Path) -> Iterator[None]:
+        """Hold the lock at ``path``.
+
+        Raises:
+            BusyError: another run holds it.
+            OutputError: it cannot be written.
+        """
+        token = uuid4().hex
+        with writing_to(path, "a journal"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            while not _create(path, token):
+                self._clear_left_behind(path)
+        self._held[path] = token
+        try:
+            yield
+        finally:
+            del self._held[path]
+            if _owner(path).get("token") == token:
+                path.unlink(missing_ok=True)
+
+    def check(self, path: Path) -> None:
+        """Refuse to go on with a lock that was taken over, as after a long sleep of this machine.
+
+        Raises:
+            BusyError: it was.
+        """
+        owner = _owner(path)
+        if owner.get("token") != self._held[path]:
+            raise _busy(path, owner)
+
+    def close(self) -> None:
+        """End the renewals."""
+        self._ended.set()
+
+    def _renew(self) -> None:
+        while not self._ended.wait(self._lease / 4):
+            for path, token in list(self._held.items()):
+                if _owner(path).get("token") == token:
+                    with suppress(OSError):
+                        os.utime(path)
+
+    def _clear_left_behind(self, path: Path) -> None:
+        """Remove a dead run's lock.
+
+        Raises:
+            BusyError: its owner is alive, or may be.
+        """
+        owner = _owner(path)
+        if not owner and not path.exists():
+            return
+        if not self._is_left_behind(path, owner):
+            raise _busy(path, owner)
+        aside = path.with_name(f"{path.name}.{uuid4().hex}.partial")
+        with suppress(FileNotFoundError):  # another run was quicker
+            path.rename(aside)
+            if _owner(aside) != owner:  # and has its own lock there already
+                with suppress(FileExistsError):
+                    os.link(aside, path)
+            aside.unlink()
+
+    def _is_left_behind(self, path: Path, owner: dict[str, Any]) -> bool:
+        if owner.get("machine") == _machine():
+            return not _is_alive(int(owner["pid"]), float(owner["started"]))
+        probe = path.with_name(f"{path.name}.{uuid4().hex}.partial")
+        probe.touch()
+        try:
+            return probe.stat().st_mtime - path.stat().st_mtime > self._lease
+        except FileNotFoundError:
+            return False  # it was given back meanwhile; the next look will tell
+        finally:
+            probe.unlink()
+
+
+def _create(path: Path, token: str) -> bool:
+    """Make the lock, whole and only if there is none."""
+    mine = path.with_name(f"{path.name}.{token}.partial")
+    process = psutil.Process()
+    owner = {
+        "token": token,
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": process.pid,
+        "started": process.create_time(),
+    }
+    try:
+        with open(mine, "w") as stream:
+            json.dump(owner, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.link(mine, path)
+    except FileExistsError:
+        return False
+    finally:
+        mine.unlink(missing_ok=True)
+    return True
+
+
+def _owner(path: Path) -> dict[str, Any]:
+    try:
+        owner: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return owner
+
+
+def _busy(path: Path, owner: dict[str, Any]) -> BusyError:
+    return BusyError(
+        str(path),
+        expected="an output that no other run is at work on",
+        found=f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown machine')} at it",
+        remedy="wait for it, or stop it; a dead run's lock is taken over by itself, "
+        f"another machine's {LEASE_SECONDS:.0f} s after its last sign of life",
+    )
+
+
+def _machine() -> str:
+    """This machine since its last start, and this container's process numbers."""
+    about = (Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid"))
+    boot = about[0].read_text().strip() if about[0].exists() else ""
+    return f"{socket.gethostname()} {boot} {about[1].readlink() if about[1].exists() else ''}"
+
+
+def _is_alive(pid: int, started: float) -> bool:
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - started) < 1 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
