@@ -6,7 +6,6 @@ the passes do.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.journal import Journal
-from cellseg_batch.engine.writer import ImageWriter
+from cellseg_batch.engine.writer import ImageWriter, checksum
 
 _SAMPLE = 4
 
@@ -54,12 +53,12 @@ def differences(images: list[ImageWriter], record: dict[str, Any]) -> Iterator[s
         record: of the journal.
     """
     by_path = {image.path: image for image in images}
-    for path, level, plane, corners, checksum in record.get("written", ()):
+    for path, level, plane, corners, noted in record.get("written", ()):
         where = f"{path}/{level}, plane {plane}, {corners[0]}:{corners[2]}, {corners[1]}:{corners[3]}"
         try:
             pixels = by_path[path].read(level, plane, Box(*corners))
         except OutputError as error:
             yield f"{where}: {error.detail}"
             continue
-        if zlib.crc32(np.ascontiguousarray(pixels)) != checksum:
+        if checksum(pixels) != noted:
             yield f"{where}: not what was written"

@@ -112,6 +112,11 @@ Written = tuple[str, int, int, tuple[int, int, int, int], int]
 _written: ContextVar[list[Written] | None] = ContextVar("written", default=None)
 
 
+def checksum(pixels: NDArray[Any]) -> int:
+    """CRC-32 of the pixels (h, w), row by row, in native byte order."""
+    return zlib.crc32(np.ascontiguousarray(pixels).data)
+
+
 @contextmanager
 def noting_writes() -> Iterator[list[Written]]:
     """What this thread writes while the context lasts."""
@@ -199,8 +204,7 @@ class ImageWriter:
         written = _written.get()
         if written is not None:
             corners = (box.y0, box.x0, box.y1, box.x1)
-            checksum = zlib.crc32(np.ascontiguousarray(pixels, self.layout.dtype))
-            written.append((self.path, level, plane, corners, checksum))
+            written.append((self.path, level, plane, corners, checksum(pixels.astype(self.layout.dtype, copy=False))))
 
     def shrink(self, level: int, plane: int, box: Box) -> None:
         """Fill ``box`` of a level of the pyramid with the nearest pixels of the level above it.
