@@ -15,7 +15,8 @@ import numpy as np
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.journal import Journal
-from cellseg_batch.engine.writer import ImageWriter, checksum
+from cellseg_batch.engine.writer import ImageWriter
+from cellseg_batch.engine.written import checksum
 
 _SAMPLE = 4
 

@@ -26,7 +26,8 @@ from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.runner import AnyRunner, Runner
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.stages import StageClock
-from cellseg_batch.engine.writer import ImageWriter, lay_out, noting_writes
+from cellseg_batch.engine.writer import ImageWriter, lay_out
+from cellseg_batch.engine.written import noting_writes
 
 # Slides that nothing works on stay open, as their next block is often on its way.
 _IDLE_SLIDES = 2

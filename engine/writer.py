@@ -11,10 +11,7 @@ import math
 import os
 import shutil
 import warnings
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +28,7 @@ from cellseg_batch.engine.errors import writing_to
 from cellseg_batch.engine.geometry import BlockGrid, Box, chunk_side
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
 from cellseg_batch.engine.slides.slide import Level, Slide
+from cellseg_batch.engine.written import note_write
 
 _MASK_COLOUR = [255, 64, 160, 160]
 
@@ -107,27 +105,6 @@ def lay_out(slide: Slide, level: int, grid: BlockGrid, zarr_format: Literal[2, 3
     )
 
 
-# (path of the image in its store, level, plane, (y0, x0, y1, x1), CRC-32 of the pixels), as plain JSON values.
-Written = tuple[str, int, int, tuple[int, int, int, int], int]
-_written: ContextVar[list[Written] | None] = ContextVar("written", default=None)
-
-
-def checksum(pixels: NDArray[Any]) -> int:
-    """CRC-32 of the pixels (h, w), row by row, in native byte order."""
-    return zlib.crc32(np.ascontiguousarray(pixels).data)
-
-
-@contextmanager
-def noting_writes() -> Iterator[list[Written]]:
-    """What this thread writes while the context lasts."""
-    written: list[Written] = []
-    token = _written.set(written)
-    try:
-        yield written
-    finally:
-        _written.reset(token)
-
-
 class ImageWriter:
     """Writes one multiscale image, box by box; safe from any number of threads for boxes that do not overlap.
 
@@ -201,10 +178,7 @@ class ImageWriter:
             array[place] = pixels
             for key in self._files(level, plane, box):
                 _sync(self.folder / str(level) / key)
-        written = _written.get()
-        if written is not None:
-            corners = (box.y0, box.x0, box.y1, box.x1)
-            written.append((self.path, level, plane, corners, checksum(pixels.astype(self.layout.dtype, copy=False))))
+        note_write(self.path, level, plane, box, pixels.astype(self.layout.dtype, copy=False))
 
     def shrink(self, level: int, plane: int, box: Box) -> None:
         """Fill ``box`` of a level of the pyramid with the nearest pixels of the level above it.

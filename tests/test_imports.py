@@ -22,6 +22,7 @@ ENGINE_ROOMS = (
     "geometry",
     "slides",
     "memory",
+    "written",
     "journal",
     "lock",
     "failures",

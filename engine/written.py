@@ -1,0 +1,41 @@
+"""Notes on what a task writes, with a checksum of the pixels, gathered while it runs; the journal keeps them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellseg_batch.engine.geometry import Box
+
+# (path of the image in its store, level, plane, (y0, x0, y1, x1), CRC-32 of the pixels), as plain JSON values.
+Written = tuple[str, int, int, tuple[int, int, int, int], int]
+_notes: ContextVar[list[Written] | None] = ContextVar("notes", default=None)
+
+
+@contextmanager
+def noting_writes() -> Iterator[list[Written]]:
+    """What this thread writes while the context lasts."""
+    notes: list[Written] = []
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
+
+
+def note_write(path: str, level: int, plane: int, box: Box, pixels: NDArray[Any]) -> None:
+    """Note that ``pixels`` (h, w), in the type that is stored, are on disk; nothing unless someone takes notes."""
+    notes = _notes.get()
+    if notes is not None:
+        notes.append((path, level, plane, (box.y0, box.x0, box.y1, box.x1), checksum(pixels)))
+
+
+def checksum(pixels: NDArray[Any]) -> int:
+    """CRC-32 of the pixels (h, w), row by row, in native byte order."""
+    return zlib.crc32(np.ascontiguousarray(pixels).data)
