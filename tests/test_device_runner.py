@@ -14,6 +14,7 @@ from cellseg_batch.engine.backends import cuda
 from cellseg_batch.engine.backends.cuda import Device
 from cellseg_batch.engine.batch_queue import BatchQueue
 from cellseg_batch.engine.errors import ComputeError
+from cellseg_batch.engine.feed import Feed
 from cellseg_batch.engine.geometry import fit_lattice, lay_blocks
 from cellseg_batch.engine.normalise import Bounds
 from cellseg_batch.engine.runner import Runner
@@ -73,14 +74,20 @@ def runner_of(queue, probability=True, stitch="crop"):
     return DeviceRunner(queue, LATTICE, BOUNDS, 0.4, probability, stitch, StageClock())
 
 
+class OnTheCpu:
+    """A backend of the CPU with the same network."""
+
+    def compile(self, shape):
+        return lambda batch: network(torch.from_numpy(batch).half()).float().numpy()
+
+    def compile_bytes(self, shape):
+        return None
+
+
 def expected_of(image, block, stitch="crop"):
-    """What the runner of the CPU makes of a block with the same network."""
-
-    def model(batch):
-        return network(torch.from_numpy(batch).half()).float().numpy()
-
-    batch = np.zeros((3, 3, *LATTICE.tile), np.float32)
-    return Runner(model, batch, LATTICE, BOUNDS, 0.4, True, stitch, StageClock()).segment(cut(image, block), block)
+    """What the runner of the CPU makes of a block."""
+    feed = Feed(OnTheCpu(), (3, 3, *LATTICE.tile), image.dtype)
+    return Runner(feed, LATTICE, BOUNDS, 0.4, True, stitch, StageClock()).segment(cut(image, block), block)
 
 
 def cut(image, block):

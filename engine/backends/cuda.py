@@ -41,8 +41,9 @@ def demand_gpu(library: str) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says, in any library's way, that the device's memory is full."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+    """Whether ``error`` says, in any library's way, that the device's memory is full, or was raised because of it."""
+    chain = [one for one in (error, error.__context__) if one is not None]  # a capture that fails raises its own error
+    return any(isinstance(one, torch.OutOfMemoryError) or "out of memory" in str(one).lower() for one in chain)
 
 
 class Device:

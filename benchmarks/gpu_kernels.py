@@ -1,0 +1,115 @@
+"""Gather and stitch on a GPU: GB/s of the bytes that must move, beside a plain copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+import torch
+from gpu_bench import Bench, Row
+
+from cellseg_batch.kernels import blend_triton, gather_triton, stitch_triton
+from cellseg_batch.kernels.tiling import TileGrid
+
+Call = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on one block.
+
+    Attributes:
+        name: of the function that launches it.
+        kernel: its name, as the profiler knows it.
+        moved: bytes that it must read and write.
+        inputs: that it is called with in turn; tensors.
+        launch: on input number so and so.
+    """
+
+    name: str
+    kernel: str
+    moved: float
+    inputs: list[torch.Tensor]
+    launch: Call
+
+
+def measure_kernels(bench: Bench) -> list[Row]:
+    """At four block sizes, twice: from memory, and right after what is read was written, as in a run."""
+    rows = []
+    for side in (64, 96) if bench.tiny else (1024, 2048, 4096, 8192):
+        for case in _cases(bench, side):
+            cold = case.moved / _seconds(bench, case, lambda number: None)
+            after = case.moved / _seconds(bench, case, lambda number, one=case: one.inputs[number].add_(0))
+            rows.append(
+                {
+                    "kernel": case.name,
+                    "side": side,
+                    "cold_gb_per_s": cold / 1e9,
+                    "cold_of_copy": cold / bench.copy,
+                    "in_pipeline_gb_per_s": after / 1e9,
+                    "in_pipeline_of_copy": after / bench.copy,
+                }
+            )
+    return rows
+
+
+def _cases(bench: Bench, side: int) -> list[Case]:
+    place = bench.device.place
+    tile, margin, overlap = (48, 8, 8) if bench.tiny else (640, 64, 64)
+    core, area = tile - 2 * margin, side * side
+    corners = np.array([(y, x) for y in range(0, side, core) for x in range(0, side, core)])
+    count, per_row = len(corners), len(range(0, side, core))
+    places = np.array([[margin, margin, y, x, core, core] for y, x in corners])
+    grid = TileGrid(per_row, per_row, overlap, 0, 0, side, side)
+    rows, columns = (np.minimum(starts[:, None] + np.arange(tile), side - 1) for starts in corners.T)
+    # More than the cache of any GPU holds, so that each call finds its input in memory.
+    copies = 1 if bench.tiny else max(2, (1 << 28) // area)
+    logits = [torch.randn(count, 1, tile, tile, device=place).half() for _ in range(copies)]
+    pixels = [torch.randint(0, 256, (3, side, side), device=place).to(torch.uint8) for _ in range(copies)]
+    blended = [one[:, :, : core + overlap, : core + overlap] for one in logits]
+    batch = torch.empty(count, 3, tile, tile, dtype=torch.half, device=place)
+    mask, bits = (torch.empty(side, width, dtype=torch.uint8, device=place) for width in (side, side // 8))
+
+    def stitch_mask(number: int) -> None:
+        stitch_triton.stitch_mask(logits[number], places, 0.0, mask)
+
+    def stitch_bits(number: int) -> None:
+        stitch_triton.stitch_bits(logits[number], places, 0.0, bits)
+
+    def blend_mask(number: int) -> None:
+        blend_triton.blend_mask(blended[number], grid, 0.0, mask)
+
+    def gather(number: int) -> None:
+        gather_triton.gather(pixels[number], rows, columns, 0.0, 1 / 255, batch)
+
+    return [
+        Case("stitch_mask", "crop_kernel", 3 * area, logits, stitch_mask),
+        Case("stitch_bits", "crop_kernel", 2.125 * area, logits, stitch_bits),
+        Case("blend_mask", "blend_kernel", 2 * count * (core + overlap) ** 2 + area, blended, blend_mask),
+        Case("gather", "gather_kernel", 3 * area + 6 * count * tile * tile, pixels, gather),
+    ]
+
+
+def _seconds(bench: Bench, case: Case, before: Call) -> float:
+    """Median time of the kernel as the profiler sees it; ``before`` each launch, something else.
+
+    Raises:
+        RuntimeError: the profiler sees no kernels here.
+    """
+    case.launch(0)
+    if not bench.device.is_gpu:
+        return bench.seconds(lambda: case.launch(0), repeats=1)
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for number in range(40):
+            before(number % len(case.inputs))
+            case.launch(number % len(case.inputs))
+        torch.cuda.synchronize()
+    times = [one.time_range.elapsed_us() for one in trace.events() if one.name.startswith(case.kernel)]
+    if not times:
+        raise RuntimeError(f"the profiler saw no {case.kernel}; the modules in kernels/ time themselves without it")
+    return median(times) / 1e6
