@@ -95,8 +95,9 @@ class _BlockOnDevice:
             self.arrived = self._device.event()
             self.arrived.record(self._queue.incoming)
         with self._device.on(self._queue.computing):
-            self._mask = self._empty(block.box.shape, torch.uint8)
-            self._probability = self._empty(block.box.shape, torch.uint8) if runner.probability else None
+            # What no tile covers is background.
+            self._mask = self._empty(block.box.shape, torch.uint8).zero_()
+            self._probability = self._empty(block.box.shape, torch.uint8).zero_() if runner.probability else None
             self._stitch = make_stitch(
                 runner.stitch,
                 block,

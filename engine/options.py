@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from dask.utils import parse_bytes
 
-from cellseg_batch.engine.settings import BACKENDS, PRECISIONS, STITCHES
+from cellseg_batch.engine.settings import BACKENDS, PRECISIONS, SKIPS, STITCHES
 
 _MODEL, _SHAPE, _SLIDE, _OUTPUT, _SCREEN = "Model", "Tiles and blocks", "Slide", "Output", "Screen"
 _CLUSTER = "Cluster"
@@ -134,6 +134,14 @@ Shrink = Annotated[
     int | None,
     typer.Option(
         "--shrink", help="Shrink images by this for the model; default: by what it finds.", rich_help_panel=_SLIDE
+    ),
+]
+SkipBackground = Annotated[
+    str,
+    typer.Option(
+        "--skip-background",
+        help="|".join(SKIPS) + ": leave out tiles that show nothing, or compute every one.",
+        rich_help_panel=_SLIDE,
     ),
 ]
 Channel = Annotated[

@@ -6,16 +6,18 @@ calls these.  What lies here runs in a worker, which may be a process on another
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from cellseg_batch.engine.background import without_background
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.plan import SlidePlan
 from cellseg_batch.engine.reader import SlideReader
-from cellseg_batch.engine.runner import AnyRunner
+from cellseg_batch.engine.runner import AnyRunner, no_foreground
 from cellseg_batch.engine.stages import StageClock
 from cellseg_batch.engine.writer import ImageWriter, lay_out
 
@@ -78,13 +80,19 @@ def segment_block(slide: OpenSlide, number: int) -> Record:
     block = slide.plan.grid[number]
     with slide.clock.stage("read"):
         pixels = slide.reader.read(block.plane, block.read_box)
-    with slide.runner() as runner:
-        result = runner.segment(pixels, block)
+    with slide.clock.stage("gather"):
+        shown = without_background(block, pixels, slide.plan.grid.lattice.shape, slide.plan.flat)
+    if shown.tiles:
+        with slide.runner() as runner:
+            result = runner.segment(pixels, shown)
+    else:
+        result = no_foreground(pixels, block, slide.plan.probability)
     with slide.clock.stage("write"):
         slide.labels.write(0, block.plane, block.box, result.mask)
         if slide.probability is not None and result.probability is not None:
             slide.probability.write(0, block.plane, block.box, result.probability)
-    return {"foreground": result.foreground, "missing": result.missing}
+    skipped = len(block.tiles) - len(shown.tiles)
+    return {"foreground": result.foreground, "missing": result.missing, "skipped_tiles": skipped}
 
 
 def build_shard(level: int, slide: OpenSlide, number: int) -> Record:
@@ -95,9 +103,9 @@ def build_shard(level: int, slide: OpenSlide, number: int) -> Record:
     return {}
 
 
-def totals(journal: Journal) -> tuple[int, int]:
-    """(foreground pixels, NaN in the input) of every finished block."""
-    foreground = missing = 0
+def totals(journal: Journal) -> Record:
+    """Foreground pixels, NaN in the input and tiles that were not computed, of all finished blocks together."""
+    total: Counter[str] = Counter()
     for _, record in journal.records(BLOCKS):
-        foreground, missing = foreground + record["foreground"], missing + record["missing"]
-    return foreground, missing
+        total.update(record)
+    return dict(total)

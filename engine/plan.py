@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from cellseg_batch.engine.backends.backend import Backend, Shape
+from cellseg_batch.engine.background import flat_limit
 from cellseg_batch.engine.errors import OutputError, SlideError, UsageError
 from cellseg_batch.engine.geometry import BlockGrid, fit_lattice, lay_blocks
 from cellseg_batch.engine.normalise import Bounds, settle_bounds
@@ -41,6 +42,7 @@ class SlidePlan:
         probability: also write the probability.
         shrink: by how much the image is shrunk for the model.
         stitch: crop or blend.
+        flat: difference of pixel values below which a tile is background and not computed; 0 computes all.
     """
 
     slide: Slide
@@ -54,6 +56,7 @@ class SlidePlan:
     probability: bool
     shrink: int = 1
     stitch: str = "crop"
+    flat: float = 0.0
 
     @property
     def pixels(self) -> int:
@@ -83,6 +86,7 @@ class SlidePlan:
             "backend": {"name": backend.name, "precision": backend.precision, "version": backend.version},
             "shrink": self.shrink,
             "stitch": self.stitch,
+            "flat": self.flat,
             "lattice": {"core": list(lattice.core), "margin": lattice.margin},
             "normalisation": asdict(self.bounds),
             "threshold": self.threshold,
@@ -160,6 +164,8 @@ def plan_slide(
             remedy=f"use --margin {card.total_stride} or more, or --stitch crop",
         )
     lattice = fit_lattice(slide.plane_shape(level.level), settings.tile, margin, card.total_stride)
+    # To be blended, a tile needs the logits of its neighbours.
+    skips = settings.skip_background == "auto" and settings.stitch == "crop"
     return SlidePlan(
         slide=slide,
         place=place,
@@ -171,6 +177,7 @@ def plan_slide(
         shape=(settings.batch, card.channels, *lattice.tile),
         probability=settings.probability,
         stitch=settings.stitch,
+        flat=flat_limit(bounds, card.normalisation) if skips else 0.0,
     )
 
 

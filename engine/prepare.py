@@ -52,7 +52,7 @@ def prepare_slide(worker: Worker, request: Request) -> SlideJob | SlideReport:
         )
         plan = adopt_manifest(plan, begun, _manifest(plan, engines, backend), finished is not None)
         if finished is not None:
-            return describe(plan, "skipped", (finished["foreground"], finished["missing"]), "finished before")
+            return describe(plan, "skipped", finished, "finished before")
     reader = SlideReader(slide, plan.level.level, plan.channels.indices)
     try:
         if begun is None:
@@ -83,23 +83,22 @@ def finish_slide(worker: Worker, job: SlideJob) -> SlideReport:
     place, journal = job.plan.place, Journal(job.plan.place.journal)
     with worker.opened(job) as slide:
         demand_complete(journal, [*slide.images], ((one.part, one.count) for one in passes_of(job.plan)))
-    foreground, missing = totals(journal)
+    counts = totals(journal)
     list_label(place.store, place.labels.rpartition("/")[0], place.name, place.zarr_format)
-    journal.finish({"foreground": foreground, "missing": missing})
-    return replace(describe(job.plan, "done", (foreground, missing)), pixels=job.plan.pixels - job.done)
+    journal.finish(counts)
+    return replace(describe(job.plan, "done", counts), pixels=job.plan.pixels - job.done)
 
 
-def describe(plan: SlidePlan, status: str, counts: tuple[int, int], reason: str = "") -> SlideReport:
+def describe(plan: SlidePlan, status: str, counts: dict[str, Any], reason: str = "") -> SlideReport:
     """The report of a slide whose blocks are all on disk.
 
     Args:
         plan: of the slide.
         status: done or skipped.
-        counts: foreground pixels, and NaN in the input.
+        counts: what the blocks' records add up to.
         reason: why it was skipped.
     """
     slide, level = plan.slide, plan.level.level
-    foreground, missing = counts
     return SlideReport(
         path=slide.location,
         status=status,
@@ -110,8 +109,9 @@ def describe(plan: SlidePlan, status: str, counts: tuple[int, int], reason: str 
         pixel_size_um=plan.level.pixel_size_um,
         blocks=len(plan.grid),
         tiles=plan.tiles,
-        foreground_fraction=foreground / plan.pixels,
-        missing_pixels=missing,
+        foreground_fraction=counts["foreground"] / plan.pixels,
+        missing_pixels=counts["missing"],
+        skipped_tiles=counts["skipped_tiles"],
         shrink=plan.shrink,
     )
 

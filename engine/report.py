@@ -26,6 +26,7 @@ class SlideReport:
         pixel_size_um: its pixel size, None when unknown.
         blocks: number of blocks.
         tiles: number of tiles.
+        skipped_tiles: those that showed nothing and were not computed.
         foreground_fraction: share of foreground pixels.
         missing_pixels: NaN in the input, taken as 0.
         objects: number of objects; None, as a mask has none.
@@ -42,6 +43,7 @@ class SlideReport:
     pixel_size_um: float | None = None
     blocks: int = 0
     tiles: int = 0
+    skipped_tiles: int = 0
     foreground_fraction: float | None = None
     missing_pixels: int = 0
     objects: int | None = None
@@ -126,7 +128,7 @@ def print_report(report: RunReport, console: Console) -> None:
     stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items() if seconds)
     for name, value in (
         ("images", ", ".join(f"{count} {state}" for state, count in counts.items() if count)),
-        ("blocks, tiles", f"{sum(s.blocks for s in report.slides)}, {sum(s.tiles for s in report.slides)}"),
+        ("blocks, tiles", f"{sum(s.blocks for s in report.slides)}, {_tiles(report.slides)}"),
         ("model", f"{report.backend} {report.precision}, tile {_sides(report.tile)}, margin {report.margin} px"),
         ("time", f"{report.seconds:.1f} s, and {report.compile_seconds:.1f} s to compile"),
         ("rate", f"{report.mpx_per_s:.2f} Mpx/s end to end, {report.engine_mpx_per_s:.2f} Mpx/s in the model"),
@@ -140,6 +142,11 @@ def print_report(report: RunReport, console: Console) -> None:
     ):
         table.add_row(name, Text(value))
     console.print(table)
+
+
+def _tiles(slides: list[SlideReport]) -> str:
+    skipped = sum(slide.skipped_tiles for slide in slides)
+    return f"{sum(slide.tiles for slide in slides)}" + f" ({skipped} empty ones were left out)" * bool(skipped)
 
 
 def _sides(shape: tuple[int, int]) -> str:

@@ -86,8 +86,9 @@ class Runner:
         Raises:
             ComputeError: the model returned NaN.
         """
-        mask = np.empty(block.box.shape, np.uint8)
-        probability = np.empty(block.box.shape, np.uint8) if self._probability else None
+        # What no tile covers is background.
+        mask = np.zeros(block.box.shape, np.uint8)
+        probability = np.zeros(block.box.shape, np.uint8) if self._probability else None
         way = self._stitch, block, self._lattice, self._threshold, mask, probability
         stitching = make_stitch(*way, kernels=stitch, empty=partial(np.empty, dtype=np.float32))
         count = self._feed.shape[0]
@@ -108,6 +109,12 @@ class Runner:
             self._feed.fill(pixels, rows, columns, self._bounds)
         with self._clock.stage("model"):
             return self._feed.logits()
+
+
+def no_foreground(pixels: NDArray[Any], block: Block, probability: bool) -> BlockResult:
+    """The result of a block of which no tile is computed."""
+    mask = np.zeros(block.box.shape, np.uint8)
+    return BlockResult(mask, mask if probability else None, 0, count_missing(pixels, block))
 
 
 def source_tables(

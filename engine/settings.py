@@ -14,6 +14,7 @@ from cellseg_batch.engine.errors import UsageError
 BACKENDS = ("auto", "torch", "openvino", "torch-cuda", "torch-compile", "tensorrt")
 SCHEDULERS = ("threads", "processes", "slurm")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
+SKIPS = ("auto", "off")
 STITCHES = ("crop", "blend")
 
 # Side in px of the tiles that the backends are raced at: what a large slide's lattice is fitted to.
@@ -68,6 +69,7 @@ class Settings:
         max_memory: bytes of host memory that the run must stay under; None is no limit.
         level: resolution to process; None picks the one nearest the model's pixel size.
         pixel_size: µm per px of level 0, over the metadata's.
+        skip_background: one of `SKIPS`; auto computes no tile that shows nothing.
         shrink: by how much images are shrunk for the model; None lets the model's card and the slide decide.
         channel: index or name of the channel with the nuclei; None picks by rule.
         axes: of plain arrays, such as "cyx".
@@ -96,6 +98,7 @@ class Settings:
     max_memory: int | None = None
     level: int | None = None
     pixel_size: float | None = None
+    skip_background: str = "auto"
     shrink: int | None = None
     channel: str | None = None
     axes: str | None = None
@@ -115,6 +118,7 @@ class Settings:
             _refuse("--scheduler", expected, self.scheduler, "leave it out for the threads of this machine")
         _one_of("--precision", self.precision, PRECISIONS)
         _one_of("--stitch", self.stitch, STITCHES)
+        _one_of("--skip-background", self.skip_background, SKIPS)
         if self.device not in ("auto", "cpu"):
             gpus_of(self.device)
         if self.threshold is not None and not 0 < self.threshold < 1:

@@ -31,6 +31,7 @@ ENGINE_ROOMS = (
     "models",
     "reader",
     "normalise",
+    "background",
     "backends",
     "feed",
     "certificate",
