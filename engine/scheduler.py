@@ -275,6 +275,7 @@ class _OpenCourse(Generic[Result]):
         try:
             while not self.offers():
                 error, self._error = self._error, None
+                self._next = None  # what a failed work still had
                 self._again.clear()
                 self.work = next(self._course) if error is None else self._course.throw(error)
                 self._tasks = self._list(self.work.items)

@@ -94,6 +94,24 @@ def test_a_failing_task_fails_its_course_and_no_other():
     assert sorted(run_courses(courses, ThreadPool(2))) == [f"{n} {'failed' if n % 2 else 'done'}" for n in range(6)]
 
 
+def test_nothing_more_is_handed_out_for_a_course_that_has_failed():
+    begun = []
+
+    def fail(number):
+        begun.append(number)
+        raise OSError("full")
+
+    def course():
+        try:
+            yield Work(fail, range(1000), lambda _: None)
+        except OSError as error:
+            return str(error)
+
+    pool = ThreadPool(1)
+    assert list(run_courses(iter([course()]), pool)) == ["full"]
+    assert len(begun) <= pool.window
+
+
 def test_items_that_cannot_be_listed_fail_their_course():
     def items():
         yield 1
