@@ -98,7 +98,7 @@ def test_of_200_slides_seven_fail_in_seven_ways_and_are_taken_up_once_mended(tmp
     assert segment(folder, shrink=1, retry_failed=True).slides == []
     whole = segment(folder, shrink=1)
     assert (whole.status, {one.status for one in whole.slides}) == ("skipped", {"skipped"})
-    assert not list(folder.rglob("failed")), "nothing is left of the notes"
+    assert not list(folder.rglob("failed/**/*.json")), "nothing is left of the notes"
 
 
 def test_the_command_names_what_failed_and_says_so_with_its_exit_code(tmp_path, command, tiny_model):
