@@ -103,7 +103,7 @@ class Artefacts:
             sums = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
             (partial / _SUMS).write_text(json.dumps(sums, indent=2) + "\n")
             for path in partial.iterdir():
-                _sync(path)
+                sync_file(path)
             shutil.rmtree(folder, ignore_errors=True)
             partial.replace(folder)
         finally:
@@ -153,6 +153,7 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Wait until a file is on disk."""
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())

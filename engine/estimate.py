@@ -246,7 +246,8 @@ def _seconds_per_pixel(report: RunReport, workers: int) -> float:
 
 
 def _block_bytes(plan: SlidePlan) -> int:
-    return block_memory(plan.slide, plan.level.level, len(plan.channels.indices), plan.grid, plan.probability)
+    channels = len(plan.channels.indices)
+    return block_memory(plan.slide, plan.level.level, channels, plan.grid, plan.probability, plan.frame)
 
 
 def _weigh(one: SlideEstimate, plan: SlidePlan, settings: Settings, per_pixel: float, held: int) -> SlideEstimate:

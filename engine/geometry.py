@@ -47,6 +47,19 @@ class Box:
         """The box moved by (y, x)."""
         return Box(self.y0 + by[0], self.x0 + by[1], self.y1 + by[0], self.x1 + by[1])
 
+    def grown(self, margin: int) -> Box:
+        """The box with ``margin`` px more on every side."""
+        return Box(self.y0 - margin, self.x0 - margin, self.y1 + margin, self.x1 + margin)
+
+    def within(self, other: Box) -> Box:
+        """The part of the box that lies in ``other``; empty where they do not meet."""
+        y0, x0 = max(self.y0, other.y0), max(self.x0, other.x0)
+        return Box(y0, x0, max(y0, min(self.y1, other.y1)), max(x0, min(self.x1, other.x1)))
+
+    def seen_from(self, other: Box) -> Box:
+        """The box in px from the first corner of ``other``."""
+        return Box(self.y0 - other.y0, self.x0 - other.x0, self.y1 - other.y0, self.x1 - other.x0)
+
     def slices(self) -> tuple[slice[int, int, None], slice[int, int, None]]:
         """The box as an index into an array with axes (y, x)."""
         return slice(self.y0, self.y1), slice(self.x0, self.x1)
@@ -236,6 +249,14 @@ class BlockGrid:
             tiles=tiles,
             tile_rows_columns=(len(core_rows), len(core_columns)),
         )
+
+    def touching(self, plane: int, box: Box) -> Iterator[Block]:
+        """The blocks of a plane that share pixels with ``box``, which may stick out of the slide."""
+        inside = box.within(Box(0, 0, *self.lattice.shape))
+        height, width = self.block_shape
+        for row in range(inside.y0 // height, -(-inside.y1 // height)):
+            for column in range(inside.x0 // width, -(-inside.x1 // width)):
+                yield self[(plane * self.grid[0] + row) * self.grid[1] + column]
 
     def _cores_of(self, block: int, axis: int) -> range:
         first = block * self.cores[axis]

@@ -18,8 +18,19 @@ _CHUNKS_IN_FLIGHT = 10
 RUN_OVERHEAD_BYTES = 96 << 20
 
 
-def block_memory(slide: Slide, level: int, channels: int, grid: BlockGrid, probability: bool) -> int:
-    """Bytes that a block of ``grid`` holds at most while it is read, computed and written."""
+def block_memory(
+    slide: Slide, level: int, channels: int, grid: BlockGrid, probability: bool, frame: int | None = None
+) -> int:
+    """Bytes that a block of ``grid`` holds at most while it is read, computed and written.
+
+    Args:
+        slide: the image.
+        level: that is processed.
+        channels: that are read.
+        grid: its blocks.
+        probability: it is written too.
+        frame: px around a block that instances need; None for a mask.
+    """
     itemsize = np.dtype(slide.dtype).itemsize
     sides = {"c": channels}
     lattice = grid.lattice
@@ -30,7 +41,12 @@ def block_memory(slide: Slide, level: int, channels: int, grid: BlockGrid, proba
     decoding = min(_CHUNKS_IN_FLIGHT, touched) * math.prod(chunk.values()) * itemsize
     written = math.prod(grid.block_shape) * (2 if probability else 1)
     # The encoder holds its input, the chunks that it cut out of it and the shard that it builds.
-    return math.prod(sides.values()) * itemsize + decoding + 3 * written + _blended_logits(grid)
+    return math.prod(sides.values()) * itemsize + decoding + 3 * written + _blended_logits(grid) + _codes(grid, frame)
+
+
+def _codes(grid: BlockGrid, frame: int | None) -> int:
+    """Bytes of a block's codes while seeds are numbered, or grown: codes, ids, and the encoder's copies of them."""
+    return 0 if frame is None else 4 * 4 * math.prod(side + 2 * frame for side in grid.block_shape)
 
 
 def _blended_logits(grid: BlockGrid) -> int:

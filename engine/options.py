@@ -158,6 +158,10 @@ BoxSides = Annotated[
     str | None,
     typer.Option("--box", metavar="Y0,X0,Y1,X1", help="What to show, in px of the labels; default: everything."),
 ]
+Instances = Annotated[
+    bool,
+    typer.Option("--instances", help="Tell objects apart: each gets an id of its own.", rich_help_panel=_OUTPUT),
+]
 Probability = Annotated[
     bool, typer.Option("--probability", help="Also write the probability as an image.", rich_help_panel=_OUTPUT)
 ]

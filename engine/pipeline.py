@@ -7,69 +7,26 @@ calls these.  What lies here runs in a worker, which may be a process on another
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 from cellseg_batch.engine.background import without_background
+from cellseg_batch.engine.instances import grow_block, keep_seeds, merge_blocks
 from cellseg_batch.engine.journal import Journal
+from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Pass, Record
 from cellseg_batch.engine.plan import SlidePlan
-from cellseg_batch.engine.reader import SlideReader
-from cellseg_batch.engine.runner import AnyRunner, no_foreground
-from cellseg_batch.engine.stages import StageClock
-from cellseg_batch.engine.writer import ImageWriter, lay_out
+from cellseg_batch.engine.runner import no_foreground
+from cellseg_batch.engine.writer import lay_out
 
-BLOCKS = "blocks"
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class OpenSlide:
-    """The rooms that one slide's pixels pass through, open in this process.
-
-    Attributes:
-        plan: how the slide is processed.
-        reader: of the image.
-        runner: the model for one block at a time, as a context.
-        labels, probability: what is written; no probability unless asked for.
-        journal: of the output.
-        clock: of the process.
-    """
-
-    plan: SlidePlan
-    reader: SlideReader
-    runner: Callable[[], AbstractContextManager[AnyRunner]]
-    labels: ImageWriter
-    probability: ImageWriter | None
-    journal: Journal
-    clock: StageClock
-
-    @property
-    def images(self) -> Iterator[ImageWriter]:
-        """Everything that is written."""
-        return (image for image in (self.labels, self.probability) if image is not None)
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One round over a slide: tasks that do not depend on each other, but on all of the pass before.
-
-    Attributes:
-        part: of the journal, one record per finished task.
-        count: number of tasks.
-        task: does task ``number`` and returns its record.
-    """
-
-    part: str
-    count: int
-    task: Callable[[OpenSlide, int], Record]
+_MERGE, _INSTANCES = "merge", "instances"
 
 
 def passes_of(plan: SlidePlan) -> Iterator[Pass]:
     """The passes over a slide, in order."""
     yield Pass(BLOCKS, len(plan.grid), segment_block)
+    if plan.instances is not None:
+        yield Pass(_MERGE, 1, merge_blocks)
+        yield Pass(_INSTANCES, len(plan.grid), grow_block)
     layout = lay_out(plan.slide, plan.level.level, plan.grid, plan.place.zarr_format)
     for level in range(1, len(layout.shapes)):
         yield Pass(f"levels/{level}", layout.shard_count(level), partial(build_shard, level))
@@ -87,12 +44,16 @@ def segment_block(slide: OpenSlide, number: int) -> Record:
             result = runner.segment(pixels, shown)
     else:
         result = no_foreground(pixels, block, slide.plan.probability)
+    skipped = len(block.tiles) - len(shown.tiles)
+    record = {"foreground": result.foreground, "missing": result.missing, "skipped_tiles": skipped}
+    if slide.plan.instances is not None:
+        record |= keep_seeds(slide, block, result.mask)
     with slide.clock.stage("write"):
-        slide.labels.write(0, block.plane, block.box, result.mask)
+        if slide.plan.instances is None:
+            slide.labels.write(0, block.plane, block.box, result.mask)
         if slide.probability is not None and result.probability is not None:
             slide.probability.write(0, block.plane, block.box, result.probability)
-    skipped = len(block.tiles) - len(shown.tiles)
-    return {"foreground": result.foreground, "missing": result.missing, "skipped_tiles": skipped}
+    return record
 
 
 def build_shard(level: int, slide: OpenSlide, number: int) -> Record:
@@ -103,9 +64,19 @@ def build_shard(level: int, slide: OpenSlide, number: int) -> Record:
     return {}
 
 
-def totals(journal: Journal) -> Record:
-    """Foreground pixels, NaN in the input and tiles that were not computed, of all finished blocks together."""
-    total: Counter[str] = Counter()
-    for _, record in journal.records(BLOCKS):
-        total.update(record)
-    return dict(total)
+def totals(plan: SlidePlan, journal: Journal) -> dict[str, int]:
+    """What the records of a finished slide add up to.
+
+    Foreground pixels, NaN in the input and tiles that were not computed; of instances, objects and foreground pixels
+    that belong to none.
+    """
+    wanted = {BLOCKS: ("foreground", "missing", "skipped_tiles")}
+    if plan.instances is not None:
+        wanted |= {_MERGE: ("objects",), _INSTANCES: ("labelled",)}
+    counts: Counter[str] = Counter()
+    for part, names in wanted.items():
+        for _, record in journal.records(part):
+            counts.update({name: record[name] for name in names})
+    if plan.instances is not None:
+        counts["unreached"] = counts["foreground"] - counts.pop("labelled", 0)
+    return dict(counts)

@@ -16,9 +16,11 @@ from cellseg_batch.engine.errors import OutputError, SlideError, UsageError
 from cellseg_batch.engine.geometry import BlockGrid, fit_lattice, lay_blocks
 from cellseg_batch.engine.normalise import Bounds, settle_bounds
 from cellseg_batch.engine.place import Place
+from cellseg_batch.engine.seeds import InstanceRule, instance_rule
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.choice import ChannelChoice, LevelChoice, choose_channels, choose_level
 from cellseg_batch.engine.slides.slide import Slide
+from cellseg_batch.kernels.instances import reach
 from cellseg_batch.trainer.bundle import Bundle, Card
 
 # Fields of a manifest that a later run need not repeat: blocks and bounds are taken over from it, a store may be
@@ -43,6 +45,7 @@ class SlidePlan:
         shrink: by how much the image is shrunk for the model.
         stitch: crop or blend.
         flat: difference of pixel values below which a tile is background and not computed; 0 computes all.
+        instances: how logits become instances; None for a mask.
     """
 
     slide: Slide
@@ -57,12 +60,18 @@ class SlidePlan:
     shrink: int = 1
     stitch: str = "crop"
     flat: float = 0.0
+    instances: InstanceRule | None = None
 
     @property
     def pixels(self) -> int:
         """Pixels of all planes."""
         height, width = self.grid.lattice.shape
         return height * width * self.grid.planes
+
+    @property
+    def frame(self) -> int | None:
+        """px around a block that instances need; None for a mask."""
+        return None if self.instances is None else reach(self.instances.steps)
 
     @property
     def tiles(self) -> int:
@@ -91,6 +100,7 @@ class SlidePlan:
             "normalisation": asdict(self.bounds),
             "threshold": self.threshold,
             "probability": self.probability,
+            "instances": None if self.instances is None else self.instances.manifest(),
             "blocks": list(self.grid.cores),
             "software": {name: version(name) for name in ("cellseg-batch", "zarr", "numpy")},
         }
@@ -178,6 +188,7 @@ def plan_slide(
         probability=settings.probability,
         stitch=settings.stitch,
         flat=flat_limit(bounds, card.normalisation) if skips else 0.0,
+        instances=instance_rule(card) if settings.instances else None,
     )
 
 

@@ -14,16 +14,18 @@ from cellseg_batch.engine.engines import Engines
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.journal import Journal, sweep_partials
 from cellseg_batch.engine.memory import block_memory
-from cellseg_batch.engine.pipeline import BLOCKS, passes_of, totals
+from cellseg_batch.engine.passes import BLOCKS, output_images
+from cellseg_batch.engine.pipeline import passes_of, totals
 from cellseg_batch.engine.place import Place
 from cellseg_batch.engine.plan import SlideJob, SlidePlan, adopt_manifest, plan_slide
 from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.report import SlideReport
+from cellseg_batch.engine.scratch import Scratch
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.worker import Worker
 from cellseg_batch.engine.working_scale import settle_shrink, shrink_plan
-from cellseg_batch.engine.writer import ImageWriter, lay_out, list_label
+from cellseg_batch.engine.writer import lay_out, list_label
 
 
 @dataclass(frozen=True)
@@ -83,19 +85,21 @@ def finish_slide(worker: Worker, job: SlideJob) -> SlideReport:
     place, journal = job.plan.place, Journal(job.plan.place.journal)
     with worker.opened(job) as slide:
         demand_complete(journal, [*slide.images], ((one.part, one.count) for one in passes_of(job.plan)))
-    counts = totals(journal)
+    counts = totals(job.plan, journal)
+    if job.plan.instances is not None:
+        Scratch(place.journal, job.plan.grid).remove()
     list_label(place.store, place.labels.rpartition("/")[0], place.name, place.zarr_format)
     journal.finish(counts)
     return replace(describe(job.plan, "done", counts), pixels=job.plan.pixels - job.done)
 
 
-def describe(plan: SlidePlan, status: str, counts: dict[str, Any], reason: str = "") -> SlideReport:
+def describe(plan: SlidePlan, status: str, counts: dict[str, int], reason: str = "") -> SlideReport:
     """The report of a slide whose blocks are all on disk.
 
     Args:
         plan: of the slide.
         status: done or skipped.
-        counts: what the blocks' records add up to.
+        counts: as `cellseg_batch.engine.pipeline.totals` has them.
         reason: why it was skipped.
     """
     slide, level = plan.slide, plan.level.level
@@ -112,6 +116,8 @@ def describe(plan: SlidePlan, status: str, counts: dict[str, Any], reason: str =
         foreground_fraction=counts["foreground"] / plan.pixels,
         missing_pixels=counts["missing"],
         skipped_tiles=counts["skipped_tiles"],
+        objects=counts.get("objects"),
+        unreached_pixels=counts.get("unreached", 0),
         shrink=plan.shrink,
     )
 
@@ -156,11 +162,12 @@ def _create_outputs(plan: SlidePlan, engines: Engines, backend: Backend, journal
     place, manifest = plan.place, _manifest(plan, engines, backend)
     journal.start(manifest)
     provenance = {**manifest, "certificate": engines.certificate_of(backend)}
-    layout = lay_out(plan.slide, plan.level.level, plan.grid, place.zarr_format)
-    ImageWriter(place.store, place.labels, layout).create(place.source, is_label=True, provenance=provenance)
-    if plan.probability:
-        probability = ImageWriter(place.companion, place.probability, layout)
-        probability.create(None, is_label=False, provenance=provenance)
+    labels, probability = output_images(plan)
+    labels.create("mask" if plan.instances is None else "instances", place.source, provenance)
+    if probability is not None:
+        probability.create("probability", None, provenance)
+    if plan.instances is not None:
+        Scratch(place.journal, plan.grid).create()
     journal.record("created", 0, {})
 
 
@@ -172,7 +179,9 @@ def _fit_memory(plan: SlidePlan, backend: Backend, settings: Settings, held: int
     """
     limit = settings.max_memory
     while True:
-        block = block_memory(plan.slide, plan.level.level, len(plan.channels.indices), plan.grid, plan.probability)
+        block = block_memory(
+            plan.slide, plan.level.level, len(plan.channels.indices), plan.grid, plan.probability, plan.frame
+        )
         workers = settings.workers
         if limit is not None:
             workers = min(workers, max(1, (limit - held) // block))

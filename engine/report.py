@@ -29,7 +29,8 @@ class SlideReport:
         skipped_tiles: those that showed nothing and were not computed.
         foreground_fraction: share of foreground pixels.
         missing_pixels: NaN in the input, taken as 0.
-        objects: number of objects; None, as a mask has none.
+        objects: number of objects; None for a mask, which has none.
+        unreached_pixels: foreground that belongs to no object: without a seed, or too far from it.
         pixels: pixels that were segmented by this run.
         shrink: by how much the image was shrunk for the model.
     """
@@ -47,6 +48,7 @@ class SlideReport:
     foreground_fraction: float | None = None
     missing_pixels: int = 0
     objects: int | None = None
+    unreached_pixels: int = 0
     pixels: int = 0
     shrink: int = 1
 
@@ -133,6 +135,7 @@ def print_report(report: RunReport, console: Console) -> None:
         ("time", f"{report.seconds:.1f} s, and {report.compile_seconds:.1f} s to compile"),
         ("rate", f"{report.mpx_per_s:.2f} Mpx/s end to end, {report.engine_mpx_per_s:.2f} Mpx/s in the model"),
         ("busy seconds", stages),
+        ("objects", _objects(report.slides)),
         ("foreground", f"{100 * sum(shares) / len(shares):.1f} % (mean over images)" if shares else "-"),
         (
             "peak memory",
@@ -147,6 +150,15 @@ def print_report(report: RunReport, console: Console) -> None:
 def _tiles(slides: list[SlideReport]) -> str:
     skipped = sum(slide.skipped_tiles for slide in slides)
     return f"{sum(slide.tiles for slide in slides)}" + f" ({skipped} empty ones were left out)" * bool(skipped)
+
+
+def _objects(slides: list[SlideReport]) -> str:
+    counts = [slide.objects for slide in slides if slide.objects is not None]
+    if not counts:
+        return "not counted; --instances does"
+    unreached = sum(slide.unreached_pixels for slide in slides)
+    note = f", and {unreached} px of foreground that belong to none" if unreached else ""
+    return f"{sum(counts)}{note}"
 
 
 def _sides(shape: tuple[int, int]) -> str:

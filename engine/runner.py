@@ -14,6 +14,7 @@ from cellseg_batch.engine.errors import ComputeError
 from cellseg_batch.engine.feed import Feed
 from cellseg_batch.engine.geometry import Block, Box, Lattice, Tile, reflect
 from cellseg_batch.engine.normalise import Bounds
+from cellseg_batch.engine.seeds import InstanceRule
 from cellseg_batch.engine.stages import StageClock
 from cellseg_batch.engine.stitching import make_stitch
 from cellseg_batch.kernels import stitch
@@ -25,9 +26,9 @@ class BlockResult:
     """What one block became.
 
     Attributes:
-        mask: (h, w) uint8, 1 is foreground.
+        mask: (h, w) uint8, 1 is foreground; for instances the class of each pixel.
         probability: (h, w) uint8, 255 is certain; None unless asked for.
-        foreground: pixels of the mask that are 1.
+        foreground: pixels that are foreground.
         missing: NaN values in the block's input (each counts as 0).
     """
 
@@ -60,6 +61,7 @@ class Runner:
         probability: also make the probability.
         stitch: crop or blend.
         clock: counts the stages.
+        instances: makes classes instead of the mask; None for a mask.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Runner:
         probability: bool,
         stitch: str,
         clock: StageClock,
+        instances: InstanceRule | None = None,
     ) -> None:
         self._feed = feed
         self._lattice = lattice
@@ -78,6 +81,7 @@ class Runner:
         self._threshold = logit_threshold(threshold)
         self._probability = probability
         self._stitch = stitch
+        self._mark = None if instances is None else instances.marker(threshold)
         self._clock = clock
 
     def segment(self, pixels: NDArray[Any], block: Block) -> BlockResult:
@@ -90,7 +94,7 @@ class Runner:
         mask = np.zeros(block.box.shape, np.uint8)
         probability = np.zeros(block.box.shape, np.uint8) if self._probability else None
         way = self._stitch, block, self._lattice, self._threshold, mask, probability
-        stitching = make_stitch(*way, kernels=stitch, empty=partial(np.empty, dtype=np.float32))
+        stitching = make_stitch(*way, kernels=stitch, empty=partial(np.empty, dtype=np.float32), mark=self._mark)
         count = self._feed.shape[0]
         for first in range(0, len(block.tiles), count):
             batch = block.tiles[first : first + count]

@@ -73,6 +73,7 @@ class Settings:
         shrink: by how much images are shrunk for the model; None lets the model's card and the slide decide.
         channel: index or name of the channel with the nuclei; None picks by rule.
         axes: of plain arrays, such as "cyx".
+        instances: write every object with an id of its own instead of the mask.
         probability: also write the probability image.
         overwrite: replace labels of that name.
         retry_failed: take up only the images that failed before.
@@ -102,6 +103,7 @@ class Settings:
     shrink: int | None = None
     channel: str | None = None
     axes: str | None = None
+    instances: bool = False
     probability: bool = False
     overwrite: bool = False
     retry_failed: bool = False
@@ -121,6 +123,10 @@ class Settings:
         _one_of("--skip-background", self.skip_background, SKIPS)
         if self.device not in ("auto", "cpu"):
             gpus_of(self.device)
+        if self.instances and self.stitch != "crop":
+            _refuse(
+                "--instances", "--stitch crop: seeds come from single tiles", f"--stitch {self.stitch}", "leave it out"
+            )
         if self.threshold is not None and not 0 < self.threshold < 1:
             _refuse("--threshold", "a probability between 0 and 1, both excluded", self.threshold, "try 0.5")
         if isinstance(self.margin, str) and self.margin != "exact":

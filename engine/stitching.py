@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block, Box, Lattice, Tile
+from cellseg_batch.engine.seeds import Mark
 from cellseg_batch.kernels.tiling import TileGrid
 
 
@@ -38,6 +39,7 @@ def make_stitch(
     probability: Any,
     kernels: Any,
     empty: Callable[[tuple[int, ...]], Any],
+    mark: Mark | None = None,
 ) -> Stitch:
     """What stitches one block.
 
@@ -50,8 +52,9 @@ def make_stitch(
         probability: (h, w) uint8, overwritten, or None if it is not wanted.
         kernels: module with the functions of `cellseg_batch.kernels.stitch` for these arrays.
         empty: makes an array of a shape for logits.
+        mark: writes something else than the mask of a batch's cores; only to be cropped.
     """
-    out = _Output(kernels, threshold, mask, probability)
+    out = _Output(kernels, threshold, mask, probability, mark)
     return _Crop(out, block) if stitch == "crop" else _Blend(out, block, lattice, empty)
 
 
@@ -61,6 +64,7 @@ class _Output:
     threshold: float
     mask: Any
     probability: Any
+    mark: Mark | None
 
 
 class _Crop:
@@ -74,7 +78,10 @@ class _Crop:
     def add(self, first: int, logits: Any) -> None:
         places = core_places(self._block.tiles[first : first + len(logits)], self._block.box)
         kernels, out = self._out.kernels, self._out
-        self._counts[first] = kernels.stitch_mask(logits, places, out.threshold, out.mask)
+        if out.mark is not None:
+            self._counts[first] = out.mark(logits, places, out.mask)
+        else:
+            self._counts[first] = kernels.stitch_mask(logits, places, out.threshold, out.mask)
         if out.probability is not None:
             kernels.stitch_probability(logits, places, out.probability)
 

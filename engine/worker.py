@@ -15,18 +15,19 @@ from typing import Any
 
 from cellseg_batch.engine.backends.backend import Backend
 from cellseg_batch.engine.engines import Choice, Engines
-from cellseg_batch.engine.errors import CellsegError, OutputError, ReadError
+from cellseg_batch.engine.errors import CellsegError, ComputeError, OutputError, ReadError
+from cellseg_batch.engine.instances import compile_kernels
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
 from cellseg_batch.engine.memory import RUN_OVERHEAD_BYTES, Room
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.pipeline import BLOCKS, OpenSlide, Pass
+from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Pass, output_images
 from cellseg_batch.engine.plan import SlideJob, SlidePlan
 from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.runner import AnyRunner, Runner
+from cellseg_batch.engine.scratch import Scratch
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.stages import StageClock
-from cellseg_batch.engine.writer import ImageWriter, lay_out
 from cellseg_batch.engine.written import noting_writes
 
 # Slides that nothing works on stay open, as their next block is often on its way.
@@ -136,7 +137,7 @@ class Worker:
 
     def warm_up(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> None:
         """Segment one tile, so that everything is compiled and its memory can be seen."""
-        kind = (plan.shape, plan.slide.dtype, plan.slide.axes, plan.probability, plan.shrink)
+        kind = (plan.shape, plan.slide.dtype, plan.slide.axes, plan.probability, plan.instances, plan.shrink)
         with self.engines.turn:
             if kind in self._warm:
                 return
@@ -144,7 +145,9 @@ class Worker:
             with suppress(ReadError):  # a damaged first chunk costs its block, not the slide
                 pixels = reader.read(0, tile.read_box)
                 with self._runner(plan, backend, StageClock()) as runner, self.engines.counted():
-                    runner.segment(pixels, tile)
+                    result = runner.segment(pixels, tile)
+                    if plan.instances is not None:
+                        compile_kernels(result, tile, plan.grid, plan.instances)
             now = resident_bytes() + RUN_OVERHEAD_BYTES - self._room.taken
             self.held = max(self.held, now, 0 if self._warm else peak_resident_bytes())
             self._warm.add(kind)
@@ -196,28 +199,36 @@ class Worker:
                 found=backend.version,
                 remedy="install one version everywhere",
             )
-        layout = lay_out(plan.slide, plan.level.level, plan.grid, place.zarr_format)
+        labels, probability = output_images(plan)
         return OpenSlide(
             plan=plan,
             reader=reader,
             runner=lambda: self._runner(plan, backend, self.clock),
-            labels=ImageWriter(place.store, place.labels, layout),
-            probability=ImageWriter(place.companion, place.probability, layout) if plan.probability else None,
+            labels=labels,
+            probability=probability,
+            scratch=Scratch(place.journal, plan.grid) if plan.instances is not None else None,
             journal=Journal(place.journal),
             clock=self.clock,
         )
 
     @contextmanager
     def _runner(self, plan: SlidePlan, backend: Backend, clock: StageClock) -> Iterator[AnyRunner]:
-        how = plan.grid.lattice, plan.bounds, plan.threshold, plan.probability, plan.stitch, clock
+        how = plan.grid.lattice, plan.bounds, plan.threshold, plan.probability, plan.stitch
         queue = self.engines.queue(backend, plan.shrink, plan.shape)
         if queue is not None:
             from cellseg_batch.engine.device_runner import DeviceRunner
 
-            yield DeviceRunner(queue, *how)
+            if plan.instances is not None:
+                raise ComputeError(
+                    plan.slide.location,
+                    expected="--instances on the CPU, as seeds are not made on a GPU yet",
+                    found=f"{backend.name} on a GPU",
+                    remedy="add --device cpu, or leave out --instances",
+                )
+            yield DeviceRunner(queue, *how, clock)
             return
         with self.engines.feed(backend, plan.shape, plan.slide.dtype) as feed:
-            yield Runner(feed, *how)
+            yield Runner(feed, *how, clock, plan.instances)
 
 
 def _worker_of_this_process(settings: Settings, choice: Choice, run: str) -> Worker:

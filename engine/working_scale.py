@@ -53,6 +53,7 @@ def shrink_plan(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: int
         grid=lay_blocks(lattice, settings.block, plan.grid.planes, plan.grid.ring),
         shape=(*plan.shape[:2], *lattice.tile),
         shrink=factor,
+        instances=plan.instances and replace(plan.instances, shrink=factor),
     )
 
 

@@ -8,11 +8,10 @@ models, tiles or the journal.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +23,14 @@ from numpy.typing import NDArray
 from yaozarrs import v04, v05
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from cellseg_batch.engine.artefacts import sync_file
 from cellseg_batch.engine.errors import writing_to
 from cellseg_batch.engine.geometry import BlockGrid, Box, chunk_side
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
 from cellseg_batch.engine.slides.slide import Level, Slide
 from cellseg_batch.engine.written import note_write
 
+Kind = Literal["mask", "instances", "probability"]
 _MASK_COLOUR = [255, 64, 160, 160]
 
 
@@ -125,19 +126,19 @@ class ImageWriter:
         """The image's group on disk."""
         return self.store / self.path
 
-    def create(self, source: str | None, is_label: bool, provenance: dict[str, Any]) -> None:
+    def create(self, kind: Kind, source: str | None, provenance: dict[str, Any]) -> None:
         """Make the groups, empty arrays and metadata, in place of whatever was there.
 
         Args:
+            kind: what is written; a probability is an intensity image, the others are labels.
             source: relative path to the segmented image, None when it is no zarr image.
-            is_label: write it as a label image rather than as an intensity image.
             provenance: how it came about, as plain JSON values.
 
         Raises:
             OutputError: the store cannot be written.
         """
-        metadata = _image_metadata(self.layout, self.path.rsplit("/", 1)[-1], source, is_label)
-        mark = {"kind": "mask" if is_label else "probability", **provenance}
+        metadata = _image_metadata(self.layout, self.path.rsplit("/", 1)[-1], source, kind)
+        mark = {"kind": kind, **provenance}
         self.create_empty({OUTPUT_MARK: mark, **metadata})
 
     def create_empty(self, attributes: dict[str, Any]) -> None:
@@ -155,6 +156,22 @@ class ImageWriter:
             for level, shape in enumerate(layout.shapes):
                 _create_array(group, str(level), shape, layout, level)
             group.attrs.update(attributes)
+
+    def retype(self, dtype: str) -> None:
+        """Make the arrays anew, empty, if their pixels are of another type.
+
+        Raises:
+            OutputError: the store cannot be written.
+        """
+        if dtype == self.layout.dtype:
+            return
+        with writing_to(self.folder, "a store"):
+            attributes = zarr.open_group(
+                str(self.store), path=self.path, mode="r", use_consolidated=False
+            ).attrs.asdict()
+        self.layout = replace(self.layout, dtype=dtype)
+        self._arrays.clear()
+        self.create_empty(attributes)
 
     def read(self, level: int, plane: int, box: Box) -> NDArray[Any]:
         """Pixels (h, w) of ``box`` of a plane, as they are on disk.
@@ -176,9 +193,10 @@ class ImageWriter:
             array = self._array(level)
             place: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
             array[place] = pixels
-            for key in self._files(level, plane, box):
-                _sync(self.folder / str(level) / key)
-        note_write(self.path, level, plane, box, pixels.astype(self.layout.dtype, copy=False))
+            for file in map((self.folder / str(level)).joinpath, self._files(level, plane, box)):
+                if file.exists():  # a chunk of nothing but background has none
+                    sync_file(file)
+        note_write(self.path, level, plane, box, pixels.astype(array.dtype, copy=False))
 
     def shrink(self, level: int, plane: int, box: Box) -> None:
         """Fill ``box`` of a level of the pyramid with the nearest pixels of the level above it.
@@ -288,15 +306,16 @@ def multiscale(layout: Layout, name: str) -> Any:
     return version.Multiscale(name=name, axes=axes, datasets=datasets)
 
 
-def _image_metadata(layout: Layout, name: str, source: str | None, is_label: bool) -> dict[str, Any]:
+def _image_metadata(layout: Layout, name: str, source: str | None, kind: Kind) -> dict[str, Any]:
     version: Any = v05 if layout.zarr_format == 3 else v04
     parts: dict[str, Any] = {"multiscales": [multiscale(layout, name)]}
-    if is_label:
+    if kind != "probability":
         origin = None if source is None else version.LabelSource(image=source)
-        colours = [version.LabelColor(**{"label-value": 1, "rgba": _MASK_COLOUR})]
+        # Viewers give every object a colour of its own.
+        colours = [version.LabelColor(**{"label-value": 1, "rgba": _MASK_COLOUR})] if kind == "mask" else None
         parts["image_label"] = version.ImageLabel(colors=colours, source=origin)
-    kind = version.LabelImage if is_label else version.Image
-    content = kind(**parts, **({"version": "0.5"} if layout.zarr_format == 3 else {}))
+    model = version.Image if kind == "probability" else version.LabelImage
+    content = model(**parts, **({"version": "0.5"} if layout.zarr_format == 3 else {}))
     dumped: dict[str, Any] = content.model_dump(mode="json", by_alias=True, exclude_none=True)
     for colour in dumped.get("image-label", {}).get("colors", ()):
         # The specification asks for a number, its readers for an integer.
@@ -307,13 +326,3 @@ def _image_metadata(layout: Layout, name: str, source: str | None, is_label: boo
 def _nearest(target: NDArray[np.int64], finer: int, coarser: int) -> NDArray[np.int64]:
     """Index in an axis of ``finer`` px nearest to the centre of each target pixel of one of ``coarser`` px."""
     return np.minimum((2 * target + 1) * finer // (2 * coarser), finer - 1)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file is on disk; a chunk of nothing but background has none."""
-    if path.exists():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

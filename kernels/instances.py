@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cellseg_batch.kernels.stitch import stitch_mask
 from cellseg_batch.kernels.tiling import check_places
 
 try:
@@ -24,7 +25,7 @@ try:
 except ImportError:  # without Numba the reference does the work, many times slower
     from cellseg_batch.kernels import instances_reference as fastest  # type: ignore[no-redef]
 
-BACKGROUND, BORDER, INNER = 0, 1, 2
+BACKGROUND, BORDER, INNER, SEED = 0, 1, 2, 3
 # Fixed point: 2 ** 14 stands for 1.  A logit is looked up in tables of 128 steps per unit from -8 to 8.
 ONE_BITS = 14
 TABLE_STEPS, TABLE_RANGE = 128, 8
@@ -115,6 +116,19 @@ def mark_seeds(
     return int(foreground), int(missing)
 
 
+def mark_foreground(
+    logits: NDArray[np.float32], places: NDArray[np.int64], foreground: float, out: NDArray[np.uint8]
+) -> tuple[int, int]:
+    """Write the classes for a model that has no distance: all foreground is seed, so its components are the objects.
+
+    Arguments and result as `mark_seeds`, but ``foreground`` is a logit.
+    """
+    counts = stitch_mask(logits, places, foreground, out)
+    for _, _, y, x, height, width in places:
+        out[y : y + height, x : x + width] *= SEED
+    return counts
+
+
 def label_seeds(
     classes: NDArray[np.uint8],
     cell: tuple[int, int],
@@ -143,7 +157,7 @@ def reach(steps: int) -> int:
     return 2 * steps + 1
 
 
-def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> int:
+def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> None:
     """Grow every seed by ``steps`` steps into inner pixels, then by as many into inner and border pixels.
 
     In each step every foreground pixel without an id takes that of its neighbour above, left, right or below, the
@@ -154,9 +168,6 @@ def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> int:
         steps: of each of the two rounds, at least 1.
         out: (H, W) of the same dtype, gets the ids, 0 where there is none.
 
-    Returns:
-        Foreground pixels of ``out`` without an id.
-
     Raises:
         ValueError: the shapes do not fit, or there is no step.
     """
@@ -165,4 +176,4 @@ def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> int:
     frame = reach(steps)
     if codes.shape != (out.shape[0] + 2 * frame, out.shape[1] + 2 * frame):
         raise ValueError(f"codes {codes.shape} are not ids {out.shape} with a frame of {frame} px")
-    return int(fastest.grow(codes, steps, out))
+    fastest.grow(codes, steps, out)

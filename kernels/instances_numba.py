@@ -196,7 +196,7 @@ def _write_codes(
 
 
 @jit
-def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> int:
+def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> None:
     """Grow the seeds; arguments as `cellseg_batch.kernels.instances.grow`."""
     frame = 2 * steps + 1
     _close(codes[0])
@@ -207,14 +207,10 @@ def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> int:
         front = _front(codes, lowest_class)
         for step in range(1, steps + 1):
             front = _advance(codes.reshape(-1), codes.shape[1], lowest_class, front, step == steps)
-    unreached = 0
     for y in range(out.shape[0]):
         row = codes[frame + y, frame : frame + out.shape[1]]
         for x in range(len(row)):
-            code = row[x]
-            out[y, x] = code - 2 if code > 2 else 0
-            unreached += (code == 1) | (code == 2)
-    return unreached
+            out[y, x] = row[x] - 2 if row[x] > 2 else 0
 
 
 @jit

@@ -88,7 +88,7 @@ def _lowest_of_component(seeds: NDArray[np.bool_]) -> NDArray[np.int64]:
         lowest = lower
 
 
-def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> int:
+def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> None:
     """Grow the seeds; arguments as `cellseg_batch.kernels.instances.grow`."""
     for lowest_class in (2, 1):
         for _ in range(steps):
@@ -101,7 +101,6 @@ def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> int:
     frame = 2 * steps + 1
     core = codes[frame:-frame, frame:-frame]
     out[...] = np.where(core > 2, core - np.minimum(core, 2), 0)
-    return int(np.count_nonzero((core == 1) | (core == 2)))
 
 
 def _shifted(framed: NDArray[Any]) -> list[NDArray[Any]]:

@@ -131,7 +131,8 @@ def test_growth_equals_its_reference(seed, steps, dtype, share):
     high = 2**40 if dtype == "uint64" else 2**31
     codes = np.where(rng.random(codes.shape) < share, rng.integers(3, high, codes.shape), codes).astype(dtype)
     out, expected = np.zeros((2, height, width), dtype)
-    assert grow(codes.copy(), steps, out) == instances_reference.grow(codes.copy(), steps, expected)
+    grow(codes.copy(), steps, out)
+    instances_reference.grow(codes.copy(), steps, expected)
     np.testing.assert_array_equal(out, expected)
 
 
@@ -140,14 +141,14 @@ def test_seeds_meet_at_the_border_that_the_model_saw():
     frame = reach(6)
     codes = np.pad(line[None], frame)
     out = np.zeros((1, 10), np.uint32)
-    assert grow(codes, 6, out) == 0
+    grow(codes, 6, out)
     np.testing.assert_array_equal(out[0], [1, 1, 1, 2, 2, 2, 2, 2, 2, 2])
 
 
-def test_what_growth_cannot_reach_is_counted():
+def test_growth_ends_after_its_steps():
     codes = np.pad(np.array([[3, 2, 2, 2, 2, 2]], np.uint32), reach(2))
     out = np.zeros((1, 6), np.uint32)
-    assert grow(codes, 2, out) == 1
+    grow(codes, 2, out)
     np.testing.assert_array_equal(out[0], [1, 1, 1, 1, 1, 0])
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.machine import cores
-from cellseg_batch.engine.pipeline import OpenSlide
+from cellseg_batch.engine.passes import OpenSlide
 
 _COPIED = 64 << 20
 _ROUNDS = 5

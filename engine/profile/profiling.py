@@ -12,7 +12,7 @@ from cellseg_batch.engine.campaign import Observer, run_images
 from cellseg_batch.engine.engines import Engines
 from cellseg_batch.engine.errors import SlideError
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.pipeline import OpenSlide
+from cellseg_batch.engine.passes import OpenSlide
 from cellseg_batch.engine.place import place_output
 from cellseg_batch.engine.plan import SlideJob
 from cellseg_batch.engine.prepare import Request, prepare_slide

@@ -1,0 +1,87 @@
+"""Instances in two passes over a slide's blocks; no tile is computed twice.
+
+    pass 1   model -> classes -> numbered seeds, into scratch           (with the mask's own reading and computing)
+    merge    seeds that touch across blocks are one; final ids
+    pass 2   scratch with a frame -> final ids -> growth -> labels
+
+A label depends on the scratch within the growth's reach and on nothing else, so it does not matter which block it lies
+in.  Each task can be done again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellseg_batch.engine.geometry import Block, BlockGrid
+from cellseg_batch.engine.merge import Merged, merge_seeds
+from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Record
+from cellseg_batch.engine.runner import BlockResult
+from cellseg_batch.engine.scratch import Scratch
+from cellseg_batch.engine.seeds import InstanceRule, number_seeds
+from cellseg_batch.kernels.instances import grow, reach
+
+
+def keep_seeds(slide: OpenSlide, block: Block, classes: NDArray[np.uint8]) -> Record:
+    """Number the seeds of a block and put its codes into scratch; what the merge has to know of them."""
+    with slide.clock.stage("seeds"):
+        codes, record = number_seeds(classes, block, slide.plan.grid, _rule(slide).smallest_seed)
+    with slide.clock.stage("write"):
+        _scratch(slide).write(block.plane, block.box, codes)
+    return record
+
+
+def merge_blocks(slide: OpenSlide, _: int) -> Record:
+    """Make objects of the seeds of all blocks."""
+    grid, journal = slide.plan.grid, slide.journal
+    with slide.clock.stage("seeds"):
+        records = ((block, journal.get(BLOCKS, block.index) or {}) for block in grid)
+        merged = merge_seeds(records, grid, _rule(slide).smallest_seed)
+        merged.save(_scratch(slide).ids)
+        slide.labels.retype(merged.dtype)
+    return {"objects": merged.objects}
+
+
+def grow_block(slide: OpenSlide, number: int) -> Record:
+    """Write the final labels of one block."""
+    block = slide.plan.grid[number]
+    labels = final_labels(slide, block)
+    with slide.clock.stage("write"):
+        slide.labels.write(0, block.plane, block.box, labels)
+    return {"labelled": int(np.count_nonzero(labels))}
+
+
+def final_labels(slide: OpenSlide, block: Block, halo: int = 0) -> NDArray[Any]:
+    """The labels of a block and ``halo`` px around it, 0 outside the slide."""
+    grid, steps = slide.plan.grid, _rule(slide).steps
+    target = block.box.grown(halo)
+    window = target.grown(reach(steps))
+    with slide.clock.stage("read"):
+        merged = Merged.load(_scratch(slide).ids)
+        codes = np.zeros(window.shape, merged.dtype)
+        for other in grid.touching(block.plane, window):
+            part = other.box.within(window)
+            final = merged.codes_of(other, grid)
+            codes[part.seen_from(window).slices()] = final[_scratch(slide).read(block.plane, part)]
+    with slide.clock.stage("growth"):
+        labels = np.empty(target.shape, codes.dtype)
+        grow(codes, steps, labels)
+    return labels
+
+
+def compile_kernels(result: BlockResult, block: Block, grid: BlockGrid, rule: InstanceRule) -> None:
+    """Do with one tile what is done with blocks, so that nothing is compiled while they are under way."""
+    codes, _ = number_seeds(result.mask, block, grid, rule.smallest_seed)
+    grow(np.pad(codes, reach(rule.steps)), rule.steps, codes)
+
+
+def _rule(slide: OpenSlide) -> InstanceRule:
+    assert slide.plan.instances is not None
+    return slide.plan.instances
+
+
+def _scratch(slide: OpenSlide) -> Scratch:
+    assert slide.scratch is not None
+    return slide.scratch

@@ -1,0 +1,72 @@
+"""The rounds over a slide, and what their tasks work with: all of it runs in a worker, perhaps on another machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cellseg_batch.engine.journal import Journal
+from cellseg_batch.engine.plan import SlidePlan
+from cellseg_batch.engine.reader import SlideReader
+from cellseg_batch.engine.runner import AnyRunner
+from cellseg_batch.engine.scratch import Scratch
+from cellseg_batch.engine.stages import StageClock
+from cellseg_batch.engine.writer import ImageWriter, lay_out
+
+BLOCKS = "blocks"
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class OpenSlide:
+    """The rooms that one slide's pixels pass through, open in this process.
+
+    Attributes:
+        plan: how the slide is processed.
+        reader: of the image.
+        runner: the model for one block at a time, as a context.
+        labels, probability: what is written; no probability unless asked for.
+        scratch: codes between the two passes that instances take; None for a mask.
+        journal: of the output.
+        clock: of the process.
+    """
+
+    plan: SlidePlan
+    reader: SlideReader
+    runner: Callable[[], AbstractContextManager[AnyRunner]]
+    labels: ImageWriter
+    probability: ImageWriter | None
+    scratch: Scratch | None
+    journal: Journal
+    clock: StageClock
+
+    @property
+    def images(self) -> Iterator[ImageWriter]:
+        """Everything that is written."""
+        return (image for image in (self.labels, self.probability) if image is not None)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One round over a slide: tasks that do not depend on each other, but on all of the pass before.
+
+    Attributes:
+        part: of the journal, one record per finished task.
+        count: number of tasks.
+        task: does task ``number`` and returns its record.
+    """
+
+    part: str
+    count: int
+    task: Callable[[OpenSlide, int], Record]
+
+
+def output_images(plan: SlidePlan) -> tuple[ImageWriter, ImageWriter | None]:
+    """The labels and, if it is wanted, the probability of a slide."""
+    place = plan.place
+    layout = lay_out(plan.slide, plan.level.level, plan.grid, place.zarr_format)
+    ids = layout if plan.instances is None else replace(layout, dtype="uint32")
+    probability = ImageWriter(place.companion, place.probability, layout) if plan.probability else None
+    return ImageWriter(place.store, place.labels, ids), probability

@@ -1,0 +1,93 @@
+"""What lies between the two passes over a slide: codes and final ids, in the journal's folder until labels are done.
+
+    <journal>/scratch/codes/     a zarr array
+    <journal>/scratch/ids/       what the merge found
+
+The array is written block by block and read with a frame around each block, so its chunks divide the lattice's cores.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numcodecs
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from cellseg_batch.engine.artefacts import sync_file
+from cellseg_batch.engine.errors import writing_to
+from cellseg_batch.engine.geometry import BlockGrid, Box, chunk_side
+
+
+class Scratch:
+    """The scratch of the output whose journal lies in ``journal``; safe for any number of threads.
+
+    Attributes:
+        ids: folder of the final ids.
+    """
+
+    def __init__(self, journal: Path, grid: BlockGrid) -> None:
+        self._folder = journal / "scratch" / "codes"
+        self.ids = journal / "scratch" / "ids"
+        self._grid = grid
+        self._array: zarr.Array[Any] | None = None
+
+    def create(self) -> None:
+        """Make it, empty.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        lattice = self._grid.lattice
+        with writing_to(self._folder, "a store"):
+            zarr.create_array(
+                str(self._folder),
+                shape=(self._grid.planes, *lattice.shape),
+                dtype="uint32",
+                chunks=(1, chunk_side(lattice.core[0]), chunk_side(lattice.core[1])),
+                # Fast rather than small: it lives for minutes.
+                compressors=numcodecs.Blosc("lz4", clevel=1, shuffle=numcodecs.Blosc.SHUFFLE),
+                zarr_format=2,
+                fill_value=0,
+            )
+
+    def write(self, plane: int, box: Box, codes: NDArray[np.uint32]) -> None:
+        """Write ``codes`` (h, w) to ``box`` and wait until they are on disk.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with writing_to(self._folder, "a store"):
+            array = self._open()
+            array[(plane, *box.slices())] = codes
+            _, height, width = array.chunks
+            for y in range(box.y0 // height, -(-box.y1 // height)):
+                for x in range(box.x0 // width, -(-box.x1 // width)):
+                    if (file := self._folder / f"{plane}.{y}.{x}").exists():  # background alone has none
+                        sync_file(file)
+
+    def read(self, plane: int, box: Box) -> NDArray[np.uint32]:
+        """The codes (h, w) of ``box``.
+
+        Raises:
+            OutputError: it cannot be read.
+        """
+        with writing_to(self._folder, "a store"):
+            return np.asarray(self._open()[(plane, *box.slices())])
+
+    def remove(self) -> None:
+        """Delete it, if it is there.
+
+        Raises:
+            OutputError: it cannot be deleted.
+        """
+        with writing_to(self._folder, "a store"):
+            shutil.rmtree(self._folder.parent, ignore_errors=True)
+
+    def _open(self) -> zarr.Array[Any]:
+        if self._array is None:
+            self._array = zarr.open_array(str(self._folder), mode="r+")
+        return self._array
