@@ -70,7 +70,7 @@ def totals(plan: SlidePlan, journal: Journal) -> dict[str, int]:
     Foreground pixels, NaN in the input and tiles that were not computed; of instances, objects and foreground pixels
     that belong to none.
     """
-    wanted = {BLOCKS: ("foreground", "missing", "skipped_tiles")}
+    wanted: dict[str, tuple[str, ...]] = {BLOCKS: ("foreground", "missing", "skipped_tiles")}
     if plan.instances is not None:
         wanted |= {_MERGE: ("objects",), _INSTANCES: ("labelled",)}
     counts: Counter[str] = Counter()
