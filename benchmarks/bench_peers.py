@@ -1,6 +1,6 @@
 """The same weights and slide through MONAI, through dask's map_overlap and through ours, taking turns.
 
-python benchmarks/bench_peers.py [--data FOLDER] [--side 8192] [--rounds 5] [--slow-rounds 1]
+python benchmarks/bench_peers.py [--data FOLDER] [--side 8192] [--rounds 5] [--slow-rounds 1] [--quick]
 
 Speed from the first pixel read to the mask on disk, and of the whole process; flipped pixels against the untiled
 float32 mask and Dice against the truth beside it.  The untiled mask is that of tiles with the network's exact margin,
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import zarr
-from common import finish, pieces_of, row, save, segment, work_folder
+from common import engine_flags, finish, pieces_of, row, save, segment, work_folder
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.bench.slides import Form, write_slide
@@ -42,12 +42,7 @@ _PEERS = {
     "dask map_overlap, torch fp32": ("map-overlap", {}),
 }
 _SLOW = ("MONAI, stock", "dask map_overlap, torch fp32")
-# Flipped pixels are measured here, so the gate need not decide whether int8 may run.
-_OURS = {
-    "cellseg-batch, fp32": ("--precision", "fp32"),
-    "cellseg-batch, bf16": ("--precision", "bf16"),
-    "cellseg-batch, int8": ("--precision", "int8", "--no-gate"),
-}
+_OURS = {f"cellseg-batch, {precision}": precision for precision in ("fp32", "bf16", "int8")}
 _BASE = "MONAI, malloc tuned"
 
 
@@ -57,11 +52,12 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=8192, help="of the slide in px")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slow-rounds", type=int, default=1, help="of stock MONAI and map_overlap")
+    parser.add_argument("--quick", action="store_true", help="3 rounds")
     parser.add_argument("--folder", type=Path, help="keep slides and masks here")
     arguments = parser.parse_args()
     with work_folder(arguments.folder) as folder:
         slide = write_slide(folder / "peers.zarr", Form(arguments.side), pieces_of(arguments.data))
-        rows = measure(slide, folder, arguments.rounds, arguments.slow_rounds)
+        rows = measure(slide, folder, 3 if arguments.quick else arguments.rounds, arguments.slow_rounds)
     save("peers", rows, side=arguments.side, data=arguments.data.name if arguments.data else "shipped pictures")
 
 
@@ -72,15 +68,15 @@ def measure(slide: Path, folder: Path, rounds: int, slow_rounds: int) -> list[di
     bounds = settle_bounds(image, (0, 1, 2), 0, load_model("nuclei").card.normalisation)
     low_high = str(bounds.low), str(bounds.high)
     truth = zarr.open_group(str(slide), mode="r").get("labels/truth")
-    untiled = ours_mask(segment(slide, folder / "untiled", "--precision", "fp32", "--margin", "exact", keep=True))
+    untiled = ours_mask(segment(slide, folder / "untiled", *engine_flags("fp32"), "--margin", "exact", keep=True))
     peers = _PEERS if importlib.util.find_spec("monai") else {}
     if not peers:
         print("MONAI is not installed, so only map_overlap is compared; pip install monai")
         peers = {name: peer for name, peer in _PEERS.items() if peer[0] == "map-overlap"}
     times: dict[str, list[dict[str, float]]] = {name: [] for name in (*peers, *_OURS)}
     masks: dict[str, NDArray[np.bool_]] = {}
-    for name, flags in _OURS.items():  # the first run of a precision compiles it
-        masks[name] = ours_mask(segment(slide, folder / "ours", *flags, keep=True))
+    for name, precision in _OURS.items():  # the first run of a precision compiles it
+        masks[name] = ours_mask(segment(slide, folder / "ours", *engine_flags(precision), keep=True))
     for turn in range(rounds):
         for name, (engine, environment) in peers.items():
             if turn < slow_rounds or name not in _SLOW:
@@ -91,8 +87,8 @@ def measure(slide: Path, folder: Path, rounds: int, slow_rounds: int) -> list[di
                 times[name].append({**figures, "wall": done.seconds, "peak_mb": done.peak_mb})
                 masks[name] = np.asarray(zarr.open_array(str(out), mode="r")[...]) > 0
                 print(f"round {turn + 1}: {name} {figures['seconds']:.1f} s", flush=True)
-        for name, flags in _OURS.items():
-            report = segment(slide, folder / "ours", *flags)
+        for name, precision in _OURS.items():
+            report = segment(slide, folder / "ours", *engine_flags(precision))
             model = report["stages"]["model"]
             times[name].append({key: report[key] for key in ("seconds", "wall", "peak_mb")} | {"model_seconds": model})
             print(f"round {turn + 1}: {name} {report['seconds']:.1f} s", flush=True)

@@ -66,6 +66,11 @@ def segment(slide: Path, out: Path, *flags: str, keep: bool = False) -> dict[str
     return {**json.loads(report.read_text()), "wall": done.seconds, "peak_mb": done.peak_mb}
 
 
+def engine_flags(precision: str) -> list[str]:
+    """One backend by name, without the race and the gate: what is measured here is its speed, and how it differs."""
+    return ["--backend", "openvino", "--precision", precision, "--no-gate"]
+
+
 def row(name: str, rates: list[float], **figures: Any) -> dict[str, Any]:
     """A row of a result: rates in Mpx/s, one a round, their median, and other figures."""
     return {"name": name, "mpx_per_s": median(rates), "rounds": rates, **figures}

@@ -1,0 +1,92 @@
+"""A run's time over that of its model alone on as many tiles, in one process, taking turns; used by bench_pipeline.
+
+python benchmarks/overhead.py SLIDE FOLDER PRECISION ROUNDS     prints rows as JSON
+
+The model's rate is then compared with that of OpenVINO's own benchmark loop on the same network, shape and precision.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+from common import engine_flags, row, segment
+from rich.console import Console
+
+from cellseg_batch.engine.artefacts import Artefacts
+from cellseg_batch.engine.campaign import run
+from cellseg_batch.engine.engines import Engines
+from cellseg_batch.engine.models import load_model
+from cellseg_batch.engine.place import place_output
+from cellseg_batch.engine.plan import SlideJob
+from cellseg_batch.engine.prepare import Request, prepare_slide
+from cellseg_batch.engine.profile.ceilings import measure_alone
+from cellseg_batch.engine.profile.sample import take_sample
+from cellseg_batch.engine.screen import Screen
+from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.worker import Worker
+
+_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
+_SECONDS = 10
+
+
+def main() -> None:
+    slide, folder, precision, rounds = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    settings = Settings(
+        output=folder / "out", backend="openvino", precision=precision, gate=False, shrink=1, overwrite=True
+    )
+    bundle = load_model(settings.model)
+    observer = Screen(Console(), verbosity=-1)
+    engines = Engines(bundle, settings)
+    worker = Worker(settings, engines.choice, run="overhead", engines=engines)
+    (part,) = take_sample(slide, settings, bundle.card.pixel_size_um)
+    job = prepare_slide(worker, Request(part, place_output(part, "alone", folder / "alone")))
+    assert isinstance(job, SlideJob)
+    walls, commands, models = [], [], []
+    with worker.opened(job) as opened:
+        for turn in range(rounds + 1):
+            wall = run([slide], settings, observer).seconds
+            command = segment(slide, folder / "command", *engine_flags(precision))["seconds"]
+            model = measure_alone(opened, list(job.plan.grid), first=0.0).seconds["model"]
+            if turn:
+                walls.append(wall)
+                commands.append(command)
+                models.append(model)
+    megapixels = job.plan.pixels / 1e6
+    about = {"model_seconds": median(models), "computed_per_px": job.plan.grid.lattice.cost}
+    for name, times in (("run", walls), ("command, with its imports", commands)):
+        over = median(time / model for time, model in zip(times, models, strict=True))
+        print(json.dumps(row(name, [megapixels / one for one in times], over_model_alone=over, **about)))
+    tile = job.plan.grid.lattice.tile
+    computed = job.plan.tiles * tile[0] * tile[1] / 1e6
+    theirs = benchmark_app(bundle.sha256, precision, job.plan.shape)
+    rates = [computed / one for one in models]
+    print(json.dumps(row("model alone, per px computed", rates, of_benchmark_app=median(rates) / theirs)))
+    print(json.dumps(row("OpenVINO's benchmark_app, latency hint", [theirs])))
+
+
+def benchmark_app(sha256: str, precision: str, shape: tuple[int, int, int, int]) -> float:
+    """Mpx/s of OpenVINO's own loop over the kept network, one request at a time, on every core."""
+    networks = [
+        entry.folder
+        for entry in Artefacts().entries()
+        if entry.key.get("what") == "openvino network"
+        and entry.key["sha256"] == sha256
+        and entry.key["quantised"] == (precision == "int8")
+    ]
+    loop = "from openvino.tools.benchmark.main import main; main()"
+    command = [sys.executable, "-c", loop, "-m", str(networks[0] / "model.xml"), "-d", "CPU"]
+    command += ["-shape", str(list(shape)).replace(" ", ""), "-infer_precision", _HINTS[precision]]
+    command += ["-hint", "latency", "-api", "sync", "-t", str(_SECONDS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"Throughput:\s+([\d.]+) FPS", done.stdout)
+    assert found is not None, done.stdout
+    return float(found[1]) * shape[0] * shape[2] * shape[3] / 1e6
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Write README.md and the chart of the peers from results/*.json; run it after any benchmark.
+
+python benchmarks/report.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS
+from matplotlib.figure import Figure
+
+_README = Path(__file__).with_name("README.md")
+_CHART = "peers.png"
+_INTRODUCTION = """# Benchmarks
+
+Written by `python benchmarks/report.py` from `results/*.json`; nothing here was typed. Each file holds its conditions,
+the rate of every round and the median that is shown; what is compared took turns, on slides composed of real pictures
+(`cellseg_batch.engine.bench.slides`).
+
+| script | what it measures |
+|---|---|
+| `bench_peers.py` | the same weights and slide through MONAI, dask's `map_overlap` and ours; flipped pixels, Dice |
+| `bench_pipeline.py PART...` | a run, one factor at a time; `--help` lists the parts |
+| `bench_model.py` | every backend at one tile |
+| `bench_stitch.py` | the steps around the network |
+| `cellseg-batch bench` | a small set in under a minute; `cellseg-batch bench compare A B` finds regressions |
+"""
+# Shown first, in this order; what else there is follows.
+_ORDER = ("peers", "overhead", "overhead_int8", "plate", "background", "memory")
+
+
+def main() -> None:
+    results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    shown = {name: content for name, content in results.items() if _has_rates(content)}
+    names = [*(name for name in _ORDER if name in shown), *sorted(set(shown) - set(_ORDER))]
+    parts = [_INTRODUCTION]
+    for name in names:
+        parts.append(_section(name, shown[name]))
+        if name == "peers":
+            _draw(shown[name]["rows"])
+            parts.append(f"![Mpx/s of each engine](results/{_CHART})\n")
+    _README.write_text("\n".join(parts))
+    print(_README)
+
+
+def _has_rates(content: dict[str, Any]) -> bool:
+    return bool(content.get("rows")) and all("mpx_per_s" in row and "name" in row for row in content["rows"])
+
+
+def _section(name: str, content: dict[str, Any]) -> str:
+    about = {key: value for key, value in content.items() if key not in ("conditions", "rows", "yardstick")}
+    at = content["conditions"]
+    rounds = max(len(row["rounds"]) for row in content["rows"])
+    conditions = [
+        *(f"{key} {value}" for key, value in about.items()),
+        f"medians of {rounds}" if rounds > 1 else "one round",
+        f"{at['processor']}, {at['cores']} cores",
+        f"load {at['load']:.1f}",
+        f"commit {at['commit']}",
+        at["date"][:10],
+    ]
+    columns = list(dict.fromkeys(key for row in content["rows"] for key in row if key not in ("name", "rounds")))
+    lines = [
+        f"## {name.replace('_', ' ')}\n",
+        ", ".join(conditions) + ".\n",
+        "| | " + " | ".join(_heading(column) for column in columns) + " |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    for row in content["rows"]:
+        lines.append(f"| {row['name']} | " + " | ".join(_cell(row.get(column)) for column in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _heading(column: str) -> str:
+    known = {"mpx_per_s": "Mpx/s", "peak_mb": "peak MB", "gb_per_s": "GB/s", "engine_mpx_per_s": "Mpx/s in the model"}
+    return known.get(column, column.replace("_", " "))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if value >= 100 else f"{value:.1e}" if 0 < value < 0.01 else f"{value:.3g}"
+
+
+def _draw(rows: list[dict[str, Any]]) -> None:
+    rows = sorted(rows, key=lambda row: row["mpx_per_s"])
+    figure = Figure(figsize=(8, 0.6 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    colours = ["#c8553d" if row["name"].startswith("cellseg-batch") else "#8a8d91" for row in rows]
+    bars = axes.barh([row["name"] for row in rows], [row["mpx_per_s"] for row in rows], color=colours)
+    axes.bar_label(bars, fmt="%.1f", padding=4)
+    axes.set_xlabel("Mpx/s, pixels on disk to mask on disk")
+    axes.margins(x=0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(RESULTS / _CHART, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
