@@ -11,7 +11,7 @@ python benchmarks/bench_pipeline.py PART... [--precision bf16] [--rounds 5] [--s
     workers     1 to 4 blocks in flight
     plate       fields of 1080 x 1080 px uint16 in an HCS plate, against the usual slide
     background  a slide that is 70 % empty, with and without --skip-background, and the objects that are found
-    memory      peak of the process at 8192 and 32768 px; what it grows by over 1,000 blocks
+    memory      peak of the process, also on a slide four times as wide; what it grows by over 1,000 blocks
     overhead    a run's time over that of the compiled model alone, in one process; OpenVINO's own benchmark loop
 
 Every run is a process of its own; variants take turns; a first run that does not count compiles.
@@ -143,10 +143,10 @@ def background(lab: Lab) -> list[dict[str, Any]]:
 
 def memory(lab: Lab) -> list[dict[str, Any]]:
     rows = []
-    for side in (8192, 32768):
+    for side in (lab.side, 4 * lab.side):
         report = segment(lab.slide(side), lab.folder / "out", *lab.flags)
         rows.append(row(f"{side} px", [report["mpx_per_s"]], peak_mb=report["peak_mb"]))
-    script = [sys.executable, str(Path(__file__).with_name("growth.py")), str(lab.slide(32768)), str(lab.folder)]
+    script = [sys.executable, str(Path(__file__).with_name("growth.py")), str(lab.slide(4 * lab.side)), str(lab.folder)]
     rows.append(json.loads(finish([*script, lab.precision]).output.strip().splitlines()[-1]))
     return rows
 

@@ -20,11 +20,8 @@ import numpy as np
 
 from cellseg_batch.engine.bench.conditions import save as save_rows
 from cellseg_batch.engine.bench.slides import PIECE, Pieces, shipped_pieces
-from cellseg_batch.engine.settings import Settings
 from cellseg_batch.trainer.data.dataset import list_entries
 
-# TEMPORARY until the flag lands
-_WHOLE = ["--skip-background", "off"] if "skip_background" in Settings.__dataclass_fields__ else []
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -59,7 +56,7 @@ def segment(slide: Path, out: Path, *flags: str, keep: bool = False) -> dict[str
     """
     shutil.rmtree(out, ignore_errors=True)
     report = out.with_suffix(".json")
-    usual = ["--output", str(out), "--json", str(report), "--quiet", "--shrink", "1", *_WHOLE]
+    usual = ["--output", str(out), "--json", str(report), "--quiet", "--shrink", "1", "--skip-background", "off"]
     done = finish([sys.executable, "-m", "cellseg_batch.engine.cli", "run", str(slide), *usual, *flags])
     if not keep:
         shutil.rmtree(out)

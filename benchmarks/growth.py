@@ -20,7 +20,6 @@ from cellseg_batch.engine.settings import Settings
 
 # 1,024 blocks of one tile each on a slide of 32768 px.
 _TILE, _BLOCK = 1152, 1
-_WARM_UP = 100
 
 
 class Watch:
@@ -46,12 +45,13 @@ def main() -> None:
         precision=precision,
         gate=False,
         shrink=1,
+        skip_background="off",
         tile=_TILE,
         block=_BLOCK,
     )
     watch = Watch()
     report = run([Path(slide)], settings, watch)
-    steady = np.array(watch.bytes[_WARM_UP:])
+    steady = np.array(watch.bytes[len(watch.bytes) // 10 :])
     slope = float(np.polyfit(np.arange(len(steady)), steady, 1)[0])
     name = f"{len(watch.bytes)} blocks of one tile"
     peak = peak_resident_bytes() / 1e6

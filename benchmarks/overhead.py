@@ -37,7 +37,13 @@ _SECONDS = 10
 def main() -> None:
     slide, folder, precision, rounds = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     settings = Settings(
-        output=folder / "out", backend="openvino", precision=precision, gate=False, shrink=1, overwrite=True
+        output=folder / "out",
+        backend="openvino",
+        precision=precision,
+        gate=False,
+        shrink=1,
+        skip_background="off",
+        overwrite=True,
     )
     bundle = load_model(settings.model)
     observer = Screen(Console(), verbosity=-1)

@@ -26,9 +26,11 @@ def profile(
     model: o.Model = Settings.model,
     backend: o.BackendName = Settings.backend,
     precision: o.Precision = Settings.precision,
+    device: o.Device = Settings.device,
     gate: o.Gate = Settings.gate,
     threads: o.Threads = None,
     tile: o.TileSide = Settings.tile,
+    stitch: o.Stitch = Settings.stitch,
     margin: o.Margin = None,
     batch: o.BatchSize = Settings.batch,
     block: o.BlockSide = Settings.block,
@@ -36,6 +38,7 @@ def profile(
     level: o.LevelIndex = None,
     pixel_size: o.PixelSize = None,
     shrink: o.Shrink = None,
+    skip_background: o.SkipBackground = Settings.skip_background,
     channel: o.Channel = None,
     axes: o.Axes = None,
     json_file: o.Json = None,
@@ -55,9 +58,11 @@ def profile(
             model=model,
             backend=backend,
             precision=precision,
+            device=device,
             gate=gate,
             threads=threads,
             tile=tile,
+            stitch=stitch,
             margin=margin,
             batch=batch,
             block=block,
@@ -65,6 +70,7 @@ def profile(
             level=level,
             pixel_size=pixel_size,
             shrink=shrink,
+            skip_background=skip_background,
             channel=channel,
             axes=axes,
         )
@@ -87,6 +93,7 @@ def run_bench(
     model: o.Model = Settings.model,
     backend: o.BackendName = Settings.backend,
     precision: o.Precision = Settings.precision,
+    device: o.Device = Settings.device,
     gate: o.Gate = Settings.gate,
     threads: o.Threads = None,
     tile: o.TileSide = Settings.tile,
@@ -103,7 +110,9 @@ def run_bench(
         from cellseg_batch.engine.screen import Screen
 
         check_json(out, "--out")
-        settings = Settings(model=model, backend=backend, precision=precision, gate=gate, threads=threads, tile=tile)
+        settings = Settings(
+            model=model, backend=backend, precision=precision, device=device, gate=gate, threads=threads, tile=tile
+        )
         with tempfile.TemporaryDirectory(prefix="cellseg-bench-") as folder:
             result = run_suite(settings, rounds, side, Path(folder), Screen(Console(), verbosity=-1))
         save(out, **result)

@@ -47,7 +47,7 @@ def run_suite(settings: Settings, rounds: int, side: int, folder: Path, observer
         f"{side} px slide, end to end": write_slide(folder / "slide.zarr", Form(side), pieces),
         f"plate of {_FIELDS} fields, end to end": write_plate(folder / "plate.zarr", _FIELDS, pieces),
     }
-    settings = replace(settings, shrink=1, overwrite=True, output=folder / "out")
+    settings = replace(settings, shrink=1, skip_background="off", overwrite=True, output=folder / "out")
     bundle = load_model(settings.model)
     (slide,) = take_sample(folder / "slide.zarr", settings, bundle.card.pixel_size_um)
     engines = Engines(bundle, settings, observer.racing)
