@@ -37,8 +37,8 @@ _MOST_PROBES = 4
 # shapes of a folder of small images.
 _KEPT_AREA = 2 * RACE_TILE**2
 
-# Tile sizes whose models stay on a GPU.
-_KEPT_QUEUES = 4
+# Tile sizes whose models stay on a GPU: of a slide, and of the next one that is being prepared.
+_KEPT_QUEUES = 2
 
 # What a model is compiled for.
 _Key = tuple[Backend, Shape, np.dtype[Any]]

@@ -19,9 +19,9 @@ RUN_OVERHEAD_BYTES = 96 << 20
 
 
 def block_memory(
-    slide: Slide, level: int, channels: int, grid: BlockGrid, probability: bool, frame: int | None = None
+    slide: Slide, level: int, channels: int, grid: BlockGrid, probability: bool, on_gpu: bool, frame: int | None = None
 ) -> int:
-    """Bytes that a block of ``grid`` holds at most while it is read, computed and written.
+    """Bytes of the host that a block of ``grid`` holds at most while it is read, computed and written.
 
     Args:
         slide: the image.
@@ -29,6 +29,7 @@ def block_memory(
         channels: that are read.
         grid: its blocks.
         probability: it is written too.
+        on_gpu: a GPU computes it.
         frame: px around a block that instances need; None for a mask.
     """
     itemsize = np.dtype(slide.dtype).itemsize
@@ -40,8 +41,11 @@ def block_memory(
     touched = math.prod(1 + math.ceil((side - 1) / chunk.get(axis, 1)) for axis, side in sides.items())
     decoding = min(_CHUNKS_IN_FLIGHT, touched) * math.prod(chunk.values()) * itemsize
     written = math.prod(grid.block_shape) * (2 if probability else 1)
+    read = math.prod(sides.values()) * itemsize
+    # What goes to a GPU and comes from it is copied through pinned memory, of which torch takes powers of two.
+    computing = 2 * (read + written) if on_gpu else _blended_logits(grid)
     # The encoder holds its input, the chunks that it cut out of it and the shard that it builds.
-    return math.prod(sides.values()) * itemsize + decoding + 3 * written + _blended_logits(grid) + _codes(grid, frame)
+    return read + decoding + computing + 3 * written + _codes(grid, frame)
 
 
 def _codes(grid: BlockGrid, frame: int | None) -> int:

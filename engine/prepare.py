@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cellseg_batch.engine.backends.backend import Backend
+from cellseg_batch.engine.backends.choose import KINDS
 from cellseg_batch.engine.complete import demand_complete
 from cellseg_batch.engine.engines import Engines
 from cellseg_batch.engine.errors import OutputError
@@ -179,9 +180,8 @@ def _fit_memory(plan: SlidePlan, backend: Backend, settings: Settings, held: int
     """
     limit = settings.max_memory
     while True:
-        block = block_memory(
-            plan.slide, plan.level.level, len(plan.channels.indices), plan.grid, plan.probability, plan.frame
-        )
+        channels, on_gpu = len(plan.channels.indices), KINDS[backend.name].on_gpu
+        block = block_memory(plan.slide, plan.level.level, channels, plan.grid, plan.probability, on_gpu, plan.frame)
         workers = settings.workers
         if limit is not None:
             workers = min(workers, max(1, (limit - held) // block))

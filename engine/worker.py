@@ -15,7 +15,7 @@ from typing import Any
 
 from cellseg_batch.engine.backends.backend import Backend
 from cellseg_batch.engine.engines import Choice, Engines
-from cellseg_batch.engine.errors import CellsegError, ComputeError, OutputError, ReadError
+from cellseg_batch.engine.errors import CellsegError, OutputError, ReadError
 from cellseg_batch.engine.instances import compile_kernels
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
@@ -214,17 +214,11 @@ class Worker:
     @contextmanager
     def _runner(self, plan: SlidePlan, backend: Backend, clock: StageClock) -> Iterator[AnyRunner]:
         how = plan.grid.lattice, plan.bounds, plan.threshold, plan.probability, plan.stitch
-        queue = self.engines.queue(backend, plan.shrink, plan.shape)
+        # The seeds of instances are made on the host, so there a GPU only computes the logits.
+        queue = None if plan.instances is not None else self.engines.queue(backend, plan.shrink, plan.shape)
         if queue is not None:
             from cellseg_batch.engine.device_runner import DeviceRunner
 
-            if plan.instances is not None:
-                raise ComputeError(
-                    plan.slide.location,
-                    expected="--instances on the CPU, as seeds are not made on a GPU yet",
-                    found=f"{backend.name} on a GPU",
-                    remedy="add --device cpu, or leave out --instances",
-                )
             yield DeviceRunner(queue, *how, clock)
             return
         with self.engines.feed(backend, plan.shape, plan.slide.dtype) as feed:

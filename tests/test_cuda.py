@@ -44,6 +44,14 @@ def test_torch_on_a_gpu_agrees_with_the_plain_network(tiny_bundle, name):
 
 
 @pytest.mark.usefixtures("gpu_on_the_cpu")
+def test_a_folder_of_images_may_have_any_number_of_shapes(tiny_bundle):
+    backend = make_backend(tiny_bundle, "torch-compile", "fp16", 1, Artefacts())
+    stride = tiny_bundle.card.total_stride
+    for columns in range(1, 12):  # torch gives up at the ninth unless told otherwise
+        assert backend.compile((1, 3, stride, columns * stride)).logits.shape[3] == columns * stride
+
+
+@pytest.mark.usefixtures("gpu_on_the_cpu")
 def test_a_dropped_model_leaves_at_once(tiny_bundle):
     model = make_backend(tiny_bundle, "torch-cuda", "fp16", 1, Artefacts()).compile(SHAPE)
     left = weakref.ref(model)

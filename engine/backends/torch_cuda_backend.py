@@ -14,6 +14,8 @@ from cellseg_batch.engine.backends.torch_backend import fold_batch_norm
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.trainer.bundle import Bundle
 
+_MOST_SHAPES = 10_000
+
 
 def supported_precisions() -> tuple[str, ...]:
     """The precisions offered on this machine.
@@ -47,6 +49,8 @@ class TorchCudaBackend:
         self._network = network.half().to(device.place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compiled:
             self._network = torch.compile(self._network, fullgraph=True, dynamic=False)
+            # Each batch shape is compiled on its own, and a folder of small images may have many.
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _MOST_SHAPES
         # Timing would choose the convolutions anew in each run, and a resumed run would round otherwise.
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
