@@ -293,16 +293,6 @@ def test_nan_is_refused(monkeypatch):
         runner_of(queue).segment(image, block)
 
 
-def test_instances_are_made_on_the_host_of_a_gpu(monkeypatch, tmp_path, segment):
-    slide = write_ome_zarr(tmp_path / "slide.zarr", blobs(150, 130))
-    monkeypatch.setattr(cuda, "available", lambda: True)
-    monkeypatch.setattr(cuda, "Device", lambda name: Device("cpu"))
-    how = {"backend": "torch-cuda", "precision": "auto", "gate": False, "device": "cuda", "instances": True}
-    report = segment(slide, tile=80, block=64, **how)
-    assert report.slides[0].status == "done", report.slides[0].reason
-    assert report.slides[0].objects == len(np.unique(labels_of(report))) - 1 > 0
-
-
 @pytest.mark.parametrize("stitch", ["crop", "blend"])
 def test_a_run_shares_its_blocks_among_two_gpus(monkeypatch, tmp_path, segment, stitch):
     image = blobs(150, 130)

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from cellseg_batch.engine.backends import cuda
 from cellseg_batch.engine.errors import UsageError
 from cellseg_batch.engine.geometry import BlockGrid, Box, Lattice
 from cellseg_batch.engine.instances import final_labels
@@ -206,6 +207,18 @@ def test_labels_do_not_depend_on_blocks_or_workers(tmp_path, segment, pixels, mo
     assert reports[0].slides[0].unreached_pixels == np.count_nonzero(mask) - np.count_nonzero(labels[0])
     for level in (1, 2):
         assert set(np.unique(labels_of(reports[1], level=level))) <= set(np.unique(labels[0]))
+
+
+def test_a_gpu_computes_the_logits_and_its_host_the_instances(tmp_path, monkeypatch, segment, pixels, model):
+    monkeypatch.setattr(cuda, "available", lambda: True)
+    monkeypatch.setattr(cuda, "Device", lambda name, real=cuda.Device: real("cpu"))
+    path = write_ome_zarr(tmp_path / "a.zarr", pixels)
+    gpu = {"backend": "torch-cuda", "precision": "fp16", "gate": False, "device": "cuda"}
+    reports = [segment(path, name=f"cells{len(how)}", instances=True, model=model, **how) for how in ({}, gpu)]
+    there, here = (labels_of(report) for report in reports)
+    assert reports[1].backend == "torch-cuda"
+    assert min(there.max(), here.max()) > 9
+    assert ((there > 0) != (here > 0)).mean() < 0.01
 
 
 def test_labels_and_scratch_that_a_run_leaves(tmp_path, segment, pixels, bundle, model, caplog):
