@@ -218,7 +218,7 @@ def test_a_gpu_computes_the_logits_and_its_host_the_instances(tmp_path, monkeypa
     there, here = (labels_of(report) for report in reports)
     assert reports[1].backend == "torch-cuda"
     assert min(there.max(), here.max()) > 9
-    assert ((there > 0) != (here > 0)).mean() < 0.01
+    assert ((there > 0) != (here > 0)).mean() < 0.05
 
 
 def test_labels_and_scratch_that_a_run_leaves(tmp_path, segment, pixels, bundle, model, caplog):
