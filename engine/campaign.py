@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -25,11 +26,13 @@ from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.pipeline import passes_of
 from cellseg_batch.engine.place import Place, place_output, refuse_output_inside
 from cellseg_batch.engine.plan import SlideJob, SlidePlan, pick_margin
+from cellseg_batch.engine.plates import summarise_plates
 from cellseg_batch.engine.prepare import Request, finish_slide, prepare_slide
 from cellseg_batch.engine.report import RunReport, SlideReport
 from cellseg_batch.engine.scheduler import Course, Work, ask, run_courses
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.slide import Broken, Slide
 from cellseg_batch.engine.stages import StageClock
 from cellseg_batch.engine.stopping import Stop
@@ -83,7 +86,8 @@ def run(
     """
     started = time.perf_counter() if started is None else started
     refuse_output_inside(settings.output, inputs)
-    images = [image for path in inputs for image in find_images(path, settings.axes)]
+    choice = FieldChoice(settings.wells, settings.fields)
+    images = [image for path in inputs for image in find_images(path, settings.axes, choice)]
     return run_images(images, settings, observer, StageClock(), started, stop)
 
 
@@ -103,7 +107,8 @@ def run_images(
         images = [image for image in images if campaign.failures.has(image)]
     observer.found(len(images))
     slides = campaign.run(images, stop)
-    return campaign.report(slides, time.perf_counter() - started)
+    plates = summarise_plates(images, slides, settings.name, settings.output) if settings.objects else []
+    return replace(campaign.report(slides, time.perf_counter() - started), plates=plates)
 
 
 class _Campaign:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cellseg_batch.engine import IMPORTED_AT, campaign_commands, measure_commands, trainer_commands
+from cellseg_batch.engine import IMPORTED_AT, campaign_commands, measure_commands, result_commands, trainer_commands
 from cellseg_batch.engine import options as o
 from cellseg_batch.engine.settings import RACE_TILE, ClusterSettings, Settings
 from cellseg_batch.engine.shell import check_json, plain_errors, write_json
@@ -56,7 +56,10 @@ def run(
     skip_background: o.SkipBackground = Settings.skip_background,
     channel: o.Channel = None,
     axes: o.Axes = None,
+    wells: o.Wells = None,
+    fields: o.Fields = None,
     instances: o.Instances = False,
+    objects: o.Objects = False,
     probability: o.Probability = False,
     overwrite: o.Overwrite = False,
     retry_failed: o.RetryFailed = False,
@@ -97,7 +100,10 @@ def run(
             skip_background=skip_background,
             channel=channel,
             axes=axes,
+            wells=o.names(wells),
+            fields=o.names(fields),
             instances=instances,
+            objects=objects,
             probability=probability,
             overwrite=overwrite,
             retry_failed=retry_failed,
@@ -154,28 +160,6 @@ def info(
         )
         broken = print_images(slides, settings, Console())
     raise typer.Exit(broken > 0)
-
-
-@app.command()
-def preview(
-    slide: o.Slide,
-    out: Annotated[Path, typer.Option("--out", help="The PNG to write.")],
-    box: o.BoxSides = None,
-    name: o.Name = Settings.name,
-    output: o.Output = None,
-    channel: o.Channel = None,
-    axes: o.Axes = None,
-    debug: o.Debug = False,
-) -> None:
-    """Write a picture of SLIDE with the outlines of its labels."""
-    from cellseg_batch.engine.preview import write_preview
-
-    with plain_errors(debug):
-        seen = write_preview(slide, out, o.sides(box), name, output, channel, axes)
-        Console().print(
-            f"{out}: {seen.shape[1]} x {seen.shape[0]} px, {seen.zoom:.3g} px for each px of the labels",
-            highlight=False,
-        )
 
 
 @app.command("verify-seams")
@@ -290,11 +274,13 @@ def doctor(debug: o.Debug = False) -> None:
 for command in (
     campaign_commands.plan,
     measure_commands.profile,
+    result_commands.preview,
     trainer_commands.train,
     trainer_commands.evaluate,
     trainer_commands.export,
 ):
     app.command()(command)
+app.command("export-objects")(result_commands.export_objects)
 
 app.add_typer(measure_commands.bench, name="bench")
 

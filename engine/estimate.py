@@ -25,11 +25,11 @@ from cellseg_batch.engine.backends.choose import KINDS
 from cellseg_batch.engine.campaign import run_images
 from cellseg_batch.engine.errors import SlideError
 from cellseg_batch.engine.geometry import BlockGrid, Box
-from cellseg_batch.engine.memory import block_memory
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.pipeline import passes_of
 from cellseg_batch.engine.place import place_output, refuse_output_inside
 from cellseg_batch.engine.plan import SlidePlan, plan_slide
+from cellseg_batch.engine.prepare import block_bytes
 from cellseg_batch.engine.report import RunReport, SlideReport
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
@@ -45,7 +45,7 @@ _MOST_ROWS = 20
 _BUCKET = 1000
 _COUNTS = ("blocks", "tiles", "bytes_in", "bytes_out", "files")
 # Stages that other threads work on while the device is busy.
-_BESIDE = ("read", "write", "pyramid")
+_BESIDE = ("read", "seeds", "growth", "measure", "write", "pyramid")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
         return replace(whole, slides=[replace(one, reason=reason) if plan is largest else one for one, plan in entries])
     per_pixel = _seconds_per_pixel(report, settings.workers)
     on_gpu = KINDS[report.backend].on_gpu
-    held = report.planned_peak_bytes - report.workers * _block_bytes(sample, on_gpu)
+    held = report.planned_peak_bytes - report.workers * block_bytes(sample, on_gpu)
     slides = [one if plan is None else _weigh(one, plan, settings, per_pixel, held, on_gpu) for one, plan in entries]
     return replace(whole, measured_mpx=sample.pixels / 1e6, mpx_per_s=1e-6 / per_pixel, slides=slides)
 
@@ -247,19 +247,14 @@ def _seconds_per_pixel(report: RunReport, workers: int) -> float:
     return max(device, (device + beside) / workers) / report.slides[0].pixels
 
 
-def _block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
-    channels = len(plan.channels.indices)
-    return block_memory(plan.slide, plan.level.level, channels, plan.grid, plan.probability, on_gpu, plan.frame)
-
-
 def _weigh(
     one: SlideEstimate, plan: SlidePlan, settings: Settings, per_pixel: float, held: int, on_gpu: bool
 ) -> SlideEstimate:
     """The estimate with memory and time; refused if it fits neither ``--max-memory`` nor this machine."""
-    peak = held + settings.workers * _block_bytes(plan, on_gpu)
+    peak = held + settings.workers * block_bytes(plan, on_gpu)
     if settings.max_memory is not None:
         # A run keeps to it with fewer and smaller blocks, down to one tile at a time.
-        least = held + _block_bytes(replace(plan, grid=replace(plan.grid, cores=(1, 1))), on_gpu)
+        least = held + block_bytes(replace(plan, grid=replace(plan.grid, cores=(1, 1))), on_gpu)
         peak = max(least, min(peak, settings.max_memory))
     limit = settings.max_memory or psutil.virtual_memory().total
     reason = ""

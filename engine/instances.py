@@ -16,12 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block, BlockGrid
+from cellseg_batch.engine.measuring import measure_block, measured_channels, write_objects
 from cellseg_batch.engine.merge import Merged, merge_seeds
 from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Record
 from cellseg_batch.engine.runner import BlockResult
 from cellseg_batch.engine.scratch import Scratch
 from cellseg_batch.engine.seeds import InstanceRule, number_seeds
 from cellseg_batch.kernels.instances import grow, reach
+from cellseg_batch.kernels.moments import HALO
+
+INSTANCES = "instances"
 
 
 def keep_seeds(slide: OpenSlide, block: Block, classes: NDArray[np.uint8]) -> Record:
@@ -45,12 +49,26 @@ def merge_blocks(slide: OpenSlide, _: int) -> Record:
 
 
 def grow_block(slide: OpenSlide, number: int) -> Record:
-    """Write the final labels of one block."""
-    block = slide.plan.grid[number]
-    labels = final_labels(slide, block)
+    """Write the final labels of one block, and measure what lies in it if that was asked for."""
+    plan, block = slide.plan, slide.plan.grid[number]
+    halo = HALO if plan.objects else 0
+    around = final_labels(slide, block, halo)
+    height, width = block.box.shape
+    labels = around[halo : halo + height, halo : halo + width]
     with slide.clock.stage("write"):
         slide.labels.write(0, block.plane, block.box, labels)
-    return {"labelled": int(np.count_nonzero(labels))}
+    if slide.certainty is None:
+        return {"labelled": int(np.count_nonzero(labels))}
+    with slide.clock.stage("measure"):
+        pixels = slide.reader.of_channels(measured_channels(plan.slide))
+        return measure_block(plan, block, around, pixels, slide.certainty)
+
+
+def tabulate(slide: OpenSlide, _: int) -> Record:
+    """Make the table of objects."""
+    with slide.clock.stage("measure"):
+        records = (record for _, record in slide.journal.records(INSTANCES))
+        return write_objects(slide.plan, _scratch(slide).objects, records)
 
 
 def final_labels(slide: OpenSlide, block: Block, halo: int = 0) -> NDArray[Any]:

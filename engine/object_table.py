@@ -41,7 +41,6 @@ class Origin:
         plane_axes: which of t and z its leading axes are.
         pixel_size_um: of the label image, None when unknown.
         channels: names of the measured channels.
-        probability: there is one.
     """
 
     slide: str
@@ -51,7 +50,6 @@ class Origin:
     plane_axes: str
     pixel_size_um: float | None
     channels: tuple[str, ...]
-    probability: bool
 
     def schema(self) -> pa.Schema:
         """Columns and their types; the same for all images with the same channels."""
@@ -105,13 +103,16 @@ def read_account(path: Path) -> dict[str, Any]:
 
 
 def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """The rows of a table, piece by piece.
+    """The rows of a table, piece by piece, of which there is at least one.
 
     Raises:
         ReadError: it is no table of objects.
     """
     with reading_table(path), pq.ParquetFile(path) as file:
-        yield from file.iter_batches(columns=columns)
+        if file.metadata.num_rows:
+            yield from file.iter_batches(columns=columns)
+        else:
+            yield pa.RecordBatch.from_pylist([], schema=file.read(columns).schema)
 
 
 @contextmanager
@@ -124,7 +125,7 @@ def reading_table(path: Path) -> Iterator[None]:
             str(path),
             expected="a table of objects",
             found=f"{type(error).__name__}: {error}",
-            remedy="write it with cellseg-batch run --instances --objects",
+            remedy="write it with cellseg-batch run --objects",
         ) from error
 
 
@@ -165,8 +166,7 @@ def _figures(origin: Origin, objects: Objects) -> dict[str, NDArray[Any]]:
         spread = np.sqrt(np.maximum(squares / area - mean**2, 0))
         light = dict(zip(_LIGHT, (mean, low, high, spread, total), strict=True))
         found |= {f"intensity_{figure}_{channel}": values for figure, values in light.items()}
-    if origin.probability:
-        found["mean_probability"] = rows[:, c.PROBABILITY] / (255 * area)
+    found["mean_probability"] = rows[:, c.PROBABILITY] / (255 * area)
     *grid, height, width = origin.shape
     place = np.unravel_index(objects.planes, grid) if grid else ()
     found |= {axis: np.zeros(len(area), np.int64) for axis in "tz"} | dict(zip(origin.plane_axes, place, strict=True))

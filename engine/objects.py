@@ -84,14 +84,19 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with writing_to(path, "a file"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as stream:
+        partial.touch()
+    try:
+        with open(partial, "wb") as stream:
+            try:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+            except OSError:  # anything else is not about the file
+                with writing_to(path, "a file"):
+                    raise
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _open(path: Path) -> NDArray[Any]:

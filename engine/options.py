@@ -39,6 +39,11 @@ def sides(text: str | None) -> tuple[int, int, int, int] | None:
     return None if text is None else (y0, x0, y1, x1)
 
 
+def names(text: str | None) -> tuple[str, ...]:
+    """The names in a list that commas separate."""
+    return tuple(name for name in (text or "").replace(" ", "").split(",") if name)
+
+
 Slides = Annotated[list[Path], typer.Argument(help="OME-Zarr, zarr, TIFF, SVS, PNG or JPEG, or folders of them.")]
 Slide = Annotated[Path, typer.Argument(help="One image, or a path that holds images (the first is taken).")]
 Output = Annotated[
@@ -153,6 +158,18 @@ Channel = Annotated[
 Axes = Annotated[
     str | None,
     typer.Option("--axes", help="Axes of arrays that do not name theirs, e.g. czyx.", rich_help_panel=_SLIDE),
+]
+Objects = Annotated[
+    bool,
+    typer.Option("--objects", help="Measure every object into a table; implies --instances.", rich_help_panel=_OUTPUT),
+]
+Wells = Annotated[
+    str | None,
+    typer.Option("--wells", metavar="A01,B*", help="Only these wells of plates.", rich_help_panel=_SLIDE),
+]
+Fields = Annotated[
+    str | None,
+    typer.Option("--fields", metavar="0,1", help="Only these fields of each well.", rich_help_panel=_SLIDE),
 ]
 BoxSides = Annotated[
     str | None,

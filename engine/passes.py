@@ -29,6 +29,7 @@ class OpenSlide:
         runner: the model for one block at a time, as a context.
         labels, probability: what is written; no probability unless asked for.
         scratch: codes between the two passes that instances take; None for a mask.
+        certainty: the probability between these passes; None if objects are not measured.
         journal: of the output.
         clock: of the process.
     """
@@ -39,6 +40,7 @@ class OpenSlide:
     labels: ImageWriter
     probability: ImageWriter | None
     scratch: Scratch | None
+    certainty: Scratch | None
     journal: Journal
     clock: StageClock
 
@@ -70,3 +72,10 @@ def output_images(plan: SlidePlan) -> tuple[ImageWriter, ImageWriter | None]:
     ids = layout if plan.instances is None else replace(layout, dtype="uint32")
     probability = ImageWriter(place.companion, place.probability, layout) if plan.probability else None
     return ImageWriter(place.store, place.labels, ids), probability
+
+
+def scratch_of(plan: SlidePlan) -> tuple[Scratch | None, Scratch | None]:
+    """The codes and the certainty of a slide between its passes, as far as they are needed."""
+    journal, grid = plan.place.journal, plan.grid
+    codes = Scratch(journal, grid) if plan.instances is not None else None
+    return codes, Scratch(journal, grid, "certainty", "uint8") if plan.objects else None

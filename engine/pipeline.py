@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from functools import partial
 
 from cellseg_batch.engine.background import without_background
-from cellseg_batch.engine.instances import grow_block, keep_seeds, merge_blocks
+from cellseg_batch.engine.instances import INSTANCES, grow_block, keep_seeds, merge_blocks, tabulate
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Pass, Record
 from cellseg_batch.engine.plan import SlidePlan
 from cellseg_batch.engine.runner import no_foreground
 from cellseg_batch.engine.writer import lay_out
 
-_MERGE, _INSTANCES = "merge", "instances"
+_MERGE, _TABLE = "merge", "table"
 
 
 def passes_of(plan: SlidePlan) -> Iterator[Pass]:
@@ -26,7 +26,9 @@ def passes_of(plan: SlidePlan) -> Iterator[Pass]:
     yield Pass(BLOCKS, len(plan.grid), segment_block)
     if plan.instances is not None:
         yield Pass(_MERGE, 1, merge_blocks)
-        yield Pass(_INSTANCES, len(plan.grid), grow_block)
+        yield Pass(INSTANCES, len(plan.grid), grow_block)
+    if plan.objects:
+        yield Pass(_TABLE, 1, tabulate)
     layout = lay_out(plan.slide, plan.level.level, plan.grid, plan.place.zarr_format)
     for level in range(1, len(layout.shapes)):
         yield Pass(f"levels/{level}", layout.shard_count(level), partial(build_shard, level))
@@ -53,6 +55,8 @@ def segment_block(slide: OpenSlide, number: int) -> Record:
             slide.labels.write(0, block.plane, block.box, result.mask)
         if slide.probability is not None and result.probability is not None:
             slide.probability.write(0, block.plane, block.box, result.probability)
+        if slide.certainty is not None and result.probability is not None:
+            slide.certainty.write(block.plane, block.box, result.probability)
     return record
 
 
@@ -72,7 +76,7 @@ def totals(plan: SlidePlan, journal: Journal) -> dict[str, int]:
     """
     wanted: dict[str, tuple[str, ...]] = {BLOCKS: ("foreground", "missing", "skipped_tiles")}
     if plan.instances is not None:
-        wanted |= {_MERGE: ("objects",), _INSTANCES: ("labelled",)}
+        wanted |= {_MERGE: ("objects",), INSTANCES: ("labelled",)}
     counts: Counter[str] = Counter()
     for part, names in wanted.items():
         for _, record in journal.records(part):

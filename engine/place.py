@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from cellseg_batch.engine.errors import OutputError, UsageError
@@ -65,9 +65,23 @@ class Place:
         return {self.store, self.companion} if probability else {self.store}
 
     @property
+    def objects(self) -> Path:
+        """The table of objects."""
+        return self.journal / "objects.parquet"
+
+    @property
     def journal(self) -> Path:
         """Folder of the journal, beside the store: a foreign folder inside it would trouble readers."""
-        return self.store.with_name(self.store.name + JOURNAL_SUFFIX) / self.labels
+        return self._beside / self.labels
+
+    @property
+    def plate(self) -> Path:
+        """Folder of the summary of the plate that the image is a field of: <plate>/<row>/<column>/<field>."""
+        return self._beside / PurePosixPath(self.image).parents[2] / f"{self.name}.plate"
+
+    @property
+    def _beside(self) -> Path:
+        return self.store.with_name(self.store.name + JOURNAL_SUFFIX)
 
     @property
     def lock(self) -> Path:

@@ -21,6 +21,7 @@ from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.choice import ChannelChoice, LevelChoice, choose_channels, choose_level
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.kernels.instances import reach
+from cellseg_batch.kernels.moments import HALO
 from cellseg_batch.trainer.bundle import Bundle, Card
 
 # Fields of a manifest that a later run need not repeat: blocks and bounds are taken over from it, a store may be
@@ -46,6 +47,7 @@ class SlidePlan:
         stitch: crop or blend.
         flat: difference of pixel values below which a tile is background and not computed; 0 computes all.
         instances: how logits become instances; None for a mask.
+        objects: measure the instances.
     """
 
     slide: Slide
@@ -61,6 +63,7 @@ class SlidePlan:
     stitch: str = "crop"
     flat: float = 0.0
     instances: InstanceRule | None = None
+    objects: bool = False
 
     @property
     def pixels(self) -> int:
@@ -71,7 +74,7 @@ class SlidePlan:
     @property
     def frame(self) -> int | None:
         """px around a block that instances need; None for a mask."""
-        return None if self.instances is None else reach(self.instances.steps)
+        return None if self.instances is None else reach(self.instances.steps) + HALO * self.objects
 
     @property
     def tiles(self) -> int:
@@ -101,6 +104,7 @@ class SlidePlan:
             "threshold": self.threshold,
             "probability": self.probability,
             "instances": None if self.instances is None else self.instances.manifest(),
+            **({"objects": True} if self.objects else {}),
             "blocks": list(self.grid.cores),
             "software": {name: version(name) for name in ("cellseg-batch", "zarr", "numpy")},
         }
@@ -188,7 +192,8 @@ def plan_slide(
         probability=settings.probability,
         stitch=settings.stitch,
         flat=flat_limit(bounds, card.normalisation) if skips else 0.0,
-        instances=instance_rule(card) if settings.instances else None,
+        instances=instance_rule(card) if settings.instances or settings.objects else None,
+        objects=settings.objects,
     )
 
 

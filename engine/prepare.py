@@ -14,14 +14,14 @@ from cellseg_batch.engine.complete import demand_complete
 from cellseg_batch.engine.engines import Engines
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.journal import Journal, sweep_partials
+from cellseg_batch.engine.measuring import measured_channels
 from cellseg_batch.engine.memory import block_memory
-from cellseg_batch.engine.passes import BLOCKS, output_images
+from cellseg_batch.engine.passes import BLOCKS, output_images, scratch_of
 from cellseg_batch.engine.pipeline import passes_of, totals
 from cellseg_batch.engine.place import Place
 from cellseg_batch.engine.plan import SlideJob, SlidePlan, adopt_manifest, plan_slide
 from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.report import SlideReport
-from cellseg_batch.engine.scratch import Scratch
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.worker import Worker
@@ -87,8 +87,9 @@ def finish_slide(worker: Worker, job: SlideJob) -> SlideReport:
     with worker.opened(job) as slide:
         demand_complete(journal, [*slide.images], ((one.part, one.count) for one in passes_of(job.plan)))
     counts = totals(job.plan, journal)
-    if job.plan.instances is not None:
-        Scratch(place.journal, job.plan.grid).remove()
+    scratch, _ = scratch_of(job.plan)
+    if scratch is not None:
+        scratch.remove()
     list_label(place.store, place.labels.rpartition("/")[0], place.name, place.zarr_format)
     journal.finish(counts)
     return replace(describe(job.plan, "done", counts), pixels=job.plan.pixels - job.done)
@@ -109,6 +110,7 @@ def describe(plan: SlidePlan, status: str, counts: dict[str, int], reason: str =
         status=status,
         reason=reason,
         labels=str(plan.place.labels_folder),
+        table=str(plan.place.objects) if plan.objects else None,
         shape=lay_out(slide, level, plan.grid, plan.place.zarr_format).shapes[0],
         level=level,
         pixel_size_um=plan.level.pixel_size_um,
@@ -167,9 +169,16 @@ def _create_outputs(plan: SlidePlan, engines: Engines, backend: Backend, journal
     labels.create("mask" if plan.instances is None else "instances", place.source, provenance)
     if probability is not None:
         probability.create("probability", None, provenance)
-    if plan.instances is not None:
-        Scratch(place.journal, plan.grid).create()
+    for scratch in filter(None, scratch_of(plan)):
+        scratch.create()
     journal.record("created", 0, {})
+
+
+def block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
+    """Bytes of host memory that a block of a slide holds at most."""
+    channels = measured_channels(plan.slide) if plan.objects else plan.channels.indices
+    probability = plan.probability or plan.objects
+    return block_memory(plan.slide, plan.level.level, len(channels), plan.grid, probability, on_gpu, plan.frame)
 
 
 def _fit_memory(plan: SlidePlan, backend: Backend, settings: Settings, held: int, resumed: bool) -> SlideJob:
@@ -180,8 +189,7 @@ def _fit_memory(plan: SlidePlan, backend: Backend, settings: Settings, held: int
     """
     limit = settings.max_memory
     while True:
-        channels, on_gpu = len(plan.channels.indices), KINDS[backend.name].on_gpu
-        block = block_memory(plan.slide, plan.level.level, channels, plan.grid, plan.probability, on_gpu, plan.frame)
+        block = block_bytes(plan, KINDS[backend.name].on_gpu)
         workers = settings.workers
         if limit is not None:
             workers = min(workers, max(1, (limit - held) // block))

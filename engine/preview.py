@@ -20,7 +20,7 @@ from cellseg_batch.engine.place import place_output
 from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.slides.choice import choose_channels
 from cellseg_batch.engine.slides.discover import find_images
-from cellseg_batch.engine.slides.ome_zarr import open_labels
+from cellseg_batch.engine.slides.ome_zarr import open_written
 from cellseg_batch.engine.slides.slide import Broken, Slide
 from cellseg_batch.trainer.outlines import outlined
 
@@ -72,7 +72,7 @@ def write_preview(
     if isinstance(slide, Broken):
         raise ReadError(slide.path, expected="an image", found=slide.reason, remedy="choose another slide")
     place = place_output(slide, name, output)
-    labels = open_labels(place.store, place.labels)
+    labels = open_written(place.store, place.labels)
     height, width = labels.plane_shape(0)
     box = Box(*sides or (0, 0, height, width))
     if not (0 <= box.y0 < box.y1 <= height and 0 <= box.x0 < box.x1 <= width):

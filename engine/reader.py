@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,12 @@ class SlideReader:
         """Let go of the file."""
         if self.slide.format == "tiff":
             self.array.store.close()
+
+    def of_channels(self, channels: tuple[int, ...]) -> SlideReader:
+        """A reader of other channels of the same open level."""
+        other = copy(self)
+        other.channels = channels
+        return other
 
     def read(self, plane: int, box: Box) -> NDArray[Any]:
         """Pixels of ``box`` in t/z plane number ``plane``: (C, h, w) in any memory layout.

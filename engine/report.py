@@ -21,6 +21,7 @@ class SlideReport:
         status: done, failed or skipped (was finished before).
         reason: why it failed or was skipped.
         labels: path of the label group on disk.
+        table: path of the table of objects; None if there is none.
         shape: of the labels.
         level: which resolution was segmented.
         pixel_size_um: its pixel size, None when unknown.
@@ -39,6 +40,7 @@ class SlideReport:
     status: str
     reason: str = ""
     labels: str | None = None
+    table: str | None = None
     shape: tuple[int, ...] | None = None
     level: int | None = None
     pixel_size_um: float | None = None
@@ -54,6 +56,25 @@ class SlideReport:
 
 
 @dataclass(frozen=True)
+class PlateReport:
+    """What became of a plate.
+
+    Attributes:
+        plate: where it lies.
+        folder: of its tables and pictures, None where they could not be made.
+        wells, fields, failed: how many there are, and how many fields of them failed.
+        reason: why there is no summary.
+    """
+
+    plate: str
+    folder: str | None
+    wells: int
+    fields: int
+    failed: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class RunReport:
     """What a run did.
 
@@ -65,6 +86,7 @@ class RunReport:
         planned_peak_bytes: what was announced before the first block.
         stages: busy seconds of each stage, over all threads.
         slides: one entry per image.
+        plates: one entry per plate, if objects were measured.
     """
 
     seconds: float
@@ -80,6 +102,7 @@ class RunReport:
     planned_peak_bytes: int
     stages: dict[str, float]
     slides: list[SlideReport] = field(default_factory=list)
+    plates: list[PlateReport] = field(default_factory=list)
 
     @property
     def status(self) -> str:
@@ -142,6 +165,7 @@ def print_report(report: RunReport, console: Console) -> None:
             f"{report.peak_rss_bytes / _MEGA:.0f} MB (announced: at most {report.planned_peak_bytes / _MEGA:.0f} MB)",
         ),
         ("labels", _where(report.slides)),
+        *(("plate", _plate(plate)) for plate in report.plates),
     ):
         table.add_row(name, Text(value))
     console.print(table)
@@ -170,3 +194,8 @@ def _where(slides: list[SlideReport]) -> str:
     if not written:
         return "-"
     return written[0] if len(written) == 1 else f"{written[0]} and {len(written) - 1} more"
+
+
+def _plate(plate: PlateReport) -> str:
+    counts = f"{plate.wells} wells, {plate.fields} fields, {plate.failed} of them failed"
+    return f"{plate.folder}: {counts}" if plate.folder else f"{plate.plate}: {counts}; no summary: {plate.reason}"

@@ -1,9 +1,11 @@
 """What lies between the two passes over a slide: codes and final ids, in the journal's folder until labels are done.
 
-    <journal>/scratch/codes/     a zarr array
-    <journal>/scratch/ids/       what the merge found
+    <journal>/scratch/codes/       a zarr array
+    <journal>/scratch/certainty/   another one, the probability, if objects are measured
+    <journal>/scratch/ids/         what the merge found
+    <journal>/scratch/objects/     the moments of each block's objects
 
-The array is written block by block and read with a frame around each block, so its chunks divide the lattice's cores.
+An array is written block by block and read with a frame around each block, so its chunks divide the lattice's cores.
 """
 
 from __future__ import annotations
@@ -23,15 +25,18 @@ from cellseg_batch.engine.geometry import BlockGrid, Box, chunk_side
 
 
 class Scratch:
-    """The scratch of the output whose journal lies in ``journal``; safe for any number of threads.
+    """An array in the scratch of the output whose journal lies in ``journal``; safe for any number of threads.
 
     Attributes:
         ids: folder of the final ids.
+        objects: folder of the moments.
     """
 
-    def __init__(self, journal: Path, grid: BlockGrid) -> None:
-        self._folder = journal / "scratch" / "codes"
+    def __init__(self, journal: Path, grid: BlockGrid, name: str = "codes", dtype: str = "uint32") -> None:
+        self._folder = journal / "scratch" / name
+        self._dtype = dtype
         self.ids = journal / "scratch" / "ids"
+        self.objects = journal / "scratch" / "objects"
         self._grid = grid
         self._array: zarr.Array[Any] | None = None
 
@@ -46,7 +51,7 @@ class Scratch:
             zarr.create_array(
                 str(self._folder),
                 shape=(self._grid.planes, *lattice.shape),
-                dtype="uint32",
+                dtype=self._dtype,
                 chunks=(1, chunk_side(lattice.core[0]), chunk_side(lattice.core[1])),
                 # Fast rather than small: it lives for minutes.
                 compressors=numcodecs.Blosc("lz4", clevel=1, shuffle=numcodecs.Blosc.SHUFFLE),
@@ -54,23 +59,23 @@ class Scratch:
                 fill_value=0,
             )
 
-    def write(self, plane: int, box: Box, codes: NDArray[np.uint32]) -> None:
-        """Write ``codes`` (h, w) to ``box`` and wait until they are on disk.
+    def write(self, plane: int, box: Box, pixels: NDArray[Any]) -> None:
+        """Write ``pixels`` (h, w) to ``box`` and wait until they are on disk.
 
         Raises:
             OutputError: it cannot be written.
         """
         with writing_to(self._folder, "a store"):
             array = self._open()
-            array[(plane, *box.slices())] = codes
+            array[(plane, *box.slices())] = pixels
             _, height, width = array.chunks
             for y in range(box.y0 // height, -(-box.y1 // height)):
                 for x in range(box.x0 // width, -(-box.x1 // width)):
                     if (file := self._folder / f"{plane}.{y}.{x}").exists():  # background alone has none
                         sync_file(file)
 
-    def read(self, plane: int, box: Box) -> NDArray[np.uint32]:
-        """The codes (h, w) of ``box``.
+    def read(self, plane: int, box: Box) -> NDArray[Any]:
+        """The pixels (h, w) of ``box``.
 
         Raises:
             OutputError: it cannot be read.
@@ -79,7 +84,7 @@ class Scratch:
             return np.asarray(self._open()[(plane, *box.slices())])
 
     def remove(self) -> None:
-        """Delete it, if it is there.
+        """Delete the whole scratch, if it is there.
 
         Raises:
             OutputError: it cannot be deleted.

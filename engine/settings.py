@@ -73,7 +73,10 @@ class Settings:
         shrink: by how much images are shrunk for the model; None lets the model's card and the slide decide.
         channel: index or name of the channel with the nuclei; None picks by rule.
         axes: of plain arrays, such as "cyx".
+        wells: names or patterns of the wells of plates that are processed, such as A01 and B*; () is all.
+        fields: names of the fields of each well that are processed; () is all.
         instances: write every object with an id of its own instead of the mask.
+        objects: measure every instance, and summarise plates; implies instances.
         probability: also write the probability image.
         overwrite: replace labels of that name.
         retry_failed: take up only the images that failed before.
@@ -103,7 +106,10 @@ class Settings:
     shrink: int | None = None
     channel: str | None = None
     axes: str | None = None
+    wells: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
     instances: bool = False
+    objects: bool = False
     probability: bool = False
     overwrite: bool = False
     retry_failed: bool = False
@@ -123,7 +129,7 @@ class Settings:
         _one_of("--skip-background", self.skip_background, SKIPS)
         if self.device not in ("auto", "cpu"):
             gpus_of(self.device)
-        if self.instances and self.stitch != "crop":
+        if (self.instances or self.objects) and self.stitch != "crop":
             _refuse(
                 "--instances", "--stitch crop: seeds come from single tiles", f"--stitch {self.stitch}", "leave it out"
             )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-STAGES = ("read", "upload", "gather", "model", "stitch", "seeds", "growth", "write", "pyramid")
+STAGES = ("read", "upload", "gather", "model", "stitch", "seeds", "growth", "measure", "write", "pyramid")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cellseg_batch.engine import measuring
 from cellseg_batch.engine.backends.backend import Backend
 from cellseg_batch.engine.engines import Choice, Engines
 from cellseg_batch.engine.errors import CellsegError, OutputError, ReadError
@@ -21,11 +22,10 @@ from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
 from cellseg_batch.engine.memory import RUN_OVERHEAD_BYTES, Room
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Pass, output_images
+from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Pass, output_images, scratch_of
 from cellseg_batch.engine.plan import SlideJob, SlidePlan
 from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.runner import AnyRunner, Runner
-from cellseg_batch.engine.scratch import Scratch
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.stages import StageClock
 from cellseg_batch.engine.written import noting_writes
@@ -137,7 +137,15 @@ class Worker:
 
     def warm_up(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> None:
         """Segment one tile, so that everything is compiled and its memory can be seen."""
-        kind = (plan.shape, plan.slide.dtype, plan.slide.axes, plan.probability, plan.instances, plan.shrink)
+        kind = (
+            plan.shape,
+            plan.slide.dtype,
+            plan.slide.axes,
+            plan.probability,
+            plan.instances,
+            plan.objects,
+            plan.shrink,
+        )
         with self.engines.turn:
             if kind in self._warm:
                 return
@@ -148,6 +156,8 @@ class Worker:
                     result = runner.segment(pixels, tile)
                     if plan.instances is not None:
                         compile_kernels(result, tile, plan.grid, plan.instances)
+                    if plan.objects:
+                        measuring.compile_kernels(reader.of_channels(measuring.measured_channels(plan.slide)))
             now = resident_bytes() + RUN_OVERHEAD_BYTES - self._room.taken
             self.held = max(self.held, now, 0 if self._warm else peak_resident_bytes())
             self._warm.add(kind)
@@ -200,20 +210,22 @@ class Worker:
                 remedy="install one version everywhere",
             )
         labels, probability = output_images(plan)
+        scratch, certainty = scratch_of(plan)
         return OpenSlide(
             plan=plan,
             reader=reader,
             runner=lambda: self._runner(plan, backend, self.clock),
             labels=labels,
             probability=probability,
-            scratch=Scratch(place.journal, plan.grid) if plan.instances is not None else None,
+            scratch=scratch,
+            certainty=certainty,
             journal=Journal(place.journal),
             clock=self.clock,
         )
 
     @contextmanager
     def _runner(self, plan: SlidePlan, backend: Backend, clock: StageClock) -> Iterator[AnyRunner]:
-        how = plan.grid.lattice, plan.bounds, plan.threshold, plan.probability, plan.stitch
+        how = plan.grid.lattice, plan.bounds, plan.threshold, plan.probability or plan.objects, plan.stitch
         # The seeds of instances are made on the host, so there a GPU only computes the logits.
         queue = None if plan.instances is not None else self.engines.queue(backend, plan.shrink, plan.shape)
         if queue is not None:

@@ -68,8 +68,9 @@ def measure(
     if pixels.shape[1:] != core or (probability is not None and probability.shape != core):
         found = None if probability is None else probability.shape
         raise ValueError(f"pixels {pixels.shape} and probability {found} do not fit labels {labels.shape}")
-    if pixels.dtype.kind in "iu" and pixels.dtype.itemsize > 2:
-        pixels = pixels.astype(np.float64)  # squares of wider integers overflow
+    wide = pixels.dtype.kind in "iu" and pixels.dtype.itemsize > 2  # whose squares overflow
+    # One layout is one kernel to compile.
+    labels, pixels = np.ascontiguousarray(labels), np.ascontiguousarray(pixels, np.float64 if wide else None)
     ids, rows = fastest.measure(labels, pixels, np.zeros((0, 0), np.uint8) if probability is None else probability)
     rows[:, [TOP, BOTTOM]] += origin[0]
     rows[:, [LEFT, RIGHT]] += origin[1]

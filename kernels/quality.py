@@ -80,5 +80,5 @@ def survey(pixels: NDArray[Any], core: tuple[slice, slice]) -> Quality:
         core: the block in it.
     """
     rows, columns = core
-    found = fastest.survey(pixels, rows.start, rows.stop, columns.start, columns.stop)
+    found = fastest.survey(np.ascontiguousarray(pixels), rows.start, rows.stop, columns.start, columns.stop)
     return Quality(int(found[0]), found[1], int(found[2]), found[3], found[4], found[5], int(found[6]))

@@ -41,20 +41,21 @@ def test_no_parts_are_no_objects(tmp_path):
     assert list(merge_parts(tmp_path)) == []
 
 
-def test_a_file_that_fails_half_way_is_not_there(tmp_path):
+@pytest.mark.parametrize(("error", "seen"), [(OSError("full"), OutputError), (RuntimeError("a bug"), RuntimeError)])
+def test_a_file_that_fails_half_way_is_not_there(tmp_path, error, seen):
     def fail():
         with whole_file(tmp_path / "below" / "x.bin") as stream:
             stream.write(b"some")
-            raise RuntimeError("half way")
+            raise error
 
-    with pytest.raises(OutputError, match="half way"):
+    with pytest.raises(seen, match=str(error)):
         fail()
     assert list((tmp_path / "below").iterdir()) == []
 
 
 @pytest.fixture
 def table(tmp_path):
-    origin = Origin("plate/B/03/1", "B03", "1", (2, 3, 50, 40), "tz", 0.5, ("DAPI",), True)
+    origin = Origin("plate/B/03/1", "B03", "1", (2, 3, 50, 40), "tz", 0.5, ("DAPI",))
     ids = np.array([3, 2**40], np.uint64)
     piece = objects.Objects(ids, np.array([0, 5]), np.array([row(4, 7, 9), row(31, 0, 9)], float))
     assert write_table(tmp_path / "objects.parquet", origin, [piece, piece], {"model": "tiny"}) == 4
@@ -77,14 +78,11 @@ def test_a_table_holds_places_sizes_and_intensities(table):
 
 
 def test_what_is_not_known_is_null(tmp_path):
-    origin = Origin("a.png", "", "", (50, 40), "", None, ("0",), False)
+    origin = Origin("a.png", "", "", (50, 40), "", None, ("0",))
     piece = objects.Objects(np.array([1], np.uint64), np.array([0]), np.array([row(4)], float))
     write_table(tmp_path / "x.parquet", origin, [piece], {})
     (only,) = next(read_batches(tmp_path / "x.parquet")).to_pylist()
-    assert [name for name, value in only.items() if value is None and not name.endswith("_um")] == [
-        "area_um2",
-        "mean_probability",
-    ]
+    assert [name for name, value in only.items() if value is None and not name.endswith("_um")] == ["area_um2"]
     assert only["bbox_y0_um"] is None
 
 

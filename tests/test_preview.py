@@ -69,7 +69,7 @@ def test_preview_refuses_what_it_cannot_show(tmp_path, command):
         (("--box", "1,2,3"), "four numbers"),
         (("--box", "5,5,5,9"), "empty or sticks out"),
         (("--box", "0,0,100,101"), "empty or sticks out"),
-        (("--name", "other"), "expected a label image"),
+        (("--name", "other"), "expected an image that cellseg-batch has written"),
     ):
         code, printed = command("preview", path, "--out", tmp_path / "x.png", *arguments)
         assert code

@@ -16,6 +16,7 @@ from cellseg_batch.engine.normalise import settle_bounds
 from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.slides.choice import choose_channels, choose_level
 from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.slide import Broken
 from cellseg_batch.kernels.gather import gather
 from cellseg_batch.trainer.bundle import Normalisation
@@ -198,6 +199,47 @@ def test_images_in_any_depth_are_found_and_labels_are_not(tmp_path):
     assert names == ["deep.zarr/plain", "deep.zarr/x/y", "sub/a.png"]
 
 
+def write_plate(path, wells, fields):
+    """The groups of a plate; a small image in every field."""
+    plate = zarr.open_group(str(path), mode="w")
+    rows, columns = (sorted({well.split("/")[part] for well in wells}) for part in (0, 1))
+    listed = [{"path": well, "rowIndex": 0, "columnIndex": 0} for well in wells]
+    names = {"rows": [{"name": name} for name in rows], "columns": [{"name": name} for name in columns]}
+    plate.attrs["ome"] = {"version": "0.5", "plate": {"wells": listed, **names}}
+    for well in wells:
+        group = plate.require_group(well)
+        group.attrs["ome"] = {"version": "0.5", "well": {"images": [{"path": field} for field in fields]}}
+        for field in fields:
+            fill_ome_zarr(group.create_group(field), path, np.zeros((1, 8, 8), np.uint8), levels=1)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("wells", "fields", "expected"),
+    [
+        ((), (), ["A01 0", "A01 1", "B02 0", "B02 1", "B12 0", "B12 1"]),
+        (("A01",), (), ["A01 0", "A01 1"]),
+        (("b*",), ("1",), ["B02 1", "B12 1"]),
+        (("a1", "B2"), ("0", "7"), ["A01 0", "B02 0"]),
+    ],
+)
+def test_wells_and_fields_of_a_plate_can_be_chosen(tmp_path, wells, fields, expected):
+    plate = write_plate(tmp_path / "all" / "plate.zarr", ["A/01", "B/02", "B/12"], ["0", "1"])
+    write_ome_zarr(tmp_path / "all" / "single.zarr", np.zeros((1, 8, 8), np.uint8))
+    found = find_images(plate, choice=FieldChoice(wells, fields))
+    assert [f"{image.spot.well} {image.spot.field}" for image in found] == expected
+    assert {image.spot.plate for image in found} == {str(plate)}
+    *fields_found, single = find_images(tmp_path / "all", choice=FieldChoice(wells, fields))
+    assert [image.spot for image in fields_found] == [image.spot for image in found]
+    assert single.spot is None
+
+
+def test_wells_that_do_not_exist_are_no_images(tmp_path):
+    plate = write_plate(tmp_path / "plate.zarr", ["A/01"], ["0"])
+    with pytest.raises(NoImageError, match="none in such wells and fields"):
+        find_images(plate, choice=FieldChoice(("C*",)))
+
+
 def test_plates_list_their_fields_and_name_what_is_missing(tmp_path):
     plate = zarr.open_group(str(tmp_path / "plate.zarr"), mode="w")
     wells = [{"path": "A/1", "rowIndex": 0, "columnIndex": 0}, {"path": "B/1", "rowIndex": 1, "columnIndex": 0}]
@@ -210,6 +252,7 @@ def test_plates_list_their_fields_and_name_what_is_missing(tmp_path):
     assert [image.name for image in found] == ["plate.zarr/A/1/0", "plate.zarr/A/1/1", "plate.zarr/B/1"]
     assert isinstance(found[2], Broken)
     assert "not in the store" in found[2].reason
+    assert [(image.spot.well, image.spot.field) for image in found] == [("A1", "0"), ("A1", "1"), ("B1", "")]
     assert only(tmp_path / "plate.zarr" / "A" / "1" / "0").store == tmp_path / "plate.zarr"
 
 

@@ -14,21 +14,24 @@ from cellseg_batch.engine.errors import CellsegError, NoImageError
 from cellseg_batch.engine.slides.limits import absurdity
 from cellseg_batch.engine.slides.ome_zarr import find_in_zarr, is_zarr_node, zarr_root
 from cellseg_batch.engine.slides.pictures import PICTURE_SUFFIXES, open_picture
+from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.slide import NUMBERS, Broken, Slide
 from cellseg_batch.engine.slides.tiff import TIFF_SUFFIXES, open_tiff
 
 # Microscopy formats that people will try; each is named in the report instead of being passed over in silence.
 _FOREIGN_SUFFIXES = (".dcm", ".czi", ".nd2", ".lif", ".mrxs", ".vsi", ".oib", ".oif", ".ims", ".h5", ".jp2")
+EVERY_FIELD = FieldChoice()
 OUTPUT_SUFFIX = ".cellseg.zarr"
 JOURNAL_SUFFIX = ".cellseg"
 
 
-def find_images(path: Path, axes: str | None = None) -> list[Slide | Broken]:
+def find_images(path: Path, axes: str | None = None, choice: FieldChoice = EVERY_FIELD) -> list[Slide | Broken]:
     """Every image below ``path``, in sorted order.
 
     Args:
         path: a file, a zarr store, a group inside one, or a folder of any of these.
         axes: order of the axes of plain zarr arrays and of TIFFs that do not name them, such as ``cyx``.
+        choice: which wells and fields of plates are wanted.
 
     Raises:
         NoImageError: the path does not exist or holds nothing that could be an image.
@@ -38,23 +41,23 @@ def find_images(path: Path, axes: str | None = None) -> list[Slide | Broken]:
             str(path), expected="a file, a zarr store or a folder", found="nothing", remedy="check the path"
         )
     path = path.resolve()
-    found = [_usable(image) for image in _visit(path, path.name, axes)]
+    found = [_usable(image) for image in _visit(path, path.name, axes, choice)]
     if not found:
         raise NoImageError(
             str(path),
             expected="at least one image (OME-Zarr, zarr array, TIFF, SVS, PNG, JPEG)",
-            found="none",
+            found="none" + " in such wells and fields" * (choice != EVERY_FIELD),
             cause="an empty folder or group, or a store with nothing but labels",
             remedy="see cellseg-batch info for what a path holds",
         )
     return found
 
 
-def _visit(path: Path, name: str, axes: str | None) -> Iterator[Slide | Broken]:
+def _visit(path: Path, name: str, axes: str | None, choice: FieldChoice) -> Iterator[Slide | Broken]:
     if path.is_dir():
         if is_zarr_node(path):
             root, inside = zarr_root(path)
-            yield from find_in_zarr(root, inside, name, axes)
+            yield from find_in_zarr(root, inside, name, axes, choice)
         else:
             try:
                 children = sorted(path.iterdir())
@@ -63,7 +66,7 @@ def _visit(path: Path, name: str, axes: str | None) -> Iterator[Slide | Broken]:
                 return
             for child in children:
                 if not child.name.startswith(".") and not child.name.endswith((OUTPUT_SUFFIX, JOURNAL_SUFFIX)):
-                    yield from _visit(child, f"{name}/{child.name}", axes)
+                    yield from _visit(child, f"{name}/{child.name}", axes, choice)
         return
     suffix = path.suffix.lower()
     if suffix in TIFF_SUFFIXES:
@@ -82,14 +85,14 @@ def _usable(image: Slide | Broken) -> Slide | Broken:
         return image
     if not NUMBERS.fullmatch(image.dtype):
         reason = f"expected integer, floating point or boolean pixels, found {image.dtype}; convert the image"
-        return Broken(image.name, image.location, reason)
+        return Broken(image.name, image.location, reason, image.spot)
     absurd = absurdity(image)
     if absurd:
-        return Broken(image.name, image.location, absurd)
+        return Broken(image.name, image.location, absurd, image.spot)
     empty = [level.shape for level in image.levels if 0 in level.shape]
     if empty:
         reason = f"expected an image with pixels, found shape {empty[0]} (likely an unfinished export); export it again"
-        return Broken(image.name, image.location, reason)
+        return Broken(image.name, image.location, reason, image.spot)
     return image
 
 

@@ -7,12 +7,14 @@ reader can work with is taken, and a level whose array is missing is passed over
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import zarr
 
 from cellseg_batch.engine.errors import CellsegError, ReadError
+from cellseg_batch.engine.slides.plate import FieldChoice, PlateField
 from cellseg_batch.engine.slides.slide import AXES, NUMBERS, Broken, Level, Slide, fits_axes
 
 # What people write for the specification's "micrometer".
@@ -35,8 +37,19 @@ def zarr_root(path: Path) -> tuple[Path, str]:
     return root, "" if root == path else path.relative_to(root).as_posix()
 
 
-def find_in_zarr(store: Path, path: str, name: str, axes: str | None) -> Iterator[Slide | Broken]:
-    """Every image in the node ``path`` of ``store``; label groups and tables are not images."""
+def find_in_zarr(
+    store: Path, path: str, name: str, axes: str | None, choice: FieldChoice, spot: PlateField | None = None
+) -> Iterator[Slide | Broken]:
+    """Every image in the node ``path`` of ``store``; label groups and tables are not images.
+
+    Args:
+        store: root of the hierarchy.
+        path: of the node.
+        name: of the node, as `Slide.name`.
+        axes: of plain arrays that do not name theirs.
+        choice: which fields of plates are wanted.
+        spot: where on a plate the node lies.
+    """
     location = str(store / path)
     try:
         node = zarr.open(str(store), path=path, mode="r")
@@ -48,26 +61,27 @@ def find_in_zarr(store: Path, path: str, name: str, axes: str | None) -> Iterato
         if "image-label" in metadata or OUTPUT_MARK in node.attrs:
             return
         if "multiscales" in metadata:
-            yield _multiscale(node, metadata, store, path, name)
+            yield replace(_multiscale(node, metadata, store, path, name), spot=spot)
             return
-        children = [_inside(child, location) for child in _children(node, metadata)]
+        children = _children(node, metadata, location, choice, spot)
     except CellsegError as error:
-        yield Broken(name, location, error.detail)
+        yield Broken(name, location, error.detail, spot)
         return
     except Exception as error:  # damaged JSON, unknown codecs, impossible metadata
         reason = f"its zarr metadata cannot be read: {type(error).__name__}: {error}"
-        yield Broken(name, location, reason.splitlines()[0])
+        yield Broken(name, location, reason.splitlines()[0], spot)
         return
-    for child in children:
+    for child, place in children:
         below = f"{path}/{child}" if path else child
         if is_zarr_node(store / below):
-            yield from find_in_zarr(store, below, f"{name}/{child}", axes)
+            yield from find_in_zarr(store, below, f"{name}/{child}", axes, choice, place)
         else:
-            yield Broken(f"{name}/{child}", str(store / below), "listed in the metadata, but not in the store")
+            reason = "listed in the metadata, but not in the store"
+            yield Broken(f"{name}/{child}", str(store / below), reason, place)
 
 
-def open_labels(store: Path, path: str) -> Slide:
-    """The label image ``path`` of ``store`` as a slide.
+def open_written(store: Path, path: str) -> Slide:
+    """The label or probability image ``path`` of ``store`` as a slide.
 
     Raises:
         ReadError: there is none.
@@ -78,10 +92,17 @@ def open_labels(store: Path, path: str) -> Slide:
     except (OSError, KeyError, ValueError) as error:
         raise ReadError(
             str(store / path),
-            expected="a label image",
+            expected="an image that cellseg-batch has written",
             found=f"{type(error).__name__}: {error}",
             remedy="write it with cellseg-batch run, or name another one with --name or --output",
         ) from error
+
+
+def plate_names(plate: Path) -> tuple[list[str], list[str]]:
+    """Names of all rows and columns of a plate, also of those without wells."""
+    metadata = _ome_metadata(zarr.open_group(str(plate), mode="r"))["plate"]
+    rows, columns = ([str(one["name"]) for one in metadata.get(side, ())] for side in ("rows", "columns"))
+    return rows, columns
 
 
 def _ome_metadata(node: zarr.Group) -> dict[str, Any]:
@@ -91,13 +112,19 @@ def _ome_metadata(node: zarr.Group) -> dict[str, Any]:
     return nested if isinstance(nested, dict) else attributes
 
 
-def _children(node: zarr.Group, metadata: dict[str, Any]) -> list[str]:
-    """Paths below a group that may hold images: the metadata's where they list any, else all members."""
+def _children(
+    node: zarr.Group, metadata: dict[str, Any], location: str, choice: FieldChoice, spot: PlateField | None
+) -> list[tuple[str, PlateField | None]]:
+    """(path, place on a plate) of what may hold images below a group: the metadata's where they list any, else all."""
     if "plate" in metadata:
-        return [well["path"] for well in metadata["plate"]["wells"]]
+        wells = [_inside(well["path"], location) for well in metadata["plate"]["wells"]]
+        spots = [(well, PlateField(location, Path(well).parent.name, Path(well).name, field="")) for well in wells]
+        return [(well, place) for well, place in spots if choice.takes_well(place)]
     if "well" in metadata:
-        return [field["path"] for field in metadata["well"]["images"]]
-    return sorted((key for key in node if key not in ("labels", "tables", "OME")), key=_numbers_in_order)
+        fields = [_inside(field["path"], location) for field in metadata["well"]["images"]]
+        return [(field, spot and replace(spot, field=field)) for field in fields if choice.takes_field(field)]
+    members = sorted((key for key in node if key not in ("labels", "tables", "OME")), key=_numbers_in_order)
+    return [(_inside(member, location), spot) for member in members]
 
 
 def _inside(listed: object, location: str) -> str:

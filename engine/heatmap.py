@@ -1,0 +1,75 @@
+"""A plate's figures as colours, well by well: one panel per figure, one picture per plate."""
+
+from __future__ import annotations
+
+from typing import IO, Any
+
+import numpy as np
+
+# Figure of a well's row -> heading; one that no well has is left out.
+_PANELS = {
+    "count": "objects",
+    "median_area": "median area, px",
+    "median_area_um2": "median area, µm²",
+    "confluence": "confluence",
+    "border_fraction": "objects at the border, share",
+    "focus": "focus",
+    "saturation": "saturated pixels, share",
+    "failed_fields": "failed fields",
+}
+_COLUMNS = 3
+
+
+def draw_heatmaps(title: str, wells: list[dict[str, Any]], rows: list[str], columns: list[str], out: IO[bytes]) -> None:
+    """Draw every figure of the wells, as PNG.
+
+    Args:
+        title: of the picture.
+        wells: rows of the wells' table.
+        rows, columns: names of all rows and columns of the plate; those of the wells are added.
+        out: a binary stream.
+    """
+    from matplotlib.figure import Figure
+
+    rows = list(dict.fromkeys([*rows, *(well["row"] for well in wells)]))
+    columns = list(dict.fromkeys([*columns, *(well["column"] for well in wells)]))
+    panels = {name: heading for name, heading in _panels(wells).items() if any(_known(well, name) for well in wells)}
+    lines = -(-len(panels) // _COLUMNS)
+    width = min(max(3.4, 0.34 * len(columns) + 1.2), 9)
+    height = min(max(1.7, 0.34 * len(rows) + 1.0), 7)
+    figure = Figure(figsize=(_COLUMNS * width, lines * height + 0.4), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.subplots(lines, _COLUMNS, squeeze=False).ravel()
+    for axes, (name, heading) in zip(grid, panels.items(), strict=False):
+        values = np.full((len(rows), len(columns)), np.nan)
+        for well in wells:
+            if _known(well, name):
+                values[rows.index(well["row"]), columns.index(well["column"])] = well[name]
+        axes.set_facecolor("0.88")
+        low, high = np.nanmin(values), np.nanmax(values)
+        # One value everywhere is shown on a scale from 0, not as noise around itself.
+        image = axes.imshow(values, cmap="viridis", vmin=low if low < high else 0, vmax=high or 1)
+        figure.colorbar(image, ax=axes, shrink=0.9)
+        for well in wells:
+            if well["failed_fields"] == well["fields"]:
+                place = columns.index(well["column"]), rows.index(well["row"])
+                axes.text(*place, "×", color="crimson", ha="center", va="center", fontweight="bold")
+        axes.set_title(heading, fontsize=10)
+        axes.set_xticks(range(len(columns)), columns, fontsize=7, rotation=90 if len(columns) > 12 else 0)
+        axes.set_yticks(range(len(rows)), rows, fontsize=7)
+    for axes in grid[len(panels) :]:
+        axes.axis("off")
+    figure.supxlabel("grey: not in this run; ×: every field failed", fontsize=8, x=0.01, ha="left")
+    figure.savefig(out, format="png", dpi=110)
+
+
+def _panels(wells: list[dict[str, Any]]) -> dict[str, str]:
+    """The panels, with one for each channel's intensity after the areas."""
+    names = dict.fromkeys(name for well in wells for name in well if name.startswith("mean_intensity_"))
+    light = {name: f"mean intensity, {name.removeprefix('mean_intensity_')}" for name in names}
+    panels = list(_PANELS.items())
+    return dict([*panels[:3], *light.items(), *panels[3:]])
+
+
+def _known(well: dict[str, Any], name: str) -> bool:
+    return well.get(name) is not None

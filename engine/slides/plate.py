@@ -1,0 +1,51 @@
+"""Fields of screening plates: which well and field an image is, and which of them were asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+
+@dataclass(frozen=True)
+class PlateField:
+    """The place of an image on a plate.
+
+    Attributes:
+        plate: where the plate lies.
+        row, column: names of the well's row and column, such as B and 03.
+        field: name of the field.
+    """
+
+    plate: str
+    row: str
+    column: str
+    field: str
+
+    @property
+    def well(self) -> str:
+        """The well's name, such as B03."""
+        return self.row + self.column
+
+
+@dataclass(frozen=True)
+class FieldChoice:
+    """Which wells and fields of plates are processed; images that lie on no plate always are.
+
+    Attributes:
+        wells: names or patterns such as ``A01`` and ``B*``, in which a column may have leading zeros or not; () is all.
+        fields: names; () is all.
+    """
+
+    wells: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
+
+    def takes_well(self, spot: PlateField) -> bool:
+        """Whether a well is among them."""
+        names = {spot.row + column for column in (spot.column, spot.column.zfill(2), spot.column.lstrip("0"))}
+        return not self.wells or any(
+            fnmatchcase(name.upper(), pattern.upper()) for name in names for pattern in self.wells
+        )
+
+    def takes_field(self, field: str) -> bool:
+        """Whether a field is among them."""
+        return not self.fields or field in self.fields

@@ -1,0 +1,118 @@
+"""Runs that measure: tables of slides, and summaries of plates."""
+
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import zarr
+from skimage.measure import regionprops_table
+
+from cellseg_batch.engine import measuring
+from cellseg_batch.engine.errors import OutputError
+from cellseg_batch.engine.object_table import read_account
+from cellseg_batch.trainer.bundle import Instances, load_bundle, save_bundle
+from tests.conftest import blobs, fill_ome_zarr, labels_of, write_ome_zarr
+from tests.test_slides import write_plate
+
+
+@pytest.fixture
+def measure(segment, tiny_bundle, tmp_path):
+    """Run with --objects and a model whose every component of the foreground is an object."""
+    card = replace(tiny_bundle.card, instances=Instances(seed_level=-1.0, smallest_seed=3, growth=1))
+    save_bundle(replace(tiny_bundle, card=card), tmp_path / "model")
+    return partial(segment, model=str(tmp_path / "model"), objects=True)
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_a_run_measures_what_it_writes(tmp_path, measure, version):
+    pixels = blobs(200, 260)
+    path = write_ome_zarr(tmp_path / "a.zarr", pixels, version=version)
+    report = measure(path)
+    (slide,) = report.slides
+    assert (slide.status, report.plates) == ("done", [])
+    labels = labels_of(report)
+    table = pq.read_table(slide.table)
+    light, names = np.moveaxis(pixels, 0, -1), ("label", "area", "bbox", "intensity_mean", "perimeter")
+    expected = regionprops_table(labels, light, names)
+    assert len(table) == slide.objects == labels.max() > 20
+    assert table["id"].to_pylist() == expected["label"].tolist()
+    assert table["area"].to_pylist() == expected["area"].tolist()
+    assert table["bbox_x1"].to_pylist() == expected["bbox-3"].tolist()
+    np.testing.assert_allclose(table["intensity_mean_blue"], expected["intensity_mean-2"])
+    np.testing.assert_allclose(table["perimeter"], expected["perimeter"])
+    assert 0.5 < np.mean(table["mean_probability"]) <= 1  # of nothing but foreground
+    account = read_account(Path(slide.table))
+    assert account["provenance"]["model"]["sha256"] == load_bundle(tmp_path / "model").sha256
+    assert account["segmented_channels"] == ["red", "green", "blue"]
+    left = {path.suffix for path in Path(slide.table).parent.rglob("*") if path.is_file()}
+    assert left <= {".json", ".parquet", ".npz", ".npy"}
+    assert not list(Path(slide.table).parent.glob("scratch/*"))
+    assert measure(path).slides[0].status == "skipped"
+
+
+def test_tables_do_not_depend_on_blocks_and_workers(tmp_path, measure):
+    tables = []
+    for block, workers in ((96, 1), (128, 3), (400, 2)):
+        path = write_ome_zarr(tmp_path / str(block) / "a.zarr", blobs(300, 250))
+        tables.append(pq.read_table(measure(path, block=block, workers=workers).slides[0].table))
+    assert tables[0].equals(tables[1])
+    assert tables[0].equals(tables[2])
+
+
+@pytest.mark.parametrize("victim", ["write_part", "write_table"])
+def test_a_run_that_failed_while_it_measured_ends_with_the_same_table(tmp_path, measure, monkeypatch, victim):
+    whole = write_ome_zarr(tmp_path / "whole" / "a.zarr", blobs(300, 250))
+    broken = write_ome_zarr(tmp_path / "broken" / "a.zarr", blobs(300, 250))
+    expected = pq.read_table(measure(whole).slides[0].table)
+
+    def full(*_):
+        raise OutputError("a disk", expected="room", found="none", remedy="make room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, victim, full)
+        assert measure(broken).slides[0].status == "failed"
+    report = measure(broken)
+    assert report.slides[0].status == "done"
+    assert pq.read_table(report.slides[0].table).equals(expected)
+
+
+def test_a_plate_is_summarised_with_the_reasons_of_its_failed_fields(tmp_path, measure):
+    plate = write_plate(tmp_path / "plate.zarr", ["A/01", "B/02"], ["0", "1"])
+    for number, field in enumerate(sorted(plate.glob("*/*/*"))):
+        if field.is_dir():
+            fill_ome_zarr(zarr.open_group(str(field), mode="w"), field, blobs(90, 100, 1, seed=number), levels=1)
+    shutil.rmtree(plate / "B" / "02" / "1" / "0")
+    report = measure(plate)
+    (summary,) = report.plates
+    assert (summary.wells, summary.fields, summary.failed) == (2, 4, 1)
+    assert summary.folder == str(tmp_path / "plate.zarr.cellseg" / "cellseg.plate")
+    first, second = pq.read_table(Path(summary.folder) / "wells.parquet").to_pylist()
+    counts = [slide.objects for slide in report.slides]
+    assert (first["well"], first["count"]) == ("A01", counts[0] + counts[1])
+    assert (second["well"], second["count"], second["failed_fields"]) == ("B02", counts[2], 1)
+    assert "none of them in the store" in second["reason"]
+    foreground = [slide.foreground_fraction for slide in report.slides[:2]]
+    assert first["confluence"] <= np.mean(foreground) + 1e-9
+    assert first["focus"] > 0
+    fields = pq.read_table(Path(summary.folder) / "fields.parquet").to_pylist()
+    assert [one["status"] for one in fields] == ["done", "done", "done", "failed"]
+    assert (Path(summary.folder) / "heatmap.png").stat().st_size > 10_000
+    again = measure(plate, wells=("B*",))
+    assert [slide.status for slide in again.slides] == ["skipped", "failed"]
+    assert again.plates[0].wells == 1
+
+
+def test_json_names_tables_and_plates(tmp_path, command, tiny_model):
+    plate = write_plate(tmp_path / "plate.zarr", ["A/01"], ["0"])
+    options = ["--model", tiny_model, "--backend", "torch", "--precision", "fp32", "--json", tmp_path / "r.json"]
+    code, printed = command("run", plate, "--objects", *options)
+    assert code == 0, printed
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert Path(report["slides"][0]["table"]).exists()
+    assert report["plates"][0]["fields"] == 1
+    assert "1 wells, 1 fields" in printed
