@@ -74,6 +74,11 @@ def test_the_shipped_model_is_shown_large_nuclei_shrunk(tmp_path, segment, radiu
     assert overlap > 0.9 * np.count_nonzero(disks(512, radius))
 
 
+def test_large_nuclei_that_the_model_does_not_see_whole_are_large_nuclei():
+    seen = {4: disks(120, 20), 2: disks(240, 40) & (np.arange(240) % 12 < 1), 1: np.zeros((480, 480), bool)}
+    assert pick_shrink({"2": 15.0, "4": 29.0}, lambda factor: [seen[factor]]) == 4
+
+
 @pytest.fixture
 def shrinking_model(tiny_model, tmp_path):
     """The small model, which wants whatever it finds shrunk by two."""

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 # Large nuclei cover up to 1.3 times as much as in the image shrunk half as much, crowds that melt into one 1.7 times
-# and more (measured on the validation images).
-_MELTING = 1.45
+# and more (measured on the validation images).  Four times as much no crowd can: what it leaves free is too little.
+_MELTING = (1.45, 4.0)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def pick_shrink(widths: dict[str, float], masks_at: Callable[[int], Iterable[NDA
     """By how much to shrink an image, 1 for not at all.
 
     A factor is taken if objects are wide enough in the image shrunk by it, unless they cover far less in the image
-    shrunk half as much: then they are a crowd of small ones that melts into one.
+    shrunk half as much: then they are a crowd of small ones that melts into one.  Where that image shows next to
+    nothing they are large ones that the model does not see there.
 
     Args:
         widths: of the model's card: factor -> width in px of the image shrunk by it from which on it is used.
@@ -65,9 +66,14 @@ def pick_shrink(widths: dict[str, float], masks_at: Callable[[int], Iterable[NDA
     factors = sorted((int(name) for name in widths), reverse=True)
     for position, factor in enumerate(factors):
         found = at(factor)
-        if found.width >= widths[str(factor)] and found.share <= _MELTING * at(factor // 2).share:
+        if found.width >= widths[str(factor)] and not _melts(found.share, at(factor // 2).share):
             return factor
         # Twice as large an image shows everything twice as wide; what is still too narrow then need not be looked at.
         if all(found.width * factor / other < widths[str(other)] for other in factors[position + 1 :]):
             return 1
     return 1
+
+
+def _melts(share: float, finer: float) -> bool:
+    least, most = _MELTING
+    return least * finer < share < most * finer
