@@ -1,6 +1,7 @@
 """Score a bundle on annotated images: pixels, instances and speed, per kind of image and overall.
 
-It runs the plain network on whole images; the engine's own result on the same images is what ``run`` writes.
+It runs the plain network on whole images, mirrored at their edges as the engine does; the engine's own result on the
+same images is what ``run`` writes.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ def _show(network: nn.Module, sample: Sample, bundle: Bundle, limit: float) -> t
     @cache
     def logits_at(factor: int) -> NDArray[np.float32]:
         shown = network if factor == 1 else Shrunk(factor, network)
-        return predict_logits(shown, sample.pixels, factor * bundle.card.total_stride, "fp32").numpy()
+        stride, margin = factor * bundle.card.total_stride, factor * bundle.card.margin
+        return predict_logits(shown, sample.pixels, stride, "fp32", margin).numpy()
 
     def masks_at(factor: int) -> list[NDArray[np.bool_]]:
         return [logits_at(factor)[0, factor // 2 :: factor, factor // 2 :: factor] > limit]

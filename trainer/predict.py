@@ -11,7 +11,9 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 @torch.inference_mode()
-def predict_logits(network: nn.Module, pixels: NDArray[np.float32], total_stride: int, precision: str) -> Tensor:
+def predict_logits(
+    network: nn.Module, pixels: NDArray[np.float32], total_stride: int, precision: str, margin: int = 0
+) -> Tensor:
     """Logits (K, H, W) float32 on the CPU of an image (H, W, C) in [0, 1], padded by reflection to the total stride.
 
     Args:
@@ -19,12 +21,14 @@ def predict_logits(network: nn.Module, pixels: NDArray[np.float32], total_stride
         pixels: the image.
         total_stride: px; the network takes multiples of it.
         precision: fp32, bf16 or fp16.
+        margin: px that the image is mirrored at its edges, as the engine does.
     """
     height, width = pixels.shape[:2]
-    padding = ((0, -height % total_stride), (0, -width % total_stride), (0, 0))
+    below, right = -(height + 2 * margin) % total_stride, -(width + 2 * margin) % total_stride
+    padding = ((margin, margin + below), (margin, margin + right), (0, 0))
     padded = torch.from_numpy(np.pad(pixels, padding, mode="reflect")).permute(2, 0, 1)[None]
     device = next(network.parameters()).device
     with torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32"):
         logits = network(padded.to(device).contiguous(memory_format=torch.channels_last))
-    inside: Tensor = logits[0, :, :height, :width].float().cpu()
+    inside: Tensor = logits[0, :, margin : margin + height, margin : margin + width].float().cpu()
     return inside
