@@ -6,6 +6,7 @@ imported only when a cluster is asked for.
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ _CONNECT_SECONDS = 30
 _COUNT_SECONDS = 5
 _GPU = "GPU"
 # A task whose worker died comes back to the run, which knows what to do with it.
+_QUIET = {"silence_logs": logging.ERROR}
 _SCHEDULER = {"allowed_failures": 0, "dashboard": False}
 
 
@@ -107,14 +109,14 @@ def _open_processes(devices: list[str | None]) -> Pool:
     """A process for each of ``devices``, which sees only its own GPU, if any.  All listen on loopback only."""
     from distributed import Client, Nanny, Scheduler, SpecCluster
 
-    common = {"nthreads": THREADS_PER_PROCESS, "memory_limit": 0, "host": "127.0.0.1", "dashboard": False}
+    common = {"nthreads": THREADS_PER_PROCESS, "memory_limit": 0, "host": "127.0.0.1", "dashboard": False, **_QUIET}
     nannies = {}
     for number, device in enumerate(devices):
         own = {"env": {"CUDA_VISIBLE_DEVICES": device}, "resources": {_GPU: THREADS_PER_PROCESS}} if device else {}
         nannies[number] = {"cls": Nanny, "options": {**common, **own}}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", **_SCHEDULER}}
     with _left_to_the_run(signal.SIGINT, signal.SIGUSR1):
-        cluster = SpecCluster(workers=nannies, scheduler=scheduler)
+        cluster = SpecCluster(workers=nannies, scheduler=scheduler, **_QUIET)
         return DaskPool(Client(cluster), cluster.close)
 
 

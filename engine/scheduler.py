@@ -21,7 +21,7 @@ from cellseg_batch.engine.stopping import Stop
 Result = TypeVar("Result")
 
 # Short tasks are handed out several at a time: so many at most, for about so many seconds.
-_MOST_PER_CALL = 32
+_MOST_PER_CALL = 256
 _SECONDS_PER_CALL = 0.1
 # A task is handed out so often when its worker dies, each time alone: it may not be the one that killed it.
 _MOST_LOSSES = 3

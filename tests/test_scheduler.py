@@ -76,7 +76,7 @@ def test_courses_and_tasks_are_opened_only_as_workers_need_them():
     with pytest.raises(KeyboardInterrupt):
         list(run_courses((course(number) for number in range(10**9)), ThreadPool(2)))
     assert opened == [0, 1, 2], "one course is opened ahead of those that are worked on"
-    assert len(handed) <= 5000 + 2 * 2 * 32
+    assert len(handed) <= 5000 + 2 * 2 * 256
 
 
 def test_a_failing_task_fails_its_course_and_no_other():
