@@ -109,9 +109,10 @@ def measure_run(bench: Bench, folder: Path, name: str, backend: str, workers: in
     report, path = folder / "report.json", input_in(folder, name, 16384)
     device = str(bench.device.place)
     flags = ["--backend", backend, "--device", device, "--workers", str(workers), "--batch", str(batch), "--no-gate"]
-    command = [sys.executable, "-c", _RUN, "run", str(path), "--shrink", "1", "--overwrite", "-q"]
+    flags += ["--shrink", "1", "--skip-background", "off", "--overwrite", "-q"]
+    command = [sys.executable, "-c", _RUN, "run", str(path), *flags, "--json", str(report)]
     for _ in range(2):
-        done = subprocess.run([*command, *flags, "--json", report], capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             return [{"backend": backend, "missing": (done.stderr or done.stdout).strip()[-300:]}]
     figures = json.loads(report.read_text())
