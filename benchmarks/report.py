@@ -56,7 +56,7 @@ def _section(name: str, content: dict[str, Any]) -> str:
     rounds = max(len(row["rounds"]) for row in content["rows"])
     conditions = [
         *(f"{key} {value}" for key, value in about.items()),
-        f"medians of {rounds}" if rounds > 1 else "one round",
+        f"medians of {rounds} rounds" if rounds > 1 else "one round",
         f"{at['processor']}, {at['cores']} cores",
         f"load {at['load']:.1f}",
         f"commit {at['commit']}",

@@ -41,6 +41,7 @@ def profile(
     skip_background: o.SkipBackground = Settings.skip_background,
     channel: o.Channel = None,
     axes: o.Axes = None,
+    instances: o.Instances = False,
     json_file: o.Json = None,
     debug: o.Debug = False,
 ) -> None:
@@ -73,6 +74,7 @@ def profile(
             skip_background=skip_background,
             channel=channel,
             axes=axes,
+            instances=instances,
         )
         with Screen(Console(), verbosity=-1) as screen:
             found = profile_slide(slide, settings, screen)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellseg_batch.engine.background import without_background
 from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.passes import OpenSlide
@@ -57,11 +58,14 @@ def measure_alone(slide: OpenSlide, blocks: list[Block], first: float) -> Alone:
 
     reading = _timed(read, blocks)
     slide.clock.drain()
-    masks = {}
+    masks: dict[int, NDArray[np.uint8]] = {}
     for block in blocks:
         pixels = slide.reader.read(block.plane, block.read_box)
-        with slide.runner() as runner:
-            masks[block.index] = runner.segment(pixels, block).mask
+        masks[block.index] = np.zeros(block.box.shape, np.uint8)
+        shown = without_background(block, pixels, slide.plan.grid.lattice.shape, slide.plan.flat)
+        if shown.tiles:
+            with slide.runner() as runner:
+                masks[block.index] = runner.segment(pixels, shown).mask
     computing = {name: seconds for name, seconds in slide.clock.drain().items() if seconds}
     writing = _timed(lambda block: slide.labels.write(0, block.plane, block.box, masks[block.index]), blocks)
     return Alone(
