@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cellseg_batch.engine.backends.gate import Parity
+from cellseg_batch.engine.backends.gate import Parity, limits_of
 from cellseg_batch.engine.errors import BackendError
 
 # Listed always, but it wins only when it is asked for by name.
@@ -58,7 +58,7 @@ class Candidate:
     @property
     def passed(self) -> bool:
         """Whether the gate lets it run slides."""
-        return self.parity is not None and self.parity.passed
+        return self.parity is not None and self.parity.within(limits_of(self.precision))
 
     @property
     def name(self) -> str:
@@ -108,7 +108,9 @@ class Certificate:
         able = [one for one in fitting if one.parity is not None and (one.passed or not gate)]
         if able:
             return max(able, key=lambda one: one.mpx_per_s)
-        failed = [f"{one.name} {one.parity.text}" for one in fitting if one.parity is not None]
+        failed = [
+            f"{one.name} {one.parity.text(limits_of(one.precision))}" for one in fitting if one.parity is not None
+        ]
         missing = [f"{one.name}: {one.missing}" for one in fitting if one.missing]
         raise BackendError(
             f"--backend {backend} --precision {precision}",

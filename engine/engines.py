@@ -216,6 +216,11 @@ class Engines:
             if sum(areas[one] for one in self._feeds) > room:
                 del self._feeds[key]
 
+    def drop_probes(self) -> None:
+        """Give back what `probe` has made."""
+        with self.turn:
+            self._probes.clear()
+
     def probe(self, backend: Backend, shape: Shape, dtype: DTypeLike) -> Feed:
         """The model compiled for windows that show how large nuclei are: small, so a few are kept.
 

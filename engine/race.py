@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from cellseg_batch.engine.artefacts import Artefacts, Key
 from cellseg_batch.engine.backends.backend import Backend, Shape
 from cellseg_batch.engine.backends.choose import REFERENCE, candidates, make_backend, why_not
-from cellseg_batch.engine.backends.gate import TILE, Parity, logits_of, measure_parity, real_tiles
+from cellseg_batch.engine.backends.gate import TILE, Parity, limits_of, logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.certificate import Candidate, Certificate, Request
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.feed import Feed
@@ -141,7 +141,7 @@ def worst_parity(
     if (of_bytes := backend.compile_bytes(shape)) is not None:
         ways.append(lambda tile: of_bytes(_as_bytes(tile), 0.0, 1 / 255))
     parities = [measure_parity(logits_of(way, tiles), expected, threshold) for way in ways]
-    return min(parities, key=lambda parity: (parity.passed, -parity.flipped))
+    return min(parities, key=lambda parity: (parity.within(limits_of(backend.precision)), -parity.flipped))
 
 
 def _fed(backend: Backend, shape: Shape, pixels: NDArray[np.uint8]) -> Callable[[], object]:

@@ -35,7 +35,11 @@ def settle_shrink(plan: SlidePlan, settings: Settings, engines: Engines, reader:
         return settings.shrink
     card = engines.bundle.card
     widths = {name: width for name, width in card.shrink.items() if _fits(plan, settings, engines.bundle, int(name))}
-    return pick_shrink(widths, lambda factor: _masks(plan, engines, factor, reader)) if widths else 1
+    factor = pick_shrink(widths, lambda factor: _masks(plan, engines, factor, reader)) if widths else 1
+    if plan.tiles > plan.grid.planes:
+        # Their memory is better given to large tiles; for small images it would cost too much to make them anew.
+        engines.drop_probes()
+    return factor
 
 
 def shrink_plan(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: int) -> SlidePlan:

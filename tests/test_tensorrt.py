@@ -7,7 +7,7 @@ import torch
 from cellseg_batch.engine.artefacts import Artefacts
 from cellseg_batch.engine.backends.choose import make_backend
 from cellseg_batch.engine.backends.cuda import Device
-from cellseg_batch.engine.backends.gate import logits_of, measure_parity, real_tiles
+from cellseg_batch.engine.backends.gate import limits_of, logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.backends.tensorrt_backend import TensorRtBackend, load_libraries
 from cellseg_batch.engine.models import load_model
 
@@ -35,7 +35,7 @@ def test_masks_of_real_tiles_agree_with_torch_fp32(bundle, backend, tiles):
     logits, expected = (logits_of(one.compile(shape), tiles) for one in (backend, reference))
     parity = measure_parity(logits, expected, bundle.card.threshold)
     print(parity)
-    assert parity.passed, parity
+    assert parity.within(limits_of("fp16")), parity
 
 
 def test_the_engine_is_half(bundle, backend, tiles):
