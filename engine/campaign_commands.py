@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -36,6 +37,7 @@ def plan(
     skip_background: o.SkipBackground = Settings.skip_background,
     channel: o.Channel = None,
     axes: o.Axes = None,
+    instances: o.Instances = False,
     probability: o.Probability = False,
     json_file: o.Json = None,
     debug: o.Debug = False,
@@ -66,6 +68,7 @@ def plan(
             skip_background=skip_background,
             channel=channel,
             axes=axes,
+            instances=instances,
             probability=probability,
         )
         check_json(json_file)
@@ -74,3 +77,59 @@ def plan(
         print_estimate(found, console)
         write_json(json_file, found.to_json())
     raise typer.Exit(bool(found.refused))
+
+
+def status(
+    slides: Annotated[list[Path], typer.Argument(help="The inputs of a run, or its output folder.")],
+    output: o.Output = None,
+    name: o.Name = Settings.name,
+    json_file: o.Json = None,
+    debug: o.Debug = False,
+) -> None:
+    """Say how far the run over SLIDES is, on whatever machine it runs; exit 1 if an image failed."""
+    from cellseg_batch.engine.status import print_status, read_status
+
+    with plain_errors(debug):
+        check_json(json_file)
+        found = read_status(slides, name, output)
+        print_status(found, Console())
+        write_json(json_file, found.to_json())
+    raise typer.Exit(bool(found.counts["failed"]))
+
+
+def verify(
+    slides: Annotated[list[Path], typer.Argument(help="The inputs of a run, or its output folder.")],
+    output: o.Output = None,
+    name: o.Name = Settings.name,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Blocks that are read at a time.")
+    ] = Settings.workers,
+    forget: Annotated[bool, typer.Option("--forget", help="Let the next run make damaged blocks again.")] = False,
+    json_file: o.Json = None,
+    debug: o.Debug = False,
+) -> None:
+    """Read back every block of a run and compare it with its checksum; exit 1 if one is damaged."""
+    from cellseg_batch.engine.verify import print_verdict
+    from cellseg_batch.engine.verify import verify as verify_output
+
+    with plain_errors(debug):
+        check_json(json_file)
+        found = verify_output(slides, name, output, workers, forget)
+        print_verdict(found, Console())
+        write_json(json_file, found.to_json())
+    raise typer.Exit(bool(found.damages))
+
+
+def report(
+    slides: Annotated[list[Path], typer.Argument(help="The inputs of a run, or its output folder.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The page to write.")] = Path("report.html"),
+    output: o.Output = None,
+    name: o.Name = Settings.name,
+    debug: o.Debug = False,
+) -> None:
+    """Write one HTML page about the run over SLIDES, which may still go on: figures, charts, failures, pictures."""
+    from cellseg_batch.engine.page import write_page
+
+    with plain_errors(debug):
+        found = write_page(slides, out, name, output)
+        Console().print(f"{out}: {len(found.slides)} images", highlight=False, soft_wrap=True)

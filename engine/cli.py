@@ -273,6 +273,9 @@ def doctor(debug: o.Debug = False) -> None:
 
 for command in (
     campaign_commands.plan,
+    campaign_commands.status,
+    campaign_commands.verify,
+    campaign_commands.report,
     measure_commands.profile,
     result_commands.preview,
     trainer_commands.train,

@@ -6,19 +6,22 @@ the passes do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from cellseg_batch.engine.errors import OutputError
+from cellseg_batch.engine.errors import OutputError, SlideError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.writer import ImageWriter
 from cellseg_batch.engine.written import checksum
 
 _SAMPLE = 4
+# (path of an image in its store, level, plane, box) -> pixels (h, w)
+Read = Callable[[str, int, int, Box], NDArray[Any]]
 
 
 def demand_complete(journal: Journal, images: list[ImageWriter], parts: Iterable[tuple[str, int]]) -> None:
@@ -32,10 +35,15 @@ def demand_complete(journal: Journal, images: list[ImageWriter], parts: Iterable
     Raises:
         OutputError: something is missing or differs.
     """
+    by_path = {image.path: image for image in images}
+
+    def read(path: str, level: int, plane: int, box: Box) -> NDArray[Any]:
+        return by_path[path].read(level, plane, box)
+
     for part, count in parts:
         missing = list(islice(journal.missing(part, count), 1))
         sample = {int(number) for number in np.linspace(0, count - 1, min(count, _SAMPLE))}
-        wrong = missing or [number for number in sample if any(differences(images, journal.get(part, number) or {}))]
+        wrong = missing or [number for number in sample if any(differences(read, journal.get(part, number) or {}))]
         if wrong:
             raise OutputError(
                 str(journal.folder),
@@ -46,19 +54,18 @@ def demand_complete(journal: Journal, images: list[ImageWriter], parts: Iterable
             )
 
 
-def differences(images: list[ImageWriter], record: dict[str, Any]) -> Iterator[str]:
+def differences(read: Read, record: dict[str, Any]) -> Iterator[str]:
     """What a record's task wrote and is no longer so on disk, one line each.
 
     Args:
-        images: that are written.
+        read: gives the pixels (h, w) of a box of a plane of a level of the image at a path in its store.
         record: of the journal.
     """
-    by_path = {image.path: image for image in images}
     for path, level, plane, corners, noted in record.get("written", ()):
         where = f"{path}/{level}, plane {plane}, {corners[0]}:{corners[2]}, {corners[1]}:{corners[3]}"
         try:
-            pixels = by_path[path].read(level, plane, Box(*corners))
-        except OutputError as error:
+            pixels = read(path, level, plane, Box(*corners))
+        except SlideError as error:
             yield f"{where}: {error.detail}"
             continue
         if checksum(pixels) != noted:

@@ -23,7 +23,8 @@ from yaozarrs import v05
 from cellseg_batch.engine.errors import CellsegError, OutputError, UsageError, writing_to
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.image_layout import channel_count, channel_groups, halve, lay_out_image
-from cellseg_batch.engine.journal import Journal
+from cellseg_batch.engine.journal import Journal, sweep_partials
+from cellseg_batch.engine.lock import LOCK_SUFFIX, Locks
 from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.scheduler import Course, ThreadPool, Work, run_courses
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, find_images
@@ -82,8 +83,12 @@ def convert(
     found(sum(math.prod(one.levels[0].shape) for one in images if isinstance(one, Slide)))
     paths = [one.name.partition("/")[2] if len(images) > 1 else "" for one in images]
     pairs = zip(images, paths, strict=True)
-    courses = (_course(image, target, path, overwrite, advanced) for image, path in pairs)
-    yield from run_courses(courses, ThreadPool(workers))
+    locks = Locks()
+    courses = (_course(image, target, path, overwrite, advanced, locks) for image, path in pairs)
+    try:
+        yield from run_courses(courses, ThreadPool(workers))
+    finally:
+        locks.close()
 
 
 def print_conversions(
@@ -124,7 +129,7 @@ def _refuse_target(source: Path, target: Path) -> None:
 
 
 def _course(
-    image: Slide | Broken, store: Path, path: str, overwrite: bool, advanced: Callable[[int], None]
+    image: Slide | Broken, store: Path, path: str, overwrite: bool, advanced: Callable[[int], None], locks: Locks
 ) -> Course[Conversion]:
     """Convert one image; whatever goes wrong with it is in what comes back."""
     target = str(store / path)
@@ -136,11 +141,14 @@ def _course(
     layout = lay_out_image(image)
     journal = Journal(store.with_name(store.name + JOURNAL_SUFFIX) / path / "convert")
     copy = _Copy(image, ImageWriter(store, path, layout), journal)
+    lock = journal.folder.with_name(journal.folder.name + LOCK_SUFFIX)
     try:
-        finished = copy.begin(overwrite)
-        if not finished:
-            yield from copy.passes(advanced)
-            copy.complete()
+        with locks.hold(lock):
+            finished = copy.begin(overwrite)
+            if not finished:
+                yield from copy.passes(advanced)
+                locks.check(lock)
+                copy.complete()
         return Conversion(image.location, target, "skipped" if finished else "done", shapes=layout.shapes)
     except CellsegError as error:
         return Conversion(image.location, target, "failed", error.detail)
@@ -183,6 +191,8 @@ class _Copy:
                     remedy="choose another name, or --overwrite to replace it",
                 )
             if self.journal.numbers("created"):
+                for left_behind in (folder, self.journal.folder):
+                    sweep_partials(left_behind)
                 return self.journal.finished() is not None
         self.journal.start(manifest)
         self.writer.create_empty({OUTPUT_MARK: {"kind": "unfinished conversion"}})

@@ -26,6 +26,7 @@ from cellseg_batch.engine.campaign import run_images
 from cellseg_batch.engine.errors import SlideError
 from cellseg_batch.engine.geometry import BlockGrid, Box
 from cellseg_batch.engine.models import load_model
+from cellseg_batch.engine.passes import output_images
 from cellseg_batch.engine.pipeline import passes_of
 from cellseg_batch.engine.place import place_output, refuse_output_inside
 from cellseg_batch.engine.plan import SlidePlan, plan_slide
@@ -35,7 +36,7 @@ from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.slide import Broken, Slide
 from cellseg_batch.engine.stages import StageClock
-from cellseg_batch.engine.writer import Layout, lay_out
+from cellseg_batch.engine.writer import Layout
 from cellseg_batch.trainer.bundle import Card
 
 # Tiles along a side of what is measured.
@@ -165,17 +166,16 @@ def _lay(image: Slide | Broken, settings: Settings, card: Card) -> tuple[SlideEs
         plan = plan_slide(image, place, settings, card, {"normalisation": {"low": 0.0, "high": 1.0}})
     except SlideError as error:
         return SlideEstimate(image.location, error.detail), None
-    layout = lay_out(image, plan.level.level, plan.grid, place.zarr_format)
-    outputs = 1 + settings.probability
-    pixels = sum(math.prod(shape) for shape in layout.shapes)
+    layouts = [one.layout for one in output_images(plan) if one is not None]
+    pixels = sum(math.prod(shape) for shape in layouts[0].shapes)
     entry = SlideEstimate(
         path=image.location,
         pixels=plan.pixels,
         blocks=len(plan.grid),
         tiles=plan.tiles,
         bytes_in=pixels_read(plan.grid) * len(plan.channels.indices) * np.dtype(image.dtype).itemsize,
-        bytes_out=outputs * pixels * np.dtype(layout.dtype).itemsize,
-        files=outputs * most_files(layout) + most_records([one.count for one in passes_of(plan)]),
+        bytes_out=pixels * sum(np.dtype(layout.dtype).itemsize for layout in layouts),
+        files=sum(map(most_files, layouts)) + most_records([one.count for one in passes_of(plan)]),
     )
     return entry, plan
 

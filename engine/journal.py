@@ -76,6 +76,14 @@ class Journal:
         """Numbers of the items of ``part`` that are on disk."""
         return {int(path.stem) for path in (self.folder / part).glob("*/*.json")}
 
+    def begun(self) -> float:
+        """POSIX time at which the manifest was written."""
+        return (self.folder / "manifest.json").stat().st_mtime
+
+    def times(self, part: str) -> list[float]:
+        """POSIX time at which each item of ``part`` came to be on disk, in no particular order."""
+        return [path.stat().st_mtime for path in (self.folder / part).glob("*/*.json")]
+
     def missing(self, part: str, count: int) -> Iterator[int]:
         """Numbers below ``count`` of the items of ``part`` that are not on disk, looked up as they are asked for."""
         for first in range(0, count, _BUCKET):
@@ -90,6 +98,12 @@ class Journal:
     def finish(self, content: dict[str, Any]) -> None:
         """Close the journal: every part is on disk."""
         write_json(self.folder / "finished.json", content)
+
+    def forget(self, part: str, number: int) -> None:
+        """Item ``number`` of ``part`` is to be made again."""
+        with writing_to(self.folder, "a journal"):
+            for path in (self._path(part, number), self.folder / "finished.json"):
+                path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Forget everything."""

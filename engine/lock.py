@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ import psutil
 from cellseg_batch.engine.errors import OutputError, writing_to
 
 LEASE_SECONDS = 120.0
+LOCK_SUFFIX = ".lock"
 
 
 class BusyError(OutputError):
@@ -114,6 +116,14 @@ class Locks:
             return False  # it was given back meanwhile; the next look will tell
         finally:
             probe.unlink()
+
+
+def is_held(path: Path) -> bool:
+    """Whether the lock at ``path`` was renewed within its lease, by this machine's clock; nothing is touched."""
+    try:
+        return time.time() - path.stat().st_mtime < LEASE_SECONDS
+    except FileNotFoundError:
+        return False
 
 
 def _create(path: Path, token: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from cellseg_batch.engine.errors import OutputError, UsageError
+from cellseg_batch.engine.lock import LOCK_SUFFIX
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, OUTPUT_SUFFIX
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, zarr_root
 from cellseg_batch.engine.slides.slide import Slide
@@ -86,7 +87,7 @@ class Place:
     @property
     def lock(self) -> Path:
         """File that says which run is at work."""
-        return self.journal.with_name(f"{self.name}.lock")
+        return self.journal.with_name(self.name + LOCK_SUFFIX)
 
 
 def place_output(slide: Slide, name: str, output: Path | None) -> Place:

@@ -5,6 +5,7 @@ Both are tasks for any worker, as blocks are.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -163,7 +164,11 @@ def _manifest(plan: SlidePlan, engines: Engines, backend: Backend) -> dict[str, 
 
 def _create_outputs(plan: SlidePlan, engines: Engines, backend: Backend, journal: Journal) -> None:
     place, manifest = plan.place, _manifest(plan, engines, backend)
-    journal.start(manifest)
+    # For whoever reads the journal alone, wherever it and the stores beside it may have been moved to together.
+    passes = {one.part: one.count for one in passes_of(plan)}
+    folders = {place.labels: place.labels_folder, place.probability: place.probability_folder}
+    images = {path: os.path.relpath(folder, journal.folder) for path, folder in folders.items()}
+    journal.start({**manifest, "passes": passes, "images": images})
     provenance = {**manifest, "certificate": engines.certificate_of(backend)}
     labels, probability = output_images(plan)
     labels.create("mask" if plan.instances is None else "instances", place.source, provenance)

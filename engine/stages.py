@@ -6,9 +6,24 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 STAGES = ("read", "upload", "gather", "model", "stitch", "seeds", "growth", "measure", "write", "pyramid")
+
+
+_own: ContextVar[dict[str, float] | None] = ContextVar("own", default=None)
+
+
+@contextmanager
+def noting_seconds() -> Iterator[dict[str, float]]:
+    """Busy seconds of this thread alone in each stage, while the context lasts."""
+    seconds: dict[str, float] = {}
+    token = _own.set(seconds)
+    try:
+        yield seconds
+    finally:
+        _own.reset(token)
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,9 @@ class StageClock:
     def worked(self, name: str, seconds: float) -> None:
         """Count ``seconds`` of work that has just ended, perhaps on another device."""
         end = time.perf_counter()
+        own = _own.get()
+        if own is not None:
+            own[name] = own.get(name, 0.0) + seconds
         with self._lock:
             self.seconds[name] += seconds
             if self._keep:

@@ -27,7 +27,7 @@ from cellseg_batch.engine.plan import SlideJob, SlidePlan
 from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.runner import AnyRunner, Runner
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.stages import StageClock
+from cellseg_batch.engine.stages import StageClock, noting_seconds
 from cellseg_batch.engine.written import noting_writes
 
 # Slides that nothing works on stay open, as their next block is often on its way.
@@ -130,10 +130,10 @@ class Worker:
         with self.opened(job) as slide:
             if slide.journal.has(work.part, number):
                 return  # by a worker that died before it could say so
-            with noting_writes() as written:
+            with noting_writes() as written, noting_seconds() as seconds:
                 record = work.task(slide, number)
             with self.clock.stage("write"):
-                slide.journal.record(work.part, number, {**record, "written": written})
+                slide.journal.record(work.part, number, {**record, "written": written, "seconds": seconds})
 
     def warm_up(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> None:
         """Segment one tile, so that everything is compiled and its memory can be seen."""

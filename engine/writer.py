@@ -138,8 +138,7 @@ class ImageWriter:
             OutputError: the store cannot be written.
         """
         metadata = _image_metadata(self.layout, self.path.rsplit("/", 1)[-1], source, kind)
-        mark = {"kind": kind, **provenance}
-        self.create_empty({OUTPUT_MARK: mark, **metadata})
+        self.create_empty({OUTPUT_MARK: {"kind": kind, **provenance}, **metadata})
 
     def create_empty(self, attributes: dict[str, Any]) -> None:
         """Make the groups and empty arrays, in place of whatever was there.
@@ -166,9 +165,8 @@ class ImageWriter:
         if dtype == self.layout.dtype:
             return
         with writing_to(self.folder, "a store"):
-            attributes = zarr.open_group(
-                str(self.store), path=self.path, mode="r", use_consolidated=False
-            ).attrs.asdict()
+            group = zarr.open_group(str(self.store), path=self.path, mode="r", use_consolidated=False)
+            attributes = group.attrs.asdict()
         self.layout = replace(self.layout, dtype=dtype)
         self._arrays.clear()
         self.create_empty(attributes)
@@ -192,8 +190,11 @@ class ImageWriter:
         with writing_to(self.folder, "a store"):
             array = self._array(level)
             place: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
+            files = [self.folder / str(level) / key for key in self._files(level, plane, box)]
+            for file in files:  # zarr would read a shard at the edge first, and stumble over a damaged one
+                file.unlink(missing_ok=True)
             array[place] = pixels
-            for file in map((self.folder / str(level)).joinpath, self._files(level, plane, box)):
+            for file in files:
                 if file.exists():  # a chunk of nothing but background has none
                     sync_file(file)
         note_write(self.path, level, plane, box, pixels.astype(array.dtype, copy=False))

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cellseg_batch.engine.image_layout import channel_groups, halve, lay_out_image
 from cellseg_batch.engine.journal import Journal
+from cellseg_batch.engine.lock import Locks
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.slide import Slide
 from tests.conftest import blobs, write_ome_zarr
@@ -77,6 +78,15 @@ def test_plain_arrays_of_any_axes(tmp_path, command, axes, shape, dtype):
     np.testing.assert_array_equal(pixels_of(tmp_path / "b.zarr"), pixels)
 
 
+def test_the_distance_of_planes_is_kept(tmp_path, command):
+    metadata = {"axes": "ZYX", "PhysicalSizeX": 0.25, "PhysicalSizeZ": 1500.0, "PhysicalSizeZUnit": "nm"}
+    tifffile.imwrite(tmp_path / "a.ome.tif", np.zeros((3, 600, 700), np.uint8), metadata=metadata, ome=True)
+    command("convert", tmp_path / "a.ome.tif", tmp_path / "b.zarr")
+    slide = only(tmp_path / "b.zarr")
+    assert [level.scale for level in slide.levels] == [(1.5, 0.25, 0.25), (1.5, 0.5, 0.5)]
+    assert slide.units == ("micrometer",) * 3
+
+
 def test_axes_come_in_the_order_of_the_specification(tmp_path, command):
     pixels = np.random.default_rng(0).integers(0, 255, (5, 40, 3, 30, 2), dtype=np.uint8)  # z y t x c
     array = zarr.create_array(str(tmp_path / "a.zarr"), shape=pixels.shape, dtype="uint8", chunks=(1, 16, 1, 16, 2))
@@ -123,6 +133,19 @@ def test_a_killed_conversion_goes_on_and_ends_with_the_same_files(tmp_path, comm
     for level in (0, 1):
         np.testing.assert_array_equal(pixels_of(tmp_path / "b.zarr", level), pixels_of(tmp_path / "whole.zarr", level))
     assert "skipped" in command("convert", tmp_path / "a.tif", tmp_path / "b.zarr")[1]
+
+
+def test_two_conversions_into_one_store_never_meet(tmp_path, command):
+    write_ome_tiff(tmp_path / "a.ome.tif")
+    locks = Locks()
+    with locks.hold(tmp_path / "b.zarr.cellseg" / "convert.lock"):
+        code, said = command("convert", tmp_path / "a.ome.tif", tmp_path / "b.zarr")
+    locks.close()
+    assert code == 1
+    assert "no other run" in said
+    assert not (tmp_path / "b.zarr").exists()
+    assert command("convert", tmp_path / "a.ome.tif", tmp_path / "b.zarr")[0] == 0
+    assert not list(tmp_path.rglob("*.lock"))
 
 
 def test_what_is_in_the_way_is_never_touched(tmp_path, command):

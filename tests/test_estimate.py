@@ -40,6 +40,13 @@ def test_counts_are_those_of_the_run(tmp_path, segment, usual, watcher, version,
     assert one.seconds > 0
 
 
+def test_instances_take_four_bytes_a_pixel(tmp_path, usual):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(200, 200), levels=1)
+    mask, ids = (announced(path, usual, instances=instances).slides[0] for instances in (False, True))
+    assert (mask.bytes_out, ids.bytes_out) == (200 * 200, 4 * 200 * 200)
+    assert ids.files > mask.files
+
+
 def test_time_is_shared_by_processes(tmp_path, usual):
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(200, 200))
     found = announced(path, usual, processes=4)

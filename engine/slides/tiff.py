@@ -56,18 +56,18 @@ def _slide(tiff: tifffile.TiffFile, number: int, path: Path, name: str, inside: 
             remedy="name them, for example --axes zyx",
         )
     pixel_size = _pixel_size_um(tiff, number)
+    sizes = {"y": pixel_size, "x": pixel_size, "z": _ome_size_um(_ome_pixels(tiff, number), "Z")}
     levels = []
     for index, level in enumerate(series.levels):
         shrink = series.shape[axes.index("x")] / level.shape[axes.index("x")]
-        size = (pixel_size or 1.0) * shrink
-        scale = tuple(size if axis in "yx" else 1.0 for axis in axes)
+        scale = tuple((sizes.get(axis) or 1.0) * (shrink if axis in "yx" else 1.0) for axis in axes)
         page = level.keyframe
         chunk = {"y": page.chunks[0], "x": page.chunks[1]} if len(page.chunks) >= 2 else {}
         chunk["c"] = page.samplesperpixel if "S" in series.axes else 1
         chunks = tuple(chunk.get(axis, 1) for axis in axes)
         levels.append(Level(str(index), tuple(level.shape), chunks, scale, (0.0,) * len(axes)))
     rgb = "S" in series.axes and series.keyframe.samplesperpixel >= 3
-    units = tuple("micrometer" if pixel_size and axis in "yx" else None for axis in axes)
+    units = tuple("micrometer" if sizes.get(axis) else None for axis in axes)
     return Slide(
         name=name,
         store=path,
@@ -108,9 +108,7 @@ def _pixel_size_um(tiff: tifffile.TiffFile, number: int) -> float | None:
         found = tifffile.tifffile.svs_description_metadata(page.description).get("MPP")
         return float(found) if found else None
     if tiff.is_ome:
-        pixels = _ome_pixels(tiff, number)
-        factor = _UM_PER_OME_UNIT.get(pixels.get("PhysicalSizeXUnit", "µm"))
-        return float(pixels["PhysicalSizeX"]) * factor if factor and "PhysicalSizeX" in pixels else None
+        return _ome_size_um(_ome_pixels(tiff, number), "X")
     resolution, unit = page.tags.get("XResolution"), page.tags.get("ResolutionUnit")
     if resolution is None or unit is None or not resolution.value[0]:
         return None
@@ -121,6 +119,12 @@ def _pixel_size_um(tiff: tifffile.TiffFile, number: int) -> float | None:
     size = um_per_unit / pixels_per_unit
     # 72, 96 and 300 dpi are what programs write when they know nothing; no slide has pixels of 84 µm and more.
     return size if size < 20 else None
+
+
+def _ome_size_um(pixels: dict[str, Any], axis: str) -> float | None:
+    factor = _UM_PER_OME_UNIT.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+    size = pixels.get(f"PhysicalSize{axis}")
+    return float(size) * factor if size and factor else None
 
 
 def _ome_pixels(tiff: tifffile.TiffFile, number: int) -> dict[str, Any]:
