@@ -46,6 +46,7 @@ def main() -> None:
         gate=False,
         shrink=1,
         skip_background="off",
+        overwrite=True,
         tile=_TILE,
         block=_BLOCK,
     )

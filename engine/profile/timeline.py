@@ -15,7 +15,7 @@ from cellseg_batch.engine.stages import Interval
 IDLE = "scheduler"
 """The share of the time in which nothing that is counted goes on: planning, scheduling, Python."""
 
-_HOST = ("read", "upload", "seeds", "growth", "write", "pyramid", IDLE)
+_HOST = ("read", "upload", "seeds", "growth", "measure", "write", "pyramid", IDLE)
 
 
 def on_device(stage: str) -> bool:
