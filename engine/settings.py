@@ -94,7 +94,7 @@ class Settings:
     stitch: str = "crop"
     margin: int | str | None = None
     batch: int = 1
-    block: int = 4096
+    block: int = 2048
     workers: int = 3
     scheduler: str = "threads"
     cluster: ClusterSettings = ClusterSettings()
