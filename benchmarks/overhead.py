@@ -82,10 +82,11 @@ def benchmark_app(sha256: str, precision: str, shape: tuple[int, int, int, int])
         for entry in Artefacts().entries()
         if entry.key.get("what") == "openvino network"
         and entry.key["sha256"] == sha256
-        and entry.key["quantised"] == (precision == "int8")
+        and bool(entry.key["quantised"]) == (precision == "int8")
     ]
+    newest = max(networks, key=lambda folder: folder.stat().st_mtime)
     loop = "from openvino.tools.benchmark.main import main; main()"
-    command = [sys.executable, "-c", loop, "-m", str(networks[0] / "model.xml"), "-d", "CPU"]
+    command = [sys.executable, "-c", loop, "-m", str(newest / "model.xml"), "-d", "CPU"]
     command += ["-shape", str(list(shape)).replace(" ", ""), "-infer_precision", _HINTS[precision]]
     command += ["-hint", "latency", "-api", "sync", "-t", str(_SECONDS)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
