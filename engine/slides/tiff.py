@@ -128,15 +128,15 @@ def _ome_size_um(pixels: dict[str, Any], axis: str) -> float | None:
 
 
 def _ome_pixels(tiff: tifffile.TiffFile, number: int) -> dict[str, Any]:
-    images = tifffile.xml2dict(tiff.ome_metadata or "").get("OME", {}).get("Image", [])
+    if tiff.ome_metadata is None:
+        return {}
+    images = tifffile.xml2dict(tiff.ome_metadata).get("OME", {}).get("Image", [])
     images = images if isinstance(images, list) else [images]
     pixels: dict[str, Any] = images[number].get("Pixels", {}) if number < len(images) else {}
     return pixels
 
 
 def _channel_names(tiff: tifffile.TiffFile, number: int) -> tuple[str, ...]:
-    if not tiff.is_ome:
-        return ()
     channels = _ome_pixels(tiff, number).get("Channel", [])
     channels = channels if isinstance(channels, list) else [channels]
     names = tuple(str(channel.get("Name", "")) for channel in channels)
