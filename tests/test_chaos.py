@@ -78,7 +78,7 @@ def torment(path, settings, draw, pause):
 
 @pytest.mark.parametrize(
     ("scheduler", "side"),
-    [("threads", 700), pytest.param("processes", 1400, marks=pytest.mark.slow)],
+    [("threads", 700), pytest.param("processes", 1400, marks=pytest.mark.cluster)],
 )
 def test_a_run_that_is_killed_again_and_again_gives_the_same_bits(tmp_path, tiny_model, scheduler, side):
     draw = random.Random(SEED)

@@ -28,6 +28,7 @@ def worker_processes():
     return [one for one in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(one.cmdline())]
 
 
+@pytest.mark.cluster
 def test_processes_give_the_bits_of_threads_and_survive_the_death_of_a_worker(tmp_path, segment):
     paths = [
         write_ome_zarr(tmp_path / f"{name}.zarr", blobs(500, 500, seed=seed), chunk=128)
@@ -63,6 +64,7 @@ def die_of_thirteen(number):
     return number
 
 
+@pytest.mark.cluster
 def test_a_task_that_kills_its_worker_costs_only_itself():
     done, lost = [], []
 

@@ -13,7 +13,7 @@ from cellseg_batch.engine.journal import Journal
 from tests.conftest import blobs, labels_of, write_ome_zarr
 from tests.test_campaign import launch, wait_for_records
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 _MISSING = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(name) is None]
 
 
