@@ -8,6 +8,7 @@ A lock whose process is dead is taken over: at once if it ran on this machine, e
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -92,11 +93,21 @@ class Locks:
         Raises:
             BusyError: its owner is alive, or may be.
         """
+        # One at a time, or the lock that one has just made is taken for the one that another saw.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            self._clear(path)
+        finally:
+            os.close(folder)
+
+    def _clear(self, path: Path) -> None:
         owner = _owner(path)
         if not owner and not path.exists():
             return
         if not self._is_left_behind(path, owner):
             raise _busy(path, owner)
+        # Another machine may not see the lock of the take-over: what was there is looked at once more.
         aside = path.with_name(f"{path.name}.{uuid4().hex}.partial")
         with suppress(FileNotFoundError):  # another run was quicker
             path.rename(aside)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from cellseg_batch.engine import batch_queue
 from cellseg_batch.engine.backends import cuda
 from cellseg_batch.engine.backends.cuda import Device
 from cellseg_batch.engine.batch_queue import BatchQueue
@@ -216,7 +217,9 @@ FULL = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 G
 
 
 @pytest.mark.parametrize("when", [0, 1, 2])
-def test_when_memory_runs_out_the_rest_goes_on_in_smaller_batches(when, caplog):
+def test_when_memory_runs_out_the_rest_goes_on_in_smaller_batches(when, monkeypatch):
+    said = []
+    monkeypatch.setattr(batch_queue._log, "warning", lambda text, *values: said.append(text % values))
     image, (queue, models) = image_of(), queue_of(4, [None] * when + [FULL])
     runner = runner_of(queue)
     (block,) = lay_blocks(LATTICE, 999)
@@ -224,7 +227,7 @@ def test_when_memory_runs_out_the_rest_goes_on_in_smaller_batches(when, caplog):
     done = 4 * when
     assert [(len(model.pixels), model.calls) for model in models] == [(4, when + 1), (2, -(-(9 - done) // 2))]
     assert queue.batch == 2
-    assert "batches of 2 tiles from now on" in caplog.text
+    assert "batches of 2 tiles from now on" in said[0]
     assert_same(runner.segment(image, block), expected_of(image, block))
 
 

@@ -69,17 +69,18 @@ def test_an_owner_renews_its_lease_and_notices_that_it_has_lost_it(path):
 
 
 def test_of_many_that_take_over_one_wins(path):
-    winners, start = [], threading.Barrier(8)
+    winners, losers, start = [], threading.Semaphore(0), threading.Barrier(8)
 
     def take_over():
         locks = Locks()
         start.wait()
         try:
             with locks.hold(path):
-                winners.append(1)
-                time.sleep(0.2)
+                winners.append(path)
+                for _ in range(7):
+                    losers.acquire(timeout=20)
         except BusyError:
-            winners.append(0)
+            losers.release()
 
     forge(path, started=1.0)
     threads = [threading.Thread(target=take_over) for _ in range(8)]
@@ -87,4 +88,4 @@ def test_of_many_that_take_over_one_wins(path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum(winners) == 1
+    assert len(winners) == 1
