@@ -24,6 +24,7 @@ from rich.text import Text
 from cellseg_batch.engine.backends.choose import KINDS
 from cellseg_batch.engine.campaign import run_images
 from cellseg_batch.engine.errors import SlideError
+from cellseg_batch.engine.files import BUCKET
 from cellseg_batch.engine.geometry import BlockGrid, Box
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.passes import output_images
@@ -42,8 +43,6 @@ from cellseg_batch.trainer.bundle import Card
 # Tiles along a side of what is measured.
 _TILES = 2
 _MOST_ROWS = 20
-# Records of the journal that share a folder.
-_BUCKET = 1000
 _COUNTS = ("blocks", "tiles", "bytes_in", "bytes_out", "files")
 # Stages that other threads work on while the device is busy.
 _BESIDE = ("read", "seeds", "growth", "measure", "write", "pyramid")
@@ -203,7 +202,7 @@ def most_files(layout: Layout) -> int:
 
 def most_records(counts: list[int]) -> int:
     """Files and folders of a journal whose parts have so many records."""
-    return sum(count + -(-count // _BUCKET) + 1 for count in counts) + 12
+    return sum(count + -(-count // BUCKET) + 1 for count in counts) + 12
 
 
 def _measure(plan: SlidePlan, settings: Settings, racing: Callable[[], None]) -> tuple[RunReport, SlidePlan | None]:

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from cellseg_batch.engine.errors import UsageError
+from cellseg_batch.engine.files import whole_file
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.object_table import read_account, read_batches
-from cellseg_batch.engine.objects import whole_file
 from cellseg_batch.engine.place import Place, place_output
 from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.slides.discover import find_images

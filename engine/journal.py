@@ -14,19 +14,15 @@ no database and no server, so any shared file system will do.  It knows nothing 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 from cellseg_batch.engine.errors import writing_to
+from cellseg_batch.engine.files import BUCKET, PARTIAL_SUFFIX, numbered, whole_file
 
-_BUCKET = 1000
 _FAILED = "failed"
-# zarr's local stores use the same one.
-PARTIAL_SUFFIX = ".partial"
 
 
 class Journal:
@@ -86,10 +82,10 @@ class Journal:
 
     def missing(self, part: str, count: int) -> Iterator[int]:
         """Numbers below ``count`` of the items of ``part`` that are not on disk, looked up as they are asked for."""
-        for first in range(0, count, _BUCKET):
-            bucket = self.folder / part / str(first // _BUCKET)
+        for first in range(0, count, BUCKET):
+            bucket = self.folder / part / str(first // BUCKET)
             done = {int(path.stem) for path in bucket.glob("*.json")}
-            yield from (number for number in range(first, min(first + _BUCKET, count)) if number not in done)
+            yield from (number for number in range(first, min(first + BUCKET, count)) if number not in done)
 
     def finished(self) -> dict[str, Any] | None:
         """The closing record, None while the output is incomplete."""
@@ -112,7 +108,7 @@ class Journal:
                 shutil.rmtree(self.folder)
 
     def _path(self, part: str, number: int) -> Path:
-        return self.folder / part / str(number // _BUCKET) / f"{number}.json"
+        return numbered(self.folder / part, number, ".json")
 
 
 def _load(path: Path) -> dict[str, Any] | None:
@@ -129,14 +125,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    partial = path.with_suffix(f".{token_hex(4)}{PARTIAL_SUFFIX}")
-    with writing_to(path, "a journal"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w") as stream:
-            json.dump(content, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
+    with whole_file(path, "a journal") as stream:
+        stream.write(json.dumps(content).encode())
 
 
 def sweep_partials(folder: Path) -> None:

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import ReadError
-from cellseg_batch.engine.objects import Objects, whole_file
+from cellseg_batch.engine.files import whole_file
+from cellseg_batch.engine.objects import Objects
 from cellseg_batch.kernels import moments
 from cellseg_batch.kernels import moments_columns as c
 

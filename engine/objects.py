@@ -6,20 +6,17 @@ This room knows moments and files; it does not know the run, the slide or the co
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.errors import writing_to
+from cellseg_batch.engine.files import numbered, whole_file
 from cellseg_batch.kernels.moments import Ids, Rows, merge
 
-_BUCKET = 1000
 # Ids that are merged at a time; the moments of an object take some 150 bytes.
 _IDS = 1 << 16
 
@@ -49,7 +46,7 @@ def write_part(folder: Path, number: int, plane: int, ids: Ids, rows: Rows) -> N
         return
     part = np.empty(len(ids), [("id", np.uint64), ("plane", np.int64), ("row", np.float64, rows.shape[1])])
     part["id"], part["plane"], part["row"] = ids, plane, rows
-    with whole_file(folder / str(number // _BUCKET) / f"{number}.npy") as stream:
+    with whole_file(numbered(folder, number, ".npy")) as stream:
         np.save(stream, part)
 
 
@@ -72,31 +69,6 @@ def merge_parts(folder: Path) -> Iterator[Objects]:
         planes = np.empty(len(ids), np.int64)
         planes[np.searchsorted(ids, piece["id"])] = piece["plane"]
         yield Objects(ids, planes, rows)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears at ``path``, complete and on disk, once the context ends without an error.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with writing_to(path, "a file"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-    try:
-        with open(partial, "wb") as stream:
-            try:
-                yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            except OSError:  # anything else is not about the file
-                with writing_to(path, "a file"):
-                    raise
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _open(path: Path) -> NDArray[Any]:

@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import CellsegError
+from cellseg_batch.engine.files import whole_file
 from cellseg_batch.engine.heatmap import draw_heatmaps
 from cellseg_batch.engine.object_table import read_account, read_batches
-from cellseg_batch.engine.objects import whole_file
 from cellseg_batch.engine.place import place_output
 from cellseg_batch.engine.report import PlateReport, SlideReport
 from cellseg_batch.engine.slides.ome_zarr import plate_names

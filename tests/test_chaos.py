@@ -16,7 +16,8 @@ import zarr
 from pyarrow import parquet
 
 from cellseg_batch.engine.campaign import run as run_campaign
-from cellseg_batch.engine.journal import PARTIAL_SUFFIX, Journal
+from cellseg_batch.engine.files import PARTIAL_SUFFIX
+from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.settings import Settings
 from tests.conftest import Watcher, blobs, write_ome_zarr
 

@@ -18,6 +18,7 @@ ENGINE_ROOMS = (
     "scheduler",
     "machine",
     "clusters",
+    "files",
     "artefacts",
     "geometry",
     "slides",
