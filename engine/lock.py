@@ -9,6 +9,7 @@ A lock whose process is dead is taken over: at once if it ran on this machine, e
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import socket
@@ -23,6 +24,7 @@ from uuid import uuid4
 import psutil
 
 from cellseg_batch.engine.errors import OutputError, writing_to
+from cellseg_batch.engine.files import PARTIAL_SUFFIX
 
 LEASE_SECONDS = 120.0
 LOCK_SUFFIX = ".lock"
@@ -58,6 +60,8 @@ class Locks:
             path.parent.mkdir(parents=True, exist_ok=True)
             while not _create(path, token):
                 self._clear_left_behind(path)
+        for partial in path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL_SUFFIX}"):
+            partial.unlink(missing_ok=True)  # of a run that was killed while it made its lock
         self._held[path] = token
         try:
             yield
@@ -108,7 +112,7 @@ class Locks:
         if not self._is_left_behind(path, owner):
             raise _busy(path, owner)
         # Another machine may not see the lock of the take-over: what was there is looked at once more.
-        aside = path.with_name(f"{path.name}.{uuid4().hex}.partial")
+        aside = path.with_name(f"{path.name}.{uuid4().hex}{PARTIAL_SUFFIX}")
         with suppress(FileNotFoundError):  # another run was quicker
             path.rename(aside)
             if _owner(aside) != owner:  # and has its own lock there already
@@ -119,14 +123,14 @@ class Locks:
     def _is_left_behind(self, path: Path, owner: dict[str, Any]) -> bool:
         if owner.get("machine") == _machine():
             return not _is_alive(int(owner["pid"]), float(owner["started"]))
-        probe = path.with_name(f"{path.name}.{uuid4().hex}.partial")
+        probe = path.with_name(f"{path.name}.{uuid4().hex}{PARTIAL_SUFFIX}")
         probe.touch()
         try:
             return probe.stat().st_mtime - path.stat().st_mtime > self._lease
         except FileNotFoundError:
             return False  # it was given back meanwhile; the next look will tell
         finally:
-            probe.unlink()
+            probe.unlink(missing_ok=True)
 
 
 def is_held(path: Path) -> bool:
@@ -139,7 +143,7 @@ def is_held(path: Path) -> bool:
 
 def _create(path: Path, token: str) -> bool:
     """Make the lock, whole and only if there is none."""
-    mine = path.with_name(f"{path.name}.{token}.partial")
+    mine = path.with_name(f"{path.name}.{token}{PARTIAL_SUFFIX}")
     process = psutil.Process()
     owner = {
         "token": token,
@@ -154,7 +158,7 @@ def _create(path: Path, token: str) -> bool:
             stream.flush()
             os.fsync(stream.fileno())
         os.link(mine, path)
-    except FileExistsError:
+    except (FileExistsError, FileNotFoundError):  # there is one, or the run that has just made one swept ours
         return False
     finally:
         mine.unlink(missing_ok=True)

@@ -89,3 +89,11 @@ def test_of_many_that_take_over_one_wins(path):
     for thread in threads:
         thread.join()
     assert len(winners) == 1
+
+
+def test_what_a_killed_run_left_of_its_lock_is_swept(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    left = path.with_name(f"{path.name}.0123.partial")
+    left.touch()
+    with Locks().hold(path):
+        assert not left.exists()
