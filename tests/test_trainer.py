@@ -223,6 +223,22 @@ def test_plain_crops_lie_on_whole_pixels(size, side):
         torch.testing.assert_close(batch.pixels[:, 0] * side * side, batch.labels.float(), atol=0.01, rtol=0)
 
 
+def test_crops_reach_beyond_the_image_and_mirror_it():
+    side = 64
+    ids = np.arange(1, side * side + 1, dtype=np.int32).reshape(side, side)
+    sample = Sample(
+        "a", "", ids.astype(np.float32)[..., None], (0.0, float(side * side)), ids, np.zeros_like(ids, np.uint8)
+    )
+    augmenter = Augmenter(Recipe("a", size=side, augmentation="none"), np.random.default_rng(5))
+    mirrored = np.pad(ids, side // 8, mode="symmetric")
+    windows = {
+        mirrored[y : y + side, x : x + side].tobytes() for y in range(side // 4 + 1) for x in range(side // 4 + 1)
+    }
+    crops = [augmenter.batch([sample]).labels[0].int().numpy() for _ in range(8)]
+    assert all(crop.tobytes() in windows for crop in crops)
+    assert any((crop != ids).any() for crop in crops)
+
+
 def test_changed_crops_show_labels_where_their_pixels_are():
     # A ramp: were labels taken half a pixel beside the pixels, the mean difference would be half a step.
     side = 64

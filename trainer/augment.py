@@ -20,6 +20,10 @@ from cellseg_batch.trainer.recipe import Recipe
 # Optical density of haematoxylin, eosin and their residual (Ruifrok & Johnston 2001).
 _STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
+# How far a crop may reach beyond its image, as a share of its side: the engine mirrors edges, so the network must have
+# seen mirrored ones.
+_REACH = 1 / 8
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -106,7 +110,7 @@ class Augmenter:
         dy, dx = cos * dy - sin * dx, sin * dy + cos * dx
         if recipe.framing == "resize":
             return (height - 1) / 2 + dy * height / size, (width - 1) / 2 + dx * width / size
-        half = size / zoom / 2
+        half = size / zoom * (1 / 2 - _REACH)
         centre_y = self.rng.uniform(min(half, height / 2), max(height - half, height / 2)) - 0.5
         centre_x = self.rng.uniform(min(half, width / 2), max(width - half, width / 2)) - 0.5
         if plain:
