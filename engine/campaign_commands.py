@@ -9,73 +9,26 @@ import typer
 from rich.console import Console
 
 from cellseg_batch.engine import options as o
+from cellseg_batch.engine.flags import ENGINE, SLIDE, TILES, takes_settings
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.shell import check_json, plain_errors, write_json
 
 
+@takes_settings(*ENGINE, *TILES, "max_memory", *SLIDE, "output", "name", "instances", "probability")
 def plan(
     slides: o.Slides,
+    settings: Settings,
     processes: Annotated[int, typer.Option("--processes", min=1, help="Worker processes that share the work.")] = 1,
-    output: o.Output = None,
-    name: o.Name = Settings.name,
-    model: o.Model = Settings.model,
-    backend: o.BackendName = Settings.backend,
-    precision: o.Precision = Settings.precision,
-    device: o.Device = Settings.device,
-    gate: o.Gate = Settings.gate,
-    threads: o.Threads = None,
-    tile: o.TileSide = Settings.tile,
-    stitch: o.Stitch = Settings.stitch,
-    margin: o.Margin = None,
-    batch: o.BatchSize = Settings.batch,
-    block: o.BlockSide = Settings.block,
-    workers: o.Workers = Settings.workers,
-    max_memory: o.MaxMemory = None,
-    level: o.LevelIndex = None,
-    pixel_size: o.PixelSize = None,
-    shrink: o.Shrink = None,
-    skip_background: o.SkipBackground = Settings.skip_background,
-    channel: o.Channel = None,
-    axes: o.Axes = None,
-    instances: o.Instances = False,
-    probability: o.Probability = False,
     json_file: o.Json = None,
-    debug: o.Debug = False,
 ) -> None:
     """Say what segmenting SLIDES would take: blocks, bytes, files, memory and time; exit 1 if an image is refused."""
     from cellseg_batch.engine.estimate import estimate, print_estimate
 
-    with plain_errors(debug):
-        settings = Settings(
-            output=output,
-            name=name,
-            model=model,
-            backend=backend,
-            precision=precision,
-            device=device,
-            gate=gate,
-            threads=threads,
-            tile=tile,
-            stitch=stitch,
-            margin=margin,
-            batch=batch,
-            block=block,
-            workers=workers,
-            max_memory=max_memory,
-            level=level,
-            pixel_size=pixel_size,
-            shrink=shrink,
-            skip_background=skip_background,
-            channel=channel,
-            axes=axes,
-            instances=instances,
-            probability=probability,
-        )
-        check_json(json_file)
-        console = Console()
-        found = estimate(slides, settings, processes, lambda: console.print("racing the backends, once ..."))
-        print_estimate(found, console)
-        write_json(json_file, found.to_json())
+    check_json(json_file)
+    console = Console()
+    found = estimate(slides, settings, processes, lambda: console.print("racing the backends, once ..."))
+    print_estimate(found, console)
+    write_json(json_file, found.to_json())
     raise typer.Exit(bool(found.refused))
 
 

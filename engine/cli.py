@@ -11,7 +11,8 @@ from rich.console import Console
 
 from cellseg_batch.engine import IMPORTED_AT, campaign_commands, measure_commands, result_commands, trainer_commands
 from cellseg_batch.engine import options as o
-from cellseg_batch.engine.settings import RACE_TILE, ClusterSettings, Settings
+from cellseg_batch.engine.flags import ENGINE, EVERY, takes_settings
+from cellseg_batch.engine.settings import RACE_TILE, Settings
 from cellseg_batch.engine.shell import check_json, plain_errors, write_json
 
 app = typer.Typer(
@@ -19,52 +20,15 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
 )
 
 
 @app.command()
+@takes_settings(*EVERY)
 def run(
     slides: o.Slides,
-    output: o.Output = None,
-    name: o.Name = Settings.name,
-    model: o.Model = Settings.model,
-    backend: o.BackendName = Settings.backend,
-    precision: o.Precision = Settings.precision,
-    device: o.Device = Settings.device,
-    gate: o.Gate = Settings.gate,
-    threshold: o.Threshold = None,
-    threads: o.Threads = None,
-    tile: o.TileSide = Settings.tile,
-    stitch: o.Stitch = Settings.stitch,
-    margin: o.Margin = None,
-    batch: o.BatchSize = Settings.batch,
-    block: o.BlockSide = Settings.block,
-    workers: o.Workers = Settings.workers,
-    scheduler: o.Scheduler = Settings.scheduler,
-    queue: o.Queue = None,
-    account: o.Account = None,
-    walltime: o.Walltime = None,
-    gres: o.Gres = None,
-    cores: o.Cores = None,
-    memory: o.JobMemory = None,
-    cluster_config: o.ClusterConfig = None,
-    max_memory: o.MaxMemory = None,
-    level: o.LevelIndex = None,
-    pixel_size: o.PixelSize = None,
-    shrink: o.Shrink = None,
-    skip_background: o.SkipBackground = Settings.skip_background,
-    channel: o.Channel = None,
-    axes: o.Axes = None,
-    wells: o.Wells = None,
-    fields: o.Fields = None,
-    instances: o.Instances = False,
-    objects: o.Objects = False,
-    probability: o.Probability = False,
-    overwrite: o.Overwrite = False,
-    retry_failed: o.RetryFailed = False,
+    settings: Settings,
     json_file: o.Json = None,
-    debug: o.Debug = False,
     verbose: o.Verbose = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -74,48 +38,14 @@ def run(
     from cellseg_batch.engine.screen import Screen
     from cellseg_batch.engine.stopping import Stop
 
-    with plain_errors(debug):
-        settings = Settings(
-            output=output,
-            name=name,
-            model=model,
-            backend=backend,
-            precision=precision,
-            device=device,
-            gate=gate,
-            threshold=threshold,
-            tile=tile,
-            stitch=stitch,
-            margin=margin,
-            batch=batch,
-            block=block,
-            workers=workers,
-            scheduler=scheduler,
-            cluster=ClusterSettings(queue, account, walltime, gres, cores, memory, cluster_config),
-            threads=threads,
-            max_memory=max_memory,
-            level=level,
-            pixel_size=pixel_size,
-            shrink=shrink,
-            skip_background=skip_background,
-            channel=channel,
-            axes=axes,
-            wells=o.names(wells),
-            fields=o.names(fields),
-            instances=instances,
-            objects=objects,
-            probability=probability,
-            overwrite=overwrite,
-            retry_failed=retry_failed,
-        )
-        check_json(json_file)
-        stop = Stop()
-        with stop.on_signals(), Screen(Console(), verbosity=verbose - quiet) as screen:
-            report = run_campaign(slides, settings, screen, IMPORTED_AT, stop)
-        print_failures(report, Console(stderr=True))
-        if not quiet:
-            print_report(report, Console())
-        write_json(json_file, report.to_json())
+    check_json(json_file)
+    stop = Stop()
+    with stop.on_signals(), Screen(Console(), verbosity=verbose - quiet) as screen:
+        report = run_campaign(slides, settings, screen, IMPORTED_AT, stop)
+    print_failures(report, Console(stderr=True))
+    if not quiet:
+        print_report(report, Console())
+    write_json(json_file, report.to_json())
     raise typer.Exit(report.status == "failed")
 
 
@@ -132,117 +62,58 @@ def demo(
 
 
 @app.command()
+@takes_settings("model", "tile", "margin", "block", "level", "pixel_size", "channel", "axes")
 def info(
     slides: o.Slides,
-    tile: o.TileSide = Settings.tile,
-    margin: o.Margin = None,
-    block: o.BlockSide = Settings.block,
-    model: o.Model = Settings.model,
-    level: o.LevelIndex = None,
-    pixel_size: o.PixelSize = None,
-    channel: o.Channel = None,
-    axes: o.Axes = None,
-    debug: o.Debug = False,
+    settings: Settings,
 ) -> None:
     """List the images that SLIDES hold, and how each would be cut into blocks and tiles."""
     from cellseg_batch.engine.info import print_images
 
-    with plain_errors(debug):
-        settings = Settings(
-            model=model,
-            tile=tile,
-            margin=margin,
-            block=block,
-            level=level,
-            pixel_size=pixel_size,
-            channel=channel,
-            axes=axes,
-        )
-        broken = print_images(slides, settings, Console())
+    broken = print_images(slides, settings, Console())
     raise typer.Exit(broken > 0)
 
 
 @app.command("verify-seams")
+@takes_settings(*ENGINE, "threshold", "tile", "margin", "block", "level", "pixel_size", "shrink", "channel", "axes")
 def verify_seams(
     slide: o.Slide,
+    settings: Settings,
     full: Annotated[bool, typer.Option("--full", help="Compare the whole slide, not windows.")] = False,
     windows: Annotated[int, typer.Option("--windows", min=1, help="At most so many windows of 2048 px.")] = 9,
     bound: Annotated[float, typer.Option("--bound", min=0, help="Largest share of pixels that may flip.")] = 1e-4,
-    model: o.Model = Settings.model,
-    backend: o.BackendName = Settings.backend,
-    precision: o.Precision = Settings.precision,
-    device: o.Device = Settings.device,
-    gate: o.Gate = Settings.gate,
-    threshold: o.Threshold = None,
-    threads: o.Threads = None,
-    tile: o.TileSide = Settings.tile,
-    margin: o.Margin = None,
-    block: o.BlockSide = Settings.block,
-    level: o.LevelIndex = None,
-    pixel_size: o.PixelSize = None,
-    shrink: o.Shrink = None,
-    channel: o.Channel = None,
-    axes: o.Axes = None,
     json_file: o.Json = None,
-    debug: o.Debug = False,
 ) -> None:
     """Compare the tiled result of SLIDE with the untiled one; exit 1 when too many pixels flip."""
     from cellseg_batch.engine.seams import print_seams, prove_seams
 
-    with plain_errors(debug):
-        settings = Settings(
-            model=model,
-            backend=backend,
-            precision=precision,
-            device=device,
-            gate=gate,
-            threshold=threshold,
-            tile=tile,
-            margin=margin,
-            block=block,
-            threads=threads,
-            level=level,
-            pixel_size=pixel_size,
-            shrink=shrink,
-            channel=channel,
-            axes=axes,
-        )
-        check_json(json_file)
-        report = prove_seams(slide, settings, full, windows)
-        print_seams(report, bound, Console())
-        write_json(json_file, report.to_json())
+    check_json(json_file)
+    report = prove_seams(slide, settings, full, windows)
+    print_seams(report, bound, Console())
+    write_json(json_file, report.to_json())
     raise typer.Exit(not report.holds(bound))
 
 
 @app.command("compile")
+@takes_settings(*ENGINE, "batch")
 def compile_model(
-    model: o.Model = Settings.model,
-    backend: o.BackendName = Settings.backend,
-    precision: o.Precision = Settings.precision,
-    device: o.Device = Settings.device,
+    settings: Settings,
     tile: Annotated[int, typer.Option("--tile", min=1, help="Side of the timed tiles in px.")] = RACE_TILE,
-    batch: o.BatchSize = Settings.batch,
-    threads: o.Threads = None,
     again: Annotated[bool, typer.Option("--again", help="Race anew, even if a result is known.")] = False,
     list_entries: Annotated[bool, typer.Option("--list", help="List what is kept, and do nothing else.")] = False,
     clear: Annotated[bool, typer.Option("--clear", help="Remove what is kept, and do nothing else.")] = False,
     json_file: o.Json = None,
-    debug: o.Debug = False,
 ) -> None:
     """Race the backends for a model on this machine, hold each against torch fp32, and keep the result."""
     from cellseg_batch.engine.compiling import clear_artefacts, print_artefacts, run_race
 
-    with plain_errors(debug):
-        check_json(json_file)
-        if list_entries:
-            print_artefacts(Console())
-        elif clear:
-            clear_artefacts(Console())
-        else:
-            settings = Settings(
-                model=model, backend=backend, precision=precision, device=device, batch=batch, threads=threads
-            )
-            write_json(json_file, run_race(settings, tile, again, Console()))
+    check_json(json_file)
+    if list_entries:
+        print_artefacts(Console())
+    elif clear:
+        clear_artefacts(Console())
+    else:
+        write_json(json_file, run_race(settings, tile, again, Console()))
 
 
 @app.command()

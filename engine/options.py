@@ -1,4 +1,7 @@
-"""The flags of the command line, each written once; every command that shares a flag shares it from here."""
+"""The flags of the command line, each written once; every command that shares a flag shares it from here.
+
+Knows neither commands nor what they do; `cellseg_batch.engine.flags` hands these to commands.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +42,9 @@ def sides(text: str | None) -> tuple[int, int, int, int] | None:
     return None if text is None else (y0, x0, y1, x1)
 
 
-def names(text: str | None) -> tuple[str, ...]:
+def _names(text: str) -> tuple[str, ...]:
     """The names in a list that commas separate."""
-    return tuple(name for name in (text or "").replace(" ", "").split(",") if name)
+    return tuple(name for name in text.replace(" ", "").split(",") if name)
 
 
 Slides = Annotated[list[Path], typer.Argument(help="OME-Zarr, zarr, TIFF, SVS, PNG or JPEG, or folders of them.")]
@@ -165,11 +168,15 @@ Objects = Annotated[
 ]
 Wells = Annotated[
     str | None,
-    typer.Option("--wells", metavar="A01,B*", help="Only these wells of plates.", rich_help_panel=_SLIDE),
+    typer.Option(
+        "--wells", parser=_names, metavar="A01,B*", help="Only these wells of plates.", rich_help_panel=_SLIDE
+    ),
 ]
 Fields = Annotated[
     str | None,
-    typer.Option("--fields", metavar="0,1", help="Only these fields of each well.", rich_help_panel=_SLIDE),
+    typer.Option(
+        "--fields", parser=_names, metavar="0,1", help="Only these fields of each well.", rich_help_panel=_SLIDE
+    ),
 ]
 BoxSides = Annotated[
     str | None,

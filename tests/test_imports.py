@@ -80,6 +80,7 @@ ENGINE_ROOMS = (
     "demo",
     "options",
     "shell",
+    "flags",
     "measure_commands",
     "result_commands",
     "trainer_commands",
