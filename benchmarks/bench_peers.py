@@ -117,7 +117,7 @@ def ours_mask(report: dict[str, Any]) -> NDArray[np.bool_]:
 
 def dice(mask: NDArray[np.bool_], truth: Any) -> float:
     """Twice the overlap over the sum of both areas."""
-    true = np.asarray(truth[...])
+    true = np.asarray(truth[...]) > 0
     return float(2 * np.count_nonzero(mask & true) / (np.count_nonzero(mask) + np.count_nonzero(true)))
 
 

@@ -17,9 +17,10 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cellseg_batch.engine.bench.conditions import save as save_rows
-from cellseg_batch.engine.bench.slides import PIECE, Pieces, shipped_pieces
+from cellseg_batch.engine.bench.slides import Pieces, shipped_pieces
 from cellseg_batch.trainer.data.dataset import list_entries
 
 RESULTS = Path(__file__).parent / "results"
@@ -97,14 +98,18 @@ def work_folder(chosen: Path | None) -> Iterator[Path]:
 
 
 def pieces_of(data: Path | None, kind: str = "fluo_small") -> Pieces:
-    """Held-out pictures of ``kind`` with their truth from an annotated folder, else those of the package."""
+    """Held-out pictures of the kinds that begin with ``kind``, with their truth, from an annotated folder.
+
+    All are cut to the size of the smallest; without a folder they are those of the package.
+    """
     if data is None:
         return shipped_pieces()
-    pieces: Pieces = []
-    for entry in list_entries(data):
-        if entry.split == "val" and entry.kind == kind:
-            picture, labels = entry.read()
-            if min(labels.shape) >= PIECE:
-                rgb = picture[..., :3] if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=2)
-                pieces.append((rgb[:PIECE, :PIECE], labels[:PIECE, :PIECE] > 0))
-    return pieces
+    read = [one.read() for one in list_entries(data) if one.split == "val" and one.kind.startswith(kind)]
+    if not read:
+        raise SystemExit(f"{data}: no held-out picture of a kind that begins with {kind}")
+    side = min(min(labels.shape) for _, labels in read)
+    return [(_rgb(picture)[:side, :side], labels[:side, :side]) for picture, labels in read]
+
+
+def _rgb(picture: NDArray[Any]) -> NDArray[Any]:
+    return picture[..., :3] if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=2)

@@ -13,6 +13,7 @@ import numpy as np
 import ome_zarr.io
 import ome_zarr.reader
 import ome_zarr_models
+import pyarrow.parquet as pq
 import pytest
 import torch
 import zarr
@@ -20,10 +21,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from cellseg_batch.engine import instances, pipeline
 from cellseg_batch.engine.backends import cuda
+from cellseg_batch.engine.bench.slides import Form, shipped_pieces, write_slide
+from cellseg_batch.engine.campaign import run as run_campaign
 from cellseg_batch.engine.errors import UsageError
+from cellseg_batch.engine.export_objects import export_objects
 from cellseg_batch.engine.geometry import BlockGrid, Box, Lattice
-from cellseg_batch.engine.instances import final_labels
+from cellseg_batch.engine.instances import final_labels, keep_seeds
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.merge import Merged, merge_seeds
 from cellseg_batch.engine.seeds import InstanceRule, number_seeds
@@ -33,7 +38,7 @@ from cellseg_batch.kernels import instances_reference
 from cellseg_batch.kernels.instances import reach
 from cellseg_batch.trainer.bundle import Bundle, Instances, save_bundle
 from cellseg_batch.trainer.unet import load_network
-from tests.conftest import blobs, labels_of, write_ome_zarr
+from tests.conftest import blobs, check_table, labels_of, write_ome_zarr
 
 RULE = InstanceRule(Instances(smallest_seed=4, growth=3), by_distance=True)
 
@@ -162,6 +167,38 @@ def test_ids_that_32_bits_cannot_hold_get_64():
     assert many.dtype == "uint64"
 
 
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_ids_above_32_bits_reach_labels_pyramid_and_tables(tmp_path, monkeypatch, segment, pixels, model, version):
+    offset = 2**32 + 7
+
+    def merged_late(*given):
+        """The objects of a slide before which 2 ** 32 others came."""
+        few = merge_seeds(*given)
+        return replace(few, firsts=few.firsts + offset, targets=np.where(few.targets > 0, few.targets + offset, 0))
+
+    path = write_ome_zarr(tmp_path / "a.zarr", pixels, levels=3, version=version)
+    expected = labels_of(segment(path, name="few", instances=True, model=model, block=64))
+    monkeypatch.setattr(instances, "merge_seeds", merged_late)
+    monkeypatch.setattr(Merged, "dtype", "uint64")
+    report = segment(path, name="late", objects=True, model=model, block=64)
+    labels = labels_of(report)
+    assert labels.dtype == np.uint64
+    np.testing.assert_array_equal(labels, np.where(expected > 0, expected + np.uint64(offset), np.uint64(0)))
+    for level in (1, 2):
+        smaller = labels_of(report, level=level)
+        assert smaller.max() > offset
+        assert set(np.unique(smaller)) <= set(np.unique(labels))
+    table = pq.read_table(report.slides[0].table)
+    ids = np.unique(labels)[1:].tolist()
+    assert table["id"].to_pylist() == ids
+    # scikit-image would need memory for every id up to these.
+    few_ids = table.set_column(0, "id", [np.arange(1, len(ids) + 1)])
+    check_table(few_ids, expected, pixels, ("red", "green", "blue"))
+    out = tmp_path / "a.geojson"
+    export_objects([path], "geojson", out, "late", None, None)
+    assert [int(one["properties"]["name"]) for one in json.loads(out.read_text())["features"]] == ids
+
+
 @pytest.fixture(scope="module")
 def pixels():
     return blobs(300, 260)
@@ -191,8 +228,10 @@ def model(bundle, tmp_path_factory):
     return str(folder)
 
 
-def test_labels_do_not_depend_on_blocks_or_workers(tmp_path, segment, pixels, model):
+def test_labels_do_not_depend_on_blocks_or_workers(tmp_path, monkeypatch, segment, watcher, pixels, model):
     path = write_ome_zarr(tmp_path / "a.zarr", pixels, levels=3)
+    seen = []
+    monkeypatch.setattr(pipeline, "keep_seeds", lambda *given: seen.append(given[2].copy()) or keep_seeds(*given))
     reports = [
         segment(path, name=f"cells{block}-{workers}", instances=True, model=model, block=block, workers=workers)
         for block, workers in ((1000, 1), (64, 1), (64, 4), (130, 4))
@@ -202,11 +241,35 @@ def test_labels_do_not_depend_on_blocks_or_workers(tmp_path, segment, pixels, mo
         assert report.slides[0].objects == labels[0].max() > 9
         np.testing.assert_array_equal(other, labels[0])
     assert labels[0].dtype == np.uint32
+    plan = watcher.plans[0]
+    assert len(plan.grid) == 1
+    in_one, _ = in_one_piece(seen[0][None], plan.grid.lattice.core, plan.instances)
+    np.testing.assert_array_equal(labels[0], in_one[0])
     mask = labels_of(segment(path, name="mask", model=model))
     assert not labels[0][mask == 0].any()
     assert reports[0].slides[0].unreached_pixels == np.count_nonzero(mask) - np.count_nonzero(labels[0])
     for level in (1, 2):
         assert set(np.unique(labels_of(reports[1], level=level))) <= set(np.unique(labels[0]))
+
+
+@pytest.mark.slow
+def test_real_nuclei_are_the_same_objects_however_their_slide_is_cut(tmp_path, watcher):
+    path = write_slide(tmp_path / "a.zarr", Form(2600, levels=3), shipped_pieces())
+    usual = Settings(objects=True, tile=640, backend="openvino", precision="fp32", gate=False, shrink=1)
+    cuts = ((4096, 1), (2048, 1), (1024, 4))
+    reports = [
+        run_campaign([path], replace(usual, name=f"cells{block}-{workers}", block=block, workers=workers), watcher)
+        for block, workers in cuts
+    ]
+    assert [report.slides[0].blocks for report in reports] == [1, 4, 9]
+    labels, tables = labels_of(reports[0]), [pq.read_table(report.slides[0].table) for report in reports]
+    pixels = zarr.open_array(str(path), path="0", mode="r")[...]
+    check_table(tables[0], labels, pixels, ("red", "green", "blue"))
+    assert len(tables[0]) > 1000
+    for report, table in zip(reports, tables, strict=True):
+        np.testing.assert_array_equal(labels_of(report), labels)
+        assert table.equals(tables[0])
+        assert set(np.unique(labels_of(report, level=2))) <= set(np.unique(labels))
 
 
 def test_a_gpu_computes_the_logits_and_its_host_the_instances(tmp_path, monkeypatch, segment, pixels, model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import zarr
 from numpy.typing import NDArray
 from skimage.io import imread
 
-PIECE = 256
-_PATTERN = 4096
+_PIECE = 256
+PATTERN = 4096
 _FIELD = 1080
 
-Pieces = list[tuple[NDArray[np.uint8], NDArray[np.bool_] | None]]
-"""Pictures (256, 256, 3), each with its true mask if that is known."""
+Pieces = list[tuple[NDArray[np.uint8], NDArray[np.integer[Any]] | None]]
+"""Square pictures (n, n, 3) of one size, each with its true instance map (n, n) if that is known."""
 
 
 @dataclass(frozen=True)
@@ -46,41 +47,39 @@ def shipped_pieces() -> Pieces:
     folder = Path(str(files("cellseg_batch.engine"))) / "assets" / "gate"
     pictures = [imread(path) for path in sorted(folder.glob("fluorescence_small_*.png"))]
     return [
-        (np.repeat(picture[y : y + PIECE, x : x + PIECE, None], 3, axis=2), None)
+        (np.repeat(picture[y : y + _PIECE, x : x + _PIECE, None], 3, axis=2), None)
         for picture in pictures
-        for y in range(0, picture.shape[0], PIECE)
-        for x in range(0, picture.shape[1], PIECE)
+        for y in range(0, picture.shape[0], _PIECE)
+        for x in range(0, picture.shape[1], _PIECE)
     ]
 
 
 def write_slide(path: Path, form: Form, pieces: Pieces) -> Path:
-    """Write an OME-Zarr 0.5 image of ``form`` to ``path``, and its true mask, if that is known, to ``labels/truth``.
+    """Write an OME-Zarr 0.5 image of ``form`` to ``path``, and its true objects, if known, to ``labels/truth``.
 
-    The pieces fill a pattern of 4096 px at random, always alike; a larger slide repeats it.
+    The pieces fill a pattern of 4096 px at random, always alike; a larger slide repeats it, with ids of its own.
     """
-    pixels, truth = _pattern(min(form.side, _PATTERN), pieces)
+    pixels, truth = _pattern(min(form.side, PATTERN), pieces)
     group = zarr.open_group(str(path), mode="w", zarr_format=3)
     images = _create_levels(group, form)
-    mask = None
     if truth is not None:
-        mask = group.create_array(
-            "labels/truth", shape=(form.side, form.side), dtype="bool", chunks=(form.chunk, form.chunk)
+        square = (form.side, form.side)
+        _repeat(
+            truth, group.create_array("labels/truth", shape=square, dtype="uint32", chunks=(form.chunk, form.chunk))
         )
-    for y in range(0, form.side, _PATTERN):
-        height = min(_PATTERN, form.side - y)
+    for y in range(0, form.side, PATTERN):
+        height = min(PATTERN, form.side - y)
         band = np.tile(pixels, (1, 1, -(-form.side // pixels.shape[2])))[:, :height, : form.side]
         _clear_background(band, y, form)
         for level, image in enumerate(images):
             step = 2**level
             image[:, y // step : (y + height) // step] = _stored(band, form.dtype)[:, ::step, ::step]
-        if mask is not None and truth is not None:
-            mask[y : y + height] = np.tile(truth, (1, -(-form.side // truth.shape[1])))[:height, : form.side]
     return path
 
 
 def write_plate(path: Path, fields: int, pieces: Pieces) -> Path:
     """Write an HCS plate of ``fields`` uint16 fields of 1080 x 1080 px, ten a well."""
-    pixels, _ = _pattern(_PATTERN, pieces)
+    pixels, _ = _pattern(PATTERN, pieces)
     wells = [(chr(ord("A") + well // 10), str(well % 10 + 1)) for well in range(-(-fields // 10))]
     plate = zarr.open_group(str(path), mode="w", zarr_format=3)
     rows, columns = sorted({row for row, _ in wells}), sorted({column for _, column in wells}, key=int)
@@ -103,26 +102,37 @@ def write_plate(path: Path, fields: int, pieces: Pieces) -> Path:
         well = plate.create_group(f"{row}/{column}")
         well.attrs["ome"] = {"version": "0.5", "well": {"images": [{"path": str(i)} for i in range(count)]}}
         for field in range(count):
-            y, x = rng.integers(0, _PATTERN - _FIELD, 2)
+            y, x = rng.integers(0, PATTERN - _FIELD, 2)
             (image,) = _create_levels(well.create_group(str(field)), form)
             image[...] = _stored(pixels[:, y : y + _FIELD, x : x + _FIELD], form.dtype)
     return path
 
 
-def _pattern(side: int, pieces: Pieces) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
-    """(3, side, side) pixels out of pieces, turned and mirrored at random, and their true mask."""
+def _repeat(truth: NDArray[np.uint32], out: zarr.Array[Any]) -> None:
+    """Fill ``out`` with the pattern's objects, with other ids each time."""
+    side, highest = out.shape[0], truth.max()
+    for number, (y, x) in enumerate(product(range(0, side, PATTERN), repeat=2)):
+        part = truth[: side - y, : side - x]
+        out[y : y + PATTERN, x : x + PATTERN] = np.where(part > 0, part + np.uint32(number) * highest, 0)
+
+
+def _pattern(side: int, pieces: Pieces) -> tuple[NDArray[np.uint8], NDArray[np.uint32] | None]:
+    """(3, side, side) pixels out of pieces, turned and mirrored at random, and their true objects (side, side)."""
     rng = np.random.default_rng(1)
     pixels = np.empty((3, side, side), np.uint8)
-    truth = np.zeros((side, side), np.bool_) if all(mask is not None for _, mask in pieces) else None
-    for y in range(0, side, PIECE):
-        for x in range(0, side, PIECE):
-            picture, mask = pieces[int(rng.integers(len(pieces)))]
-            turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
-            place = np.s_[y : y + PIECE, x : x + PIECE]
-            target = pixels[:, *place]
-            target[...] = np.moveaxis(_turned(picture, turns, mirrored), -1, 0)[:, : target.shape[1], : target.shape[2]]
-            if truth is not None and mask is not None:
-                truth[place] = _turned(mask, turns, mirrored)[: target.shape[1], : target.shape[2]]
+    truth = np.zeros((side, side), np.uint32) if all(labels is not None for _, labels in pieces) else None
+    piece = len(pieces[0][0])
+    highest = 0
+    for y, x in product(range(0, side, piece), repeat=2):
+        picture, labels = pieces[int(rng.integers(len(pieces)))]
+        turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
+        place = np.s_[y : y + piece, x : x + piece]
+        target = pixels[:, *place]
+        target[...] = np.moveaxis(_turned(picture, turns, mirrored), -1, 0)[:, : target.shape[1], : target.shape[2]]
+        if truth is not None and labels is not None:
+            turned = _turned(labels, turns, mirrored)[: target.shape[1], : target.shape[2]]
+            truth[place] = np.where(turned > 0, turned + highest, 0)
+            highest += int(labels.max())
     return pixels, truth
 
 

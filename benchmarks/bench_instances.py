@@ -1,0 +1,180 @@
+"""Instances and tables of objects: whether they are right, the same however a slide is cut, and what they cost.
+
+python benchmarks/bench_instances.py PART... --data FOLDER [--side 8192] [--precision bf16] [--rounds 5]
+
+    truth  slides of held-out pictures of each kind: F1 at IoU 0.5 and the competition metric, over nuclei that do not
+           touch the border of a picture, where they are cut
+    same   labels of blocks of 1024, 2048, 4096 px and 1 and 4 in flight against those of the slide in one block; its
+           table against scikit-image's
+    cost   time and memory of a run with and without --instances --objects, in bf16 and int8, taking turns
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zarr
+from common import engine_flags, pieces_of, row, save, segment, work_folder
+from numpy.typing import NDArray
+from skimage.measure import regionprops_table
+
+from cellseg_batch.engine.bench.slides import PATTERN, Form, write_slide
+from cellseg_batch.trainer.metrics import IOU_THRESHOLDS
+
+_KINDS = ("fluo_small", "fluo_large", "tissue")
+_OBJECTS = ["--instances", "--objects"]
+# Blocks are whole tile cores, so the tiles have to be small ones.
+_TILE = ["--tile", "640"]
+Labels = NDArray[np.unsignedinteger[Any]]
+
+
+def truth(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    rows = []
+    for kind in _KINDS:
+        pieces = pieces_of(arguments.data, kind)
+        slide = write_slide(folder / f"{kind}.zarr", Form(arguments.side), pieces)
+        flags = [*engine_flags(arguments.precision), *_OBJECTS, "--shrink", "auto"]
+        report = segment(slide, folder / "truth", *flags, keep=True)
+        true = np.asarray(zarr.open_array(str(slide), path="labels/truth", mode="r")[...])
+        figures = score(labels_of(report), true, cuts(arguments.side, len(pieces[0][0])))
+        rows.append(row(kind, [report["mpx_per_s"]], pictures=len(pieces), **figures))
+    return rows
+
+
+def cuts(side: int, piece: int) -> NDArray[np.bool_]:
+    """Which rows, or columns, of a composed slide lie at the border of a picture."""
+    place = np.arange(side) % PATTERN
+    ends = np.isin(place % piece, (0, piece - 1)) | (place == PATTERN - 1)
+    ends[-1] = True
+    return ends
+
+
+def score(found: Labels, true: Labels, ends: NDArray[np.bool_]) -> dict[str, Any]:
+    """How well objects match, but for those that touch a border and those found mostly within one that does."""
+    areas_found, areas_true = np.bincount(found.ravel()), np.bincount(true.ravel())
+    areas_found[0] = areas_true[0] = 0
+    both = (found > 0) & (true > 0)
+    pairs = found[both].astype(np.int64) * len(areas_true) + true[both]
+    pairs, common = np.unique(pairs, return_counts=True)
+    one, other = np.divmod(pairs, len(areas_true))
+    ious = common / (areas_found[one] + areas_true[other] - common)
+    left_out, skipped = touching(true, ends, len(areas_true)), touching(found, ends, len(areas_found))
+    skipped[one[left_out[other] & (2 * common > areas_found[one])]] = True
+    nuclei = int(np.count_nonzero((areas_true > 0) & ~left_out))
+    objects = int(np.count_nonzero((areas_found > 0) & ~skipped))
+    precisions = []
+    for threshold in IOU_THRESHOLDS:
+        matched = (ious > threshold) & ~left_out[other]
+        hits, kept = np.count_nonzero(matched), np.count_nonzero(matched & ~skipped[one])
+        precisions.append(float(hits / (nuclei + objects - kept)))
+    return {"nuclei": nuclei, "f1": 2 * precisions[0] / (1 + precisions[0]), "metric": float(np.mean(precisions))}
+
+
+def touching(labels: Labels, ends: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:
+    """Which of ``count`` ids lie at a border."""
+    at_border = np.zeros(count, bool)
+    at_border[np.unique(labels[ends])] = at_border[np.unique(labels[:, ends])] = True
+    return at_border
+
+
+def same(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    slide = write_slide(folder / "same.zarr", Form(arguments.side), pieces_of(arguments.data))
+    flags = [*engine_flags(arguments.precision), *_TILE, *_OBJECTS]
+    whole = segment(slide, folder / "whole", *flags, "--block", str(arguments.side), "--workers", "1", keep=True)
+    expected, table = labels_of(whole), table_of(whole)
+    pixels = np.moveaxis(np.asarray(zarr.open_array(str(slide), path="0", mode="r")[...]), 0, -1)
+    differs = worst_difference(table, expected, pixels)
+    rows = [row("one block", [whole["mpx_per_s"]], objects=len(table), worst_against_scikit_image=differs)]
+    for block in (1024, 2048, 4096):
+        for workers in (1, 4):
+            cut = ["--block", str(block), "--workers", str(workers)]
+            report = segment(slide, folder / "cut", *flags, *cut, keep=True)
+            figures = {
+                "blocks": report["slides"][0]["blocks"],
+                "same_labels": bool(np.array_equal(labels_of(report), expected)),
+                "same_table": table_of(report).equals(table),
+            }
+            rows.append(row(" ".join(cut), [report["mpx_per_s"]], objects=report["slides"][0]["objects"], **figures))
+    return rows
+
+
+def worst_difference(table: pa.Table, labels: Labels, pixels: NDArray[Any]) -> float:
+    """The largest relative difference of any figure from scikit-image's; counts, areas and boxes must be exact."""
+    names = ["label", "area", "bbox", "centroid", "perimeter", "axis_major_length", "axis_minor_length", "eccentricity"]
+    light = ["intensity_mean", "intensity_min", "intensity_max", "intensity_std"]
+    expected = regionprops_table(labels, pixels, [*names, *light])
+    exact = {"id": "label", "area": "area"} | {
+        f"bbox_{side}": f"bbox-{number}" for number, side in enumerate(("y0", "x0", "y1", "x1"))
+    }
+    close = {"centroid_y": "centroid-0", "centroid_x": "centroid-1", "perimeter": "perimeter"}
+    close |= {"axis_major": "axis_major_length", "axis_minor": "axis_minor_length", "eccentricity": "eccentricity"}
+    for number, channel in enumerate(("red", "green", "blue")):
+        close |= {f"{name}_{channel}": f"{name}-{number}" for name in light}
+    wrong = [ours for ours, theirs in exact.items() if not np.array_equal(table[ours].to_numpy(), expected[theirs])]
+    if wrong:
+        raise SystemExit(f"the table differs from scikit-image's in {', '.join(wrong)}")
+    return max(
+        float(np.max(np.abs(table[ours].to_numpy() - expected[theirs]) / np.maximum(np.abs(expected[theirs]), 1e-3)))
+        for ours, theirs in close.items()
+    )
+
+
+def labels_of(report: dict[str, Any]) -> Labels:
+    return np.asarray(zarr.open_array(f"{report['slides'][0]['labels']}/0", mode="r")[...])
+
+
+def table_of(report: dict[str, Any]) -> pa.Table:
+    return pq.read_table(report["slides"][0]["table"])
+
+
+def cost(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    slide = write_slide(folder / "cost.zarr", Form(arguments.side), pieces_of(arguments.data))
+    ways = {"mask": [], "instances and objects": _OBJECTS}
+    reports: dict[tuple[str, str], list[dict[str, Any]]] = {
+        (precision, way): [] for precision in ("bf16", "int8") for way in ways
+    }
+    for turn in range(arguments.rounds + 1):
+        for (precision, way), every in reports.items():
+            report = segment(slide, folder / "cost", *engine_flags(precision), *ways[way])
+            if turn:  # the first run compiles
+                every.append(report)
+                print(f"round {turn}: {precision}, {way} {report['seconds']:.2f} s", flush=True)
+    rows = []
+    for (precision, way), every in reports.items():
+        masks = reports[precision, "mask"]
+        ratios = [one["seconds"] / mask["seconds"] for one, mask in zip(every, masks, strict=True)]
+        peaks = [max(one["peak_mb"] for one in some) for some in (every, masks)]
+        more = {"adds": median(ratios) - 1, "adds_mb": peaks[0] - peaks[1]} if every is not masks else {}
+        seconds = median(one["seconds"] for one in every)
+        rates = [one["mpx_per_s"] for one in every]
+        rows.append(row(f"{precision}, {way}", rates, seconds=seconds, peak_mb=peaks[0], **more))
+    return rows
+
+
+PARTS = {part.__name__: part for part in (truth, same, cost)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART")
+    parser.add_argument("--data", type=Path, help="folder of annotated images; truth needs it")
+    parser.add_argument("--side", type=int, default=8192, help="of the slides in px")
+    parser.add_argument("--precision", default="bf16", help="of truth and same")
+    parser.add_argument("--rounds", type=int, default=5, help="of cost")
+    parser.add_argument("--folder", type=Path, help="keep slides and labels here")
+    arguments = parser.parse_args()
+    if "truth" in arguments.parts and arguments.data is None:
+        parser.error("truth needs --data")
+    with work_folder(arguments.folder) as folder:
+        for name in arguments.parts:
+            save(f"instances_{name}", PARTS[name](arguments, folder), side=arguments.side)
+
+
+if __name__ == "__main__":
+    main()
