@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.geometry import Block, BlockGrid
+from cellseg_batch.engine.geometry import Block, BlockGrid, Box
 from cellseg_batch.engine.measuring import measure_block, measured_channels, write_objects
 from cellseg_batch.engine.merge import Merged, merge_seeds
 from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Record
@@ -79,10 +79,13 @@ def final_labels(slide: OpenSlide, block: Block, halo: int = 0) -> NDArray[Any]:
     with slide.clock.stage("read"):
         merged = Merged.load(_scratch(slide).ids)
         codes = np.zeros(window.shape, merged.dtype)
+        inside = window.within(Box(0, 0, *grid.lattice.shape))
+        own = _scratch(slide).read(block.plane, inside)
         for other in grid.touching(block.plane, window):
             part = other.box.within(window)
             final = merged.codes_of(other, grid)
-            codes[part.seen_from(window).slices()] = final[_scratch(slide).read(block.plane, part)]
+            # Codes lie within the table; "clip" spares numpy to look for those that do not.
+            codes[part.seen_from(window).slices()] = final.take(own[part.seen_from(inside).slices()], mode="clip")
     with slide.clock.stage("growth"):
         labels = np.empty(target.shape, codes.dtype)
         grow(codes, steps, labels)

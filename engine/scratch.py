@@ -23,6 +23,9 @@ from cellseg_batch.engine.artefacts import sync_file
 from cellseg_batch.engine.errors import writing_to
 from cellseg_batch.engine.geometry import BlockGrid, Box, chunk_side
 
+# A chunk costs zarr half a millisecond, whatever its size; but a frame reads all that it touches.
+_CHUNK = 1024
+
 
 class Scratch:
     """An array in the scratch of the output whose journal lies in ``journal``; safe for any number of threads.
@@ -52,7 +55,7 @@ class Scratch:
                 str(self._folder),
                 shape=(self._grid.planes, *lattice.shape),
                 dtype=self._dtype,
-                chunks=(1, chunk_side(lattice.core[0]), chunk_side(lattice.core[1])),
+                chunks=(1, *(chunk_side(core, _CHUNK) for core in lattice.core)),
                 # Fast rather than small: it lives for minutes.
                 compressors=numcodecs.Blosc("lz4", clevel=1, shuffle=numcodecs.Blosc.SHUFFLE),
                 zarr_format=2,

@@ -225,17 +225,17 @@ def _close(edge: NDArray[Any]) -> None:
 def _front(codes: NDArray[Any], lowest_class: int) -> NDArray[np.int64]:
     """Index of every pixel that the first step of a round takes; a pixel in a front counts as background until then."""
     height, width = codes.shape
-    free = 0
-    for code in codes.reshape(-1):
-        free += (code >= lowest_class) & (code <= 2)
-    front, count = np.empty(free, np.int64), 0
+    front, count = np.empty(codes.size // 16 + width, np.int64), 0
     for y in range(1, height - 1):
-        above, row, below = codes[y - 1], codes[y], codes[y + 1]
-        for x in range(1, width - 1):
-            beside = (above[x] > 2) | (row[x - 1] > 2) | (row[x + 1] > 2) | (below[x] > 2)
-            if (row[x] <= 2) & (row[x] >= lowest_class) & beside:
+        if count + width > len(front):
+            front = np.concatenate((front, np.empty_like(front)))
+        row, above, below = codes[y, 1:-1], codes[y - 1, 1:-1], codes[y + 1, 1:-1]
+        before, after = codes[y, :-2], codes[y, 2:]
+        for x in range(len(row)):
+            beside = (above[x] > 2) | (before[x] > 2) | (after[x] > 2) | (below[x] > 2)
+            if lowest_class <= row[x] <= 2 and beside:
                 row[x] = 0
-                front[count] = y * width + x
+                front[count] = y * width + x + 1
                 count += 1
     return front[:count]
 

@@ -125,7 +125,7 @@ def test_measure_refuses_shapes_that_do_not_fit():
         moments.measure(labels, np.zeros((1, 5, 5), np.uint8), np.zeros((4, 4), np.uint8), (0, 0))
 
 
-@given(st.integers(0, 2**32 - 1), st.sampled_from(["uint8", "float32"]), st.integers(1, 20), st.integers(1, 20))
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["uint8", "int16", "int32", "float32"]), *[st.integers(1, 20)] * 2)
 def test_quality_equals_its_reference_in_one_piece_and_in_two(seed, dtype, height, width):
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 9, (height, width)).astype(dtype)

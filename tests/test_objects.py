@@ -86,10 +86,12 @@ def test_what_is_not_known_is_null(tmp_path):
     assert only["bbox_y0_um"] is None
 
 
-def test_pandas_and_polars_open_a_table(table):
-    pandas, polars = pytest.importorskip("pandas"), pytest.importorskip("polars")
-    assert pandas.read_parquet(table)["area"].tolist() == [4, 31, 4, 31]
-    assert polars.read_parquet(table)["well"].to_list() == ["B03"] * 4
+@pytest.mark.parametrize("package", ["pandas", "polars"])
+def test_other_libraries_open_a_table(table, package):
+    opened = pytest.importorskip(package).read_parquet(table)
+    assert list(opened["id"]) == [3, 2**40] * 2
+    assert list(opened["area"]) == [4, 31] * 2
+    assert list(opened["well"]) == ["B03"] * 4
 
 
 def test_what_is_no_table_is_refused(tmp_path):
