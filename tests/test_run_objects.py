@@ -48,6 +48,15 @@ def test_a_run_measures_what_it_writes(tmp_path, measure, version):
     assert measure(path).slides[0].status == "skipped"
 
 
+def test_a_slide_without_objects_has_empty_labels_and_an_empty_table(tmp_path, measure):
+    report = measure(write_ome_zarr(tmp_path / "a.zarr", np.full((3, 200, 260), 7, np.uint8)))
+    (slide,) = report.slides
+    assert (slide.status, slide.objects, slide.unreached_pixels) == ("done", 0, 0)
+    assert not labels_of(report).any()
+    assert len(pq.read_table(slide.table)) == 0
+    assert read_account(Path(slide.table))["labelled_fraction"] == 0
+
+
 def test_tables_do_not_depend_on_blocks_and_workers(tmp_path, measure):
     tables = []
     for block, workers in ((96, 1), (128, 3), (400, 2)):
