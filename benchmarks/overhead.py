@@ -69,7 +69,7 @@ def main() -> None:
         print(json.dumps(row(name, [megapixels / one for one in times], over_model_alone=over, **about)))
     tile = job.plan.grid.lattice.tile
     computed = job.plan.tiles * tile[0] * tile[1] / 1e6
-    theirs = benchmark_app(bundle.sha256, precision, job.plan.shape)
+    theirs = benchmark_app(bundle.foreground.sha256, precision, job.plan.shape)
     rates = [computed / one for one in models]
     print(json.dumps(row("model alone, per px computed", rates, of_benchmark_app=median(rates) / theirs)))
     print(json.dumps(row("OpenVINO's benchmark_app, latency hint", [theirs])))

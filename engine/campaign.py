@@ -26,7 +26,6 @@ from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.pipeline import passes_of
 from cellseg_batch.engine.place import Place, place_output, refuse_output_inside
 from cellseg_batch.engine.plan import SlideJob, SlidePlan, pick_margin
-from cellseg_batch.engine.plates import summarise_plates
 from cellseg_batch.engine.prepare import Request, finish_slide, prepare_slide
 from cellseg_batch.engine.report import RunReport, SlideReport
 from cellseg_batch.engine.scheduler import Course, Work, ask, run_courses
@@ -107,7 +106,11 @@ def run_images(
         images = [image for image in images if campaign.failures.has(image)]
     observer.found(len(images))
     slides = campaign.run(images, stop)
-    plates = summarise_plates(images, slides, settings.name, settings.output) if settings.objects else []
+    plates = []
+    if settings.objects:
+        from cellseg_batch.engine.plates import summarise_plates  # and with it pyarrow
+
+        plates = summarise_plates(images, slides, settings.name, settings.output)
     return replace(campaign.report(slides, time.perf_counter() - started), plates=plates)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -11,6 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
+
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def cores() -> int:
@@ -51,6 +55,17 @@ def package_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def bound_heaps() -> None:
+    """Have freed memory of this process given back: arrays of 8 MiB and more at once, smaller ones above 1 MiB a heap.
+
+    Left alone, glibc raises these limits to the largest array that it has seen, up to 32 and 64 MiB, and keeps as much
+    in the heap of each thread. Other C libraries are left as they are.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 8 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 20)
 
 
 def resident_bytes() -> int:

@@ -16,7 +16,6 @@ import zarr
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block, Box
-from cellseg_batch.engine.object_table import Origin, write_table
 from cellseg_batch.engine.objects import merge_parts, write_part
 from cellseg_batch.engine.plan import SlidePlan
 from cellseg_batch.engine.reader import SlideReader
@@ -89,6 +88,9 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[dict[str, Any]
     Raises:
         OutputError: it cannot be written.
     """
+    # pyarrow takes 30 MB, which a run of masks can do without.
+    from cellseg_batch.engine.object_table import Origin, write_table
+
     place, slide = plan.place, plan.slide
     labelled, quality = 0, [Quality()] * len(measured_channels(slide))
     for record in records:

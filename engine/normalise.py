@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +59,7 @@ def settle_bounds(slide: Slide, channels: tuple[int, ...], level: int, rule: Nor
     return Bounds(*rule.bounds_of(np.concatenate(pixels)))
 
 
-def _readable(reader: SlideReader, plane: int, box: Box) -> Iterator[NDArray[np.float32]]:
+def _readable(reader: SlideReader, plane: int, box: Box) -> Iterator[NDArray[Any]]:
     """Finite pixels of ``box``, quarter by quarter where it is damaged: a bad chunk costs its block, not the slide."""
     try:
         yield _finite(reader.read(plane, box))
@@ -87,6 +88,9 @@ def _sample_boxes(height: int, width: int, most: int) -> list[Box]:
     return [Box(y, x, min(y + _WINDOW, height), min(x + _WINDOW, width)) for y, x in product(*starts)]
 
 
-def _finite(pixels: NDArray[np.generic]) -> NDArray[np.float32]:
+def _finite(pixels: NDArray[Any]) -> NDArray[Any]:
+    """The finite pixels as the model will see them; small integers need no float32 for that."""
+    if pixels.dtype.kind in "iu" and pixels.dtype.itemsize <= 2:
+        return pixels.ravel()
     values = pixels.astype(np.float32).ravel()
     return values[np.isfinite(values)]

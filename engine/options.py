@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from dask.utils import parse_bytes
 
 from cellseg_batch.engine.settings import BACKENDS, PRECISIONS, SKIPS, STITCHES
 
@@ -27,6 +26,8 @@ def _margin(text: str) -> int | str:
 
 
 def _bytes(text: str) -> int:
+    from dask.utils import parse_bytes
+
     try:
         return int(parse_bytes(text))
     except ValueError:

@@ -7,6 +7,7 @@ other settings cannot change a half-finished output.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -106,7 +107,7 @@ class SlidePlan:
             "instances": None if self.instances is None else self.instances.manifest(),
             **({"objects": True} if self.objects else {}),
             "blocks": list(self.grid.cores),
-            "software": {name: version(name) for name in ("cellseg-batch", "zarr", "numpy")},
+            "software": _software(),
         }
 
 
@@ -225,6 +226,11 @@ def adopt_manifest(plan: SlidePlan, started: dict[str, Any], manifest: dict[str,
         )
     rows, columns = started["blocks"]
     return replace(plan, grid=replace(plan.grid, cores=(rows, columns)))
+
+
+@cache
+def _software() -> dict[str, str]:
+    return {name: version(name) for name in ("cellseg-batch", "zarr", "numpy")}
 
 
 def _brief(value: Any) -> str:

@@ -70,8 +70,9 @@ def certify(
 def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
     """Run the race here and now: build, gate and time every candidate, all taking turns."""
     threshold = bundle.card.threshold
+    network = bundle.foreground  # the gate looks at nothing else, and masks need nothing else
     tiles = real_tiles("gate", bundle.card.channels)
-    reference = make_backend(bundle, *REFERENCE, request.threads, artefacts)
+    reference = make_backend(network, *REFERENCE, request.threads, artefacts)
     expected = logits_of(reference.compile((1, *tiles.shape[1:])), tiles)
     stride = bundle.card.total_stride
     side = max(1, request.tile // stride) * stride
@@ -87,7 +88,7 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
             try:
                 backend = reference
                 if name != REFERENCE:
-                    backend = make_backend(bundle, *name, request.threads, artefacts, gpu)
+                    backend = make_backend(network, *name, request.threads, artefacts, gpu)
                 parities[name] = worst_parity(backend, tiles, expected, threshold)
                 calls[name] = _fed(backend, shape, pixels)
                 continue
@@ -110,9 +111,10 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
     )
     with suppress(BackendError):  # nobody won; who asks for the result is told why
         winner = certificate.pick(request.backend, request.precision)
-        # Made here and kept, so that a run need not load torch to show the model a slide shrunk.
-        for factor in bundle.card.shrink:
-            make_backend(bundle.shrunk(int(factor)), winner.backend, winner.precision, request.threads, artefacts)
+        # Made here and kept, so that a run need not load torch to show the model a slide shrunk, or for instances.
+        for network in (bundle.foreground, bundle):
+            for factor in (1, *map(int, bundle.card.shrink)):
+                make_backend(network.shrunk(factor), winner.backend, winner.precision, request.threads, artefacts)
     return certificate
 
 

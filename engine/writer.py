@@ -150,11 +150,11 @@ class ImageWriter:
         with writing_to(self.folder, "a store"):
             if self.folder.exists():
                 shutil.rmtree(self.folder)
-            group = zarr.open_group(str(self.store), mode="a", zarr_format=layout.zarr_format, use_consolidated=False)
-            group = group.require_group(self.path) if self.path else group
+            group = zarr.create_group(
+                str(self.store), path=self.path, zarr_format=layout.zarr_format, attributes=attributes
+            )
             for level, shape in enumerate(layout.shapes):
                 _create_array(group, str(level), shape, layout, level)
-            group.attrs.update(attributes)
 
     def retype(self, dtype: str) -> None:
         """Make the arrays anew, empty, if their pixels are of another type.

@@ -41,6 +41,16 @@ def test_backends_agree_with_the_plain_network(tiny_bundle, name, precision):
 
 
 @pytest.mark.parametrize(("name", "precision"), EVERY)
+def test_the_foreground_is_the_same_without_the_other_outputs(tiny_bundle, name, precision):
+    batch = np.random.default_rng(0).random((1, 3, 64, 96), np.float32)
+    everything, alone = (
+        make(bundle, name, precision).compile(batch.shape)(batch) for bundle in (tiny_bundle, tiny_bundle.foreground)
+    )
+    assert (everything.shape[1], alone.shape[1]) == (3, 1)
+    np.testing.assert_array_equal(alone, everything[:, :1])
+
+
+@pytest.mark.parametrize(("name", "precision"), EVERY)
 def test_a_tiles_result_does_not_depend_on_its_batch(tiny_bundle, name, precision):
     tiles = np.random.default_rng(0).random((4, 3, 64, 64), np.float32)
     backend = make(tiny_bundle, name, precision)

@@ -160,6 +160,10 @@ def test_modules_stay_small():
     assert not long
 
 
-def test_the_command_line_starts_without_torch():
-    code = "import sys, cellseg_batch.engine.cli as c; print([m for m in ('torch', 'openvino') if m in sys.modules])"
+@pytest.mark.parametrize(
+    ("room", "without"),
+    [("cli", ("torch", "openvino")), ("campaign", ("torch", "pyarrow", "scipy", "dask", "skimage"))],
+)
+def test_what_only_some_runs_need_is_not_loaded_by_all(room, without):
+    code = f"import sys, cellseg_batch.engine.{room}; print([name for name in {without} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -139,15 +139,17 @@ def test_a_run_after_the_race_does_not_load_torch(tiny_bundle, tmp_path):
     settings = Settings(model=str(tmp_path / "model"), backend="openvino", precision="fp32", threads=1)
     Engines(load_model(settings.model), settings)
     code = f"""
+from dataclasses import replace
 import sys
 from cellseg_batch.engine.engines import Engines
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.settings import Settings
 settings = Settings(model={settings.model!r}, backend="openvino", precision="fp32", threads=1)
-engines = Engines(load_model(settings.model), settings)
-for factor in (1, 2):
-    with engines.feed(engines.shrunk(engines.chosen, factor), (1, 3, 64, 64), "uint8") as feed:
-        feed.logits()
+for instances in (False, True):
+    engines = Engines(load_model(settings.model), replace(settings, instances=instances))
+    for factor in (1, 2):
+        with engines.feed(engines.shrunk(engines.chosen, factor), (1, 3, 64, 64), "uint8") as feed:
+            assert feed.logits().shape[1] == (3 if instances else 1)
 print("torch" in sys.modules)
 """
     assert subprocess.check_output([sys.executable, "-c", code], text=True, env=os.environ).strip() == "False"

@@ -377,6 +377,14 @@ def test_bounds_come_from_the_whole_slide_and_pass_over_nan(tmp_path):
     assert settle_bounds(slide, (0,), 0, Normalisation("fixed", 5, 6)).high == 6
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16"])
+def test_bounds_of_integers_are_those_of_the_floats_that_the_model_sees(tmp_path, dtype):
+    pixels = np.random.default_rng(0).integers(0, 251, (1, 61, 67)).astype(dtype) * (1 if dtype == "uint8" else 97)
+    slides = [only(write_ome_zarr(tmp_path / f"{kind}.zarr", pixels.astype(kind))) for kind in (dtype, "float32")]
+    of_integers, of_floats = (settle_bounds(slide, (0,), 0, Normalisation()) for slide in slides)
+    assert of_integers == of_floats
+
+
 def test_a_few_bright_pixels_on_a_ground_of_one_value_are_not_lost(tmp_path):
     pixels = np.zeros((1, 512, 512), np.uint16)
     pixels[0, :12, :12] = 9000

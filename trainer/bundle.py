@@ -133,6 +133,20 @@ class Bundle:
     card: Card
     weights: dict[str, NDArray[Any]]
 
+    @property
+    def foreground(self) -> Bundle:
+        """The model with its first output alone, the same bit for bit: all that a mask needs.
+
+        Every architecture ends in a convolution ``head``, which holds the weights of one output after the other's.
+        """
+        count = len(self.card.outputs)
+        weights = {
+            name: array[: len(array) // count] if name.startswith("head.") else array
+            for name, array in self.weights.items()
+        }
+        architecture = {**self.card.architecture, "outputs": 1}
+        return Bundle(replace(self.card, architecture=architecture, outputs=self.card.outputs[:1]), weights)
+
     def shrunk(self, factor: int) -> Bundle:
         """The model that works on images shrunk by ``factor``; see `cellseg_batch.trainer.unet.Shrunk`.
 
