@@ -135,7 +135,7 @@ class Bundle:
 
     @property
     def foreground(self) -> Bundle:
-        """The model with its first output alone, the same bit for bit: all that a mask needs.
+        """The model with its first output alone, which is all that a mask needs; up to rounding, the same.
 
         Every architecture ends in a convolution ``head``, which holds the weights of one output after the other's.
         """
