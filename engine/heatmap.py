@@ -1,12 +1,20 @@
-"""A plate's figures as colours, well by well: one panel per figure, one picture per plate."""
+"""A plate's figures as colours, well by well: one panel per figure, one picture per plate.
+
+A run has it drawn by a process of its own: matplotlib would stay in its memory, beside what it has announced.
+"""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from typing import IO, Any
 
 import numpy as np
 
-# Figure of a well's row -> heading; one that no well has is left out.
+from cellseg_batch.engine.errors import OutputError
+
+# Figure of a well's row -> heading; what no well has is left out, and px where there are µm.
 _PANELS = {
     "count": "objects",
     "median_area": "median area, px",
@@ -18,6 +26,25 @@ _PANELS = {
     "failed_fields": "failed fields",
 }
 _COLUMNS = 3
+
+
+def heatmaps(title: str, wells: list[dict[str, Any]], rows: list[str], columns: list[str]) -> bytes:
+    """What `draw_heatmaps` draws, made by another process.
+
+    Raises:
+        OutputError: it did not end well.
+    """
+    asked = json.dumps([title, wells, rows, columns]).encode()
+    done = subprocess.run([sys.executable, "-m", __name__], input=asked, capture_output=True, check=False)
+    if done.returncode:
+        raise OutputError(
+            f"heat maps of {title}",
+            expected="a process that draws them",
+            found=f"exit {done.returncode}: {(done.stderr.decode().strip() or 'no message').splitlines()[-1]}",
+            cause="too little memory",
+            remedy="run again; the tables are there",
+        )
+    return done.stdout
 
 
 def draw_heatmaps(title: str, wells: list[dict[str, Any]], rows: list[str], columns: list[str], out: IO[bytes]) -> None:
@@ -33,7 +60,7 @@ def draw_heatmaps(title: str, wells: list[dict[str, Any]], rows: list[str], colu
 
     rows = list(dict.fromkeys([*rows, *(well["row"] for well in wells)]))
     columns = list(dict.fromkeys([*columns, *(well["column"] for well in wells)]))
-    panels = {name: heading for name, heading in _panels(wells).items() if any(_known(well, name) for well in wells)}
+    panels = _panels(wells)
     lines = -(-len(panels) // _COLUMNS)
     width = min(max(3.4, 0.34 * len(columns) + 1.2), 9)
     height = min(max(1.7, 0.34 * len(rows) + 1.0), 7)
@@ -49,7 +76,7 @@ def draw_heatmaps(title: str, wells: list[dict[str, Any]], rows: list[str], colu
         low, high = np.nanmin(values), np.nanmax(values)
         # One value everywhere is shown on a scale from 0, not as noise around itself.
         image = axes.imshow(values, cmap="viridis", vmin=low if low < high else 0, vmax=high or 1)
-        figure.colorbar(image, ax=axes, shrink=0.9)
+        figure.colorbar(image, ax=axes, shrink=0.9, format="%.5g").ax.tick_params(labelsize=7)
         for well in wells:
             if well["failed_fields"] == well["fields"]:
                 place = columns.index(well["column"]), rows.index(well["row"])
@@ -64,12 +91,22 @@ def draw_heatmaps(title: str, wells: list[dict[str, Any]], rows: list[str], colu
 
 
 def _panels(wells: list[dict[str, Any]]) -> dict[str, str]:
-    """The panels, with one for each channel's intensity after the areas."""
+    """Figure -> heading, with one for each channel's intensity after the areas."""
     names = dict.fromkeys(name for well in wells for name in well if name.startswith("mean_intensity_"))
     light = {name: f"mean intensity, {name.removeprefix('mean_intensity_')}" for name in names}
     panels = list(_PANELS.items())
-    return dict([*panels[:3], *light.items(), *panels[3:]])
+    ordered = dict([*panels[:3], *light.items(), *panels[3:]])
+    known = {name for name in ordered if any(_known(well, name) for well in wells)}
+    if "median_area_um2" in known:
+        known.remove("median_area")
+    if not any(well["failed_fields"] for well in wells):
+        known.remove("failed_fields")
+    return {name: heading for name, heading in ordered.items() if name in known}
 
 
 def _known(well: dict[str, Any], name: str) -> bool:
     return well.get(name) is not None
+
+
+if __name__ == "__main__":
+    draw_heatmaps(*json.load(sys.stdin), sys.stdout.buffer)

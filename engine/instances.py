@@ -22,7 +22,7 @@ from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Record
 from cellseg_batch.engine.runner import BlockResult
 from cellseg_batch.engine.scratch import Scratch
 from cellseg_batch.engine.seeds import InstanceRule, number_seeds
-from cellseg_batch.kernels.instances import grow, reach
+from cellseg_batch.kernels.instances import grow, reach, renumber
 from cellseg_batch.kernels.moments import HALO
 
 INSTANCES = "instances"
@@ -73,29 +73,37 @@ def tabulate(slide: OpenSlide, _: int) -> Record:
 
 def final_labels(slide: OpenSlide, block: Block, halo: int = 0) -> NDArray[Any]:
     """The labels of a block and ``halo`` px around it, 0 outside the slide."""
-    grid, steps = slide.plan.grid, _rule(slide).steps
-    target = block.box.grown(halo)
-    window = target.grown(reach(steps))
+    target, steps = block.box.grown(halo), _rule(slide).steps
     with slide.clock.stage("read"):
-        merged = Merged.load(_scratch(slide).ids)
-        codes = np.zeros(window.shape, merged.dtype)
-        inside = window.within(Box(0, 0, *grid.lattice.shape))
-        own = _scratch(slide).read(block.plane, inside)
-        for other in grid.touching(block.plane, window):
-            part = other.box.within(window)
-            final = merged.codes_of(other, grid)
-            # Codes lie within the table; "clip" spares numpy to look for those that do not.
-            codes[part.seen_from(window).slices()] = final.take(own[part.seen_from(inside).slices()], mode="clip")
+        codes = _final_codes(slide, block, target.grown(reach(steps)))
     with slide.clock.stage("growth"):
         labels = np.empty(target.shape, codes.dtype)
         grow(codes, steps, labels)
     return labels
 
 
+def _final_codes(slide: OpenSlide, block: Block, window: Box) -> NDArray[Any]:
+    """The codes of a window around a block with final ids, 0 outside the slide."""
+    grid, merged = slide.plan.grid, Merged.load(_scratch(slide).ids)
+    codes = np.zeros(window.shape, merged.dtype)
+    inside = window.within(Box(0, 0, *grid.lattice.shape))
+    own = _scratch(slide).read(block.plane, inside)  # at once, as each chunk that is touched is decoded whole
+    for other in grid.touching(block.plane, window):
+        part = other.box.within(window)
+        final = merged.codes_of(other, grid)
+        renumber(own[part.seen_from(inside).slices()], final, codes[part.seen_from(window).slices()])
+    return codes
+
+
 def compile_kernels(result: BlockResult, block: Block, grid: BlockGrid, rule: InstanceRule) -> None:
     """Do with one tile what is done with blocks, so that nothing is compiled while they are under way."""
     codes, _ = number_seeds(result.mask, block, grid, rule.smallest_seed)
-    grow(np.pad(codes, reach(rule.steps)), rule.steps, codes)
+    frame = reach(rule.steps)
+    around = np.pad(codes, frame)
+    core = around[frame:-frame, frame:-frame]
+    for part in (codes, core):  # a whole array and a part of one are compiled apart
+        renumber(part, np.arange(codes.max() + 1, dtype=np.uint32), core)
+    grow(around, rule.steps, codes)
 
 
 def _rule(slide: OpenSlide) -> InstanceRule:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import CellsegError
 from cellseg_batch.engine.files import whole_file
-from cellseg_batch.engine.heatmap import draw_heatmaps
+from cellseg_batch.engine.heatmap import heatmaps
 from cellseg_batch.engine.object_table import read_account, read_batches
 from cellseg_batch.engine.place import place_output
 from cellseg_batch.engine.report import PlateReport, SlideReport
@@ -136,8 +136,9 @@ def summarise_plate(folder: Path | None, results: list[FieldResult]) -> PlateRep
         rows = [_well_row(members) for members in wells]
         _write_tables(folder / "fields", [_field_row(one) for one in results], plate)
         _write_tables(folder / "wells", rows, plate)
+        picture = heatmaps(Path(plate).name, rows, *plate_names(Path(plate)))
         with whole_file(folder / "heatmap.png") as stream:
-            draw_heatmaps(Path(plate).name, rows, *plate_names(Path(plate)), stream)
+            stream.write(picture)
     except CellsegError as error:
         return PlateReport(plate, None, *counts, error.detail)
     return PlateReport(plate, str(folder), *counts)

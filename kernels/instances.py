@@ -152,6 +152,22 @@ def label_seeds(
     return Seeds(first, area)
 
 
+def renumber(codes: NDArray[np.uint32], final: NDArray[Any], out: NDArray[Any]) -> None:
+    """Write the final code of every pixel, ``final[codes]``, without the index of eight bytes that numpy would make.
+
+    Args:
+        codes: (H, W) from `label_seeds`.
+        final: (2 + ids + 1,) uint32 or uint64, the final code of each code.
+        out: (H, W) of the same dtype as ``final``.
+
+    Raises:
+        ValueError: the shapes do not fit, or there is a code beyond ``final``.
+    """
+    if codes.shape != out.shape or codes.max(initial=0) >= len(final):
+        raise ValueError(f"codes {codes.shape} up to {codes.max(initial=0)}, {len(final)} of which have a final one")
+    fastest.renumber(codes, final, out)
+
+
 def reach(steps: int) -> int:
     """Width in px of the frame that `grow` needs around what it writes."""
     return 2 * steps + 1

@@ -196,6 +196,15 @@ def _write_codes(
 
 
 @jit
+def renumber(codes: NDArray[np.uint32], final: NDArray[Any], out: NDArray[Any]) -> None:
+    """Write the final codes; arguments as `cellseg_batch.kernels.instances.renumber`."""
+    for y in range(codes.shape[0]):
+        row, target = codes[y], out[y]
+        for x in range(len(row)):
+            target[x] = final[row[x]]
+
+
+@jit
 def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> None:
     """Grow the seeds; arguments as `cellseg_batch.kernels.instances.grow`."""
     frame = 2 * steps + 1

@@ -88,6 +88,11 @@ def _lowest_of_component(seeds: NDArray[np.bool_]) -> NDArray[np.int64]:
         lowest = lower
 
 
+def renumber(codes: NDArray[np.uint32], final: NDArray[Any], out: NDArray[Any]) -> None:
+    """Write the final codes; arguments as `cellseg_batch.kernels.instances.renumber`."""
+    out[...] = final[codes]
+
+
 def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> None:
     """Grow the seeds; arguments as `cellseg_batch.kernels.instances.grow`."""
     for lowest_class in (2, 1):

@@ -145,6 +145,21 @@ def test_seeds_meet_at_the_border_that_the_model_saw():
     np.testing.assert_array_equal(out[0], [1, 1, 1, 2, 2, 2, 2, 2, 2, 2])
 
 
+@pytest.mark.parametrize("dtype", ["uint32", "uint64"])
+def test_renumbering_equals_its_reference(dtype):
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 9, (20, 30), np.uint32)
+    final = np.append([0, 1, 2], rng.integers(3, np.iinfo(dtype).max, 6, np.uint64)).astype(dtype)
+    out = np.zeros((2, 24, 34), dtype)
+    for renumbered, work in zip(out, (instances.renumber, instances_reference.renumber), strict=True):
+        work(codes, final, renumbered[2:-2, 2:-2])
+        work(codes[:, 1:-1], final, renumbered[1:-3, 1:-5])
+    np.testing.assert_array_equal(*out)
+    for wrong in (final[:-1], final[:0]):
+        with pytest.raises(ValueError, match="up to 8"):
+            instances.renumber(codes, wrong, np.zeros((20, 30), dtype))
+
+
 def test_growth_ends_after_its_steps():
     codes = np.pad(np.array([[3, 2, 2, 2, 2, 2]], np.uint32), reach(2))
     out = np.zeros((1, 6), np.uint32)

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from cellseg_batch.engine import heatmap
 from cellseg_batch.engine.object_table import Origin, write_table
 from cellseg_batch.engine.objects import Objects
 from cellseg_batch.engine.plates import FieldResult, summarise_plate
@@ -69,6 +70,13 @@ def test_heat_maps_show_every_well_of_the_plate(tmp_path, plate):
     assert picture.shape[1] > 800
     grey = (picture == round(0.88 * 255)).all(-1).mean()
     assert 0.1 < grey < 0.6  # two of the three wells of each panel were not run
+
+
+def test_a_picture_that_cannot_be_drawn_costs_nothing_but_itself(tmp_path, plate, monkeypatch):
+    monkeypatch.setattr(heatmap.sys, "executable", "false")
+    report = summarise_plate(tmp_path / "out", [field(tmp_path, plate, "A", "01", "0", [10])])
+    assert "a process that draws them, found exit 1" in report.reason
+    assert pq.read_table(tmp_path / "out" / "wells.parquet").num_rows == 1
 
 
 def test_a_plate_whose_summary_cannot_be_written_says_so(tmp_path, plate):
