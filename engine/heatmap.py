@@ -109,4 +109,5 @@ def _known(well: dict[str, Any], name: str) -> bool:
 
 
 if __name__ == "__main__":
-    draw_heatmaps(*json.load(sys.stdin), sys.stdout.buffer)
+    title, wells, rows, columns = json.load(sys.stdin)
+    draw_heatmaps(title, wells, rows, columns, sys.stdout.buffer)
