@@ -1,6 +1,11 @@
-"""What a block costs besides its work: no-op blocks through the scheduler, on threads and on worker processes.
+"""What scheduling costs: no-op blocks through every pool, and real blocks on worker processes, in parts.
 
-python benchmarks/bench_scheduler.py [--blocks 100000] [--workers 2]
+python benchmarks/bench_scheduler.py PART... [--blocks 100000] [--workers 2] [--precision bf16] [--rounds 2]
+
+    noop      no-op blocks of one slide and of many, on threads and on worker processes
+    calls     the same with every block handed out alone, as blocks that take long are
+    scaling   a slide of 12288 px on one and on two worker processes of one thread each
+    cluster   4,096 blocks of a slide of 16384 px on threads, and on one worker process with as many
 
 The growth is that of the process that runs the campaign, scheduler of the cluster included, over the blocks after the
 first tenth.
@@ -11,14 +16,22 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from common import save
+from common import engine_flags, pieces_of, row, save, segment, work_folder
 
+from cellseg_batch.engine import scheduler
+from cellseg_batch.engine.bench.slides import Form, write_slide
 from cellseg_batch.engine.clusters import open_pool
 from cellseg_batch.engine.machine import resident_bytes
 from cellseg_batch.engine.scheduler import Course, Pool, Work, run_courses
 from cellseg_batch.engine.settings import Settings
+
+# 64 x 64 blocks of one tile each.
+_SMALL_BLOCKS = ["--block", "256", "--tile", "320", "--margin", "32"]
 
 
 @dataclass
@@ -29,7 +42,6 @@ class Tally:
     done: int = 0
     early: int = 0
     most: int = 0
-    seen: list[int] = field(default_factory=list)
 
     def collect(self, result: int) -> None:
         self.done += 1
@@ -53,7 +65,7 @@ def slide(blocks: int, tally: Tally) -> Course[None]:
     yield Work(no_op, range(blocks), tally.collect)
 
 
-def measure(pool: Pool, blocks: int, count: int) -> dict[str, float]:
+def measure(name: str, pool: Pool, blocks: int, count: int) -> dict[str, Any]:
     """Seconds, microseconds per block and growth of memory for ``blocks`` blocks in ``count`` slides."""
     tally = Tally(blocks)
     start = time.perf_counter()
@@ -61,22 +73,97 @@ def measure(pool: Pool, blocks: int, count: int) -> dict[str, float]:
         pass
     seconds = time.perf_counter() - start
     assert tally.done == blocks
-    return {"seconds": seconds, "us_per_block": 1e6 * seconds / blocks, "growth_mb": (tally.most - tally.early) / 1e6}
+    figures = {
+        "seconds": seconds,
+        "us_per_block": 1e6 * seconds / blocks,
+        "growth_mb": (tally.most - tally.early) / 1e6,
+    }
+    return {"name": name, "blocks": blocks, "slides": count, **figures}
+
+
+def pools(workers: int) -> Iterator[tuple[str, Pool]]:
+    """Threads and worker processes, as many as a run would have them."""
+    for name in ("threads", "processes"):
+        yield name, open_pool(Settings(scheduler=name, workers=workers, device="cpu"))
+
+
+@contextmanager
+def one_a_call() -> Iterator[None]:
+    """Blocks are handed out alone, however short they are."""
+    most, scheduler._MOST_PER_CALL = scheduler._MOST_PER_CALL, 1
+    try:
+        yield
+    finally:
+        scheduler._MOST_PER_CALL = most
+
+
+def noop(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    blocks = arguments.blocks
+    return [
+        measure(name, pool, blocks, count) for count in (1, blocks // 100) for name, pool in pools(arguments.workers)
+    ]
+
+
+def calls(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    with one_a_call():
+        return [measure(name, pool, 4096, 1) for name, pool in pools(arguments.workers)]
+
+
+def scaling(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    variants = {
+        f"{count} x 1 thread": ["--scheduler", "processes", "--workers", str(count), "--threads", "1"]
+        for count in (1, 2)
+    }
+    rows = _take_turns(arguments, 12288, variants)
+    rows[1]["times_faster"] = rows[1]["mpx_per_s"] / rows[0]["mpx_per_s"]
+    return rows
+
+
+def cluster(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    variants = {
+        "threads": [*_SMALL_BLOCKS, "--workers", "2"],
+        "one worker process": [*_SMALL_BLOCKS, "--scheduler", "processes", "--workers", "1"],
+    }
+    rows = _take_turns(arguments, 16384, variants)
+    rows[1]["overhead"] = rows[0]["mpx_per_s"] / rows[1]["mpx_per_s"] - 1
+    return rows
+
+
+def _take_turns(arguments: argparse.Namespace, side: int, variants: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """A row of rates for each variant on one slide, without the time that workers take to start."""
+    rates: dict[str, list[float]] = {name: [] for name in variants}
+    blocks = 0
+    with work_folder(arguments.folder) as folder:
+        path = folder / f"slide-{side}.zarr"
+        if not path.exists():
+            write_slide(path, Form(side), pieces_of(None))
+        # Compiles; no worker finds anything else to do.
+        segment(write_slide(folder / "warm.zarr", Form(512), pieces_of(None)), folder / "out", *arguments.flags)
+        for turn in range(arguments.rounds):
+            for name, flags in variants.items():
+                report = segment(path, folder / "out", *arguments.flags, *flags)
+                rates[name].append(report["mpx_per_s"])
+                blocks = sum(one["blocks"] for one in report["slides"])
+                print(f"round {turn}: {name} {report['seconds']:.2f} s", flush=True)
+    return [row(name, every, blocks=blocks) for name, every in rates.items()]
+
+
+PARTS = {part.__name__: part for part in (noop, calls, scaling, cluster)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--blocks", type=int, default=100_000)
-    parser.add_argument("--workers", type=int, default=2)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART")
+    parser.add_argument("--blocks", type=int, default=100_000, help="of noop")
+    parser.add_argument("--workers", type=int, default=2, help="of noop and calls")
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--rounds", type=int, default=2, help="of scaling and cluster")
+    parser.add_argument("--folder", type=Path, help="keep the slides here, for another call")
     arguments = parser.parse_args()
-    rows = []
-    for scheduler in ("threads", "processes"):
-        for count in (1, arguments.blocks // 100):
-            pool = open_pool(Settings(scheduler=scheduler, workers=arguments.workers, device="cpu"))
-            row = measure(pool, arguments.blocks, count)
-            rows.append({"scheduler": scheduler, "blocks": arguments.blocks, "slides": count, **row})
-            print(rows[-1])
-    save("scheduler", rows, workers=arguments.workers)
+    arguments.flags = engine_flags(arguments.precision)
+    for name in arguments.parts:
+        about = {"workers": arguments.workers} if name in ("noop", "calls") else {"precision": arguments.precision}
+        save(f"scheduler_{name}", PARTS[name](arguments), **about)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python benchmarks/report.py
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ the rate of every round and the median that is shown; what is compared took turn
 | `bench_pipeline.py PART...` | a run, one factor at a time; `--help` lists the parts |
 | `bench_model.py` | every backend at one tile |
 | `bench_stitch.py` | the steps around the network |
+| `bench_scheduler.py PART...` | no-op blocks through every pool; worker processes against one and against threads |
+| `bench_limits.py` | what 1,000 workers and a million blocks would saturate first |
 | `cellseg-batch bench` | a small set in under a minute; `cellseg-batch bench compare A B` finds regressions |
 """
 # Shown first, in this order; what else there is follows.
@@ -34,7 +37,7 @@ _ORDER = ("peers", "overhead", "overhead_int8", "plate", "background", "memory")
 
 def main() -> None:
     results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
-    shown = {name: content for name, content in results.items() if _has_rates(content)}
+    shown = {name: content for name, content in results.items() if _has_names(content)}
     names = [*(name for name in _ORDER if name in shown), *sorted(set(shown) - set(_ORDER))]
     parts = [_INTRODUCTION]
     for name in names:
@@ -46,14 +49,14 @@ def main() -> None:
     print(_README)
 
 
-def _has_rates(content: dict[str, Any]) -> bool:
-    return bool(content.get("rows")) and all("mpx_per_s" in row and "name" in row for row in content["rows"])
+def _has_names(content: dict[str, Any]) -> bool:
+    return bool(content.get("rows")) and all("name" in row for row in content["rows"])
 
 
 def _section(name: str, content: dict[str, Any]) -> str:
-    about = {key: value for key, value in content.items() if key not in ("conditions", "rows", "yardstick")}
+    about = {key: value for key, value in content.items() if key not in ("conditions", "rows", "yardstick", "text")}
     at = content["conditions"]
-    rounds = max(len(row["rounds"]) for row in content["rows"])
+    rounds = max(len(row.get("rounds", [])) for row in content["rows"])
     conditions = [
         *(f"{key} {value}" for key, value in about.items()),
         f"medians of {rounds} rounds" if rounds > 1 else "one round",
@@ -71,6 +74,8 @@ def _section(name: str, content: dict[str, Any]) -> str:
     ]
     for row in content["rows"]:
         lines.append(f"| {row['name']} | " + " | ".join(_cell(row.get(column)) for column in columns) + " |")
+    if "text" in content:
+        lines += ["", *textwrap.wrap(content["text"], 120)]
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,7 @@
 """A run: every image of every input through one pool of workers, each failing alone.
 
-This room decides what happens to a slide (skipped, continued, refused, done); the pixels pass through
-`cellseg_batch.engine.pipeline`, in whatever order `cellseg_batch.engine.scheduler` hands out the tasks.
+This room decides what happens to a slide (skipped, continued, refused, left to another run, done); the pixels pass
+through `cellseg_batch.engine.pipeline`, in whatever order `cellseg_batch.engine.scheduler` hands out the tasks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cellseg_batch.engine.place import Place, place_output, refuse_output_inside
 from cellseg_batch.engine.plan import SlideJob, SlidePlan, pick_margin
 from cellseg_batch.engine.prepare import Request, finish_slide, prepare_slide
 from cellseg_batch.engine.report import RunReport, SlideReport
-from cellseg_batch.engine.scheduler import Course, Work, ask, run_courses
+from cellseg_batch.engine.scheduler import Course, Work, ask, call_alone, run_courses
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.plate import FieldChoice
@@ -61,7 +61,7 @@ class Observer(Protocol):
         """So many more pixels are on disk."""
 
     def ended(self, report: SlideReport) -> None:
-        """A slide is done, failed or skipped."""
+        """A slide is done, failed, skipped or held."""
 
 
 def run(
@@ -129,7 +129,7 @@ class _Campaign:
         self.workers = 0
         self.locks = Locks()
         self.failures = FailedImages(settings.name, settings.output)
-        self.pool = open_pool(settings)
+        self.pool = open_pool(settings, _imports(settings))
         try:
             self._choose_backend(settings, bundle)
         except BaseException:
@@ -144,7 +144,7 @@ class _Campaign:
         else:
             # Not on this machine, which may be a login node without the workers' devices.
             self.engines, settings = None, settings_elsewhere(settings)
-            self.choice = self.pool.submit(choose_backend, settings).result()
+            self.choice = call_alone(self.pool, choose_backend, settings)
         self.compile_seconds = time.perf_counter() - begun
         self.worker = Worker(settings, self.choice, uuid4().hex, self.engines, self.clock)
 
@@ -166,18 +166,17 @@ class _Campaign:
         """Segment one image; whatever goes wrong with it is in its report."""
         try:
             report = yield from self._segment(image, number)
+        except BusyError as error:
+            report = SlideReport(location(image), "held", error.detail)
         except CellsegError as error:
             _log.debug("%s failed", location(image), exc_info=True)
             report = SlideReport(location(image), "failed", error.detail)
-            if isinstance(error, BusyError):
-                reports[number] = report
-                return number
         except Exception as error:  # a campaign of thousands of slides must not die of one
             _log.debug("%s failed", location(image), exc_info=True)
             report = SlideReport(location(image), "failed", f"{type(error).__name__}: {error} (see --debug)")
         if report.status == "failed":
             self.failures.note(image, report.reason)
-        else:
+        elif report.status != "held":
             self.failures.forget(image)
         reports[number] = report
         return number
@@ -262,6 +261,12 @@ class _Campaign:
             stages=self.clock.seconds,
             slides=slides,
         )
+
+
+def _imports(settings: Settings) -> list[str]:
+    """What every worker process needs, as far as it is known before the backend is chosen."""
+    torch = ["cellseg_batch.engine.backends.torch_backend"] * settings.backend.startswith("torch")
+    return ["cellseg_batch.engine.worker", *torch]
 
 
 def _give_up(journal: Journal, part: str, failures: dict[int, str], number: int, loss: BaseException) -> None:

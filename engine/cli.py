@@ -127,9 +127,11 @@ def convert(
 ) -> None:
     """Write SOURCE as OME-Zarr 0.5, sharded and with a pyramid; an unfinished conversion goes on where it stopped."""
     from cellseg_batch.engine.convert import print_conversions
+    from cellseg_batch.engine.stopping import Stop
 
-    with plain_errors(debug):
-        failed = print_conversions(source, target, axes, workers, overwrite, Console())
+    stop = Stop()
+    with plain_errors(debug), stop.on_signals():
+        failed = print_conversions(source, target, axes, workers, overwrite, stop, Console())
     raise typer.Exit(failed > 0)
 
 

@@ -6,16 +6,21 @@ imported only when a cluster is asked for.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cellseg_batch.engine.errors import UsageError
+from cellseg_batch.engine.errors import ClusterError, UsageError
 from cellseg_batch.engine.machine import visible_gpus
+from cellseg_batch.engine.processes import Processes
 from cellseg_batch.engine.scheduler import Pool, ThreadPool
 from cellseg_batch.engine.settings import ClusterSettings, Settings, gpus_of
 
@@ -26,14 +31,19 @@ if TYPE_CHECKING:
 THREADS_PER_PROCESS = 2
 _CONNECT_SECONDS = 30
 _COUNT_SECONDS = 5
+_END_SECONDS = 5.0
 _GPU = "GPU"
 # A task whose worker died comes back to the run, which knows what to do with it.
 _QUIET = {"silence_logs": logging.ERROR}
 _SCHEDULER = {"allowed_failures": 0, "dashboard": False}
 
 
-def open_pool(settings: Settings) -> Pool:
+def open_pool(settings: Settings, imports: Sequence[str] = ()) -> Pool:
     """The pool that ``--scheduler`` asks for.
+
+    Args:
+        settings: of the run.
+        imports: modules that every call needs.
 
     Raises:
         UsageError: it cannot be had.
@@ -41,7 +51,7 @@ def open_pool(settings: Settings) -> Pool:
     if settings.scheduler == "threads":
         return ThreadPool(settings.workers)
     if settings.scheduler == "processes":
-        return _open_processes([*_devices(settings)] or [None] * settings.workers)
+        return _open_processes([*_devices(settings)] or [None] * settings.workers, imports)
     if settings.scheduler == "slurm":
         return _open_slurm(settings.workers, settings.cluster)
     return _connect(settings.scheduler)
@@ -60,18 +70,20 @@ class DaskPool:
 
     Args:
         client: connected to it.
-        close: lets go of the cluster.
+        close: lets go of the cluster; its argument says whether there is time.
+        gpus: whether calls need a GPU each.
         most: workers that it may come to have; None counts those that it has.
     """
 
-    def __init__(self, client: Client, close: Callable[[], None], most: int | None = None) -> None:
+    def __init__(self, client: Client, close: Callable[[bool], None], gpus: bool, most: int | None = None) -> None:
         self._client = client
         self._close = close
         self._most = most
         self._counted = 0.0
         self._threads = 1
-        resources = {_GPU: 1} if self._has_gpus() else None
-        self._executor = client.get_executor(pure=False, **({"resources": resources} if resources else {}))
+        self._executor = client.get_executor(pure=False, **({"resources": {_GPU: 1}} if gpus else {}))
+        self._turn = threading.Lock()
+        self._failure: ClusterError | None = None
 
     @property
     def workers(self) -> int:
@@ -89,35 +101,86 @@ class DaskPool:
         return 2 * self.workers
 
     def submit(self, call: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
-        """Have a worker make the call."""
-        future: Future[Any] = self._executor.submit(call, *arguments)
-        return future
+        """Have a worker make the call.
+
+        Raises:
+            ClusterError: there will be no worker any more.
+        """
+        with self._turn:
+            if self._failure is not None:
+                raise self._failure
+            future: Future[Any] = self._executor.submit(call, *arguments)
+            return future
+
+    def fail(self, failure: ClusterError) -> None:
+        """There will be no worker any more: cancel what waits for one, and refuse what comes."""
+        with self._turn:
+            self._failure = failure
+            self._executor.shutdown(wait=False)
 
     def close(self, wait: bool) -> None:
         """Let the workers go; those of a cluster that is not ours stay."""
         with suppress(Exception):  # a cluster that is gone already
             self._client.close(timeout=_CONNECT_SECONDS if wait else 1)
         with suppress(Exception):
-            self._close()
-
-    def _has_gpus(self) -> bool:
-        workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
-        return any(worker["resources"].get(_GPU) for worker in workers)
+            self._close(wait)
 
 
-def _open_processes(devices: list[str | None]) -> Pool:
-    """A process for each of ``devices``, which sees only its own GPU, if any.  All listen on loopback only."""
-    from distributed import Client, Nanny, Scheduler, SpecCluster
+@dataclass(frozen=True)
+class _Place:
+    """What a worker process of this machine is to be: whose worker, and with which GPU."""
 
-    common = {"nthreads": THREADS_PER_PROCESS, "memory_limit": 0, "host": "127.0.0.1", "dashboard": False, **_QUIET}
-    nannies = {}
-    for number, device in enumerate(devices):
-        own = {"env": {"CUDA_VISIBLE_DEVICES": device}, "resources": {_GPU: THREADS_PER_PROCESS}} if device else {}
-        nannies[number] = {"cls": Nanny, "options": {**common, **own}}
-    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", **_SCHEDULER}}
-    with _left_to_the_run(signal.SIGINT, signal.SIGUSR1):
-        cluster = SpecCluster(workers=nannies, scheduler=scheduler, **_QUIET)
-        return DaskPool(Client(cluster), cluster.close)
+    address: str
+    device: str | None
+
+
+def _open_processes(devices: list[str | None], imports: Sequence[str]) -> Pool:
+    """A process for each of ``devices``, which sees only its own GPU, if any.  All listen on loopback only.
+
+    dask's own keeper of processes is not used: it closes a worker for good that is not back 15 s after its death.
+    """
+    from distributed import Client, Scheduler, SpecCluster
+
+    with _left_to_the_run(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", **_SCHEDULER}}
+        cluster = SpecCluster(workers={}, scheduler=scheduler, **_QUIET)
+        places = [_Place(cluster.scheduler_address, device) for device in devices]
+
+        def close(wait: bool) -> None:
+            cluster.close()  # which has the workers end
+            processes.close(_END_SECONDS if wait else 0.0)
+
+        pool = DaskPool(Client(cluster), close, gpus=any(devices), most=len(devices))
+        processes = Processes(_serve, places, ("distributed", *imports), lambda why: pool.fail(_no_process(why)))
+    return pool
+
+
+def _serve(place: _Place, started: Callable[[], None]) -> None:
+    """Be a worker until the scheduler is gone."""
+    from distributed import Worker
+
+    logging.getLogger("distributed").setLevel(logging.ERROR)
+    options: dict[str, Any] = {"nthreads": THREADS_PER_PROCESS, "memory_limit": 0, "host": "127.0.0.1"}
+    if place.device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = place.device
+        options["resources"] = {_GPU: THREADS_PER_PROCESS}
+
+    async def work() -> None:
+        async with Worker(place.address, dashboard=False, **options) as worker:
+            started()
+            await worker.finished()
+
+    asyncio.run(work())
+
+
+def _no_process(why: str) -> ClusterError:
+    return ClusterError(
+        "--scheduler processes",
+        expected="worker processes that start",
+        found=why,
+        cause="too little memory, or a script without if __name__ == '__main__'",
+        remedy="see what they printed, or leave --scheduler out; finished blocks are kept",
+    )
 
 
 def _open_slurm(workers: int, asked: ClusterSettings) -> Pool:
@@ -160,7 +223,7 @@ def _open_slurm(workers: int, asked: ClusterSettings) -> Pool:
             remedy="add the flags, or a dask-jobqueue file with --cluster-config",
         ) from error
     cluster.adapt(minimum=0, maximum=workers)
-    return DaskPool(Client(cluster), cluster.close, most=workers)
+    return DaskPool(Client(cluster), lambda wait: cluster.close(), asked.gres is not None, most=workers)
 
 
 def _connect(address: str) -> Pool:
@@ -175,7 +238,8 @@ def _connect(address: str) -> Pool:
             found=f"{type(error).__name__}: {error}".splitlines()[0],
             remedy="start one with dask scheduler, and workers with dask worker",
         ) from error
-    return DaskPool(client, lambda: None)
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    return DaskPool(client, lambda wait: None, any(worker["resources"].get(_GPU) for worker in workers))
 
 
 @contextmanager

@@ -24,12 +24,13 @@ from cellseg_batch.engine.errors import CellsegError, OutputError, UsageError, w
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.image_layout import channel_count, channel_groups, halve, lay_out_image
 from cellseg_batch.engine.journal import Journal, sweep_partials
-from cellseg_batch.engine.lock import LOCK_SUFFIX, Locks
+from cellseg_batch.engine.lock import LOCK_SUFFIX, BusyError, Locks
 from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.scheduler import Course, ThreadPool, Work, run_courses
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, find_images
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
 from cellseg_batch.engine.slides.slide import Broken, Slide
+from cellseg_batch.engine.stopping import Stop
 from cellseg_batch.engine.writer import ImageWriter, Layout, multiscale
 
 _COLOURS = ("0000FF", "00FF00", "FF0000", "FF00FF", "00FFFF", "FFFF00")
@@ -42,8 +43,8 @@ class Conversion:
     Attributes:
         source: where it came from.
         target: the group it was written to.
-        status: done, skipped (was finished before) or failed.
-        reason: why it failed.
+        status: done, skipped (was finished before), failed or held (another process converts it).
+        reason: why it is not done.
         shapes: of each level.
     """
 
@@ -63,6 +64,7 @@ def convert(
     overwrite: bool,
     found: Callable[[int], None],
     advanced: Callable[[int], None],
+    stop: Stop | None = None,
 ) -> Iterator[Conversion]:
     """Write every image below ``source`` to the store ``target``: one to its root, several to groups of their names.
 
@@ -74,9 +76,11 @@ def convert(
         overwrite: replace what is in the way.
         found: told once how many pixels there are, over all channels and planes.
         advanced: told how many more pixels are on disk.
+        stop: asks the conversion to end early.
 
     Raises:
         UsageError: there is no image, or the target cannot be.
+        Stopped: it was asked to end.
     """
     _refuse_target(source, target)
     images = find_images(source, axes)
@@ -86,18 +90,19 @@ def convert(
     locks = Locks()
     courses = (_course(image, target, path, overwrite, advanced, locks) for image, path in pairs)
     try:
-        yield from run_courses(courses, ThreadPool(workers))
+        yield from run_courses(courses, ThreadPool(workers), stop)
     finally:
         locks.close()
 
 
 def print_conversions(
-    source: Path, target: Path, axes: str | None, workers: int, overwrite: bool, console: Console
+    source: Path, target: Path, axes: str | None, workers: int, overwrite: bool, stop: Stop, console: Console
 ) -> int:
     """Convert as `convert` does, with a progress bar and a line for each image; returns how many failed.
 
     Raises:
         UsageError: there is no image, or the target cannot be.
+        Stopped: it was asked to end.
     """
     failed = 0
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
@@ -110,10 +115,11 @@ def print_conversions(
             overwrite=overwrite,
             found=lambda pixels: bar.update(task, total=pixels),
             advanced=lambda pixels: bar.advance(task, pixels),
+            stop=stop,
         ):
             sizes = ", ".join(" x ".join(map(str, shape)) for shape in one.shapes)
             failed += one.status == "failed"
-            colour = "red" if one.status == "failed" else "green"
+            colour = {"failed": "red", "held": "yellow"}.get(one.status, "green")
             line = f"  {one.source} -> {one.target}: {one.reason or sizes}"
             console.print(Text.assemble((one.status, colour), line), soft_wrap=True)
     return failed
@@ -150,6 +156,8 @@ def _course(
                 locks.check(lock)
                 copy.complete()
         return Conversion(image.location, target, "skipped" if finished else "done", shapes=layout.shapes)
+    except BusyError as error:
+        return Conversion(image.location, target, "held", error.detail)
     except CellsegError as error:
         return Conversion(image.location, target, "failed", error.detail)
 

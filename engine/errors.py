@@ -4,7 +4,8 @@ CellsegError
 ├── UsageError          the command cannot be carried out as given (exit code 2)
 │   ├── NoImageError    no image where one was expected
 │   ├── ModelError      the model bundle is missing, damaged or does not fit
-│   └── BackendError    no backend can do what was asked
+│   ├── BackendError    no backend can do what was asked
+│   └── ClusterError    there are no workers, or they do not live
 └── SlideError          one slide cannot be processed; the others go on (exit code 1)
     ├── ReadError       its pixels or metadata cannot be read
     ├── ComputeError    the model gives no usable numbers for it
@@ -68,6 +69,10 @@ class ModelError(UsageError):
 
 class BackendError(UsageError):
     """No backend can do what was asked."""
+
+
+class ClusterError(UsageError):
+    """There are no workers, or they do not live."""
 
 
 class SlideError(CellsegError):

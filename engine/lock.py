@@ -178,7 +178,7 @@ def _busy(path: Path, owner: dict[str, Any]) -> BusyError:
         str(path),
         expected="an output that no other run is at work on",
         found=f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown machine')} at it",
-        remedy="wait for it, or stop it; a dead run's lock is taken over by itself, "
+        remedy="it is left to that one; a dead run's lock is taken over by itself, "
         f"another machine's {LEASE_SECONDS:.0f} s after its last sign of life",
     )
 

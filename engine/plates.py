@@ -39,7 +39,7 @@ class FieldResult:
     Attributes:
         spot: where it lies.
         status, reason: as in the run's report.
-        table: its objects, None where it failed.
+        table: its objects, None where there are none of this run.
     """
 
     spot: PlateField
@@ -128,7 +128,7 @@ def summarise_plate(folder: Path | None, results: list[FieldResult]) -> PlateRep
     """
     plate = results[0].spot.plate
     wells = [list(members) for _, members in groupby(results, key=lambda one: one.spot.well)]
-    failed = sum(one.table is None for one in results)
+    failed = sum(one.status == "failed" for one in results)
     counts = len(wells), len(results), failed
     if folder is None:
         return PlateReport(plate, None, *counts, "no field could be opened")
@@ -151,10 +151,11 @@ def _field_row(result: FieldResult) -> dict[str, Any]:
 
 
 def _well_row(results: list[FieldResult]) -> dict[str, Any]:
-    spot, failed = results[0].spot, [one for one in results if one.table is None]
+    spot, missing = results[0].spot, [one for one in results if one.table is None]
     row = {"well": spot.well, "row": spot.row, "column": spot.column, "fields": len(results)}
-    reasons = "; ".join(f"{one.spot.field}: {one.reason}" for one in failed)
-    return {**row, "failed_fields": len(failed), "reason": reasons, **_tally(results).figures()}
+    reasons = "; ".join(f"{one.spot.field}: {one.reason}" for one in missing)
+    failed = sum(one.status == "failed" for one in missing)
+    return {**row, "failed_fields": failed, "reason": reasons, **_tally(results).figures()}
 
 
 def _tally(results: Iterable[FieldResult]) -> _Tally:

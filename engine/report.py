@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 _MEGA = 1e6
+_STATES = ("done", "skipped", "held", "failed")
+_COLOURS = {"held": "yellow", "failed": "red"}
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,8 @@ class SlideReport:
 
     Attributes:
         path: the image, as a user would type it.
-        status: done, failed or skipped (was finished before).
-        reason: why it failed or was skipped.
+        status: done, failed, skipped (was finished before) or held (another run is at work on it).
+        reason: why it is not done.
         labels: path of the label group on disk.
         table: path of the table of objects; None if there is none.
         shape: of the labels.
@@ -106,9 +108,9 @@ class RunReport:
 
     @property
     def status(self) -> str:
-        """``failed`` if any image failed, ``skipped`` if all were finished before, else ``done``."""
+        """``failed`` or ``held`` if any image is, in this order; ``skipped`` if all were done before; else ``done``."""
         states = {slide.status for slide in self.slides}
-        return "failed" if "failed" in states else "done" if "done" in states else "skipped"
+        return next((state for state in ("failed", "held", "done") if state in states), "skipped")
 
     @property
     def mpx_per_s(self) -> float:
@@ -134,10 +136,11 @@ class RunReport:
 
 
 def print_failures(report: RunReport, console: Console) -> None:
-    """Print each image that failed, by name, and what else a user should know of."""
+    """Print each image that failed or is held, by name, and what else a user should know of."""
     for slide in report.slides:
-        if slide.status == "failed":
-            console.print(Text.assemble(("failed", "red"), f"  {slide.path}: {slide.reason}"), soft_wrap=True)
+        if slide.status in _COLOURS:
+            line = (slide.status, _COLOURS[slide.status]), f"  {slide.path}: {slide.reason}"
+            console.print(Text.assemble(*line), soft_wrap=True)
         elif slide.missing_pixels:
             note = f"  {slide.path}: {slide.missing_pixels} NaN pixels taken as 0"
             console.print(Text.assemble(("note", "yellow"), note), soft_wrap=True)
@@ -145,7 +148,7 @@ def print_failures(report: RunReport, console: Console) -> None:
 
 def print_report(report: RunReport, console: Console) -> None:
     """Print the figures of the run."""
-    counts = {state: sum(slide.status == state for slide in report.slides) for state in ("done", "skipped", "failed")}
+    counts = {state: sum(slide.status == state for slide in report.slides) for state in _STATES}
     table = Table(title=f"cellseg-batch run: {report.status}", show_header=False, title_justify="left")
     table.add_column()
     table.add_column(overflow="fold")

@@ -16,6 +16,7 @@ from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
+from cellseg_batch.engine.errors import ClusterError
 from cellseg_batch.engine.stopping import Stop
 
 Result = TypeVar("Result")
@@ -35,7 +36,7 @@ class Work:
         call: made once for each item, by a worker; an exception of it is raised in the course.
         items: consumed as workers get free.
         collect: told what each call returned, in the thread of the run.
-        lost: told of an item that keeps killing its worker, and how; left out, that is raised in the course.
+        lost: told of an item that keeps killing its worker, and how; left out, a ClusterError is raised in the course.
         urgent: to be done before the work of other courses, because a whole course waits for it.
     """
 
@@ -63,7 +64,11 @@ class Pool(Protocol):
         ...
 
     def submit(self, call: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
-        """Have a worker make the call; the future fails only if the worker does, or if the call ends its process."""
+        """Have a worker make the call; the future fails only if the worker does, or if the call ends its process.
+
+        Raises:
+            ClusterError: there will be no worker any more.
+        """
         ...
 
     def close(self, wait: bool) -> None:
@@ -93,6 +98,15 @@ def ask(call: Callable[[Any], Result], item: Any) -> Course[Result]:
     answers: list[Result] = []
     yield Work(call, (item,), answers.append, urgent=True)
     return answers[0]
+
+
+def call_alone(pool: Pool, call: Callable[[Any], Result], item: Any) -> Result:
+    """What ``call`` returns for ``item``, made before there are courses.
+
+    Raises:
+        ClusterError: it kills its worker.
+    """
+    return next(_Flow(iter([ask(call, item)]), pool, Stop()).run())
 
 
 def run_courses(courses: Iterable[Course[Result]], pool: Pool, stop: Stop | None = None) -> Iterator[Result]:
@@ -268,7 +282,12 @@ class _OpenCourse(Generic[Result]):
         elif self.work.lost is not None:
             self.work.lost(task.item, loss)
         else:
-            self._error = self._error or loss
+            self._error = self._error or ClusterError(
+                "--scheduler",
+                expected="a worker that lives through a call",
+                found=f"{_MOST_LOSSES} that died of one ({type(loss).__name__})",
+                remedy="use more memory, or see their logs",
+            )
 
     def _go_on(self) -> None:
         """Run the course up to its next work that has a task, or to its end."""

@@ -88,7 +88,7 @@ class Screen:
         self._bar.advance(self._task, pixels)
 
     def ended(self, report: SlideReport) -> None:
-        """A slide is done, failed or skipped."""
+        """A slide is done, failed, skipped or held."""
         self._ended += 1
         self._bar.update(self._task, description=f"{self._ended}/{self._images} images")
         if self._verbosity >= 1:

@@ -9,8 +9,8 @@ import numpy as np
 import psutil
 import pytest
 
-from cellseg_batch.engine import clusters
-from cellseg_batch.engine.errors import UsageError
+from cellseg_batch.engine import clusters, processes
+from cellseg_batch.engine.errors import ClusterError, UsageError
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.scheduler import Work, run_courses
 from cellseg_batch.engine.settings import ClusterSettings, Settings
@@ -24,11 +24,10 @@ pytestmark = [
 
 
 def worker_processes():
-    """The processes that hold a dask worker, as descendants of this one."""
-    return [one for one in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(one.cmdline())]
+    """The processes that hold a dask worker: they are forked from a child of this one."""
+    return [one for child in psutil.Process().children() for one in child.children()]
 
 
-@pytest.mark.cluster
 def test_processes_give_the_bits_of_threads_and_survive_the_death_of_a_worker(tmp_path, segment):
     paths = [
         write_ome_zarr(tmp_path / f"{name}.zarr", blobs(500, 500, seed=seed), chunk=128)
@@ -64,7 +63,18 @@ def die_of_thirteen(number):
     return number
 
 
-@pytest.mark.cluster
+def die_while_starting(place, started):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_whose_workers_cannot_start_ends_and_says_why(tmp_path, segment, monkeypatch):
+    monkeypatch.setattr(processes, "_WAITS", (0.0, 0.0))
+    monkeypatch.setattr(clusters, "_serve", die_while_starting)
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(60, 60))
+    with pytest.raises(ClusterError, match="2 tries that ended before it had started, the last with exit code -9"):
+        segment(path, scheduler="processes", workers=2)
+
+
 def test_a_task_that_kills_its_worker_costs_only_itself():
     done, lost = [], []
 

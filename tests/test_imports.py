@@ -17,6 +17,7 @@ ENGINE_ROOMS = (
     "stopping",
     "scheduler",
     "machine",
+    "processes",
     "clusters",
     "files",
     "artefacts",

@@ -5,7 +5,8 @@ from concurrent.futures import Future
 
 import pytest
 
-from cellseg_batch.engine.scheduler import ThreadPool, Work, ask, run_courses
+from cellseg_batch.engine.errors import ClusterError
+from cellseg_batch.engine.scheduler import ThreadPool, Work, ask, call_alone, run_courses
 from cellseg_batch.engine.stopping import Stop, Stopped
 
 
@@ -146,6 +147,14 @@ def test_a_task_that_kills_its_workers_is_given_up_and_only_it():
     assert sorted(map(int, done)) == [number for number in range(200) if number not in (7, 150)]
     assert max(len(items) for items in pool.calls) > 1, "short tasks are handed out several at a time"
     assert pool.calls.count([7]) >= 2
+
+
+def test_a_call_alone_is_made_again_when_its_worker_dies_and_at_last_given_up():
+    assert call_alone(Mortal(1, unlucky=2), str, 7) == "7"
+    with pytest.raises(ClusterError, match="3 that died of one"):
+        call_alone(Mortal(1, deadly=[7]), str, 7)
+    with pytest.raises(ValueError, match="seven"):
+        call_alone(ThreadPool(1), int, "seven")
 
 
 @pytest.mark.parametrize("grace", [60, 0.01])
