@@ -23,6 +23,7 @@ from cellseg_batch.engine.machine import visible_gpus
 from cellseg_batch.engine.processes import Processes
 from cellseg_batch.engine.scheduler import Pool, ThreadPool
 from cellseg_batch.engine.settings import ClusterSettings, Settings, gpus_of
+from cellseg_batch.engine.stopping import SIGNALS
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -141,7 +142,7 @@ def _open_processes(devices: list[str | None], imports: Sequence[str]) -> Pool:
     """
     from distributed import Client, Scheduler, SpecCluster
 
-    with _left_to_the_run(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    with _signals_left_to_the_run():
         scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", **_SCHEDULER}}
         cluster = SpecCluster(workers={}, scheduler=scheduler, **_QUIET)
         places = [_Place(cluster.scheduler_address, device) for device in devices]
@@ -159,6 +160,7 @@ def _serve(place: _Place, started: Callable[[], None]) -> None:
     """Be a worker until the scheduler is gone."""
     from distributed import Worker
 
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # whoever started the server that this one was forked from
     logging.getLogger("distributed").setLevel(logging.ERROR)
     options: dict[str, Any] = {"nthreads": THREADS_PER_PROCESS, "memory_limit": 0, "host": "127.0.0.1"}
     if place.device is not None:
@@ -243,9 +245,9 @@ def _connect(address: str) -> Pool:
 
 
 @contextmanager
-def _left_to_the_run(*numbers: signal.Signals) -> Iterator[None]:
-    """Processes and threads started inside never see these signals, which a terminal sends to all of them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+def _signals_left_to_the_run() -> Iterator[None]:
+    """Threads and processes that begin inside never see what ends a run, though a terminal or SLURM sends it to all."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:

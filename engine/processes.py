@@ -45,7 +45,7 @@ class Processes(Generic[Task]):
         self._turn = threading.Lock()
         self._ended = threading.Event()
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(imports))
+        self._context.set_forkserver_preload(["__main__", *imports])
         self._keepers = [threading.Thread(target=self._keep, args=(task,), daemon=True) for task in tasks]
         for keeper in self._keepers:
             keeper.start()

@@ -15,7 +15,7 @@ from types import FrameType
 
 # Below the 30 s that SLURM waits between SIGTERM and SIGKILL.
 GRACE_SECONDS = 20.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(BaseException):
@@ -51,7 +51,7 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._ask) for number in _SIGNALS}
+        before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         try:
             yield
         finally:

@@ -21,7 +21,7 @@ from cellseg_batch.engine.files import PARTIAL_SUFFIX
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.settings import Settings
 from tests.conftest import Watcher, blobs, write_ome_zarr
-from tests.pace import allow, records, set_pace
+from tests.workers import allow, records, set_pace
 
 SEED = int(os.environ.get("CELLSEG_CHAOS_SEED", "7"))
 KILLS = 20
@@ -63,7 +63,7 @@ def torment(path, settings, draw):
     """Run over ``path`` in children; after every few tasks kill a worker or the whole child.  Returns the kills."""
     # Children of a server that has torch loaded already start in no time.
     context = multiprocessing.get_context("forkserver")
-    needed = ["tests.conftest", "tests.pace", "cellseg_batch.engine.backends.torch_backend", "distributed"]
+    needed = ["tests.conftest", "tests.workers", "cellseg_batch.engine.backends.torch_backend", "distributed"]
     context.set_forkserver_preload(needed)
     folder = path.with_name(path.name + ".cellseg") / "labels" / settings.name
     kills = 0

@@ -15,6 +15,7 @@ from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.scheduler import Work, run_courses
 from cellseg_batch.engine.settings import ClusterSettings, Settings
 from tests.conftest import blobs, labels_of, write_ome_zarr
+from tests.workers import die_of_thirteen, die_while_starting
 
 # Sockets and pipes of a cluster that is going away are closed late, by the garbage collector.
 pytestmark = [
@@ -57,16 +58,6 @@ def test_processes_give_the_bits_of_threads_and_survive_the_death_of_a_worker(tm
     assert not worker_processes(), "no process is left behind"
 
 
-def die_of_thirteen(number):
-    if number == 13:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
-def die_while_starting(place, started):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_a_run_whose_workers_cannot_start_ends_and_says_why(tmp_path, segment, monkeypatch):
     monkeypatch.setattr(processes, "_WAITS", (0.0, 0.0))
     monkeypatch.setattr(clusters, "_serve", die_while_starting)
@@ -87,6 +78,17 @@ def test_a_task_that_kills_its_worker_costs_only_itself():
     list(run_courses(iter([course()]), pool))
     assert lost == [(13, "KilledWorker")]
     assert sorted(done) == [number for number in range(60) if number != 13]
+
+
+def test_worker_processes_leave_signals_to_the_run():
+    pool = clusters.open_pool(Settings(scheduler="processes", workers=1, backend="torch"))
+    try:
+        worker = pool.submit(os.getpid).result()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(worker, number)
+        assert pool.submit(os.getpid).result() == worker
+    finally:
+        pool.close(wait=True)
 
 
 def test_a_scheduler_that_is_not_there_is_named(monkeypatch):

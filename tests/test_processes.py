@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import psutil
@@ -12,32 +11,21 @@ import pytest
 
 from cellseg_batch.engine import processes
 from cellseg_batch.engine.processes import Processes
+from tests.workers import live
 
-# A process on its own: it leaves a note of its birth, and of its start after ``stillborn`` earlier ones.
 SCRIPT = """
 import sys
 from pathlib import Path
 from cellseg_batch.engine.processes import Processes
-from tests.test_processes import live
+from tests.workers import live
 if __name__ == "__main__":
     Processes(live, [(Path(sys.argv[1]), 0)], (), print)
     sys.stdin.read()
 """
 
 
-def live(task, started):
-    folder, stillborn = task
-    born = folder / f"{time.monotonic_ns()}.born"
-    born.write_text(str(os.getpid()))
-    if len(list(folder.glob("*.born"))) <= stillborn:
-        os.kill(os.getpid(), signal.SIGKILL)
-    started()
-    born.rename(born.with_suffix(".started"))
-    threading.Event().wait()
-
-
 def wait_for(look):
-    until = time.monotonic() + 100
+    until = time.monotonic() + 600
     while not (found := look()):
         assert time.monotonic() < until
         time.sleep(0.01)

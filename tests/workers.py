@@ -1,11 +1,36 @@
-"""Runs whose pace a test sets, so that it can interfere with them on however busy a machine; cheap to import."""
+"""What tests have processes do; it is imported in each of them, and cheap."""
 
+import os
+import signal
+import threading
 import time
 
 from cellseg_batch.engine import clusters
 from cellseg_batch.engine.journal import Journal
 
 serve, record = clusters._serve, Journal.record
+
+
+def die_of_thirteen(number):
+    if number == 13:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def die_while_starting(place, started):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def live(task, started):
+    """Leave a note of its birth and, if enough were stillborn before, one of its start."""
+    folder, stillborn = task
+    born = folder / f"{time.monotonic_ns()}.born"
+    born.write_text(str(os.getpid()))
+    if len(list(folder.glob("*.born"))) <= stillborn:
+        os.kill(os.getpid(), signal.SIGKILL)
+    started()
+    born.rename(born.with_suffix(".started"))
+    threading.Event().wait()
 
 
 def records(folder):
