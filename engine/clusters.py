@@ -160,7 +160,6 @@ def _serve(place: _Place, started: Callable[[], None]) -> None:
     """Be a worker until the scheduler is gone."""
     from distributed import Worker
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # whoever started the server that this one was forked from
     logging.getLogger("distributed").setLevel(logging.ERROR)
     options: dict[str, Any] = {"nthreads": THREADS_PER_PROCESS, "memory_limit": 0, "host": "127.0.0.1"}
     if place.device is not None:

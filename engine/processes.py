@@ -1,7 +1,8 @@
 """Processes of this machine that are kept alive: started, watched, and started anew when they die.
 
 Nothing here knows what they do.  They are forked from a server that has imported what all of them need, so that the
-next one is there at once, and each ends with the process that asked for it.
+next one is there at once, and each ends with the process that asked for it.  Signals that end a run, which a terminal
+or SLURM sends to all of its processes, are left to the run.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
+
+from cellseg_batch.engine.stopping import SIGNALS
 
 Task = TypeVar("Task")
 
@@ -100,6 +104,7 @@ class Processes(Generic[Task]):
 
 def _live(serve: Callable[[Task, Callable[[], None]], None], task: Task, started: Any) -> None:
     """What a process runs."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def say() -> None:
