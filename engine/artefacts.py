@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from filelock import FileLock
 
 _log = logging.getLogger(__name__)
 _KEY, _SUMS = "key.json", "checksums.json"
+_PARTIAL = ".partial-"
 
 Key = dict[str, Any]
 
@@ -96,7 +97,9 @@ class Artefacts:
             shutil.rmtree(self.folder / _name(key), ignore_errors=True)
 
     def _make(self, folder: Path, key: Key, make: Callable[[Path], None]) -> None:
-        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=self.folder))
+        for left in self.folder.glob(f"{folder.name}{_PARTIAL}*"):  # by a process that was killed: the lock is ours
+            shutil.rmtree(left, ignore_errors=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}{_PARTIAL}", dir=self.folder))
         try:
             make(partial)
             (partial / _KEY).write_text(json.dumps(key, indent=2, sort_keys=True) + "\n")
@@ -112,13 +115,16 @@ class Artefacts:
     def entries(self) -> list[Entry]:
         """Every entry, sound or not."""
         found = []
-        for folder in sorted(path for path in self.folder.iterdir() if (path / _KEY).is_file()):
-            try:
-                key = json.loads((folder / _KEY).read_text())
-            except ValueError:
-                key = {}
-            size = sum(path.stat().st_size for path in folder.iterdir())
-            found.append(Entry(folder, key, size, _is_sound(folder)))
+        for folder in sorted(self.folder.iterdir()):
+            if _PARTIAL in folder.name or not (folder / _KEY).is_file():
+                continue
+            with suppress(FileNotFoundError):  # another process is removing it
+                try:
+                    key = json.loads((folder / _KEY).read_text())
+                except ValueError:
+                    key = {}
+                size = sum(path.stat().st_size for path in folder.iterdir())
+                found.append(Entry(folder, key, size, _is_sound(folder)))
         return found
 
     def clear(self) -> int:
@@ -126,7 +132,7 @@ class Artefacts:
         count = 0
         for folder in [path for path in self.folder.iterdir() if path.is_dir()]:
             with self._locked(folder.name.partition(".")[0]):
-                count += (folder / _KEY).is_file() and ".partial-" not in folder.name
+                count += (folder / _KEY).is_file() and _PARTIAL not in folder.name
                 shutil.rmtree(folder, ignore_errors=True)
         return count
 

@@ -75,6 +75,7 @@ class Certificate:
         model_sha256: of the bundle.
         shape: (N, C, H, W) of the timed batches.
         processor: of this machine.
+        gpus: of this machine, as its driver names them.
         versions: of the packages that may decide it; None for what is not installed.
         date: in UTC.
         candidates: every row.
@@ -84,6 +85,7 @@ class Certificate:
     model_sha256: str
     shape: tuple[int, int, int, int]
     processor: str
+    gpus: tuple[str, ...]
     versions: dict[str, str | None]
     date: str
     candidates: tuple[Candidate, ...]
@@ -140,5 +142,5 @@ class Certificate:
             parity = Parity(**{name: row[name] for name in Parity.__dataclass_fields__}) if "flipped" in row else None
             plain = {name: row[name] for name in Candidate.__dataclass_fields__ if name != "parity"}
             rows.append(Candidate(**plain, parity=parity))
-        fields = {**content, "request": Request(**content["request"]), "shape": tuple(content["shape"])}
-        return cls(**{**fields, "candidates": tuple(rows)})
+        fields = {name: tuple(content[name]) for name in ("shape", "gpus")}
+        return cls(**{**content, **fields, "request": Request(**content["request"]), "candidates": tuple(rows)})

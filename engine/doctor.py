@@ -12,10 +12,10 @@ from rich.table import Table
 
 from cellseg_batch.engine.artefacts import Artefacts
 from cellseg_batch.engine.backends.choose import KINDS, Kind, why_not
-from cellseg_batch.engine.machine import cores, package_version, processor
+from cellseg_batch.engine.machine import cores, gpus, package_version, processor
 from cellseg_batch.engine.models import shipped_models
 
-_LIBRARIES = ("zarr", "numcodecs", "tifffile", "imagecodecs", "dask", "numba", "yaozarrs")
+_LIBRARIES = ("zarr", "numcodecs", "tifffile", "imagecodecs", "dask", "numba", "triton", "yaozarrs")
 
 
 def print_diagnosis(console: Console) -> None:
@@ -25,6 +25,7 @@ def print_diagnosis(console: Console) -> None:
     table.add_row("python", platform.python_version(), "")
     table.add_row("processor", f"{processor()}, {cores()} cores to use", "")
     table.add_row("memory", f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free", "")
+    table.add_row("GPUs", "; ".join(gpus()) or "none of NVIDIA's that has a driver", "")
     for backend, kind in KINDS.items():
         for precision in kind.precisions:
             reason = why_not(backend, precision)

@@ -105,6 +105,7 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
         model_sha256=bundle.sha256,
         shape=shape,
         processor=processor(),
+        gpus=tuple(gpus()),
         versions=_versions(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         candidates=tuple(sorted(rows.values(), key=lambda one: -one.mpx_per_s)),
@@ -188,6 +189,7 @@ def _key(request: Request, bundle: Bundle) -> Key:
     raced = {name: value for name, value in asdict(request).items() if name != "model"}
     return {
         "what": "race",
+        "holds": list(Certificate.__dataclass_fields__),
         "model": bundle.card.name,
         "sha256": bundle.sha256,
         "threshold": bundle.card.threshold,

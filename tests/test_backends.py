@@ -9,11 +9,13 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
+import torch
 
 from cellseg_batch.engine.artefacts import Artefacts
 from cellseg_batch.engine.backends import choose
 from cellseg_batch.engine.backends.choose import candidates, make_backend, why_not
 from cellseg_batch.engine.backends.gate import count_matches, limits_of, logits_of, measure_parity, real_tiles
+from cellseg_batch.engine.certificate import Candidate, Certificate, Request
 from cellseg_batch.engine.errors import BackendError, ModelError
 from cellseg_batch.engine.models import build_torch_network, load_model, shipped_models
 from cellseg_batch.engine.race import worst_parity
@@ -30,8 +32,6 @@ def make(bundle, name, precision):
 
 @pytest.mark.parametrize(("name", "precision"), FLOATS)
 def test_backends_agree_with_the_plain_network(tiny_bundle, name, precision):
-    import torch
-
     batch = np.random.default_rng(0).random((2, 3, 64, 96), np.float32)
     logits = make(tiny_bundle, name, precision).compile(batch.shape)(batch)
     with torch.inference_mode():
@@ -84,54 +84,60 @@ def test_the_shipped_model_passes_the_gate(shipped, name, precision):
     assert parity.objects >= 2000, "the gate must hold enough objects to mean something"
 
 
-class Wrong:
-    """A backend that is wrong in a chosen way."""
-
-    name, precision, version = "wrong", "bf16", "0"
-
-    def __init__(self, inner, spoil):
-        self._inner, self._spoil = inner, spoil
-
-    def compile(self, shape):
-        model = self._inner.compile(shape)
-        return lambda batch: self._spoil(model, batch)
-
-    def compile_bytes(self, shape):
-        model = self._inner.compile_bytes(shape)
-        return lambda batch, low, scale: self._spoil(lambda raw: model(raw, low, scale), batch)
+def pad_wrongly(network):
+    """Repeat the edge where the network was trained with zeros, as another library's default may."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.padding_mode = "replicate"
 
 
-def overflow(model, batch):
-    """What fp16 does beyond 65504: infinity, and NaN from its differences."""
-    logits = model(batch) * np.float32(4000)
-    return np.where(np.abs(logits) > 65504, logits * np.float32(np.inf) - logits * np.float32(np.inf), logits)
+def overflow(network):
+    """What fp16 makes of hidden values beyond 65504, were all 4000 times as large: infinity, and NaN further on."""
+    network.stem.register_forward_hook(
+        lambda stem, pixels, features: torch.where(4000 * features > 65504, torch.inf, features)
+    )
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda model, batch: model(batch[:, ::-1].copy()),
-        overflow,
-        lambda model, batch: np.roll(model(batch), 1, axis=3),
-    ],
-    ids=["channels swapped", "fp16 overflow", "wrong padding"],
-)
-def test_the_gate_refuses_wrong_results_and_gives_the_figures(shipped, spoil):
+def swap_channels(network):
+    """Take red for blue."""
+    with torch.no_grad():
+        network.stem[0].weight[:] = network.stem[0].weight[:, [2, 1, 0]]
+
+
+@pytest.mark.parametrize("spoil", [pad_wrongly, overflow, swap_channels])
+def test_the_gate_refuses_a_broken_backend_and_names_its_figures(shipped, spoil):
     bundle, tiles, expected = shipped
-    parity = measure_parity(foreground(Wrong(make(bundle, "openvino", "fp32"), spoil), tiles), expected, 0.5)
+    broken = make(bundle, "torch", "fp32")
+    spoil(broken._network)
+    parity = measure_parity(foreground(broken, tiles), expected, 0.5)
+    request = Request("nuclei", "auto", "auto", 512, 1, 2)
+    row = Candidate("torch", "fp32", "", 1.0, 1.0, 1.0, parity)
+    certificate = Certificate(request, bundle.sha256, (1, 3, 512, 512), "", (), {}, "", (row,))
+    with pytest.raises(BackendError) as refusal:
+        certificate.pick("auto", "auto")
+    flips, objects = f"flips {parity.flipped:.1e} of the pixels", f"objects match with F1 {parity.object_f1:.4f}"
+    assert f"torch fp32 {flips} (limit 5e-04), {objects} (limit 0.995)" in str(refusal.value)
+    assert ("NaN among its logits" in str(refusal.value)) == (spoil is overflow)
+
+
+def test_a_single_nan_is_refused_and_named():
+    expected = np.full((1, 512, 512), -5.0, np.float32)
+    logits = expected.copy()
+    logits[0, 0, 0] = np.nan
+    parity = measure_parity(logits, expected, 0.5)
+    assert parity.flipped == 0
     assert not parity.within(STRICT)
-    assert f"{parity.flipped:.1e} of the pixels" in parity.text(STRICT)
-    assert f"F1 {parity.object_f1:.4f}" in parity.text(STRICT)
+    assert "NaN among its logits" in parity.text(STRICT)
+    assert "NaN" not in replace(parity, max_dp=0.0).text(STRICT)
 
 
 def test_the_gate_looks_at_both_ways_into_a_network(shipped):
     bundle, tiles, expected = shipped
-    right = make(bundle, "openvino", "fp32")
-    wrong = Wrong(right, lambda model, batch: model(255 - batch))
-    wrong.compile = right.compile
-    assert worst_parity(right, tiles[:2], expected[:2], 0.5).within(STRICT)
-    assert not worst_parity(wrong, tiles[:2], expected[:2], 0.5).within(STRICT)
+    backend = make(bundle, "openvino", "fp32")
+    assert worst_parity(backend, tiles[:2], expected[:2], 0.5).within(STRICT)
+    right = backend.compile_bytes((1, *tiles.shape[1:]))
+    backend.compile_bytes = lambda shape: lambda batch, low, scale: right(255 - batch, low, scale)
+    assert not worst_parity(backend, tiles[:2], expected[:2], 0.5).within(STRICT)
 
 
 def test_the_gate_notices_lost_objects_that_hardly_cost_a_pixel():

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from cellseg_batch.engine import clusters
 from cellseg_batch.engine.artefacts import Artefacts
 from cellseg_batch.engine.backends import cuda
 from cellseg_batch.engine.backends.choose import candidates, make_backend, why_not
 from cellseg_batch.engine.backends.cuda import Device, GraphedHalf, is_out_of_memory
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.models import build_torch_network
+from cellseg_batch.engine.settings import Settings
 
 SHAPE = (2, 3, 64, 96)
 
@@ -74,6 +76,30 @@ def test_candidates_are_those_of_the_device_that_was_asked_for():
     assert candidates("openvino", "auto", "cuda:0") == []
 
 
+@pytest.mark.parametrize(
+    ("visible", "how", "expected"),
+    [
+        ("2,GPU-1b", {}, ["2", "GPU-1b"]),
+        ("2,GPU-1b", {"device": "cuda:1"}, ["GPU-1b"]),
+        ("2,5,7", {"device": "cuda:0,2"}, ["2", "7"]),
+        ("2", {"device": "cpu"}, []),
+        ("2", {"backend": "openvino"}, []),
+        ("", {}, []),
+        ("-1", {"device": "cuda"}, []),
+    ],
+)
+def test_each_process_gets_one_of_the_visible_gpus(monkeypatch, visible, how, expected):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert clusters._devices(Settings(**how)) == expected
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert Device("cuda:0").is_gpu
+    with pytest.raises(BackendError, match=r"--device cuda:1.*1 of them.*CUDA_VISIBLE_DEVICES"):
+        Device("cuda:1")
+
+
 def test_nothing_runs_before_it_is_captured():
     buffers = GraphedHalf((1, 1, 4, 4), (1, 1, 4, 4), Device("cpu"))
     with pytest.raises(RuntimeError, match="before anything was captured"):
@@ -83,6 +109,7 @@ def test_nothing_runs_before_it_is_captured():
 def test_a_full_device_is_told_in_any_librarys_way():
     assert is_out_of_memory(torch.OutOfMemoryError())
     assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert is_out_of_memory(RuntimeError("IExecutionContext: Error Code 2: OutOfMemory (Requested size was 128 bytes)"))
     cause = "OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB."
     assert is_out_of_memory(BackendError("TensorRT", expected="to load", found=cause, remedy="a smaller --batch"))
     assert not is_out_of_memory(RuntimeError("an illegal memory access"))

@@ -25,7 +25,7 @@ BAD = Parity(max_dp=0.9, mean_dp=1e-2, flipped=3e-3, object_f1=0.97, object_chan
 
 def certificate(*candidates):
     request = Request("m", "auto", "auto", 256, 1, 1)
-    return Certificate(request, "0", (1, 3, 256, 256), "cpu", {"torch": "2"}, "today", candidates)
+    return Certificate(request, "0", (1, 3, 256, 256), "cpu", ("GPU",), {"torch": "2"}, "today", candidates)
 
 
 REFERENCE = Candidate("torch", "fp32", "", 1.0, 1.0, 1.0, GOOD)

@@ -1,6 +1,7 @@
 """The main job from end to end: what is written where, partition invariance, resume after kill -9, bad input."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tifffile
 import zarr
 from PIL import Image
 
+from cellseg_batch.engine import doctor
 from cellseg_batch.engine.errors import NoImageError, UsageError
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.machine import resident_bytes
@@ -307,18 +309,18 @@ def test_demo_and_info(tmp_path, command, monkeypatch):
     assert (code, "RGB" in output) == (0, True)
 
 
-@pytest.mark.parametrize("missing", ["numba", "openvino", "triton", "nncf"])
-def test_a_run_works_without_an_optional_library(tmp_path, tiny_model, missing):
+@pytest.mark.parametrize(
+    ("missing", "backend"),
+    [("numba", "torch"), ("openvino", "auto"), ("triton", "torch"), ("nncf", "torch")],
+)
+def test_a_run_works_without_an_optional_library(tmp_path, tiny_model, missing, backend):
     write_ome_zarr(tmp_path / "a.zarr", blobs(64, 64))
-    code = f"""
-import sys
-sys.modules[{missing!r}] = None
-from cellseg_batch.engine.cli import main
-sys.argv = ["cellseg-batch", "run", {str(tmp_path / "a.zarr")!r}, "--model", {str(tiny_model)!r}, "--backend", "torch",
-            "--precision", "fp32", "--threads", "1", "-q"]
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    # In the process of the race, which auto needs, as well.
+    (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError('no {missing} in this test')")
+    command = [sys.executable, "-m", "cellseg_batch.engine.cli", "run", tmp_path / "a.zarr", "--model", tiny_model]
+    command += ["--backend", backend, "--precision", "fp32", "--device", "cpu", "--threads", "1", "-q"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "CELLSEG_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -337,11 +339,19 @@ main()
     assert "pip install openvino" in done.stderr
 
 
-def test_doctor_names_the_backends(command):
+def test_doctor_says_what_is_there_and_how_to_get_what_is_not(monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setitem(sys.modules, "cellseg_batch.engine.backends.openvino_backend", None)
+    monkeypatch.setattr(doctor, "package_version", lambda name: None if name in ("numba", "triton") else "1.2.3")
     code, output = command("doctor")
     assert code == 0
-    assert "openvino" in output
-    assert "torch" in output
+    rows = {line.split("│")[1].strip(): line for line in output.splitlines() if line.startswith("│")}
+    assert "1.2.3 on the CPU" in rows["backend torch fp32"]
+    for row in ("backend openvino fp32", "backend openvino int8"):
+        assert "missing: ModuleNotFoundError" in rows[row]
+        assert "pip install openvino" in rows[row]
+    for library in ("numba", "triton"):
+        assert f"pip install {library}" in rows[library]
 
 
 @pytest.mark.parametrize(

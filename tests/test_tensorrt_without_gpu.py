@@ -117,6 +117,8 @@ def test_plans_are_kept_for_this_gpu_and_these_libraries(pair, monkeypatch, tiny
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Another GPU")
     kept.compile(SHAPE)
     assert len(torch_tensorrt.builds) == 3
+    # What was timed for the first shape serves the second, but no other GPU.
+    assert torch_tensorrt.timings_known == [0, 1, 0]
 
 
 def test_a_dropped_model_leaves_at_once(pair, monkeypatch, tiny_bundle, tmp_path):
@@ -138,11 +140,11 @@ REFUSED = {
     "build out of memory": [
         "to build a plan",
         "Error Code 1: Cuda Runtime (out of memory)",
-        "too little memory",
+        "likely a GPU that is out of memory",
         "smaller --batch or --tile",
     ],
     "deserialize": ["deserialize_cuda_engine returned None", "stale plan", "built anew"],
-    "context": ["create_execution_context returned None", "too little memory"],
+    "context": ["create_execution_context returned None", "likely a GPU that is out of memory"],
     "enqueue": ["execute_async_v3 returned False", "another --backend"],
     "fp32 types": ["expected HALF", "pixels FLOAT, output0 FLOAT"],
     "fp32 layers": ["layers in fp16", "bytes for"],
@@ -158,6 +160,8 @@ def test_every_way_to_fail_says_what_to_do(pair, monkeypatch, tiny_bundle, failu
         backend_of(tiny_bundle, tmp_path).compile(SHAPE)
     for words in REFUSED[failure]:
         assert words in str(caught.value)
+    # The queue in front of the network then tries smaller batches.
+    assert cuda.is_out_of_memory(caught.value) == (failure in ("build out of memory", "context"))
 
 
 def test_the_shipped_network_is_large_enough_to_tell_fp32_from_fp16(pair, monkeypatch, tmp_path):

@@ -43,7 +43,9 @@ def demand_gpu(library: str) -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says, in any library's way, that the device's memory is full, or was raised because of it."""
     chain = [one for one in (error, error.__context__) if one is not None]  # a capture that fails raises its own error
-    return any(isinstance(one, torch.OutOfMemoryError) or "out of memory" in str(one).lower() for one in chain)
+    # TensorRT writes it as one word or as three.
+    said = ("outofmemory" in str(one).lower().replace(" ", "") for one in chain)
+    return any(isinstance(one, torch.OutOfMemoryError) for one in chain) or any(said)
 
 
 class Device:
@@ -55,11 +57,22 @@ class Device:
     Attributes:
         place: where its tensors live.
         is_gpu: False for the CPU.
+
+    Raises:
+        BackendError: there is no such GPU.
     """
 
     def __init__(self, name: str) -> None:
         self.place = torch.device(name)
         self.is_gpu = self.place.type == "cuda"
+        if self.is_gpu and self.place.index >= torch.cuda.device_count():
+            raise BackendError(
+                f"--device {name}",
+                expected="a GPU that torch can see",
+                found=f"{torch.cuda.device_count()} of them, counted from cuda:0",
+                cause="CUDA_VISIBLE_DEVICES hides it",
+                remedy="see cellseg-batch doctor",
+            )
 
     @property
     def model(self) -> str:

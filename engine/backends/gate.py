@@ -63,9 +63,10 @@ class Parity:
 
     def text(self, limits: Limits) -> str:
         """The figures that decide, with their limits."""
+        undefined = "" if np.isfinite(self.max_dp) else ", NaN among its logits"
         return (
             f"flips {self.flipped:.1e} of the pixels (limit {limits.flipped:.0e}), "
-            f"objects match with F1 {self.object_f1:.4f} (limit {limits.object_f1})"
+            f"objects match with F1 {self.object_f1:.4f} (limit {limits.object_f1}){undefined}"
         )
 
 

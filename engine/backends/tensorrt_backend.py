@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from cellseg_batch.engine.artefacts import Artefacts
+from cellseg_batch.engine.artefacts import Artefacts, Key
 from cellseg_batch.engine.backends.backend import Shape
 from cellseg_batch.engine.backends.cuda import Device, GraphedHalf, demand_gpu
 from cellseg_batch.engine.backends.tensorrt_errors import demand, explained, given
@@ -31,7 +31,7 @@ _LARGEST_BATCH = 64
 # An engine in fp16 holds 2 bytes a weight and some padding, one in fp32 holds 4.
 _BYTES_PER_WEIGHT = 3
 _PADDING_BYTES = 1 << 20
-_FILE = "model.plan"
+_PLAN, _TIMINGS = "model.plan", "timings.bin"
 
 
 def supported_precisions() -> tuple[str, ...]:
@@ -132,9 +132,21 @@ class TensorRtBackend:
 
         def make(folder: Path) -> None:
             with explained(f"build a plan for batches of {shape}"):
-                (folder / _FILE).write_bytes(self._build(shape, folder / "timings.bin"))
+                timings = folder / _TIMINGS
+                timings.write_bytes(self._known_timings(key))
+                (folder / _PLAN).write_bytes(self._build(shape, timings))
 
-        return (self._artefacts.get(key, make) / _FILE).read_bytes()
+        return (self._artefacts.get(key, make) / _PLAN).read_bytes()
+
+    def _known_timings(self, key: Key) -> bytes:
+        """What these libraries timed on this GPU model for other plans; b"" if nothing."""
+        alike = [
+            entry.folder / _TIMINGS
+            for entry in self._artefacts.entries()
+            if entry.sound and all(entry.key.get(name) == key[name] for name in ("what", "gpu", "versions"))
+        ]
+        # Each holds those that it began with, so that the largest holds the most.
+        return max((path.read_bytes() for path in alike), key=len, default=b"")
 
     def _build(self, shape: Shape, timings: Path) -> bytes:
         batch, *rest = shape

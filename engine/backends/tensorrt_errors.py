@@ -86,7 +86,7 @@ def _diagnosis(found: str) -> tuple[str, str]:
     """Likely cause and remedy of what TensorRT, torch-tensorrt or CUDA said."""
     said = found.lower().replace(" ", "")
     if "outofmemory" in said or "create_execution_context" in said:
-        return "too little memory on the GPU", "choose a smaller --batch or --tile, or free the GPU"
+        return "a GPU that is out of memory", "choose a smaller --batch or --tile, or free the GPU"
     if "nullptr" in said:
         return "a driver older than this TensorRT", "update the NVIDIA driver, or choose another --backend"
     if "deserialize_cuda_engine" in said:
