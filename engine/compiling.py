@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cellseg_batch.engine.artefacts import Artefacts
@@ -49,7 +50,7 @@ def _print_certificate(certificate: Certificate, winner: Candidate | None, conso
         table.add_column(heading, overflow="fold")
     for one in certificate.candidates:
         if one.parity is None:
-            table.add_row(one.name, "", "", "", "", "", "", one.missing)
+            table.add_row(one.name, "", "", "", "", "", "", escape(one.missing))
             continue
         verdict = "winner" if one == winner else "on request" if one.precision == "int8" else ""
         table.add_row(

@@ -1,5 +1,6 @@
 """The race: who runs, who wins, what is kept, and what is said when nothing can be used."""
 
+import io
 import json
 import os
 import subprocess
@@ -7,11 +8,13 @@ import sys
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from cellseg_batch.engine import race as racing
 from cellseg_batch.engine.artefacts import Artefacts
 from cellseg_batch.engine.backends.gate import Parity
 from cellseg_batch.engine.certificate import Candidate, Certificate, Request
+from cellseg_batch.engine.compiling import _print_certificate
 from cellseg_batch.engine.engines import Engines
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.models import load_model
@@ -58,6 +61,13 @@ def test_what_fails_the_gate_is_refused_with_its_figures_unless_the_gate_is_off(
 def test_a_certificate_survives_its_file():
     result = certificate(REFERENCE, FAST, BROKEN, ABSENT)
     assert Certificate.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+def test_the_table_says_how_to_get_what_is_missing():
+    console = Console(file=io.StringIO(), width=200)
+    remedy = "pip install 'cellseg-batch[int8]'"
+    _print_certificate(certificate(REFERENCE, Candidate("openvino", "int8", remedy)), REFERENCE, console)
+    assert remedy in console.file.getvalue()
 
 
 def test_all_take_turns_and_the_hopeless_drop_out(monkeypatch):

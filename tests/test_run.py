@@ -345,13 +345,15 @@ def test_doctor_says_what_is_there_and_how_to_get_what_is_not(monkeypatch, comma
     monkeypatch.setattr(doctor, "package_version", lambda name: None if name in ("numba", "triton") else "1.2.3")
     code, output = command("doctor")
     assert code == 0
-    rows = {line.split("│")[1].strip(): line for line in output.splitlines() if line.startswith("│")}
-    assert "1.2.3 on the CPU" in rows["backend torch fp32"]
-    for row in ("backend openvino fp32", "backend openvino int8"):
-        assert "missing: ModuleNotFoundError" in rows[row]
-        assert "pip install openvino" in rows[row]
+    cells = [cell.strip() for cell in output.split("│")]
+    rows = {cell: cells[number + 1 : number + 3] for number, cell in enumerate(cells)}
+    assert rows["backend torch fp32"] == ["1.2.3 on the CPU", ""]
+    for precision in ("fp32", "bf16", "int8"):
+        found, remedy = rows[f"backend openvino {precision}"]
+        assert found.startswith("missing: ModuleNotFoundError")
+        assert remedy == "pip install openvino"
     for library in ("numba", "triton"):
-        assert f"pip install {library}" in rows[library]
+        assert rows[library] == ["missing", f"pip install {library}"]
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def why_not(backend: str, precision: str) -> str:
         module = importlib.import_module(f"cellseg_batch.engine.backends.{kind.module}")
         offered: tuple[str, ...] = module.supported_precisions()
     except BackendError as error:
-        return f"{error.detail}; {kind.remedy}"
+        return error.detail
     except Exception as error:  # a half-installed library can fail in any way
         _log.debug("%s is not available", backend, exc_info=True)
         return f"{type(error).__name__}: {error}; {kind.remedy}"
