@@ -39,8 +39,8 @@ def truth(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     for kind in _KINDS:
         pieces = pieces_of(arguments.data, kind)
         slide = write_slide(folder / f"{kind}.zarr", Form(arguments.side), pieces)
-        flags = [*engine_flags(arguments.precision), *_OBJECTS, "--shrink", "auto"]
-        report = segment(slide, folder / "truth", *flags, keep=True)
+        flags = [*engine_flags(arguments.precision), *_OBJECTS]
+        report = segment(slide, folder / "truth", *flags, keep=True, shrink=True)
         true = np.asarray(zarr.open_array(str(slide), path="labels/truth", mode="r")[...])
         figures = score(labels_of(report), true, cuts(arguments.side, len(pieces[0][0])))
         rows.append(row(kind, [report["mpx_per_s"]], pictures=len(pieces), **figures))

@@ -50,14 +50,15 @@ def finish(command: list[str], **environment: str) -> Finished:
     return Finished(seconds, usage.ru_maxrss / 1000, output)
 
 
-def segment(slide: Path, out: Path, *flags: str, keep: bool = False) -> dict[str, Any]:
+def segment(slide: Path, out: Path, *flags: str, keep: bool = False, shrink: bool = False) -> dict[str, Any]:
     """Run ``cellseg-batch run`` in a process of its own; its JSON report, with ``wall`` and ``peak_mb`` of the process.
 
-    ``keep`` leaves the labels in ``out``; the background is computed and no slide is shrunk unless ``flags`` say so.
+    ``keep`` leaves the labels in ``out``; the background is computed, and unless ``shrink`` every slide as it is.
     """
     shutil.rmtree(out, ignore_errors=True)
     report = out.with_suffix(".json")
-    usual = ["--output", str(out), "--json", str(report), "--quiet", "--shrink", "1", "--skip-background", "off"]
+    usual = ["--output", str(out), "--json", str(report), "--quiet", "--skip-background", "off"]
+    usual += [] if shrink else ["--shrink", "1"]
     done = finish([sys.executable, "-m", "cellseg_batch.engine.cli", "run", str(slide), *usual, *flags])
     if not keep:
         shutil.rmtree(out)

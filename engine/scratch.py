@@ -23,7 +23,7 @@ from cellseg_batch.engine.artefacts import sync_file
 from cellseg_batch.engine.errors import writing_to
 from cellseg_batch.engine.geometry import BlockGrid, Box, chunk_side
 
-# A chunk costs zarr half a millisecond, whatever its size; but a frame reads all that it touches.
+# A chunk costs zarr about half a millisecond, whatever its size; but of each that a frame touches all is decoded.
 _CHUNK = 1024
 
 
