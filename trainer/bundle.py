@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ class Bundle:
         )
         return Bundle(card, {f"inner.{name}": array for name, array in self.weights.items()})
 
-    @property
+    @cached_property  # for the manifest of every slide
     def sha256(self) -> str:
         """Hash of everything that decides the logits: architecture, normalisation and weights."""
         digest = hashlib.sha256()
