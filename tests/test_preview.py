@@ -35,6 +35,8 @@ def test_outlines_lie_inside_and_keep_touching_objects_apart():
     assert not changed[6:24, 6:19].any()
     bright = outlined(np.full((30, 40, 3), 220, np.uint8), labels)
     assert (bright[changed] != drawn[changed]).all()
+    stained = outlined(np.where(labels > 0, 60, 220).astype(np.uint8)[..., None].repeat(3, -1), labels)
+    np.testing.assert_array_equal(stained[changed], drawn[changed])
 
 
 @pytest.mark.parametrize(
