@@ -152,7 +152,7 @@ def conclude(rows: list[dict[str, Any]], workers: int) -> str:
         f"A worker like this machine ends {rate:.2f} blocks a second, so {workers:,} end {asked:,.0f} and a million "
         f"take {1e6 / asked / 60:.0f} minutes. Of what they all share, {first['name']} is the slowest: "
         f"{first['per_s']:,.0f} a second, enough for {first['workers']:,} such workers. Meanwhile the store has to "
-        f"give {read:,.0f} MB/s in {reads:,.0f} files, and to take {written:,.0f} MB/s in {writes:,.0f}."
+        f"give {read:,.0f} MB/s in {reads:,.0f} files a second, and to take {written:,.0f} MB/s in {writes:,.0f}."
     )
 
 

@@ -45,10 +45,11 @@ class Tally:
 
     def collect(self, result: int) -> None:
         self.done += 1
-        if self.done % (self.expected // 20) == 0:
+        step = self.expected // 20
+        if self.done % step == 0:
             resident = resident_bytes()
             self.most = max(self.most, resident)
-            if self.done == self.expected // 10:
+            if self.done == 2 * step:
                 self.early = resident
 
 
