@@ -97,7 +97,7 @@ class Processes(Generic[Task]):
     def _give_up(self, why: str) -> None:
         with self._turn:
             self._left -= 1
-            last = not self._left
+            last = not self._left and not self._ended.is_set()
         if last:
             self._gone(why)
 
