@@ -12,9 +12,9 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.artefacts import Artefacts, Key
 from cellseg_batch.engine.backends.backend import Backend, Shape
-from cellseg_batch.engine.backends.choose import REFERENCE, candidates, make_backend, why_not
+from cellseg_batch.engine.backends.choose import KINDS, REFERENCE, candidates, make_backend, why_not
 from cellseg_batch.engine.backends.gate import TILE, Parity, limits_of, logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.certificate import Candidate, Certificate, Request
 from cellseg_batch.engine.errors import BackendError
@@ -100,6 +100,7 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
     for name, seconds in time_in_turns(calls).items():
         rates = [megapixels / one for one in seconds]
         rows[name] = Candidate(*name, "", median(rates), min(rates), max(rates), parities[name])
+    calls.clear()  # and with them the memory of every network
     certificate = Certificate(
         request=request,
         model_sha256=bundle.sha256,
@@ -116,7 +117,24 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
         for network in (bundle.foreground, bundle):
             for factor in (1, *map(int, bundle.card.shrink)):
                 make_backend(network.shrunk(factor), winner.backend, winner.precision, request.threads, artefacts)
+        if not KINDS[winner.backend].on_gpu:
+            by_threads = tuple(_time_threads(winner, bundle.foreground, request, artefacts, shape, pixels))
+            certificate = replace(certificate, by_threads=by_threads)
     return certificate
+
+
+def _time_threads(
+    winner: Candidate, network: Bundle, request: Request, artefacts: Artefacts, shape: Shape, pixels: NDArray[np.uint8]
+) -> Iterator[tuple[int, float]]:
+    """(threads, Mpx/s) of the winner with all threads, half of them and a quarter.
+
+    Fewer are faster where two share a core, or where memory is what they wait for.
+    """
+    name = winner.backend, winner.precision
+    for count in sorted({max(1, request.threads // share) for share in (1, 2, 4)}):
+        # One after the other, as torch has one number of threads for the whole process.
+        call = _fed(make_backend(network, *name, count, artefacts), shape, pixels)
+        yield count, shape[0] * shape[2] * shape[3] / 1e6 / median(time_in_turns({name: call})[name])
 
 
 def time_in_turns(calls: dict[tuple[str, str], Callable[[], object]]) -> dict[tuple[str, str], list[float]]:
