@@ -73,13 +73,19 @@ def lower_all() -> int:
 
     from cellseg_batch.engine.backends import cuda, tensorrt_backend
     from cellseg_batch.trainer.recipe import list_presets, load_preset
-    from cellseg_batch.trainer.unet import ARCHITECTURES, build_network
+    from cellseg_batch.trainer.unet import ARCHITECTURES, SHRUNK, build_network
 
     logging.disable(logging.ERROR)
     tensorrt_backend.build_torch_network = lambda bundle: build_network(bundle.card.architecture).eval()
-    networks = {preset: load_preset(preset).architecture for preset in list_presets()}
+    recipes = {preset: load_preset(preset) for preset in list_presets()}
+    networks = {preset: recipe.architecture for preset, recipe in recipes.items()}
+    networks |= {
+        f"{preset} shrunk": {"name": SHRUNK, "factor": int(factor), "inner": recipe.architecture}
+        for preset, recipe in recipes.items()
+        for factor in list(recipe.shrink)[-1:]
+    }
     networks |= {f"variant {number}": variant for number, variant in enumerate(VARIANTS, start=1)}
-    assert {architecture["name"] for architecture in networks.values()} == set(ARCHITECTURES)
+    assert {architecture["name"] for architecture in networks.values()} == {*ARCHITECTURES, SHRUNK}
     settings = CompilationSettings(require_full_compilation=True)
     DYNAMO_CONVERTERS.set_compilation_settings(settings)
     print(f"torch {torch.__version__}, torch-tensorrt {torch_tensorrt.__version__}")
