@@ -22,6 +22,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from cellseg_batch.engine.files import sync_file
+
 _log = logging.getLogger(__name__)
 _KEY, _SUMS = "key.json", "checksums.json"
 _PARTIAL = ".partial-"
@@ -157,9 +159,3 @@ def _is_sound(folder: Path) -> bool:
 def _checksum(path: Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def sync_file(path: Path) -> None:
-    """Wait until a file is on disk."""
-    with open(path, "rb") as stream:
-        os.fsync(stream.fileno())

@@ -33,7 +33,7 @@ def plan(
 
 
 def status(
-    slides: Annotated[list[Path], typer.Argument(help="The inputs of a run, or its output folder.")],
+    slides: o.RunOf,
     output: o.Output = None,
     name: o.Name = Settings.name,
     json_file: o.Json = None,
@@ -51,7 +51,7 @@ def status(
 
 
 def verify(
-    slides: Annotated[list[Path], typer.Argument(help="The inputs of a run, or its output folder.")],
+    slides: o.RunOf,
     output: o.Output = None,
     name: o.Name = Settings.name,
     workers: Annotated[
@@ -74,7 +74,7 @@ def verify(
 
 
 def report(
-    slides: Annotated[list[Path], typer.Argument(help="The inputs of a run, or its output folder.")],
+    slides: o.RunOf,
     out: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The page to write.")] = Path("report.html"),
     output: o.Output = None,
     name: o.Name = Settings.name,

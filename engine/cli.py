@@ -118,8 +118,13 @@ def compile_model(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A TIFF, OME-TIFF, SVS, PNG or plain zarr, or a folder of them.")],
-    target: Annotated[Path, typer.Argument(metavar="DST.zarr", help="The store to write.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            parser=o.place, metavar="SOURCE", help="A TIFF, OME-TIFF, SVS, PNG or plain zarr, or a folder of them."
+        ),
+    ],
+    target: Annotated[Path, typer.Argument(parser=o.place, metavar="DST.zarr", help="The store to write.")],
     axes: o.Axes = None,
     workers: o.Workers = Settings.workers,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the way.")] = False,

@@ -24,6 +24,7 @@ from cellseg_batch.engine.errors import CellsegError, OutputError, UsageError, w
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.image_layout import channel_count, channel_groups, halve, lay_out_image
 from cellseg_batch.engine.journal import Journal, sweep_partials
+from cellseg_batch.engine.locations import zarr_store
 from cellseg_batch.engine.lock import LOCK_SUFFIX, BusyError, Locks
 from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.scheduler import Course, ThreadPool, Work, run_courses
@@ -230,7 +231,7 @@ class _Copy:
             omero=v05.Omero(channels=[self._describe(channel) for channel in range(channel_count(self.slide))]),
         )
         with writing_to(writer.folder, "a store"):
-            group = zarr.open_group(str(writer.store), path=writer.path, mode="r+", use_consolidated=False)
+            group = zarr.open_group(zarr_store(writer.store), path=writer.path, mode="r+", use_consolidated=False)
             group.attrs.put({"ome": image.model_dump(mode="json", by_alias=True, exclude_none=True)})
         self.journal.finish({})
 

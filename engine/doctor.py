@@ -35,6 +35,8 @@ def print_diagnosis(console: Console) -> None:
     table.add_row("models", ", ".join(shipped_models()) or "none", "")
     for library in _LIBRARIES:
         table.add_row(library, *_library(library))
+    found, _ = _library("obstore")
+    table.add_row("object stores", found, "" if package_version("boto3") else escape("pip install 'cellseg-batch[s3]'"))
     console.print(table)
 
 

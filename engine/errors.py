@@ -49,7 +49,7 @@ class CellsegError(Exception):
 
 def _rebuild(kind: type[CellsegError], message: str, detail: str) -> CellsegError:
     error = kind.__new__(kind, message)
-    error.detail = detail
+    error.args, error.detail = (message,), detail
     return error
 
 

@@ -64,7 +64,7 @@ def export_objects(
         raise UsageError("--format", expected=f"one of {', '.join(FORMATS)}", found=kind, remedy="choose one of them")
     slides = [image for path in inputs for image in find_images(path, axes) if isinstance(image, Slide)]
     places = {slide.location: place_output(slide, name, output) for slide in slides}
-    found = {location: place for location, place in places.items() if place.objects.exists()}
+    found = {location: place for location, place in places.items() if place.objects.is_file()}
     if not found:
         raise UsageError(
             f"--name {name}",

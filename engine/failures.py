@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.journal import write_json
+from cellseg_batch.engine.locations import locate
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, zarr_root
 from cellseg_batch.engine.slides.slide import Broken, Slide
@@ -36,7 +37,7 @@ class FailedImages:
 
     def has(self, image: Slide | Broken) -> bool:
         """Whether the image has failed, and not been done since."""
-        return self._file(image).exists()
+        return self._file(image).is_file()
 
     def note(self, image: Slide | Broken, reason: str) -> None:
         """Note a failure; where that cannot be written, the report alone has it."""
@@ -64,7 +65,7 @@ class FailedImages:
         elif isinstance(image, Slide):
             store = image.store
         else:
-            path = Path(image.path)
+            path = locate(image.path)
             store = zarr_root(path)[0] if is_zarr_node(path) else path
         digest = hashlib.sha256(image.name.encode() if self._output else location(image).encode()).hexdigest()[:16]
         return store.with_name(store.name + JOURNAL_SUFFIX) / "failed" / self._name / f"{digest}.json"

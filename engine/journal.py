@@ -14,13 +14,21 @@ no database and no server, so any shared file system will do.  It knows nothing 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cellseg_batch.engine.errors import writing_to
-from cellseg_batch.engine.files import BUCKET, PARTIAL_SUFFIX, numbered, whole_file
+from cellseg_batch.engine.files import (
+    BUCKET,
+    PARTIAL_SUFFIX,
+    numbered,
+    read_all,
+    remove_tree,
+    whole_file,
+    written_at,
+)
+from cellseg_batch.engine.locations import RemotePath
 
 _FAILED = "failed"
 
@@ -55,7 +63,7 @@ class Journal:
 
     def has(self, part: str, number: int) -> bool:
         """Whether item ``number`` of ``part`` is on disk."""
-        return self._path(part, number).exists()
+        return self._path(part, number).is_file()
 
     def get(self, part: str, number: int) -> dict[str, Any] | None:
         """The record of item ``number`` of ``part``, None while it is not on disk."""
@@ -63,10 +71,8 @@ class Journal:
 
     def records(self, part: str) -> Iterator[tuple[int, dict[str, Any]]]:
         """(number, content) of every item of ``part`` that is on disk, in no particular order."""
-        for path in (self.folder / part).glob("*/*.json"):
-            content = _load(path)
-            if content is not None:
-                yield int(path.stem), content
+        for path, content in read_all((self.folder / part).glob("*/*.json")):
+            yield int(path.stem), json.loads(content)
 
     def numbers(self, part: str) -> set[int]:
         """Numbers of the items of ``part`` that are on disk."""
@@ -78,7 +84,7 @@ class Journal:
 
     def times(self, part: str) -> list[float]:
         """POSIX time at which each item of ``part`` came to be on disk, in no particular order."""
-        return [path.stat().st_mtime for path in (self.folder / part).glob("*/*.json")]
+        return list(written_at(self.folder / part, "*/*.json"))
 
     def missing(self, part: str, count: int) -> Iterator[int]:
         """Numbers below ``count`` of the items of ``part`` that are not on disk, looked up as they are asked for."""
@@ -103,9 +109,8 @@ class Journal:
 
     def clear(self) -> None:
         """Forget everything."""
-        if self.folder.exists():
-            with writing_to(self.folder, "a journal"):
-                shutil.rmtree(self.folder)
+        with writing_to(self.folder, "a journal"):
+            remove_tree(self.folder)
 
     def _path(self, part: str, number: int) -> Path:
         return numbered(self.folder / part, number, ".json")
@@ -134,5 +139,7 @@ def sweep_partials(folder: Path) -> None:
 
     Only while no other process writes below ``folder``.
     """
+    if isinstance(folder, RemotePath):
+        return  # an object is whole or absent
     for path in folder.rglob(f"*{PARTIAL_SUFFIX}"):
         path.unlink(missing_ok=True)

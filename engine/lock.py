@@ -3,7 +3,8 @@
     <store>.cellseg/<image>/labels/<name>.lock
 
 A lock whose process is dead is taken over: at once if it ran on this machine, else when it has not been renewed for
-`LEASE_SECONDS`; a live owner renews it every quarter of that.  Ages are counted by the file system's own clock.
+`LEASE_SECONDS`; a live owner renews it every quarter of that.  Ages are counted by the file system's own clock.  In an
+object store, locks are made, renewed and taken over by conditional requests (If-None-Match, If-Match).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import psutil
 
 from cellseg_batch.engine.errors import OutputError, writing_to
 from cellseg_batch.engine.files import PARTIAL_SUFFIX
+from cellseg_batch.engine.locations import RemotePath, Version
+from cellseg_batch.engine.object_stores import StoreError
 
 LEASE_SECONDS = 120.0
 LOCK_SUFFIX = ".lock"
@@ -58,8 +61,9 @@ class Locks:
         token = uuid4().hex
         with writing_to(path, "a journal"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            while not _create(path, token):
-                self._clear_left_behind(path)
+            left_behind = None
+            while not _create(path, token, left_behind):
+                left_behind = self._clear_left_behind(path)
         for partial in path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL_SUFFIX}"):
             partial.unlink(missing_ok=True)  # of a run that was killed while it made its lock
         self._held[path] = token
@@ -67,8 +71,9 @@ class Locks:
             yield
         finally:
             del self._held[path]
-            if _owner(path).get("token") == token:
-                path.unlink(missing_ok=True)
+            with suppress(StoreError):  # it is left behind then, and what is done is done
+                if _owner(path).get("token") == token:
+                    path.unlink(missing_ok=True)
 
     def check(self, path: Path) -> None:
         """Refuse to go on with a lock that was taken over, as after a long sleep of this machine.
@@ -87,16 +92,23 @@ class Locks:
     def _renew(self) -> None:
         while not self._ended.wait(self._lease / 4):
             for path, token in list(self._held.items()):
-                if _owner(path).get("token") == token:
-                    with suppress(OSError):
-                        os.utime(path)
+                with suppress(OSError):
+                    _renew(path, token)
 
-    def _clear_left_behind(self, path: Path) -> None:
-        """Remove a dead run's lock.
+    def _clear_left_behind(self, path: Path) -> Version | None:
+        """Remove a dead run's lock; in an object store, say which one may be replaced.
 
         Raises:
             BusyError: its owner is alive, or may be.
         """
+        if isinstance(path, RemotePath):
+            with suppress(FileNotFoundError):  # it was given back meanwhile
+                content, version = path.read_version()
+                owner = _parsed(content)
+                if not self._is_left_behind(path, owner):
+                    raise _busy(path, owner)
+                return version
+            return None
         # One at a time, or the lock that one has just made is taken for the one that another saw.
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -104,6 +116,7 @@ class Locks:
             self._clear(path)
         finally:
             os.close(folder)
+        return None
 
     def _clear(self, path: Path) -> None:
         owner = _owner(path)
@@ -141,8 +154,8 @@ def is_held(path: Path) -> bool:
         return False
 
 
-def _create(path: Path, token: str) -> bool:
-    """Make the lock, whole and only if there is none."""
+def _create(path: Path, token: str, instead_of: Version | None) -> bool:
+    """Make the lock, whole and only if there is none, or in an object store the one that it may replace."""
     mine = path.with_name(f"{path.name}.{token}{PARTIAL_SUFFIX}")
     process = psutil.Process()
     owner = {
@@ -152,9 +165,12 @@ def _create(path: Path, token: str) -> bool:
         "pid": process.pid,
         "started": process.create_time(),
     }
+    content = json.dumps(owner).encode()
+    if isinstance(path, RemotePath):
+        return path.write_if(content, instead_of)
     try:
-        with open(mine, "w") as stream:
-            json.dump(owner, stream)
+        with open(mine, "wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.link(mine, path)
@@ -165,10 +181,32 @@ def _create(path: Path, token: str) -> bool:
     return True
 
 
+def _renew(path: Path, token: str) -> None:
+    """A sign of life, unless the lock was taken over."""
+    if not isinstance(path, RemotePath):
+        if _owner(path).get("token") == token:
+            os.utime(path)
+        return
+    content, version = path.read_version()
+    owner = _parsed(content)
+    if owner.get("token") == token:
+        # With other content, so that whoever saw the lock before cannot replace it.
+        path.write_if(json.dumps({**owner, "renewed": time.time()}).encode(), version)
+
+
 def _owner(path: Path) -> dict[str, Any]:
     try:
-        owner: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return _parsed(path.read_bytes())
+    except StoreError:
+        raise
+    except OSError:
+        return {}
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    try:
+        owner: dict[str, Any] = json.loads(content)
+    except ValueError:
         return {}
     return owner
 

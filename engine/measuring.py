@@ -16,6 +16,7 @@ import zarr
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block, Box
+from cellseg_batch.engine.locations import zarr_store
 from cellseg_batch.engine.objects import merge_parts, write_part
 from cellseg_batch.engine.plan import SlidePlan
 from cellseg_batch.engine.reader import SlideReader
@@ -109,7 +110,7 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[dict[str, Any]
         "quality": {
             name: {"focus": one.focus, "saturation": one.saturation} for name, one in zip(names, quality, strict=True)
         },
-        "provenance": zarr.open_group(str(place.store), path=place.labels, mode="r").attrs[OUTPUT_MARK],
+        "provenance": zarr.open_group(zarr_store(place.store), path=place.labels, mode="r").attrs[OUTPUT_MARK],
     }
     origin = Origin(
         slide=slide.name,

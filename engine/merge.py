@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.errors import writing_to
+from cellseg_batch.engine.files import whole_file
 from cellseg_batch.engine.geometry import Block, BlockGrid
+from cellseg_batch.engine.locations import RemotePath
 from cellseg_batch.engine.seeds import BOTTOM, LEFT, RIGHT, TOP
 from cellseg_batch.kernels.instances import INNER
 
@@ -77,14 +79,15 @@ class Merged:
         Raises:
             OutputError: it cannot be written.
         """
-        with writing_to(folder, "a folder"):
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, values in vars(self).items():
-                np.save(folder / f"{name}.npy", values)
+        for name, values in vars(self).items():
+            with whole_file(folder / f"{name}.npy") as stream:
+                np.save(stream, values)
 
     @classmethod
     def load(cls, folder: Path) -> Merged:
-        """What `save` wrote, mapped rather than read."""
+        """What `save` wrote, mapped rather than read where it lies on this machine."""
+        if isinstance(folder, RemotePath):
+            return cls(*(np.load(BytesIO((folder / f"{name}.npy").read_bytes())) for name in cls.__dataclass_fields__))
         return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls.__dataclass_fields__))
 
 

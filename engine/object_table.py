@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.files import whole_file
+from cellseg_batch.engine.locations import readable
 from cellseg_batch.engine.objects import Objects
 from cellseg_batch.kernels import moments
 from cellseg_batch.kernels import moments_columns as c
@@ -99,7 +100,7 @@ def read_account(path: Path) -> dict[str, Any]:
         ReadError: it is no table of objects.
     """
     with reading_table(path):
-        account: dict[str, Any] = json.loads((pq.read_schema(path).metadata or {})[METADATA_KEY])
+        account: dict[str, Any] = json.loads((pq.read_schema(readable(path)).metadata or {})[METADATA_KEY])
     return account
 
 
@@ -109,7 +110,7 @@ def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[pa.Re
     Raises:
         ReadError: it is no table of objects.
     """
-    with reading_table(path), pq.ParquetFile(path) as file:
+    with reading_table(path), pq.ParquetFile(readable(path)) as file:
         if file.metadata.num_rows:
             yield from file.iter_batches(columns=columns)
         else:

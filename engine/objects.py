@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.files import numbered, whole_file
+from cellseg_batch.engine.files import nearby, numbered, whole_file
 from cellseg_batch.kernels.moments import Ids, Rows, merge
 
 # Ids that are merged at a time; the moments of an object take some 150 bytes.
@@ -52,7 +52,11 @@ def write_part(folder: Path, number: int, plane: int, ids: Ids, rows: Rows) -> N
 
 def merge_parts(folder: Path) -> Iterator[Objects]:
     """The objects of all parts in ``folder``, every id once, in ascending order, piece by piece."""
-    paths = sorted(folder.glob("*/*.npy"))
+    with nearby(folder) as here:
+        yield from _merge(sorted(here.glob("*/*.npy")))
+
+
+def _merge(paths: list[Path]) -> Iterator[Objects]:
     read = [0] * len(paths)
     coming = np.array([_open(path)["id"][0] for path in paths], np.uint64)
     nothing = np.iinfo(np.uint64).max

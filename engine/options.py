@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from cellseg_batch.engine.errors import UsageError
+from cellseg_batch.engine.locations import locate
 from cellseg_batch.engine.settings import BACKENDS, PRECISIONS, SKIPS, STITCHES
 
 _MODEL, _SHAPE, _SLIDE, _OUTPUT, _SCREEN = "Model", "Tiles and blocks", "Slide", "Output", "Screen"
@@ -34,6 +36,14 @@ def _bytes(text: str) -> int:
         raise typer.BadParameter(f"expected a size such as 4GB or 800MiB, found {text!r}") from None
 
 
+def place(text: str) -> Path:
+    """What a path or a URL names."""
+    try:
+        return locate(text)
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def sides(text: str | None) -> tuple[int, int, int, int] | None:
     """What ``--box`` names."""
     try:
@@ -48,11 +58,30 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.replace(" ", "").split(",") if name)
 
 
-Slides = Annotated[list[Path], typer.Argument(help="OME-Zarr, zarr, TIFF, SVS, PNG or JPEG, or folders of them.")]
-Slide = Annotated[Path, typer.Argument(help="One image, or a path that holds images (the first is taken).")]
+Slides = Annotated[
+    list[Path],
+    typer.Argument(
+        parser=place, metavar="SLIDES...", help="OME-Zarr, zarr, TIFF, SVS, PNG or JPEG, or folders of them."
+    ),
+]
+Slide = Annotated[
+    Path,
+    typer.Argument(parser=place, metavar="SLIDE", help="One image, or a path that holds images (the first is taken)."),
+]
+RunOf = Annotated[
+    list[Path],
+    typer.Argument(parser=place, metavar="SLIDES...", help="The inputs of a run, or its output folder."),
+]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="Mirror the inputs here; default: in or beside them.", rich_help_panel=_OUTPUT),
+    typer.Option(
+        "--output",
+        "-o",
+        parser=place,
+        metavar="FOLDER",
+        help="Mirror the inputs here; default: in or beside them.",
+        rich_help_panel=_OUTPUT,
+    ),
 ]
 Name = Annotated[str, typer.Option("--name", help="Name of the label group.", rich_help_panel=_OUTPUT)]
 Model = Annotated[

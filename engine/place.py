@@ -11,7 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from cellseg_batch.engine.errors import OutputError, UsageError
+from cellseg_batch.engine.locations import RemotePath
 from cellseg_batch.engine.lock import LOCK_SUFFIX
+from cellseg_batch.engine.object_stores import WEB
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, OUTPUT_SUFFIX
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, zarr_root
 from cellseg_batch.engine.slides.slide import Slide
@@ -94,10 +96,18 @@ def place_output(slide: Slide, name: str, output: Path | None) -> Place:
     """Where the output of ``slide`` goes.
 
     Raises:
-        OutputError: ``output`` would mirror the input onto itself.
+        OutputError: ``output`` would mirror the input onto itself, or nothing can be written there.
     """
     zarr_format: Literal[2, 3] = 2 if slide.format == "ome-zarr 0.4" else 3
     beside = slide.store.with_name(slide.store.stem + OUTPUT_SUFFIX)
+    base = slide.store if output is None else output / "below"
+    if isinstance(base, RemotePath) and (base.scheme in WEB or not base.key):
+        raise OutputError(
+            str(base),
+            expected="a place that can be written to, and something beside it",
+            found="a web server" if base.scheme in WEB else "a bucket that is one store as a whole",
+            remedy="name a folder with --output, here or in another bucket",
+        )
     if output is None:
         if slide.holds_labels:
             return Place(slide.store, slide.path, name, zarr_format, "../../", beside)
@@ -118,8 +128,14 @@ def place_output(slide: Slide, name: str, output: Path | None) -> Place:
             cause=f"--output {output} is the folder that the input lies in",
             remedy="choose another folder, or leave --output out to write labels in place",
         )
-    source = os.path.relpath(slide.location, store / image / "labels" / name) if slide.holds_labels else None
+    source = _source(slide, store / image / "labels" / name)
     return Place(store, image, name, zarr_format, source, store)
+
+
+def _source(slide: Slide, labels: Path) -> str | None:
+    """Path from the label group to the segmented image, if there is one."""
+    beside = isinstance(slide.store, RemotePath) == isinstance(labels, RemotePath)
+    return os.path.relpath(slide.location, str(labels)) if slide.holds_labels and beside else None
 
 
 def refuse_output_inside(output: Path | None, inputs: list[Path]) -> None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from cellseg_batch.engine.errors import CellsegError
 from cellseg_batch.engine.files import whole_file
 from cellseg_batch.engine.heatmap import heatmaps
+from cellseg_batch.engine.locations import locate
 from cellseg_batch.engine.object_table import read_account, read_batches
 from cellseg_batch.engine.place import place_output
 from cellseg_batch.engine.report import PlateReport, SlideReport
@@ -111,7 +112,7 @@ def summarise_plates(
     for image, report in zip(images, reports, strict=True):
         if image.spot is None:
             continue
-        table = Path(report.table) if report.table and report.status != "failed" else None
+        table = locate(report.table) if report.table and report.status != "failed" else None
         one = FieldResult(image.spot, report.status, report.reason, table)
         results.setdefault(image.spot.plate, []).append(one)
         if isinstance(image, Slide):
@@ -136,7 +137,7 @@ def summarise_plate(folder: Path | None, results: list[FieldResult]) -> PlateRep
         rows = [_well_row(members) for members in wells]
         _write_tables(folder / "fields", [_field_row(one) for one in results], plate)
         _write_tables(folder / "wells", rows, plate)
-        picture = heatmaps(Path(plate).name, rows, *plate_names(Path(plate)))
+        picture = heatmaps(Path(plate).name, rows, *plate_names(locate(plate)))
         with whole_file(folder / "heatmap.png") as stream:
             stream.write(picture)
     except CellsegError as error:

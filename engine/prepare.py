@@ -167,7 +167,7 @@ def _create_outputs(plan: SlidePlan, engines: Engines, backend: Backend, journal
     # For whoever reads the journal alone, wherever it and the stores beside it may have been moved to together.
     passes = {one.part: one.count for one in passes_of(plan)}
     folders = {place.labels: place.labels_folder, place.probability: place.probability_folder}
-    images = {path: os.path.relpath(folder, journal.folder) for path, folder in folders.items()}
+    images = {path: os.path.relpath(str(folder), str(journal.folder)) for path, folder in folders.items()}
     journal.start({**manifest, "passes": passes, "images": images})
     provenance = {**manifest, "certificate": engines.certificate_of(backend)}
     labels, probability = output_images(plan)

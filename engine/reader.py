@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Box
+from cellseg_batch.engine.locations import zarr_store
 from cellseg_batch.engine.slides.pictures import read_picture
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.slides.tiff import open_tiff_level
@@ -97,7 +98,7 @@ def _open_level(slide: Slide, level: int) -> Any:
     if slide.format == "tiff":
         return open_tiff_level(slide, level)
     path = "/".join(part for part in (slide.path, slide.levels[level].path) if part)
-    return zarr.open_array(str(slide.store), path=path, mode="r")
+    return zarr.open_array(zarr_store(slide.store), path=path, mode="r")
 
 
 def _unreadable(slide: Slide, where: str, error: Exception) -> ReadError:

@@ -37,7 +37,7 @@ def preview(
 def export_objects(
     slides: o.Slides,
     kind: Annotated[str, typer.Option("--format", help="csv, anndata or geojson (one image, for QuPath).")],
-    out: Annotated[Path, typer.Option("--out", help="The file to write.")],
+    out: Annotated[Path, typer.Option("--out", parser=o.place, metavar="FILE", help="The file to write.")],
     name: o.Name = Settings.name,
     output: o.Output = None,
     axes: o.Axes = None,

@@ -10,7 +10,7 @@ An array is written block by block and read with a frame around each block, so i
 
 from __future__ import annotations
 
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.artefacts import sync_file
 from cellseg_batch.engine.errors import writing_to
+from cellseg_batch.engine.files import remove_tree, sync_file
 from cellseg_batch.engine.geometry import BlockGrid, Box, chunk_side
+from cellseg_batch.engine.locations import zarr_store
 
 # A chunk costs zarr about half a millisecond, whatever its size; but of each that a frame touches all is decoded.
 _CHUNK = 1024
@@ -52,7 +53,7 @@ class Scratch:
         lattice = self._grid.lattice
         with writing_to(self._folder, "a store"):
             zarr.create_array(
-                str(self._folder),
+                zarr_store(self._folder),
                 shape=(self._grid.planes, *lattice.shape),
                 dtype=self._dtype,
                 chunks=(1, *(chunk_side(core, _CHUNK) for core in lattice.core)),
@@ -74,8 +75,7 @@ class Scratch:
             _, height, width = array.chunks
             for y in range(box.y0 // height, -(-box.y1 // height)):
                 for x in range(box.x0 // width, -(-box.x1 // width)):
-                    if (file := self._folder / f"{plane}.{y}.{x}").exists():  # background alone has none
-                        sync_file(file)
+                    sync_file(self._folder / f"{plane}.{y}.{x}")
 
     def read(self, plane: int, box: Box) -> NDArray[Any]:
         """The pixels (h, w) of ``box``.
@@ -87,15 +87,11 @@ class Scratch:
             return np.asarray(self._open()[(plane, *box.slices())])
 
     def remove(self) -> None:
-        """Delete the whole scratch, if it is there.
-
-        Raises:
-            OutputError: it cannot be deleted.
-        """
-        with writing_to(self._folder, "a store"):
-            shutil.rmtree(self._folder.parent, ignore_errors=True)
+        """Delete the whole scratch, as far as it can be."""
+        with suppress(OSError):
+            remove_tree(self._folder.parent)
 
     def _open(self) -> zarr.Array[Any]:
         if self._array is None:
-            self._array = zarr.open_array(str(self._folder), mode="r+")
+            self._array = zarr.open_array(zarr_store(self._folder), mode="r+")
         return self._array

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -149,8 +150,17 @@ def _roots(path: Path) -> list[Path]:
     names = {path.name + JOURNAL_SUFFIX, path.stem + OUTPUT_SUFFIX + JOURNAL_SUFFIX}
     roots = [path.with_name(name) for name in sorted(names)]
     if path.is_dir() and not is_zarr_node(path):
-        roots += sorted(path.rglob(f"*{JOURNAL_SUFFIX}"))
+        roots += _journals_below(path)
     return [root for root in roots if root.is_dir()]
+
+
+def _journals_below(folder: Path) -> Iterator[Path]:
+    """Folders of journals at any depth; stores are not searched, as they hold pixels by the million."""
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(JOURNAL_SUFFIX):
+            yield path
+        elif path.is_dir() and not is_zarr_node(path):
+            yield from _journals_below(path)
 
 
 def _look_at(folder: Path, path: str, failures: dict[str, str]) -> tuple[SlideStatus, list[float]]:

@@ -21,6 +21,7 @@ from cellseg_batch.engine.complete import differences
 from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.journal import Journal
+from cellseg_batch.engine.locations import zarr_store
 from cellseg_batch.engine.scheduler import Course, ThreadPool, Work, run_courses
 from cellseg_batch.engine.status import find_journals
 
@@ -133,7 +134,7 @@ class _Outputs:
             ) from error
 
     def _open(self, path: str, level: int) -> zarr.Array[Any]:
-        return zarr.open_array(str(self._folders[path] / str(level)), mode="r")
+        return zarr.open_array(zarr_store(self._folders[path] / str(level)), mode="r")
 
 
 def print_verdict(verdict: Verdict, console: Console) -> None:

@@ -8,7 +8,6 @@ models, tiles or the journal.
 from __future__ import annotations
 
 import math
-import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,9 +22,10 @@ from numpy.typing import NDArray
 from yaozarrs import v04, v05
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from cellseg_batch.engine.artefacts import sync_file
 from cellseg_batch.engine.errors import writing_to
+from cellseg_batch.engine.files import remove_tree, sync_file
 from cellseg_batch.engine.geometry import BlockGrid, Box, chunk_side
+from cellseg_batch.engine.locations import zarr_store
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
 from cellseg_batch.engine.slides.slide import Level, Slide
 from cellseg_batch.engine.written import note_write
@@ -148,10 +148,9 @@ class ImageWriter:
         """
         layout = self.layout
         with writing_to(self.folder, "a store"):
-            if self.folder.exists():
-                shutil.rmtree(self.folder)
+            remove_tree(self.folder)
             group = zarr.create_group(
-                str(self.store), path=self.path, zarr_format=layout.zarr_format, attributes=attributes
+                zarr_store(self.store), path=self.path, zarr_format=layout.zarr_format, attributes=attributes
             )
             for level, shape in enumerate(layout.shapes):
                 _create_array(group, str(level), shape, layout, level)
@@ -165,7 +164,7 @@ class ImageWriter:
         if dtype == self.layout.dtype:
             return
         with writing_to(self.folder, "a store"):
-            group = zarr.open_group(str(self.store), path=self.path, mode="r", use_consolidated=False)
+            group = zarr.open_group(zarr_store(self.store), path=self.path, mode="r", use_consolidated=False)
             attributes = group.attrs.asdict()
         self.layout = replace(self.layout, dtype=dtype)
         self._arrays.clear()
@@ -195,8 +194,7 @@ class ImageWriter:
                 file.unlink(missing_ok=True)
             array[place] = pixels
             for file in files:
-                if file.exists():  # a chunk of nothing but background has none
-                    sync_file(file)
+                sync_file(file)
         note_write(self.path, level, plane, box, pixels.astype(array.dtype, copy=False))
 
     def shrink(self, level: int, plane: int, box: Box) -> None:
@@ -219,7 +217,7 @@ class ImageWriter:
 
     def _array(self, level: int) -> zarr.Array[Any]:
         if level not in self._arrays:
-            self._arrays[level] = zarr.open_array(str(self.store), path=f"{self.path}/{level}", mode="r+")
+            self._arrays[level] = zarr.open_array(zarr_store(self.store), path=f"{self.path}/{level}", mode="r+")
         return self._arrays[level]
 
     def _plane(self, level: int, plane: int) -> tuple[int, ...]:
@@ -243,7 +241,7 @@ def list_label(store: Path, labels: str, name: str, zarr_format: int) -> None:
         OutputError: the store cannot be written.
     """
     with writing_to(store / labels, "a store"):
-        group = zarr.open_group(str(store), path=labels, mode="r+", use_consolidated=False)
+        group = zarr.open_group(zarr_store(store), path=labels, mode="r+", use_consolidated=False)
         metadata: dict[str, Any] = dict(group.attrs)
         holder = metadata.get("ome", {"version": "0.5"}) if zarr_format == 3 else metadata
         listed = list(holder.get("labels", []))
@@ -261,8 +259,8 @@ def consolidate_again(store: Path) -> None:
     with writing_to(store, "a store"), warnings.catch_warnings():
         # zarr warns that consolidated metadata are no part of format 3; this store has chosen to have them.
         warnings.simplefilter("ignore")
-        if zarr.open_group(str(store), mode="r").metadata.consolidated_metadata is not None:
-            zarr.consolidate_metadata(str(store))
+        if zarr.open_group(zarr_store(store), mode="r").metadata.consolidated_metadata is not None:
+            zarr.consolidate_metadata(zarr_store(store))
 
 
 def _create_array(group: zarr.Group, name: str, shape: tuple[int, ...], layout: Layout, level: int) -> None:

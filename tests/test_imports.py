@@ -12,6 +12,8 @@ from cellseg_batch import engine, kernels, trainer
 # Each room may import only from its own line's left.
 ENGINE_ROOMS = (
     "errors",
+    "object_stores",
+    "locations",
     "settings",
     "stages",
     "stopping",

@@ -36,7 +36,7 @@ def find_images(path: Path, axes: str | None = None, choice: FieldChoice = EVERY
     Raises:
         NoImageError: the path does not exist or holds nothing that could be an image.
     """
-    if not path.exists():
+    if not (path.exists() or is_zarr_node(path)):  # the node of a web server is no folder
         raise NoImageError(
             str(path), expected="a file, a zarr store or a folder", found="nothing", remedy="check the path"
         )
@@ -54,22 +54,20 @@ def find_images(path: Path, axes: str | None = None, choice: FieldChoice = EVERY
 
 
 def _visit(path: Path, name: str, axes: str | None, choice: FieldChoice) -> Iterator[Slide | Broken]:
-    if path.is_dir():
-        if is_zarr_node(path):
-            root, inside = zarr_root(path)
-            yield from find_in_zarr(root, inside, name, axes, choice)
-        else:
-            try:
-                children = sorted(path.iterdir())
-            except OSError as error:
-                yield Broken(name, str(path), f"the folder cannot be listed: {error.strerror}")
-                return
-            for child in children:
-                if not child.name.startswith(".") and not child.name.endswith((OUTPUT_SUFFIX, JOURNAL_SUFFIX)):
-                    yield from _visit(child, f"{name}/{child.name}", axes, choice)
-        return
     suffix = path.suffix.lower()
-    if suffix in TIFF_SUFFIXES:
+    if is_zarr_node(path):
+        root, inside = zarr_root(path)
+        yield from find_in_zarr(root, inside, name, axes, choice)
+    elif path.is_dir():
+        try:
+            children = sorted(path.iterdir())
+        except OSError as error:
+            yield Broken(name, str(path), f"the folder cannot be listed: {error.strerror or error}")
+            return
+        for child in children:
+            if not child.name.startswith(".") and not child.name.endswith((OUTPUT_SUFFIX, JOURNAL_SUFFIX)):
+                yield from _visit(child, f"{name}/{child.name}", axes, choice)
+    elif suffix in TIFF_SUFFIXES:
         yield from _guarded(path, name, partial(open_tiff, axes=axes))
     elif suffix in PICTURE_SUFFIXES:
         yield from _guarded(path, name, open_picture)

@@ -14,6 +14,7 @@ from typing import Any
 import zarr
 
 from cellseg_batch.engine.errors import CellsegError, ReadError
+from cellseg_batch.engine.locations import zarr_store
 from cellseg_batch.engine.slides.plate import FieldChoice, PlateField
 from cellseg_batch.engine.slides.slide import AXES, NUMBERS, Broken, Level, Slide, fits_axes
 
@@ -26,7 +27,7 @@ _NODE_FILES = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
 
 def is_zarr_node(path: Path) -> bool:
     """Whether a folder is a zarr group or array, of either format."""
-    return any((path / file).exists() for file in _NODE_FILES)
+    return any((path / file).is_file() for file in _NODE_FILES)
 
 
 def zarr_root(path: Path) -> tuple[Path, str]:
@@ -52,7 +53,7 @@ def find_in_zarr(
     """
     location = str(store / path)
     try:
-        node = zarr.open(str(store), path=path, mode="r")
+        node = zarr.open(zarr_store(store), path=path, mode="r")
         if isinstance(node, zarr.Array):
             if node.ndim >= 2:
                 yield _plain_array(node, store, path, name, axes)
@@ -87,7 +88,7 @@ def open_written(store: Path, path: str) -> Slide:
         ReadError: there is none.
     """
     try:
-        node = zarr.open_group(str(store), path=path, mode="r")
+        node = zarr.open_group(zarr_store(store), path=path, mode="r")
         return _multiscale(node, _ome_metadata(node), store, path, path)
     except (OSError, KeyError, ValueError) as error:
         raise ReadError(
@@ -100,7 +101,7 @@ def open_written(store: Path, path: str) -> Slide:
 
 def plate_names(plate: Path) -> tuple[list[str], list[str]]:
     """Names of all rows and columns of a plate, also of those without wells."""
-    metadata = _ome_metadata(zarr.open_group(str(plate), mode="r"))["plate"]
+    metadata = _ome_metadata(zarr.open_group(zarr_store(plate), mode="r"))["plate"]
     rows, columns = ([str(one["name"]) for one in metadata.get(side, ())] for side in ("rows", "columns"))
     return rows, columns
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cellseg_batch.engine.locations import readable
 from cellseg_batch.engine.slides.slide import Level, Slide
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -23,7 +24,7 @@ def open_picture(path: Path, name: str) -> list[Slide]:
     Raises:
         OSError: the file is not what its name says.
     """
-    with Image.open(path) as picture:
+    with Image.open(readable(path)) as picture:
         width, height = picture.size
         mode = _mode(picture)
     colour = mode in ("RGB", "RGBA")
@@ -36,7 +37,7 @@ def open_picture(path: Path, name: str) -> list[Slide]:
 
 def read_picture(slide: Slide) -> NDArray[Any]:
     """All pixels of a picture, (H, W) or (H, W, C)."""
-    with Image.open(slide.store) as picture:
+    with Image.open(readable(slide.store)) as picture:
         return np.asarray(picture.convert(_mode(picture)))
 
 

@@ -11,6 +11,7 @@ import tifffile
 import zarr
 
 from cellseg_batch.engine.errors import ReadError
+from cellseg_batch.engine.locations import readable
 from cellseg_batch.engine.slides.slide import Level, Slide, fits_axes
 
 TIFF_SUFFIXES = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif", ".qptiff")
@@ -33,7 +34,7 @@ def open_tiff(path: Path, name: str, axes: str | None = None) -> list[Slide]:
         ReadError: an axis cannot be named.
         tifffile.TiffFileError: the file is no TIFF.
     """
-    with tifffile.TiffFile(path) as tiff:
+    with tifffile.TiffFile(readable(path)) as tiff:
         _refuse_files_elsewhere(tiff, path)
         series = list(enumerate(tiff.series)) if tiff.is_ome else list(enumerate(tiff.series))[:1]
         several = len(series) > 1
@@ -85,7 +86,7 @@ def _slide(tiff: tifffile.TiffFile, number: int, path: Path, name: str, inside: 
 
 def open_tiff_level(slide: Slide, level: int) -> zarr.Array[Any]:
     """A level of a TIFF slide as a lazily read zarr array."""
-    store = tifffile.imread(slide.store, aszarr=True, series=slide.series, level=level)
+    store = tifffile.imread(readable(slide.store), aszarr=True, series=slide.series, level=level)
     return zarr.open_array(store, mode="r")
 
 
