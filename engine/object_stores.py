@@ -119,7 +119,7 @@ def _refused(place: str, error: Exception) -> StoreError:
     found = code[1] if code else f"{type(error).__name__}: {text.splitlines()[0] if text else ''}".partition("<?xml")[0]
     if "NoSuchBucket" in text:
         cause, remedy = "a misspelt name", "check the name of the bucket"
-    elif isinstance(error, (*refusals(), BotoCoreError)) or "get_credentials" in text:
+    elif isinstance(error, (*refusals(), BotoCoreError)) or re.search("get_credentials|status code: 40[13]", text):
         cause = "credentials that are missing, wrong or not enough"
         remedy = (
             "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for public data AWS_SKIP_SIGNATURE=true"

@@ -60,9 +60,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 Slides = Annotated[
     list[Path],
-    typer.Argument(
-        parser=place, metavar="SLIDES...", help="OME-Zarr, zarr, TIFF, SVS, PNG or JPEG, or folders of them."
-    ),
+    typer.Argument(parser=place, metavar="SLIDES", help="OME-Zarr, zarr, TIFF, SVS, PNG or JPEG, or folders of them."),
 ]
 Slide = Annotated[
     Path,
@@ -70,7 +68,7 @@ Slide = Annotated[
 ]
 RunOf = Annotated[
     list[Path],
-    typer.Argument(parser=place, metavar="SLIDES...", help="The inputs of a run, or its output folder."),
+    typer.Argument(parser=place, metavar="SLIDES", help="The inputs of a run, or its output folder."),
 ]
 Output = Annotated[
     Path | None,

@@ -26,6 +26,7 @@ from PIL import Image
 from cellseg_batch.engine.charts import bars, plate_chart, rate_chart
 from cellseg_batch.engine.errors import CellsegError, writing_to
 from cellseg_batch.engine.journal import Journal
+from cellseg_batch.engine.locations import locate
 from cellseg_batch.engine.passes import BLOCKS
 from cellseg_batch.engine.preview import write_preview
 from cellseg_batch.engine.status import SlideStatus, Status, read_status
@@ -187,7 +188,7 @@ def _picture(one: SlideStatus, name: str, output: Path | None) -> str:
     """An image with the outlines of its labels as a data URL; "" where it cannot be read."""
     with tempfile.TemporaryDirectory() as folder, suppress(CellsegError):
         file = Path(folder) / "picture.png"
-        write_preview(Path(one.path), file, None, name, output, None, None)
+        write_preview(locate(one.path), file, None, name, output, None, None)
         with Image.open(file) as picture:
             picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
             stream = io.BytesIO()

@@ -22,6 +22,7 @@ from rich.text import Text
 from cellseg_batch.engine.errors import NoImageError, SlideError
 from cellseg_batch.engine.failures import FailedImages
 from cellseg_batch.engine.journal import Journal
+from cellseg_batch.engine.locations import RemotePath
 from cellseg_batch.engine.lock import LOCK_SUFFIX, is_held
 from cellseg_batch.engine.passes import BLOCKS
 from cellseg_batch.engine.place import place_output
@@ -148,7 +149,8 @@ def find_journals(paths: list[Path], name: str, output: Path | None) -> dict[Pat
 def _roots(path: Path) -> list[Path]:
     """Folders of journals and notes of a store, of a file's companion store, or of every store below a folder."""
     names = {path.name + JOURNAL_SUFFIX, path.stem + OUTPUT_SUFFIX + JOURNAL_SUFFIX}
-    roots = [path.with_name(name) for name in sorted(names)]
+    whole_bucket = isinstance(path, RemotePath) and not path.key
+    roots = [] if whole_bucket else [path.with_name(name) for name in sorted(names)]
     if path.is_dir() and not is_zarr_node(path):
         roots += _journals_below(path)
     return [root for root in roots if root.is_dir()]

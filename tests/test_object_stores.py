@@ -203,7 +203,7 @@ def segment_in_child(environment, path, settings):
 def test_a_run_that_is_killed_goes_on_with_the_same_bits(tmp_path, tiny_model, bucket, server):
     draw = random.Random(SEED)
     print(f"chaos seed {SEED}")
-    path = write_ome_zarr(tmp_path / "a.zarr", blobs(400, 400), levels=2, chunk=100)
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(250, 250), levels=2, chunk=100)
     place = upload(path, bucket)
     usual = {"model": str(tiny_model), "backend": "torch", "precision": "fp32", "threads": 1, "tile": 64, "block": 64}
     settings = Settings(**usual, objects=True, workers=2)
@@ -212,12 +212,12 @@ def test_a_run_that_is_killed_goes_on_with_the_same_bits(tmp_path, tiny_model, b
     context.set_forkserver_preload(["tests.conftest", "cellseg_batch.engine.backends.torch_backend"])
     journal = Journal(bucket / "a.zarr.cellseg/labels/cellseg")
     environment = {**ENVIRONMENT, "AWS_ENDPOINT_URL": server.url}
-    for _ in range(5):
+    for _ in range(3):
         child = context.Process(target=segment_in_child, args=(environment, place, settings))
         child.start()
-        enough = len(list(journal.folder.rglob("*.json"))) + draw.randrange(1, 20)
+        enough = len(list(journal.folder.rglob("*.json"))) + draw.randrange(1, 12)
         while child.is_alive() and len(list(journal.folder.rglob("*.json"))) < enough:
-            time.sleep(0.02)
+            time.sleep(0.1)
         assert journal.finished() is None, "it was to be killed on the way"
         child.kill()
         child.join()
@@ -268,7 +268,7 @@ def test_what_is_wrong_is_said_in_one_line(bucket, command, monkeypatch, fresh, 
     code, said = command("verify", bucket / "a.zarr")
     assert (code, "likely credentials that are missing" in said) == (2, True)
     code, said = command("run", "ftp://host/a.zarr")
-    assert (code, "URL such as s3://" in said) == (2, True)
+    assert (code, "a URL such as s3://bucket/slide.zarr" in " ".join(said.replace("│", " ").split())) == (2, True)
 
 
 def test_without_the_extra_it_is_named(command, monkeypatch, fresh):
