@@ -287,7 +287,7 @@ def test_the_commands_around_a_run_take_a_bucket(tmp_path, slide, bucket, segmen
     assert (code, "0 damaged" in said) == (0, True)
     assert command("preview", place, "--out", tmp_path / "a.png")[0] == 0
     assert command("report", place, "--out", tmp_path / "a.html")[0] == 0
-    assert "data:image/png" in (tmp_path / "a.html").read_text()
+    assert "data:image/jpeg" in (tmp_path / "a.html").read_text()
     assert command("export-objects", place, "--format", "csv", "--out", tmp_path / "a.csv")[0] == 0
     assert len((tmp_path / "a.csv").read_text().splitlines()) > 10
     damaged = next(path for path in (place / "labels/cellseg/0").rglob("*") if "/c/" in str(path))
