@@ -93,7 +93,7 @@ class Locks:
         while not self._ended.wait(self._lease / 4):
             for path, token in list(self._held.items()):
                 with suppress(OSError):
-                    _renew(path, token)
+                    _show_life(path, token)
 
     def _clear_left_behind(self, path: Path) -> Version | None:
         """Remove a dead run's lock; in an object store, say which one may be replaced.
@@ -181,7 +181,7 @@ def _create(path: Path, token: str, instead_of: Version | None) -> bool:
     return True
 
 
-def _renew(path: Path, token: str) -> None:
+def _show_life(path: Path, token: str) -> None:
     """A sign of life, unless the lock was taken over."""
     if not isinstance(path, RemotePath):
         if _owner(path).get("token") == token:

@@ -7,14 +7,16 @@ reader can work with is taken, and a level whose array is missing is passed over
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import zarr
 
 from cellseg_batch.engine.errors import CellsegError, ReadError
-from cellseg_batch.engine.locations import zarr_store
+from cellseg_batch.engine.locations import RemotePath, zarr_store
 from cellseg_batch.engine.slides.plate import FieldChoice, PlateField
 from cellseg_batch.engine.slides.slide import AXES, NUMBERS, Broken, Level, Slide, fits_axes
 
@@ -22,6 +24,8 @@ from cellseg_batch.engine.slides.slide import AXES, NUMBERS, Broken, Level, Slid
 _UNIT_NAMES = dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometre"), "micrometer")
 # An attribute of what this program writes and is neither an image nor a label.
 OUTPUT_MARK = "cellseg-batch-output"
+# Members of a group in an object store that are looked at together.
+_REQUESTS = 16
 _NODE_FILES = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
 
 
@@ -72,13 +76,20 @@ def find_in_zarr(
         reason = f"its zarr metadata cannot be read: {type(error).__name__}: {error}"
         yield Broken(name, location, reason.splitlines()[0], spot)
         return
-    for child, place in children:
+
+    def look(listed: tuple[str, PlateField | None]) -> list[Slide | Broken]:
+        child, place = listed
         below = f"{path}/{child}" if path else child
         if is_zarr_node(store / below):
-            yield from find_in_zarr(store, below, f"{name}/{child}", axes, choice, place)
-        else:
-            reason = "listed in the metadata, but not in the store"
-            yield Broken(f"{name}/{child}", str(store / below), reason, place)
+            return [*find_in_zarr(store, below, f"{name}/{child}", axes, choice, place)]
+        reason = "listed in the metadata, but not in the store"
+        return [Broken(f"{name}/{child}", str(store / below), reason, place)]
+
+    if isinstance(store, RemotePath) and spot is None:  # the wells of a plate, whose answers take long to come
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            yield from chain.from_iterable(pool.map(look, children))
+    else:
+        yield from chain.from_iterable(map(look, children))
 
 
 def open_written(store: Path, path: str) -> Slide:
