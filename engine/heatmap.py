@@ -6,13 +6,13 @@ A run has it drawn by a process of its own: matplotlib would stay in its memory,
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from typing import IO, Any
 
 import numpy as np
 
 from cellseg_batch.engine.errors import OutputError
+from cellseg_batch.engine.machine import run_module
 
 # Figure of a well's row -> heading; what no well has is left out, and px where there are µm.
 _PANELS = {
@@ -34,17 +34,16 @@ def heatmaps(title: str, wells: list[dict[str, Any]], rows: list[str], columns: 
     Raises:
         OutputError: it did not end well.
     """
-    asked = json.dumps([title, wells, rows, columns]).encode()
-    done = subprocess.run([sys.executable, "-m", __name__], input=asked, capture_output=True, check=False)
-    if done.returncode:
+    picture, failure = run_module(__name__, given=json.dumps([title, wells, rows, columns]).encode())
+    if failure:
         raise OutputError(
             f"heat maps of {title}",
             expected="a process that draws them",
-            found=f"exit {done.returncode}: {(done.stderr.decode().strip() or 'no message').splitlines()[-1]}",
+            found=failure,
             cause="too little memory",
             remedy="run again; the tables are there",
         )
-    return done.stdout
+    return picture
 
 
 def draw_heatmaps(title: str, wells: list[dict[str, Any]], rows: list[str], columns: list[str], out: IO[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""What this machine is, and what this process may use and has used: processor, cores, resident memory."""
+"""What this machine is, what this process may use and has used (cores, memory), and modules run in another one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import resource
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -66,6 +67,20 @@ def bound_heaps() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 8 << 20)
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 20)
+
+
+def run_module(name: str, *arguments: str, given: bytes | None = None) -> tuple[bytes, str]:
+    """What a module prints in a process of its own, and how that failed; "" if it did not.
+
+    Args:
+        name: of the module.
+        arguments: of its command line.
+        given: what it reads.
+    """
+    command = [sys.executable, "-m", name, *arguments]
+    done = subprocess.run(command, input=given, capture_output=True, check=False)
+    words = (done.stderr.decode(errors="replace").strip() or "no message").splitlines()[-1]
+    return done.stdout, f"exit {done.returncode}: {words}" if done.returncode else ""
 
 
 def resident_bytes() -> int:

@@ -11,9 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from cellseg_batch.engine.errors import OutputError, UsageError
-from cellseg_batch.engine.locations import RemotePath
+from cellseg_batch.engine.locations import RemotePath, is_web
 from cellseg_batch.engine.lock import LOCK_SUFFIX
-from cellseg_batch.engine.object_stores import WEB
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, OUTPUT_SUFFIX
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, zarr_root
 from cellseg_batch.engine.slides.slide import Slide
@@ -101,11 +100,11 @@ def place_output(slide: Slide, name: str, output: Path | None) -> Place:
     zarr_format: Literal[2, 3] = 2 if slide.format == "ome-zarr 0.4" else 3
     beside = slide.store.with_name(slide.store.stem + OUTPUT_SUFFIX)
     base = slide.store if output is None else output / "below"
-    if isinstance(base, RemotePath) and (base.scheme in WEB or not base.key):
+    if isinstance(base, RemotePath) and (is_web(base) or not base.key):
         raise OutputError(
             str(base),
             expected="a place that can be written to, and something beside it",
-            found="a web server" if base.scheme in WEB else "a bucket that is one store as a whole",
+            found="a web server" if is_web(base) else "a bucket that is one store as a whole",
             remedy="name a folder with --output, here or in another bucket",
         )
     if output is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from cellseg_batch.engine.backends.gate import TILE, Parity, limits_of, logits_o
 from cellseg_batch.engine.certificate import Candidate, Certificate, Request
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.feed import Feed
-from cellseg_batch.engine.machine import gpus, package_version, processor
+from cellseg_batch.engine.machine import gpus, package_version, processor, run_module
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.normalise import Bounds
 from cellseg_batch.trainer.bundle import Bundle
@@ -191,13 +190,12 @@ def _as_bytes(tiles: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def _race_elsewhere(request: Request, artefacts: Artefacts, folder: Path) -> None:
-    command = [sys.executable, "-m", __name__, json.dumps(asdict(request)), str(artefacts.folder), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
+    _, failure = run_module(__name__, json.dumps(asdict(request)), str(artefacts.folder), str(folder))
+    if failure:
         raise BackendError(
             f"race of {request.model}",
             expected="a process that times every backend",
-            found=f"exit {done.returncode}: {(done.stderr.strip() or 'no message').splitlines()[-1]}",
+            found=failure,
             cause="too little memory, or a library that crashes when it is loaded",
             remedy="name a --backend and --precision; cellseg-batch compile --debug shows more",
         )
