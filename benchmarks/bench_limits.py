@@ -30,7 +30,7 @@ from rich.console import Console
 
 from cellseg_batch.engine.bench.slides import Form, write_slide
 from cellseg_batch.engine.campaign import run
-from cellseg_batch.engine.clusters import THREADS_PER_PROCESS, open_pool
+from cellseg_batch.engine.clusters import THREADS_PER_PROCESS, DaskPool, open_pool
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.passes import BLOCKS
 from cellseg_batch.engine.scheduler import Pool
@@ -59,6 +59,7 @@ class Wide:
 
     pool: AtOnce | Pool
     processes: int
+    seconds_per_call = DaskPool.seconds_per_call
 
     def __post_init__(self) -> None:
         self.workers = THREADS_PER_PROCESS * self.processes

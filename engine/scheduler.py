@@ -21,9 +21,8 @@ from cellseg_batch.engine.stopping import Stop
 
 Result = TypeVar("Result")
 
-# Short tasks are handed out several at a time: so many at most, for about so many seconds.
+# Short tasks are handed out several at a time: so many at most, for about the seconds that the pool says.
 _MOST_PER_CALL = 256
-_SECONDS_PER_CALL = 0.1
 # A task is handed out so often when its worker dies, each time alone: it may not be the one that killed it.
 _MOST_LOSSES = 3
 
@@ -63,6 +62,11 @@ class Pool(Protocol):
         """Calls to hand out at a time, so that no worker ever waits for the next one."""
         ...
 
+    @property
+    def seconds_per_call(self) -> float:
+        """How long a call should take at least, so that handing it out costs next to nothing."""
+        ...
+
     def submit(self, call: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
         """Have a worker make the call; the future fails only if the worker does, or if the call ends its process.
 
@@ -78,6 +82,8 @@ class Pool(Protocol):
 
 class ThreadPool:
     """Threads of this process; reading, computing and writing all release the interpreter."""
+
+    seconds_per_call = 0.1
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -190,7 +196,7 @@ class _Flow(Generic[Result]):
             self._suspect = None if future is self._suspect else self._suspect
             seconds = self._flying.pop(future).take(future)
             if seconds is not None:
-                self._per_call = max(1, min(_MOST_PER_CALL, int(_SECONDS_PER_CALL / max(seconds, 1e-6))))
+                self._per_call = max(1, min(_MOST_PER_CALL, int(self._pool.seconds_per_call / max(seconds, 1e-6))))
 
     def _drain(self) -> None:
         """Hand nothing more out, wait for what has begun, and end the run."""

@@ -53,6 +53,7 @@ def train(
     zoom_min: Annotated[float | None, _flag("Smallest magnification.", _PICTURES)] = None,
     zoom_max: Annotated[float | None, _flag("Largest magnification.", _PICTURES)] = None,
     plain: Annotated[float | None, _flag("Share of crops whose appearance stays.", _PICTURES)] = None,
+    flat: Annotated[float | None, _flag("Share of the others in even colours.", _PICTURES)] = None,
     group_power: Annotated[float | None, _flag("Kinds are drawn by count ** this.", _PICTURES)] = None,
     loss: Annotated[str | None, _flag("A sum of bce, dice, focal.", _STEPS)] = None,
     optimiser: Annotated[str | None, _flag("adamw, adam or sgd.", _STEPS)] = None,

@@ -5,7 +5,7 @@ import openvino
 import pytest
 import torch
 
-from cellseg_batch.trainer.augment import Augmenter, Batch
+from cellseg_batch.trainer.augment import Augmenter, Batch, flatten
 from cellseg_batch.trainer.bundle import Instances, Normalisation, load_bundle
 from cellseg_batch.trainer.data.sample import Entry, Sample, instance_distance, make_sample
 from cellseg_batch.trainer.decode import decode_instances
@@ -248,6 +248,24 @@ def test_changed_crops_show_labels_where_their_pixels_are():
     pictures = [Augmenter(recipe, np.random.default_rng(seed))._picture(sample, plain=False) for seed in range(40)]
     offset = torch.stack([pixels[0] * side - labels for pixels, labels, _ in pictures]).mean()
     assert abs(float(offset)) < 0.1
+
+
+def test_flat_pictures_show_every_object_and_the_ground_in_its_mean_colour():
+    pixels, labels = torch.rand(3, 6, 9), torch.tensor([0, 7, 2]).repeat(6, 3)
+    flat = flatten(pixels, labels)
+    for label in (0, 2, 7):
+        of_it = labels == label
+        torch.testing.assert_close(flat[:, of_it], pixels[:, of_it].mean(dim=1, keepdim=True).expand(3, 18))
+
+
+def test_a_share_of_the_pictures_is_flat():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.repeat(rng.integers(0, 3, (8, 8), np.int32), 16, axis=0), 16, axis=1)
+    sample = Sample("a", "", rng.random((128, 128, 1), np.float32), (0.0, 1.0), labels, np.zeros_like(labels, np.uint8))
+    augmenter = Augmenter(Recipe("a", size=64, flat=0.5), rng)
+    spreads = [augmenter._picture(sample, plain=False)[0].std() for _ in range(40)]
+    assert 10 < sum(bool(spread < 0.1) for spread in spreads) < 30
+    assert all(augmenter._picture(sample, plain=True)[0].std() > 0.2 for _ in range(5))
 
 
 def test_networks_keep_the_size_of_their_input():

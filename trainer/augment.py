@@ -86,6 +86,8 @@ class Augmenter:
         ids = torch.from_numpy(sample.labels.astype(np.float32))[None, None]
         labels = F.grid_sample(ids, grid, mode="nearest", padding_mode="reflection", align_corners=False)[0, 0]
         pixels = warped[:-1] if len(warped) == 4 else warped[:1].expand(3, -1, -1)
+        if not plain and self.rng.random() < self.recipe.flat:
+            pixels = torch.lerp(pixels, flatten(pixels, labels.long()), float(self.rng.uniform(0.7, 1)))
         return pixels, labels.long(), warped[-1] * (labels > 0)
 
     def _positions(self, height: int, width: int, plain: bool) -> tuple[Tensor, Tensor]:
@@ -177,6 +179,15 @@ class Augmenter:
         shift = torch.from_numpy(self.rng.normal(0, 0.04, (count, 3, 1, 1)).astype(np.float32))
         hues = stains + torch.from_numpy(self.rng.normal(0, 0.08, (count, 3, 3)).astype(np.float32))
         return torch.exp(-torch.einsum("nshw,nsc->nchw", amounts * scale + shift, hues.clamp(min=0))).clamp(0, 1)
+
+
+def flatten(pixels: Tensor, labels: Tensor) -> Tensor:
+    """Pixels (C, H, W) with every object, and the ground, in its mean colour; ``labels`` are (H, W)."""
+    ids, where = labels.unique(return_inverse=True)
+    where = where.flatten()
+    sums = torch.zeros(len(pixels), len(ids)).index_add_(1, where, pixels.flatten(1))
+    means = sums / torch.bincount(where, minlength=len(ids))
+    return means[:, where].view_as(pixels)
 
 
 def _is_colour(sample: Sample) -> bool:

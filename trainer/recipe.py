@@ -56,6 +56,7 @@ class Recipe:
         zoom_min: smallest magnification of a fully augmented crop.
         zoom_max: largest magnification of a fully augmented crop.
         plain: share of fully augmented pictures that are only flipped and turned by quarters.
+        flat: share of the others whose objects and ground are nearly of one colour each, as over-exposed ones are.
         group_power: a kind of image is drawn in proportion to (its number of images) ** group_power.
         loss: a sum of ``bce``, ``dice`` and ``focal``, such as ``bce+dice``.
         optimiser: ``adamw``, ``adam`` or ``sgd`` (momentum 0.9).
@@ -99,6 +100,7 @@ class Recipe:
     zoom_min: float = 0.6
     zoom_max: float = 1.7
     plain: float = 0.0
+    flat: float = 0.0
     group_power: float = 1.0
     loss: str = "bce+dice"
     optimiser: str = "adamw"

@@ -63,6 +63,8 @@ class OpenVinoBackend:
             "INFERENCE_PRECISION_HINT": _HINTS[precision] if _HINTS[precision] in _native() else "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
+            # Pinned, the threads of every process on a machine would share its first cores.
+            "ENABLE_CPU_PINNING": False,
         }
         self._model = self._core.read_model(_network(bundle, precision == "int8", artefacts) / _FILE)
 
