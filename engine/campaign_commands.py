@@ -57,7 +57,9 @@ def verify(
     workers: Annotated[
         int, typer.Option("--workers", min=1, help="Blocks that are read at a time.")
     ] = Settings.workers,
-    forget: Annotated[bool, typer.Option("--forget", help="Let the next run make damaged blocks again.")] = False,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Let the next run make damaged blocks again; of finished instances, all.")
+    ] = False,
     json_file: o.Json = None,
     debug: o.Debug = False,
 ) -> None:

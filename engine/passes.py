@@ -58,11 +58,13 @@ class Pass:
         part: of the journal, one record per finished task.
         count: number of tasks.
         task: does task ``number`` and returns its record.
+        scratch: whether its tasks need the scratch, if the slide has one.
     """
 
     part: str
     count: int
     task: Callable[[OpenSlide, int], Record]
+    scratch: bool = True
 
 
 def output_images(plan: SlidePlan) -> tuple[ImageWriter, ImageWriter | None]:

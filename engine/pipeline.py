@@ -31,7 +31,7 @@ def passes_of(plan: SlidePlan) -> Iterator[Pass]:
         yield Pass(_TABLE, 1, tabulate)
     layout = lay_out(plan.slide, plan.level.level, plan.grid, plan.place.zarr_format)
     for level in range(1, len(layout.shapes)):
-        yield Pass(f"levels/{level}", layout.shard_count(level), partial(build_shard, level))
+        yield Pass(f"levels/{level}", layout.shard_count(level), partial(build_shard, level), scratch=False)
 
 
 def segment_block(slide: OpenSlide, number: int) -> Record:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from cellseg_batch.engine.backends.backend import Backend
@@ -70,6 +71,9 @@ def prepare_slide(worker: Worker, request: Request) -> SlideJob | SlideReport:
         else:
             for folder in (journal.folder, *place.folders(plan.probability)):
                 sweep_partials(folder)
+            if _lacks_scratch(plan, journal):  # a label needs codes of other blocks too
+                journal.start(begun)
+                _create_scratch(plan, journal)
             job = replace(job, done=sum(plan.grid[index].box.area for index in journal.numbers(BLOCKS)))
     except BaseException:
         reader.close()
@@ -174,9 +178,21 @@ def _create_outputs(plan: SlidePlan, engines: Engines, backend: Backend, journal
     labels.create("mask" if plan.instances is None else "instances", place.source, provenance)
     if probability is not None:
         probability.create("probability", None, provenance)
+    _create_scratch(plan, journal)
+
+
+def _create_scratch(plan: SlidePlan, journal: Journal) -> None:
+    """Make what lies between the passes, after all else that tasks find there."""
     for scratch in filter(None, scratch_of(plan)):
         scratch.create()
     journal.record("created", 0, {})
+
+
+def _lacks_scratch(plan: SlidePlan, journal: Journal) -> bool:
+    """Whether a task is left that needs the scratch and there is none, as it goes when a slide is finished."""
+    scratch, _ = scratch_of(plan)
+    left = chain.from_iterable(journal.missing(one.part, one.count) for one in passes_of(plan) if one.scratch)
+    return scratch is not None and not scratch.exists() and next(left, None) is not None
 
 
 def block_bytes(plan: SlidePlan, on_gpu: bool) -> int:

@@ -86,10 +86,20 @@ class Scratch:
         with writing_to(self._folder, "a store"):
             return np.asarray(self._open()[(plane, *box.slices())])
 
+    def exists(self) -> bool:
+        """Whether it has been made and not been removed."""
+        return self._metadata.is_file()
+
     def remove(self) -> None:
         """Delete the whole scratch, as far as it can be."""
         with suppress(OSError):
+            # First, so that what is left of a scratch is never taken for all of it.
+            self._metadata.unlink(missing_ok=True)
             remove_tree(self._folder.parent)
+
+    @property
+    def _metadata(self) -> Path:
+        return self._folder / ".zarray"
 
     def _open(self) -> zarr.Array[Any]:
         if self._array is None:

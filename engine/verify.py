@@ -69,7 +69,8 @@ def verify(paths: list[Path], name: str, output: Path | None, workers: int, forg
         name: of the label group.
         output: of the run.
         workers: blocks that are read at a time.
-        forget: drop the records of what is damaged, so that the next run makes it again.
+        forget: drop the records of what is damaged, so that the next run makes it again; of finished
+            instances, whose scratch is gone, it then makes all blocks again.
 
     Raises:
         NoImageError: there is neither an image nor a journal.

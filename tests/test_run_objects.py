@@ -14,6 +14,7 @@ import zarr
 from cellseg_batch.engine import measuring, object_table
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.object_table import read_account
+from cellseg_batch.engine.verify import verify
 from cellseg_batch.trainer.bundle import Instances, load_bundle, save_bundle
 from tests.conftest import blobs, check_table, fill_ome_zarr, labels_of, write_ome_zarr
 from tests.test_slides import write_plate
@@ -81,6 +82,28 @@ def test_a_run_that_failed_while_it_measured_ends_with_the_same_table(tmp_path, 
     report = measure(broken)
     assert report.slides[0].status == "done"
     assert pq.read_table(report.slides[0].table).equals(expected)
+
+
+@pytest.mark.parametrize("victim", ["labels", "probability", "table", "pyramid"])
+def test_what_is_forgotten_of_a_finished_slide_is_made_again_though_its_scratch_is_gone(tmp_path, measure, victim):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(300, 250))
+    first = measure(path, probability=True).slides[0]
+    folders = [Path(first.labels), tmp_path / "a.cellseg.zarr" / "cellseg_probability"]
+    expected = [zarr.open_array(folder / level, mode="r")[...] for folder in folders for level in "01"]
+    table = pq.read_table(first.table)
+    damaged = {"labels": folders[0] / "0", "probability": folders[1] / "0", "pyramid": folders[0] / "1"}
+    if victim == "table":
+        (Path(first.table).parent / "table" / "0" / "0.json").unlink()
+    else:
+        next(one for one in sorted((damaged[victim] / "c").rglob("*")) if one.is_file()).write_bytes(b"")
+    assert len(verify([path], "cellseg", None, 2, forget=True).damages) == 1
+    again = measure(path, probability=True).slides[0]
+    assert (again.status, again.objects) == ("done", first.objects)
+    assert again.pixels == (0 if victim == "pyramid" else first.pixels)
+    for before, folder, level in zip(expected, np.repeat(folders, 2), "0101", strict=True):
+        np.testing.assert_array_equal(zarr.open_array(folder / level, mode="r")[...], before)
+    assert pq.read_table(again.table).equals(table)
+    assert verify([path], "cellseg", None, 2).damages == []
 
 
 def test_a_plate_is_summarised_with_the_reasons_of_its_failed_fields(tmp_path, measure):
