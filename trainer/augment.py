@@ -183,7 +183,7 @@ class Augmenter:
 
 def flatten(pixels: Tensor, labels: Tensor) -> Tensor:
     """Pixels (C, H, W) with every object, and the ground, in its mean colour; ``labels`` are (H, W)."""
-    ids, where = labels.unique(return_inverse=True)
+    ids, where = torch.unique(labels, return_inverse=True)
     where = where.flatten()
     sums = torch.zeros(len(pixels), len(ids)).index_add_(1, where, pixels.flatten(1))
     means = sums / torch.bincount(where, minlength=len(ids))
