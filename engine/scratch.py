@@ -70,7 +70,8 @@ class Scratch:
             OutputError: it cannot be written.
         """
         with writing_to(self._folder, "a store"):
-            array = self._open()
+            # Looked for chunk by chunk, as zarr does, emptiness costs more than writing it.
+            array = self._open().with_config({"write_empty_chunks": bool(pixels.any())})
             array[(plane, *box.slices())] = pixels
             _, height, width = array.chunks
             for y in range(box.y0 // height, -(-box.y1 // height)):

@@ -187,7 +187,8 @@ class ImageWriter:
             OutputError: the store cannot be written.
         """
         with writing_to(self.folder, "a store"):
-            array = self._array(level)
+            # Looked for chunk by chunk, as zarr does, emptiness costs more than writing it.
+            array = self._array(level).with_config({"write_empty_chunks": bool(pixels.any())})
             place: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
             files = [self.folder / str(level) / key for key in self._files(level, plane, box)]
             for file in files:  # zarr would read a shard at the edge first, and stumble over a damaged one
