@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.plan import SlidePlan
 from cellseg_batch.engine.reader import SlideReader
-from cellseg_batch.engine.runner import AnyRunner
+from cellseg_batch.engine.runner import AnyRunner, BlockResult
 from cellseg_batch.engine.scratch import Scratch
 from cellseg_batch.engine.stages import StageClock
 from cellseg_batch.engine.writer import ImageWriter, lay_out
@@ -27,6 +28,7 @@ class OpenSlide:
         plan: how the slide is processed.
         reader: of the image.
         runner: the model for one block at a time, as a context.
+        ready: blocks that were segmented when the model was warmed up.
         labels, probability: what is written; no probability unless asked for.
         scratch: codes between the two passes that instances take; None for a mask.
         certainty: the probability between these passes; None if objects are not measured.
@@ -37,6 +39,7 @@ class OpenSlide:
     plan: SlidePlan
     reader: SlideReader
     runner: Callable[[], AbstractContextManager[AnyRunner]]
+    ready: dict[Block, BlockResult]
     labels: ImageWriter
     probability: ImageWriter | None
     scratch: Scratch | None

@@ -41,7 +41,9 @@ def segment_block(slide: OpenSlide, number: int) -> Record:
         pixels = slide.reader.read(block.plane, block.read_box)
     with slide.clock.stage("gather"):
         shown = without_background(block, pixels, slide.plan.grid.lattice.shape, slide.plan.flat)
-    if shown.tiles:
+    if shown in slide.ready:
+        result = slide.ready.pop(shown)
+    elif shown.tiles:
         with slide.runner() as runner:
             result = runner.segment(pixels, shown)
     else:

@@ -64,7 +64,7 @@ def prepare_slide(worker: Worker, request: Request) -> SlideJob | SlideReport:
             factor = settle_shrink(plan, settings, engines, reader)
             plan = shrink_plan(plan, settings, engines.bundle, factor)
             backend = engines.shrunk(engines.chosen, factor)
-        worker.warm_up(plan, backend, reader)
+        ready = worker.warm_up(plan, backend, reader)
         job = _fit_memory(plan, backend, settings, worker.held, begun is not None)
         if begun is None:
             _create_outputs(job.plan, engines, backend, journal)
@@ -78,7 +78,7 @@ def prepare_slide(worker: Worker, request: Request) -> SlideJob | SlideReport:
     except BaseException:
         reader.close()
         raise
-    worker.keep_open(job, reader)
+    worker.keep_open(job, reader, ready)
     return job
 
 

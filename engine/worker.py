@@ -17,6 +17,7 @@ from cellseg_batch.engine import measuring
 from cellseg_batch.engine.backends.backend import Backend
 from cellseg_batch.engine.engines import Choice, Engines
 from cellseg_batch.engine.errors import CellsegError, OutputError, ReadError
+from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.instances import compile_kernels
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
@@ -25,7 +26,7 @@ from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Pass, output_images, scratch_of
 from cellseg_batch.engine.plan import SlideJob, SlidePlan
 from cellseg_batch.engine.reader import SlideReader
-from cellseg_batch.engine.runner import AnyRunner, Runner
+from cellseg_batch.engine.runner import AnyRunner, BlockResult, Runner
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.stages import StageClock, noting_seconds
 from cellseg_batch.engine.written import noting_writes
@@ -135,8 +136,12 @@ class Worker:
             with self.clock.stage("write"):
                 slide.journal.record(work.part, number, {**record, "written": written, "seconds": seconds})
 
-    def warm_up(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> None:
-        """Segment one tile, so that everything is compiled and its memory can be seen."""
+    def warm_up(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> dict[Block, BlockResult]:
+        """Segment the first tile, so that everything is compiled and its memory can be seen.
+
+        Returns the result, if there is one, for the case that the first block is this tile alone.
+        """
+        results: dict[Block, BlockResult] = {}
         kind = (
             plan.shape,
             plan.slide.dtype,
@@ -148,12 +153,13 @@ class Worker:
         )
         with self.engines.turn:
             if kind in self._warm:
-                return
+                return results
             tile = replace(plan.grid, cores=(1, 1))[0]
+            clock = self.clock if tile == plan.grid[0] else StageClock()
             with suppress(ReadError):  # a damaged first chunk costs its block, not the slide
                 pixels = reader.read(0, tile.read_box)
-                with self._runner(plan, backend, StageClock()) as runner, self.engines.counted():
-                    result = runner.segment(pixels, tile)
+                with self._runner(plan, backend, clock) as runner, self.engines.counted():
+                    result = results[tile] = runner.segment(pixels, tile)
                     if plan.instances is not None:
                         compile_kernels(result, tile, plan.grid, plan.instances)
                     if plan.objects:
@@ -161,11 +167,12 @@ class Worker:
             now = resident_bytes() + RUN_OVERHEAD_BYTES - self._room.taken
             self.held = max(self.held, now, 0 if self._warm else peak_resident_bytes())
             self._warm.add(kind)
+        return results
 
-    def keep_open(self, job: SlideJob, reader: SlideReader) -> None:
-        """Take over a reader that is open already."""
+    def keep_open(self, job: SlideJob, reader: SlideReader, ready: dict[Block, BlockResult]) -> None:
+        """Take over a reader that is open already, and blocks that are segmented."""
         with self._lock:
-            self._open[job] = _Entry(self._open_slide(job, reader))
+            self._open[job] = _Entry(self._open_slide(job, reader, ready))
             self._close_idle(_IDLE_SLIDES)
 
     def close(self) -> None:
@@ -184,7 +191,7 @@ class Worker:
             with entry.lock:
                 if entry.slide is None:
                     reader = SlideReader(job.plan.slide, job.plan.level.level, job.plan.channels.indices)
-                    entry.slide = self._open_slide(job, reader)
+                    entry.slide = self._open_slide(job, reader, {})
             yield entry.slide
         finally:
             with self._lock:
@@ -198,7 +205,7 @@ class Worker:
             if slide is not None:
                 slide.reader.close()
 
-    def _open_slide(self, job: SlideJob, reader: SlideReader) -> OpenSlide:
+    def _open_slide(self, job: SlideJob, reader: SlideReader, ready: dict[Block, BlockResult]) -> OpenSlide:
         plan, (name, precision, version) = job.plan, job.backend
         place = plan.place
         backend = self.engines.backend(name, precision, plan.shrink)
@@ -215,6 +222,7 @@ class Worker:
             plan=plan,
             reader=reader,
             runner=lambda: self._runner(plan, backend, self.clock),
+            ready=ready,
             labels=labels,
             probability=probability,
             scratch=scratch,

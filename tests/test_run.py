@@ -19,6 +19,7 @@ from cellseg_batch.engine.errors import NoImageError, UsageError
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.machine import resident_bytes
 from cellseg_batch.engine.memory import RUN_OVERHEAD_BYTES
+from cellseg_batch.engine.runner import Runner
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.trainer.bundle import Normalisation, save_bundle
@@ -45,6 +46,22 @@ def test_labels_lie_in_place_and_are_listed(tmp_path, segment, version):
     assert labels_of(report, level=1).shape == (75, 65)
     found = find_images(path)
     assert [image.name for image in found] == ["a.zarr"], "labels are not images"
+
+
+def test_the_tile_that_warms_the_model_up_is_not_computed_again(tmp_path, segment, monkeypatch):
+    computed, compute = [], Runner.segment
+
+    def counting(self, pixels, block):
+        computed.append(block.index)
+        return compute(self, pixels, block)
+
+    monkeypatch.setattr(Runner, "segment", counting)
+    whole = segment(write_ome_zarr(tmp_path / "a.zarr", blobs(200, 300)), tile=128, block=1)
+    assert sorted(computed) == list(range(whole.slides[0].blocks))
+    computed.clear()
+    parts = segment(write_ome_zarr(tmp_path / "b.zarr", blobs(200, 300)), tile=128, block=1000)
+    assert computed == [0, 0], "a tile to warm up, and the one block there is"
+    np.testing.assert_array_equal(labels_of(parts), labels_of(whole))
 
 
 def test_masks_do_not_depend_on_blocks_workers_or_batches(slide, segment, tmp_path):
