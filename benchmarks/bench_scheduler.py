@@ -4,7 +4,7 @@ python benchmarks/bench_scheduler.py PART... [--blocks 100000] [--workers 2] [--
 
     noop      no-op blocks of one slide and of many, on threads and on worker processes
     calls     the same with every block handed out alone, as blocks that take long are
-    scaling   a slide of 12288 px on one and on two worker processes of one thread each
+    scaling   a slide of 12288 px on one and on two worker processes of one thread and one core each
     cluster   4,096 blocks of a slide of 16384 px on threads, and on one worker process with as many
 
 The growth is that of the process that runs the campaign, scheduler of the cluster included, over the blocks after the
@@ -14,10 +14,12 @@ first tenth.
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +117,8 @@ def scaling(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         f"{count} x 1 thread": ["--scheduler", "processes", "--workers", str(count), "--threads", "1"]
         for count in (1, 2)
     }
-    rows = _take_turns(arguments, 12288, variants)
+    # With a second core to itself, one process would read and write while its thread computes.
+    rows = _take_turns(arguments, 12288, variants, cores=(1, 2))
     rows[1]["times_faster"] = rows[1]["mpx_per_s"] / rows[0]["mpx_per_s"]
     return rows
 
@@ -130,8 +133,11 @@ def cluster(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _take_turns(arguments: argparse.Namespace, side: int, variants: dict[str, list[str]]) -> list[dict[str, Any]]:
-    """A row of rates for each variant on one slide, without the time that workers take to start."""
+def _take_turns(
+    arguments: argparse.Namespace, side: int, variants: dict[str, list[str]], cores: tuple[int, ...] = ()
+) -> list[dict[str, Any]]:
+    """A row of rates for each variant on one slide; ``cores`` are how many each may use, all of them if left out."""
+    every_core = os.sched_getaffinity(0)
     rates: dict[str, list[float]] = {name: [] for name in variants}
     blocks = 0
     with work_folder(arguments.folder) as folder:
@@ -141,7 +147,8 @@ def _take_turns(arguments: argparse.Namespace, side: int, variants: dict[str, li
         # Compiles; no worker finds anything else to do.
         segment(write_slide(folder / "warm.zarr", Form(512), pieces_of(None)), folder / "out", *arguments.flags)
         for turn in range(arguments.rounds):
-            for name, flags in variants.items():
+            for (name, flags), count in zip_longest(variants.items(), cores):
+                os.sched_setaffinity(0, sorted(every_core)[:count])
                 report = segment(path, folder / "out", *arguments.flags, *flags)
                 rates[name].append(report["mpx_per_s"])
                 blocks = sum(one["blocks"] for one in report["slides"])
