@@ -28,8 +28,9 @@ from common import engine_flags, pieces_of, row, save, segment, work_folder
 from cellseg_batch.engine import scheduler
 from cellseg_batch.engine.bench.slides import Form, write_slide
 from cellseg_batch.engine.clusters import open_pool
+from cellseg_batch.engine.courses import Course, Work
 from cellseg_batch.engine.machine import resident_bytes
-from cellseg_batch.engine.scheduler import Course, Pool, Work, run_courses
+from cellseg_batch.engine.scheduler import Pool, run_courses
 from cellseg_batch.engine.settings import Settings
 
 # 64 x 64 blocks of one tile each.

@@ -15,6 +15,7 @@ from typing import Protocol
 from uuid import uuid4
 
 from cellseg_batch.engine.clusters import open_pool
+from cellseg_batch.engine.courses import Course, Work, ask
 from cellseg_batch.engine.engines import Engines, choose_backend, settings_elsewhere
 from cellseg_batch.engine.errors import CellsegError, OutputError
 from cellseg_batch.engine.failures import FailedImages, location
@@ -28,7 +29,7 @@ from cellseg_batch.engine.place import Place, place_output, refuse_output_inside
 from cellseg_batch.engine.plan import SlideJob, SlidePlan, pick_margin
 from cellseg_batch.engine.prepare import Request, finish_slide, prepare_slide
 from cellseg_batch.engine.report import RunReport, SlideReport
-from cellseg_batch.engine.scheduler import Course, Work, ask, call_alone, run_courses
+from cellseg_batch.engine.scheduler import call_alone, run_courses
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.plate import FieldChoice

@@ -20,19 +20,21 @@ from rich.progress import Progress
 from rich.text import Text
 from yaozarrs import v05
 
+from cellseg_batch.engine.courses import Course, Work
 from cellseg_batch.engine.errors import CellsegError, OutputError, UsageError, writing_to
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.image_layout import channel_count, channel_groups, halve, lay_out_image
 from cellseg_batch.engine.journal import Journal, sweep_partials
+from cellseg_batch.engine.layout import Layout, multiscale
 from cellseg_batch.engine.locations import zarr_store
 from cellseg_batch.engine.lock import LOCK_SUFFIX, BusyError, Locks
 from cellseg_batch.engine.reader import SlideReader
-from cellseg_batch.engine.scheduler import Course, ThreadPool, Work, run_courses
+from cellseg_batch.engine.scheduler import ThreadPool, run_courses
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, find_images
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
 from cellseg_batch.engine.slides.slide import Broken, Slide
 from cellseg_batch.engine.stopping import Stop
-from cellseg_batch.engine.writer import ImageWriter, Layout, multiscale
+from cellseg_batch.engine.writer import ImageWriter
 
 _COLOURS = ("0000FF", "00FF00", "FF0000", "FF00FF", "00FFFF", "FFFF00")
 

@@ -26,6 +26,7 @@ from cellseg_batch.engine.campaign import run_images
 from cellseg_batch.engine.errors import SlideError
 from cellseg_batch.engine.files import BUCKET
 from cellseg_batch.engine.geometry import BlockGrid, Box
+from cellseg_batch.engine.layout import Layout
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.passes import output_images
 from cellseg_batch.engine.pipeline import passes_of
@@ -37,7 +38,6 @@ from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.slide import Broken, Slide
 from cellseg_batch.engine.stages import StageClock
-from cellseg_batch.engine.writer import Layout
 from cellseg_batch.trainer.bundle import Card
 
 # Tiles along a side of what is measured.

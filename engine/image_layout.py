@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellseg_batch.engine.layout import Layout
 from cellseg_batch.engine.slides.slide import Slide
-from cellseg_batch.engine.writer import Layout
 
 _CHUNK = 512
 _MOST_CHUNKS = 8  # along a side of a shard

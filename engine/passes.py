@@ -9,12 +9,13 @@ from typing import Any
 
 from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.journal import Journal
+from cellseg_batch.engine.layout import lay_out
 from cellseg_batch.engine.plan import SlidePlan
 from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.runner import AnyRunner, BlockResult
 from cellseg_batch.engine.scratch import Scratch
 from cellseg_batch.engine.stages import StageClock
-from cellseg_batch.engine.writer import ImageWriter, lay_out
+from cellseg_batch.engine.writer import ImageWriter
 
 BLOCKS = "blocks"
 Record = dict[str, Any]

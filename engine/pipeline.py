@@ -13,10 +13,10 @@ from functools import partial
 from cellseg_batch.engine.background import without_background
 from cellseg_batch.engine.instances import INSTANCES, grow_block, keep_seeds, merge_blocks, tabulate
 from cellseg_batch.engine.journal import Journal
+from cellseg_batch.engine.layout import lay_out
 from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Pass, Record
 from cellseg_batch.engine.plan import SlidePlan
 from cellseg_batch.engine.runner import no_foreground
-from cellseg_batch.engine.writer import lay_out
 
 _MERGE, _TABLE = "merge", "table"
 

@@ -16,6 +16,7 @@ from cellseg_batch.engine.complete import demand_complete
 from cellseg_batch.engine.engines import Engines
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.journal import Journal, sweep_partials
+from cellseg_batch.engine.layout import lay_out
 from cellseg_batch.engine.measuring import measured_channels
 from cellseg_batch.engine.memory import block_memory
 from cellseg_batch.engine.passes import BLOCKS, output_images, scratch_of
@@ -28,7 +29,7 @@ from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.worker import Worker
 from cellseg_batch.engine.working_scale import settle_shrink, shrink_plan
-from cellseg_batch.engine.writer import lay_out, list_label
+from cellseg_batch.engine.writer import list_label
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.text import Text
 
 from cellseg_batch.engine.complete import differences
+from cellseg_batch.engine.courses import Course, Work
 from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.locations import zarr_store
-from cellseg_batch.engine.scheduler import Course, ThreadPool, Work, run_courses
+from cellseg_batch.engine.scheduler import ThreadPool, run_courses
 from cellseg_batch.engine.status import find_journals
 
 

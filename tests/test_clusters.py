@@ -10,9 +10,10 @@ import psutil
 import pytest
 
 from cellseg_batch.engine import clusters, processes
+from cellseg_batch.engine.courses import Work
 from cellseg_batch.engine.errors import ClusterError, UsageError
 from cellseg_batch.engine.journal import Journal
-from cellseg_batch.engine.scheduler import Work, run_courses
+from cellseg_batch.engine.scheduler import run_courses
 from cellseg_batch.engine.settings import ClusterSettings, Settings
 from tests.conftest import blobs, labels_of, write_ome_zarr
 from tests.workers import die_of_thirteen, die_while_starting

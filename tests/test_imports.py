@@ -17,6 +17,7 @@ ENGINE_ROOMS = (
     "settings",
     "stages",
     "stopping",
+    "courses",
     "scheduler",
     "machine",
     "processes",
@@ -43,6 +44,7 @@ ENGINE_ROOMS = (
     "batch_queue",
     "engines",
     "place",
+    "layout",
     "writer",
     "complete",
     "scratch",
@@ -158,7 +160,7 @@ def test_modules_stay_small():
     for package in (engine, kernels, trainer):
         for path in Path(package.__file__).parent.rglob("*.py"):
             lines = len(path.read_text().splitlines())
-            if lines > 330:
+            if lines > 300:
                 long[path.name] = lines
     assert not long
 

@@ -5,8 +5,9 @@ from concurrent.futures import Future
 
 import pytest
 
+from cellseg_batch.engine.courses import Work, ask
 from cellseg_batch.engine.errors import ClusterError
-from cellseg_batch.engine.scheduler import ThreadPool, Work, ask, call_alone, run_courses
+from cellseg_batch.engine.scheduler import ThreadPool, call_alone, run_courses
 from cellseg_batch.engine.stopping import Stop, Stopped
 
 

@@ -9,8 +9,9 @@ import zarr
 
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.geometry import Box, fit_lattice, lay_blocks
+from cellseg_batch.engine.layout import lay_out
 from cellseg_batch.engine.slides.discover import find_images
-from cellseg_batch.engine.writer import ImageWriter, lay_out, list_label
+from cellseg_batch.engine.writer import ImageWriter, list_label
 from tests.conftest import blobs, write_ome_zarr
 
 

@@ -1,0 +1,134 @@
+"""How an output image is laid out: its levels, chunks and shards, and the OME-Zarr metadata that say so.
+
+A block covers whole shards or chunks, so no two tasks ever touch one file.  Nothing here touches a file.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+from yaozarrs import v04, v05
+
+from cellseg_batch.engine.geometry import BlockGrid, Box, chunk_side
+from cellseg_batch.engine.slides.slide import Level, Slide
+
+Kind = Literal["mask", "instances", "probability"]
+_MASK_COLOUR = [255, 64, 160, 160]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape and storage of an output image, the same for labels and probability.
+
+    Attributes:
+        axes: the slide's, without the channel in labels and probabilities.
+        shapes: of each level, the processed one first.
+        chunks: (height, width) of a chunk.
+        shards: (height, width) of the box that one task writes, by level.
+        datasets: scale and translation of each level.
+        units: of the axes.
+        zarr_format: 2 or 3.
+        dtype: numpy name of the pixel type.
+    """
+
+    axes: str
+    shapes: tuple[tuple[int, ...], ...]
+    chunks: tuple[int, int]
+    shards: tuple[tuple[int, int], ...]
+    datasets: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]
+    units: tuple[str | None, ...]
+    zarr_format: Literal[2, 3]
+    dtype: str = "uint8"
+
+    def storage(self, level: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(chunks, shards) of a level for every axis; two planes or channels are never stored together."""
+        ones = (1,) * (len(self.axes) - 2)
+        return (*ones, *self.chunks), (*ones, *self.shards[level])
+
+    def shard_count(self, level: int) -> int:
+        """Number of shards of a level, in all planes."""
+        return math.prod(self._shard_grid(level))
+
+    def shard_box(self, level: int, number: int) -> tuple[int, Box]:
+        """(plane, box) of a shard of a level, numbered plane by plane in raster order."""
+        plane, row, column = (int(i) for i in np.unravel_index(number, self._shard_grid(level)))
+        (height, width), (shard_h, shard_w) = self.shapes[level][-2:], self.shards[level]
+        y, x = row * shard_h, column * shard_w
+        return plane, Box(y, x, min(y + shard_h, height), min(x + shard_w, width))
+
+    def _shard_grid(self, level: int) -> tuple[int, int, int]:
+        *planes, height, width = self.shapes[level]
+        return math.prod(planes), -(-height // self.shards[level][0]), -(-width // self.shards[level][1])
+
+
+def lay_out(slide: Slide, level: int, grid: BlockGrid, zarr_format: Literal[2, 3]) -> Layout:
+    """The storage of an output that starts at ``level`` of ``slide`` and has the levels below it."""
+    kept = [i for i, axis in enumerate(slide.axes) if axis != "c"]
+    # A plain array's y and x may come in any order; what is written is always t, z, y, x.
+    kept.sort(key=lambda i: "tzyx".index(slide.axes[i]))
+    levels: tuple[Level, ...] = slide.levels[level:]
+    chunks = chunk_side(grid.lattice.core[0]), chunk_side(grid.lattice.core[1])
+    shapes = tuple(tuple(one.shape[i] for i in kept) for one in levels)
+    shards = [grid.block_shape]
+    for finer, coarser in pairwise(shapes):
+        # What a shard of a coarser level is made from is no larger than a block.
+        fits = [
+            max(1, grid.block_shape[axis] * coarser[axis - 2] // (finer[axis - 2] * chunks[axis])) * chunks[axis]
+            for axis in (0, 1)
+        ]
+        shards.append((fits[0], fits[1]))
+    return Layout(
+        axes="".join(slide.axes[i] for i in kept),
+        shapes=shapes,
+        chunks=chunks,
+        shards=tuple(shards),
+        datasets=tuple((tuple(one.scale[i] for i in kept), tuple(one.translation[i] for i in kept)) for one in levels),
+        units=tuple(slide.units[i] for i in kept),
+        zarr_format=zarr_format,
+    )
+
+
+def multiscale(layout: Layout, name: str) -> Any:
+    """The multiscale metadata of an image, as a model of yaozarrs."""
+    version: Any = v05 if layout.zarr_format == 3 else v04
+    datasets = []
+    for path, (scale, translation) in enumerate(layout.datasets):
+        steps: list[Any] = [version.ScaleTransformation(scale=list(scale))]
+        if any(translation):
+            steps.append(version.TranslationTransformation(translation=list(translation)))
+        datasets.append(version.Dataset(path=str(path), coordinateTransformations=steps))
+    kinds = {"t": version.TimeAxis, "c": version.ChannelAxis}
+    axes: list[Any] = [
+        kinds.get(axis, version.SpaceAxis)(name=axis, unit=unit)
+        for axis, unit in zip(layout.axes, layout.units, strict=True)
+    ]
+    return version.Multiscale(name=name, axes=axes, datasets=datasets)
+
+
+def image_metadata(layout: Layout, name: str, source: str | None, kind: Kind) -> dict[str, Any]:
+    """The attributes of an image's group, as plain JSON values.
+
+    Args:
+        layout: of the image.
+        name: of it.
+        source: relative path to the segmented image, None when it is no zarr image.
+        kind: a probability is an intensity image, the others are labels.
+    """
+    version: Any = v05 if layout.zarr_format == 3 else v04
+    parts: dict[str, Any] = {"multiscales": [multiscale(layout, name)]}
+    if kind != "probability":
+        origin = None if source is None else version.LabelSource(image=source)
+        # Viewers give every object a colour of its own.
+        colours = [version.LabelColor(**{"label-value": 1, "rgba": _MASK_COLOUR})] if kind == "mask" else None
+        parts["image_label"] = version.ImageLabel(colors=colours, source=origin)
+    model = version.Image if kind == "probability" else version.LabelImage
+    content = model(**parts, **({"version": "0.5"} if layout.zarr_format == 3 else {}))
+    dumped: dict[str, Any] = content.model_dump(mode="json", by_alias=True, exclude_none=True)
+    for colour in dumped.get("image-label", {}).get("colors", ()):
+        # The specification asks for a number, its readers for an integer.
+        colour["label-value"] = int(colour["label-value"])
+    return {"ome": dumped} if layout.zarr_format == 3 else dumped
