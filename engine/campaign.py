@@ -31,7 +31,7 @@ from cellseg_batch.engine.prepare import Request, finish_slide, prepare_slide
 from cellseg_batch.engine.report import RunReport, SlideReport
 from cellseg_batch.engine.scheduler import call_alone, run_courses
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.discover import EVERY_FIELD, find_images
 from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.slide import Broken, Slide
 from cellseg_batch.engine.stages import StageClock
@@ -88,7 +88,14 @@ def run(
     refuse_output_inside(settings.output, inputs)
     choice = FieldChoice(settings.wells, settings.fields)
     images = [image for path in inputs for image in find_images(path, settings.axes, choice)]
-    return run_images(images, settings, observer, StageClock(), started, stop)
+    report = run_images(images, settings, observer, StageClock(), started, stop)
+    if not settings.objects:
+        return report
+    from cellseg_batch.engine.plates import summarise_plates  # and with it pyarrow
+
+    if choice != EVERY_FIELD:
+        images = [image for path in inputs for image in find_images(path, settings.axes)]
+    return replace(report, plates=summarise_plates(images, report.slides, settings.name, settings.output))
 
 
 def run_images(
@@ -107,12 +114,7 @@ def run_images(
         images = [image for image in images if campaign.failures.has(image)]
     observer.found(len(images))
     slides = campaign.run(images, stop)
-    plates = []
-    if settings.objects:
-        from cellseg_batch.engine.plates import summarise_plates  # and with it pyarrow
-
-        plates = summarise_plates(images, slides, settings.name, settings.output)
-    return replace(campaign.report(slides, time.perf_counter() - started), plates=plates)
+    return campaign.report(slides, time.perf_counter() - started)
 
 
 class _Campaign:

@@ -39,6 +39,13 @@ class FailedImages:
         """Whether the image has failed, and not been done since."""
         return self._file(image).is_file()
 
+    def reason(self, image: Slide | Broken) -> str | None:
+        """Why the image has failed; None if it has not, or has been done since."""
+        try:
+            return str(json.loads(self._file(image).read_text())["reason"])
+        except FileNotFoundError:
+            return None
+
     def note(self, image: Slide | Broken, reason: str) -> None:
         """Note a failure; where that cannot be written, the report alone has it."""
         try:

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -31,6 +31,8 @@ from cellseg_batch.engine.object_stores import StoreError
 
 LEASE_SECONDS = 120.0
 LOCK_SUFFIX = ".lock"
+# Seconds between two looks at a lock that is waited for.
+_PAUSE = 0.2
 
 
 class BusyError(OutputError):
@@ -74,6 +76,22 @@ class Locks:
             with suppress(StoreError):  # it is left behind then, and what is done is done
                 if _owner(path).get("token") == token:
                     path.unlink(missing_ok=True)
+
+    @contextmanager
+    def wait_for(self, path: Path) -> Iterator[None]:
+        """Hold the lock at ``path`` as soon as no other run does.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with ExitStack() as held:
+            while True:
+                try:
+                    held.enter_context(self.hold(path))
+                    break
+                except BusyError:
+                    time.sleep(_PAUSE)
+            yield
 
     def check(self, path: Path) -> None:
         """Refuse to go on with a lock that was taken over, as after a long sleep of this machine.

@@ -2,7 +2,8 @@
 
     <store>.cellseg/<plate>/<name>.plate/wells.parquet, wells.csv, fields.parquet, fields.csv, heatmap.png
 
-Everything is taken from the fields' tables of objects; no pixel is read again.  It covers the fields of one run.
+Everything is taken from the fields' tables of objects; no pixel is read again.  It covers every field that is done or
+has failed, whichever run it was of, and runs that share a plate write it one after the other: the last has it whole.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -21,10 +23,13 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.errors import CellsegError
+from cellseg_batch.engine.errors import CellsegError, OutputError
+from cellseg_batch.engine.failures import FailedImages, location
 from cellseg_batch.engine.files import whole_file
 from cellseg_batch.engine.heatmap import heatmaps
+from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.locations import locate
+from cellseg_batch.engine.lock import LOCK_SUFFIX, Locks
 from cellseg_batch.engine.object_table import read_account, read_batches
 from cellseg_batch.engine.place import place_output
 from cellseg_batch.engine.report import PlateReport, SlideReport
@@ -39,8 +44,9 @@ class FieldResult:
 
     Attributes:
         spot: where it lies.
-        status, reason: as in the run's report.
-        table: its objects, None where there are none of this run.
+        status: done, failed, or held by another run.
+        reason: why it is not done.
+        table: its objects, None where there are none.
     """
 
     spot: PlateField
@@ -100,49 +106,100 @@ class _Tally:
 def summarise_plates(
     images: list[Slide | Broken], reports: list[SlideReport], name: str, output: Path | None
 ) -> list[PlateReport]:
-    """Summarise every plate of a run.
+    """Summarise every plate of which a run had fields.
 
     Args:
-        images: of the run.
-        reports: what became of them, in the same order.
+        images: every field of these plates, in their order, also those that were not of this run.
+        reports: of the run.
         name, output: as in the settings of the run.
     """
-    results: dict[str, list[FieldResult]] = {}
-    folders: dict[str, Path] = {}
-    for image, report in zip(images, reports, strict=True):
-        if image.spot is None:
-            continue
-        table = locate(report.table) if report.table and report.status != "failed" else None
-        one = FieldResult(image.spot, report.status, report.reason, table)
-        results.setdefault(image.spot.plate, []).append(one)
+    run = _Run(reports, name, output)
+    plates: dict[str, list[Slide | Broken]] = {}
+    for image in images:
+        if image.spot is not None:
+            plates.setdefault(image.spot.plate, []).append(image)
+    locks = Locks()
+    try:
+        return [_summarise(run, fields, locks) for fields in plates.values() if run.had_any(fields)]
+    finally:
+        locks.close()
+
+
+def _summarise(run: _Run, fields: list[Slide | Broken], locks: Locks) -> PlateReport:
+    folder = run.folder(fields)
+    if folder is None:
+        return _report(run.results(fields), None, "no field could be opened")
+    try:
+        with locks.wait_for(folder.with_name(folder.name + LOCK_SUFFIX)):
+            return summarise_plate(folder, run.results(fields))
+    except OutputError as error:
+        return _report(run.results(fields), None, error.detail)
+
+
+class _Run:
+    """What became of fields: in one run as its reports say, in others as the disk does."""
+
+    def __init__(self, reports: list[SlideReport], name: str, output: Path | None) -> None:
+        self._reports = {report.path: report for report in reports}
+        self._failures = FailedImages(name, output)
+        self._place = partial(place_output, name=name, output=output)
+
+    def had_any(self, fields: list[Slide | Broken]) -> bool:
+        """Whether a field was of this run."""
+        return any(location(one) in self._reports for one in fields)
+
+    def folder(self, fields: list[Slide | Broken]) -> Path | None:
+        """Of the summary of the fields' plate; None where no field can be opened."""
+        return next((self._place(one).plate for one in fields if isinstance(one, Slide)), None)
+
+    def results(self, fields: list[Slide | Broken]) -> list[FieldResult]:
+        """What became of those that any run has worked on, as it is now."""
+        return [result for one in fields if (result := self._result(one)) is not None]
+
+    def _result(self, image: Slide | Broken) -> FieldResult | None:
+        assert image.spot is not None
+        report = self._reports.get(location(image))
+        if report is not None and report.table is not None:
+            return FieldResult(image.spot, "done", "", locate(report.table))
+        # Of a field that failed or was held, another run may know more by now.
+        reason = self._failures.reason(image)
+        if reason is not None:
+            return FieldResult(image.spot, "failed", reason, None)
         if isinstance(image, Slide):
-            folders[image.spot.plate] = place_output(image, name, output).plate
-    return [summarise_plate(folders.get(plate), fields) for plate, fields in results.items()]
+            place = self._place(image)
+            if Journal(place.journal).finished() is not None and place.objects.is_file():
+                return FieldResult(image.spot, "done", "", place.objects)
+        return FieldResult(image.spot, report.status, report.reason, None) if report is not None else None
 
 
-def summarise_plate(folder: Path | None, results: list[FieldResult]) -> PlateReport:
+def summarise_plate(folder: Path, results: list[FieldResult]) -> PlateReport:
     """Write the tables and the picture of one plate; what goes wrong with them is in the report.
 
     Args:
-        folder: where to; None where no field could be opened.
+        folder: where to.
         results: its fields, in the order of the plate.
     """
     plate = results[0].spot.plate
-    wells = [list(members) for _, members in groupby(results, key=lambda one: one.spot.well)]
-    failed = sum(one.status == "failed" for one in results)
-    counts = len(wells), len(results), failed
-    if folder is None:
-        return PlateReport(plate, None, *counts, "no field could be opened")
     try:
-        rows = [_well_row(members) for members in wells]
+        rows = [_well_row(members) for members in _wells(results)]
         _write_tables(folder / "fields", [_field_row(one) for one in results], plate)
         _write_tables(folder / "wells", rows, plate)
         picture = heatmaps(Path(plate).name, rows, *plate_names(locate(plate)))
         with whole_file(folder / "heatmap.png") as stream:
             stream.write(picture)
     except CellsegError as error:
-        return PlateReport(plate, None, *counts, error.detail)
-    return PlateReport(plate, str(folder), *counts)
+        return _report(results, None, error.detail)
+    return _report(results, folder)
+
+
+def _report(results: list[FieldResult], folder: Path | None, reason: str = "") -> PlateReport:
+    failed = sum(one.status == "failed" for one in results)
+    where = None if folder is None else str(folder)
+    return PlateReport(results[0].spot.plate, where, len(_wells(results)), len(results), failed, reason)
+
+
+def _wells(results: list[FieldResult]) -> list[list[FieldResult]]:
+    return [list(members) for _, members in groupby(results, key=lambda one: one.spot.well)]
 
 
 def _field_row(result: FieldResult) -> dict[str, Any]:

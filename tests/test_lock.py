@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from cellseg_batch.engine import lock
 from cellseg_batch.engine.lock import BusyError, Locks
 
 
@@ -28,6 +29,24 @@ def test_a_lock_is_held_by_one_and_leaves_nothing(path):
     with Locks().hold(path), pytest.raises(BusyError, match=f"process {os.getpid()}"), Locks().hold(path):
         pass
     assert list(path.parent.iterdir()) == []
+
+
+def test_a_lock_that_is_waited_for_is_held_after_its_owner(path, monkeypatch):
+    turns, waits, pause = [], threading.Event(), time.sleep
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: waits.set() or pause(seconds / 100))
+
+    def wait():
+        with Locks().wait_for(path):
+            turns.append("second")
+
+    second = threading.Thread(target=wait)
+    with Locks().hold(path):
+        second.start()
+        while second.is_alive() and not waits.wait(0.05):
+            pass
+        turns.append("first")
+    second.join()
+    assert turns == ["first", "second"]
 
 
 def test_a_dead_process_of_this_machine_is_taken_over_at_once(path):

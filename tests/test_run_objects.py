@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 
-from cellseg_batch.engine import measuring, object_table
+from cellseg_batch.engine import measuring, object_table, plates
 from cellseg_batch.engine.errors import OutputError
+from cellseg_batch.engine.lock import Locks
 from cellseg_batch.engine.object_table import read_account
+from cellseg_batch.engine.plates import summarise_plate
 from cellseg_batch.engine.verify import verify
 from cellseg_batch.trainer.bundle import Instances, load_bundle, save_bundle
 from tests.conftest import blobs, check_table, fill_ome_zarr, labels_of, write_ome_zarr
@@ -129,7 +132,52 @@ def test_a_plate_is_summarised_with_the_reasons_of_its_failed_fields(tmp_path, m
     assert (Path(summary.folder) / "heatmap.png").stat().st_size > 10_000
     again = measure(plate, wells=("B*",))
     assert [slide.status for slide in again.slides] == ["skipped", "failed"]
-    assert again.plates[0].wells == 1
+    assert again.plates == report.plates, "the other well and its reasons are still in it"
+    assert pq.read_table(Path(summary.folder) / "fields.parquet").to_pylist() == fields
+
+
+def write_filled_plate(path, wells):
+    """A plate with one field of blobs in each well."""
+    plate = write_plate(path, wells, ["0"])
+    for number, field in enumerate(sorted(one for one in plate.glob("*/*/0") if one.is_dir())):
+        fill_ome_zarr(zarr.open_group(str(field), mode="w"), field, blobs(90, 100, 1, seed=number), levels=1)
+    return plate
+
+
+@pytest.mark.parametrize("last", ["who held a field", "who found it held"])
+def test_of_two_runs_that_share_a_plate_the_last_one_summarises_all_of_it(
+    tmp_path, measure, monkeypatch, watcher, last
+):
+    alone = measure(write_filled_plate(tmp_path / "alone" / "plate.zarr", ["A/01", "B/02"])).plates[0]
+    plate = write_filled_plate(tmp_path / "plate.zarr", ["A/01", "B/02"])
+    beside = tmp_path / "plate.zarr.cellseg"
+    locks, written = Locks(), []
+
+    def summarise(folder, results):
+        assert (beside / "cellseg.plate.lock").is_file()
+        written.append([one.status for one in results])
+        return summarise_plate(folder, results)
+
+    def other_run(report):
+        """While the first run goes on, the one that holds a field does it and ends."""
+        if report.status == "held":
+            other.close()
+            measure(plate, wells=("A01",))
+
+    monkeypatch.setattr(plates, "summarise_plate", summarise)
+    with ExitStack() as other:
+        other.enter_context(locks.hold(beside / "A" / "01" / "0" / "labels" / "cellseg.lock"))
+        if last == "who found it held":
+            monkeypatch.setattr(watcher, "ended", other_run)
+        assert {one.status for one in measure(plate).slides} == {"held", "done"}
+    if last == "who held a field":
+        assert written.pop() == ["held", "done"]
+        measure(plate, wells=("A01",))
+    locks.close()
+    assert written[-1] == ["done", "done"]
+    for name in ("wells", "fields"):
+        expected = pq.read_table(Path(alone.folder) / f"{name}.parquet")
+        assert pq.read_table(beside / "cellseg.plate" / f"{name}.parquet").equals(expected)
 
 
 def test_json_names_tables_and_plates(tmp_path, command, tiny_model):
