@@ -65,11 +65,11 @@ class Instances:
         growth: px by which seeds grow into the other foreground, and again into the border.
     """
 
-    border_weight: float = 0.5
-    smoothing: float = 1.8
-    seed_level: float = 0.25
+    border_weight: float = 0.25
+    smoothing: float = 1.1
+    seed_level: float = 0.32
     border_level: float = -0.1
-    smallest_seed: int = 10
+    smallest_seed: int = 15
     growth: int = 8
 
 

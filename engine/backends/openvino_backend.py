@@ -35,7 +35,7 @@ from openvino import opset13 as op  # noqa: E402
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
 _FILE = "model.xml"
 # Of quantising; networks made by another one are not used.
-_RECIPE = "smoothed, first and last convolution in floats"
+_RECIPE = "smoothed, first and last two convolutions in floats"
 _LARGEST_BATCH = 64
 _LARGEST_SIDE = 1 << 16
 
@@ -149,7 +149,7 @@ def _convert(bundle: Bundle) -> Any:
 
 
 def _quantise(model: Any, tiles: NDArray[np.float32]) -> Any:
-    """The network in int8, calibrated on ``tiles`` (N, C, H, W); its first and last convolution stay in floats.
+    """The network in int8, calibrated on ``tiles`` (N, C, H, W); its first and last two convolutions stay in floats.
 
     Large activations of single channels are moved into the weights beforehand (Xiao et al. 2022, arXiv:2211.10438), and
     values that one pixel in 100,000 exceeds are clipped.  NNCF's correction of biases made it worse: means over tiles
@@ -182,7 +182,7 @@ def _quantise(model: Any, tiles: NDArray[np.float32]) -> Any:
             preset=nncf.QuantizationPreset.MIXED,
             subset_size=len(tiles),
             model_type=nncf.ModelType.TRANSFORMER,  # of no other type does NNCF smooth the activations
-            ignored_scope=nncf.IgnoredScope(names=[convolutions[0], convolutions[-1]]),
+            ignored_scope=nncf.IgnoredScope(names=[convolutions[0], *convolutions[-2:]]),
             advanced_parameters=nncf.AdvancedQuantizationParameters(
                 disable_bias_correction=True,
                 activations_range_estimator_params=RangeEstimatorParameters(min=outliers, max=outliers),
