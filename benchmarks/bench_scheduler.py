@@ -147,13 +147,15 @@ def _take_turns(
             write_slide(path, Form(side), pieces_of(None))
         # Compiles; no worker finds anything else to do.
         segment(write_slide(folder / "warm.zarr", Form(512), pieces_of(None)), folder / "out", *arguments.flags)
+        order = list(zip_longest(variants.items(), cores))
         for turn in range(arguments.rounds):
-            for (name, flags), count in zip_longest(variants.items(), cores):
+            for (name, flags), count in order:
                 os.sched_setaffinity(0, sorted(every_core)[:count])
                 report = segment(path, folder / "out", *arguments.flags, *flags)
                 rates[name].append(report["mpx_per_s"])
                 blocks = sum(one["blocks"] for one in report["slides"])
                 print(f"round {turn}: {name} {report['seconds']:.2f} s", flush=True)
+            order.reverse()  # a machine that gets slower does so for both
     return [row(name, every, blocks=blocks) for name, every in rates.items()]
 
 

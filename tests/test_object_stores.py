@@ -7,6 +7,7 @@ import pickle
 import random
 import sys
 import time
+from contextlib import closing
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -321,7 +322,7 @@ def test_the_lock_of_a_dead_run_is_taken_over_by_one(bucket, monkeypatch):
     path.write(json.dumps(other).encode())
     with pytest.raises(BusyError), Locks().hold(path):
         pass
-    with Locks(lease=-1.0).hold(path):
+    with closing(Locks(lease=-1.0)) as locks, locks.hold(path):
         pass
 
 
