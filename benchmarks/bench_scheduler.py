@@ -156,6 +156,7 @@ def _take_turns(
                 blocks = sum(one["blocks"] for one in report["slides"])
                 print(f"round {turn}: {name} {report['seconds']:.2f} s", flush=True)
             order.reverse()  # a machine that gets slower does so for both
+        os.sched_setaffinity(0, every_core)
     return [row(name, every, blocks=blocks) for name, every in rates.items()]
 
 
