@@ -35,7 +35,12 @@ class Feed:
         of_bytes = backend.compile_bytes(shape) if np.dtype(dtype) == np.uint8 else None
         self._takes_bytes = of_bytes is not None
         self.model: Callable[..., NDArray[np.float32]] = of_bytes or backend.compile(shape)
-        self._batch: NDArray[Any] = np.zeros(shape, np.uint8 if self._takes_bytes else np.float32)
+        count, channels, height, width = shape
+        if self._takes_bytes:
+            self._batch: NDArray[Any] = np.zeros((count, height, width, channels), np.uint8)
+            self._tiles = np.moveaxis(self._batch, -1, 1)
+        else:
+            self._batch = self._tiles = np.zeros(shape, np.float32)
         self._constants: tuple[float, ...] = ()
 
     def fill(self, pixels: NDArray[Any], rows: NDArray[np.int64], columns: NDArray[np.int64], bounds: Bounds) -> None:
@@ -43,7 +48,7 @@ class Feed:
 
         Pixels, rows and columns as in `cellseg_batch.kernels.gather.gather`.
         """
-        tiles = self._batch[: len(rows)]
+        tiles = self._tiles[: len(rows)]
         if self._takes_bytes:
             cut(pixels, rows, columns, tiles)
             self._constants = bounds.low, bounds.scale

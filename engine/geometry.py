@@ -143,7 +143,10 @@ class Lattice:
 
 
 def fit_lattice(shape: tuple[int, int], tile: int, margin: int, total_stride: int) -> Lattice:
-    """Lay the fewest cores that tiles of at most ``tile`` px allow, all equally large and hardly any padding.
+    """Lay equally large cores, of all that keep tiles within the area of ``tile`` x ``tile`` px those that cost least.
+
+    The network's memory grows with a tile's area and not with its sides, so 2176 x 1776 px may do where 1776 x 1776
+    would waste more on margins and 2176 x 2176 would not fit.
 
     Raises:
         UsageError: margin is no multiple of the stride, or leaves no core in the tile.
@@ -156,8 +159,7 @@ def fit_lattice(shape: tuple[int, int], tile: int, margin: int, total_stride: in
             found=f"{margin}",
             remedy=f"use --margin {nearest}",
         )
-    largest = (tile - 2 * margin) // total_stride * total_stride
-    if largest < total_stride:
+    if tile < 2 * margin + total_stride:
         raise UsageError(
             "--tile",
             expected=f"at least {2 * margin + total_stride} px for margins of {margin} px",
@@ -165,11 +167,19 @@ def fit_lattice(shape: tuple[int, int], tile: int, margin: int, total_stride: in
             remedy="use a larger tile or a smaller margin",
         )
 
-    def fit(length: int) -> int:
-        count = -(-length // largest)
+    def fit(length: int, count: int) -> int:
+        """The smallest core of which ``count`` cover ``length`` px."""
         return -(-length // (count * total_stride)) * total_stride
 
-    return Lattice(shape, (fit(shape[0]), fit(shape[1])), margin)
+    height, width = shape
+    fitted = []
+    for rows in range(1, -(-height // total_stride) + 1):
+        core = fit(height, rows)
+        widest = (tile**2 // (core + 2 * margin) - 2 * margin) // total_stride * total_stride
+        if widest > 0:
+            fitted.append(Lattice(shape, (core, fit(width, -(-width // widest))), margin))
+    # Of two that cost the same the wider one, whose rows are longer runs of memory.
+    return min(fitted, key=lambda lattice: (lattice.cost, lattice.core[0]))
 
 
 @dataclass(frozen=True)

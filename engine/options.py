@@ -103,7 +103,9 @@ Threshold = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", help="Threads of the model; default: every core.", rich_help_panel=_MODEL)
 ]
-TileSide = Annotated[int, typer.Option("--tile", help="Largest tile side in px.", rich_help_panel=_SHAPE)]
+TileSide = Annotated[
+    int, typer.Option("--tile", help="Side in px of a square as large as a tile may be.", rich_help_panel=_SHAPE)
+]
 Stitch = Annotated[
     str,
     typer.Option(

@@ -159,7 +159,7 @@ def worst_parity(
     shape = (1, *tiles.shape[1:])
     ways = [backend.compile(shape)]
     if (of_bytes := backend.compile_bytes(shape)) is not None:
-        ways.append(lambda tile: of_bytes(_as_bytes(tile), 0.0, 1 / 255))
+        ways.append(lambda tile: of_bytes(np.ascontiguousarray(np.moveaxis(_as_bytes(tile), 1, -1)), 0.0, 1 / 255))
     parities = [measure_parity(logits_of(way, tiles), expected, threshold) for way in ways]
     return min(parities, key=lambda parity: (parity.within(limits_of(backend.precision)), -parity.flipped))
 

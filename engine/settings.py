@@ -57,7 +57,7 @@ class Settings:
         device: auto, cpu, or GPUs as `gpus_of` reads them; auto takes what is fastest, on one GPU at most.
         gate: False runs what was asked for even where it does not agree with torch fp32.
         threshold: probability above which a pixel is foreground, in (0, 1); None is the card's.
-        tile: largest tile side in px; the lattice fits the real one to the slide.
+        tile: side in px of a square that no tile is larger than; the lattice fits the real one to the slide.
         stitch: one of `STITCHES`.
         margin: px cut from each side of a tile, ``exact`` for the network's own reach; None is the card's.
         batch: tiles per call of the model.
@@ -90,7 +90,7 @@ class Settings:
     device: str = "auto"
     gate: bool = True
     threshold: float | None = None
-    tile: int = 1792
+    tile: int = 1984
     stitch: str = "crop"
     margin: int | str | None = None
     batch: int = 1

@@ -46,20 +46,23 @@ def cut(pixels: NDArray[Any], rows: NDArray[np.int64], columns: NDArray[np.int64
     """Fill ``out`` with the pixels of every tile as they are.
 
     A table of rows or columns is a few runs of evenly spaced indices, one where nothing is mirrored, and two of them
-    span a rectangle that numpy copies as fast as memory allows.
+    span a rectangle that numpy copies fast, channel by channel: all at once would walk through the channels of each
+    pixel, three times slower where one of the two is planar and the other is not.
 
     Args:
         pixels: (S, h, w) of ``out``'s type, any memory layout.
         rows, columns: as `gather`'s.
-        out: (N, C, T_y, T_x), overwritten; C = S, or any C for S = 1, which is then replicated.
+        out: (N, C, T_y, T_x), any memory layout, overwritten; C = S, or any C for S = 1, which is then replicated.
 
     Raises:
         ValueError: the shapes do not fit together.
     """
     _check(pixels, rows, columns, out)
+    channels = np.broadcast_to(pixels, (out.shape[1], *pixels.shape[1:]))
     for tile, tile_rows, tile_columns in zip(out, rows, columns, strict=True):
         for (y, from_y), (x, from_x) in product(_runs(tile_rows), _runs(tile_columns)):
-            tile[:, y, x] = pixels[:, from_y, from_x]
+            for place, channel in zip(tile, channels, strict=True):
+                place[y, x] = channel[from_y, from_x]
 
 
 def _runs(indices: NDArray[np.int64]) -> list[tuple[slice, slice]]:

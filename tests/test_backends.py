@@ -47,9 +47,9 @@ def test_the_foreground_is_the_same_without_the_other_outputs(tiny_bundle, name,
         make(bundle, name, precision).compile(batch.shape)(batch) for bundle in (tiny_bundle, tiny_bundle.foreground)
     )
     assert (everything.shape[1], alone.shape[1]) == (3, 1)
-    if name == "openvino":
+    if name == "openvino" and precision != "int8":
         np.testing.assert_array_equal(alone, everything[:, :1])
-    else:  # torch takes another kernel for another number of outputs, which rounds differently
+    else:  # another kernel for another number of outputs rounds differently
         atol = np.abs(everything).max() * (1e-6 if precision == "fp32" else 3e-2)
         np.testing.assert_allclose(alone, everything[:, :1], atol=atol)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cellseg_batch.engine.errors import UsageError
-from cellseg_batch.engine.geometry import Box, chunk_side, fit_lattice, lay_blocks, reflect, source_box
+from cellseg_batch.engine.geometry import Box, Lattice, chunk_side, fit_lattice, lay_blocks, reflect, source_box
 
 
 @st.composite
@@ -36,17 +36,35 @@ def test_every_pixel_belongs_to_one_block_and_one_core(lattice, block, planes):
     assert len(grid) == number + 1
 
 
+def cost_of_squares(shape, tile, margin, stride):
+    """What the fewest cores cost that tiles of no side above ``tile`` allow."""
+    largest = (tile - 2 * margin) // stride * stride
+    counts = [-(-length // largest) for length in shape]
+    core = tuple(-(-length // (count * stride)) * stride for length, count in zip(shape, counts, strict=True))
+    return Lattice(shape, core, margin).cost
+
+
 @given(lattices())
-def test_lattice_fits_the_slide(fitted):
+def test_tiles_use_their_area_well(fitted):
     lattice, tile, stride = fitted
-    for length, core, side, count in zip(lattice.shape, lattice.core, lattice.tile, lattice.grid, strict=True):
+    assert lattice.tile[0] * lattice.tile[1] <= tile * tile
+    assert lattice.cost <= cost_of_squares(lattice.shape, tile, lattice.margin, stride)
+    for length, core, count in zip(lattice.shape, lattice.core, lattice.grid, strict=True):
         assert core % stride == 0
-        assert side <= tile
         assert (count - 1) * core < length <= count * core
-        largest = (tile - 2 * lattice.margin) // stride * stride
-        fewest = -(-length // largest)
-        assert count <= fewest
-        assert fewest * core - length < fewest * stride, "cores are no larger than rounding to the stride asks for"
+
+
+@pytest.mark.parametrize(
+    ("shape", "core"),
+    [
+        ((8192, 8192), (1648, 2048)),
+        ((32768, 32768), (1824, 1824)),
+        ((2160, 2160), (1088, 2160)),
+        ((300, 90000), (304, 8192)),
+    ],
+)
+def test_tiles_are_as_large_as_their_area_allows(shape, core):
+    assert fit_lattice(shape, tile=1984, margin=64, total_stride=16).core == core
 
 
 @given(lattices(), st.integers(1, 900))
@@ -91,7 +109,7 @@ def test_a_chunk_divides_its_core(core):
 
 
 def test_small_fields_are_one_core():
-    lattice = fit_lattice((1080, 1080), tile=1792, margin=64, total_stride=16)
+    lattice = fit_lattice((1080, 1080), tile=1984, margin=64, total_stride=16)
     assert (lattice.core, lattice.grid) == ((1088, 1088), (1, 1))
 
 

@@ -96,6 +96,7 @@ TRAINER_ROOMS = (
     "bundle",
     "scale",
     "encoders",
+    "blocks",
     "unet",
     "footprint",
     "recipe",
@@ -150,7 +151,7 @@ def test_packages_import_one_way():
         for module, target in imports_of(engine, "engine")
         if target.startswith("trainer/") and module not in ("engine/training", "engine/trainer_commands")
     }
-    assert shared == {"trainer/bundle", "trainer/outlines", "trainer/scale", "trainer/unet"}, (
+    assert shared == {"trainer/blocks", "trainer/bundle", "trainer/outlines", "trainer/scale", "trainer/unet"}, (
         "the engine knows a model only through its bundle"
     )
 

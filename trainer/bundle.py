@@ -65,9 +65,9 @@ class Instances:
         growth: px by which seeds grow into the other foreground, and again into the border.
     """
 
-    border_weight: float = 0.25
+    border_weight: float = 0.2
     smoothing: float = 1.1
-    seed_level: float = 0.32
+    seed_level: float = 0.28
     border_level: float = -0.1
     smallest_seed: int = 15
     growth: int = 8

@@ -8,59 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cellseg_batch.trainer.blocks import DenseBlock, Merge, contract, conv_block, expand, upsample
 from cellseg_batch.trainer.bundle import SHRUNK, Bundle
 from cellseg_batch.trainer.encoders import ENCODERS, IMAGENET_DEVIATION, IMAGENET_MEAN
-
-
-def _conv(inputs: int, outputs: int) -> nn.Sequential:
-    """A 3x3 convolution with batch norm and ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-    )
-
-
-def _conv_block(inputs: int, outputs: int, count: int = 2) -> nn.Sequential:
-    """3x3 convolutions, two as a rule, each with batch norm and ReLU."""
-    widths = [inputs, *[outputs] * count]
-    return nn.Sequential(*(layer for a, b in pairwise(widths) for layer in _conv(a, b)))
-
-
-class _DenseBlock(nn.Module):
-    """Two 3x3 convolutions of half the width each; the second sees the input as well, the output is both."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        half = outputs // 2
-        self.first = _conv(inputs, half)
-        self.second = _conv(inputs + half, outputs - half)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features (N, outputs, H, W)."""
-        first = self.first(features)
-        return torch.cat([first, self.second(torch.cat([features, first], dim=1))], dim=1)
-
-
-def _contract(features: Tensor, down: nn.ModuleList, pool: nn.Module) -> list[Tensor]:
-    """The features of every resolution, the finest first."""
-    skips: list[Tensor] = []
-    for level, block in enumerate(down):
-        features = block(features if level == 0 else pool(features))
-        skips.append(features)
-    return skips
-
-
-def _expand(features: Tensor, skips: list[Tensor], up: nn.ModuleList, merge: nn.ModuleList) -> Tensor:
-    """The deepest features brought back up, merged with those of each finer resolution on the way."""
-    for enlarge, join, skip in zip(reversed(up), reversed(merge), reversed(skips), strict=True):
-        features = join(torch.cat([skip, enlarge(features)], dim=1))
-    return features
 
 
 class StemUNet(nn.Module):
@@ -89,17 +45,18 @@ class StemUNet(nn.Module):
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
         )
-        self.down = nn.ModuleList(_conv_block(a, b) for a, b in zip([width, *widths], widths, strict=False))
+        self.down = nn.ModuleList(conv_block(a, b) for a, b in zip([width, *widths], widths, strict=False))
         self.pool = nn.MaxPool2d(2)
-        self.up = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in widths[:-1])
-        self.merge = nn.ModuleList(_conv_block(2 * w, w, merge_convs) for w in widths[:-1])
+        self.merge = nn.ModuleList(
+            Merge(upsample(2 * w, w, "transposed"), conv_block(2 * w, w, merge_convs)) for w in widths[:-1]
+        )
         self.head = nn.Conv2d(width, 4 * outputs, 1)
         self.shuffle = nn.PixelShuffle(2)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (N, K, H, W) of ``pixels`` (N, C, H, W)."""
-        skips = _contract(self.stem(pixels), self.down, self.pool)
-        features = _expand(skips.pop(), skips, self.up, self.merge)
+        skips = contract(self.stem(pixels), self.down, self.pool)
+        features = expand(skips.pop(), skips, self.merge)
         logits: Tensor = self.shuffle(self.head(features))
         return logits
 
@@ -127,7 +84,7 @@ class UNet(nn.Module):
         up: str = "transposed",
         dropout: float = 0.0,
         grey: bool = False,
-        encoder_block: Callable[[int, int], nn.Module] = _conv_block,
+        encoder_block: Callable[[int, int], nn.Module] = conv_block,
     ) -> None:
         super().__init__()
         self.grey = grey
@@ -136,15 +93,14 @@ class UNet(nn.Module):
         self.down = nn.ModuleList(encoder_block(a, b) for a, b in zip(inputs, widths, strict=False))
         self.pool = nn.MaxPool2d(2)
         self.dropout = nn.Dropout2d(dropout)
-        self.up = nn.ModuleList(_upsample(2 * w, w, up) for w in widths[:-1])
-        self.merge = nn.ModuleList(_conv_block(2 * w, w) for w in widths[:-1])
+        self.merge = nn.ModuleList(Merge(upsample(2 * w, w, up), conv_block(2 * w, w)) for w in widths[:-1])
         self.head = nn.Conv2d(width, outputs, 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (N, K, H, W) of ``pixels`` (N, C, H, W)."""
         seen = pixels.mean(dim=1, keepdim=True) if self.grey else pixels
-        skips = _contract(seen, self.down, self.pool)
-        features = _expand(self.dropout(skips.pop()), skips, self.up, self.merge)
+        skips = contract(seen, self.down, self.pool)
+        features = expand(self.dropout(skips.pop()), skips, self.merge)
         logits: Tensor = self.head(features)
         return logits
 
@@ -171,7 +127,7 @@ class UNetPlus(UNet):
         dropout: float = 0.0,
         grey: bool = False,
     ) -> None:
-        super().__init__(3, outputs, width, depth, up, dropout, grey, encoder_block=_DenseBlock)
+        super().__init__(3, outputs, width, depth, up, dropout, grey, encoder_block=DenseBlock)
 
 
 class EncoderUNet(nn.Module):
@@ -206,17 +162,17 @@ class EncoderUNet(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         skips = [*reversed(self.encoder.widths[:-1]), 0]
         inputs = [self.encoder.widths[-1], *widths[:-1]]
-        self.up = nn.ModuleList(_upsample(a, b, up) for a, b in zip(inputs, widths, strict=True))
-        self.merge = nn.ModuleList(_conv_block(b + skip, b) for b, skip in zip(widths, skips, strict=True))
+        self.merge = nn.ModuleList(
+            Merge(upsample(a, b, up), conv_block(b + skip, b)) for a, b, skip in zip(inputs, widths, skips, strict=True)
+        )
         self.head = nn.Conv2d(widths[-1], outputs, 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (N, K, H, W) of ``pixels`` (N, 3, H, W)."""
         skips: list[Tensor] = self.encoder((pixels - self.mean) / self.deviation)
         features = self.dropout(skips.pop())
-        for up, merge in zip(self.up, self.merge, strict=True):
-            features = up(features)
-            features = merge(torch.cat([skips.pop(), features], dim=1) if skips else features)
+        for merge in self.merge:
+            features = merge(features, *([skips.pop()] if skips else []))
         logits: Tensor = self.head(features)
         return logits
 
@@ -240,14 +196,6 @@ class Shrunk(nn.Module):
         """Logits (N, K, H, W) of ``pixels`` (N, C, H, W)."""
         logits = self.inner(F.avg_pool2d(pixels, self.factor))
         return F.interpolate(logits, scale_factor=float(self.factor), mode="bilinear", align_corners=False)
-
-
-def _upsample(inputs: int, outputs: int, how: str) -> nn.Module:
-    if how == "transposed":
-        return nn.ConvTranspose2d(inputs, outputs, 2, stride=2)
-    if how == "bilinear":
-        return nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(inputs, outputs, 1))
-    raise ValueError(f"up is transposed or bilinear, not {how!r}")
 
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {

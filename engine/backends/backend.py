@@ -28,7 +28,7 @@ class ByteModel(Protocol):
     """A network ready to run at one batch shape, on pixels that it normalises itself."""
 
     def __call__(self, batch: NDArray[np.uint8], low: float, scale: float) -> NDArray[np.float32]:
-        """Logits of ``clip((batch - low) * scale, 0, 1)`` for pixels (N, C, H, W) uint8; else as `CompiledModel`."""
+        """Logits of ``clip((batch - low) * scale, 0, 1)`` for pixels (N, H, W, C) uint8; else as `CompiledModel`."""
         ...
 
 

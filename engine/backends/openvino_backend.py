@@ -34,8 +34,9 @@ from openvino import opset13 as op  # noqa: E402
 # A quantised network's other layers run in the fastest native precision.
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
 _FILE = "model.xml"
-# Of quantising; networks made by another one are not used.
-_RECIPE = "smoothed, first and last two convolutions in floats"
+# How networks are made; those made in another way are not used.
+_RECIPE = "upsampling folded"
+_INT8_RECIPE = "smoothed, first and last two convolutions in floats"
 _LARGEST_BATCH = 64
 _LARGEST_SIDE = 1 << 16
 
@@ -96,14 +97,16 @@ class OpenVinoBackend:
 
 
 def _normalising(model: Any) -> Any:
-    """The network with inputs (pixels as bytes, low, scale) in place of normalised pixels."""
+    """The network with inputs (pixels as bytes (N, H, W, C), low, scale) in place of normalised pixels (N, C, H, W)."""
     (pixels,) = model.get_parameters()
-    raw = op.parameter(pixels.get_output_shape(0), np.uint8, name="raw")
+    count, channels, height, width = pixels.get_output_shape(0)
+    # Channels last is the convolutions' own layout; of any other the plugin would keep a second copy of the batch.
+    raw = op.parameter([count, height, width, channels], np.uint8, name="raw")
     low, scale = op.parameter([1], np.float32, name="low"), op.parameter([1], np.float32, name="scale")
     # Bounds are inputs and no constants, so that slides of one shape share one compiled network.
     normalised = op.clamp(op.multiply(op.subtract(op.convert(raw, "f32"), low), scale), 0.0, 1.0)
     for target in pixels.output(0).get_target_inputs():
-        target.replace_source_output(normalised.output(0))
+        target.replace_source_output(op.transpose(normalised, [0, 3, 1, 2]).output(0))
     model.remove_parameter(pixels)
     model.add_parameters([raw, low, scale])
     model.validate_nodes_and_infer_types()
@@ -117,7 +120,7 @@ def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
         "what": "openvino network",
         "model": bundle.card.name,
         "sha256": bundle.sha256,
-        "quantised": _RECIPE if quantised else "",
+        "recipe": f"{_RECIPE}, {_INT8_RECIPE}" if quantised else _RECIPE,
         "versions": {package: version(package) for package in packages},
     }
 
@@ -134,6 +137,8 @@ def _convert(bundle: Bundle) -> Any:
     import torch
     from torch.export import Dim
 
+    from cellseg_batch.engine.backends.folding import fold_batch_norm, fold_upsampling
+
     stride = bundle.card.total_stride
     batch = Dim("batch", min=1, max=_LARGEST_BATCH)
     height = stride * Dim("height", min=1, max=_LARGEST_SIDE // stride)
@@ -142,9 +147,8 @@ def _convert(bundle: Bundle) -> Any:
     example = torch.zeros(2, bundle.card.channels, 8 * stride, 8 * stride)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(
-            build_torch_network(bundle), (example,), dynamic_shapes=({0: batch, 2: height, 3: width},)
-        )
+        network = fold_upsampling(fold_batch_norm(build_torch_network(bundle)))
+        program = torch.export.export(network, (example,), dynamic_shapes=({0: batch, 2: height, 3: width},))
         return openvino.convert_model(program)
 
 

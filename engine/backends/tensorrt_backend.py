@@ -20,8 +20,8 @@ from torch.export import Dim, ExportedProgram
 from cellseg_batch.engine.artefacts import Artefacts, Key
 from cellseg_batch.engine.backends.backend import Shape
 from cellseg_batch.engine.backends.cuda import Device, GraphedHalf, demand_gpu
+from cellseg_batch.engine.backends.folding import fold_batch_norm
 from cellseg_batch.engine.backends.tensorrt_errors import demand, explained, given
-from cellseg_batch.engine.backends.torch_backend import fold_batch_norm
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.trainer.bundle import Bundle

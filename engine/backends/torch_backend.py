@@ -5,15 +5,13 @@ The reference that every other backend is compared with is this one in fp32.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cellseg_batch.engine.backends.backend import CompiledModel, Shape
+from cellseg_batch.engine.backends.folding import fold_batch_norm
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.trainer.bundle import Bundle
 
@@ -23,18 +21,6 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def supported_precisions() -> tuple[str, ...]:
     """What runs on any processor; bf16 is slow where it is not native, which the race shows."""
     return tuple(_DTYPES)
-
-
-def fold_batch_norm(network: nn.Module) -> nn.Module:
-    """Fold every batch norm that follows a convolution in a ``Sequential`` into it, in place; returns ``network``."""
-    for module in network.modules():
-        if isinstance(module, nn.Sequential):
-            for first, second in pairwise(range(len(module))):
-                convolution, norm = module[first], module[second]
-                if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                    module[first] = fuse_conv_bn_eval(convolution, norm)
-                    module[second] = nn.Identity()
-    return network
 
 
 class TorchBackend:

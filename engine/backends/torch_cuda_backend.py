@@ -10,7 +10,7 @@ import torch
 
 from cellseg_batch.engine.backends.backend import Shape
 from cellseg_batch.engine.backends.cuda import Device, GraphedHalf, demand_gpu
-from cellseg_batch.engine.backends.torch_backend import fold_batch_norm
+from cellseg_batch.engine.backends.folding import fold_batch_norm
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.trainer.bundle import Bundle
 

@@ -1,0 +1,96 @@
+"""Rewrites a network in torch so that it computes the same with fewer operations.
+
+The rewritten network is for inference only.  Nothing here knows which backend compiles it.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from cellseg_batch.trainer.blocks import Merge
+
+
+def fold_batch_norm(network: nn.Module) -> nn.Module:
+    """Fold every batch norm that follows a convolution in a ``Sequential`` into it, in place; returns ``network``."""
+    for module in network.modules():
+        if isinstance(module, nn.Sequential):
+            for first, second in pairwise(range(len(module))):
+                convolution, norm = module[first], module[second]
+                if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    module[first] = fuse_conv_bn_eval(convolution, norm)
+                    module[second] = nn.Identity()
+    return network
+
+
+def fold_upsampling(network: nn.Module) -> nn.Module:
+    """Fold every transposed convolution of a `Merge` into the 3x3 convolution behind it, in place; returns ``network``.
+
+    Both are linear and nothing stands between them, so they are one transposed convolution of 4x4 taps.  The features
+    of the finer resolution have a convolution of their own, and the two sums are added: no enlarged features and no
+    concatenation are ever held.  Per output pixel, of C channels made W and convolved to K, this takes 4 C K
+    multiplications instead of C W + 9 W K; where it would take more, a merge stays as it is, and likewise one whose
+    transposed convolution has a bias, which the padding between the two cuts off at the edges.  Batch norms are folded
+    before (`fold_batch_norm`).
+    """
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Merge):
+                up, convolution = child.up, child.block[0]
+                both = isinstance(up, nn.ConvTranspose2d) and isinstance(convolution, nn.Conv2d)
+                if both and up.bias is None and _pays(up, convolution):
+                    setattr(parent, name, _FoldedMerge(up, convolution, child.block[1:]))
+    return network
+
+
+def _pays(up: nn.ConvTranspose2d, convolution: nn.Conv2d) -> bool:
+    inputs, middle, outputs = up.in_channels, up.out_channels, convolution.out_channels
+    return 4 * inputs * outputs < inputs * middle + 9 * middle * outputs
+
+
+class _FoldedMerge(nn.Module):
+    """What a `Merge` computes, without enlarging the features first.
+
+    Args:
+        up: doubles height and width.
+        convolution: of the finer features, if there are any, and the enlarged ones.
+        rest: what follows.
+    """
+
+    def __init__(self, up: nn.ConvTranspose2d, convolution: nn.Conv2d, rest: nn.Module) -> None:
+        super().__init__()
+        finer, outputs = convolution.in_channels - up.out_channels, convolution.out_channels
+        self.up = nn.ConvTranspose2d(up.in_channels, outputs, 4, stride=2, padding=1)
+        self.up.weight = nn.Parameter(_compose(up.weight, convolution.weight[:, finer:]))
+        self.up.bias = convolution.bias
+        self.finer = nn.Conv2d(finer, outputs, 3, padding=1, bias=False) if finer else None
+        if self.finer is not None:
+            self.finer.weight = nn.Parameter(convolution.weight[:, :finer].contiguous())
+        self.rest = rest
+
+    def forward(self, features: Tensor, *finer: Tensor) -> Tensor:
+        """As `Merge`."""
+        merged = self.up(features)
+        if self.finer is not None:
+            merged = self.finer(*finer) + merged
+        folded: Tensor = self.rest(merged)
+        return folded
+
+
+def _compose(up: Tensor, convolution: Tensor) -> Tensor:
+    """Weights (C, K, 4, 4), stride 2, padding 1, of a transposed convolution and the 3x3 convolution after it.
+
+    Args:
+        up: (C, W, 2, 2), of stride 2.
+        convolution: (K, W, 3, 3), padded by 1.
+    """
+    weights = torch.zeros(up.shape[0], convolution.shape[0], 4, 4, dtype=torch.float64)
+    for y in range(3):
+        for x in range(3):
+            # An enlarged pixel contributes to the output pixel that lies y - 1 above and x - 1 left of it.
+            taps = torch.einsum("cwab,kw->ckab", up.double(), convolution[:, :, y, x].double())
+            weights[:, :, 2 - y : 4 - y, 2 - x : 4 - x] += taps
+    return weights.float()
