@@ -80,12 +80,20 @@ def _sampling_level(slide: Slide, level: int) -> int:
 
 
 def _sample_boxes(height: int, width: int, most: int) -> list[Box]:
-    """A whole plane of up to ``most`` px, or windows that are spread evenly over a larger one."""
+    """A whole plane of up to ``most`` px, or windows that are spread evenly over a larger one.
+
+    They begin at multiples of their side, so that each lies in one chunk of the usual sizes.
+    """
     if height * width <= most:
         return [Box(0, 0, height, width)]
     count = max(2, math.isqrt(most // _WINDOW**2))
-    starts = [sorted({round(i) for i in np.linspace(0, max(0, n - _WINDOW), count)}) for n in (height, width)]
-    return [Box(y, x, min(y + _WINDOW, height), min(x + _WINDOW, width)) for y, x in product(*starts)]
+
+    def starts(length: int) -> list[int]:
+        return sorted({round(i / _WINDOW) * _WINDOW for i in np.linspace(0, max(0, length - _WINDOW), count)})
+
+    return [
+        Box(y, x, min(y + _WINDOW, height), min(x + _WINDOW, width)) for y, x in product(starts(height), starts(width))
+    ]
 
 
 def _finite(pixels: NDArray[Any]) -> NDArray[Any]:

@@ -120,7 +120,8 @@ def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
         "what": "openvino network",
         "model": bundle.card.name,
         "sha256": bundle.sha256,
-        "recipe": f"{_RECIPE}, {_INT8_RECIPE}" if quantised else _RECIPE,
+        "recipe": _RECIPE,
+        "quantised": _INT8_RECIPE if quantised else "",
         "versions": {package: version(package) for package in packages},
     }
 
