@@ -23,6 +23,9 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import UsageError
 
+# How much more than the least a lattice may compute for the sake of squarer tiles.
+_SLACK = 1.025
+
 
 @dataclass(frozen=True)
 class Box:
@@ -143,10 +146,11 @@ class Lattice:
 
 
 def fit_lattice(shape: tuple[int, int], tile: int, margin: int, total_stride: int) -> Lattice:
-    """Lay equally large cores, of all that keep tiles within the area of ``tile`` x ``tile`` px those that cost least.
+    """Lay equally large cores in tiles within the area of ``tile`` x ``tile`` px that compute hardly more than need be.
 
-    The network's memory grows with a tile's area and not with its sides, so 2176 x 1776 px may do where 1776 x 1776
-    would waste more on margins and 2176 x 2176 would not fit.
+    The network's memory grows with a tile's area and not with its sides, so 1216 x 2288 px may do where squares would
+    waste more on margins.  Of all that cost about as little, the one with the shortest longer side: fewer of its tiles
+    lie across the edge of what is empty.
 
     Raises:
         UsageError: margin is no multiple of the stride, or leaves no core in the tile.
@@ -177,9 +181,12 @@ def fit_lattice(shape: tuple[int, int], tile: int, margin: int, total_stride: in
         core = fit(height, rows)
         widest = (tile**2 // (core + 2 * margin) - 2 * margin) // total_stride * total_stride
         if widest > 0:
-            fitted.append(Lattice(shape, (core, fit(width, -(-width // widest))), margin))
-    # Of two that cost the same the wider one, whose rows are longer runs of memory.
-    return min(fitted, key=lambda lattice: (lattice.cost, lattice.core[0]))
+            fewest = -(-width // widest)
+            fitted += [Lattice(shape, (core, fit(width, columns)), margin) for columns in (fewest, fewest + 1)]
+    enough = _SLACK * min(lattice.cost for lattice in fitted)
+    good = [lattice for lattice in fitted if lattice.cost <= enough]
+    # Of two alike the wider one, whose rows are longer runs of memory.
+    return min(good, key=lambda lattice: (max(lattice.tile), lattice.cost, lattice.core[0]))
 
 
 @dataclass(frozen=True)
