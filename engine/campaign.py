@@ -84,11 +84,13 @@ def run(
         UsageError: nothing can be run as asked.
         Stopped: it was asked to end.
     """
-    started = time.perf_counter() if started is None else started
+    begun = time.perf_counter()
+    started = begun if started is None else started
     refuse_output_inside(settings.output, inputs)
     choice = FieldChoice(settings.wells, settings.fields)
     images = [image for path in inputs for image in find_images(path, settings.axes, choice)]
     report = run_images(images, settings, observer, StageClock(), started, stop)
+    report = replace(report, starting_seconds=begun - started)
     if not settings.objects:
         return report
     from cellseg_batch.engine.plates import summarise_plates  # and with it pyarrow

@@ -7,12 +7,13 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -141,7 +142,7 @@ class Engines:
             self.chosen = make_backend(self._network, *winner, self._threads, self._artefacts, self._gpus[0])
         self._backends = {(self.chosen.name, self.chosen.precision, 1, self._gpus[0]): self.chosen}
         self._queues: OrderedDict[tuple[Backend, Shape], Iterator[BatchQueue]] = OrderedDict()
-        self._feeds: dict[_Key, Feed] = {}
+        self._feeds: dict[_Key, _Feeds] = {}
         self._probes: dict[_Key, Feed] = {}
 
     @contextmanager
@@ -183,15 +184,20 @@ class Engines:
 
     @contextmanager
     def feed(self, backend: Backend, shape: Shape, dtype: DTypeLike) -> Iterator[Feed]:
-        """The model compiled for a batch shape and a type of pixels, for this thread alone while the context lasts."""
+        """The model compiled for a batch shape and a type of pixels, fed by this thread alone while the context lasts.
+
+        Where there can be twins two threads have one each: one cuts or stitches its tiles while the other's run.
+        """
         with self.turn:
             key = (backend, shape, np.dtype(dtype))
-            feed = self._feeds.pop(key, None)
-            if feed is None:
+            feeds = self._feeds.pop(key, None)
+            if feeds is None:
                 self._make_room(shape)
                 with self.counted():
-                    feed = Feed(backend, shape, dtype)
-            self._feeds[key] = feed  # the last one used comes last
+                    feeds = _Feeds(Feed(backend, shape, dtype))
+            self._feeds[key] = feeds  # the last one used comes last
+            users = feeds.enter()
+        with users as feed:
             yield feed
 
     def queue(self, backend: Backend, shrink: int, shape: Shape) -> BatchQueue | None:
@@ -218,11 +224,11 @@ class Engines:
             return next(self._queues[key])
 
     def _make_room(self, shape: Shape) -> None:
-        """Let go of the models that were not used for longest: each holds memory of its own."""
+        """Let go of the idle models that were not used for longest: each holds memory of its own."""
         areas = {key: math.prod(key[1]) // key[1][1] for key in self._feeds}
         room = _KEPT_AREA - math.prod(shape) // shape[1]
         for key in areas:
-            if sum(areas[one] for one in self._feeds) > room:
+            if not self._feeds[key].users and sum(areas[one] for one in self._feeds) > room:
                 del self._feeds[key]
 
     def drop_probes(self) -> None:
@@ -242,6 +248,37 @@ class Engines:
             with self.counted():
                 self._probes[key] = Feed(backend, shape, dtype)
         return self._probes[key]
+
+
+class _Feeds:
+    """A model and its twin, if it has one, each for one thread at a time.
+
+    Attributes:
+        users: threads that have one or wait for one.
+    """
+
+    def __init__(self, feed: Feed) -> None:
+        self.users = 0
+        self._lock = threading.Lock()
+        self._idle: SimpleQueue[Feed] = SimpleQueue()
+        for one in filter(None, (feed, feed.twin())):
+            self._idle.put(one)
+
+    def enter(self) -> AbstractContextManager[Feed]:
+        """Count as a user from now on; the context waits for a feed and gives it back."""
+        with self._lock:
+            self.users += 1
+        return self._use()
+
+    @contextmanager
+    def _use(self) -> Iterator[Feed]:
+        feed = self._idle.get()
+        try:
+            yield feed
+        finally:
+            self._idle.put(feed)
+            with self._lock:
+                self.users -= 1
 
 
 def _compile_batch(backend: Backend, shape: Shape, batch: int) -> DeviceModel:

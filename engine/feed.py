@@ -6,13 +6,15 @@ normalised while it is cut.  It must not know slides or blocks.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from cellseg_batch.engine.backends.backend import Backend, Shape
+from cellseg_batch.engine.backends.backend import Backend, Shape, Twinned
 from cellseg_batch.engine.normalise import Bounds
 from cellseg_batch.kernels.gather import cut, gather
 
@@ -28,6 +30,7 @@ class Feed:
     Attributes:
         shape: of every batch.
         model: what was compiled, a `CompiledModel` or a `ByteModel`.
+        turn: held by whoever asks for logits where there are twins, which share it.
     """
 
     def __init__(self, backend: Backend, shape: Shape, dtype: DTypeLike) -> None:
@@ -35,13 +38,29 @@ class Feed:
         of_bytes = backend.compile_bytes(shape) if np.dtype(dtype) == np.uint8 else None
         self._takes_bytes = of_bytes is not None
         self.model: Callable[..., NDArray[np.float32]] = of_bytes or backend.compile(shape)
-        count, channels, height, width = shape
+        self.turn = threading.Lock()
+        self._make_batch()
+
+    def _make_batch(self) -> None:
+        count, channels, height, width = self.shape
         if self._takes_bytes:
             self._batch: NDArray[Any] = np.zeros((count, height, width, channels), np.uint8)
             self._tiles = np.moveaxis(self._batch, -1, 1)
         else:
-            self._batch = self._tiles = np.zeros(shape, np.float32)
+            self._batch = self._tiles = np.zeros(self.shape, np.float32)
         self._constants: tuple[float, ...] = ()
+
+    def twin(self) -> Feed | None:
+        """The same network with a batch and logits of its own, to be filled and read while this one runs.
+
+        None where the model cannot do that.
+        """
+        if not isinstance(self.model, Twinned):
+            return None
+        other = copy(self)
+        other.model = self.model.twin()
+        other._make_batch()
+        return other
 
     def fill(self, pixels: NDArray[Any], rows: NDArray[np.int64], columns: NDArray[np.int64], bounds: Bounds) -> None:
         """Put up to N tiles into the batch; those behind them stay what they were.

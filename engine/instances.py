@@ -33,7 +33,7 @@ def keep_seeds(slide: OpenSlide, block: Block, classes: NDArray[np.uint8]) -> Re
     with slide.clock.stage("seeds"):
         codes, record = number_seeds(classes, block, slide.plan.grid, _rule(slide).smallest_seed)
     with slide.clock.stage("write"):
-        _scratch(slide).write(block.plane, block.box, codes)
+        _scratch(slide).write(block, codes)
     return record
 
 
@@ -86,12 +86,10 @@ def _final_codes(slide: OpenSlide, block: Block, window: Box) -> NDArray[Any]:
     """The codes of a window around a block with final ids, 0 outside the slide."""
     grid, merged = slide.plan.grid, Merged.load(_scratch(slide).ids)
     codes = np.zeros(window.shape, merged.dtype)
-    inside = window.within(Box(0, 0, *grid.lattice.shape))
-    own = _scratch(slide).read(block.plane, inside)  # at once, as each chunk that is touched is decoded whole
     for other in grid.touching(block.plane, window):
-        part = other.box.within(window)
         final = merged.codes_of(other, grid)
-        renumber(own[part.seen_from(inside).slices()], final, codes[part.seen_from(window).slices()])
+        for part, own in _scratch(slide).read(other, window):
+            renumber(own, final, codes[part.seen_from(window).slices()])
     return codes
 
 
@@ -101,8 +99,7 @@ def compile_kernels(result: BlockResult, block: Block, grid: BlockGrid, rule: In
     frame = reach(rule.steps)
     around = np.pad(codes, frame)
     core = around[frame:-frame, frame:-frame]
-    for part in (codes, core):  # a whole array and a part of one are compiled apart
-        renumber(part, np.arange(codes.max() + 1, dtype=np.uint32), core)
+    renumber(codes, np.arange(codes.max() + 1, dtype=np.uint32), core)
     grow(around, rule.steps, codes)
 
 

@@ -52,12 +52,16 @@ def measure_block(
     quality = [Quality()] * len(pixels.channels)
     found = []
     slide = Box(0, 0, *plan.grid.lattice.shape)
+    certain = np.empty(block.box.shape, np.uint8)
+    for place, values in certainty.read(block, block.box):
+        certain[place.seen_from(block.box).slices()] = values
     for strip in _strips(block):
         window = strip.grown(HALO).within(slide)
         light = np.ascontiguousarray(pixels.read(block.plane, window))
         core = strip.seen_from(window).slices()
         around = labels[strip.y0 - block.box.y0 :][: strip.shape[0] + 2 * HALO]
-        found.append(measure(around, light[:, *core], certainty.read(block.plane, strip), (strip.y0, strip.x0)))
+        own = certain[strip.seen_from(block.box).slices()]
+        found.append(measure(around, light[:, *core], own, (strip.y0, strip.x0)))
         quality = [one + survey(channel, core) for one, channel in zip(quality, light, strict=True)]
     ids, rows = merge(*(np.concatenate(part) for part in zip(*found, strict=True)))
     write_part(certainty.objects, block.index, block.plane, ids, rows)

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.layout import lay_out
@@ -82,6 +84,6 @@ def output_images(plan: SlidePlan) -> tuple[ImageWriter, ImageWriter | None]:
 
 def scratch_of(plan: SlidePlan) -> tuple[Scratch | None, Scratch | None]:
     """The codes and the certainty of a slide between its passes, as far as they are needed."""
-    journal, grid = plan.place.journal, plan.grid
-    codes = Scratch(journal, grid) if plan.instances is not None else None
-    return codes, Scratch(journal, grid, "certainty", "uint8") if plan.objects else None
+    journal = plan.place.journal
+    codes = Scratch(journal, "codes", np.uint32, plan.frame) if plan.frame is not None else None
+    return codes, Scratch(journal, "certainty", np.uint8, frame=0) if plan.objects else None

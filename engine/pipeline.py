@@ -58,7 +58,7 @@ def segment_block(slide: OpenSlide, number: int) -> Record:
         if slide.probability is not None and result.probability is not None:
             slide.probability.write(0, block.plane, block.box, result.probability)
         if slide.certainty is not None and result.probability is not None:
-            slide.certainty.write(block.plane, block.box, result.probability)
+            slide.certainty.write(block, result.probability)
     return record
 
 

@@ -89,6 +89,7 @@ class RunReport:
         stages: busy seconds of each stage, over all threads.
         slides: one entry per image.
         plates: one entry per plate, if objects were measured.
+        starting_seconds: of all seconds, those before images were looked for: importing libraries.
     """
 
     seconds: float
@@ -105,6 +106,7 @@ class RunReport:
     stages: dict[str, float]
     slides: list[SlideReport] = field(default_factory=list)
     plates: list[PlateReport] = field(default_factory=list)
+    starting_seconds: float = 0.0
 
     @property
     def status(self) -> str:

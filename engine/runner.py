@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,7 +52,7 @@ class AnyRunner(Protocol):
 
 
 class Runner:
-    """Segments blocks of one slide, one at a time: the feed is its own meanwhile.
+    """Segments blocks of one slide, one at a time: the feed is its own meanwhile, and the model while it runs.
 
     Args:
         feed: the model; the last batch of a block is padded with what it held before.
@@ -111,8 +112,15 @@ class Runner:
         with self._clock.stage("gather"):
             rows, columns = source_tables(batch, self._lattice.shape, read_box)
             self._feed.fill(pixels, rows, columns, self._bounds)
-        with self._clock.stage("model"):
+        with self._feed.turn, self._clock.stage("model"):
             return self._feed.logits()
+
+
+@cache
+def load_kernels() -> None:
+    """Have the kernels loaded meanwhile, once: their first call takes Numba a quarter of a second."""
+    tile = np.zeros((1, 1, 1, 1), np.float32), np.zeros((1, 6), np.int64), 0.0, np.zeros((1, 1), np.uint8)
+    threading.Thread(target=stitch.stitch_mask, args=tile, daemon=True).start()
 
 
 def no_foreground(pixels: NDArray[Any], block: Block, probability: bool) -> BlockResult:

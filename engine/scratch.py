@@ -1,48 +1,56 @@
 """What lies between the two passes over a slide: codes and final ids, in the journal's folder until labels are done.
 
-    <journal>/scratch/codes/       a zarr array
-    <journal>/scratch/certainty/   another one, the probability, if objects are measured
+    <journal>/scratch/codes/       a file for each block
+    <journal>/scratch/certainty/   likewise the probability, if objects are measured
     <journal>/scratch/ids/         what the merge found
     <journal>/scratch/objects/     the moments of each block's objects
 
-An array is written block by block and read with a frame around each block, so its chunks divide the lattice's cores.
+A block's pixels are compressed in pieces, and its outermost ones apart from the others: each block is read once as a
+whole, and eight times for the frame of a neighbour.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
-import numcodecs
 import numpy as np
-import zarr
-from numpy.typing import NDArray
+from numcodecs import Blosc
+from numpy.typing import DTypeLike, NDArray
 
 from cellseg_batch.engine.errors import writing_to
-from cellseg_batch.engine.files import remove_tree, sync_file
-from cellseg_batch.engine.geometry import BlockGrid, Box, chunk_side
-from cellseg_batch.engine.locations import zarr_store
+from cellseg_batch.engine.files import numbered, remove_tree, whole_file
+from cellseg_batch.engine.geometry import Block, Box
 
-# A chunk costs zarr about half a millisecond, whatever its size; but of each that a frame touches all is decoded.
-_CHUNK = 1024
+# Rows of a piece: few enough that what it becomes stays in the processor's cache and the heap.
+_ROWS = 256
+# Fast rather than small: it lives for minutes.
+_CODEC = Blosc("lz4", clevel=1, shuffle=Blosc.SHUFFLE)
 
 
 class Scratch:
-    """An array in the scratch of the output whose journal lies in ``journal``; safe for any number of threads.
+    """One kind of pixels of all blocks, in the scratch of an output; safe for any number of threads.
+
+    Args:
+        journal: of the output.
+        name: of the kind.
+        dtype: of its pixels.
+        frame: px that a block is read with beyond its own box.
 
     Attributes:
         ids: folder of the final ids.
         objects: folder of the moments.
     """
 
-    def __init__(self, journal: Path, grid: BlockGrid, name: str = "codes", dtype: str = "uint32") -> None:
+    def __init__(self, journal: Path, name: str, dtype: DTypeLike, frame: int) -> None:
         self._folder = journal / "scratch" / name
-        self._dtype = dtype
+        self._dtype = np.dtype(dtype)
+        self._frame = frame
         self.ids = journal / "scratch" / "ids"
         self.objects = journal / "scratch" / "objects"
-        self._grid = grid
-        self._array: zarr.Array[Any] | None = None
 
     def create(self) -> None:
         """Make it, empty.
@@ -50,59 +58,61 @@ class Scratch:
         Raises:
             OutputError: it cannot be written.
         """
-        lattice = self._grid.lattice
-        with writing_to(self._folder, "a store"):
-            zarr.create_array(
-                zarr_store(self._folder),
-                shape=(self._grid.planes, *lattice.shape),
-                dtype=self._dtype,
-                chunks=(1, *(chunk_side(core, _CHUNK) for core in lattice.core)),
-                # Fast rather than small: it lives for minutes.
-                compressors=numcodecs.Blosc("lz4", clevel=1, shuffle=numcodecs.Blosc.SHUFFLE),
-                zarr_format=2,
-                fill_value=0,
-            )
+        with whole_file(self._mark):
+            pass
 
-    def write(self, plane: int, box: Box, pixels: NDArray[Any]) -> None:
-        """Write ``pixels`` (h, w) to ``box`` and wait until they are on disk.
+    def write(self, block: Block, pixels: NDArray[Any]) -> None:
+        """Write the ``pixels`` (h, w) of a block and wait until they are on disk.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: they cannot be written.
         """
-        with writing_to(self._folder, "a store"):
-            # Looked for chunk by chunk, as zarr does, emptiness costs more than writing it.
-            array = self._open().with_config({"write_empty_chunks": bool(pixels.any())})
-            array[(plane, *box.slices())] = pixels
-            _, height, width = array.chunks
-            for y in range(box.y0 // height, -(-box.y1 // height)):
-                for x in range(box.x0 // width, -(-box.x1 // width)):
-                    sync_file(self._folder / f"{plane}.{y}.{x}")
+        pieces = [_CODEC.encode(np.ascontiguousarray(pixels[piece.slices()])) for piece in self._pieces(block)]
+        with whole_file(self._path(block)) as stream:
+            stream.write(np.array([len(piece) for piece in pieces], np.int64).tobytes())
+            stream.writelines(pieces)
 
-    def read(self, plane: int, box: Box) -> NDArray[Any]:
-        """The pixels (h, w) of ``box``.
+    def read(self, block: Block, box: Box) -> Iterator[tuple[Box, NDArray[Any]]]:
+        """The pixels of a block within ``box``, piece by piece: (where in the slide, pixels (h, w)).
 
         Raises:
-            OutputError: it cannot be read.
+            OutputError: they cannot be read.
         """
-        with writing_to(self._folder, "a store"):
-            return np.asarray(self._open()[(plane, *box.slices())])
+        pieces = self._pieces(block)
+        with writing_to(self._folder, "a scratch"):
+            content = memoryview(self._path(block).read_bytes())
+            sizes = np.frombuffer(content, np.int64, len(pieces))
+            stops = sizes.nbytes + np.cumsum(sizes)
+            for piece, start, stop in zip(pieces, stops - sizes, stops, strict=True):
+                place = piece.shifted((block.box.y0, block.box.x0))
+                wanted = place.within(box)
+                if wanted.area:
+                    pixels = np.frombuffer(_CODEC.decode(content[start:stop]), self._dtype).reshape(piece.shape)
+                    yield wanted, pixels[wanted.seen_from(place).slices()]
 
     def exists(self) -> bool:
         """Whether it has been made and not been removed."""
-        return self._metadata.is_file()
+        return self._mark.is_file()
 
     def remove(self) -> None:
         """Delete the whole scratch, as far as it can be."""
         with suppress(OSError):
             # First, so that what is left of a scratch is never taken for all of it.
-            self._metadata.unlink(missing_ok=True)
+            self._mark.unlink(missing_ok=True)
             remove_tree(self._folder.parent)
 
     @property
-    def _metadata(self) -> Path:
-        return self._folder / ".zarray"
+    def _mark(self) -> Path:
+        return self._folder / "made"
 
-    def _open(self) -> zarr.Array[Any]:
-        if self._array is None:
-            self._array = zarr.open_array(zarr_store(self._folder), mode="r+")
-        return self._array
+    def _path(self, block: Block) -> Path:
+        return numbered(self._folder, block.index, ".lz4")
+
+    def _pieces(self, block: Block) -> list[Box]:
+        """Boxes that make up a block, seen from its corner: what neighbours see lies in pieces of its own."""
+        height, width = block.box.shape
+        inner = range(self._frame, height - self._frame, _ROWS)
+        rows = {0, height, *inner, max(0, height - self._frame), min(height, self._frame)}
+        columns = {0, width, min(width, self._frame), max(0, width - self._frame)}
+        spans = product(pairwise(sorted(rows)), pairwise(sorted(columns)))
+        return [Box(y0, x0, y1, x1) for (y0, y1), (x0, x1) in spans]

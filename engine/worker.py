@@ -26,7 +26,7 @@ from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Pass, output_images, scratch_of
 from cellseg_batch.engine.plan import SlideJob, SlidePlan
 from cellseg_batch.engine.reader import SlideReader
-from cellseg_batch.engine.runner import AnyRunner, BlockResult, Runner
+from cellseg_batch.engine.runner import AnyRunner, BlockResult, Runner, load_kernels
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.stages import StageClock, noting_seconds
 from cellseg_batch.engine.written import noting_writes
@@ -156,14 +156,17 @@ class Worker:
                 return results
             tile = replace(plan.grid, cores=(1, 1))[0]
             clock = self.clock if tile == plan.grid[0] else StageClock()
+            load_kernels()
             with suppress(ReadError):  # a damaged first chunk costs its block, not the slide
                 pixels = reader.read(0, tile.read_box)
-                with self._runner(plan, backend, clock) as runner, self.engines.counted():
+                with self._runner(plan, backend, clock) as runner, self.engines.counted(), noting_seconds() as seconds:
                     result = results[tile] = runner.segment(pixels, tile)
                     if plan.instances is not None:
                         compile_kernels(result, tile, plan.grid, plan.instances)
                     if plan.objects:
                         measuring.compile_kernels(reader.of_channels(measuring.measured_channels(plan.slide)))
+                # The tile is part of the run, only what came before it and after it is not.
+                self.engines.seconds -= seconds.get("model", 0.0)
             now = resident_bytes() + RUN_OVERHEAD_BYTES - self._room.taken
             self.held = max(self.held, now, 0 if self._warm else peak_resident_bytes())
             self._warm.add(kind)

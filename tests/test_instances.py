@@ -63,8 +63,9 @@ class InMemory:
         self.codes = np.zeros(classes.shape, np.uint32)
         self.ids = folder
 
-    def read(self, plane, box):
-        return self.codes[(plane, *box.slices())]
+    def read(self, block, box):
+        part = block.box.within(box)
+        yield part, self.codes[(block.plane, *part.slices())]
 
 
 def block_by_block(classes, grid, rule, folder):

@@ -39,12 +39,12 @@ def measured(tmp_path, tiny_bundle):
         settings = Settings(tile=96, block=block, level=0)
         plan = plan_slide(slide, place, settings, tiny_bundle.card)
         records = []
-        certainty = Scratch(place.journal, plan.grid, "certainty", "uint8")
+        certainty = Scratch(place.journal, "certainty", "uint8", frame=0)
         certainty.create()
         planes = np.pad(np.atleast_3d(labels.T).T, ((0, 0), (HALO, HALO), (HALO, HALO)))
         with SlideReader(slide, 0, measured_channels(slide)) as reader:
             for block in plan.grid:
-                certainty.write(block.plane, block.box, probability_of(labels.shape[-2:])[block.box.slices()])
+                certainty.write(block, probability_of(labels.shape[-2:])[block.box.slices()])
                 around = planes[block.plane][block.box.shifted((HALO, HALO)).grown(HALO).slices()]
                 records.append(measure_block(plan, block, around, reader, certainty))
         assert len(plan.grid) > 1

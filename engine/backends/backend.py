@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ Shape = tuple[int, int, int, int]
 class CompiledModel(Protocol):
     """A network ready to run at one batch shape."""
 
-    def __call__(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, batch: NDArray[np.float32], /) -> NDArray[np.float32]:
         """Logits (N, K, H, W) float32 of pixels (N, C, H, W) float32 in [0, 1].
 
         Not to be called from two threads at once; the result is valid until the next call.
@@ -27,8 +27,17 @@ class CompiledModel(Protocol):
 class ByteModel(Protocol):
     """A network ready to run at one batch shape, on pixels that it normalises itself."""
 
-    def __call__(self, batch: NDArray[np.uint8], low: float, scale: float) -> NDArray[np.float32]:
+    def __call__(self, batch: NDArray[np.uint8], low: float, scale: float, /) -> NDArray[np.float32]:
         """Logits of ``clip((batch - low) * scale, 0, 1)`` for pixels (N, H, W, C) uint8; else as `CompiledModel`."""
+        ...
+
+
+@runtime_checkable
+class Twinned(Protocol):
+    """A compiled model of which there can be another one in next to no memory."""
+
+    def twin(self) -> Self:
+        """The same network with logits of its own; the two are not to be called at once."""
         ...
 
 

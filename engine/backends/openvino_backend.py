@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -82,18 +81,28 @@ class OpenVinoBackend:
         model.reshape(list(shape))
         return model
 
-    def _ready(self, model: Any) -> Callable[..., NDArray[np.float32]]:
-        request = self._core.compile_model(model, "CPU", self._options).create_infer_request()
+    def _ready(self, model: Any) -> _Compiled:
+        return _Compiled(self._core.compile_model(model, "CPU", self._options))
 
-        def run(batch: NDArray[Any], *constants: float) -> NDArray[np.float32]:
-            request.set_input_tensor(0, openvino.Tensor(batch, shared_memory=True))
-            for number, value in enumerate(constants, start=1):
-                request.set_input_tensor(number, openvino.Tensor(np.array([value], np.float32)))
-            request.infer()
-            logits: NDArray[np.float32] = request.get_output_tensor(0).data
-            return logits
 
-        return run
+class _Compiled:
+    """A request to a network compiled for one shape: a `CompiledModel`, or a `ByteModel` if it has constants."""
+
+    def __init__(self, network: Any) -> None:
+        self._network = network
+        self._request = network.create_infer_request()
+
+    def __call__(self, batch: NDArray[Any], *constants: float) -> NDArray[np.float32]:
+        self._request.set_input_tensor(0, openvino.Tensor(batch, shared_memory=True))
+        for number, value in enumerate(constants, start=1):
+            self._request.set_input_tensor(number, openvino.Tensor(np.array([value], np.float32)))
+        self._request.infer()
+        logits: NDArray[np.float32] = self._request.get_output_tensor(0).data
+        return logits
+
+    def twin(self) -> _Compiled:
+        """Another request: activations belong to the network and are shared."""
+        return _Compiled(self._network)
 
 
 def _normalising(model: Any) -> Any:
