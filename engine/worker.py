@@ -17,7 +17,7 @@ from cellseg_batch.engine import measuring
 from cellseg_batch.engine.backends.backend import Backend
 from cellseg_batch.engine.engines import Choice, Engines
 from cellseg_batch.engine.errors import CellsegError, OutputError, ReadError
-from cellseg_batch.engine.geometry import Block
+from cellseg_batch.engine.geometry import Block, BlockGrid
 from cellseg_batch.engine.instances import compile_kernels
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
@@ -137,9 +137,10 @@ class Worker:
                 slide.journal.record(work.part, number, {**record, "written": written, "seconds": seconds})
 
     def warm_up(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> dict[Block, BlockResult]:
-        """Segment the first tile, so that everything is compiled and its memory can be seen.
+        """Segment a tile, so that everything is compiled and its memory can be seen.
 
-        Returns the result, if there is one, for the case that the first block is this tile alone.
+        It is the one in the middle, where a slide seldom shows nothing.  Returns the result, if there is one, for the
+        case that a block is this tile alone.
         """
         results: dict[Block, BlockResult] = {}
         kind = (
@@ -154,11 +155,11 @@ class Worker:
         with self.engines.turn:
             if kind in self._warm:
                 return results
-            tile = replace(plan.grid, cores=(1, 1))[0]
-            clock = self.clock if tile == plan.grid[0] else StageClock()
+            tile = _middle(replace(plan.grid, cores=(1, 1)))
+            clock = self.clock if tile == _middle(plan.grid) else StageClock()
             load_kernels()
-            with suppress(ReadError):  # a damaged first chunk costs its block, not the slide
-                pixels = reader.read(0, tile.read_box)
+            with suppress(ReadError):  # a damaged chunk costs its block, not the slide
+                pixels = reader.read(tile.plane, tile.read_box)
                 with self._runner(plan, backend, clock) as runner, self.engines.counted(), noting_seconds() as seconds:
                     result = results[tile] = runner.segment(pixels, tile)
                     if plan.instances is not None:
@@ -246,6 +247,11 @@ class Worker:
             return
         with self.engines.feed(backend, plan.shape, plan.slide.dtype) as feed:
             yield Runner(feed, *how, clock, plan.instances)
+
+
+def _middle(grid: BlockGrid) -> Block:
+    rows, columns = grid.grid
+    return grid[(grid.planes // 2 * rows + rows // 2) * columns + columns // 2]
 
 
 def _worker_of_this_process(settings: Settings, choice: Choice, run: str) -> Worker:
