@@ -13,6 +13,7 @@ from cellseg_batch.engine.backends.gate import real_tiles
 from cellseg_batch.engine.background import FLAT, flat_limit
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.normalise import Bounds
+from cellseg_batch.engine.runner import Runner
 from cellseg_batch.kernels import flat_reference
 from cellseg_batch.kernels.flat import is_flat
 from cellseg_batch.trainer.bundle import Normalisation, save_bundle
@@ -103,3 +104,13 @@ def test_an_empty_slide_and_its_probability(segment, watcher, percentile_model, 
     assert report.status == "done"
     assert report.slides[0].skipped_tiles == report.slides[0].tiles - 1
     assert not labels_of(report)[:, watcher.plans[-1].grid.lattice.core[1] :].any()
+
+
+def test_a_slide_with_empty_borders_is_not_warmed_up_in_vain(segment, percentile_model, tmp_path, monkeypatch):
+    pixels = np.full((3, 400, 400), 12, np.uint8)
+    pixels[:, 180:220, 180:220] = blobs(400, 400)[:, 180:220, 180:220]
+    computed, compute = [], Runner.segment
+    monkeypatch.setattr(Runner, "segment", lambda *block: computed.append(1) or compute(*block))
+    report = segment(write_ome_zarr(tmp_path / "slide.zarr", pixels), model=percentile_model, tile=96, block=1)
+    (slide,) = report.slides
+    assert 0 < len(computed) == slide.tiles - slide.skipped_tiles < slide.tiles
