@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from copy import copy
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.storage import LocalStore
+from zarrs import ZarrsCodecPipeline
 
 from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Box
@@ -98,7 +101,14 @@ def _open_level(slide: Slide, level: int) -> Any:
     if slide.format == "tiff":
         return open_tiff_level(slide, level)
     path = "/".join(part for part in (slide.path, slide.levels[level].path) if part)
-    return zarr.open_array(zarr_store(slide.store), path=path, mode="r")
+    array = zarr.open_array(zarr_store(slide.store), path=path, mode="r")
+    if isinstance(array.store, LocalStore) and array.dtype.isnative:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of codecs that zarrs leaves to zarr
+            pipeline = ZarrsCodecPipeline.from_array_metadata_and_store(array.metadata, array.store)
+        # zarr takes it from settings of the whole process, which other threads open other stores by.
+        object.__setattr__(array.async_array, "codec_pipeline", pipeline)
+    return array
 
 
 def _unreadable(slide: Slide, where: str, error: Exception) -> ReadError:

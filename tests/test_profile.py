@@ -14,7 +14,7 @@ import zarr
 from numcodecs.abc import Codec
 from PIL import Image
 from skimage.io import imread
-from zarr.storage import LocalStore
+from zarrs import ZarrsCodecPipeline
 
 from cellseg_batch.engine.backends.torch_backend import TorchBackend
 from cellseg_batch.engine.profile import meter as meters
@@ -74,14 +74,15 @@ def planted(monkeypatch):
 
 def slow_store(monkeypatch, planted, seconds, below):
     """Every chunk of a store below the folder ``below`` takes a while."""
-    get = LocalStore.get
+    read = ZarrsCodecPipeline.read
 
-    async def get_late(self, key, prototype, byte_range=None):
-        if str(self.root).startswith(str(below)) and not key.endswith((".json", ".zarray", ".zattrs", ".zgroup")):
-            planted.spend(seconds)
-        return await get(self, key, prototype, byte_range)
+    async def read_late(self, chunks, out, drop_axes=()):
+        chunks = list(chunks)
+        if str(self.store.root).startswith(str(below)):
+            planted.spend(seconds * len(chunks))
+        await read(self, chunks, out, drop_axes)
 
-    monkeypatch.setattr(LocalStore, "get", get_late)
+    monkeypatch.setattr(ZarrsCodecPipeline, "read", read_late)
 
 
 class SlowCodec(Codec):
