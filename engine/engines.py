@@ -1,4 +1,4 @@
-"""The backends and compiled models of a process: made once, kept, used by one thread at a time, their time counted."""
+"""The backends and compiled models of a process: made once, kept, run one at a time, their time counted."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Engines:
         choice: which backend is to be used.
         chosen: that backend.
         seconds: spent on choosing, compiling and warming up.
-        turn: held by the thread that uses a compiled model.
+        turn: held by the thread that makes or looks for a model.
 
     Raises:
         BackendError: no backend can do what was asked.
@@ -133,6 +133,7 @@ class Engines:
         self._network = bundle if settings.instances or settings.objects else bundle.foreground
         self.seconds = 0.0
         self.turn = threading.RLock()
+        self._running = threading.RLock()
         self._gpus = gpus_of(settings.device)
         self._artefacts = Artefacts()
         with self.counted():
@@ -194,7 +195,7 @@ class Engines:
             if feeds is None:
                 self._make_room(shape)
                 with self.counted():
-                    feeds = _Feeds(Feed(backend, shape, dtype))
+                    feeds = _Feeds(Feed(backend, shape, dtype, self._running))
             self._feeds[key] = feeds  # the last one used comes last
             users = feeds.enter()
         with users as feed:
@@ -246,7 +247,7 @@ class Engines:
             if len(self._probes) >= _MOST_PROBES:
                 self._probes.clear()
             with self.counted():
-                self._probes[key] = Feed(backend, shape, dtype)
+                self._probes[key] = Feed(backend, shape, dtype, self._running)
         return self._probes[key]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import copy
 from typing import Any
 
@@ -26,19 +27,22 @@ class Feed:
         backend: of the network.
         shape: (N, C, T_y, T_x) of every batch.
         dtype: of the pixels that will come.
+        turn: shared with other models, of which only one is to run at a time.
 
     Attributes:
         shape: of every batch.
         model: what was compiled, a `CompiledModel` or a `ByteModel`.
-        turn: held by whoever asks for logits where there are twins, which share it.
+        turn: held while the model runs.
     """
 
-    def __init__(self, backend: Backend, shape: Shape, dtype: DTypeLike) -> None:
+    def __init__(
+        self, backend: Backend, shape: Shape, dtype: DTypeLike, turn: AbstractContextManager[Any] | None = None
+    ) -> None:
         self.shape = shape
         of_bytes = backend.compile_bytes(shape) if np.dtype(dtype) == np.uint8 else None
         self._takes_bytes = of_bytes is not None
         self.model: Callable[..., NDArray[np.float32]] = of_bytes or backend.compile(shape)
-        self.turn = threading.Lock()
+        self.turn = turn or threading.RLock()
         self._make_batch()
 
     def _make_batch(self) -> None:
@@ -60,6 +64,7 @@ class Feed:
         other = copy(self)
         other.model = self.model.twin()
         other._make_batch()
+        other._batch.fill(0)  # so that who looks at the memory now sees it
         return other
 
     def fill(self, pixels: NDArray[Any], rows: NDArray[np.int64], columns: NDArray[np.int64], bounds: Bounds) -> None:
@@ -76,4 +81,5 @@ class Feed:
 
     def logits(self) -> NDArray[np.float32]:
         """Logits (N, K, T_y, T_x) of the batch, valid until the next call."""
-        return self.model(self._batch, *self._constants)
+        with self.turn:
+            return self.model(self._batch, *self._constants)

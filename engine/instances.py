@@ -99,7 +99,9 @@ def compile_kernels(result: BlockResult, block: Block, grid: BlockGrid, rule: In
     frame = reach(rule.steps)
     around = np.pad(codes, frame)
     core = around[frame:-frame, frame:-frame]
-    renumber(codes, np.arange(codes.max() + 1, dtype=np.uint32), core)
+    stored = codes.view()
+    stored.flags.writeable = False  # as the scratch gives them; of another kind than arrays that can be written
+    renumber(stored, np.arange(codes.max() + 1, dtype=np.uint32), core)
     grow(around, rule.steps, codes)
 
 

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 import numpy as np
 
 from cellseg_batch.engine.geometry import BlockGrid
+from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.slides.slide import Slide
 
-# zarr decodes this many chunks of one read at a time (zarr.config async.concurrency).
-_CHUNKS_IN_FLIGHT = 10
+# zarr decodes ten chunks of one read at a time (zarr.config async.concurrency), zarrs one a core.
+_CHUNKS_IN_FLIGHT = max(10, cores())
 # What the event loop of zarr, dask, thread stacks and the allocator's slack add to the blocks themselves.
 RUN_OVERHEAD_BYTES = 96 << 20
 

@@ -19,6 +19,9 @@ from cellseg_batch.engine.slides.pictures import read_picture
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.slides.tiff import open_tiff_level
 
+# Of codecs that zarrs leaves to zarr.
+warnings.filterwarnings("ignore", message="Array is unsupported by ZarrsCodecPipeline")
+
 
 class SlideReader:
     """Reads boxes of a level, as stored, for the chosen channels only.
@@ -69,15 +72,17 @@ class SlideReader:
         rows, columns = box.shifted(self.slide.levels[self.level].origin).slices()
         # Neighbouring channels are one slice, which every store can read; a list of indices is not.
         channels = slice(self.channels[0], self.channels[-1] + 1)
-        index = tuple({"y": rows, "x": columns, "c": channels}.get(axis, place.get(axis)) for axis in axes)
+        index = {"y": rows, "x": columns, "c": channels}
+        # A number in place of a slice would be too much for zarrs.
+        index |= {axis: slice(number, number + 1) for axis, number in place.items()}
         try:
-            pixels = np.asarray(self.array[index])
+            pixels = np.asarray(self.array[tuple(index[axis] for axis in axes)])
         except Exception as error:
             raise _unreadable(
                 self.slide, f"plane {plane}, rows {box.y0}-{box.y1}, columns {box.x0}-{box.x1}", error
             ) from error
-        pixels = _computable(pixels)
         kept = [axis for axis in axes if axis in "cyx"]
+        pixels = _computable(pixels).reshape([pixels.shape[axes.index(axis)] for axis in kept])
         if "c" not in kept:
             return pixels.transpose([kept.index(axis) for axis in "yx"])[None]
         return pixels.transpose([kept.index(axis) for axis in "cyx"])
@@ -102,10 +107,8 @@ def _open_level(slide: Slide, level: int) -> Any:
         return open_tiff_level(slide, level)
     path = "/".join(part for part in (slide.path, slide.levels[level].path) if part)
     array = zarr.open_array(zarr_store(slide.store), path=path, mode="r")
-    if isinstance(array.store, LocalStore) and array.dtype.isnative:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of codecs that zarrs leaves to zarr
-            pipeline = ZarrsCodecPipeline.from_array_metadata_and_store(array.metadata, array.store)
+    if isinstance(array.store, LocalStore) and array.dtype.isnative and array.order == "C":
+        pipeline = ZarrsCodecPipeline.from_array_metadata_and_store(array.metadata, array.store)
         # zarr takes it from settings of the whole process, which other threads open other stores by.
         object.__setattr__(array.async_array, "codec_pipeline", pipeline)
     return array

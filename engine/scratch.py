@@ -21,7 +21,7 @@ import numpy as np
 from numcodecs import Blosc
 from numpy.typing import DTypeLike, NDArray
 
-from cellseg_batch.engine.errors import writing_to
+from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.files import numbered, remove_tree, whole_file
 from cellseg_batch.engine.geometry import Block, Box
 
@@ -79,7 +79,7 @@ class Scratch:
             OutputError: they cannot be read.
         """
         pieces = self._pieces(block)
-        with writing_to(self._folder, "a scratch"):
+        try:
             content = memoryview(self._path(block).read_bytes())
             sizes = np.frombuffer(content, np.int64, len(pieces))
             stops = sizes.nbytes + np.cumsum(sizes)
@@ -88,7 +88,15 @@ class Scratch:
                 wanted = place.within(box)
                 if wanted.area:
                     pixels = np.frombuffer(_CODEC.decode(content[start:stop]), self._dtype).reshape(piece.shape)
-                    yield wanted, pixels[wanted.seen_from(place).slices()]
+                    yield wanted, np.ascontiguousarray(pixels[wanted.seen_from(place).slices()])
+        except Exception as error:  # Blosc fails in ways of its own
+            raise OutputError(
+                str(self._path(block)),
+                expected="what an earlier task of this run has put there",
+                found=f"{type(error).__name__}: {error}",
+                cause="files between two passes were removed or damaged",
+                remedy="begin this image anew with --overwrite",
+            ) from error
 
     def exists(self) -> bool:
         """Whether it has been made and not been removed."""

@@ -166,8 +166,9 @@ class Worker:
                         compile_kernels(result, tile, plan.grid, plan.instances)
                     if plan.objects:
                         measuring.compile_kernels(reader.of_channels(measuring.measured_channels(plan.slide)))
-                # The tile is part of the run, only what came before it and after it is not.
-                self.engines.seconds -= seconds.get("model", 0.0)
+                if isinstance(runner, Runner):  # on a GPU kernels are compiled while it runs
+                    # The tile is part of the run, only what came before it and after it is not.
+                    self.engines.seconds -= seconds.get("model", 0.0)
             now = resident_bytes() + RUN_OVERHEAD_BYTES - self._room.taken
             self.held = max(self.held, now, 0 if self._warm else peak_resident_bytes())
             self._warm.add(kind)

@@ -1,5 +1,6 @@
 """The two ways into a network, bytes and normalised pixels, give the same logits."""
 
+import time
 from queue import Empty, SimpleQueue
 from threading import Thread
 
@@ -83,3 +84,72 @@ def test_two_threads_feed_one_model_and_a_third_one_waits(tiny_bundle):
                 given.get(timeout=0.1)
         assert given.get(timeout=10) is other
     thread.join()
+
+
+class Counting:
+    """A backend that counts what it compiles and how many of its models ever ran at once."""
+
+    def __init__(self):
+        self.compiled, self.running, self.most = [], 0, 0
+
+    def compile_bytes(self, shape):
+        return None
+
+    def compile(self, shape):
+        self.compiled.append(shape)
+        return CountingModel(self)
+
+
+class CountingModel:
+    def __init__(self, backend):
+        self.backend = backend
+
+    def twin(self):
+        return CountingModel(self.backend)
+
+    def __call__(self, batch):
+        self.backend.running += 1
+        self.backend.most = max(self.backend.most, self.backend.running)
+        time.sleep(0.002)
+        self.backend.running -= 1
+        return batch
+
+
+def engines_without_models(bundle):
+    settings = Settings(backend="torch", precision="fp32", gate=False, threads=1)
+    return Engines(bundle, settings, choice=Choice("torch", "fp32", None))
+
+
+def test_models_of_all_shapes_run_one_at_a_time(tiny_bundle):
+    backend, engines = Counting(), engines_without_models(tiny_bundle)
+
+    def compute(side):
+        for _ in range(10):
+            with engines.feed(backend, (1, 3, side, side), "uint8") as feed:
+                feed.logits()
+
+    threads = [Thread(target=compute, args=(side,)) for side in (32, 32, 64, 64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert backend.most == 1
+    assert sorted(backend.compiled) == [(1, 3, 32, 32), (1, 3, 64, 64)]
+
+
+def test_a_model_in_use_is_kept_and_an_idle_one_makes_room(tiny_bundle):
+    backend, engines = Counting(), engines_without_models(tiny_bundle)
+    large, other = (1, 3, 2048, 2048), (1, 3, 2048, 1024)
+    with engines.feed(backend, large, "uint8") as feed:
+        with engines.feed(backend, other, "uint8"):
+            pass
+        with engines.feed(backend, large, "uint8") as twin:
+            assert twin is not feed
+    with engines.feed(backend, other, "uint8"):
+        pass
+    assert backend.compiled == [large, other]
+    with engines.feed(backend, (1, 3, 1024, 2048), "uint8"):
+        pass
+    with engines.feed(backend, large, "uint8"):
+        pass
+    assert backend.compiled == [large, other, (1, 3, 1024, 2048), large]

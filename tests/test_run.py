@@ -309,6 +309,7 @@ def test_the_report_as_json(slide, command, tiny_model, tmp_path):
     run = "status seconds mpx_per_s engine_mpx_per_s backend precision tile margin batch block workers peak_rss_bytes"
     slides = "path labels shape level pixel_size_um blocks tiles foreground_fraction objects status reason"
     assert {*run.split(), "stages", "compile_seconds"} <= {*report}
+    assert 0 < report["starting_seconds"] < report["seconds"]
     assert {*slides.split()} <= {*report["slides"][0]}
     assert report["stages"]["model"] > 0
     assert "Mpx/s" in output

@@ -9,6 +9,7 @@ import pytest
 import tifffile
 import zarr
 from PIL import Image
+from zarr.core.codec_pipeline import BatchedCodecPipeline
 
 from cellseg_batch.engine.errors import NoImageError, SlideError
 from cellseg_batch.engine.geometry import Box
@@ -20,7 +21,7 @@ from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.slide import Broken
 from cellseg_batch.kernels.gather import gather
 from cellseg_batch.trainer.bundle import Normalisation
-from tests.conftest import fill_ome_zarr, write_ome_zarr
+from tests.conftest import blobs, fill_ome_zarr, write_ome_zarr
 
 
 def coordinates(axes, shape, dtype="uint16"):
@@ -397,3 +398,25 @@ def test_large_slides_without_a_pyramid_are_sampled_evenly(tmp_path):
     array[:3000] = 200
     bounds = settle_bounds(only(tmp_path / "a.zarr"), (0,), 0, Normalisation("percentile", 10, 90))
     assert (bounds.low, bounds.high) == (0, 200)
+
+
+@pytest.mark.parametrize("axes", ["tczyx", "zyx", "cyx"])
+def test_local_chunks_are_decoded_by_zarrs(tmp_path, axes, monkeypatch):
+    shape = [{"t": 2, "c": 3, "z": 2}.get(axis, 150) for axis in axes]
+    pixels = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+    (slide,) = find_images(write_ome_zarr(tmp_path / "a.zarr", pixels, axes))
+    monkeypatch.setattr(BatchedCodecPipeline, "read", None)
+    last = {axis: -1 for axis in axes if axis in "tz"}
+    expected = pixels[tuple(last.get(axis, slice(None)) for axis in axes)].reshape(-1, 150, 150)[:, 10:140, 5:130]
+    with SlideReader(slide, 0, tuple(range(slide.extent("c", 0)))) as reader:
+        np.testing.assert_array_equal(reader.read(slide.planes(0) - 1, Box(10, 5, 140, 130)), expected)
+
+
+def test_arrays_in_the_order_of_columns_are_read_too(tmp_path):
+    pixels = blobs(150, 130)
+    path = write_ome_zarr(tmp_path / "a.zarr", pixels, version="0.4", levels=1)
+    array = zarr.create_array(path / "0", data=pixels, chunks=(1, 64, 64), zarr_format=2, order="F", overwrite=True)
+    assert array.order == "F"
+    (slide,) = find_images(path)
+    with SlideReader(slide, 0, (0, 1, 2)) as reader:
+        np.testing.assert_array_equal(reader.read(0, Box(10, 5, 140, 130)), pixels[:, 10:140, 5:130])

@@ -101,8 +101,10 @@ class _Compiled:
         return logits
 
     def twin(self) -> _Compiled:
-        """Another request: activations belong to the network and are shared."""
-        return _Compiled(self._network)
+        """Another request: activations belong to the network and are shared, logits are its own."""
+        other = _Compiled(self._network)
+        other._request.get_output_tensor(0).data.fill(0)  # so that who looks at the memory now sees them
+        return other
 
 
 def _normalising(model: Any) -> Any:

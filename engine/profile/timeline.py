@@ -19,7 +19,7 @@ _HOST = ("read", "upload", "seeds", "growth", "measure", "write", "pyramid", IDL
 
 
 def on_device(stage: str) -> bool:
-    """Whether a stage keeps the device: one block at a time passes through these."""
+    """Whether a stage is on a block's way through the device: of these, blocks overlap in next to nothing."""
     return stage not in _HOST
 
 
