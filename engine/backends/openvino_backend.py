@@ -35,7 +35,7 @@ _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
 _FILE = "model.xml"
 # How networks are made; those made in another way are not used.
 _RECIPE = "upsampling folded"
-_INT8_RECIPE = "smoothed, first and last two convolutions in floats"
+_INT8_RECIPE = "smoothed by half, first and last two convolutions in floats"
 _LARGEST_BATCH = 64
 _LARGEST_SIDE = 1 << 16
 
@@ -168,7 +168,7 @@ def _quantise(model: Any, tiles: NDArray[np.float32]) -> Any:
     """The network in int8, calibrated on ``tiles`` (N, C, H, W); its first and last two convolutions stay in floats.
 
     Large activations of single channels are moved into the weights beforehand (Xiao et al. 2022, arXiv:2211.10438), and
-    values that one pixel in 100,000 exceeds are clipped.  NNCF's correction of biases made it worse: means over tiles
+    values that one in a million exceeds are clipped.  NNCF's correction of biases made it worse: means over tiles
     that are mostly background say little of nuclei.
     """
     import nncf
@@ -186,7 +186,7 @@ def _quantise(model: Any, tiles: NDArray[np.float32]) -> Any:
         if node.get_type_name() in ("Convolution", "ConvolutionBackpropData", "GroupConvolution")
     ]
     outliers = StatisticsCollectorParameters(
-        statistics_type=StatisticsType.QUANTILE, aggregator_type=AggregatorType.MEAN, quantile_outlier_prob=1e-5
+        statistics_type=StatisticsType.QUANTILE, aggregator_type=AggregatorType.MEAN, quantile_outlier_prob=1e-6
     )
     # It logs its progress at length, and warns of its own dependencies.
     nncf.set_log_level(logging.ERROR)
@@ -202,6 +202,6 @@ def _quantise(model: Any, tiles: NDArray[np.float32]) -> Any:
             advanced_parameters=nncf.AdvancedQuantizationParameters(
                 disable_bias_correction=True,
                 activations_range_estimator_params=RangeEstimatorParameters(min=outliers, max=outliers),
-                smooth_quant_alphas=AdvancedSmoothQuantParameters(convolution=0.7, matmul=-1),
+                smooth_quant_alphas=AdvancedSmoothQuantParameters(convolution=0.5, matmul=-1),
             ),
         )
