@@ -54,8 +54,10 @@ def kill(child, whole, draw):
         if workers and not whole:
             draw.choice(workers).kill()
             return
-        for one in [*workers, psutil.Process(child.pid)]:
-            one.kill()
+        for one in workers:
+            with suppress(psutil.NoSuchProcess):  # killed just before
+                one.kill()
+        psutil.Process(child.pid).kill()
     child.join()
 
 
