@@ -89,10 +89,9 @@ def measure(slide: Path, folder: Path, rounds: int, slow_rounds: int) -> list[di
                 print(f"round {turn + 1}: {name} {figures['seconds']:.1f} s", flush=True)
         for name, precision in _OURS.items():
             report = segment(slide, folder / "ours", *engine_flags(precision))
-            model = report["stages"]["model"]
             seconds = report["seconds"] - report["starting_seconds"]
-            figures = {"seconds": seconds, "wall": report["wall"], "peak_mb": report["peak_mb"]}
-            times[name].append({**figures, "model_seconds": model})
+            figures = {"seconds": seconds, "model_seconds": report["stages"]["model"]}
+            times[name].append(figures | {key: report[key] for key in ("wall", "peak_mb")})
             print(f"round {turn + 1}: {name} {seconds:.1f} s", flush=True)
     megapixels = untiled.size / 1e6
     base = median(one["seconds"] for one in times.get(_BASE, times["cellseg-batch, fp32"]))

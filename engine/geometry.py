@@ -25,6 +25,8 @@ from cellseg_batch.engine.errors import UsageError
 
 # How much more than the least a lattice may compute for the sake of squarer tiles.
 _SLACK = 1.025
+# Side in px that a chunk of an output has nearly.
+_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -292,7 +294,7 @@ def lay_blocks(lattice: Lattice, block: int, planes: int = 1, ring: int = 0) -> 
     return BlockGrid(lattice, (rounded(0), rounded(1)), planes, ring)
 
 
-def chunk_side(core: int, target: int = 512) -> int:
-    """Side of a chunk in px: the divisor of a core's side that is nearest to ``target``."""
+def chunk_side(core: int) -> int:
+    """Side of a chunk in px: the divisor of a core's side that is nearest to 512."""
     divisors = [core // parts for parts in range(1, core + 1) if core % parts == 0]
-    return min(divisors, key=lambda side: (abs(side - target), side))
+    return min(divisors, key=lambda side: (abs(side - _CHUNK), side))

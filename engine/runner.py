@@ -112,13 +112,13 @@ class Runner:
         with self._clock.stage("gather"):
             rows, columns = source_tables(batch, self._lattice.shape, read_box)
             self._feed.fill(pixels, rows, columns, self._bounds)
-        with self._feed.turn, self._clock.stage("model"):
+        with self._feed.turn, self._clock.stage("model"):  # waiting for its turn is no work of the model
             return self._feed.logits()
 
 
 @cache
 def load_kernels() -> None:
-    """Have the kernels loaded meanwhile, once: their first call takes Numba a quarter of a second."""
+    """Have Numba's first call made meanwhile, once: it takes a quarter of a second."""
     tile = np.zeros((1, 1, 1, 1), np.float32), np.zeros((1, 6), np.int64), 0.0, np.zeros((1, 1), np.uint8)
     threading.Thread(target=stitch.stitch_mask, args=tile, daemon=True).start()
 

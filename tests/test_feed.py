@@ -18,10 +18,15 @@ from cellseg_batch.engine.settings import Settings
 from tests.conftest import blobs
 
 
-def logits_of(feed, pixels, bounds):
-    """Logits of two tiles that lie over the edges of ``pixels``, copied."""
+def fill(feed, pixels, bounds):
+    """Put two tiles that lie over the edges of ``pixels`` into the batch."""
     rows, columns = (np.stack([reflect(-9, 55, n), reflect(n - 50, n + 14, n)]) for n in pixels.shape[1:])
     feed.fill(pixels, rows, columns, bounds)
+
+
+def logits_of(feed, pixels, bounds):
+    """Logits of these tiles, copied."""
+    fill(feed, pixels, bounds)
     return feed.logits().copy()
 
 
@@ -53,9 +58,8 @@ def test_a_twin_has_a_batch_and_logits_of_its_own(tiny_bundle):
     one, other, bounds = blobs(70, 90), 255 - blobs(70, 90), Bounds(0.0, 255.0)
     expected = logits_of(feed, one, bounds)
     assert (logits_of(feed, other, bounds) != expected).any()
-    rows, columns = (np.stack([reflect(-9, 55, n), reflect(n - 50, n + 14, n)]) for n in one.shape[1:])
-    feed.fill(one, rows, columns, bounds)
-    twin.fill(other, rows, columns, bounds)
+    fill(feed, one, bounds)
+    fill(twin, other, bounds)
     kept = feed.logits()
     twin.logits()
     np.testing.assert_array_equal(kept, expected)
