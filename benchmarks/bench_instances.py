@@ -2,6 +2,8 @@
 
 python benchmarks/bench_instances.py PART... --data FOLDER [--side 8192] [--precision bf16] [--rounds 5]
 
+    val    the validation images through convert and run, fp32, against the trainer's evaluation of the same model, and
+           the share of objects that scikit-image's watershed of the same logits makes alike (IoU above 0.9)
     truth  slides of held-out pictures of each kind: F1 at IoU 0.5 and the competition metric, over nuclei that do not
            touch the border of a picture, where they are cut
     same   labels of blocks of 1024, 2048, 4096 px and 1 and 4 in flight against those of the slide in one block; its
@@ -12,6 +14,7 @@ python benchmarks/bench_instances.py PART... --data FOLDER [--side 8192] [--prec
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,18 +23,53 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
-from common import engine_flags, pieces_of, row, save, segment, work_folder
+from common import engine_flags, finish, pieces_of, row, save, segment, work_folder
 from numpy.typing import NDArray
 from skimage.measure import regionprops_table
+from skimage.segmentation import relabel_sequential
 
 from cellseg_batch.engine.bench.slides import PATTERN, Form, write_slide
-from cellseg_batch.trainer.metrics import IOU_THRESHOLDS
+from cellseg_batch.engine.models import build_torch_network, load_model
+from cellseg_batch.trainer.bundle import Normalisation
+from cellseg_batch.trainer.data.dataset import load_dataset
+from cellseg_batch.trainer.decode import decode_instances
+from cellseg_batch.trainer.evaluate import evaluate, predict_sample, summarise
+from cellseg_batch.trainer.metrics import IOU_THRESHOLDS, average_precisions, instance_overlaps, matches
 
+_ALIKE = 0.9  # intersection over union
 _KINDS = ("fluo_small", "fluo_large", "tissue")
 _OBJECTS = ["--instances", "--objects"]
 # Blocks are whole tile cores, so the tiles have to be small ones.
 _TILE = ["--tile", "640"]
 Labels = NDArray[np.unsignedinteger[Any]]
+
+
+def val(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    bundle = load_model("nuclei")
+    network = build_torch_network(bundle)
+    samples = {one.name: one for one in load_dataset(arguments.data, Normalisation(), only=("val",)).splits["val"]}
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    for name in samples:
+        (pictures / f"{name}.png").symlink_to((arguments.data / "images" / f"{name}.png").resolve())
+    images = folder / "images.zarr"
+    finish([sys.executable, "-m", "cellseg_batch.engine.cli", "convert", str(pictures), str(images)])
+    report = segment(images, folder / "val", *engine_flags("fp32"), "--instances", keep=True, shrink=True)
+    precisions, alike, objects = [], 0, 0
+    for number, slide in enumerate(report["slides"]):
+        found, sample = labels_of(report, number), samples[Path(slide["path"]).stem]
+        precisions.append(average_precisions(instance_overlaps(found, relabel_sequential(sample.labels)[0]).ious))
+        shrink, logits = predict_sample(network, sample, bundle)
+        grown = decode_instances(logits, bundle.card.threshold, bundle.card.instances, shrink)
+        alike += matches(instance_overlaps(found, relabel_sequential(grown)[0]).ious, _ALIKE)[0]
+        objects += slide["objects"]
+    evaluated = summarise(evaluate(bundle, network, samples.values()))
+    engine = {"metric": float(np.mean(precisions)), "ap_50": float(np.mean(precisions, axis=0)[0])}
+    trainer = {"metric": evaluated.competition, "ap_50": evaluated.ap[0]}
+    return [
+        row("run", [report["mpx_per_s"]], **engine, objects=objects, alike=alike),
+        row("evaluate", [evaluated.mpx_per_s], **trainer),
+    ]
 
 
 def truth(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -125,8 +163,8 @@ def worst_difference(table: pa.Table, labels: Labels, pixels: NDArray[Any]) -> f
     )
 
 
-def labels_of(report: dict[str, Any]) -> Labels:
-    return np.asarray(zarr.open_array(f"{report['slides'][0]['labels']}/0", mode="r")[...])
+def labels_of(report: dict[str, Any], slide: int = 0) -> Labels:
+    return np.asarray(zarr.open_array(f"{report['slides'][slide]['labels']}/0", mode="r")[...])
 
 
 def table_of(report: dict[str, Any]) -> pa.Table:
@@ -157,20 +195,20 @@ def cost(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-PARTS = {part.__name__: part for part in (truth, same, cost)}
+PARTS = {part.__name__: part for part in (val, truth, same, cost)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART")
-    parser.add_argument("--data", type=Path, help="folder of annotated images; truth needs it")
+    parser.add_argument("--data", type=Path, help="folder of annotated images; val and truth need it")
     parser.add_argument("--side", type=int, default=8192, help="of the slides in px")
     parser.add_argument("--precision", default="bf16", help="of truth and same")
     parser.add_argument("--rounds", type=int, default=5, help="of cost")
     parser.add_argument("--folder", type=Path, help="keep slides and labels here")
     arguments = parser.parse_args()
-    if "truth" in arguments.parts and arguments.data is None:
-        parser.error("truth needs --data")
+    if arguments.data is None and not {"val", "truth"}.isdisjoint(arguments.parts):
+        parser.error("val and truth need --data")
     with work_folder(arguments.folder) as folder:
         for name in arguments.parts:
             save(f"instances_{name}", PARTS[name](arguments, folder), side=arguments.side)

@@ -73,10 +73,11 @@ def _masks(plan: SlidePlan, engines: Engines, factor: int, reader: SlideReader) 
     """The masks of some windows, at the size of the image shrunk by ``factor``."""
     backend = engines.shrunk(engines.chosen, factor)
     stride = engines.bundle.card.total_stride * factor
-    height, width = (min(_WINDOW // stride, -(-length // stride)) * stride for length in plan.grid.lattice.shape)
+    windows = spread_windows(plan.grid.lattice.shape)
+    height, width = (min(_WINDOW // stride, -(-length // stride)) * stride for length in windows[0].shape)
     shape = (1, plan.shape[1], height, width)
     limit = logit_threshold(plan.threshold)
-    for plane, box in product((plan.grid.planes // 2,), _windows(plan.grid.lattice.shape)):
+    for plane, box in product((plan.grid.planes // 2,), windows):
         try:
             pixels = reader.read(plane, box)
         except ReadError:  # a damaged chunk costs its block, not the slide
@@ -89,11 +90,12 @@ def _masks(plan: SlidePlan, engines: Engines, factor: int, reader: SlideReader) 
         yield mask
 
 
-def _windows(shape: tuple[int, int]) -> list[Box]:
-    """Windows spread evenly over a plane."""
-    starts = []
+def spread_windows(shape: tuple[int, int]) -> list[Box]:
+    """Equal windows spread evenly over a plane, which share no more than a row: every object weighs once."""
+    sides, starts = [], []
     for length in shape:
         count = min(_WINDOWS, -(-length // _WINDOW))
-        starts.append(sorted({round(i) for i in np.linspace(0, max(0, length - _WINDOW), count)}))
-    height, width = shape
-    return [Box(y, x, min(y + _WINDOW, height), min(x + _WINDOW, width)) for y, x in product(*starts)]
+        side = min(_WINDOW, -(-length // count))
+        sides.append(side)
+        starts.append([round(i) for i in np.linspace(0, length - side, count)])
+    return [Box(y, x, y + sides[0], x + sides[1]) for y, x in product(*starts)]

@@ -7,6 +7,7 @@ import pytest
 
 from cellseg_batch.engine.seams import prove_seams
 from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.working_scale import spread_windows
 from cellseg_batch.trainer.bundle import load_bundle, save_bundle
 from cellseg_batch.trainer.scale import measure_objects, pick_shrink
 from tests.conftest import blobs, labels_of, write_ome_zarr
@@ -23,6 +24,16 @@ def test_the_width_of_disks_is_their_diameter(radius):
     found = measure_objects([disks(21 * radius, radius)] * 2)
     assert found.width == pytest.approx(2 * radius, rel=0.1)
     assert found.share == pytest.approx(np.pi / 9, rel=0.1)
+
+
+@pytest.mark.parametrize("shape", [(300, 1024), (603, 1272), (1500, 2049), (3072, 9001)])
+def test_every_object_weighs_once_and_a_small_plane_is_seen_whole(shape):
+    seen = np.zeros(shape, int)
+    for window in spread_windows(shape):
+        assert max(window.shape) <= 1024
+        seen[window.y0 : window.y1, window.x0 : window.x1] += 1
+    assert np.count_nonzero(seen > 1) <= 2 * sum(shape)
+    assert max(shape) > 3072 or np.all(seen)
 
 
 def test_nothing_has_no_width():

@@ -100,11 +100,11 @@ def evaluate(bundle: Bundle, network: nn.Module, samples: Iterable[Sample]) -> l
         network: built from it.
         samples: annotated images.
     """
-    limit = float(np.log(bundle.card.threshold / (1 - bundle.card.threshold)))
+    limit = _limit(bundle)
     scores = []
     for sample in samples:
         start = time.perf_counter()
-        shrink, logits = _show(network, sample, bundle, limit)
+        shrink, logits = predict_sample(network, sample, bundle)
         seconds = time.perf_counter() - start
         truth = relabel_sequential(sample.labels)[0]
         decoded = decode_instances(logits, bundle.card.threshold, bundle.card.instances, shrink)
@@ -128,8 +128,9 @@ def evaluate(bundle: Bundle, network: nn.Module, samples: Iterable[Sample]) -> l
     return scores
 
 
-def _show(network: nn.Module, sample: Sample, bundle: Bundle, limit: float) -> tuple[int, NDArray[np.float32]]:
-    """By how much the sample is shrunk for the network, and its logits then; none are computed twice."""
+def predict_sample(network: nn.Module, sample: Sample, bundle: Bundle) -> tuple[int, NDArray[np.float32]]:
+    """By how much a sample is shrunk for ``network``, as the bundle's card wants it, and its logits (K, H, W) then."""
+    limit = _limit(bundle)
 
     @cache
     def logits_at(factor: int) -> NDArray[np.float32]:
@@ -142,6 +143,11 @@ def _show(network: nn.Module, sample: Sample, bundle: Bundle, limit: float) -> t
 
     shrink = pick_shrink(bundle.card.shrink, masks_at)
     return shrink, logits_at(shrink)
+
+
+def _limit(bundle: Bundle) -> float:
+    """The logit above which a pixel is foreground."""
+    return float(np.log(bundle.card.threshold / (1 - bundle.card.threshold)))
 
 
 def summarise(scores: Sequence[ImageScore]) -> Summary:
