@@ -47,7 +47,7 @@ def finish(command: list[str], **environment: str) -> Finished:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: exit {process.returncode}\n{output[-2000:]}")
-    return Finished(seconds, usage.ru_maxrss / 1000, output)
+    return Finished(seconds, 1.024e-3 * usage.ru_maxrss, output)
 
 
 def segment(slide: Path, out: Path, *flags: str, keep: bool = False, shrink: bool = False) -> dict[str, Any]:
