@@ -84,7 +84,7 @@ def measure(slide: Path, folder: Path, rounds: int, slow_rounds: int) -> list[di
                 command = [sys.executable, str(Path(__file__).with_name("peers.py"))]
                 done = finish([*command, engine, str(slide), str(out), *low_high], **environment)
                 figures = json.loads(done.output.strip().splitlines()[-1])
-                times[name].append({**figures, "wall": done.seconds, "peak_mb": done.peak_mb})
+                times[name].append({**figures, "wall": done.seconds})
                 masks[name] = np.asarray(zarr.open_array(str(out), mode="r")[...]) > 0
                 print(f"round {turn + 1}: {name} {figures['seconds']:.1f} s", flush=True)
         for name, precision in _OURS.items():

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cellseg_batch.engine.backends.folding import fold_batch_norm
+from cellseg_batch.engine.machine import peak_resident_bytes
 from cellseg_batch.engine.models import build_torch_network, load_model
 from cellseg_batch.kernels.stitch import logit_threshold
 
@@ -103,7 +104,9 @@ def main() -> None:
     bounds = float(low), float(high)
     watched = Stopwatch(bf16_predictor() if engine == "monai-bf16" else plain_predictor())
     run = map_overlap if engine == "map-overlap" else sliding_window
-    print(json.dumps({"seconds": run(slide, out, bounds, watched), "model_seconds": watched.seconds}))
+    seconds = run(slide, out, bounds, watched)
+    peak = peak_resident_bytes() / 1e6
+    print(json.dumps({"seconds": seconds, "model_seconds": watched.seconds, "peak_mb": peak}))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.artefacts import Artefacts, Key
-from cellseg_batch.engine.backends.backend import Backend, Shape
+from cellseg_batch.engine.backends.backend import MAKING, Backend, Shape
 from cellseg_batch.engine.backends.choose import KINDS, REFERENCE, candidates, make_backend, why_not
 from cellseg_batch.engine.backends.gate import TILE, Parity, limits_of, logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.certificate import Candidate, Certificate, Request
@@ -205,6 +205,7 @@ def _key(request: Request, bundle: Bundle) -> Key:
     raced = {name: value for name, value in asdict(request).items() if name != "model"}
     return {
         "what": "race",
+        "making": MAKING,
         "holds": list(Certificate.__dataclass_fields__),
         "model": bundle.card.name,
         "sha256": bundle.sha256,

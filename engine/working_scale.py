@@ -86,7 +86,8 @@ def _masks(plan: SlidePlan, engines: Engines, factor: int, reader: SlideReader) 
         with engines.turn:
             feed = engines.probe(backend, shape, pixels.dtype)
             feed.fill(pixels, rows, columns, plan.bounds)
-            mask = feed.logits()[0, 0, factor // 2 :: factor, factor // 2 :: factor] > limit
+            logits = feed.logits()[0, 0, : box.shape[0], : box.shape[1]]
+            mask = logits[factor // 2 :: factor, factor // 2 :: factor] > limit
         yield mask
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.artefacts import Artefacts
-from cellseg_batch.engine.backends.backend import ByteModel, CompiledModel, Shape
+from cellseg_batch.engine.backends.backend import MAKING, ByteModel, CompiledModel, Shape
 from cellseg_batch.engine.backends.gate import real_tiles
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.trainer.bundle import Bundle
@@ -33,9 +33,6 @@ from openvino import opset13 as op  # noqa: E402
 # A quantised network's other layers run in the fastest native precision.
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
 _FILE = "model.xml"
-# How networks are made; those made in another way are not used.
-_RECIPE = "upsampling folded"
-_INT8_RECIPE = "equalised by 0.7, weights rounded with compensation, first and last convolution in floats"
 _LARGEST_BATCH = 64
 _LARGEST_SIDE = 1 << 16
 
@@ -131,14 +128,16 @@ def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
         "what": "openvino network",
         "model": bundle.card.name,
         "sha256": bundle.sha256,
-        "recipe": _RECIPE,
-        "quantised": _INT8_RECIPE if quantised else "",
+        "making": MAKING,
+        "quantised": quantised,
         "versions": {package: version(package) for package in packages},
     }
 
     def make(folder: Path) -> None:
         if quantised:
-            tiles = real_tiles("calibration", bundle.card.channels)
+            # A network that shrinks what it is shown is to see in it what the others do.
+            factor = int(bundle.card.architecture.get("factor", 1))
+            tiles = real_tiles("calibration", bundle.card.channels).repeat(factor, 2).repeat(factor, 3)
             model = _quantise(_convert(bundle, tiles), tiles)
         else:
             model = _convert(bundle)
