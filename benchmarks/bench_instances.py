@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
-from common import engine_flags, finish, pieces_of, row, save, segment, work_folder
+from common import COMMAND, engine_flags, finish, pieces_of, row, save, segment, work_folder
 from numpy.typing import NDArray
 from skimage.measure import regionprops_table
 from skimage.segmentation import relabel_sequential
@@ -54,7 +53,7 @@ def val(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     for name in samples:
         shutil.copy(arguments.data / "images" / f"{name}.png", pictures)
     images = folder / "images.zarr"
-    finish([sys.executable, "-m", "cellseg_batch.engine.cli", "convert", str(pictures), str(images)])
+    finish([*COMMAND, "convert", str(pictures), str(images)])
     report = segment(images, folder / "val", *engine_flags("fp32"), "--instances", keep=True, shrink=True)
     precisions, alike, objects = [], 0, 0
     for number, slide in enumerate(report["slides"]):

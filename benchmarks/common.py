@@ -24,6 +24,7 @@ from cellseg_batch.engine.bench.slides import Pieces, shipped_pieces
 from cellseg_batch.trainer.data.dataset import list_entries
 
 RESULTS = Path(__file__).parent / "results"
+COMMAND = [sys.executable, "-m", "cellseg_batch.engine.cli"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def segment(slide: Path, out: Path, *flags: str, keep: bool = False, shrink: boo
     report = out.with_suffix(".json")
     usual = ["--output", str(out), "--json", str(report), "--quiet", "--skip-background", "off"]
     usual += [] if shrink else ["--shrink", "1"]
-    done = finish([sys.executable, "-m", "cellseg_batch.engine.cli", "run", str(slide), *usual, *flags])
+    done = finish([*COMMAND, "run", str(slide), *usual, *flags])
     if not keep:
         shutil.rmtree(out)
     told = json.loads(report.read_text())

@@ -77,9 +77,9 @@ def _masks(plan: SlidePlan, engines: Engines, factor: int, reader: SlideReader) 
     height, width = (min(_WINDOW // stride, -(-length // stride)) * stride for length in windows[0].shape)
     shape = (1, plan.shape[1], height, width)
     limit = logit_threshold(plan.threshold)
-    for plane, box in product((plan.grid.planes // 2,), windows):
+    for box in windows:
         try:
-            pixels = reader.read(plane, box)
+            pixels = reader.read(plan.grid.planes // 2, box)
         except ReadError:  # a damaged chunk costs its block, not the slide
             continue
         rows, columns = (reflect(0, side, length)[None] for side, length in zip(shape[2:], box.shape, strict=True))
