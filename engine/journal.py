@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,15 @@ class Journal:
         """POSIX time at which each item of ``part`` came to be on disk, in no particular order."""
         return list(written_at(self.folder / part, "*/*.json"))
 
-    def missing(self, part: str, count: int) -> Iterator[int]:
-        """Numbers below ``count`` of the items of ``part`` that are not on disk, looked up as they are asked for."""
-        for first in range(0, count, BUCKET):
-            bucket = self.folder / part / str(first // BUCKET)
-            done = {int(path.stem) for path in bucket.glob("*.json")}
-            yield from (number for number in range(first, min(first + BUCKET, count)) if number not in done)
+    def missing(self, part: str, count: int, first: int = 0) -> Iterator[int]:
+        """Numbers below ``count`` of the items of ``part`` that are not on disk, looked up as they are asked for.
+
+        From ``first`` on, and then those before it.
+        """
+        for span in (range(first, count), range(first)):
+            for bucket, numbers in groupby(span, lambda number: number // BUCKET):
+                done = {int(path.stem) for path in (self.folder / part / str(bucket)).glob("*.json")}
+                yield from (number for number in numbers if number not in done)
 
     def finished(self) -> dict[str, Any] | None:
         """The closing record, None while the output is incomplete."""

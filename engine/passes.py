@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cellseg_batch.engine.geometry import Block
+from cellseg_batch.engine.geometry import Block, BlockGrid
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.layout import lay_out
 from cellseg_batch.engine.plan import SlidePlan
@@ -64,12 +64,14 @@ class Pass:
         part: of the journal, one record per finished task.
         count: number of tasks.
         task: does task ``number`` and returns its record.
+        first: task to begin with.
         scratch: whether its tasks need the scratch, if the slide has one.
     """
 
     part: str
     count: int
     task: Callable[[OpenSlide, int], Record]
+    first: int = 0
     scratch: bool = True
 
 
@@ -87,3 +89,9 @@ def scratch_of(plan: SlidePlan) -> tuple[Scratch | None, Scratch | None]:
     journal = plan.place.journal
     codes = Scratch(journal, "codes", np.uint32, plan.frame) if plan.frame is not None else None
     return codes, Scratch(journal, "certainty", np.uint8, frame=0) if plan.objects else None
+
+
+def middle_of(grid: BlockGrid) -> int:
+    """Number of the block in the middle, where a slide seldom shows nothing."""
+    rows, columns = grid.grid
+    return (grid.planes // 2 * rows + rows // 2) * columns + columns // 2

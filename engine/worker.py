@@ -17,13 +17,13 @@ from cellseg_batch.engine import measuring
 from cellseg_batch.engine.backends.backend import Backend
 from cellseg_batch.engine.engines import Choice, Engines
 from cellseg_batch.engine.errors import CellsegError, OutputError, ReadError
-from cellseg_batch.engine.geometry import Block, BlockGrid
+from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.instances import compile_kernels
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
 from cellseg_batch.engine.memory import RUN_OVERHEAD_BYTES, Room
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Pass, output_images, scratch_of
+from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Pass, middle_of, output_images, scratch_of
 from cellseg_batch.engine.plan import SlideJob, SlidePlan
 from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.runner import AnyRunner, BlockResult, Runner, load_kernels
@@ -139,8 +139,7 @@ class Worker:
     def warm_up(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> dict[Block, BlockResult]:
         """Segment a tile, so that everything is compiled and its memory can be seen.
 
-        It is the one in the middle, where a slide seldom shows nothing.  Returns the result, if there is one, for the
-        case that a block is this tile alone.
+        It is the one in the middle.  Returns the result, if there is one, for the case that a block is this tile alone.
         """
         results: dict[Block, BlockResult] = {}
         kind = (
@@ -155,8 +154,8 @@ class Worker:
         with self.engines.turn:
             if kind in self._warm:
                 return results
-            tile = _middle(replace(plan.grid, cores=(1, 1)))
-            clock = self.clock if tile == _middle(plan.grid) else StageClock()
+            block, tile = (grid[middle_of(grid)] for grid in (plan.grid, replace(plan.grid, cores=(1, 1))))
+            clock = self.clock if tile == block else StageClock()
             load_kernels()
             with suppress(ReadError):  # a damaged chunk costs its block, not the slide
                 pixels = reader.read(tile.plane, tile.read_box)
@@ -248,11 +247,6 @@ class Worker:
             return
         with self.engines.feed(backend, plan.shape, plan.slide.dtype) as feed:
             yield Runner(feed, *how, clock, plan.instances)
-
-
-def _middle(grid: BlockGrid) -> Block:
-    rows, columns = grid.grid
-    return grid[(grid.planes // 2 * rows + rows // 2) * columns + columns // 2]
 
 
 def _worker_of_this_process(settings: Settings, choice: Choice, run: str) -> Worker:

@@ -108,13 +108,14 @@ class ImageWriter:
             OutputError: the store cannot be written.
         """
         with writing_to(self.folder, "a store"):
-            # Looked for chunk by chunk, as zarr does, emptiness costs more than writing it.
-            array = self._array(level).with_config({"write_empty_chunks": bool(pixels.any())})
-            place: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
+            array = self._array(level)
             files = [self.folder / str(level) / key for key in self._files(level, plane, box)]
             for file in files:  # zarr would read a shard at the edge first, and stumble over a damaged one
                 file.unlink(missing_ok=True)
-            array[place] = pixels
+            if pixels.any():  # what has no file is empty
+                place: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
+                # Looked for chunk by chunk, as zarr does, emptiness costs more than writing it.
+                array.with_config({"write_empty_chunks": True})[place] = pixels
             for file in files:
                 sync_file(file)
         note_write(self.path, level, plane, box, pixels.astype(array.dtype, copy=False))
