@@ -81,7 +81,13 @@ def _section(name: str, content: dict[str, Any]) -> str:
 
 
 def _heading(column: str) -> str:
-    known = {"mpx_per_s": "Mpx/s", "peak_mb": "peak MB", "gb_per_s": "GB/s", "engine_mpx_per_s": "Mpx/s in the model"}
+    known = {
+        "mpx_per_s": "Mpx/s",
+        "opened_mpx_per_s": "Mpx/s once opened",
+        "engine_mpx_per_s": "Mpx/s in the model",
+        "peak_mb": "peak MB",
+        "gb_per_s": "GB/s",
+    }
     return known.get(column, column.replace("_", " "))
 
 
