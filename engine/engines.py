@@ -41,10 +41,6 @@ _KEPT_AREA = 2 * RACE_TILE**2
 # Tile sizes whose models stay on a GPU: of a slide, and of the next one that is being prepared.
 _KEPT_QUEUES = 2
 
-# Freed bytes that a heap keeps. For a mask few arrays come and go, chunks that are read: below their size heaps do not
-# grow from block to block. Finding and measuring objects makes many that are larger; mapped anew they cost a twentieth.
-_KEPT_FOR_MASKS, _KEPT_FOR_OBJECTS = 512 << 10, 2 << 20
-
 # What a model is compiled for.
 _Key = tuple[Backend, Shape, np.dtype[Any]]
 
@@ -131,11 +127,10 @@ class Engines:
         racing: Callable[[], None] = lambda: None,
         choice: Choice | None = None,
     ) -> None:
-        finding = settings.instances or settings.objects
-        bound_heaps(_KEPT_FOR_OBJECTS if finding else _KEPT_FOR_MASKS)
+        bound_heaps()
         self.bundle = bundle
         # What a mask does not need costs a twentieth of the time, and twice its size in memory.
-        self._network = bundle if finding else bundle.foreground
+        self._network = bundle if settings.instances or settings.objects else bundle.foreground
         self.seconds = 0.0
         self.turn = threading.RLock()
         self._running = threading.RLock()

@@ -58,15 +58,15 @@ def package_version(package: str) -> str | None:
         return None
 
 
-def bound_heaps(kept: int) -> None:
-    """Have freed memory of this process given back: arrays of ``kept`` bytes at once, smaller ones above that a heap.
+def bound_heaps() -> None:
+    """Have freed memory of this process given back: arrays of 2 MiB and more at once, smaller ones above that a heap.
 
     Left alone, glibc raises these limits to the largest array that it has seen, up to 32 and 64 MiB, and keeps as much
     in the heap of each thread. Other C libraries are left as they are.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, kept)
-        libc.mallopt(_M_TRIM_THRESHOLD, kept)
+        libc.mallopt(_M_MMAP_THRESHOLD, 2 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 << 20)
 
 
 def run_module(name: str, *arguments: str, given: bytes | None = None) -> tuple[bytes, str]:

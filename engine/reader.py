@@ -15,9 +15,13 @@ from zarrs import ZarrsCodecPipeline
 from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.locations import zarr_store
+from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.slides.pictures import read_picture
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.slides.tiff import open_tiff_level
+
+# More threads than cores read no faster, and each keeps freed memory of its own.
+zarr.config.set({"threading.max_workers": min(32, cores())})
 
 # Of codecs that zarrs leaves to zarr.
 warnings.filterwarnings("ignore", message="Array is unsupported by ZarrsCodecPipeline")
@@ -76,6 +80,7 @@ class SlideReader:
         # A number in place of a slice would be too much for zarrs.
         index |= {axis: slice(number, number + 1) for axis, number in place.items()}
         try:
+            _decode_in_rust(self.array)
             pixels = np.asarray(self.array[tuple(index[axis] for axis in axes)])
         except Exception as error:
             raise _unreadable(
@@ -106,12 +111,16 @@ def _open_level(slide: Slide, level: int) -> Any:
     if slide.format == "tiff":
         return open_tiff_level(slide, level)
     path = "/".join(part for part in (slide.path, slide.levels[level].path) if part)
-    array = zarr.open_array(zarr_store(slide.store), path=path, mode="r")
-    if isinstance(array.store, LocalStore) and array.dtype.isnative and array.order == "C":
+    return zarr.open_array(zarr_store(slide.store), path=path, mode="r")
+
+
+def _decode_in_rust(array: Any) -> None:
+    """Have the next read decoded by zarrs if it can; made anew, as it keeps a lock for every chunk that it has read."""
+    local = isinstance(array, zarr.Array) and isinstance(array.store, LocalStore)
+    if local and array.dtype.isnative and array.order == "C":
         pipeline = ZarrsCodecPipeline.from_array_metadata_and_store(array.metadata, array.store)
         # zarr takes it from settings of the whole process, which other threads open other stores by.
         object.__setattr__(array.async_array, "codec_pipeline", pipeline)
-    return array
 
 
 def _unreadable(slide: Slide, where: str, error: Exception) -> ReadError:

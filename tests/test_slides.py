@@ -1,8 +1,10 @@
 """What images a path holds, and that a box read from any of them is the right one."""
 
+import ctypes
 import json
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -420,3 +422,23 @@ def test_arrays_in_the_order_of_columns_are_read_too(tmp_path):
     (slide,) = find_images(path)
     with SlideReader(slide, 0, (0, 1, 2)) as reader:
         np.testing.assert_array_equal(reader.read(0, Box(10, 5, 140, 130)), pixels[:, 10:140, 5:130])
+
+
+def test_reading_leaves_nothing_behind_for_each_chunk(tmp_path):
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("a C library that does not count what is allocated")
+    libc.mallinfo2.restype = _Allocated
+    write_ome_zarr(tmp_path / "a.zarr", blobs(256, 256), chunk=8, levels=1)
+    with SlideReader(only(tmp_path / "a.zarr"), 0, (0, 1, 2)) as reader:
+        reader.read(0, Box(0, 0, 8, 8))
+        before = libc.mallinfo2().in_use
+        for box in (Box(0, 0, 256, 256), Box(0, 0, 8, 8)):
+            reader.read(0, box)
+        assert libc.mallinfo2().in_use - before < 64 * 3 * 32**2, "no lock for each of the 3 x 32 x 32 chunks"
+
+
+class _Allocated(ctypes.Structure):
+    """What glibc's mallinfo2 returns."""
+
+    _fields_: ClassVar = [(name, ctypes.c_size_t) for name in (*"abcdefg", "in_use", "free", "top")]
