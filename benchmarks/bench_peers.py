@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.bench.slides import Form, write_slide
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.normalise import settle_bounds
+from cellseg_batch.engine.normalise import sample_slide, settle_bounds
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.slide import Slide
 
@@ -65,7 +65,7 @@ def measure(slide: Path, folder: Path, rounds: int, slow_rounds: int) -> list[di
     """Rows of every engine that can be had here."""
     (image,) = find_images(slide, None)
     assert isinstance(image, Slide)
-    bounds = settle_bounds(image, (0, 1, 2), 0, load_model("nuclei").card.normalisation)
+    bounds = settle_bounds(sample_slide(image, (0, 1, 2), 0), load_model("nuclei").card.normalisation)
     low_high = str(bounds.low), str(bounds.high)
     truth = zarr.open_group(str(slide), mode="r").get("labels/truth")
     untiled = ours_mask(segment(slide, folder / "untiled", *engine_flags("fp32"), "--margin", "exact", keep=True))

@@ -1,16 +1,18 @@
-"""Tiles that need not be computed, because what they show is too flat for the model to find anything in it.
+"""Tiles that need not be computed, or not whole, as what they show is too flat for the model to find anything in it.
 
 A tile is judged by its own pixels and by one number of its slide, so masks stay independent of blocks.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.geometry import Block, Tile, source_box
+from cellseg_batch.engine.geometry import Block, Box, Lattice, Tile, source_box
 from cellseg_batch.engine.normalise import Bounds
 from cellseg_batch.kernels.flat import is_flat
 from cellseg_batch.trainer.bundle import Normalisation
@@ -18,6 +20,15 @@ from cellseg_batch.trainer.bundle import Normalisation
 # Share of a slide's contrast.  Real images of nuclei, dimmed until the shipped model found none, still found some at
 # 0.0139 (small ones, fluorescence); as they were, no image in which it found a nucleus had less than 0.06.
 FLAT = 0.0125
+
+# A tile is shortened by so many px, or 2, 4 or 8 times as many: of few sizes, as a network keeps memory for each.
+_STEP = 128
+_STEPS = 4
+# px inside a core that must be flat as well where the rest of it is cut off: room for an object's faint rim.
+_RIM = 32
+# Side in px of a window of a sample, and the share of flat ones above which tiles are worth being shortened.
+_WINDOW = 128
+_LITTLE = 0.2
 
 
 def flat_limit(bounds: Bounds, rule: Normalisation) -> float:
@@ -28,19 +39,62 @@ def flat_limit(bounds: Bounds, rule: Normalisation) -> float:
     return FLAT * (bounds.high - bounds.low) if rule.rule == "percentile" else 0.0
 
 
-def without_background(block: Block, pixels: NDArray[Any], shape: tuple[int, int], limit: float) -> Block:
+def shows_little(sample: Iterable[NDArray[Any]], limit: float) -> bool:
+    """Whether so much of a sample (C, h, w) of a slide is background that many tiles will show it in part.
+
+    Args:
+        sample: parts of the slide, or of a lower level of it.
+        limit: as `flat_limit` says.
+    """
+    windows = [
+        part[:, y : y + _WINDOW, x : x + _WINDOW]
+        for part in sample
+        for y in range(0, part.shape[1], _WINDOW)
+        for x in range(0, part.shape[2], _WINDOW)
+    ]
+    return sum(is_flat(window, limit) for window in windows) >= _LITTLE * len(windows)
+
+
+def without_background(block: Block, pixels: NDArray[Any], lattice: Lattice, limit: float, trim: bool) -> Block:
     """The block without its flat tiles.
 
     Args:
         block: of the slide.
         pixels: (C, h, w) of its read box.
-        shape: of the slide's plane.
-        limit: as `flat_limit` says.
+        lattice: of the slide.
+        limit: as `flat_limit` says; 0 leaves all tiles as they are.
+        trim: also cut off of each tile what is flat along a side.
     """
+    if not limit > 0:
+        return block
 
-    def shows_something(tile: Tile) -> bool:
-        seen, origin = source_box(tile.frame, shape), block.read_box
-        rows, columns = slice(seen.y0 - origin.y0, seen.y1 - origin.y0), slice(seen.x0 - origin.x0, seen.x1 - origin.x0)
-        return not is_flat(pixels[:, rows, columns], limit)
+    def flat(box: Box) -> bool:
+        seen = source_box(box, lattice.shape).seen_from(block.read_box)
+        return is_flat(pixels[(slice(None), *seen.slices())], limit)
 
-    return replace(block, tiles=tuple(filter(shows_something, block.tiles))) if limit > 0 else block
+    tiles = (tile for tile in block.tiles if not flat(tile.frame))
+    if trim:
+        tiles = (left for tile in tiles if (left := _trimmed(tile, lattice, flat)).core.area)
+    return replace(block, tiles=tuple(tiles))
+
+
+def _trimmed(tile: Tile, lattice: Lattice, flat: Callable[[Box], bool]) -> Tile:
+    """The tile without what is flat along one of its sides, of each axis."""
+    frame = tile.frame
+    for axis in (0, 1):
+        frame = next((left for left, gone in _cuts(frame, axis, lattice) if flat(gone)), frame)
+    return Tile(frame, frame.grown(-lattice.margin).within(tile.core))
+
+
+def _cuts(frame: Box, axis: int, lattice: Lattice) -> Iterator[tuple[Box, Box]]:
+    """What may be left of a frame along an axis, and what has to be flat for that; the least that may be left first."""
+    # A multiple of the network's total stride, so that what is left is seen in the same phase.
+    unit = math.gcd(*lattice.core, lattice.margin)
+    step = -(-_STEP // unit) * unit
+    length = frame.shape[axis]
+    for power in reversed(range(_STEPS)):
+        cut = step * 2**power
+        if length - cut >= unit + 2 * lattice.margin:
+            gone = min(length, cut + lattice.margin + _RIM)
+            yield frame.part(axis, cut, length), frame.part(axis, 0, gone)
+            yield frame.part(axis, 0, length - cut), frame.part(axis, length - gone, length)

@@ -27,6 +27,7 @@ from cellseg_batch.engine.errors import SlideError
 from cellseg_batch.engine.files import BUCKET
 from cellseg_batch.engine.geometry import BlockGrid, Box
 from cellseg_batch.engine.layout import Layout
+from cellseg_batch.engine.memory import TRIM_OVERHEAD_BYTES
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.passes import output_images
 from cellseg_batch.engine.pipeline import passes_of
@@ -151,6 +152,8 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
     per_pixel = _seconds_per_pixel(report, settings.workers)
     on_gpu = KINDS[report.backend].on_gpu
     held = report.planned_peak_bytes - report.workers * block_bytes(sample, on_gpu)
+    if sample.flat and not sample.trim and not on_gpu:
+        held += TRIM_OVERHEAD_BYTES  # another slide may show less than the sample of this one
     slides = [one if plan is None else _weigh(one, plan, settings, per_pixel, held, on_gpu) for one, plan in entries]
     return replace(whole, measured_mpx=sample.pixels / 1e6, mpx_per_s=1e-6 / per_pixel, slides=slides)
 
@@ -162,7 +165,7 @@ def _lay(image: Slide | Broken, settings: Settings, card: Card) -> tuple[SlideEs
     try:
         place = place_output(image, settings.name, settings.output)
         # The bounds decide no figure here, and to sample them would take long for many slides.
-        plan = plan_slide(image, place, settings, card, {"normalisation": {"low": 0.0, "high": 1.0}})
+        plan = plan_slide(image, place, settings, card, {"normalisation": {"low": 0.0, "high": 1.0}, "trim": False})
     except SlideError as error:
         return SlideEstimate(image.location, error.detail), None
     layouts = [one.layout for one in output_images(plan) if one is not None]

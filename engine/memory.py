@@ -17,6 +17,9 @@ from cellseg_batch.engine.slides.slide import Slide
 _CHUNKS_IN_FLIGHT = max(10, cores())
 # What the event loop of zarr, dask, thread stacks and the allocator's slack add to the blocks themselves.
 RUN_OVERHEAD_BYTES = 96 << 20
+# What a network for tiles of many sizes comes to hold for all those that tiles are trimmed to (62 MB of 25 sizes of a
+# 1776 px tile), and its twin's logits.
+TRIM_OVERHEAD_BYTES = 80 << 20
 
 
 def block_memory(

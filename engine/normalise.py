@@ -7,7 +7,7 @@ that the cost does not grow with the slide and the same slide always gives the s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -40,29 +40,34 @@ class Bounds:
         return 1.0 / (self.high - self.low) if self.high > self.low else 0.0
 
 
-def settle_bounds(slide: Slide, channels: tuple[int, ...], level: int, rule: Normalisation) -> Bounds:
-    """The bounds of a slide by the model card's rule, the same for all channels and planes.
+def sample_slide(slide: Slide, channels: tuple[int, ...], level: int) -> list[NDArray[Any]]:
+    """Parts (C, h, w) of a slide that stand for it as a whole, as stored.
 
     Raises:
         ReadError: none of the sampled pixels can be read.
     """
-    if rule.rule == "fixed":
-        return Bounds(rule.low, rule.high)
     sampled = _sampling_level(slide, level)
     count = slide.planes(sampled)
     planes = sorted({round(i) for i in np.linspace(0, count - 1, min(count, _PLANES))})
     boxes = _sample_boxes(*slide.plane_shape(sampled), most=_MOST_VALUES // (len(planes) * len(channels)))
     with SlideReader(slide, sampled, channels) as reader:
-        pixels = [part for plane, box in product(planes, boxes) for part in _readable(reader, plane, box)]
-        if not pixels:
+        parts = [part for plane, box in product(planes, boxes) for part in _readable(reader, plane, box)]
+        if not parts:
             reader.read(planes[0], boxes[0])  # says what is wrong
-    return Bounds(*rule.bounds_of(np.concatenate(pixels)))
+    return parts
+
+
+def settle_bounds(sample: Sequence[NDArray[Any]], rule: Normalisation) -> Bounds:
+    """Bounds by the model card's rule, the same for all channels and planes of a slide; fixed ones need no sample."""
+    if rule.rule == "fixed":
+        return Bounds(rule.low, rule.high)
+    return Bounds(*rule.bounds_of(np.concatenate([_finite(part) for part in sample])))
 
 
 def _readable(reader: SlideReader, plane: int, box: Box) -> Iterator[NDArray[Any]]:
-    """Finite pixels of ``box``, quarter by quarter where it is damaged: a bad chunk costs its block, not the slide."""
+    """Pixels of ``box``, quarter by quarter where it is damaged: a bad chunk costs its block, not the slide."""
     try:
-        yield _finite(reader.read(plane, box))
+        yield reader.read(plane, box)
     except ReadError:
         height, width = box.shape
         if max(height, width) > _WINDOW // 2:

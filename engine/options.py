@@ -178,7 +178,7 @@ SkipBackground = Annotated[
     str,
     typer.Option(
         "--skip-background",
-        help="|".join(SKIPS) + ": leave out tiles that show nothing, or compute every one.",
+        help="|".join(SKIPS) + ": leave out what shows nothing, or compute every tile.",
         rich_help_panel=_SLIDE,
     ),
 ]

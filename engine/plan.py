@@ -12,10 +12,10 @@ from importlib.metadata import version
 from typing import Any
 
 from cellseg_batch.engine.backends.backend import Backend, Shape
-from cellseg_batch.engine.background import flat_limit
+from cellseg_batch.engine.background import flat_limit, shows_little
 from cellseg_batch.engine.errors import OutputError, SlideError, UsageError
 from cellseg_batch.engine.geometry import BlockGrid, fit_lattice, lay_blocks
-from cellseg_batch.engine.normalise import Bounds, settle_bounds
+from cellseg_batch.engine.normalise import Bounds, sample_slide, settle_bounds
 from cellseg_batch.engine.place import Place
 from cellseg_batch.engine.seeds import InstanceRule, instance_rule
 from cellseg_batch.engine.settings import Settings
@@ -42,11 +42,12 @@ class SlidePlan:
         grid: the blocks, and through them the lattice of tiles.
         bounds: of the normalisation.
         threshold: probability above which a pixel is foreground.
-        shape: (N, C, T_y, T_x) of every batch.
+        shape: (N, C, T_y, T_x) of every batch of whole tiles.
         probability: also write the probability.
         shrink: by how much the image is shrunk for the model.
         stitch: crop or blend.
         flat: difference of pixel values below which a tile is background and not computed; 0 computes all.
+        trim: also leave out what is background along the sides of a tile.
         instances: how logits become instances; None for a mask.
         objects: measure the instances.
     """
@@ -63,6 +64,7 @@ class SlidePlan:
     shrink: int = 1
     stitch: str = "crop"
     flat: float = 0.0
+    trim: bool = False
     instances: InstanceRule | None = None
     objects: bool = False
 
@@ -100,6 +102,7 @@ class SlidePlan:
             "shrink": self.shrink,
             "stitch": self.stitch,
             "flat": self.flat,
+            "trim": self.trim,
             "lattice": {"core": list(lattice.core), "margin": lattice.margin},
             "normalisation": asdict(self.bounds),
             "threshold": self.threshold,
@@ -166,10 +169,9 @@ def plan_slide(
             found=f"{len(channels.indices)} ({channels.reason})",
             remedy="choose one with --channel",
         )
-    if begun is not None:
-        bounds = Bounds(**begun["normalisation"])
-    else:
-        bounds = settle_bounds(slide, channels.indices, level.level, card.normalisation)
+    unknown = begun is None and card.normalisation.rule != "fixed"
+    sample = sample_slide(slide, channels.indices, level.level) if unknown else []
+    bounds = settle_bounds(sample, card.normalisation) if begun is None else Bounds(**begun["normalisation"])
     margin = pick_margin(settings, card)
     if settings.stitch == "blend" and not margin:
         raise UsageError(
@@ -181,6 +183,7 @@ def plan_slide(
     lattice = fit_lattice(slide.plane_shape(level.level), settings.tile, margin, card.total_stride)
     # To be blended, a tile needs the logits of its neighbours.
     skips = settings.skip_background == "auto" and settings.stitch == "crop"
+    flat = flat_limit(bounds, card.normalisation) if skips else 0.0
     return SlidePlan(
         slide=slide,
         place=place,
@@ -192,7 +195,8 @@ def plan_slide(
         shape=(settings.batch, card.channels, *lattice.tile),
         probability=settings.probability,
         stitch=settings.stitch,
-        flat=flat_limit(bounds, card.normalisation) if skips else 0.0,
+        flat=flat,
+        trim=begun["trim"] if begun is not None else flat > 0 and shows_little(sample, flat),
         instances=instance_rule(card) if settings.instances or settings.objects else None,
         objects=settings.objects,
     )

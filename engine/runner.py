@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
@@ -96,9 +97,7 @@ class Runner:
         probability = np.zeros(block.box.shape, np.uint8) if self._probability else None
         way = self._stitch, block, self._lattice, self._threshold, mask, probability
         stitching = make_stitch(*way, kernels=stitch, empty=partial(np.empty, dtype=np.float32), mark=self._mark)
-        count = self._feed.shape[0]
-        for first in range(0, len(block.tiles), count):
-            batch = block.tiles[first : first + count]
+        for first, batch in _batches(block.tiles, self._feed.shape[0]):
             logits = self.logits(pixels, block.read_box, batch)
             with self._clock.stage("stitch"):
                 stitching.add(first, logits[: len(batch)])
@@ -108,12 +107,23 @@ class Runner:
         return BlockResult(mask, probability, foreground, count_missing(pixels, block))
 
     def logits(self, pixels: NDArray[Any], read_box: Box, batch: Sequence[Tile]) -> NDArray[np.float32]:
-        """Logits (N, K, T_y, T_x) of a batch of tiles, valid until the next call."""
+        """Logits (N, K, height, width) of up to N tiles of one size, valid until the next call."""
         with self._clock.stage("gather"):
             rows, columns = source_tables(batch, self._lattice.shape, read_box)
             self._feed.fill(pixels, rows, columns, self._bounds)
         with self._feed.turn, self._clock.stage("model"):  # waiting for its turn is no work of the model
             return self._feed.logits()
+
+
+def _batches(tiles: Sequence[Tile], most: int) -> Iterator[tuple[int, Sequence[Tile]]]:
+    """Up to ``most`` neighbouring tiles of one size at a time, and the number of the first."""
+    first = 0
+    for _, group in groupby(tiles, key=lambda tile: tile.frame.shape):
+        alike = tuple(group)
+        for start in range(0, len(alike), most):
+            batch = alike[start : start + most]
+            yield first, batch
+            first += len(batch)
 
 
 @cache

@@ -69,7 +69,7 @@ class Settings:
         max_memory: bytes of host memory that the run must stay under; None is no limit.
         level: resolution to process; None picks the one nearest the model's pixel size.
         pixel_size: µm per px of level 0, over the metadata's.
-        skip_background: one of `SKIPS`; auto computes no tile that shows nothing.
+        skip_background: one of `SKIPS`; auto computes no tile that shows nothing, and of others what shows something.
         shrink: by how much images are shrunk for the model; None lets the model's card and the slide decide.
         channel: index or name of the channel with the nuclei; None picks by rule.
         axes: of plain arrays, such as "cyx".

@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cellseg_batch.engine import measuring
-from cellseg_batch.engine.backends.backend import Backend
+from cellseg_batch.engine.backends.backend import Backend, flexible_form
 from cellseg_batch.engine.engines import Choice, Engines
 from cellseg_batch.engine.errors import CellsegError, OutputError, ReadError
 from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.instances import compile_kernels
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
-from cellseg_batch.engine.memory import RUN_OVERHEAD_BYTES, Room
+from cellseg_batch.engine.memory import RUN_OVERHEAD_BYTES, TRIM_OVERHEAD_BYTES, Room
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Pass, middle_of, output_images, scratch_of
 from cellseg_batch.engine.plan import SlideJob, SlidePlan
@@ -150,6 +150,7 @@ class Worker:
             plan.instances,
             plan.objects,
             plan.shrink,
+            plan.trim,
         )
         with self.engines.turn:
             if kind in self._warm:
@@ -168,7 +169,7 @@ class Worker:
                 if isinstance(runner, Runner):  # on a GPU kernels are compiled while it runs
                     # The tile is part of the run, only what came before it and after it is not.
                     self.engines.seconds -= seconds.get("model", 0.0)
-            now = resident_bytes() + RUN_OVERHEAD_BYTES - self._room.taken
+            now = resident_bytes() + RUN_OVERHEAD_BYTES + TRIM_OVERHEAD_BYTES * plan.trim - self._room.taken
             self.held = max(self.held, now, 0 if self._warm else peak_resident_bytes())
             self._warm.add(kind)
         return results
@@ -245,7 +246,8 @@ class Worker:
 
             yield DeviceRunner(queue, *how, clock)
             return
-        with self.engines.feed(backend, plan.shape, plan.slide.dtype) as feed:
+        network = flexible_form(backend) if plan.trim else backend
+        with self.engines.feed(network or backend, plan.shape, plan.slide.dtype) as feed:
             yield Runner(feed, *how, clock, plan.instances)
 
 

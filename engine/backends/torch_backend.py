@@ -36,8 +36,13 @@ class TorchBackend:
         folded = fold_batch_norm(build_torch_network(bundle))
         self._network: nn.Module = folded.to(dtype=self._dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    @property
+    def flexible(self) -> TorchBackend:
+        """Itself, as eager torch takes any shape as it comes."""
+        return self
+
     def compile(self, shape: Shape) -> CompiledModel:
-        """Eager torch takes any shape as it comes."""
+        """Nothing is to be made ready."""
         return self._run
 
     def compile_bytes(self, shape: Shape) -> None:
