@@ -27,7 +27,7 @@ from cellseg_batch.engine.errors import SlideError
 from cellseg_batch.engine.files import BUCKET
 from cellseg_batch.engine.geometry import BlockGrid, Box
 from cellseg_batch.engine.layout import Layout
-from cellseg_batch.engine.memory import TRIM_OVERHEAD_BYTES
+from cellseg_batch.engine.memory import OPEN_SIZE_BYTES, trimming_memory
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.passes import output_images
 from cellseg_batch.engine.pipeline import passes_of
@@ -152,8 +152,6 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
     per_pixel = _seconds_per_pixel(report, settings.workers)
     on_gpu = KINDS[report.backend].on_gpu
     held = report.planned_peak_bytes - report.workers * block_bytes(sample, on_gpu)
-    if sample.flat and not sample.trim and not on_gpu:
-        held += TRIM_OVERHEAD_BYTES  # another slide may show less than the sample of this one
     slides = [one if plan is None else _weigh(one, plan, settings, per_pixel, held, on_gpu) for one, plan in entries]
     return replace(whole, measured_mpx=sample.pixels / 1e6, mpx_per_s=1e-6 / per_pixel, slides=slides)
 
@@ -165,7 +163,7 @@ def _lay(image: Slide | Broken, settings: Settings, card: Card) -> tuple[SlideEs
     try:
         place = place_output(image, settings.name, settings.output)
         # The bounds decide no figure here, and to sample them would take long for many slides.
-        plan = plan_slide(image, place, settings, card, {"normalisation": {"low": 0.0, "high": 1.0}, "trim": False})
+        plan = plan_slide(image, place, settings, card, {"normalisation": {"low": 0.0, "high": 1.0}})
     except SlideError as error:
         return SlideEstimate(image.location, error.detail), None
     layouts = [one.layout for one in output_images(plan) if one is not None]
@@ -253,6 +251,8 @@ def _weigh(
     one: SlideEstimate, plan: SlidePlan, settings: Settings, per_pixel: float, held: int, on_gpu: bool
 ) -> SlideEstimate:
     """The estimate with memory and time; refused if it fits neither ``--max-memory`` nor this machine."""
+    if plan.trimmable and not on_gpu:  # it may show less than what was measured
+        held += trimming_memory(plan.shape) + OPEN_SIZE_BYTES
     peak = held + settings.workers * block_bytes(plan, on_gpu)
     if settings.max_memory is not None:
         # A run keeps to it with fewer and smaller blocks, down to one tile at a time.

@@ -48,7 +48,6 @@ class Feed:
 
     def _make_batch(self) -> None:
         self._memory: NDArray[Any] = np.zeros(math.prod(self.shape), np.uint8 if self._takes_bytes else np.float32)
-        self._batch = self._tiles = self._memory.reshape(self.shape)
         self._resize(*self.shape[2:])
         self._constants: tuple[float, ...] = ()
 
@@ -57,7 +56,7 @@ class Feed:
         count, channels = self.shape[:2]
         memory = self._memory[: count * channels * height * width]
         if self._takes_bytes:
-            self._batch = memory.reshape(count, height, width, channels)
+            self._batch: NDArray[Any] = memory.reshape(count, height, width, channels)
             self._tiles = np.moveaxis(self._batch, -1, 1)
         else:
             self._batch = self._tiles = memory.reshape(count, channels, height, width)

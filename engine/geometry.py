@@ -97,7 +97,7 @@ def source_box(frame: Box, shape: tuple[int, int]) -> Box:
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile of a lattice.
+    """One tile of a lattice, or what is left of it.
 
     Attributes:
         frame: the pixels that the network sees; it may lie partly outside the slide.
@@ -124,7 +124,7 @@ class Lattice:
 
     @property
     def tile(self) -> tuple[int, int]:
-        """(height, width) of every tile."""
+        """(height, width) of a whole tile."""
         return self.core[0] + 2 * self.margin, self.core[1] + 2 * self.margin
 
     @property

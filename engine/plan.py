@@ -29,6 +29,9 @@ from cellseg_batch.trainer.bundle import Bundle, Card
 # moved, and libraries other than the backend's do not decide a pixel.
 _FREE = ("location", "blocks", "normalisation", "software")
 
+# Of a plane, from which on it may pay to trim them.
+_MANY_TILES = 9
+
 
 @dataclass(frozen=True)
 class SlidePlan:
@@ -85,6 +88,11 @@ class SlidePlan:
         rows, columns = self.grid.lattice.grid
         return rows * columns * self.grid.planes
 
+    @property
+    def trimmable(self) -> bool:
+        """Whether trimming may pay: few tiles gain too little, and a batch cannot hold tiles of several sizes."""
+        return self.flat > 0 and self.shape[0] == 1 and self.tiles >= _MANY_TILES * self.grid.planes
+
     def manifest(self, bundle: Bundle, backend: Backend) -> dict[str, Any]:
         """What decides the output, as plain JSON values."""
         slide, lattice = self.slide, self.grid.lattice
@@ -102,13 +110,13 @@ class SlidePlan:
             "shrink": self.shrink,
             "stitch": self.stitch,
             "flat": self.flat,
-            "trim": self.trim,
             "lattice": {"core": list(lattice.core), "margin": lattice.margin},
             "normalisation": asdict(self.bounds),
             "threshold": self.threshold,
             "probability": self.probability,
             "instances": None if self.instances is None else self.instances.manifest(),
             **({"objects": True} if self.objects else {}),
+            **({"trim": True} if self.trim else {}),
             "blocks": list(self.grid.cores),
             "software": _software(),
         }
@@ -184,7 +192,7 @@ def plan_slide(
     # To be blended, a tile needs the logits of its neighbours.
     skips = settings.skip_background == "auto" and settings.stitch == "crop"
     flat = flat_limit(bounds, card.normalisation) if skips else 0.0
-    return SlidePlan(
+    plan = SlidePlan(
         slide=slide,
         place=place,
         level=level,
@@ -196,10 +204,11 @@ def plan_slide(
         probability=settings.probability,
         stitch=settings.stitch,
         flat=flat,
-        trim=begun["trim"] if begun is not None else flat > 0 and shows_little(sample, flat),
         instances=instance_rule(card) if settings.instances or settings.objects else None,
         objects=settings.objects,
     )
+    little = bool(begun.get("trim")) if begun is not None else shows_little(sample, flat)
+    return replace(plan, trim=plan.trimmable and little)
 
 
 def adopt_manifest(plan: SlidePlan, started: dict[str, Any], manifest: dict[str, Any], finished: bool) -> SlidePlan:

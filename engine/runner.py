@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,7 +55,7 @@ class Runner:
     """Segments blocks of one slide, one at a time: the feed is its own meanwhile, and the model while it runs.
 
     Args:
-        feed: the model; the last batch of a block is padded with what it held before.
+        feed: the model; the last batch of a block is padded with anything.
         lattice: of the slide.
         bounds: of the slide.
         threshold: probability above which a pixel is foreground.
@@ -97,7 +96,9 @@ class Runner:
         probability = np.zeros(block.box.shape, np.uint8) if self._probability else None
         way = self._stitch, block, self._lattice, self._threshold, mask, probability
         stitching = make_stitch(*way, kernels=stitch, empty=partial(np.empty, dtype=np.float32), mark=self._mark)
-        for first, batch in _batches(block.tiles, self._feed.shape[0]):
+        count = self._feed.shape[0]
+        for first in range(0, len(block.tiles), count):
+            batch = block.tiles[first : first + count]
             logits = self.logits(pixels, block.read_box, batch)
             with self._clock.stage("stitch"):
                 stitching.add(first, logits[: len(batch)])
@@ -113,17 +114,6 @@ class Runner:
             self._feed.fill(pixels, rows, columns, self._bounds)
         with self._feed.turn, self._clock.stage("model"):  # waiting for its turn is no work of the model
             return self._feed.logits()
-
-
-def _batches(tiles: Sequence[Tile], most: int) -> Iterator[tuple[int, Sequence[Tile]]]:
-    """Up to ``most`` neighbouring tiles of one size at a time, and the number of the first."""
-    first = 0
-    for _, group in groupby(tiles, key=lambda tile: tile.frame.shape):
-        alike = tuple(group)
-        for start in range(0, len(alike), most):
-            batch = alike[start : start + most]
-            yield first, batch
-            first += len(batch)
 
 
 @cache

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cellseg_batch.engine import plan, prepare
 from cellseg_batch.engine.artefacts import Artefacts
 from cellseg_batch.engine.backends.choose import make_backend
 from cellseg_batch.engine.backends.gate import real_tiles
@@ -152,7 +153,7 @@ def test_trimmed_tiles_give_the_mask_of_whole_ones(data):
         y, x = data.draw(st.integers(0, height - 8)), data.draw(st.integers(0, width - 8))
         image[:, y : y + 30, x : x + 30] = 250
     how = lattice, Bounds(0.0, 255.0), 0.51, False, "crop", StageClock()
-    runner = Runner(feed_of(Filter(reach=16), (2, 3, *lattice.tile)), *how)
+    runner = Runner(feed_of(Filter(reach=16), (1, 3, *lattice.tile)), *how)
     for block in lay_blocks(lattice, data.draw(st.sampled_from([200, 999]), "block")):
         pixels = image[(slice(None), *block.read_box.slices())]
         shown = without_background(block, pixels, lattice, 3.0, trim=True)
@@ -165,24 +166,56 @@ def test_only_a_slide_that_shows_little_is_worth_it():
     assert not shows_little([full], 2.5)
     assert not shows_little([full] * 9 + [empty], 2.5)
     assert shows_little([full] * 3 + [empty], 2.5)
-    assert shows_little([np.hstack([full, empty])], 2.5)
+    assert shows_little([np.dstack([full, empty[:, :, :130]])], 2.5)
+    assert not shows_little([], 2.5)
+    assert not shows_little([np.full((1, 256, 256), np.nan)], 2.5)
 
 
-def test_a_run_trims_tiles_and_goes_on_as_it_began(segment, watcher, percentile_model, tmp_path):
-    pixels = np.full((3, 900, 1000), 12, np.uint8)
-    pixels[:, 420:600, 330:700] = blobs(900, 1000)[:, 420:600, 330:700]
-    path = write_ome_zarr(tmp_path / "a.zarr", pixels, levels=1)
+@pytest.fixture
+def little(tmp_path):
+    """A slide of nine tiles of 640 px, of which the outer ones show little."""
+    pixels = np.full((3, 1800, 1700), 12, np.uint8)
+    pixels[:, 520:1240, 400:1300] = blobs(720, 900)
+    return write_ome_zarr(tmp_path / "a.zarr", pixels, levels=1, chunk=256)
+
+
+def test_a_run_trims_tiles_and_goes_on_as_it_began(segment, watcher, percentile_model, little, monkeypatch):
     how = {"model": percentile_model, "tile": 640}
-    masks = [labels_of(segment(path, name=f"b{block}", block=block, workers=2, **how)) for block in (1, 999)]
+    masks = [labels_of(segment(little, name=f"b{block}", block=block, workers=2, **how)) for block in (1, 9999)]
     np.testing.assert_array_equal(*masks)
-    every = labels_of(segment(path, name="off", skip_background="off", **how))
+    every = labels_of(segment(little, name="off", skip_background="off", **how))
     assert [plan.trim for plan in watcher.plans] == [True, True, False]
-    np.testing.assert_array_equal(masks[0][440:580, 350:680], every[440:580, 350:680])
-    assert masks[0][440:580].any()
-    journal = Journal(tmp_path / "a.zarr.cellseg" / "labels" / "b1")
+    inside = np.s_[540:1220, 420:1280]
+    np.testing.assert_array_equal(masks[0][inside], every[inside])
+    assert masks[0][inside].any()
+    seams = np.s_[:200]  # what was cut off is background, though this model finds something there
+    assert every[seams].any()
+    assert not masks[0][seams].any()
+    journal = Journal(little.parent / "a.zarr.cellseg" / "labels" / "b1")
     for number in journal.numbers("blocks"):
         journal.forget("blocks", number)
-    resumed = segment(path, name="b1", **how)
+    monkeypatch.setattr(plan, "shows_little", lambda sample, limit: False)
+    resumed = segment(little, name="b1", **how)
     assert resumed.slides[0].status == "done"
     assert watcher.plans[-1].trim
     np.testing.assert_array_equal(labels_of(resumed), masks[0])
+
+
+def test_instances_of_trimmed_tiles_are_those_of_whole_ones(segment, watcher, percentile_model, little):
+    how = {"model": percentile_model, "tile": 640, "instances": True}
+    trimmed, whole = (
+        labels_of(segment(little, name=way, skip_background=way, **how))[540:1220, 420:1280] for way in ("auto", "off")
+    )
+    assert [plan.trim for plan in watcher.plans] == [True, False]
+    np.testing.assert_array_equal(trimmed > 0, whole > 0)
+
+
+@pytest.mark.parametrize("reason", ["batch", "few tiles", "no network for it"])
+def test_tiles_are_left_whole_where_trimming_would_not_pay(
+    segment, watcher, percentile_model, little, monkeypatch, reason
+):
+    if reason == "no network for it":
+        monkeypatch.setattr(prepare, "flexible_form", lambda backend: None)
+    changes = {"batch": {"batch": 2}, "few tiles": {"tile": 1200}}.get(reason, {})
+    segment(little, model=percentile_model, **{"tile": 640, **changes})
+    assert not watcher.plans[-1].trim

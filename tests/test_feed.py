@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from cellseg_batch.engine.artefacts import Artefacts
-from cellseg_batch.engine.backends.backend import flexible_form
 from cellseg_batch.engine.backends.choose import make_backend
 from cellseg_batch.engine.backends.openvino_backend import supported_precisions
 from cellseg_batch.engine.engines import Choice, Engines
@@ -68,14 +67,6 @@ def test_a_flexible_network_gives_tiles_of_every_size_the_same_bits(tiny_bundle,
             np.testing.assert_array_equal(*logits)
             assert logits[0].shape[1:] == (height, width)
             assert logits[0].std() > 0
-
-
-def test_int8_is_left_as_it_is(tiny_bundle):
-    backend = make_backend(tiny_bundle, "openvino", "fp32", 1, Artefacts())
-    assert flexible_form(backend).precision == "fp32"
-    backend.precision = "int8"
-    del backend.flexible
-    assert flexible_form(backend) is None
 
 
 def test_a_twin_has_a_batch_and_logits_of_its_own(tiny_bundle):

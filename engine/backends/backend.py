@@ -96,10 +96,7 @@ class Flexible(Protocol):
             logits; None where that would cost more than it could gain.
     """
 
-    @property
-    def flexible(self) -> Backend | None:
-        """As said above."""
-        ...
+    flexible: Backend | None
 
 
 def flexible_form(backend: Backend) -> Backend | None:
