@@ -104,5 +104,12 @@ def _cuts(frame: Box, axis: int, lattice: Lattice) -> Iterator[tuple[Box, Box]]:
         cut = step * 2**power
         if length - cut >= unit + 2 * lattice.margin:
             gone = min(length, cut + lattice.margin + rim)
-            yield frame.part(axis, cut, length), frame.part(axis, 0, gone)
-            yield frame.part(axis, 0, length - cut), frame.part(axis, length - gone, length)
+            yield _part(frame, axis, cut, length), _part(frame, axis, 0, gone)
+            yield _part(frame, axis, 0, length - cut), _part(frame, axis, length - gone, length)
+
+
+def _part(box: Box, axis: int, start: int, stop: int) -> Box:
+    """Rows (axis 0) or columns (axis 1) ``start`` to ``stop`` of a box, counted from its own first."""
+    if axis == 0:
+        return Box(box.y0 + start, box.x0, box.y0 + stop, box.x1)
+    return Box(box.y0, box.x0 + start, box.y1, box.x0 + stop)

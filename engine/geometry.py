@@ -61,12 +61,6 @@ class Box:
         y0, x0 = max(self.y0, other.y0), max(self.x0, other.x0)
         return Box(y0, x0, max(y0, min(self.y1, other.y1)), max(x0, min(self.x1, other.x1)))
 
-    def part(self, axis: int, start: int, stop: int) -> Box:
-        """Rows (axis 0) or columns (axis 1) ``start`` to ``stop`` of the box, counted from its own first."""
-        if axis == 0:
-            return Box(self.y0 + start, self.x0, self.y0 + stop, self.x1)
-        return Box(self.y0, self.x0 + start, self.y1, self.x0 + stop)
-
     def seen_from(self, other: Box) -> Box:
         """The box in px from the first corner of ``other``."""
         return Box(self.y0 - other.y0, self.x0 - other.x0, self.y1 - other.y0, self.x1 - other.x0)

@@ -94,15 +94,15 @@ class OpenVinoBackend:
 
 
 class _Compiled:
-    """A request to a compiled network: a `CompiledModel`, or a `ByteModel` if it has constants."""
+    """A request to a compiled network: a `CompiledModel`, or a `ByteModel` if it is called with bounds."""
 
     def __init__(self, network: Any) -> None:
         self._network = network
         self._request = network.create_infer_request()
 
-    def __call__(self, batch: NDArray[Any], *constants: float) -> NDArray[np.float32]:
+    def __call__(self, batch: NDArray[Any], low: float = 0.0, scale: float | None = None) -> NDArray[np.float32]:
         self._request.set_input_tensor(0, openvino.Tensor(batch, shared_memory=True))
-        for number, value in enumerate(constants, start=1):
+        for number, value in enumerate(() if scale is None else (-low, scale), start=1):
             self._request.set_input_tensor(number, openvino.Tensor(np.array([value], np.float32)))
         self._request.infer()
         logits: NDArray[np.float32] = self._request.get_output_tensor(0).data
@@ -116,18 +116,19 @@ class _Compiled:
 
 
 def _normalising(model: Any) -> Any:
-    """The network with inputs (pixels as bytes (N, H, W, C), low, scale) in place of normalised pixels (N, C, H, W)."""
+    """The network with inputs (bytes (N, H, W, C), -low, scale) in place of normalised pixels (N, C, H, W)."""
     (pixels,) = model.get_parameters()
     count, channels, height, width = pixels.get_output_partial_shape(0)
     # Channels last is the convolutions' own layout; of any other the plugin would keep a second copy of the batch.
     raw = op.parameter(openvino.PartialShape([count, height, width, channels]), np.uint8, name="raw")
-    low, scale = op.parameter([1], np.float32, name="low"), op.parameter([1], np.float32, name="scale")
-    # Bounds are inputs and no constants, so that slides of one shape share one compiled network.
-    normalised = op.clamp(op.multiply(op.subtract(op.convert(raw, "f32"), low), scale), 0.0, 1.0)
+    # Bounds are inputs and no constants, so that slides of one shape share one compiled network.  What is subtracted
+    # OpenVINO negates in a step of its own, which rounds it to bf16 where the size is open: so it comes negated.
+    minus_low, scale = op.parameter([1], np.float32, name="minus_low"), op.parameter([1], np.float32, name="scale")
+    normalised = op.clamp(op.multiply(op.add(op.convert(raw, "f32"), minus_low), scale), 0.0, 1.0)
     for target in pixels.output(0).get_target_inputs():
         target.replace_source_output(op.transpose(normalised, [0, 3, 1, 2]).output(0))
     model.remove_parameter(pixels)
-    model.add_parameters([raw, low, scale])
+    model.add_parameters([raw, minus_low, scale])
     model.validate_nodes_and_infer_types()
     return model
 
