@@ -90,7 +90,7 @@ class Settings:
     device: str = "auto"
     gate: bool = True
     threshold: float | None = None
-    tile: int = 1888
+    tile: int = 1824
     stitch: str = "crop"
     margin: int | str | None = None
     batch: int = 1
