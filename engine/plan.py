@@ -207,8 +207,9 @@ def plan_slide(
         instances=instance_rule(card) if settings.instances or settings.objects else None,
         objects=settings.objects,
     )
-    little = bool(begun.get("trim")) if begun is not None else shows_little(sample, flat)
-    return replace(plan, trim=plan.trimmable and little)
+    if not plan.trimmable:
+        return plan
+    return replace(plan, trim=shows_little(sample, flat) if begun is None else bool(begun.get("trim")))
 
 
 def adopt_manifest(plan: SlidePlan, started: dict[str, Any], manifest: dict[str, Any], finished: bool) -> SlidePlan:
