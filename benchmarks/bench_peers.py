@@ -23,6 +23,7 @@ import zarr
 from common import engine_flags, finish, pieces_of, row, save, segment, work_folder
 from numpy.typing import NDArray
 
+from cellseg_batch.engine.backends.choose import why_not
 from cellseg_batch.engine.bench.slides import Form, write_slide
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.normalise import sample_slide, settle_bounds
@@ -73,9 +74,15 @@ def measure(slide: Path, folder: Path, rounds: int, slow_rounds: int) -> list[di
     if not peers:
         print("MONAI is not installed, so only map_overlap is compared; pip install monai")
         peers = {name: peer for name, peer in _PEERS.items() if peer[0] == "map-overlap"}
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in (*peers, *_OURS)}
+    ours = {name: precision for name, precision in _OURS.items() if not why_not("openvino", precision)}
+    for name, precision in _OURS.items():
+        if name not in ours:
+            print(f"without {name}: {why_not('openvino', precision)}")
+    if "cellseg-batch, bf16" not in ours:  # MONAI's best case is native bf16
+        peers = {name: peer for name, peer in peers.items() if peer[0] != "monai-bf16"}
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in (*peers, *ours)}
     masks: dict[str, NDArray[np.bool_]] = {}
-    for name, precision in _OURS.items():  # the first run of a precision compiles it
+    for name, precision in ours.items():  # the first run of a precision compiles it
         masks[name] = ours_mask(segment(slide, folder / "ours", *engine_flags(precision), keep=True))
     for turn in range(rounds):
         for name, (engine, environment) in peers.items():
@@ -87,7 +94,7 @@ def measure(slide: Path, folder: Path, rounds: int, slow_rounds: int) -> list[di
                 times[name].append({**figures, "wall": done.seconds})
                 masks[name] = np.asarray(zarr.open_array(str(out), mode="r")[...]) > 0
                 print(f"round {turn + 1}: {name} {figures['seconds']:.1f} s", flush=True)
-        for name, precision in _OURS.items():
+        for name, precision in ours.items():
             report = segment(slide, folder / "ours", *engine_flags(precision))
             seconds = report["seconds"] - report["starting_seconds"]
             figures = {"seconds": seconds, "model_seconds": report["stages"]["model"]}

@@ -222,7 +222,7 @@ def _quantise(model: Any, tiles: NDArray[np.float32]) -> Any:
             model_type=nncf.ModelType.TRANSFORMER,  # of any other type NNCF rounds sums, too
             ignored_scope=nncf.IgnoredScope(names=[convolutions[0], convolutions[-1]]),
             advanced_parameters=AdvancedQuantizationParameters(
-                # Half the steps would spare processors without VNNI an overflow; they have the gate.
+                # Half the steps are for processors without VNNI, whose sums may overflow; on one they did not.
                 overflow_fix=OverflowFix.DISABLE,
                 disable_bias_correction=True,
                 activations_range_estimator_params=RangeEstimatorParameters(min=outliers, max=outliers),
