@@ -74,11 +74,11 @@ def measure(slide: Path, folder: Path, rounds: int, slow_rounds: int) -> list[di
     if not peers:
         print("MONAI is not installed, so only map_overlap is compared; pip install monai")
         peers = {name: peer for name, peer in _PEERS.items() if peer[0] == "map-overlap"}
-    ours = {name: precision for name, precision in _OURS.items() if not why_not("openvino", precision)}
-    for name, precision in _OURS.items():
-        if name not in ours:
-            print(f"without {name}: {why_not('openvino', precision)}")
-    if "cellseg-batch, bf16" not in ours:  # MONAI's best case is native bf16
+    lacking = {precision: why_not("openvino", precision) for precision in _OURS.values()}
+    for precision in filter(lacking.get, lacking):
+        print(f"without {precision}: {lacking[precision]}")
+    ours = {name: precision for name, precision in _OURS.items() if not lacking[precision]}
+    if lacking["bf16"]:  # MONAI's best case is native bf16
         peers = {name: peer for name, peer in peers.items() if peer[0] != "monai-bf16"}
     times: dict[str, list[dict[str, float]]] = {name: [] for name in (*peers, *ours)}
     masks: dict[str, NDArray[np.bool_]] = {}
