@@ -42,9 +42,9 @@ step() {  # step SECONDS NAME COMMAND...
 for kernel in gather stitch blend; do
   step 30 "kernel $kernel: against its reference, then GB/s" "$python" -m "cellseg_batch.kernels.${kernel}_triton"
 done
-step 100 "tests of the GPU pipeline" "$python" -m pytest -q -m gpu tests/test_gpu.py
+step 100 "tests of the GPU pipeline" "$python" -m pytest -q -n 0 -m gpu tests/test_gpu.py
 if "$python" -c "import tensorrt, torch_tensorrt" 2>/dev/null; then
-  step 90 "tests of TensorRT" "$python" -m pytest -q -m tensorrt tests/test_tensorrt.py
+  step 90 "tests of TensorRT" "$python" -m pytest -q -n 0 -m tensorrt tests/test_tensorrt.py
 else
   echo "== tests of TensorRT: left out, as tensorrt or torch_tensorrt cannot be imported"
 fi
