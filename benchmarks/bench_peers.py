@@ -101,7 +101,7 @@ def measure(slide: Path, folder: Path, rounds: int, slow_rounds: int) -> list[di
             times[name].append(figures | {key: report[key] for key in ("wall", "peak_mb")})
             print(f"round {turn + 1}: {name} {seconds:.1f} s", flush=True)
     megapixels = untiled.size / 1e6
-    base = median(one["seconds"] for one in times.get(_BASE, times["cellseg-batch, fp32"]))
+    base = median(one["seconds"] for one in times.get(_BASE) or times["cellseg-batch, fp32"])
     return [
         row(
             name,
@@ -115,6 +115,7 @@ def measure(slide: Path, folder: Path, rounds: int, slow_rounds: int) -> list[di
             dice=dice(masks[name], truth) if truth is not None else None,
         )
         for name, rounds_of in times.items()
+        if rounds_of
     ]
 
 

@@ -86,8 +86,8 @@ def _rate_once_opened(report: dict[str, Any]) -> float:
 
 
 def _computed(report: dict[str, Any]) -> float:
-    """Pixels that the network computes per pixel of the slides."""
-    tiles = sum(slide["tiles"] for slide in report["slides"])
+    """Pixels that the network computes per pixel of the slides, at most: tiles may be trimmed."""
+    tiles = sum(slide["tiles"] - slide["skipped_tiles"] for slide in report["slides"])
     return float(tiles * np.prod(report["tile"]) / sum(slide["pixels"] for slide in report["slides"]))
 
 

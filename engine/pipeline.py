@@ -48,7 +48,7 @@ def segment_block(slide: OpenSlide, number: int) -> Record:
         with slide.runner() as runner:
             result = runner.segment(pixels, shown)
     else:
-        result = no_foreground(pixels, block, slide.plan.probability)
+        result = no_foreground(pixels, block, slide.plan.needs_probability)
     skipped = len(block.tiles) - len(shown.tiles)
     record = {"foreground": result.foreground, "missing": result.missing, "skipped_tiles": skipped}
     if slide.plan.instances is not None:

@@ -83,6 +83,11 @@ class SlidePlan:
         return None if self.instances is None else reach(self.instances.steps) + HALO * self.objects
 
     @property
+    def needs_probability(self) -> bool:
+        """Whether blocks are to come with the probability: it is written, or objects are measured in it."""
+        return self.probability or self.objects
+
+    @property
     def tiles(self) -> int:
         """Tiles of all planes."""
         rows, columns = self.grid.lattice.grid
@@ -115,8 +120,8 @@ class SlidePlan:
             "threshold": self.threshold,
             "probability": self.probability,
             "instances": None if self.instances is None else self.instances.manifest(),
-            **({"objects": True} if self.objects else {}),
-            **({"trim": True} if self.trim else {}),
+            "objects": self.objects,
+            "trim": self.trim,
             "blocks": list(self.grid.cores),
             "software": _software(),
         }

@@ -151,7 +151,9 @@ def _begun(place: Place, settings: Settings, journal: Journal) -> dict[str, Any]
             cause="it was written by something else",
             remedy="choose another --name, or --overwrite to replace it",
         )
-    return manifest if there == folders and journal.numbers("created") else None
+    # Begun with another --probability, other folders are there, and it is refused when the manifests are compared.
+    as_begun = there == folders or manifest["probability"] != settings.probability
+    return manifest if as_begun and journal.numbers("created") else None
 
 
 def _backend_of(begun: dict[str, Any], settings: Settings, engines: Engines, factor: int) -> Backend:
@@ -200,8 +202,8 @@ def _lacks_scratch(plan: SlidePlan, journal: Journal) -> bool:
 def block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
     """Bytes of host memory that a block of a slide holds at most."""
     channels = measured_channels(plan.slide) if plan.objects else plan.channels.indices
-    probability = plan.probability or plan.objects
-    return block_memory(plan.slide, plan.level.level, len(channels), plan.grid, probability, on_gpu, plan.frame)
+    how = plan.needs_probability, on_gpu, plan.frame
+    return block_memory(plan.slide, plan.level.level, len(channels), plan.grid, *how)
 
 
 def _fit_memory(plan: SlidePlan, backend: Backend, settings: Settings, held: int, resumed: bool) -> SlideJob:

@@ -30,6 +30,13 @@ def check_json(file: Path | None, flag: str = "--json") -> None:
             found="no such folder",
             remedy="make the folder first",
         )
+    if file is not None and file.is_dir():
+        raise UsageError(
+            f"{flag} {file}",
+            expected="a file",
+            found="a folder of that name",
+            remedy="name a file in it, or another one",
+        )
 
 
 def write_json(file: Path | None, content: dict[str, Any]) -> None:

@@ -240,7 +240,7 @@ class Worker:
 
     @contextmanager
     def _runner(self, plan: SlidePlan, backend: Backend, clock: StageClock) -> Iterator[AnyRunner]:
-        how = plan.grid.lattice, plan.bounds, plan.threshold, plan.probability or plan.objects, plan.stitch
+        how = plan.grid.lattice, plan.bounds, plan.threshold, plan.needs_probability, plan.stitch
         # The seeds of instances are made on the host, so there a GPU only computes the logits.
         queue = None if plan.instances is not None else self.engines.queue(backend, plan.shrink, plan.shape)
         if queue is not None:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -109,6 +110,16 @@ def test_an_empty_slide_and_its_probability(segment, watcher, percentile_model, 
     assert report.status == "done"
     assert report.slides[0].skipped_tiles == report.slides[0].tiles - 1
     assert not labels_of(report)[:, watcher.plans[-1].grid.lattice.core[1] :].any()
+
+
+def test_objects_are_measured_beside_blocks_that_show_nothing(segment, percentile_model, tmp_path):
+    pixels = blobs(330, 410)
+    pixels[:, 170:, :] = 12
+    slide = write_ome_zarr(tmp_path / "slide.zarr", pixels)
+    report = segment(slide, model=percentile_model, objects=True, block=80)
+    assert report.status == "done", report.slides[0].reason
+    assert report.slides[0].skipped_tiles > report.slides[0].tiles / 4
+    assert pq.read_table(report.slides[0].table).num_rows == report.slides[0].objects > 10
 
 
 def test_a_slide_with_empty_borders_is_not_warmed_up_in_vain(segment, percentile_model, tmp_path, monkeypatch):

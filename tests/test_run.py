@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +26,9 @@ from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.trainer.bundle import Normalisation, save_bundle
 from tests.conftest import blobs, labels_of, write_ome_zarr
+
+# What needs no race.
+REFERENCE = ["--backend", "torch", "--precision", "fp32"]
 
 
 @pytest.fixture
@@ -96,6 +101,31 @@ def test_labels_say_how_they_came_about(tmp_path, segment, tiny_bundle):
     assert about["certificate"]["backend"] == "openvino"
     assert about["certificate"]["flipped"] <= 5e-4
     assert about["certificate"]["versions"]["openvino"]
+
+
+def test_what_is_finished_is_not_touched_by_a_run_with_other_settings(tmp_path, segment):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(150, 130))
+    written = labels_of(segment(path, objects=True))
+    for changes, reason in (
+        ({"objects": True, "probability": True}, "probability was False, now True"),
+        ({"instances": True}, "objects was True, now False"),
+    ):
+        report = segment(path, **changes)
+        assert report.status == "failed"
+        assert reason in report.slides[0].reason
+    again = segment(path, objects=True)
+    assert again.status == "skipped"
+    assert Path(again.slides[0].table).exists()
+    np.testing.assert_array_equal(labels_of(again), written)
+
+
+def test_a_finished_slide_whose_labels_were_removed_is_segmented_again(tmp_path, segment):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(150, 130))
+    written = labels_of(segment(path))
+    shutil.rmtree(path / "labels" / "cellseg")
+    again = segment(path)
+    assert again.status == "done", again.slides[0].reason
+    np.testing.assert_array_equal(labels_of(again), written)
 
 
 def test_inputs_that_cannot_hold_labels_get_a_store_beside_them(tmp_path, segment):
@@ -296,14 +326,14 @@ def test_a_journal_that_cannot_be_written_is_named(tmp_path, segment):
 
 def test_brackets_in_a_path_are_not_taken_for_colours(tmp_path, command, tiny_model):
     (tmp_path / "slide[old].png").write_text("[/broken]")
-    code, output = command("run", tmp_path / "slide[old].png", "--model", tiny_model, "--backend", "torch")
+    code, output = command("run", tmp_path / "slide[old].png", "--model", tiny_model, *REFERENCE)
     assert code == 1
     assert "slide[old].png" in output
 
 
 def test_the_report_as_json(slide, command, tiny_model, tmp_path):
     file = tmp_path / "report.json"
-    code, output = command("run", slide, "--model", tiny_model, "--tile", 96, "--json", file, "--backend", "torch")
+    code, output = command("run", slide, "--model", tiny_model, "--tile", 96, "--json", file, *REFERENCE)
     report = json.loads(file.read_text())
     assert code == 0, output
     run = "status seconds mpx_per_s engine_mpx_per_s backend precision tile margin batch block workers peak_rss_bytes"
@@ -379,6 +409,7 @@ def test_doctor_says_what_is_there_and_how_to_get_what_is_not(monkeypatch, comma
     [
         (["missing.zarr"], 2, "missing.zarr"),
         (["empty.zarr"], 2, "image"),
+        (["ok.zarr", "--json", "empty.zarr"], 2, "a folder of that name"),
         (["groups.zarr"], 2, "image"),
         (["four.zarr"], 1, "--axes"),
         (["complex.zarr"], 1, "complex64"),
@@ -427,7 +458,7 @@ def test_bad_input_gives_one_line_and_an_exit_code(tmp_path, monkeypatch, comman
         # Root may write anywhere, so the folder is made impossible rather than forbidden.
         (tmp_path / "readonly.zarr" / "labels").write_text("a file where a group should be")
     model = [] if "--model" in arguments else ["--model", tiny_model]
-    backend = [] if "--backend" in arguments or "--precision" in arguments else ["--backend", "torch"]
+    backend = [] if "--backend" in arguments or "--precision" in arguments else REFERENCE
     tile = ["--tile", 96]
     found, output = command("run", *arguments, *model, *backend, *tile)
     assert found == code, output

@@ -180,7 +180,8 @@ def test_of_two_runs_that_share_a_plate_the_last_one_summarises_all_of_it(
         assert pq.read_table(beside / "cellseg.plate" / f"{name}.parquet").equals(expected)
 
 
-def test_json_names_tables_and_plates(tmp_path, command, tiny_model):
+def test_json_names_tables_and_plates(tmp_path, command, tiny_model, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
     plate = write_plate(tmp_path / "plate.zarr", ["A/01"], ["0"])
     options = ["--model", tiny_model, "--backend", "torch", "--precision", "fp32", "--json", tmp_path / "r.json"]
     code, printed = command("run", plate, "--objects", *options)
