@@ -191,8 +191,8 @@ class _Campaign:
             return SlideReport(image.path, "failed", image.reason)
         place = place_output(image, self.settings.name, self.settings.output)
         self._claim(place, image)
-        written = all(folder.exists() for folder in place.folders(self.settings.probability))
-        if written and Journal(place.journal).finished() is not None and not self.settings.overwrite:
+        finished = Journal(place.journal).finished() is not None and not self.settings.overwrite
+        if finished and all(folder.exists() for folder in place.folders(self.settings.probability)):
             return (yield from self._work_on(image, place, number))  # nothing will be written
         with self.locks.hold(place.lock):
             return (yield from self._work_on(image, place, number))

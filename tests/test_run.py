@@ -409,7 +409,7 @@ def test_doctor_says_what_is_there_and_how_to_get_what_is_not(monkeypatch, comma
     [
         (["missing.zarr"], 2, "missing.zarr"),
         (["empty.zarr"], 2, "image"),
-        (["ok.zarr", "--json", "empty.zarr"], 2, "a folder of that name"),
+        (["ok.zarr", "--json", "ok.zarr"], 2, "a folder of that name"),
         (["groups.zarr"], 2, "image"),
         (["four.zarr"], 1, "--axes"),
         (["complex.zarr"], 1, "complex64"),
