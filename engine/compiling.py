@@ -30,12 +30,11 @@ def run_race(settings: Settings, tile: int, again: bool, console: Console) -> di
     with console.status("racing the backends"):
         certificate = certify(request, bundle, Artefacts(), lambda: None, again)
     try:
-        winner: Candidate | None = certificate.pick(settings.backend, settings.precision, settings.gate)
+        winner = certificate.pick(settings.backend, settings.precision, settings.gate)
     except BackendError:
-        winner = None
+        _print_certificate(certificate, None, console)
+        raise
     _print_certificate(certificate, winner, console)
-    if winner is None:
-        certificate.pick(settings.backend, settings.precision, settings.gate)
     return certificate.to_json()
 
 

@@ -214,7 +214,7 @@ def plan_slide(
     )
     if not plan.trimmable:
         return plan
-    return replace(plan, trim=shows_little(sample, flat) if begun is None else bool(begun.get("trim")))
+    return replace(plan, trim=shows_little(sample, flat) if begun is None else begun["trim"])
 
 
 def adopt_manifest(plan: SlidePlan, started: dict[str, Any], manifest: dict[str, Any], finished: bool) -> SlidePlan:

@@ -202,8 +202,9 @@ def _lacks_scratch(plan: SlidePlan, journal: Journal) -> bool:
 def block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
     """Bytes of host memory that a block of a slide holds at most."""
     channels = measured_channels(plan.slide) if plan.objects else plan.channels.indices
-    how = plan.needs_probability, on_gpu, plan.frame
-    return block_memory(plan.slide, plan.level.level, len(channels), plan.grid, *how)
+    return block_memory(
+        plan.slide, plan.level.level, len(channels), plan.grid, plan.needs_probability, on_gpu, plan.frame
+    )
 
 
 def _fit_memory(plan: SlidePlan, backend: Backend, settings: Settings, held: int, resumed: bool) -> SlideJob:
