@@ -16,6 +16,8 @@ import psutil
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# Of Linux's mman.h.
+_MADV_DONTNEED = 4
 
 
 def cores() -> int:
@@ -67,6 +69,20 @@ def bound_heaps() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 2 << 20)
         libc.mallopt(_M_TRIM_THRESHOLD, 2 << 20)
+
+
+def let_go_of_code() -> None:
+    """Have this process's pages of libraries given back; those that are used again come back from the system's cache.
+
+    Most are of code that runs once: initialisers, and compilers of networks and kernels.  Only parts that are in
+    memory as they are in their file go, so nothing is lost.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        for part in psutil.Process().memory_maps(grouped=False):
+            if ".so" in Path(part.path).suffixes and "w" not in part.perms and not (part.anonymous or part.swap):
+                start, stop = (int(end, 16) for end in part.addr.split("-"))
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_DONTNEED)
 
 
 def run_module(name: str, *arguments: str, given: bytes | None = None) -> tuple[bytes, str]:

@@ -20,7 +20,7 @@ from cellseg_batch.engine.errors import CellsegError, OutputError, ReadError
 from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.instances import compile_kernels
 from cellseg_batch.engine.journal import Journal
-from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
+from cellseg_batch.engine.machine import let_go_of_code, peak_resident_bytes, resident_bytes
 from cellseg_batch.engine.memory import RUN_OVERHEAD_BYTES, Room, trimming_memory
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Pass, middle_of, output_images, scratch_of
@@ -162,6 +162,7 @@ class Worker:
             with suppress(ReadError):  # a damaged chunk costs its block, not the slide
                 pixels = reader.read(tile.plane, tile.read_box)
                 with self._runner(plan, backend, clock) as runner, self.engines.counted(), noting_seconds() as seconds:
+                    let_go_of_code()
                     result = results[tile] = runner.segment(pixels, tile)
                     if plan.instances is not None:
                         compile_kernels(result, tile, plan.grid, plan.instances)
