@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--tile", type=int, default=RACE_TILE, help="side in px")
     parser.add_argument("--batch", type=int, default=1)
     arguments = parser.parse_args()
-    request = Request("nuclei", "auto", "auto", arguments.tile, arguments.batch, cores())
+    request = Request("nuclei", "auto", "auto", arguments.tile, arguments.batch, cores(), complete=True)
     certificate = race(request, load_model(request.model), Artefacts())
     rows = [
         row(one.name, [one.slowest, one.mpx_per_s, one.fastest], flipped=one.parity.flipped, max_dp=one.parity.max_dp)

@@ -8,8 +8,9 @@ from typing import Any
 from cellseg_batch.engine.backends.gate import Parity, limits_of
 from cellseg_batch.engine.errors import BackendError
 
-# Listed always, but it wins only when it is asked for by name.
-_ON_REQUEST = ("int8",)
+ON_REQUEST = ("int8",)
+"""Precisions that win only when they are asked for by name."""
+
 # Fewer threads are taken where they are faster by so much: rounds of one race differ by less.
 _CLEARLY = 1.05
 
@@ -26,6 +27,7 @@ class Request:
         batch: tiles per call.
         threads: of the model.
         device: auto, cpu or a GPU; the first of several.
+        complete: whether what cannot win without being asked for is raced as well.
     """
 
     model: str
@@ -35,6 +37,7 @@ class Request:
     batch: int
     threads: int
     device: str = "auto"
+    complete: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class Certificate:
             one
             for one in self.candidates
             if backend in ("auto", one.backend)
-            and (precision == one.precision or (precision == "auto" and one.precision not in _ON_REQUEST))
+            and (precision == one.precision or (precision == "auto" and one.precision not in ON_REQUEST))
         ]
         able = [one for one in fitting if one.parity is not None and (one.passed or not gate)]
         if able:

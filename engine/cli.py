@@ -12,7 +12,7 @@ from rich.console import Console
 from cellseg_batch.engine import IMPORTED_AT, campaign_commands, measure_commands, result_commands, trainer_commands
 from cellseg_batch.engine import options as o
 from cellseg_batch.engine.flags import ENGINE, EVERY, takes_settings
-from cellseg_batch.engine.settings import RACE_TILE, Settings
+from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.shell import check_json, importing, plain_errors, write_json
 
 app = typer.Typer(
@@ -99,7 +99,7 @@ def verify_seams(
 @takes_settings(*ENGINE, "batch")
 def compile_model(
     settings: Settings,
-    tile: Annotated[int, typer.Option("--tile", min=1, help="Side of the timed tiles in px.")] = RACE_TILE,
+    tile: Annotated[int | None, typer.Option("--tile", min=1, help="Side of the timed tiles in px.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Race anew, even if a result is known.")] = False,
     list_entries: Annotated[bool, typer.Option("--list", help="List what is kept, and do nothing else.")] = False,
     clear: Annotated[bool, typer.Option("--clear", help="Remove what is kept, and do nothing else.")] = False,

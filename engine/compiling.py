@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -9,26 +10,24 @@ from rich.markup import escape
 from rich.table import Table
 
 from cellseg_batch.engine.artefacts import Artefacts
-from cellseg_batch.engine.certificate import Candidate, Certificate, Request
+from cellseg_batch.engine.certificate import ON_REQUEST, Candidate, Certificate
 from cellseg_batch.engine.errors import BackendError
-from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.race import certify
-from cellseg_batch.engine.settings import Settings, race_device
+from cellseg_batch.engine.race import certify, request_of
+from cellseg_batch.engine.settings import Settings
 
 
-def run_race(settings: Settings, tile: int, again: bool, console: Console) -> dict[str, Any]:
-    """Race what was asked for and print the table; returns every figure.
+def run_race(settings: Settings, tile: int | None, again: bool, console: Console) -> dict[str, Any]:
+    """Race what was asked for, with tiles of ``tile`` px if it says so, and print the table; returns every figure.
 
     Raises:
         BackendError: nothing that was asked for by name can be used.
     """
-    bundle = load_model(settings.model)
-    threads = settings.threads or cores()
-    device = race_device(settings.device)
-    request = Request(settings.model, settings.backend, settings.precision, tile, settings.batch, threads, device)
+    request = replace(request_of(settings), batch=settings.batch, complete=True)
+    if tile is not None:
+        request = replace(request, tile=tile)
     with console.status("racing the backends"):
-        certificate = certify(request, bundle, Artefacts(), lambda: None, again)
+        certificate = certify(request, load_model(settings.model), Artefacts(), lambda: None, again)
     try:
         winner = certificate.pick(settings.backend, settings.precision, settings.gate)
     except BackendError:
@@ -51,7 +50,7 @@ def _print_certificate(certificate: Certificate, winner: Candidate | None, conso
         if one.parity is None:
             table.add_row(one.name, "", "", "", "", "", "", escape(one.missing))
             continue
-        verdict = "winner" if one == winner else "on request" if one.precision == "int8" else ""
+        verdict = "winner" if one == winner else "on request" if one.precision in ON_REQUEST else ""
         table.add_row(
             one.name,
             f"{one.mpx_per_s:.2f}",

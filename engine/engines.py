@@ -22,12 +22,12 @@ from numpy.typing import DTypeLike
 from cellseg_batch.engine.artefacts import Artefacts
 from cellseg_batch.engine.backends.backend import Backend, DeviceModel, Shape
 from cellseg_batch.engine.backends.choose import KINDS, REFERENCE, candidates, make_backend
-from cellseg_batch.engine.certificate import Certificate, Request
+from cellseg_batch.engine.certificate import Certificate
 from cellseg_batch.engine.feed import Feed
 from cellseg_batch.engine.machine import bound_heaps, cores
 from cellseg_batch.engine.models import load_model, shipped_models
-from cellseg_batch.engine.race import certify
-from cellseg_batch.engine.settings import RACE_TILE, Settings, gpus_of, race_device
+from cellseg_batch.engine.race import certify, request_of
+from cellseg_batch.engine.settings import RACE_TILE, Settings, gpus_of
 from cellseg_batch.trainer.bundle import Bundle
 
 if TYPE_CHECKING:
@@ -79,9 +79,7 @@ def choose(settings: Settings, bundle: Bundle, racing: Callable[[], None] = lamb
     fitting = candidates(settings.backend, settings.precision, settings.device)
     if fitting == [REFERENCE] or (len(fitting) == 1 and not settings.gate):
         return Choice(*fitting[0], None)  # nothing to compare with anything
-    asked = settings.model, settings.backend, settings.precision
-    request = Request(*asked, RACE_TILE, 1, settings.threads or cores(), race_device(settings.device))
-    certificate = certify(request, bundle, Artefacts(), racing)
+    certificate = certify(request_of(settings), bundle, Artefacts(), racing)
     best = certificate.pick(settings.backend, settings.precision, settings.gate)
     return Choice(best.backend, best.precision, certificate)
 

@@ -24,12 +24,13 @@ from cellseg_batch.engine.artefacts import Artefacts, Key
 from cellseg_batch.engine.backends.backend import MAKING, Backend, Shape, flexible_form
 from cellseg_batch.engine.backends.choose import KINDS, REFERENCE, candidates, make_backend, why_not
 from cellseg_batch.engine.backends.gate import TILE, Parity, limits_of, logits_of, measure_parity, real_tiles
-from cellseg_batch.engine.certificate import Candidate, Certificate, Request
+from cellseg_batch.engine.certificate import ON_REQUEST, Candidate, Certificate, Request
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.feed import Feed
-from cellseg_batch.engine.machine import gpus, package_version, processor, run_module
+from cellseg_batch.engine.machine import cores, gpus, package_version, processor, run_module, visible_gpus
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.normalise import Bounds
+from cellseg_batch.engine.settings import RACE_TILE, Settings, race_device
 from cellseg_batch.trainer.bundle import Bundle
 
 _log = logging.getLogger(__name__)
@@ -39,12 +40,24 @@ _PACKAGES = ("cellseg-batch", "torch", "openvino", "nncf", "tensorrt", "torch-te
 _ROUNDS = 5
 # A candidate this much slower than the fastest is timed once; it will not win.
 _HOPELESS = 3.0
+# Side in px.
+_TILE_ON_CPU = 1024
+
+
+def request_of(settings: Settings) -> Request:
+    """What a run of ``settings`` needs to know.
+
+    A processor takes as long for a pixel in tiles of any size, so those that it is timed with are small.
+    """
+    device = race_device(settings.device)
+    tile = RACE_TILE if device != "cpu" and visible_gpus() else _TILE_ON_CPU
+    return Request(settings.model, settings.backend, settings.precision, tile, 1, settings.threads or cores(), device)
 
 
 def certify(
     request: Request, bundle: Bundle, artefacts: Artefacts, started: Callable[[], None], again: bool = False
 ) -> Certificate:
-    """The kept result of this race on this machine; run now, in a process of its own, when there is none.
+    """The kept result of this race, or of a complete one, on this machine; run now in a process of its own if none is.
 
     Args:
         request: what to race.
@@ -59,7 +72,7 @@ def certify(
     key = _key(request, bundle)
     if again:
         artefacts.drop(key)
-    folder = artefacts.find(key)
+    folder = artefacts.find(_key(replace(request, complete=True), bundle)) or artefacts.find(key)
     if folder is None:
         started()
         folder = artefacts.get(key, lambda partial: _race_elsewhere(request, artefacts, partial))
@@ -82,13 +95,16 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
     pixels = _lay_out(shape, tiles)
     gpu = "cuda:0" if request.device in ("auto", "cpu") else request.device
     for name in candidates(request.backend, request.precision, request.device):
+        if name[1] in ON_REQUEST and request.precision == "auto" and not request.complete:
+            continue
         missing = why_not(*name)
         if not missing:
             try:
-                backend = reference
-                if name != REFERENCE:
+                if name == REFERENCE:
+                    backend, parities[name] = reference, measure_parity(expected, expected, threshold)
+                else:
                     backend = make_backend(network, *name, request.threads, artefacts, gpu)
-                parities[name] = worst_parity(backend, tiles, expected, threshold)
+                    parities[name] = worst_parity(backend, tiles, expected, threshold)
                 calls[name] = _fed(backend, shape, pixels)
                 continue
             except Exception as error:  # a network that this library cannot take; another one may
@@ -133,14 +149,13 @@ def _time_threads(
     for count in sorted({max(1, request.threads // share) for share in (1, 2, 4)}):
         # One after the other, as torch has one number of threads for the whole process.
         call = _fed(make_backend(network, *name, count, artefacts), shape, pixels)
-        yield count, shape[0] * shape[2] * shape[3] / 1e6 / median(time_in_turns({name: call})[name])
+        # The fastest round counts: who else uses the machine only ever slows one, and would decide otherwise.
+        yield count, shape[0] * shape[2] * shape[3] / 1e6 / min(time_in_turns({name: call})[name])
 
 
 def time_in_turns(calls: dict[tuple[str, str], Callable[[], object]]) -> dict[tuple[str, str], list[float]]:
-    """Seconds of each call in each round after a warm-up, all taking turns; the hopeless drop out after the first."""
+    """Seconds of each call, which has been made before, in each round; the hopeless drop out after the first."""
     seconds: dict[tuple[str, str], list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
     for _ in range(_ROUNDS):
         for name, call in calls.items():
             best = min((min(times) for times in seconds.values() if times), default=float("inf"))
@@ -170,7 +185,7 @@ def _ways(backend: Backend, shape: Shape) -> Iterator[Callable[[NDArray[np.float
 
 
 def _fed(backend: Backend, shape: Shape, pixels: NDArray[np.uint8]) -> Callable[[], object]:
-    """A call of the network on a batch of tiles that all show ``pixels`` (C, H, W)."""
+    """A call of the network on a batch of tiles that all show ``pixels`` (C, H, W); made once to warm up."""
     feed = Feed(backend, shape, pixels.dtype)
     rows, columns = (np.tile(np.arange(side), (shape[0], 1)) for side in shape[2:])
     feed.fill(pixels, rows, columns, Bounds(0.0, 255.0))

@@ -17,7 +17,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
 SKIPS = ("auto", "off")
 STITCHES = ("crop", "blend")
 
-# Side in px of the tiles that the backends are raced at: those of a slide of 8192 x 8192 px.
+# Side in px of the tiles that the backends are raced at where there is a GPU: those of a slide of 8192 x 8192 px, so
+# that the engines made for their shape are found again.
 RACE_TILE = 1776
 
 

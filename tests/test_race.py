@@ -97,7 +97,7 @@ def test_all_take_turns_and_the_hopeless_drop_out(monkeypatch):
 
     seconds = time_in_turns({"a": call("a", 1.0), "b": call("b", 2.0), "c": call("c", 9.0)})
     assert seconds == {"a": [1.0] * 5, "b": [2.0] * 5, "c": [9.0]}
-    assert order[:6] == ["a", "b", "c", "a", "b", "c"]
+    assert order[:5] == ["a", "b", "c", "a", "b"]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def request_of(tiny_model):
 
 def test_a_race_runs_everything_that_is_here(request_of, tiny_bundle, monkeypatch, tmp_path):
     monkeypatch.setitem(racing.__dict__, "why_not", lambda name, level: "not today" if level == "int8" else "")
-    result = race(request_of(threads=2), tiny_bundle, Artefacts(tmp_path))
+    result = race(request_of(threads=2, complete=True), tiny_bundle, Artefacts(tmp_path))
     rows = {(one.backend, one.precision): one for one in result.candidates}
     assert rows["openvino", "int8"].missing == "not today"
     assert rows["torch", "fp32"].parity.flipped == 0
@@ -145,6 +145,22 @@ def test_the_result_is_kept_and_raced_again_only_on_request(request_of, tiny_bun
     assert runs == [1]
     certify(request, tiny_bundle, artefacts, lambda: runs.append(3), again=True)
     assert runs == [1, 3]
+
+
+def test_int8_is_raced_where_it_is_asked_for_or_everything_is(request_of, tiny_bundle, monkeypatch, tmp_path):
+    monkeypatch.setattr(racing, "why_not", lambda *name: "" if name == racing.REFERENCE else "not today")
+    for precision, complete, listed in [("auto", False, False), ("auto", True, True), ("int8", False, True)]:
+        result = race(request_of(precision=precision, complete=complete), tiny_bundle, Artefacts(tmp_path))
+        assert (("openvino", "int8") in {(one.backend, one.precision) for one in result.candidates}) == listed
+
+
+def test_a_run_takes_the_result_of_a_complete_race(request_of, tiny_bundle, tmp_path, monkeypatch):
+    content = json.dumps(certificate(REFERENCE, FAST, INT8).to_json())
+    monkeypatch.setattr(racing, "_race_elsewhere", lambda *asked: (asked[-1] / "certificate.json").write_text(content))
+    runs = []
+    certify(request_of(complete=True), tiny_bundle, Artefacts(tmp_path), lambda: runs.append(1))
+    certify(request_of(), tiny_bundle, Artefacts(tmp_path), lambda: runs.append(2))
+    assert runs == [1]
 
 
 def test_one_changed_weight_needs_another_race(request_of, tiny_bundle):
