@@ -99,7 +99,9 @@ def verify_seams(
 @takes_settings(*ENGINE, "batch")
 def compile_model(
     settings: Settings,
-    tile: Annotated[int | None, typer.Option("--tile", min=1, help="Side of the timed tiles in px.")] = None,
+    tile: Annotated[
+        int | None, typer.Option("--tile", min=1, help="Side of the timed tiles in px; runs use the usual race.")
+    ] = None,
     again: Annotated[bool, typer.Option("--again", help="Race anew, even if a result is known.")] = False,
     list_entries: Annotated[bool, typer.Option("--list", help="List what is kept, and do nothing else.")] = False,
     clear: Annotated[bool, typer.Option("--clear", help="Remove what is kept, and do nothing else.")] = False,

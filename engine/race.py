@@ -230,6 +230,7 @@ def _key(request: Request, bundle: Bundle) -> Key:
         "model": bundle.card.name,
         "sha256": bundle.sha256,
         "threshold": bundle.card.threshold,
+        "shrink": sorted(bundle.card.shrink),
         "processor": processor(),
         "gpus": gpus(),
         "versions": _versions(),

@@ -182,17 +182,8 @@ class _LogitsOf:
             self._runner = Runner(feed, lattice, plan.bounds, plan.threshold, False, "crop", StageClock())
         read_box = source_box(tile.frame, lattice.shape)
         logits = self._runner.logits(self._reader.read(0, read_box), read_box, [tile])[0, 0]
-        part = Box(
-            max(tile.core.y0, window.y0),
-            max(tile.core.x0, window.x0),
-            min(tile.core.y1, window.y1),
-            min(tile.core.x1, window.x1),
-        )
-        out[_shifted(part, window).slices()] = logits[_shifted(part, tile.frame).slices()]
-
-
-def _shifted(box: Box, origin: Box) -> Box:
-    return Box(box.y0 - origin.y0, box.x0 - origin.x0, box.y1 - origin.y0, box.x1 - origin.x0)
+        part = tile.core.within(window)
+        out[part.seen_from(window).slices()] = logits[part.seen_from(tile.frame).slices()]
 
 
 def _tiles_over(lattice: Lattice, window: Box) -> list[Tile]:

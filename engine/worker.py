@@ -162,7 +162,8 @@ class Worker:
             with suppress(ReadError):  # a damaged chunk costs its block, not the slide
                 pixels = reader.read(tile.plane, tile.read_box)
                 with self._runner(plan, backend, clock) as runner, self.engines.counted(), noting_seconds() as seconds:
-                    let_go_of_code()
+                    if not self._warm:
+                        let_go_of_code()
                     result = results[tile] = runner.segment(pixels, tile)
                     if plan.instances is not None:
                         compile_kernels(result, tile, plan.grid, plan.instances)

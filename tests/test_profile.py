@@ -17,13 +17,19 @@ from skimage.io import imread
 from zarrs import ZarrsCodecPipeline
 
 from cellseg_batch.engine.backends.torch_backend import TorchBackend
+from cellseg_batch.engine.errors import UsageError
+from cellseg_batch.engine.geometry import Box
+from cellseg_batch.engine.locations import RemotePath
 from cellseg_batch.engine.profile import meter as meters
+from cellseg_batch.engine.profile.cure import Storage, copy_slide
 from cellseg_batch.engine.profile.meter import GpuMeter
 from cellseg_batch.engine.profile.profiling import profile_slide
 from cellseg_batch.engine.profile.sample import SIDE, take_sample
 from cellseg_batch.engine.profile.timeline import chrome_trace, occupied, predict_seconds, shares
 from cellseg_batch.engine.profile.verdict import StageUse, find_bottleneck, say
+from cellseg_batch.engine.reader import SlideReader
 from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.stages import Interval
 from tests.conftest import blobs, write_ome_zarr
 
@@ -150,6 +156,25 @@ def test_a_slow_codec_is_named(tmp_path, monkeypatch, planted, profiled):
     assert (found.bottleneck, found.trial.cause) == ("read", "codec")
 
 
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_a_copy_of_a_compressed_plain_array_has_its_codecs(tmp_path, zarr_format):
+    pixels = blobs(96, 96, 1)[0]
+    codec = numcodecs.Zlib(1) if zarr_format == 2 else zarr.codecs.GzipCodec()
+    array = zarr.create_array(
+        str(tmp_path / "a.zarr"), data=pixels, chunks=(32, 32), compressors=codec, zarr_format=zarr_format
+    )
+    (slide,) = find_images(tmp_path / "a.zarr", None)
+    copy = copy_slide(slide, 0, tmp_path / "copy", Storage(chunk=64))
+    assert zarr.open_array(str(tmp_path / "copy/0"), mode="r").compressors == array.compressors
+    with SlideReader(copy, 0, (0,)) as reader:
+        assert np.array_equal(reader.read(0, Box(0, 0, 96, 96))[0], pixels)
+
+
+def test_a_profile_does_not_write_to_an_object_store(tmp_path, profiled):
+    with pytest.raises(UsageError, match="--output"):
+        profiled(write_ome_zarr(tmp_path / "a.zarr", blobs(96, 96, 1)), output=RemotePath("s3://bucket/there"))
+
+
 def test_the_command_writes_table_chart_trace_and_json(tmp_path, tiny_model, command):
     Image.fromarray(blobs(100, 120, 1)[0]).save(tmp_path / "a.png")
     chart, trace, report = tmp_path / "p.png", tmp_path / "t.json", tmp_path / "r.json"
@@ -231,6 +256,7 @@ def test_the_verdict_follows_from_the_shares(parts, bottleneck, words):
 
 def test_the_meter_reads_utilisation_and_energy_and_does_without_a_gpu(monkeypatch):
     class Nvml:
+        NVMLError = RuntimeError
         energy = 1000
 
         def nvmlInit(self): ...
@@ -253,6 +279,15 @@ def test_the_meter_reads_utilisation_and_energy_and_does_without_a_gpu(monkeypat
     with GpuMeter() as meter:
         pass
     assert meter.figures == {"gpu_utilisation": 70, "gpu_utilisation_peak": 70, "gpu_energy_j": 2.5}
+
+    class Older(Nvml):
+        def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+            raise self.NVMLError
+
+    monkeypatch.setattr(meters.importlib, "import_module", lambda name: Older())
+    with GpuMeter() as meter:
+        pass
+    assert meter.figures == {"gpu_utilisation": 70, "gpu_utilisation_peak": 70}
 
     def missing(name):
         raise ImportError(name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -85,10 +85,10 @@ def find_cure(slide: Slide, level: int, channels: tuple[int, ...], folder: Path)
 
 def copy_slide(slide: Slide, level: int, folder: Path, storage: Storage) -> Slide:
     """Copy ``slide`` from ``level`` on to a zarr hierarchy in ``folder``, in place of what is there."""
-    group = zarr.open_group(str(folder), mode="w", zarr_format=2 if slide.format == "ome-zarr 0.4" else 3)
+    form = _zarr_format(slide, level)
+    group = zarr.open_group(str(folder), mode="w", zarr_format=form)
     levels = tuple(_copy_level(slide, number, group, storage) for number in range(level, len(slide.levels)))
-    stored = slide.format if slide.format == "ome-zarr 0.4" else "ome-zarr 0.5"
-    return replace(slide, store=folder, path="", format=stored, levels=levels)
+    return replace(slide, store=folder, path="", format=f"ome-zarr {'0.4' if form == 2 else '0.5'}", levels=levels)
 
 
 def _copy_level(slide: Slide, number: int, group: zarr.Group, storage: Storage) -> Level:
@@ -111,6 +111,15 @@ def _copy_level(slide: Slide, number: int, group: zarr.Group, storage: Storage) 
                 sides[axis] = slice(sides[axis].start + first, sides[axis].stop + first)
             target[there] = np.asarray(source[tuple(sides.values())])
     return replace(level, path=str(number), chunks=target.chunks, origin=(0, 0))
+
+
+def _zarr_format(slide: Slide, level: int) -> Literal[2, 3]:
+    """That of the slide, whose codecs no other knows."""
+    if not _is_zarr(slide):
+        return 3
+    with SlideReader(slide, level, (0,)) as reader:
+        form: Literal[2, 3] = reader.array.metadata.zarr_format
+        return form
 
 
 def _is_zarr(slide: Slide) -> bool:

@@ -14,7 +14,8 @@ class GpuMeter:
     """Watches the GPU for as long as the context lasts.
 
     Attributes:
-        figures: mean and largest utilisation in %, and energy in J; empty where there is no NVML or no GPU.
+        figures: mean and largest utilisation in %, and energy in J where the GPU counts it; empty where there is no
+            NVML or no GPU.
     """
 
     def __init__(self) -> None:
@@ -26,7 +27,7 @@ class GpuMeter:
         self._nvml = _open_nvml()
         if self._nvml is not None:
             self._handle = self._nvml.nvmlDeviceGetHandleByIndex(0)
-            self._energy = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+            self._energy = self._millijoules()
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
         return self
@@ -38,13 +39,20 @@ class GpuMeter:
             return
         self._ended.set()
         self._thread.join()
-        millijoules = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) - self._energy
         self.figures = {
             "gpu_utilisation": sum(self._samples) / len(self._samples),
             "gpu_utilisation_peak": max(self._samples),
-            "gpu_energy_j": millijoules / 1000,
         }
+        energy = self._millijoules()
+        if energy is not None and self._energy is not None:
+            self.figures["gpu_energy_j"] = (energy - self._energy) / 1000
         self._nvml.nvmlShutdown()
+
+    def _millijoules(self) -> int | None:
+        try:
+            return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
+        except self._nvml.NVMLError:  # GPUs before Volta do not count it
+            return None
 
     def _watch(self) -> None:
         while True:

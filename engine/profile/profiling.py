@@ -10,7 +10,8 @@ from statistics import mean
 
 from cellseg_batch.engine.campaign import Observer, run_images
 from cellseg_batch.engine.engines import Engines
-from cellseg_batch.engine.errors import SlideError
+from cellseg_batch.engine.errors import SlideError, UsageError
+from cellseg_batch.engine.locations import RemotePath
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.passes import OpenSlide
 from cellseg_batch.engine.place import place_output
@@ -52,9 +53,17 @@ def profile_slide(path: Path, settings: Settings, observer: Observer) -> Profile
     The folder lies in the output that the settings name, so that writing is measured where it would happen.
 
     Raises:
-        UsageError: there is no image, or nothing can be run as asked.
+        UsageError: there is no image, the output is no local folder, or nothing can be run as asked.
         SlideError: the sample cannot be processed.
     """
+    if isinstance(settings.output, RemotePath):
+        raise UsageError(
+            "--output",
+            expected="a folder of this machine, or none",
+            found=str(settings.output),
+            cause="what the sample writes is temporary, which object stores do not know",
+            remedy="copy a slide's result by hand to see how fast the store takes it",
+        )
     bundle = load_model(settings.model)
     sample = take_sample(path, settings, bundle.card.pixel_size_um)
     if settings.output is not None:
