@@ -12,7 +12,7 @@ python benchmarks/bench_pipeline.py PART... [--precision bf16] [--rounds 5] [--s
     plate       fields of 1080 x 1080 px uint16 in an HCS plate, against the usual slide
     background  a slide that is 70 % empty, with and without --skip-background, and the objects that are found
     memory      peak of the process, also on a slide four times as wide; what it grows by over 1,000 blocks
-    overhead    a run's time over that of the compiled model alone, in one process; OpenVINO's own benchmark loop
+    overhead    a run's time over that of the compiled model alone; OpenVINO's own benchmark loop
 
 Every run is a process of its own; variants take turns; a first run that does not count compiles.
 """

@@ -152,10 +152,7 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
     per_pixel = _seconds_per_pixel(report, settings.workers)
     on_gpu = KINDS[report.backend].on_gpu
     held = report.planned_peak_bytes - report.workers * block_bytes(sample, on_gpu)
-    slides = [
-        one if plan is None else _weigh(one, plan, settings, per_pixel, held + _trimming(plan, report), on_gpu)
-        for one, plan in entries
-    ]
+    slides = [one if plan is None else _weigh(one, plan, settings, per_pixel, held, report) for one, plan in entries]
     return replace(whole, measured_mpx=sample.pixels / 1e6, mpx_per_s=1e-6 / per_pixel, slides=slides)
 
 
@@ -250,16 +247,14 @@ def _seconds_per_pixel(report: RunReport, workers: int) -> float:
     return max(device, (device + beside) / workers) / report.slides[0].pixels
 
 
-def _trimming(plan: SlidePlan, report: RunReport) -> int:
-    """Bytes that trimming may take beside what was measured: the slide may show less than the sample."""
-    never = KINDS[report.backend].on_gpu or report.precision == "int8"  # whose networks have one size
-    return 0 if never or not plan.trimmable else trimming_memory(plan.shape) + OPEN_SIZE_BYTES
-
-
 def _weigh(
-    one: SlideEstimate, plan: SlidePlan, settings: Settings, per_pixel: float, held: int, on_gpu: bool
+    one: SlideEstimate, plan: SlidePlan, settings: Settings, per_pixel: float, held: int, measured: RunReport
 ) -> SlideEstimate:
     """The estimate with memory and time; refused if it fits neither ``--max-memory`` nor this machine."""
+    on_gpu = KINDS[measured.backend].on_gpu
+    # Networks of one size, GPUs' and those in int8, never trim; others may, as the slide may show less than the sample.
+    if plan.trimmable and not on_gpu and measured.precision != "int8":
+        held += trimming_memory(plan.shape) + OPEN_SIZE_BYTES
     peak = held + settings.workers * block_bytes(plan, on_gpu)
     if settings.max_memory is not None:
         # A run keeps to it with fewer and smaller blocks, down to one tile at a time.

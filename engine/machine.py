@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import mmap
 import os
 import platform
 import resource
@@ -11,13 +12,14 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# Of Linux's mman.h.
-_MADV_DONTNEED = 4
+# Of elf.h.
+_PT_LOAD, _PF_W = 1, 2
 
 
 def cores() -> int:
@@ -71,18 +73,54 @@ def bound_heaps() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2 << 20)
 
 
-def let_go_of_code() -> None:
-    """Have this process's pages of libraries given back; those that are used again come back from the system's cache.
+class _Segment(ctypes.Structure):
+    """A part of a library as it is mapped: Elf64_Phdr of elf.h."""
 
-    Most are of code that runs once: initialisers, and compilers of networks and kernels.  Only parts that are in
-    memory as they are in their file go, so nothing is lost.
+    _fields_ = [
+        ("type", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("offset", ctypes.c_uint64),
+        ("address", ctypes.c_uint64),
+        ("physical", ctypes.c_uint64),
+        ("file_size", ctypes.c_uint64),
+        ("size", ctypes.c_uint64),
+        ("alignment", ctypes.c_uint64),
+    ]
+
+
+class _Library(ctypes.Structure):
+    """A library that is loaded: the beginning of dl_phdr_info of link.h."""
+
+    _fields_ = [
+        ("base", ctypes.c_uint64),
+        ("name", ctypes.c_char_p),
+        ("segments", ctypes.POINTER(_Segment)),
+        ("count", ctypes.c_uint16),
+    ]
+
+
+def let_go_of_code() -> None:
+    """Have the pages of loaded libraries given back; those that are used again come back from the system's cache.
+
+    Most are of code that runs once: initialisers, and compilers of networks and kernels.  Only segments that cannot be
+    written go, which are in memory what they are in their file.
     """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        for part in psutil.Process().memory_maps(grouped=False):
-            if ".so" in Path(part.path).suffixes and "w" not in part.perms and not (part.anonymous or part.swap):
-                start, stop = (int(end, 16) for end in part.addr.split("-"))
-                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_DONTNEED)
+    if sys.platform != "linux" or sys.maxsize < 1 << 32:
+        return
+    # Both locks are held meanwhile, the loader's and (unlike with CDLL) the interpreter's: no library comes or goes.
+    libc = ctypes.PyDLL(None)
+
+    def give_back(found: Any, size: int, nothing: None) -> int:
+        library = found.contents
+        for segment in library.segments[: library.count] if b"/" in library.name else ():
+            if segment.type == _PT_LOAD and not segment.flags & _PF_W:
+                start = (library.base + segment.address) // mmap.PAGESIZE * mmap.PAGESIZE
+                length = library.base + segment.address + segment.size - start
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+        return 0
+
+    visitor = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Library), ctypes.c_size_t, ctypes.c_void_p)
+    libc.dl_iterate_phdr(visitor(give_back), None)
 
 
 def run_module(name: str, *arguments: str, given: bytes | None = None) -> tuple[bytes, str]:

@@ -30,7 +30,7 @@ from cellseg_batch.engine.feed import Feed
 from cellseg_batch.engine.machine import cores, gpus, package_version, processor, run_module, visible_gpus
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.normalise import Bounds
-from cellseg_batch.engine.settings import RACE_TILE, Settings, race_device
+from cellseg_batch.engine.settings import RACE_TILE, RACE_TILE_ON_CPU, Settings, race_device
 from cellseg_batch.trainer.bundle import Bundle
 
 _log = logging.getLogger(__name__)
@@ -40,17 +40,17 @@ _PACKAGES = ("cellseg-batch", "torch", "openvino", "nncf", "tensorrt", "torch-te
 _ROUNDS = 5
 # A candidate this much slower than the fastest is timed once; it will not win.
 _HOPELESS = 3.0
-# Side in px.
-_TILE_ON_CPU = 1024
 
 
 def request_of(settings: Settings) -> Request:
     """What a run of ``settings`` needs to know.
 
-    A processor takes as long for a pixel in tiles of any size, so those that it is timed with are small.
+    Where no GPU can win, tiles are small: a processor takes as long for a pixel in tiles of any size.
     """
     device = race_device(settings.device)
-    tile = RACE_TILE if device != "cpu" and visible_gpus() else _TILE_ON_CPU
+    fitting = candidates(settings.backend, settings.precision, device)
+    maybe = any(KINDS[name].on_gpu for name, _ in fitting) and (device != "auto" or (gpus() and visible_gpus()))
+    tile = RACE_TILE if maybe else RACE_TILE_ON_CPU
     return Request(settings.model, settings.backend, settings.precision, tile, 1, settings.threads or cores(), device)
 
 
@@ -64,7 +64,7 @@ def certify(
         bundle: the model that the request names.
         artefacts: where results and compiled networks are kept.
         started: called if a race is run.
-        again: race even if there is a result, which is replaced.
+        again: race even if there is a result of this race, which is replaced.
 
     Raises:
         BackendError: the race's process died.
@@ -72,7 +72,8 @@ def certify(
     key = _key(request, bundle)
     if again:
         artefacts.drop(key)
-    folder = artefacts.find(_key(replace(request, complete=True), bundle)) or artefacts.find(key)
+    complete = key if again else _key(replace(request, complete=True), bundle)
+    folder = artefacts.find(complete) or artefacts.find(key)
     if folder is None:
         started()
         folder = artefacts.get(key, lambda partial: _race_elsewhere(request, artefacts, partial))
@@ -94,9 +95,7 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
     parities: dict[tuple[str, str], Parity] = {}
     pixels = _lay_out(shape, tiles)
     gpu = "cuda:0" if request.device in ("auto", "cpu") else request.device
-    for name in candidates(request.backend, request.precision, request.device):
-        if name[1] in ON_REQUEST and request.precision == "auto" and not request.complete:
-            continue
+    for name in _raced(request):
         missing = why_not(*name)
         if not missing:
             try:
@@ -190,9 +189,11 @@ def _fed(backend: Backend, shape: Shape, pixels: NDArray[np.uint8]) -> Callable[
     rows, columns = (np.tile(np.arange(side), (shape[0], 1)) for side in shape[2:])
     feed.fill(pixels, rows, columns, Bounds(0.0, 255.0))
     feed.logits()
-    # A GPU's copies overlap its work in a run.
-    repeat: Callable[[], object] = getattr(feed.model, "repeat", feed.logits)
-    return repeat
+    repeat: Callable[[], object] | None = getattr(feed.model, "repeat", None)
+    if repeat is None:
+        return feed.logits
+    repeat()
+    return repeat  # a GPU's copies overlap its work in a run
 
 
 def _lay_out(shape: Shape, tiles: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -221,8 +222,15 @@ def _race_elsewhere(request: Request, artefacts: Artefacts, folder: Path) -> Non
         )
 
 
+def _raced(request: Request) -> list[tuple[str, str]]:
+    """(backend, precision) of all that is raced."""
+    named = request.complete or request.precision != "auto"
+    fitting = candidates(request.backend, request.precision, request.device)
+    return [name for name in fitting if named or name[1] not in ON_REQUEST]
+
+
 def _key(request: Request, bundle: Bundle) -> Key:
-    raced = {name: value for name, value in asdict(request).items() if name != "model"}
+    asked = {name: value for name, value in asdict(request).items() if name not in ("model", "complete")}
     return {
         "what": "race",
         "making": MAKING,
@@ -234,7 +242,8 @@ def _key(request: Request, bundle: Bundle) -> Key:
         "processor": processor(),
         "gpus": gpus(),
         "versions": _versions(),
-        **raced,
+        "raced": [" ".join(name) for name in _raced(request)],
+        **asked,
     }
 
 

@@ -20,6 +20,8 @@ STITCHES = ("crop", "blend")
 # Side in px of the tiles that the backends are raced at where there is a GPU: those of a slide of 8192 x 8192 px, so
 # that the engines made for their shape are found again.
 RACE_TILE = 1776
+# And where there is none.
+RACE_TILE_ON_CPU = 1024
 
 
 @dataclass(frozen=True)

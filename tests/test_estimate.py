@@ -1,12 +1,14 @@
 """What plan announces is what a run then takes."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import zarr
 
-from cellseg_batch.engine.estimate import estimate, pixels_read
+from cellseg_batch.engine import estimate as estimating
+from cellseg_batch.engine.estimate import SlideEstimate, estimate, pixels_read
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from tests.conftest import blobs, write_ome_zarr
@@ -94,3 +96,15 @@ def test_a_sample_that_cannot_be_read_is_named(tmp_path, usual):
 def test_the_first_plane(tmp_path):
     (slide,) = find_images(write_ome_zarr(tmp_path / "a.zarr", np.zeros((2, 1, 3, 40, 50), np.uint8), "tczyx"))
     assert [level.shape for level in slide.first_plane().levels] == [(1, 1, 1, 40, 50), (1, 1, 1, 20, 25)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "trims"),
+    [("openvino", "bf16", True), ("openvino", "int8", False), ("torch-cuda", "fp16", False)],
+)
+def test_trimming_is_announced_where_the_network_takes_smaller_tiles(monkeypatch, backend, precision, trims):
+    monkeypatch.setattr(estimating, "block_bytes", lambda *asked: 0)
+    plan = SimpleNamespace(trimmable=True, shape=(1, 3, 512, 512), pixels=1)
+    report = SimpleNamespace(backend=backend, precision=precision)
+    weighed = estimating._weigh(SlideEstimate("a"), plan, Settings(), 1e-6, 0, report)
+    assert (weighed.peak_bytes > 0) == trims

@@ -281,13 +281,16 @@ def test_the_meter_reads_utilisation_and_energy_and_does_without_a_gpu(monkeypat
     assert meter.figures == {"gpu_utilisation": 70, "gpu_utilisation_peak": 70, "gpu_energy_j": 2.5}
 
     class Older(Nvml):
+        def nvmlDeviceGetUtilizationRates(self, handle):
+            raise self.NVMLError
+
         def nvmlDeviceGetTotalEnergyConsumption(self, handle):
             raise self.NVMLError
 
     monkeypatch.setattr(meters.importlib, "import_module", lambda name: Older())
     with GpuMeter() as meter:
         pass
-    assert meter.figures == {"gpu_utilisation": 70, "gpu_utilisation_peak": 70}
+    assert meter.figures == {}
 
     def missing(name):
         raise ImportError(name)

@@ -19,7 +19,7 @@ from cellseg_batch.engine.compiling import _print_certificate
 from cellseg_batch.engine.engines import Engines
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.race import certify, race, time_in_turns
+from cellseg_batch.engine.race import certify, race, request_of, time_in_turns
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.trainer.bundle import save_bundle
 
@@ -101,16 +101,16 @@ def test_all_take_turns_and_the_hopeless_drop_out(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def request_of(tiny_model):
+def asking(tiny_model):
     return lambda **changes: Request(
         **{"model": str(tiny_model), "backend": "auto", "precision": "auto", "tile": 256, "batch": 2, "threads": 1}
         | changes
     )
 
 
-def test_a_race_runs_everything_that_is_here(request_of, tiny_bundle, monkeypatch, tmp_path):
+def test_a_race_runs_everything_that_is_here(asking, tiny_bundle, monkeypatch, tmp_path):
     monkeypatch.setitem(racing.__dict__, "why_not", lambda name, level: "not today" if level == "int8" else "")
-    result = race(request_of(threads=2, complete=True), tiny_bundle, Artefacts(tmp_path))
+    result = race(asking(threads=2, complete=True), tiny_bundle, Artefacts(tmp_path))
     rows = {(one.backend, one.precision): one for one in result.candidates}
     assert rows["openvino", "int8"].missing == "not today"
     assert rows["torch", "fp32"].parity.flipped == 0
@@ -120,7 +120,7 @@ def test_a_race_runs_everything_that_is_here(request_of, tiny_bundle, monkeypatc
     assert [threads for threads, _ in result.by_threads] == [1, 2]
 
 
-def test_a_backend_that_breaks_is_listed_and_the_others_go_on(request_of, tiny_bundle, monkeypatch, tmp_path):
+def test_a_backend_that_breaks_is_listed_and_the_others_go_on(asking, tiny_bundle, monkeypatch, tmp_path):
     honest = racing.make_backend
 
     def breaks(bundle, name, precision, *rest):
@@ -129,17 +129,17 @@ def test_a_backend_that_breaks_is_listed_and_the_others_go_on(request_of, tiny_b
         return honest(bundle, name, precision, *rest)
 
     monkeypatch.setattr(racing, "make_backend", breaks)
-    result = race(request_of(precision="fp32"), tiny_bundle, Artefacts(tmp_path))
+    result = race(asking(precision="fp32"), tiny_bundle, Artefacts(tmp_path))
     rows = {one.backend: one for one in result.candidates}
     assert "illegal instruction" in rows["openvino"].missing
     assert rows["torch"].passed
 
 
-def test_the_result_is_kept_and_raced_again_only_on_request(request_of, tiny_bundle, tmp_path, monkeypatch):
+def test_the_result_is_kept_and_raced_again_only_on_request(asking, tiny_bundle, tmp_path, monkeypatch):
     artefacts, runs = Artefacts(tmp_path), []
     content = json.dumps(certificate(REFERENCE, FAST).to_json())
     monkeypatch.setattr(racing, "_race_elsewhere", lambda *asked: (asked[-1] / "certificate.json").write_text(content))
-    request = request_of(backend="openvino", precision="fp32")
+    request = asking(backend="openvino", precision="fp32")
     first = certify(request, tiny_bundle, artefacts, lambda: runs.append(1))
     assert certify(request, tiny_bundle, artefacts, lambda: runs.append(2)) == first
     assert runs == [1]
@@ -147,34 +147,56 @@ def test_the_result_is_kept_and_raced_again_only_on_request(request_of, tiny_bun
     assert runs == [1, 3]
 
 
-def test_int8_is_raced_where_it_is_asked_for_or_everything_is(request_of, tiny_bundle, monkeypatch, tmp_path):
+def test_int8_is_raced_where_it_is_asked_for_or_everything_is(asking, tiny_bundle, monkeypatch, tmp_path):
     monkeypatch.setattr(racing, "why_not", lambda *name: "" if name == racing.REFERENCE else "not today")
     for precision, complete, listed in [("auto", False, False), ("auto", True, True), ("int8", False, True)]:
-        result = race(request_of(precision=precision, complete=complete), tiny_bundle, Artefacts(tmp_path))
+        result = race(asking(precision=precision, complete=complete), tiny_bundle, Artefacts(tmp_path))
         assert (("openvino", "int8") in {(one.backend, one.precision) for one in result.candidates}) == listed
 
 
-def test_a_run_takes_the_result_of_a_complete_race(request_of, tiny_bundle, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("asked", "gpus", "tile"),
+    [
+        ({}, [], 1024),
+        ({}, ["H100"], 1776),
+        ({"device": "cpu"}, ["H100"], 1024),
+        ({"backend": "openvino"}, ["H100"], 1024),
+        ({"device": "cuda"}, [], 1776),  # a driver that does not say what it has
+    ],
+)
+def test_tiles_of_the_race_are_those_of_large_slides_where_a_gpu_may_win(monkeypatch, asked, gpus, tile):
+    monkeypatch.setattr(racing, "gpus", lambda: gpus)
+    monkeypatch.setattr(racing, "visible_gpus", lambda: gpus)
+    assert request_of(Settings(**asked)).tile == tile
+
+
+def test_a_run_takes_the_result_of_a_complete_race(asking, tiny_bundle, tmp_path, monkeypatch):
     content = json.dumps(certificate(REFERENCE, FAST, INT8).to_json())
     monkeypatch.setattr(racing, "_race_elsewhere", lambda *asked: (asked[-1] / "certificate.json").write_text(content))
     runs = []
-    certify(request_of(complete=True), tiny_bundle, Artefacts(tmp_path), lambda: runs.append(1))
-    certify(request_of(), tiny_bundle, Artefacts(tmp_path), lambda: runs.append(2))
+    certify(asking(complete=True), tiny_bundle, Artefacts(tmp_path), lambda: runs.append(1))
+    certify(asking(), tiny_bundle, Artefacts(tmp_path), lambda: runs.append(2))
     assert runs == [1]
+    for complete in (False, True):  # with a precision there is nothing to leave out
+        request = asking(precision="int8", complete=complete)
+        certify(request, tiny_bundle, Artefacts(tmp_path), lambda: runs.append(3))
+    assert runs == [1, 3]
+    certify(asking(), tiny_bundle, Artefacts(tmp_path), lambda: runs.append(4), again=True)
+    assert runs == [1, 3, 4]
 
 
-def test_one_changed_weight_needs_another_race(request_of, tiny_bundle):
+def test_one_changed_weight_needs_another_race(asking, tiny_bundle):
     weights = {name: array.copy() for name, array in tiny_bundle.weights.items()}
     weights["head.bias"][0] += 1
-    request = request_of()
+    request = asking()
     keys = [racing._key(request, one) for one in (tiny_bundle, replace(tiny_bundle, weights=weights))]
     assert keys[0] != keys[1]
 
 
-def test_a_race_that_dies_says_so(request_of, tiny_bundle, tmp_path, monkeypatch):
+def test_a_race_that_dies_says_so(asking, tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(racing.sys, "executable", "/bin/false")
     with pytest.raises(BackendError, match="exit 1"):
-        certify(request_of(), tiny_bundle, Artefacts(tmp_path), lambda: None)
+        certify(asking(), tiny_bundle, Artefacts(tmp_path), lambda: None)
 
 
 def test_a_run_after_the_race_does_not_load_torch(tiny_bundle, tmp_path):

@@ -16,10 +16,9 @@ import tifffile
 import zarr
 from PIL import Image
 
-from cellseg_batch.engine import doctor
+from cellseg_batch.engine import doctor, worker
 from cellseg_batch.engine.errors import NoImageError, UsageError
 from cellseg_batch.engine.journal import Journal
-from cellseg_batch.engine.machine import resident_bytes
 from cellseg_batch.engine.memory import RUN_OVERHEAD_BYTES
 from cellseg_batch.engine.runner import Runner
 from cellseg_batch.engine.slides.discover import find_images
@@ -247,11 +246,13 @@ def test_two_inputs_never_write_to_one_place(tmp_path, segment):
     assert sorted(one.status for one in report.slides) == ["done", "failed"]
 
 
-def test_memory_limit_lowers_what_is_in_flight_or_refuses(tmp_path, segment, watcher):
+def test_memory_limit_lowers_what_is_in_flight_or_refuses(tmp_path, segment, watcher, monkeypatch):
+    for measured in ("resident_bytes", "peak_resident_bytes"):
+        monkeypatch.setattr(worker, measured, lambda: 10**8)
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(1200, 1200, 1), levels=1, chunk=512)
     free = segment(path, name="free", block=10**6, workers=4)
     assert len(watcher.plans[0].grid) == 1
-    limit = max(free.peak_rss_bytes, resident_bytes() + RUN_OVERHEAD_BYTES) + 3_000_000
+    limit = 10**8 + RUN_OVERHEAD_BYTES + 3_000_000
     limited = segment(path, name="limited", block=10**6, workers=4, max_memory=limit)
     assert len(watcher.plans[1].grid) > 1
     assert limited.planned_peak_bytes <= limit

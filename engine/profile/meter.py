@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +15,7 @@ class GpuMeter:
     """Watches the GPU for as long as the context lasts.
 
     Attributes:
-        figures: mean and largest utilisation in %, and energy in J where the GPU counts it; empty where there is no
+        figures: mean and largest utilisation in %, and energy in J, as far as the GPU tells; empty where there is no
             NVML or no GPU.
     """
 
@@ -39,10 +40,9 @@ class GpuMeter:
             return
         self._ended.set()
         self._thread.join()
-        self.figures = {
-            "gpu_utilisation": sum(self._samples) / len(self._samples),
-            "gpu_utilisation_peak": max(self._samples),
-        }
+        if self._samples:
+            self.figures["gpu_utilisation"] = sum(self._samples) / len(self._samples)
+            self.figures["gpu_utilisation_peak"] = max(self._samples)
         energy = self._millijoules()
         if energy is not None and self._energy is not None:
             self.figures["gpu_energy_j"] = (energy - self._energy) / 1000
@@ -55,10 +55,11 @@ class GpuMeter:
             return None
 
     def _watch(self) -> None:
-        while True:
-            self._samples.append(self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu)
-            if self._ended.wait(_PERIOD):
-                return
+        with suppress(self._nvml.NVMLError):  # a part of a GPU (MIG) does not tell
+            while True:
+                self._samples.append(self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu)
+                if self._ended.wait(_PERIOD):
+                    return
 
 
 def _open_nvml() -> Any:
