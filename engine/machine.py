@@ -10,16 +10,14 @@ import platform
 import resource
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# Of elf.h.
-_PT_LOAD, _PF_W = 1, 2
 
 
 def cores() -> int:
@@ -73,54 +71,32 @@ def bound_heaps() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2 << 20)
 
 
-class _Segment(ctypes.Structure):
-    """A part of a library as it is mapped: Elf64_Phdr of elf.h."""
-
-    _fields_ = [
-        ("type", ctypes.c_uint32),
-        ("flags", ctypes.c_uint32),
-        ("offset", ctypes.c_uint64),
-        ("address", ctypes.c_uint64),
-        ("physical", ctypes.c_uint64),
-        ("file_size", ctypes.c_uint64),
-        ("size", ctypes.c_uint64),
-        ("alignment", ctypes.c_uint64),
-    ]
-
-
-class _Library(ctypes.Structure):
-    """A library that is loaded: the beginning of dl_phdr_info of link.h."""
-
-    _fields_ = [
-        ("base", ctypes.c_uint64),
-        ("name", ctypes.c_char_p),
-        ("segments", ctypes.POINTER(_Segment)),
-        ("count", ctypes.c_uint16),
-    ]
-
-
 def let_go_of_code() -> None:
-    """Have the pages of loaded libraries given back; those that are used again come back from the system's cache.
+    """Have the code of loaded libraries given back; what runs again comes back from the system's cache.
 
-    Most are of code that runs once: initialisers, and compilers of networks and kernels.  Only segments that cannot be
-    written go, which are in memory what they are in their file.
+    Most of it runs once: initialisers, and compilers of networks and kernels.  Nobody writes to it, so it is in memory
+    what it is in its file.
     """
-    if sys.platform != "linux" or sys.maxsize < 1 << 32:
+    if sys.platform != "linux":
         return
-    # Both locks are held meanwhile, the loader's and (unlike with CDLL) the interpreter's: no library comes or goes.
-    libc = ctypes.PyDLL(None)
+    maps = Path("/proc/self/maps")
+    kept = set()
+    for path in {path for _, path in _code(maps)}:
+        with suppress(OSError):  # no library, or one that is no longer there
+            # From here on it stays where it is: what is opened twice is not unloaded by who opened it first.
+            ctypes.CDLL(path, os.RTLD_NOLOAD)
+            kept.add(path)
+    libc = ctypes.CDLL(None)
+    for addresses, path in _code(maps):
+        if path in kept:
+            start, stop = (int(end, 16) for end in addresses.split("-"))
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
-    def give_back(found: Any, size: int, nothing: None) -> int:
-        library = found.contents
-        for segment in library.segments[: library.count] if b"/" in library.name else ():
-            if segment.type == _PT_LOAD and not segment.flags & _PF_W:
-                start = (library.base + segment.address) // mmap.PAGESIZE * mmap.PAGESIZE
-                length = library.base + segment.address + segment.size - start
-                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
-        return 0
 
-    visitor = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Library), ctypes.c_size_t, ctypes.c_void_p)
-    libc.dl_iterate_phdr(visitor(give_back), None)
+def _code(maps: Path) -> list[tuple[str, str]]:
+    """(addresses, path) of what is executable in memory and in a file: lines of proc(5)'s maps."""
+    lines = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
+    return [(line[0], line[5]) for line in lines if line[1] == "r-xp" and line[5:] and line[5].startswith("/")]
 
 
 def run_module(name: str, *arguments: str, given: bytes | None = None) -> tuple[bytes, str]:

@@ -41,6 +41,26 @@ print(before - resident_bytes(), np.array_equal(first, mask(stitch_numba)), np.a
 """
 
 
+_MEANWHILE = """
+import sys, threading
+import numpy as np
+from cellseg_batch.engine.machine import let_go_of_code
+from cellseg_batch.kernels import stitch
+
+sys.setswitchinterval(1e-6)
+tile = np.zeros((1, 1, 1, 1), np.float32), np.zeros((1, 6), np.int64), 0.0, np.zeros((1, 1), np.uint8)
+thread = threading.Thread(target=stitch.stitch_mask, args=tile, daemon=True)
+thread.start()
+while thread.is_alive():
+    let_go_of_code()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing is given back elsewhere")
+def test_libraries_are_given_back_while_kernels_are_loaded():
+    subprocess.run([sys.executable, "-c", _MEANWHILE], check=True, timeout=60)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="nothing is given back elsewhere")
 def test_libraries_that_are_given_back_still_run():
     said = subprocess.run([sys.executable, "-c", _LET_GO], capture_output=True, check=True, text=True).stdout.split()
