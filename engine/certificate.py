@@ -15,6 +15,11 @@ ON_REQUEST = ("int8",)
 _CLEARLY = 1.05
 
 
+def may_win(precision: str, asked: str) -> bool:
+    """Whether a precision may be chosen where ``asked`` was asked for, a name or auto."""
+    return precision == asked or (asked == "auto" and precision not in ON_REQUEST)
+
+
 @dataclass(frozen=True)
 class Request:
     """What is to be raced.
@@ -116,10 +121,7 @@ class Certificate:
             BackendError: there is none; the reasons and figures are in it.
         """
         fitting = [
-            one
-            for one in self.candidates
-            if backend in ("auto", one.backend)
-            and (precision == one.precision or (precision == "auto" and one.precision not in ON_REQUEST))
+            one for one in self.candidates if backend in ("auto", one.backend) and may_win(one.precision, precision)
         ]
         able = [one for one in fitting if one.parity is not None and (one.passed or not gate)]
         if able:

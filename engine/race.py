@@ -24,7 +24,7 @@ from cellseg_batch.engine.artefacts import Artefacts, Key
 from cellseg_batch.engine.backends.backend import MAKING, Backend, Shape, flexible_form
 from cellseg_batch.engine.backends.choose import KINDS, REFERENCE, candidates, make_backend, why_not
 from cellseg_batch.engine.backends.gate import TILE, Parity, limits_of, logits_of, measure_parity, real_tiles
-from cellseg_batch.engine.certificate import ON_REQUEST, Candidate, Certificate, Request
+from cellseg_batch.engine.certificate import Candidate, Certificate, Request, may_win
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.feed import Feed
 from cellseg_batch.engine.machine import cores, gpus, package_version, processor, run_module, visible_gpus
@@ -224,9 +224,8 @@ def _race_elsewhere(request: Request, artefacts: Artefacts, folder: Path) -> Non
 
 def _raced(request: Request) -> list[tuple[str, str]]:
     """(backend, precision) of all that is raced."""
-    named = request.complete or request.precision != "auto"
     fitting = candidates(request.backend, request.precision, request.device)
-    return [name for name in fitting if named or name[1] not in ON_REQUEST]
+    return [name for name in fitting if request.complete or may_win(name[1], request.precision)]
 
 
 def _key(request: Request, bundle: Bundle) -> Key:
