@@ -32,6 +32,7 @@ class Feed:
 
     Attributes:
         shape: (N, C, T_y, T_x) of the largest batch.
+        takes_bytes: whether the network normalises the tiles itself, so that they are only cut.
         model: what was compiled, a `CompiledModel` or a `ByteModel`.
         turn: held while the model runs.
     """
@@ -41,13 +42,13 @@ class Feed:
     ) -> None:
         self.shape = shape
         of_bytes = backend.compile_bytes(shape) if np.dtype(dtype) == np.uint8 else None
-        self._takes_bytes = of_bytes is not None
+        self.takes_bytes = of_bytes is not None
         self.model: Callable[..., NDArray[np.float32]] = of_bytes or backend.compile(shape)
         self.turn = turn or threading.RLock()
         self._make_batch()
 
     def _make_batch(self) -> None:
-        self._memory: NDArray[Any] = np.zeros(math.prod(self.shape), np.uint8 if self._takes_bytes else np.float32)
+        self._memory: NDArray[Any] = np.zeros(math.prod(self.shape), np.uint8 if self.takes_bytes else np.float32)
         self._resize(*self.shape[2:])
         self._constants: tuple[float, ...] = ()
 
@@ -55,7 +56,7 @@ class Feed:
         """Lay the batch out for tiles of another size, within the same memory."""
         count, channels = self.shape[:2]
         memory = self._memory[: count * channels * height * width]
-        if self._takes_bytes:
+        if self.takes_bytes:
             self._batch: NDArray[Any] = memory.reshape(count, height, width, channels)
             self._tiles = np.moveaxis(self._batch, -1, 1)
         else:
@@ -82,7 +83,7 @@ class Feed:
         """
         self._resize(rows.shape[1], columns.shape[1])
         tiles = self._tiles[: len(rows)]
-        if self._takes_bytes:
+        if self.takes_bytes:
             cut(pixels, rows, columns, tiles)
             self._constants = bounds.low, bounds.scale
         else:

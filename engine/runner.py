@@ -84,6 +84,8 @@ class Runner:
         self._stitch = stitch
         self._mark = None if instances is None else instances.marker(threshold)
         self._clock = clock
+        if probability or stitch == "blend" or instances is not None or not feed.takes_bytes:
+            _load_numba()  # bytes become a mask without it
 
     def segment(self, pixels: NDArray[Any], block: Block) -> BlockResult:
         """Segment ``block`` from the pixels (C, h, w) of its read box.
@@ -117,10 +119,10 @@ class Runner:
 
 
 @cache
-def load_kernels() -> None:
-    """Have Numba's first call made meanwhile, once: it takes a quarter of a second."""
-    tile = np.zeros((1, 1, 1, 1), np.float32), np.zeros((1, 6), np.int64), 0.0, np.zeros((1, 1), np.uint8)
-    threading.Thread(target=stitch.stitch_mask, args=tile, daemon=True).start()
+def _load_numba() -> None:
+    """Have it imported and its first call made meanwhile, once: together they take half a second."""
+    tile = np.zeros((1, 1, 1, 1), np.float32), np.zeros((1, 6), np.int64), np.zeros((1, 1), np.uint8)
+    threading.Thread(target=stitch.stitch_probability, args=tile, daemon=True).start()
 
 
 def no_foreground(pixels: NDArray[Any], block: Block, probability: bool) -> BlockResult:

@@ -26,7 +26,7 @@ from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Pass, middle_of, output_images, scratch_of
 from cellseg_batch.engine.plan import SlideJob, SlidePlan
 from cellseg_batch.engine.reader import SlideReader
-from cellseg_batch.engine.runner import AnyRunner, BlockResult, Runner, load_kernels
+from cellseg_batch.engine.runner import AnyRunner, BlockResult, Runner
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.stages import StageClock, noting_seconds
 from cellseg_batch.engine.written import noting_writes
@@ -158,10 +158,10 @@ class Worker:
                 return results
             block, tile = (grid[middle_of(grid)] for grid in (plan.grid, replace(plan.grid, cores=(1, 1))))
             clock = self.clock if tile == block else StageClock()
-            load_kernels()
-            with suppress(ReadError):  # a damaged chunk costs its block, not the slide
+            # A damaged chunk costs its block, not the slide.
+            with suppress(ReadError), self._runner(plan, backend, clock) as runner:
                 pixels = reader.read(tile.plane, tile.read_box)
-                with self._runner(plan, backend, clock) as runner, self.engines.counted(), noting_seconds() as seconds:
+                with self.engines.counted(), noting_seconds() as seconds:
                     if not self._warm:
                         let_go_of_code()
                     result = results[tile] = runner.segment(pixels, tile)

@@ -11,10 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-try:
-    from cellseg_batch.kernels import gather_numba as fastest
-except ImportError:  # without Numba the reference does the work, several times slower
-    from cellseg_batch.kernels import gather_reference as fastest  # type: ignore[no-redef]
+from cellseg_batch.kernels._fastest import fastest
 
 
 def gather(
@@ -39,7 +36,7 @@ def gather(
         ValueError: the shapes do not fit together.
     """
     _check(pixels, rows, columns, out)
-    fastest.gather(pixels, rows, columns, np.float32(low), np.float32(scale), out)
+    fastest(__name__).gather(pixels, rows, columns, np.float32(low), np.float32(scale), out)
 
 
 def cut(pixels: NDArray[Any], rows: NDArray[np.int64], columns: NDArray[np.int64], out: NDArray[Any]) -> None:

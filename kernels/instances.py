@@ -17,13 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cellseg_batch.kernels._fastest import fastest
 from cellseg_batch.kernels.stitch import stitch_mask
 from cellseg_batch.kernels.tiling import check_places
-
-try:
-    from cellseg_batch.kernels import instances_numba as fastest
-except ImportError:  # without Numba the reference does the work, many times slower
-    from cellseg_batch.kernels import instances_reference as fastest  # type: ignore[no-redef]
 
 BACKGROUND, BORDER, INNER, SEED = 0, 1, 2, 3
 # Fixed point: 2 ** 14 stands for 1.  A logit is looked up in tables of 128 steps per unit from -8 to 8.
@@ -112,7 +108,7 @@ def mark_seeds(
     if logits.shape[1] < 3:
         raise ValueError(f"{logits.shape[1]} logits; seeds need foreground, border and distance")
     check_places(places, logits.shape, out.shape, packed=False)
-    foreground, missing = fastest.mark_seeds(logits, places, rule, out)
+    foreground, missing = fastest(__name__).mark_seeds(logits, places, rule, out)
     return int(foreground), int(missing)
 
 
@@ -148,7 +144,7 @@ def label_seeds(
         open_sides: whether the slide goes on above, left, below and right of the block.
         out: (H, W) uint32, gets the codes.
     """
-    first, area = fastest.label_seeds(classes, cell, smallest, open_sides, out)
+    first, area = fastest(__name__).label_seeds(classes, cell, smallest, open_sides, out)
     return Seeds(first, area)
 
 
@@ -165,7 +161,7 @@ def renumber(codes: NDArray[np.uint32], final: NDArray[Any], out: NDArray[Any]) 
     """
     if codes.shape != out.shape or codes.max(initial=0) >= len(final):
         raise ValueError(f"codes {codes.shape} up to {codes.max(initial=0)}, {len(final)} of which have a final one")
-    fastest.renumber(codes, final, out)
+    fastest(__name__).renumber(codes, final, out)
 
 
 def reach(steps: int) -> int:
@@ -192,4 +188,4 @@ def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> None:
     frame = reach(steps)
     if codes.shape != (out.shape[0] + 2 * frame, out.shape[1] + 2 * frame):
         raise ValueError(f"codes {codes.shape} are not ids {out.shape} with a frame of {frame} px")
-    fastest.grow(codes, steps, out)
+    fastest(__name__).grow(codes, steps, out)

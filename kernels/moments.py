@@ -15,10 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-try:
-    from cellseg_batch.kernels import moments_numba as fastest
-except ImportError:  # without Numba the reference does the work, far slower
-    from cellseg_batch.kernels import moments_reference as fastest  # type: ignore[no-redef]
+from cellseg_batch.kernels._fastest import fastest
 from cellseg_batch.kernels.moments_columns import (
     AREA,
     BOTTOM,
@@ -71,7 +68,9 @@ def measure(
     wide = pixels.dtype.kind in "iu" and pixels.dtype.itemsize > 2  # whose squares overflow
     # One layout is one kernel to compile.
     labels, pixels = np.ascontiguousarray(labels), np.ascontiguousarray(pixels, np.float64 if wide else None)
-    ids, rows = fastest.measure(labels, pixels, np.zeros((0, 0), np.uint8) if probability is None else probability)
+    ids, rows = fastest(__name__).measure(
+        labels, pixels, np.zeros((0, 0), np.uint8) if probability is None else probability
+    )
     rows[:, [TOP, BOTTOM]] += origin[0]
     rows[:, [LEFT, RIGHT]] += origin[1]
     return merge(ids, rows)

@@ -11,10 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-try:
-    from cellseg_batch.kernels import quality_numba as fastest
-except ImportError:  # without Numba the reference does the work, several times slower
-    from cellseg_batch.kernels import quality_reference as fastest  # type: ignore[no-redef]
+from cellseg_batch.kernels._fastest import fastest
 
 HALO = 1
 """Pixels around a block that its sharpness needs."""
@@ -80,5 +77,5 @@ def survey(pixels: NDArray[Any], core: tuple[slice, slice]) -> Quality:
         core: the block in it.
     """
     rows, columns = core
-    found = fastest.survey(np.ascontiguousarray(pixels), rows.start, rows.stop, columns.start, columns.stop)
+    found = fastest(__name__).survey(np.ascontiguousarray(pixels), rows.start, rows.stop, columns.start, columns.stop)
     return Quality(int(found[0]), found[1], int(found[2]), found[3], found[4], found[5], int(found[6]))

@@ -4,7 +4,7 @@ Two forms: *stitch* crops the core of each tile, *blend* fades overlapping tiles
 logits, not probabilities.  Three outputs: the mask in bytes, the mask in bits, the probability.  The threshold is
 applied to the logit, z > log(t / (1 - t)), so a mask needs no exponential.
 
-The reference defines the meaning; the fused kernel gives the same mask bit for bit, and probabilities within 1/255.
+The reference defines the meaning; what is used gives the same mask bit for bit, and probabilities within 1/255.
 `cellseg_batch.kernels.stitch_triton` has the same functions for tensors on a GPU.
 """
 
@@ -15,12 +15,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from cellseg_batch.kernels._fastest import fastest
 from cellseg_batch.kernels.tiling import TileGrid, check_grid, check_places
-
-try:
-    from cellseg_batch.kernels import stitch_numba as fastest
-except ImportError:  # without Numba the reference does the work, several times slower
-    from cellseg_batch.kernels import stitch_reference as fastest  # type: ignore[no-redef]
 
 
 def logit_threshold(probability: float) -> float:
@@ -48,8 +44,16 @@ def stitch_mask(
     Returns:
         (foreground pixels, NaN logits); a NaN is background.
     """
-    foreground, missing = fastest.stitch_mask(logits, places, np.float32(threshold), out)
-    return int(foreground), int(missing)
+    foreground = missing = 0
+    for tile, (from_y, from_x, to_y, to_x, height, width) in enumerate(places):
+        core = logits[tile, 0, from_y : from_y + height, from_x : from_x + width]
+        inside = out[to_y : to_y + height, to_x : to_x + width].view(bool)
+        np.greater(core, np.float32(threshold), out=inside)
+        foreground += int(np.count_nonzero(inside))
+        # The largest of a tile tells for half the price whether there is a NaN to be counted.
+        if core.size and np.isnan(core.max()):
+            missing += int(np.count_nonzero(np.isnan(core)))
+    return foreground, missing
 
 
 def stitch_probability(logits: NDArray[np.float32], places: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
@@ -57,7 +61,7 @@ def stitch_probability(logits: NDArray[np.float32], places: NDArray[np.int64], o
 
     Arguments as `stitch_mask`; a NaN logit becomes 0.
     """
-    fastest.stitch_probability(logits, places, out)
+    fastest(__name__).stitch_probability(logits, places, out)
 
 
 def stitch_bits(
@@ -71,7 +75,7 @@ def stitch_bits(
         ValueError: a core is out of bounds, or shares a byte with its neighbour.
     """
     check_places(places, logits.shape, out.shape, packed=True)
-    foreground, missing = fastest.stitch_bits(logits, places, np.float32(threshold), out)
+    foreground, missing = fastest(__name__).stitch_bits(logits, places, np.float32(threshold), out)
     return int(foreground), int(missing)
 
 
@@ -96,7 +100,7 @@ def blend_mask(
         ValueError: the shapes do not fit together, or the overlap is not as `TileGrid` says.
     """
     check_grid(grid, logits.shape, out.shape, packed=False)
-    foreground, missing = fastest.blend_mask(logits, grid, np.float32(threshold), out)
+    foreground, missing = fastest(__name__).blend_mask(logits, grid, np.float32(threshold), out)
     return int(foreground), int(missing)
 
 
@@ -108,7 +112,7 @@ def blend_bits(
     Arguments, result and errors as `blend_mask`, but ``out`` is (grid.height, ceil(grid.width / 8)).
     """
     check_grid(grid, logits.shape, out.shape, packed=True)
-    foreground, missing = fastest.blend_bits(logits, grid, np.float32(threshold), out)
+    foreground, missing = fastest(__name__).blend_bits(logits, grid, np.float32(threshold), out)
     return int(foreground), int(missing)
 
 
@@ -118,4 +122,4 @@ def blend_probability(logits: NDArray[np.float32], grid: TileGrid, out: NDArray[
     Arguments and errors as `blend_mask`; a NaN logit becomes 0.
     """
     check_grid(grid, logits.shape, out.shape, packed=False)
-    fastest.blend_probability(logits, grid, out)
+    fastest(__name__).blend_probability(logits, grid, out)

@@ -48,21 +48,6 @@ def _write_probability(row: Logits, out: Bytes) -> None:
 
 
 @jit
-def stitch_mask(logits: Logits, places: NDArray[np.int64], threshold: np.float32, out: Bytes) -> tuple[int, int]:
-    """Write the mask; arguments as `cellseg_batch.kernels.stitch.stitch_mask`."""
-    foreground = 0
-    missing = 0
-    for tile in range(len(places)):
-        from_y, from_x, to_y, to_x, height, width = places[tile]
-        for y in range(height):
-            row = logits[tile, 0, from_y + y, from_x : from_x + width]
-            counts = _write_mask(row, threshold, out[to_y + y, to_x : to_x + width])
-            foreground += counts[0]
-            missing += counts[1]
-    return foreground, missing
-
-
-@jit
 def stitch_bits(logits: Logits, places: NDArray[np.int64], threshold: np.float32, out: Bytes) -> tuple[int, int]:
     """Write the mask as bits; arguments as `cellseg_batch.kernels.stitch.stitch_bits`."""
     foreground = 0

@@ -26,7 +26,7 @@ from tests.conftest import blobs, labels_of, write_ome_zarr
 from tests.test_runner import Filter, feed_of
 
 
-@given(st.integers(8, 40), st.integers(8, 40), st.sampled_from(["u1", "u2", "f4"]), st.integers(0, 2**32 - 1))
+@given(st.integers(8, 150), st.integers(8, 40), st.sampled_from(["u1", "u2", "f4"]), st.integers(0, 2**32 - 1))
 def test_flatness_equals_its_reference(height, width, dtype, seed):
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, rng.integers(2, 9), (rng.integers(1, 4), height, width)).astype(dtype)

@@ -196,7 +196,3 @@ def test_growth_refuses_a_frame_of_another_width():
         grow(np.zeros((9, 9), np.uint32), 2, np.zeros((1, 1), np.uint32))
     with pytest.raises(ValueError, match="at least 1"):
         grow(np.zeros((9, 9), np.uint32), 0, np.zeros((7, 7), np.uint32))
-
-
-def test_the_fast_form_is_in_use():
-    assert instances.fastest is not instances_reference

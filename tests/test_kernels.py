@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellseg_batch.kernels import gather_reference, stitch, stitch_reference
+from cellseg_batch.kernels._fastest import fastest
 from cellseg_batch.kernels.gather import cut, gather
 from cellseg_batch.kernels.stitch import logit_threshold, stitch_mask, stitch_probability
 from cellseg_batch.kernels.tiling import TileGrid
@@ -390,6 +391,14 @@ def test_the_kernels_of_the_cpu_import_no_triton():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
+@pytest.mark.parametrize("kernel", ["gather", "instances", "moments", "quality", "stitch"])
+def test_numba_is_used_where_it_is_installed(kernel, monkeypatch):
+    name = f"cellseg_batch.kernels.{kernel}"
+    assert fastest(name).__name__ == f"{name}_numba"
+    monkeypatch.setitem(sys.modules, f"{name}_numba", None)
+    assert fastest.__wrapped__(name).__name__ == f"{name}_reference"
+
+
 @pytest.mark.parametrize("writable", [True, False])
 def test_compiled_kernels_are_cached_away_from_the_code(tmp_path, writable):
     """Beside the code they would outlive an uninstall and hide the next installation."""
@@ -398,8 +407,9 @@ def test_compiled_kernels_are_cached_away_from_the_code(tmp_path, writable):
         cache.write_text("a file where the folder should be")
     code = (
         "import numpy as np; from cellseg_batch.kernels import stitch;"
-        "stitch.stitch_mask(np.ones((1, 1, 4, 4), 'f4'), np.array([[0, 0, 0, 0, 4, 4]]), 0.0, np.zeros((4, 4), 'u1'));"
-        "print(stitch.fastest.stitch_mask._cache.cache_path if WRITABLE else 'worked')"
+        "stitch.stitch_probability(np.ones((1, 1, 4, 4), 'f4'), np.array([[0] * 4 + [4] * 2]), np.zeros((4, 4), 'u1'));"
+        "from cellseg_batch.kernels import stitch_numba;"
+        "print(stitch_numba.stitch_probability._cache.cache_path if WRITABLE else 'worked')"
     ).replace("WRITABLE", str(writable))
     environment = {key: value for key, value in os.environ.items() if key != "NUMBA_CACHE_DIR"}
     environment["XDG_CACHE_HOME"] = str(cache)

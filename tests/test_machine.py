@@ -29,15 +29,16 @@ import numpy as np
 from cellseg_batch.engine.machine import let_go_of_code, resident_bytes
 from cellseg_batch.kernels import stitch_numba
 
-def mask(stitch):
+def probability(stitch):
     out = np.zeros((8, 8), np.uint8)
-    stitch.stitch_mask(np.eye(8, dtype=np.float32)[None, None], np.array([[0, 0, 0, 0, 8, 8]]), 0.5, out)
+    stitch.stitch_probability(np.eye(8, dtype=np.float32)[None, None], np.array([[0, 0, 0, 0, 8, 8]]), out)
     return out
 
-first = mask(stitch_numba)  # loads LLVM, of 30 MB and more
+first = probability(stitch_numba)  # loads LLVM, of 30 MB and more
 before = resident_bytes()
 let_go_of_code()
-print(before - resident_bytes(), np.array_equal(first, mask(stitch_numba)), np.array_equal(first, np.eye(8)))
+again = probability(stitch_numba)
+print(before - resident_bytes(), np.array_equal(first, again), np.array_equal(first > 128, np.eye(8)))
 """
 
 
@@ -48,8 +49,8 @@ from cellseg_batch.engine.machine import let_go_of_code
 from cellseg_batch.kernels import stitch
 
 sys.setswitchinterval(1e-6)
-tile = np.zeros((1, 1, 1, 1), np.float32), np.zeros((1, 6), np.int64), 0.0, np.zeros((1, 1), np.uint8)
-thread = threading.Thread(target=stitch.stitch_mask, args=tile, daemon=True)
+tile = np.zeros((1, 1, 1, 1), np.float32), np.zeros((1, 6), np.int64), np.zeros((1, 1), np.uint8)
+thread = threading.Thread(target=stitch.stitch_probability, args=tile, daemon=True)
 thread.start()
 while thread.is_alive():
     let_go_of_code()

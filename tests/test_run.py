@@ -35,6 +35,20 @@ def slide(tmp_path):
     return write_ome_zarr(tmp_path / "slide.zarr", blobs(300, 260), levels=2, channels=[{"label": c} for c in "RGB"])
 
 
+@pytest.mark.parametrize(("options", "loaded"), [((), False), (("--instances",), True)])
+def test_a_mask_of_bytes_needs_no_numba(slide, tiny_model, options, loaded):
+    """It costs half a second and 80 MB."""
+    arguments = ["run", str(slide), "--model", str(tiny_model), "--backend", "openvino", "--precision", "fp32"]
+    code = f"""
+import sys
+from cellseg_batch.engine.cli import app
+app({[*arguments, *options]!r}, standalone_mode=False)
+print("numba" in sys.modules)
+"""
+    output = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert output.splitlines()[-1] == str(loaded)
+
+
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 def test_labels_lie_in_place_and_are_listed(tmp_path, segment, version):
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(150, 130), version=version)
