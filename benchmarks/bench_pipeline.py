@@ -12,7 +12,8 @@ python benchmarks/bench_pipeline.py PART... [--precision bf16] [--rounds 5] [--s
     plate       fields of 1080 x 1080 px uint16 in an HCS plate, against the usual slide
     background  a slide that is 70 % empty, with and without --skip-background, and the objects that are found
     memory      peak of the process, also on a slide four times as wide; what it grows by over 1,000 blocks
-    overhead    a run's time over that of the compiled model alone; OpenVINO's own benchmark loop
+    overhead    a run's time over that of the compiled model alone
+    ceiling     the compiled model in a loop, against OpenVINO's own benchmark loop
 
 Every run is a process of its own; variants take turns; a first run that does not count compiles.
 """
@@ -164,6 +165,11 @@ def overhead(lab: Lab) -> list[dict[str, Any]]:
     return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
 
 
+def ceiling(lab: Lab) -> list[dict[str, Any]]:
+    script = [sys.executable, str(Path(__file__).with_name("ceiling.py")), lab.precision, str(3 * lab.rounds)]
+    return [json.loads(line) for line in finish(script).output.splitlines() if line.startswith("{")]
+
+
 def _drop(path: Path) -> None:
     """Have the system forget what it keeps of the files below ``path``."""
     os.sync()
@@ -176,7 +182,7 @@ def _drop(path: Path) -> None:
 
 PARTS = {
     part.__name__: part
-    for part in (size, cache, pixels, chunks, pyramid, blocks, workers, plate, background, memory, overhead)
+    for part in (size, cache, pixels, chunks, pyramid, blocks, workers, plate, background, memory, overhead, ceiling)
 }
 
 

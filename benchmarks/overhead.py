@@ -1,15 +1,11 @@
 """A run's time over that of its model alone on as many tiles, taking turns; used by bench_pipeline.
 
 python benchmarks/overhead.py SLIDE FOLDER PRECISION ROUNDS     prints rows as JSON
-
-OpenVINO's own benchmark loop, on the same network, shape and precision, takes turns with them.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
 from pathlib import Path
 from statistics import median
@@ -17,7 +13,6 @@ from statistics import median
 from common import engine_flags, row, segment
 from rich.console import Console
 
-from cellseg_batch.engine.artefacts import Artefacts
 from cellseg_batch.engine.campaign import run
 from cellseg_batch.engine.engines import Engines
 from cellseg_batch.engine.models import load_model
@@ -29,9 +24,6 @@ from cellseg_batch.engine.profile.sample import take_sample
 from cellseg_batch.engine.screen import Screen
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.worker import Worker
-
-_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
-_SECONDS = 8
 
 
 def main() -> None:
@@ -54,47 +46,22 @@ def main() -> None:
     assert isinstance(job, SlideJob)
     tile = job.plan.grid.lattice.tile
     computed = job.plan.tiles * tile[0] * tile[1] / 1e6
-    walls, commands, models, theirs = [], [], [], []
+    walls, commands, models = [], [], []
     with worker.opened(job) as opened:
         for turn in range(rounds + 1):
             wall = run([slide], settings, observer).seconds
             command = segment(slide, folder / "command", *engine_flags(precision))["seconds"]
             model = measure_alone(opened, list(job.plan.grid), first=0.0).seconds["model"]
-            loop = benchmark_app(bundle.foreground.sha256, precision, job.plan.shape)
             if turn:
                 walls.append(wall)
                 commands.append(command)
                 models.append(model)
-                theirs.append(loop)
     megapixels = job.plan.pixels / 1e6
     about = {"model_seconds": median(models), "computed_per_px": job.plan.grid.lattice.cost}
     for name, times in (("run", walls), ("command, with its imports", commands)):
         over = median(time / model for time, model in zip(times, models, strict=True))
         print(json.dumps(row(name, [megapixels / one for one in times], over_model_alone=over, **about)))
-    rates = [computed / one for one in models]
-    share = median(ours / loop for ours, loop in zip(rates, theirs, strict=True))
-    print(json.dumps(row("model alone, per px computed", rates, of_benchmark_app=share)))
-    print(json.dumps(row("OpenVINO's benchmark_app, latency hint", theirs)))
-
-
-def benchmark_app(sha256: str, precision: str, shape: tuple[int, int, int, int]) -> float:
-    """Mpx/s of OpenVINO's own loop over the kept network, one request at a time, on every core."""
-    networks = [
-        entry.folder
-        for entry in Artefacts().entries()
-        if entry.key.get("what") == "openvino network"
-        and entry.key["sha256"] == sha256
-        and bool(entry.key["quantised"]) == (precision == "int8")
-    ]
-    newest = max(networks, key=lambda folder: folder.stat().st_mtime)
-    loop = "from openvino.tools.benchmark.main import main; main()"
-    command = [sys.executable, "-c", loop, "-m", str(newest / "model.xml"), "-d", "CPU"]
-    command += ["-shape", str(list(shape)).replace(" ", ""), "-infer_precision", _HINTS[precision]]
-    command += ["-hint", "latency", "-api", "sync", "-t", str(_SECONDS)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = re.search(r"Throughput:\s+([\d.]+) FPS", done.stdout)
-    assert found is not None, done.stdout
-    return float(found[1]) * shape[0] * shape[2] * shape[3] / 1e6
+    print(json.dumps(row("model alone, per px computed", [computed / one for one in models])))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ the rate of every round and the median that is shown; what is compared took turn
 | `cellseg-batch bench` | a small set in under a minute; `cellseg-batch bench compare A B` finds regressions |
 """
 # Shown first, in this order; what else there is follows.
-_ORDER = ("peers", "overhead", "overhead_int8", "plate", "background", "memory")
+_ORDER = ("peers", "overhead", "overhead_int8", "ceiling", "ceiling_int8", "plate", "background", "memory")
 
 
 def main() -> None:
