@@ -1,0 +1,89 @@
+"""The model's rate beside that of OpenVINO's own benchmark loop, on one network and shape, taking turns.
+
+python benchmarks/ceiling.py PRECISION TURNS     prints rows as JSON; used by bench_pipeline
+
+The turns are short and many, as a machine that others use too has its slow seconds; what counts is the median of the
+ratios of neighbours.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from common import row
+
+from cellseg_batch.engine.artefacts import Artefacts
+from cellseg_batch.engine.backends.backend import Shape
+from cellseg_batch.engine.engines import Engines
+from cellseg_batch.engine.feed import Feed
+from cellseg_batch.engine.geometry import fit_lattice
+from cellseg_batch.engine.models import load_model
+from cellseg_batch.engine.normalise import Bounds
+from cellseg_batch.engine.plan import pick_margin
+from cellseg_batch.engine.settings import Settings
+
+_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
+_SECONDS = 2
+_SIDE = 8192
+
+
+def main() -> None:
+    precision, turns = sys.argv[1], int(sys.argv[2])
+    settings = Settings(backend="openvino", precision=precision, gate=False)
+    bundle = load_model(settings.model)
+    margin = pick_margin(settings, bundle.card)
+    lattice = fit_lattice((_SIDE, _SIDE), settings.tile, margin, bundle.card.total_stride)
+    shape = (1, 3, *lattice.tile)
+    engines = Engines(bundle, settings)
+    ours, theirs = [], []
+    pixels = np.random.default_rng(0).integers(0, 256, shape[1:], np.uint8)
+    rows, columns = (np.arange(side)[None] for side in lattice.tile)
+    with engines.feed(engines.chosen, shape, "uint8") as feed:
+        feed.fill(pixels, rows, columns, Bounds(0.0, 255.0))
+        for _ in range(turns):
+            ours.append(_loop(feed))
+            theirs.append(_benchmark_app(bundle.foreground.sha256, precision, shape))
+    share = median(one / other for one, other in zip(ours, theirs, strict=True))
+    print(json.dumps(row("the engine's feed", ours, of_benchmark_app=share, best_of_best=max(ours) / max(theirs))))
+    print(json.dumps(row("OpenVINO's benchmark_app, latency hint", theirs)))
+
+
+def _loop(feed: Feed) -> float:
+    """Mpx/s of a batch that is computed again and again."""
+    feed.logits()
+    count, start = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - start) < _SECONDS:
+        feed.logits()
+        count += 1
+    return count * feed.shape[0] * feed.shape[2] * feed.shape[3] / 1e6 / seconds
+
+
+def _benchmark_app(sha256: str, precision: str, shape: Shape) -> float:
+    """Mpx/s of OpenVINO's own loop over the kept network, one request at a time, on every core."""
+    networks = [
+        entry.folder
+        for entry in Artefacts().entries()
+        if entry.key.get("what") == "openvino network"
+        and entry.key["sha256"] == sha256
+        and bool(entry.key["quantised"]) == (precision == "int8")
+    ]
+    newest: Path = max(networks, key=lambda folder: folder.stat().st_mtime)
+    loop = "from openvino.tools.benchmark.main import main; main()"
+    command = [sys.executable, "-c", loop, "-m", str(newest / "model.xml"), "-d", "CPU"]
+    command += ["-shape", str(list(shape)).replace(" ", ""), "-infer_precision", _HINTS[precision]]
+    command += ["-hint", "latency", "-api", "sync", "-t", str(_SECONDS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"Throughput:\s+([\d.]+) FPS", done.stdout)
+    assert found is not None, done.stdout
+    return float(found[1]) * shape[0] * shape[2] * shape[3] / 1e6
+
+
+if __name__ == "__main__":
+    main()
