@@ -166,8 +166,9 @@ def overhead(lab: Lab) -> list[dict[str, Any]]:
 
 
 def ceiling(lab: Lab) -> list[dict[str, Any]]:
-    script = [sys.executable, str(Path(__file__).with_name("ceiling.py")), lab.precision, str(3 * lab.rounds)]
-    return [json.loads(line) for line in finish(script).output.splitlines() if line.startswith("{")]
+    script = [sys.executable, str(Path(__file__).with_name("ceiling.py"))]
+    said = finish([*script, lab.precision, str(3 * lab.rounds), str(lab.side)]).output
+    return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
 
 
 def _drop(path: Path) -> None:

@@ -1,6 +1,6 @@
 """The model's rate beside that of OpenVINO's own benchmark loop, on one network and shape, taking turns.
 
-python benchmarks/ceiling.py PRECISION TURNS     prints rows as JSON; used by bench_pipeline
+python benchmarks/ceiling.py PRECISION TURNS SIDE     prints rows as JSON; used by bench_pipeline
 
 The turns are short and many, as a machine that others use too has its slow seconds; what counts is the median of the
 ratios of neighbours.
@@ -31,20 +31,19 @@ from cellseg_batch.engine.settings import Settings
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
 _SECONDS = 2
-_SIDE = 8192
 
 
 def main() -> None:
-    precision, turns = sys.argv[1], int(sys.argv[2])
+    precision, turns, side = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])  # of the slide, in px
     settings = Settings(backend="openvino", precision=precision, gate=False)
     bundle = load_model(settings.model)
     margin = pick_margin(settings, bundle.card)
-    lattice = fit_lattice((_SIDE, _SIDE), settings.tile, margin, bundle.card.total_stride)
+    lattice = fit_lattice((side, side), settings.tile, margin, bundle.card.total_stride)
     shape = (1, 3, *lattice.tile)
     engines = Engines(bundle, settings)
     ours, theirs = [], []
     pixels = np.random.default_rng(0).integers(0, 256, shape[1:], np.uint8)
-    rows, columns = (np.arange(side)[None] for side in lattice.tile)
+    rows, columns = (np.arange(length)[None] for length in lattice.tile)
     with engines.feed(engines.chosen, shape, "uint8") as feed:
         feed.fill(pixels, rows, columns, Bounds(0.0, 255.0))
         for _ in range(turns):
