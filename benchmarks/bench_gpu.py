@@ -22,10 +22,10 @@ from gpu_bench import Bench, Row
 from gpu_kernels import measure_kernels
 from roofline import least_seconds
 
-from cellseg_batch.engine.artefacts import Artefacts
-from cellseg_batch.engine.backends.choose import KINDS, make_backend, why_not
-from cellseg_batch.engine.backends.cuda import Device
+from cellseg_batch.engine.inference.backends.cuda import Device
+from cellseg_batch.engine.inference.backends.registry import KINDS, make_backend, why_not
 from cellseg_batch.engine.models import build_torch_network, load_model
+from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import Bundle, Card, Normalisation
 from cellseg_batch.trainer.unet import build_network
 
@@ -33,7 +33,7 @@ _ARCHITECTURES: dict[str, Row] = {
     "unet": {"name": "unet", "outputs": 1},
     "unet-mobilenetv2": {"name": "unet-mobilenetv2", "outputs": 1},
 }
-_RUN = "from cellseg_batch.engine.cli import main; main()"
+_RUN = "from cellseg_batch.engine.cli.main import main; main()"
 
 
 def measure_networks(bench: Bench, backend: str) -> list[Row]:
@@ -74,7 +74,7 @@ def measure_networks(bench: Bench, backend: str) -> list[Row]:
 def _on(bench: Bench, bundle: Bundle, backend: str, artefacts: Artefacts) -> Any:
     if bench.device.is_gpu:
         return make_backend(bundle, backend, "fp16", 1, artefacts, str(bench.device.place))
-    from cellseg_batch.engine.backends.torch_cuda_backend import TorchCudaBackend
+    from cellseg_batch.engine.inference.backends.torch_cuda import TorchCudaBackend
 
     return TorchCudaBackend(bundle, bench.device, compiled=False)
 
@@ -90,7 +90,7 @@ def random_bundle(name: str) -> Bundle:
 
 def input_in(folder: Path, name: str, side: int) -> Path:
     """A slide of ``side`` px, or a plate of small fields with as many pixels, written when it is first asked for."""
-    from cellseg_batch.engine.bench.slides import Form, shipped_pieces, write_plate, write_slide
+    from cellseg_batch.engine.profiling.bench_slides import Form, shipped_pieces, write_plate, write_slide
 
     path = folder / f"{name}-{side}.zarr"
     if not path.exists():

@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from skimage.measure import regionprops_table
 from skimage.segmentation import relabel_sequential
 
-from cellseg_batch.engine.bench.slides import PATTERN, Form, write_slide
 from cellseg_batch.engine.models import build_torch_network, load_model
+from cellseg_batch.engine.profiling.bench_slides import PATTERN, Form, write_slide
 from cellseg_batch.trainer.bundle import Normalisation
 from cellseg_batch.trainer.data.dataset import load_dataset
 from cellseg_batch.trainer.decode import decode_instances

@@ -28,14 +28,14 @@ from bench_scheduler import measure, one_a_call
 from common import pieces_of, save, work_folder
 from rich.console import Console
 
-from cellseg_batch.engine.bench.slides import Form, write_slide
-from cellseg_batch.engine.campaign import run
-from cellseg_batch.engine.clusters import THREADS_PER_PROCESS, DaskPool, open_pool
-from cellseg_batch.engine.journal import Journal
-from cellseg_batch.engine.passes import BLOCKS
-from cellseg_batch.engine.scheduler import Pool
-from cellseg_batch.engine.screen import Screen
+from cellseg_batch.engine.cli.progress import Screen
+from cellseg_batch.engine.profiling.bench_slides import Form, write_slide
+from cellseg_batch.engine.run.campaign import run
+from cellseg_batch.engine.run.open_slide import BLOCKS
+from cellseg_batch.engine.scheduling.dask_pools import THREADS_PER_PROCESS, DaskPool, open_pool
+from cellseg_batch.engine.scheduling.scheduler import Pool
 from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.storage.journal import Journal
 
 _SIDE = 8192
 _CALLS = 20_000

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cellseg_batch.engine.geometry import Block, BlockGrid, Lattice
-from cellseg_batch.engine.merge import Merged, merge_seeds
+from cellseg_batch.engine.objects.merge import Merged, merge_seeds
 
 _BLOCK, _PITCH, _WIDTH = 4096, 50, 30
 

@@ -9,12 +9,12 @@ import argparse
 
 from common import row, save
 
-from cellseg_batch.engine.artefacts import Artefacts
-from cellseg_batch.engine.certificate import Request
+from cellseg_batch.engine.inference.race import race
+from cellseg_batch.engine.inference.race_result import Request
 from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.race import race
 from cellseg_batch.engine.settings import RACE_TILE
+from cellseg_batch.engine.storage.cache import Artefacts
 
 
 def main() -> None:

@@ -23,10 +23,10 @@ import zarr
 from common import engine_flags, finish, pieces_of, row, save, segment, work_folder
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.backends.choose import why_not
-from cellseg_batch.engine.bench.slides import Form, write_slide
+from cellseg_batch.engine.inference.backends.registry import why_not
+from cellseg_batch.engine.inference.normalise import sample_slide, settle_bounds
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.normalise import sample_slide, settle_bounds
+from cellseg_batch.engine.profiling.bench_slides import Form, write_slide
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.slide import Slide
 

@@ -33,7 +33,7 @@ import zarr
 from common import engine_flags, finish, pieces_of, row, save, segment, work_folder
 from scipy import ndimage
 
-from cellseg_batch.engine.bench.slides import Form, write_plate, write_slide
+from cellseg_batch.engine.profiling.bench_slides import Form, write_plate, write_slide
 
 Variants = dict[str, tuple[Path, list[str]]]
 """Name -> slide and flags."""

@@ -25,12 +25,12 @@ from typing import Any
 
 from common import engine_flags, pieces_of, row, save, segment, work_folder
 
-from cellseg_batch.engine import scheduler
-from cellseg_batch.engine.bench.slides import Form, write_slide
-from cellseg_batch.engine.clusters import open_pool
-from cellseg_batch.engine.courses import Course, Work
 from cellseg_batch.engine.machine import resident_bytes
-from cellseg_batch.engine.scheduler import Pool, run_courses
+from cellseg_batch.engine.profiling.bench_slides import Form, write_slide
+from cellseg_batch.engine.scheduling import scheduler
+from cellseg_batch.engine.scheduling.courses import Course, Work
+from cellseg_batch.engine.scheduling.dask_pools import open_pool
+from cellseg_batch.engine.scheduling.scheduler import Pool, run_courses
 from cellseg_batch.engine.settings import Settings
 
 # 64 x 64 blocks of one tile each.

@@ -19,15 +19,15 @@ from statistics import median
 import numpy as np
 from common import row
 
-from cellseg_batch.engine.artefacts import Artefacts
-from cellseg_batch.engine.backends.backend import Shape
-from cellseg_batch.engine.engines import Engines
-from cellseg_batch.engine.feed import Feed
 from cellseg_batch.engine.geometry import fit_lattice
+from cellseg_batch.engine.inference.backends.protocol import Shape
+from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.inference.normalise import Bounds
+from cellseg_batch.engine.inference.session import Feed
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.normalise import Bounds
-from cellseg_batch.engine.plan import pick_margin
+from cellseg_batch.engine.run.slide_plan import pick_margin
 from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.storage.cache import Artefacts
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
 _SECONDS = 2

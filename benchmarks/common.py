@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.bench.conditions import save as save_rows
-from cellseg_batch.engine.bench.slides import Pieces, shipped_pieces
+from cellseg_batch.engine.profiling.bench_conditions import save as save_rows
+from cellseg_batch.engine.profiling.bench_slides import Pieces, shipped_pieces
 from cellseg_batch.trainer.data.dataset import list_entries
 
 RESULTS = Path(__file__).parent / "results"

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from cellseg_batch.engine.backends.cuda import Device
-from cellseg_batch.engine.bench.conditions import conditions
+from cellseg_batch.engine.inference.backends.cuda import Device
+from cellseg_batch.engine.profiling.bench_conditions import conditions
 
 Row = dict[str, Any]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from common import row
 
-from cellseg_batch.engine.campaign import run
 from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
-from cellseg_batch.engine.plan import SlidePlan
-from cellseg_batch.engine.report import SlideReport
+from cellseg_batch.engine.run.campaign import run
+from cellseg_batch.engine.run.results import SlideReport
+from cellseg_batch.engine.run.slide_plan import SlidePlan
 from cellseg_batch.engine.settings import Settings
 
 # 1,024 blocks of one tile each on a slide of 32768 px.

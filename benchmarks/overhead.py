@@ -13,17 +13,17 @@ from statistics import median
 from common import engine_flags, row, segment
 from rich.console import Console
 
-from cellseg_batch.engine.campaign import run
-from cellseg_batch.engine.engines import Engines
+from cellseg_batch.engine.cli.progress import Screen
+from cellseg_batch.engine.inference.model_pool import Engines
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.place import place_output
-from cellseg_batch.engine.plan import SlideJob
-from cellseg_batch.engine.prepare import Request, prepare_slide
-from cellseg_batch.engine.profile.ceilings import measure_alone
-from cellseg_batch.engine.profile.sample import take_sample
-from cellseg_batch.engine.screen import Screen
+from cellseg_batch.engine.profiling.isolated_stages import measure_alone
+from cellseg_batch.engine.profiling.sample import take_sample
+from cellseg_batch.engine.run.campaign import run
+from cellseg_batch.engine.run.lifecycle import Request, prepare_slide
+from cellseg_batch.engine.run.output_paths import place_output
+from cellseg_batch.engine.run.slide_plan import SlideJob
+from cellseg_batch.engine.run.worker import Worker
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.worker import Worker
 
 
 def main() -> None:

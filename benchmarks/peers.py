@@ -19,7 +19,7 @@ import zarr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cellseg_batch.engine.backends.folding import fold_batch_norm
+from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm
 from cellseg_batch.engine.machine import peak_resident_bytes
 from cellseg_batch.engine.models import build_torch_network, load_model
 from cellseg_batch.kernels.stitch import logit_threshold

@@ -19,7 +19,7 @@ _INTRODUCTION = """# Benchmarks
 
 Written by `python benchmarks/report.py` from `results/*.json`; nothing here was typed. Each file holds its conditions,
 the rate of every round and the median that is shown; what is compared took turns, on slides composed of real pictures
-(`cellseg_batch.engine.bench.slides`).
+(`cellseg_batch.engine.profiling.bench_slides`).
 
 | script | what it measures |
 |---|---|

@@ -1,4 +1,4 @@
-"""The arrows between the rooms point one way, and heavy libraries are imported only where they are needed."""
+"""Folders import from lower floors only, and heavy libraries are imported only where they are needed."""
 
 import ast
 import subprocess
@@ -9,167 +9,96 @@ import pytest
 
 from cellseg_batch import engine, kernels, trainer
 
-# Each room may import only from its own line's left.
-ENGINE_ROOMS = (
-    "errors",
-    "object_stores",
-    "locations",
-    "settings",
-    "stages",
-    "stopping",
-    "courses",
-    "scheduler",
-    "machine",
-    "processes",
-    "clusters",
-    "files",
-    "artefacts",
-    "geometry",
-    "slides",
-    "memory",
-    "written",
-    "journal",
-    "lock",
-    "failures",
-    "objects",
-    "object_table",
-    "models",
-    "reader",
-    "normalise",
-    "background",
-    "backends",
-    "feed",
-    "certificate",
-    "race",
-    "batch_queue",
-    "engines",
-    "place",
-    "layout",
-    "writer",
-    "complete",
-    "scratch",
-    "seeds",
-    "merge",
-    "stitching",
-    "runner",
-    "device_runner",
-    "plan",
-    "working_scale",
-    "measuring",
-    "passes",
-    "instances",
-    "pipeline",
-    "worker",
-    "report",
-    "prepare",
-    "heatmap",
-    "plates",
-    "campaign",
-    "estimate",
-    "status",
-    "verify",
-    "image_layout",
-    "convert",
-    "screen",
-    "profile",
-    "bench",
-    "seams",
-    "info",
-    "preview",
-    "export_objects",
-    "training",
-    "compiling",
-    "doctor",
-    "charts",
-    "page",
-    "demo",
-    "options",
-    "shell",
-    "flags",
-    "measure_commands",
-    "result_commands",
-    "trainer_commands",
-    "campaign_commands",
-    "cli",
+# Of the engine, from the top down. A folder may import from the floors below its own, and nothing from beside it.
+FLOORS = (
+    ("cli",),
+    ("reports", "profiling"),
+    ("run",),
+    ("inference",),
+    ("objects", "slides"),
+    ("storage", "scheduling"),
+    # The ground: single modules, which may import each other.
+    ("settings", "geometry", "models", "machine", "stage_clock", "errors"),
 )
-TRAINER_ROOMS = (
-    "bundle",
-    "scale",
-    "encoders",
-    "blocks",
-    "unet",
-    "footprint",
-    "recipe",
-    "schedule",
-    "data",
-    "augment",
-    "losses",
-    "metrics",
-    "decode",
-    "predict",
-    "checkpoint",
-    "learner",
-    "validate",
-    "outlines",
-    "plots",
-    "train",
-    "evaluate",
-    "export",
-)
+FLOOR_OF = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
+GROUND = len(FLOORS) - 1
+# What the engine may know of the trainer: a model's bundle, its network, and what both draw and decide.
+SHARED_WITH_TRAINER = {"blocks", "bundle", "outlines", "scale", "unet"}
+RUNS_THE_TRAINER = {"cli.trainer_commands", "cli.trainer_screen"}
 
 
-def imports_of(package, prefix):
-    """(module, imported module) for every import of ours in a package."""
+def modules_of(package):
     folder = Path(package.__file__).parent
     for path in sorted(folder.rglob("*.py")):
-        module = path.relative_to(folder).with_suffix("").as_posix().removesuffix("/__init__")
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cellseg_batch."):
-                target = node.module.split(".")
-                names = (
-                    [alias.name for alias in node.names if alias.name.islower()] if len(target) == 2 else [target[2]]
-                )
-                yield from ((f"{prefix}/{module}", f"{target[1]}/{name}") for name in names)
+        yield path.relative_to(folder).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"), path
 
 
-@pytest.mark.parametrize(
-    ("package", "prefix", "rooms"), [(engine, "engine", ENGINE_ROOMS), (trainer, "trainer", TRAINER_ROOMS)]
-)
-def test_rooms_import_only_what_comes_before_them(package, prefix, rooms):
-    for module, target in imports_of(package, prefix):
-        room, target_package = module.split("/")[1], target.split("/")[0]
-        assert room in (*rooms, "__init__"), f"{module} is in no list of rooms"
-        if target_package == prefix and room != (other := target.split("/")[1]):
-            assert rooms.index(other) < rooms.index(room), f"{module} imports {target}"
+def imports_of(path):
+    """Dotted names of ours below ``cellseg_batch`` that a file imports, wherever in the file it does."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("cellseg_batch"))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cellseg_batch"):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def engine_imports():
+    """(module, imported name) below the engine, for every import in it of a name of ours."""
+    for module, path in modules_of(engine):
+        for name in imports_of(path):
+            yield module, name.removeprefix("cellseg_batch.")
+
+
+def test_every_module_of_the_engine_is_in_a_folder_that_has_a_floor():
+    for module, _ in modules_of(engine):
+        assert module == "__init__" or module.split(".")[0] in FLOOR_OF, f"{module} is on no floor"
+    assert len(FLOORS[GROUND]) <= 8
+
+
+def test_folders_import_from_lower_floors_only():
+    for module, name in engine_imports():
+        package, folder = name.split(".")[:2]
+        own = module.split(".")[0]
+        if package != "engine" or folder == own or folder not in FLOOR_OF:
+            continue
+        assert FLOOR_OF[folder] > FLOOR_OF[own] or FLOOR_OF[folder] == FLOOR_OF[own] == GROUND, (
+            f"{module} imports {name}"
+        )
 
 
 def test_packages_import_one_way():
-    assert not [pair for pair in imports_of(kernels, "kernels") if not pair[1].startswith("kernels/")]
-    assert not [pair for pair in imports_of(trainer, "trainer") if not pair[1].startswith("trainer/")]
-    shared = {
-        target
-        for module, target in imports_of(engine, "engine")
-        if target.startswith("trainer/") and module not in ("engine/training", "engine/trainer_commands")
-    }
-    assert shared == {"trainer/blocks", "trainer/bundle", "trainer/outlines", "trainer/scale", "trainer/unet"}, (
-        "the engine knows a model only through its bundle"
-    )
+    for package, allowed in ((kernels, {"kernels"}), (trainer, {"trainer", "kernels"})):
+        for module, path in modules_of(package):
+            for name in imports_of(path):
+                assert name.split(".")[1] in allowed, f"{module} imports {name}"
 
 
-def test_modules_stay_small():
-    long = {}
-    for package in (engine, kernels, trainer):
-        for path in Path(package.__file__).parent.rglob("*.py"):
-            lines = len(path.read_text().splitlines())
-            if lines > 300:
-                long[path.name] = lines
-    assert not long
+def test_the_engine_knows_a_model_only_through_its_bundle():
+    for module, name in engine_imports():
+        if name.startswith("trainer.") and module not in RUNS_THE_TRAINER:
+            assert name.split(".")[1] in SHARED_WITH_TRAINER, f"{module} imports {name}"
+
+
+def test_only_the_command_line_prints():
+    for module, path in modules_of(engine):
+        if not module.startswith("cli"):
+            roots = {name for node in ast.walk(ast.parse(path.read_text())) for name in roots_of(node)}
+            assert not roots & {"rich", "typer"}, f"{module} imports what only the command line may"
+
+
+def roots_of(node):
+    if isinstance(node, ast.Import):
+        return [alias.name.split(".")[0] for alias in node.names]
+    return [node.module.split(".")[0]] if isinstance(node, ast.ImportFrom) and node.module else []
 
 
 @pytest.mark.parametrize(
-    ("room", "without"),
-    [("cli", ("torch", "openvino")), ("campaign", ("torch", "pyarrow", "scipy.ndimage", "dask", "skimage"))],
+    ("module", "without"),
+    [
+        ("cli.main", ("torch", "openvino")),
+        ("run.campaign", ("torch", "pyarrow", "scipy.ndimage", "dask", "skimage", "rich")),
+    ],
 )
-def test_what_only_some_runs_need_is_not_loaded_by_all(room, without):
-    code = f"import sys, cellseg_batch.engine.{room}; print([name for name in {without} if name in sys.modules])"
+def test_what_only_some_runs_need_is_not_loaded_by_all(module, without):
+    code = f"import sys, cellseg_batch.engine.{module}; print([name for name in {without} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

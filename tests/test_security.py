@@ -19,7 +19,7 @@ import cellseg_batch.trainer
 from cellseg_batch.engine.slides import limits
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.slide import Broken
-from tests.conftest import blobs, write_ome_zarr
+from tests.support.images import blobs, write_ome_zarr
 
 OUTSIDE = ["../secret.zarr", "../../secret.zarr", "a/../../secret.zarr", "..\\secret.zarr", "/secret.zarr", "."]
 

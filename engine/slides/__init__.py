@@ -1,1 +1,4 @@
-"""Slides: what images a path holds, and their pixels.  Nothing here knows models, tiles or labels."""
+"""Images in, labels out: discovery, one reader for every format, and the OME-Zarr writer.
+
+It must not know models, tiles or the journal of a run (a conversion keeps a journal of its own).
+"""

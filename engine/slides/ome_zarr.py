@@ -16,9 +16,9 @@ from typing import Any
 import zarr
 
 from cellseg_batch.engine.errors import CellsegError, ReadError
-from cellseg_batch.engine.locations import RemotePath, zarr_store
 from cellseg_batch.engine.slides.plate import FieldChoice, PlateField
 from cellseg_batch.engine.slides.slide import AXES, NUMBERS, Broken, Level, Slide, fits_axes
+from cellseg_batch.engine.storage.paths import RemotePath, zarr_store
 
 # What people write for the specification's "micrometer".
 _UNIT_NAMES = dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometre"), "micrometer")

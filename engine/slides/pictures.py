@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cellseg_batch.engine.locations import readable
 from cellseg_batch.engine.slides.slide import Level, Slide
+from cellseg_batch.engine.storage.paths import readable
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 # Pillow refuses pictures above 179 Mpx as a possible attack; a slide may be larger.

@@ -11,8 +11,8 @@ import tifffile
 import zarr
 
 from cellseg_batch.engine.errors import ReadError
-from cellseg_batch.engine.locations import readable
 from cellseg_batch.engine.slides.slide import Level, Slide, fits_axes
+from cellseg_batch.engine.storage.paths import readable
 
 TIFF_SUFFIXES = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif", ".qptiff")
 # tifffile's own letters: S samples, I images in a sequence, Q an axis that it cannot name.

@@ -1,0 +1,86 @@
+"""``cellseg-batch compile``: the race as a table, and what is kept on disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cellseg_batch.engine.errors import BackendError
+from cellseg_batch.engine.inference.race import certify, request_of
+from cellseg_batch.engine.inference.race_result import ON_REQUEST, Candidate, Certificate
+from cellseg_batch.engine.models import load_model
+from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.storage.cache import Artefacts
+
+
+def run_race(settings: Settings, tile: int | None, again: bool, console: Console) -> dict[str, Any]:
+    """Race what was asked for, with tiles of ``tile`` px if it says so, and print the table; returns every figure.
+
+    Raises:
+        BackendError: nothing that was asked for by name can be used.
+    """
+    request = replace(request_of(settings), batch=settings.batch, complete=True)
+    if tile is not None:
+        request = replace(request, tile=tile)
+    with console.status("racing the backends"):
+        certificate = certify(request, load_model(settings.model), Artefacts(), lambda: None, again)
+    try:
+        winner = certificate.pick(settings.backend, settings.precision, settings.gate)
+    except BackendError:
+        _print_certificate(certificate, None, console)
+        raise
+    _print_certificate(certificate, winner, console)
+    return certificate.to_json()
+
+
+def _print_certificate(certificate: Certificate, winner: Candidate | None, console: Console) -> None:
+    count, _, height, width = certificate.shape
+    table = Table(
+        title=f"{certificate.request.model}: {count} x {height} x {width} px, {certificate.request.threads} threads, "
+        f"{certificate.processor}, {certificate.date}",
+        title_justify="left",
+    )
+    for heading in ("backend", "Mpx/s", "max |dp|", "mean |dp|", "flipped", "object F1", "objects", ""):
+        table.add_column(heading, overflow="fold")
+    for one in certificate.candidates:
+        if one.parity is None:
+            table.add_row(one.name, "", "", "", "", "", "", escape(one.missing))
+            continue
+        verdict = "winner" if one == winner else "on request" if one.precision in ON_REQUEST else ""
+        table.add_row(
+            one.name,
+            f"{one.mpx_per_s:.2f}",
+            f"{one.parity.max_dp:.1e}",
+            f"{one.parity.mean_dp:.1e}",
+            f"{one.parity.flipped:.1e}",
+            f"{one.parity.object_f1:.4f}",
+            f"{one.parity.object_change:+.2%}",
+            verdict if one.passed else "refused by the gate",
+        )
+    objects = max((one.parity.objects for one in certificate.candidates if one.parity is not None), default=0)
+    console.print(table, f"compared with torch fp32 on {objects} objects", highlight=False)
+    if certificate.by_threads:
+        rates = ", ".join(f"{rate:.2f} Mpx/s with {threads}" for threads, rate in certificate.by_threads)
+        console.print(f"threads of the winner, at best: {rates}; runs use {certificate.threads}", highlight=False)
+
+
+def print_artefacts(console: Console) -> None:
+    """Print a row for each entry of the cache."""
+    artefacts = Artefacts()
+    table = Table("what", "model", "MB", "state", "made for", title=str(artefacts.folder), title_justify="left")
+    for entry in artefacts.entries():
+        rest = {name: value for name, value in entry.key.items() if name not in ("what", "model", "versions", "sha256")}
+        about = ", ".join(f"{name} {value}" for name, value in rest.items())
+        what, model = str(entry.key.get("what", "?")), str(entry.key.get("model", "?"))
+        table.add_row(what, model, f"{entry.size / 1e6:.1f}", "sound" if entry.sound else "damaged", about)
+    console.print(table)
+
+
+def clear_artefacts(console: Console) -> None:
+    """Remove every entry of the cache."""
+    artefacts = Artefacts()
+    console.print(f"{artefacts.folder}: {artefacts.clear()} entries removed", highlight=False)

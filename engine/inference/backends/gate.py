@@ -1,0 +1,121 @@
+"""The gate: no fast path is used unless its masks agree with torch fp32 on real tiles that it was not tuned on.
+
+A run with a kept race needs nothing of it, so that what only the race needs is imported here when it is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellseg_batch.engine.inference.backends.protocol import CompiledModel
+from cellseg_batch.kernels.stitch import logit_threshold, sigmoid
+
+TILE = 512
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Most flipped pixels and least object F1 with which a backend may be used."""
+
+    flipped: float
+    object_f1: float
+
+
+_LIMITS = Limits(5e-4, 0.995)
+# int8 flips 2e-4 more than bf16 does; who asks for it by name takes that for its speed.
+_INT8_LIMITS = Limits(6e-4, 0.99)
+
+
+def limits_of(precision: str) -> Limits:
+    """What the gate demands at a precision."""
+    return _INT8_LIMITS if precision == "int8" else _LIMITS
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a backend's result is from torch fp32's on the gate tiles.
+
+    Attributes:
+        max_dp: largest difference of two probabilities.
+        mean_dp: mean difference.
+        flipped: share of pixels whose mask changes.
+        object_f1: F1 of the mask's connected components, matched at IoU 0.5 with the reference's.
+        object_change: (objects - reference objects) / reference objects.
+        objects: of the reference.
+    """
+
+    max_dp: float
+    mean_dp: float
+    flipped: float
+    object_f1: float
+    object_change: float
+    objects: int
+
+    def within(self, limits: Limits) -> bool:
+        """Whether the backend may be used; a NaN never passes."""
+        close = self.flipped <= limits.flipped and self.object_f1 >= limits.object_f1
+        return close and bool(np.isfinite(self.max_dp))
+
+    def text(self, limits: Limits) -> str:
+        """The figures that decide, with their limits."""
+        undefined = "" if np.isfinite(self.max_dp) else ", NaN among its logits"
+        return (
+            f"flips {self.flipped:.1e} of the pixels (limit {limits.flipped:.0e}), "
+            f"objects match with F1 {self.object_f1:.4f} (limit {limits.object_f1}){undefined}"
+        )
+
+
+def real_tiles(purpose: str, channels: int) -> NDArray[np.float32]:
+    """Real tiles (N, channels, 512, 512) in [0, 1] for the ``gate`` or for ``calibration``; no image is in both."""
+    from skimage.io import imread
+
+    folder = Path(str(files("cellseg_batch.engine"))) / "assets" / purpose
+    tiles = []
+    for path in sorted(folder.glob("*.png")):
+        image = imread(path).astype(np.float32) / 255
+        pixels = np.moveaxis(image, -1, 0) if image.ndim == 3 else image[None]
+        tiles.append(pixels if pixels.shape[0] == channels else np.repeat(pixels[:1], channels, axis=0))
+    return np.ascontiguousarray(np.stack(tiles))
+
+
+def logits_of(model: CompiledModel, tiles: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Foreground logits (N, H, W) of tiles (N, C, H, W); ``model`` is compiled for one of them at a time."""
+    return np.stack([model(tile[None])[0, 0].copy() for tile in tiles])
+
+
+def measure_parity(logits: NDArray[np.float32], expected: NDArray[np.float32], threshold: float) -> Parity:
+    """Compare foreground logits (N, H, W) with the reference's, at a probability ``threshold``."""
+    from scipy import ndimage
+
+    limit = logit_threshold(threshold)
+    differences = np.abs(sigmoid(logits) - sigmoid(expected))
+    masks, references = logits > limit, expected > limit
+    found = wanted = matched = 0
+    for mask, reference in zip(masks, references, strict=True):
+        labels, count = ndimage.label(mask)
+        reference_labels, reference_count = ndimage.label(reference)
+        found, wanted = found + count, wanted + reference_count
+        matched += count_matches(labels, reference_labels)
+    return Parity(
+        max_dp=float(differences.max()),
+        mean_dp=float(differences.mean()),
+        flipped=float((masks != references).mean()),
+        object_f1=2 * matched / (found + wanted) if found + wanted else 1.0,
+        object_change=(found - wanted) / max(1, wanted),
+        objects=wanted,
+    )
+
+
+def count_matches(labels: NDArray[np.int32], reference: NDArray[np.int32]) -> int:
+    """Objects of two label images (H, W) that overlap with an IoU above 0.5, of which each has at most one."""
+    width = int(reference.max()) + 1
+    pairs, common = np.unique(labels.astype(np.int64) * width + reference, return_counts=True)
+    ours, theirs = pairs // width, pairs % width
+    sizes, reference_sizes = np.bincount(labels.ravel()), np.bincount(reference.ravel())
+    union = sizes[ours] + reference_sizes[theirs] - common
+    return int(np.count_nonzero((ours > 0) & (theirs > 0) & (common > 0.5 * union)))

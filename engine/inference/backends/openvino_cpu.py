@@ -1,0 +1,231 @@
+"""OpenVINO on the CPU: the fastest there, with bf16 where the processor has it, and int8.
+
+The network goes from ``torch.export`` straight into OpenVINO with dynamic batch and size and is kept on disk, so that
+only the first run needs torch; each batch shape is then compiled on its own, which takes a fraction of a second, or
+one network for tiles of many sizes.
+int8 is post-training quantisation by NNCF (explicit fake-quantise nodes, calibrated on real tiles).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from copy import copy
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellseg_batch.engine.inference.backends.gate import real_tiles
+from cellseg_batch.engine.inference.backends.protocol import MAKING, ByteModel, CompiledModel, Shape
+from cellseg_batch.engine.models import build_torch_network
+from cellseg_batch.engine.storage.cache import Artefacts
+from cellseg_batch.trainer.bundle import Bundle
+
+# OpenVINO's telemetry looks up a host and writes files when it is imported.  Without its package OpenVINO falls
+# back to a stub of its own, so that no run ever leaves the machine.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+
+import openvino  # noqa: E402
+from openvino import opset13 as op  # noqa: E402
+
+# A quantised network's other layers run in the fastest native precision.
+_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
+_FILE = "model.xml"
+_LARGEST_BATCH = 64
+_LARGEST_SIDE = 1 << 16
+
+
+def supported_precisions() -> tuple[str, ...]:
+    """The precisions that this processor runs natively, fastest first."""
+    return ("bf16", "fp32") if "bf16" in _native() else ("fp32",)
+
+
+def _native() -> set[str]:
+    """OpenVINO's names of the precisions that this processor computes in."""
+    return {name.lower() for name in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")}
+
+
+class OpenVinoBackend:
+    """A bundle's network in OpenVINO."""
+
+    name = "openvino"
+    version = openvino.__version__
+
+    def __init__(self, bundle: Bundle, precision: str, threads: int, artefacts: Artefacts) -> None:
+        self.precision = precision
+        self._stride = bundle.card.total_stride
+        self._takes_smaller = False
+        self._core = openvino.Core()
+        self._options = {
+            "INFERENCE_PRECISION_HINT": _HINTS[precision] if _HINTS[precision] in _native() else "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            # Pinned, the threads of every process on a machine would share its first cores.
+            "ENABLE_CPU_PINNING": False,
+        }
+        self._model = self._core.read_model(_network(bundle, precision == "int8", artefacts) / _FILE)
+        self.flexible: OpenVinoBackend | None = None
+        # Height and width left open cost 2 % of the time and 40 MB; in int8 it would be 4 % and 140 MB.
+        if precision != "int8":
+            self.flexible = copy(self)
+            self.flexible._takes_smaller = True
+
+    def compile(self, shape: Shape) -> CompiledModel:
+        """Compile for one batch shape."""
+        return self._ready(self._reshaped(shape))
+
+    def compile_bytes(self, shape: Shape) -> ByteModel:
+        """Compile for one batch shape; the same logits bit for bit (`tests/test_feed.py`)."""
+        return self._ready(_normalising(self._reshaped(shape)))
+
+    def _reshaped(self, shape: Shape) -> Any:
+        least = self._stride if self._takes_smaller else None
+        sides = [openvino.Dimension(least or side, side) for side in shape[2:]]
+        model = self._model.clone()
+        model.reshape(openvino.PartialShape([*shape[:2], *sides]))
+        return model
+
+    def _ready(self, model: Any) -> _Compiled:
+        return _Compiled(self._core.compile_model(model, "CPU", self._options))
+
+
+class _Compiled:
+    """A request to a compiled network: a `CompiledModel`, or a `ByteModel` if it is called with bounds."""
+
+    def __init__(self, network: Any) -> None:
+        self._network = network
+        self._request = network.create_infer_request()
+
+    def __call__(self, batch: NDArray[Any], low: float = 0.0, scale: float | None = None) -> NDArray[np.float32]:
+        self._request.set_input_tensor(0, openvino.Tensor(batch, shared_memory=True))
+        for number, value in enumerate(() if scale is None else (-low, scale), start=1):
+            self._request.set_input_tensor(number, openvino.Tensor(np.array([value], np.float32)))
+        self._request.infer()
+        logits: NDArray[np.float32] = self._request.get_output_tensor(0).data
+        return logits
+
+    def twin(self) -> _Compiled:
+        """Another request: activations belong to the network and are shared, logits are its own."""
+        other = _Compiled(self._network)
+        other._request.get_output_tensor(0).data.fill(0)  # so that who looks at the memory now sees them
+        return other
+
+
+def _normalising(model: Any) -> Any:
+    """The network with inputs (bytes (N, H, W, C), -low, scale) in place of normalised pixels (N, C, H, W)."""
+    (pixels,) = model.get_parameters()
+    count, channels, height, width = pixels.get_output_partial_shape(0)
+    # Channels last is the convolutions' own layout; of any other the plugin would keep a second copy of the batch.
+    raw = op.parameter(openvino.PartialShape([count, height, width, channels]), np.uint8, name="raw")
+    # Bounds are inputs and no constants, so that slides of one shape share one compiled network.  What is subtracted
+    # OpenVINO negates in a step of its own, which rounds it to bf16 where the size is open: so it comes negated.
+    minus_low, scale = op.parameter([1], np.float32, name="minus_low"), op.parameter([1], np.float32, name="scale")
+    normalised = op.clamp(op.multiply(op.add(op.convert(raw, "f32"), minus_low), scale), 0.0, 1.0)
+    for target in pixels.output(0).get_target_inputs():
+        target.replace_source_output(op.transpose(normalised, [0, 3, 1, 2]).output(0))
+    model.remove_parameter(pixels)
+    model.add_parameters([raw, minus_low, scale])
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
+    """Folder of the converted network; the same for every processor, shape and number of threads."""
+    packages = ("torch", "openvino", "nncf") if quantised else ("torch", "openvino")
+    key = {
+        "what": "openvino network",
+        "model": bundle.card.name,
+        "sha256": bundle.sha256,
+        "making": MAKING,
+        "quantised": quantised,
+        "versions": {package: version(package) for package in packages},
+    }
+
+    def make(folder: Path) -> None:
+        if quantised:
+            # A network that shrinks what it is shown is to see in it what the others do.
+            factor = int(bundle.card.architecture.get("factor", 1))
+            tiles = real_tiles("calibration", bundle.card.channels).repeat(factor, 2).repeat(factor, 3)
+            model = _quantise(_convert(bundle, tiles), tiles)
+        else:
+            model = _convert(bundle)
+        openvino.save_model(model, folder / _FILE, compress_to_fp16=False)
+
+    return artefacts.get(key, make)
+
+
+def _convert(bundle: Bundle, tiles: NDArray[np.float32] | None = None) -> Any:
+    """The network in OpenVINO; made ready for int8 if there are ``tiles`` (N, C, H, W) to look at."""
+    import torch
+    from torch.export import Dim
+
+    from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm, fold_upsampling
+    from cellseg_batch.engine.inference.backends.int8_equalise import equalise
+    from cellseg_batch.engine.inference.backends.int8_round import round_weights
+
+    stride = bundle.card.total_stride
+    batch = Dim("batch", min=1, max=_LARGEST_BATCH)
+    height = stride * Dim("height", min=1, max=_LARGEST_SIDE // stride)
+    width = stride * Dim("width", min=1, max=_LARGEST_SIDE // stride)
+    # An example of batch 1 would be taken for a constant.
+    example = torch.zeros(2, bundle.card.channels, 8 * stride, 8 * stride)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = fold_upsampling(fold_batch_norm(build_torch_network(bundle)))
+        if tiles is not None:
+            seen = [torch.from_numpy(tile[None]) for tile in tiles]
+            network = round_weights(equalise(network, seen), seen)
+        program = torch.export.export(network, (example,), dynamic_shapes=({0: batch, 2: height, 3: width},))
+        return openvino.convert_model(program)
+
+
+def _quantise(model: Any, tiles: NDArray[np.float32]) -> Any:
+    """The network in int8, calibrated on ``tiles`` (N, C, H, W); its first and last convolution stay in floats.
+
+    Values that one in a million exceeds are clipped.  NNCF's correction of biases made it worse: means over tiles that
+    are mostly background say little of nuclei.
+    """
+    import nncf
+    from nncf.quantization.advanced_parameters import (
+        AdvancedQuantizationParameters,
+        AdvancedSmoothQuantParameters,
+        OverflowFix,
+    )
+    from nncf.quantization.range_estimator import (
+        AggregatorType,
+        RangeEstimatorParameters,
+        StatisticsCollectorParameters,
+        StatisticsType,
+    )
+
+    convolutions = [
+        node.get_friendly_name()
+        for node in model.get_ordered_ops()
+        if node.get_type_name() in ("Convolution", "ConvolutionBackpropData", "GroupConvolution")
+    ]
+    outliers = StatisticsCollectorParameters(
+        statistics_type=StatisticsType.QUANTILE, aggregator_type=AggregatorType.MEAN, quantile_outlier_prob=1e-6
+    )
+    # It logs its progress at length, and warns of its own dependencies.
+    nncf.set_log_level(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nncf.quantize(
+            model,
+            nncf.Dataset([tile[None] for tile in tiles]),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(tiles),
+            model_type=nncf.ModelType.TRANSFORMER,  # of any other type NNCF rounds sums, too
+            ignored_scope=nncf.IgnoredScope(names=[convolutions[0], convolutions[-1]]),
+            advanced_parameters=AdvancedQuantizationParameters(
+                # Half the steps are for processors without VNNI, whose sums may overflow; on one they did not.
+                overflow_fix=OverflowFix.DISABLE,
+                disable_bias_correction=True,
+                activations_range_estimator_params=RangeEstimatorParameters(min=outliers, max=outliers),
+                smooth_quant_alphas=AdvancedSmoothQuantParameters(convolution=-1, matmul=-1),
+            ),
+        )

@@ -1,0 +1,53 @@
+"""PyTorch on the CPU: eager, channels-last, batch norm folded into the convolutions.
+
+The reference that every other backend is compared with is this one in fp32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm
+from cellseg_batch.engine.inference.backends.protocol import CompiledModel, Shape
+from cellseg_batch.engine.models import build_torch_network
+from cellseg_batch.trainer.bundle import Bundle
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def supported_precisions() -> tuple[str, ...]:
+    """The precisions that this processor computes in; any other takes torch many times as long as fp32."""
+    features = torch.cpu.get_capabilities()
+    native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is ARM's
+    return ("fp32", "bf16") if native else ("fp32",)
+
+
+class TorchBackend:
+    """A bundle's network in eager torch."""
+
+    name = "torch"
+    version = str(torch.__version__)
+
+    def __init__(self, bundle: Bundle, precision: str, threads: int) -> None:
+        self.precision = precision
+        self._dtype = _DTYPES[precision]
+        torch.set_num_threads(threads)
+        folded = fold_batch_norm(build_torch_network(bundle))
+        self.flexible = self  # eager torch takes any shape as it comes
+        self._network: nn.Module = folded.to(dtype=self._dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def compile(self, shape: Shape) -> CompiledModel:
+        """Nothing is to be made ready."""
+        return self._run
+
+    def compile_bytes(self, shape: Shape) -> None:
+        """Not offered: torch would spend as much on normalising them as the engine does."""
+
+    def _run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            pixels = torch.from_numpy(batch).to(dtype=self._dtype, memory_format=torch.channels_last)
+            logits: NDArray[np.float32] = self._network(pixels).float().contiguous().numpy()
+        return logits

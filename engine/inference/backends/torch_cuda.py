@@ -1,0 +1,76 @@
+"""PyTorch on an NVIDIA GPU in fp16: channels-last, batch norm folded, the whole network one CUDA graph.
+
+Two backends: ``torch-cuda`` runs cuDNN's convolutions as they come, ``torch-compile`` lets Inductor fuse what lies
+between them.  Neither has run on hardware yet.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from cellseg_batch.engine.inference.backends.cuda import Device, GraphedHalf, demand_gpu
+from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm
+from cellseg_batch.engine.inference.backends.protocol import Shape
+from cellseg_batch.engine.models import build_torch_network
+from cellseg_batch.trainer.bundle import Bundle
+
+_MOST_SHAPES = 10_000
+
+
+def supported_precisions() -> tuple[str, ...]:
+    """The precisions offered on this machine.
+
+    Raises:
+        BackendError: there is no GPU that torch can use.
+    """
+    demand_gpu("torch on a GPU")
+    return ("fp16",)
+
+
+class TorchCudaBackend:
+    """A bundle's network in torch on a GPU.
+
+    Args:
+        bundle: the model.
+        device: that computes.
+        compiled: through ``torch.compile``.
+    """
+
+    precision = "fp16"
+    version = str(torch.__version__)
+
+    def __init__(self, bundle: Bundle, device: Device, compiled: bool) -> None:
+        self.name = "torch-compile" if compiled else "torch-cuda"
+        self._device = device
+        network = fold_batch_norm(build_torch_network(bundle))
+        with torch.no_grad():
+            side = bundle.card.total_stride
+            self._outputs = network(torch.zeros(1, bundle.card.channels, side, side)).shape[1]
+        self._network = network.half().to(device.place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if compiled:
+            self._network = torch.compile(self._network, fullgraph=True, dynamic=False)
+            # Each batch shape is compiled on its own, and a folder of small images may have many.
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _MOST_SHAPES
+        # Timing would choose the convolutions anew in each run, and a resumed run would round otherwise.
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+
+    def compile_bytes(self, shape: Shape) -> None:
+        """Not offered."""
+
+    def compile(self, shape: Shape) -> GraphedHalf:
+        """Capture the network for batches of ``shape`` (N, C, H, W).
+
+        Raises:
+            torch.OutOfMemoryError: it does not fit on the device.
+        """
+        buffers = GraphedHalf(shape, (shape[0], self._outputs, *shape[2:]), self._device)
+        # The buffers themselves, not their owner: a cycle would hold the device's memory until the collector comes.
+        pixels, logits, network = buffers.pixels, buffers.logits, self._network
+
+        def launch(stream: int) -> None:
+            with torch.no_grad():
+                logits.copy_(network(pixels.contiguous(memory_format=torch.channels_last)))
+
+        buffers.capture(launch)
+        return buffers

@@ -1,0 +1,151 @@
+"""Run the tiles of blocks through a GPU: pixels go up as they are, masks come back, all between stays there.
+
+    incoming    pinned host memory -> pixels of the read box
+    computing   gather -> network -> stitch, in batches that other blocks fill too (`gpu_batch_queue`)
+    outgoing    mask, probability and counts -> pinned host memory
+
+The same interface as `cpu_runner.Runner`, for several threads at a time; each waits once, for its own
+result.  Pinned memory is torch's: it keeps what was freed for the next block.  Masks come back as bytes, because the
+writer takes bytes, and to unpack bits costs the host more than it saves the bus.
+
+It has not run on a GPU yet; tests run it on the CPU, with the Triton kernels in their interpreter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cellseg_batch.engine.geometry import Block, Lattice
+from cellseg_batch.engine.inference.backends.cuda import is_out_of_memory
+from cellseg_batch.engine.inference.cpu_runner import BlockResult, count_missing, refuse_nan, source_tables
+from cellseg_batch.engine.inference.gpu_batch_queue import BatchQueue
+from cellseg_batch.engine.inference.normalise import Bounds
+from cellseg_batch.engine.inference.stitching import make_stitch
+from cellseg_batch.engine.stage_clock import StageClock
+from cellseg_batch.kernels import blend_triton, gather_triton, stitch_triton
+from cellseg_batch.kernels.stitch import logit_threshold
+
+
+@dataclass(frozen=True)
+class DeviceRunner:
+    """Segments blocks of one slide on a GPU.
+
+    Attributes:
+        queue: of the GPU, for tiles of the lattice's size.
+        lattice: of the slide.
+        bounds: of the slide.
+        threshold: probability above which a pixel is foreground.
+        probability: also make the probability.
+        stitch: crop or blend.
+        clock: counts the stages; as the model's, what the GPU took for whole batches.
+    """
+
+    queue: BatchQueue
+    lattice: Lattice
+    bounds: Bounds
+    threshold: float
+    probability: bool
+    stitch: str
+    clock: StageClock
+
+    def segment(self, pixels: NDArray[Any], block: Block) -> BlockResult:
+        """Segment ``block`` from the pixels (C, h, w) of its read box.
+
+        Raises:
+            ComputeError: the model returned NaN, or not even single tiles fit into the GPU's memory.
+        """
+        while True:
+            try:
+                tiles = _BlockOnDevice(self, pixels, block)
+                self.queue.run(tiles)
+                break
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.queue.make_room()
+        mask, probability, (foreground, undefined) = tiles.fetch()
+        self.clock.worked("model", self.queue.busy_seconds())
+        refuse_nan(block, undefined)
+        return BlockResult(mask, probability, foreground, count_missing(pixels, block))
+
+
+class _BlockOnDevice:
+    """A block's pixels, mask and probability on the device: its `Tiles` for the queue.
+
+    Everything is held until the results are on the host, so no stream can be given memory that another still reads.
+    """
+
+    def __init__(self, runner: DeviceRunner, pixels: NDArray[Any], block: Block) -> None:
+        self.count = len(block.tiles)
+        self._runner = runner
+        self._block = block
+        self._queue, self._device = runner.queue, runner.queue.device
+        with runner.clock.stage("upload"):
+            source = torch.from_numpy(_as_the_kernel_reads(pixels))
+            self._sent = torch.empty_like(source, pin_memory=self._device.is_gpu).copy_(source)
+        with self._device.on(self._queue.incoming):
+            self._pixels = self._sent.to(self._device.place, non_blocking=True)
+            self.arrived = self._device.event()
+            self.arrived.record(self._queue.incoming)
+        with self._device.on(self._queue.computing):
+            # What no tile covers is background.
+            self._mask = self._empty(block.box.shape, torch.uint8).zero_()
+            self._probability = self._empty(block.box.shape, torch.uint8).zero_() if runner.probability else None
+            self._stitch = make_stitch(
+                runner.stitch,
+                block,
+                runner.lattice,
+                logit_threshold(runner.threshold),
+                self._mask,
+                self._probability,
+                kernels=stitch_triton if runner.stitch == "crop" else blend_triton,
+                empty=partial(self._empty, dtype=torch.half),
+            )
+        self._counts: Tensor | None = None
+        self._finished = self._device.event()
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self._device.place)
+
+    def gather(self, first: int, last: int, pixels: Tensor) -> None:
+        """As `Tiles.gather`."""
+        lattice, bounds = self._runner.lattice, self._runner.bounds
+        tables = source_tables(self._block.tiles[first:last], lattice.shape, self._block.read_box)
+        gather_triton.gather(self._pixels, *tables, bounds.low, bounds.scale, pixels)
+
+    def stitch(self, first: int, last: int, logits: Tensor) -> None:
+        """As `Tiles.stitch`; after the last tile, the results are ready to be fetched."""
+        self._stitch.add(first, logits)
+        if last == self.count:
+            self._counts = torch.stack(self._stitch.finish()).sum(0)
+            self._finished.record(self._queue.computing)
+
+    def fetch(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None, tuple[int, int]]:
+        """Mask, probability, and how many pixels are foreground and NaN, once they are on the host."""
+        assert self._counts is not None
+        done = self._device.event()
+        with self._device.on(self._queue.outgoing):
+            self._queue.outgoing.wait_event(self._finished)
+            mask, counts = self._send(self._mask), self._send(self._counts)
+            probability = None if self._probability is None else self._send(self._probability).numpy()
+            done.record(self._queue.outgoing)
+        done.synchronize()
+        foreground, undefined = counts.tolist()
+        return mask.numpy(), probability, (foreground, undefined)
+
+    def _send(self, result: Tensor) -> Tensor:
+        return self._device.pinned(tuple(result.shape), result.dtype).copy_(result, non_blocking=True)
+
+
+def _as_the_kernel_reads(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Pixels in a type of the gather kernel; float32 is what it computes in."""
+    if pixels.dtype.kind == "b":
+        return pixels.view(np.uint8)
+    return pixels if pixels.dtype in (np.uint8, np.uint16, np.float32) else pixels.astype(np.float32)

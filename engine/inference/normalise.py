@@ -1,0 +1,109 @@
+"""Settle a slide's normalisation before its first block: once per slide, never per tile.
+
+The pixels are sampled from a low level of the pyramid, or from a fixed grid of windows where there is none, so
+that the cost does not grow with the slide and the same slide always gives the same bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellseg_batch.engine.errors import ReadError
+from cellseg_batch.engine.geometry import Box
+from cellseg_batch.engine.slides.reader import SlideReader
+from cellseg_batch.engine.slides.slide import Slide
+from cellseg_batch.trainer.bundle import Normalisation
+
+_ENOUGH_PIXELS = 1 << 20
+_MOST_VALUES = 1 << 22
+_WINDOW = 128
+_PLANES = 8
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Pixel values that become 0 and 1 of a slide; ``clip((x - low) / (high - low), 0, 1)`` in float32."""
+
+    low: float
+    high: float
+
+    @property
+    def scale(self) -> float:
+        """1 / (high - low); 0 for a slide of one value, which becomes all 0."""
+        return 1.0 / (self.high - self.low) if self.high > self.low else 0.0
+
+
+def sample_slide(slide: Slide, channels: tuple[int, ...], level: int) -> list[NDArray[Any]]:
+    """Parts (C, h, w) of a slide that stand for it as a whole, as stored.
+
+    Raises:
+        ReadError: none of the sampled pixels can be read.
+    """
+    sampled = _sampling_level(slide, level)
+    count = slide.planes(sampled)
+    planes = sorted({round(i) for i in np.linspace(0, count - 1, min(count, _PLANES))})
+    boxes = _sample_boxes(*slide.plane_shape(sampled), most=_MOST_VALUES // (len(planes) * len(channels)))
+    with SlideReader(slide, sampled, channels) as reader:
+        parts = [part for plane, box in product(planes, boxes) for part in _readable(reader, plane, box)]
+        if not parts:
+            reader.read(planes[0], boxes[0])  # says what is wrong
+    return parts
+
+
+def settle_bounds(sample: Sequence[NDArray[Any]], rule: Normalisation) -> Bounds:
+    """Bounds by the model card's rule, the same for all channels and planes of a slide; fixed ones need no sample."""
+    if rule.rule == "fixed":
+        return Bounds(rule.low, rule.high)
+    return Bounds(*rule.bounds_of(np.concatenate([_finite(part) for part in sample])))
+
+
+def _readable(reader: SlideReader, plane: int, box: Box) -> Iterator[NDArray[Any]]:
+    """Pixels of ``box``, quarter by quarter where it is damaged: a bad chunk costs its block, not the slide."""
+    try:
+        yield reader.read(plane, box)
+    except ReadError:
+        height, width = box.shape
+        if max(height, width) > _WINDOW // 2:
+            middle_y, middle_x = box.y0 + (height + 1) // 2, box.x0 + (width + 1) // 2
+            for y0, y1 in ((box.y0, middle_y), (middle_y, box.y1)):
+                for x0, x1 in ((box.x0, middle_x), (middle_x, box.x1)):
+                    if y0 < y1 and x0 < x1:
+                        yield from _readable(reader, plane, Box(y0, x0, y1, x1))
+
+
+def _sampling_level(slide: Slide, level: int) -> int:
+    """The lowest resolution at or below ``level`` that still has enough pixels."""
+    enough = [i for i in range(level, len(slide.levels)) if np.prod(slide.plane_shape(i)) >= _ENOUGH_PIXELS]
+    return max(enough, default=level)
+
+
+def _sample_boxes(height: int, width: int, most: int) -> list[Box]:
+    """A whole plane of up to ``most`` px, or windows that are spread evenly over a larger one.
+
+    They begin at multiples of their side, so that each lies in one chunk of the usual sizes.
+    """
+    if height * width <= most:
+        return [Box(0, 0, height, width)]
+    count = max(2, math.isqrt(most // _WINDOW**2))
+
+    def starts(length: int) -> list[int]:
+        return sorted({round(i / _WINDOW) * _WINDOW for i in np.linspace(0, max(0, length - _WINDOW), count)})
+
+    return [
+        Box(y, x, min(y + _WINDOW, height), min(x + _WINDOW, width)) for y, x in product(starts(height), starts(width))
+    ]
+
+
+def _finite(pixels: NDArray[Any]) -> NDArray[Any]:
+    """The finite pixels as the model will see them; small integers need no float32 for that."""
+    if pixels.dtype.kind in "iu" and pixels.dtype.itemsize <= 2:
+        return pixels.ravel()
+    values = pixels.astype(np.float32).ravel()
+    return values[np.isfinite(values)]

@@ -1,0 +1,262 @@
+"""The race: every backend that loads here, timed and held against torch fp32 on real tiles; the result is kept.
+
+It runs in a process of its own, so that its memory (torch, every network) does not stay in the run's.  It must not
+know slides.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellseg_batch.engine.errors import BackendError
+from cellseg_batch.engine.inference.backends.gate import TILE, Parity, limits_of, logits_of, measure_parity, real_tiles
+from cellseg_batch.engine.inference.backends.protocol import MAKING, Backend, Shape, flexible_form
+from cellseg_batch.engine.inference.backends.registry import KINDS, REFERENCE, candidates, make_backend, why_not
+from cellseg_batch.engine.inference.normalise import Bounds
+from cellseg_batch.engine.inference.race_result import Candidate, Certificate, Request, may_win
+from cellseg_batch.engine.inference.session import Feed
+from cellseg_batch.engine.machine import cores, gpus, package_version, processor, run_module, visible_gpus
+from cellseg_batch.engine.models import load_model
+from cellseg_batch.engine.settings import RACE_TILE, RACE_TILE_ON_CPU, Settings, race_device
+from cellseg_batch.engine.storage.cache import Artefacts, Key
+from cellseg_batch.trainer.bundle import Bundle
+
+_log = logging.getLogger(__name__)
+
+_FILE = "certificate.json"
+_PACKAGES = ("cellseg-batch", "torch", "openvino", "nncf", "tensorrt", "torch-tensorrt", "triton")
+_ROUNDS = 5
+# A candidate this much slower than the fastest is timed once; it will not win.
+_HOPELESS = 3.0
+
+
+def request_of(settings: Settings) -> Request:
+    """What a run of ``settings`` needs to know.
+
+    Where no GPU can win, tiles are small: a processor takes as long for a pixel in tiles of any size.
+    """
+    device = race_device(settings.device)
+    fitting = candidates(settings.backend, settings.precision, device)
+    maybe = any(KINDS[name].on_gpu for name, _ in fitting) and (device != "auto" or (gpus() and visible_gpus()))
+    tile = RACE_TILE if maybe else RACE_TILE_ON_CPU
+    return Request(settings.model, settings.backend, settings.precision, tile, 1, settings.threads or cores(), device)
+
+
+def certify(
+    request: Request, bundle: Bundle, artefacts: Artefacts, started: Callable[[], None], again: bool = False
+) -> Certificate:
+    """The kept result of this race, or of a complete one, on this machine; run now in a process of its own if none is.
+
+    Args:
+        request: what to race.
+        bundle: the model that the request names.
+        artefacts: where results and compiled networks are kept.
+        started: called if a race is run.
+        again: race even if there is a result of this race, which is replaced.
+
+    Raises:
+        BackendError: the race's process died.
+    """
+    key = _key(request, bundle)
+    if again:
+        artefacts.drop(key)
+    complete = key if again else _key(replace(request, complete=True), bundle)
+    folder = artefacts.find(complete) or artefacts.find(key)
+    if folder is None:
+        started()
+        folder = artefacts.get(key, lambda partial: _race_elsewhere(request, artefacts, partial))
+    return Certificate.from_json(json.loads((folder / _FILE).read_text()))
+
+
+def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
+    """Run the race here and now: build, gate and time every candidate, all taking turns."""
+    threshold = bundle.card.threshold
+    network = bundle.foreground  # the gate looks at nothing else, and masks need nothing else
+    tiles = real_tiles("gate", bundle.card.channels)
+    reference = make_backend(network, *REFERENCE, request.threads, artefacts)
+    expected = logits_of(reference.compile((1, *tiles.shape[1:])), tiles)
+    stride = bundle.card.total_stride
+    side = max(1, request.tile // stride) * stride
+    shape = (request.batch, bundle.card.channels, side, side)
+    rows: dict[tuple[str, str], Candidate] = {}
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
+    parities: dict[tuple[str, str], Parity] = {}
+    pixels = _lay_out(shape, tiles)
+    gpu = "cuda:0" if request.device in ("auto", "cpu") else request.device
+    for name in _raced(request):
+        missing = why_not(*name)
+        if not missing:
+            try:
+                if name == REFERENCE:
+                    backend, parities[name] = reference, measure_parity(expected, expected, threshold)
+                else:
+                    backend = make_backend(network, *name, request.threads, artefacts, gpu)
+                    parities[name] = worst_parity(backend, tiles, expected, threshold)
+                calls[name] = _fed(backend, shape, pixels)
+                continue
+            except Exception as error:  # a network that this library cannot take; another one may
+                _log.debug("%s cannot run the model", name, exc_info=True)
+                missing = f"cannot run the model ({type(error).__name__}: {error})"
+        rows[name] = Candidate(*name, missing=missing)
+    megapixels = request.batch * side * side / 1e6
+    for name, seconds in time_in_turns(calls).items():
+        rates = [megapixels / one for one in seconds]
+        rows[name] = Candidate(*name, "", median(rates), min(rates), max(rates), parities[name])
+    calls.clear()  # and with them the memory of every network
+    certificate = Certificate(
+        request=request,
+        model_sha256=bundle.sha256,
+        shape=shape,
+        processor=processor(),
+        gpus=tuple(gpus()),
+        versions=_versions(),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        candidates=tuple(sorted(rows.values(), key=lambda one: -one.mpx_per_s)),
+    )
+    with suppress(BackendError):  # nobody won; who asks for the result is told why
+        winner = certificate.pick(request.backend, request.precision)
+        # Made here and kept, so that a run need not load torch to show the model a slide shrunk, or for instances.
+        for network in (bundle.foreground, bundle):
+            for factor in (1, *map(int, bundle.card.shrink)):
+                make_backend(network.shrunk(factor), winner.backend, winner.precision, request.threads, artefacts)
+        if not KINDS[winner.backend].on_gpu:
+            by_threads = tuple(_time_threads(winner, bundle.foreground, request, artefacts, shape, pixels))
+            certificate = replace(certificate, by_threads=by_threads)
+    return certificate
+
+
+def _time_threads(
+    winner: Candidate, network: Bundle, request: Request, artefacts: Artefacts, shape: Shape, pixels: NDArray[np.uint8]
+) -> Iterator[tuple[int, float]]:
+    """(threads, Mpx/s) of the winner with all threads, half of them and a quarter.
+
+    Fewer are faster where two share a core, or where memory is what they wait for.
+    """
+    name = winner.backend, winner.precision
+    for count in sorted({max(1, request.threads // share) for share in (1, 2, 4)}):
+        # One after the other, as torch has one number of threads for the whole process.
+        call = _fed(make_backend(network, *name, count, artefacts), shape, pixels)
+        # The fastest round counts: who else uses the machine only ever slows one, and would decide otherwise.
+        yield count, shape[0] * shape[2] * shape[3] / 1e6 / min(time_in_turns({name: call})[name])
+
+
+def time_in_turns(calls: dict[tuple[str, str], Callable[[], object]]) -> dict[tuple[str, str], list[float]]:
+    """Seconds of each call, which has been made before, in each round; the hopeless drop out after the first."""
+    seconds: dict[tuple[str, str], list[float]] = {name: [] for name in calls}
+    for _ in range(_ROUNDS):
+        for name, call in calls.items():
+            best = min((min(times) for times in seconds.values() if times), default=float("inf"))
+            if seconds[name] and min(seconds[name]) > _HOPELESS * best:
+                continue
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def worst_parity(
+    backend: Backend, tiles: NDArray[np.float32], expected: NDArray[np.float32], threshold: float
+) -> Parity:
+    """Of all ways into the network, normalised pixels and bytes, for one size and for many, that which agrees least."""
+    forms = filter(None, dict.fromkeys((backend, flexible_form(backend))))
+    ways = [way for form in forms for way in _ways(form, (1, *tiles.shape[1:]))]
+    parities = [measure_parity(logits_of(way, tiles), expected, threshold) for way in ways]
+    return min(parities, key=lambda parity: (parity.within(limits_of(backend.precision)), -parity.flipped))
+
+
+def _ways(backend: Backend, shape: Shape) -> Iterator[Callable[[NDArray[np.float32]], NDArray[np.float32]]]:
+    """The network for normalised pixels, and the one for bytes as if it took these."""
+    yield backend.compile(shape)
+    if (of_bytes := backend.compile_bytes(shape)) is not None:
+        yield lambda tile: of_bytes(np.ascontiguousarray(np.moveaxis(_as_bytes(tile), 1, -1)), 0.0, 1 / 255)
+
+
+def _fed(backend: Backend, shape: Shape, pixels: NDArray[np.uint8]) -> Callable[[], object]:
+    """A call of the network on a batch of tiles that all show ``pixels`` (C, H, W); made once to warm up."""
+    feed = Feed(backend, shape, pixels.dtype)
+    rows, columns = (np.tile(np.arange(side), (shape[0], 1)) for side in shape[2:])
+    feed.fill(pixels, rows, columns, Bounds(0.0, 255.0))
+    feed.logits()
+    repeat: Callable[[], object] | None = getattr(feed.model, "repeat", None)
+    if repeat is None:
+        return feed.logits
+    repeat()
+    return repeat  # a GPU's copies overlap its work in a run
+
+
+def _lay_out(shape: Shape, tiles: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Pixels (C, H, W) for batches of ``shape``, laid out with real tiles."""
+    pixels = np.empty(shape[1:], np.uint8)
+    corners = [(y, x) for y in range(0, shape[2], TILE) for x in range(0, shape[3], TILE)]
+    for number, (y, x) in enumerate(corners):
+        place = pixels[:, y : y + TILE, x : x + TILE]
+        place[...] = _as_bytes(tiles[number % len(tiles)])[:, : place.shape[1], : place.shape[2]]
+    return pixels
+
+
+def _as_bytes(tiles: NDArray[np.float32]) -> NDArray[np.uint8]:
+    return np.round(255 * tiles).astype(np.uint8)
+
+
+def _race_elsewhere(request: Request, artefacts: Artefacts, folder: Path) -> None:
+    _, failure = run_module(__name__, json.dumps(asdict(request)), str(artefacts.folder), str(folder))
+    if failure:
+        raise BackendError(
+            f"race of {request.model}",
+            expected="a process that times every backend",
+            found=failure,
+            cause="too little memory, or a library that crashes when it is loaded",
+            remedy="name a --backend and --precision; cellseg-batch compile --debug shows more",
+        )
+
+
+def _raced(request: Request) -> list[tuple[str, str]]:
+    """(backend, precision) of all that is raced."""
+    fitting = candidates(request.backend, request.precision, request.device)
+    return [name for name in fitting if request.complete or may_win(name[1], request.precision)]
+
+
+def _key(request: Request, bundle: Bundle) -> Key:
+    asked = {name: value for name, value in asdict(request).items() if name not in ("model", "complete")}
+    return {
+        "what": "race",
+        "making": MAKING,
+        "holds": list(Certificate.__dataclass_fields__),
+        "model": bundle.card.name,
+        "sha256": bundle.sha256,
+        "threshold": bundle.card.threshold,
+        "shrink": sorted(bundle.card.shrink),
+        "processor": processor(),
+        "gpus": gpus(),
+        "versions": _versions(),
+        "raced": [" ".join(name) for name in _raced(request)],
+        **asked,
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    return {package: package_version(package) for package in _PACKAGES}
+
+
+def main() -> None:
+    """Entry point of the race's own process: request as JSON, folder of the artefacts, folder for the result."""
+    asked, cache, folder = sys.argv[1:]
+    request = Request(**json.loads(asked))
+    certificate = race(request, load_model(request.model), Artefacts(Path(cache)))
+    (Path(folder) / _FILE).write_text(json.dumps(certificate.to_json(), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

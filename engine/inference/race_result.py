@@ -1,0 +1,163 @@
+"""What a race of the backends came to: what was asked for, a row for each candidate, and which of them may be used."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cellseg_batch.engine.errors import BackendError
+from cellseg_batch.engine.inference.backends.gate import Parity, limits_of
+
+ON_REQUEST = ("int8",)
+"""Precisions that win only when they are asked for by name."""
+
+# Fewer threads are taken where they are faster by so much: rounds of one race differ by less.
+_CLEARLY = 1.05
+
+
+def may_win(precision: str, asked: str) -> bool:
+    """Whether a precision may be chosen where ``asked`` was asked for, a name or auto."""
+    return precision == asked or (asked == "auto" and precision not in ON_REQUEST)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be raced.
+
+    Attributes:
+        model: a shipped model's name or a bundle's path.
+        backend: a name, or auto for all.
+        precision: a name, or auto for all.
+        tile: side in px of the timed tiles.
+        batch: tiles per call.
+        threads: of the model.
+        device: auto, cpu or a GPU; the first of several.
+        complete: whether what cannot win without being asked for is raced as well.
+    """
+
+    model: str
+    backend: str
+    precision: str
+    tile: int
+    batch: int
+    threads: int
+    device: str = "auto"
+    complete: bool = False
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of the race.
+
+    Attributes:
+        backend, precision: what ran.
+        missing: why it did not run; "" if it did.
+        mpx_per_s: pixels of its input per second, median of the rounds, in Mpx/s; 0 if it did not run.
+        slowest, fastest: of the rounds, Mpx/s.
+        parity: against torch fp32; None if it did not run.
+    """
+
+    backend: str
+    precision: str
+    missing: str = ""
+    mpx_per_s: float = 0.0
+    slowest: float = 0.0
+    fastest: float = 0.0
+    parity: Parity | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gate lets it run slides."""
+        return self.parity is not None and self.parity.within(limits_of(self.precision))
+
+    @property
+    def name(self) -> str:
+        """Backend and precision."""
+        return f"{self.backend} {self.precision}"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A race's result.
+
+    Attributes:
+        request: what was raced.
+        model_sha256: of the bundle.
+        shape: (N, C, H, W) of the timed batches.
+        processor: of this machine.
+        gpus: of this machine, as its driver names them.
+        versions: of the packages that may decide it; None for what is not installed.
+        date: in UTC.
+        candidates: every row.
+        by_threads: (threads, Mpx/s) of the winner on a CPU; () if there is none.
+    """
+
+    request: Request
+    model_sha256: str
+    shape: tuple[int, int, int, int]
+    processor: str
+    gpus: tuple[str, ...]
+    versions: dict[str, str | None]
+    date: str
+    candidates: tuple[Candidate, ...]
+    by_threads: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def threads(self) -> int:
+        """Threads that the winner is to use: what it was raced with, unless it is clearly faster with fewer."""
+        rates = dict(self.by_threads)
+        best = max(rates, key=rates.__getitem__, default=self.request.threads)
+        return best if rates.get(best, 0) > _CLEARLY * rates.get(self.request.threads, 0) else self.request.threads
+
+    def pick(self, backend: str, precision: str, gate: bool = True) -> Candidate:
+        """The fastest candidate that fits what was asked for and passes the gate.
+
+        Args:
+            backend: a name or auto.
+            precision: a name or auto.
+            gate: False takes the fastest whatever its figures.
+
+        Raises:
+            BackendError: there is none; the reasons and figures are in it.
+        """
+        fitting = [
+            one for one in self.candidates if backend in ("auto", one.backend) and may_win(one.precision, precision)
+        ]
+        able = [one for one in fitting if one.parity is not None and (one.passed or not gate)]
+        if able:
+            return max(able, key=lambda one: one.mpx_per_s)
+        failed = [
+            f"{one.name} {one.parity.text(limits_of(one.precision))}" for one in fitting if one.parity is not None
+        ]
+        missing = [f"{one.name}: {one.missing}" for one in fitting if one.missing]
+        raise BackendError(
+            f"--backend {backend} --precision {precision}",
+            expected="a backend that can be had here and agrees with torch fp32",
+            found="; ".join(failed + missing) or "none that this version knows",
+            remedy="--no-gate uses it all the same" if failed else "see cellseg-batch doctor, or leave both to auto",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure, as plain values; one candidate at most is the winner of an open race."""
+        try:
+            winner: Candidate | None = self.pick(self.request.backend, self.request.precision)
+        except BackendError:
+            winner = None
+        rows = []
+        for one in self.candidates:
+            figures = asdict(one.parity) if one.parity is not None else {}
+            row = {name: value for name, value in asdict(one).items() if name != "parity"}
+            rows.append({**row, **figures, "passed": one.passed, "winner": one == winner})
+        return {**asdict(self), "candidates": rows}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Certificate:
+        """The certificate that `to_json` wrote."""
+        rows = []
+        for row in content["candidates"]:
+            parity = Parity(**{name: row[name] for name in Parity.__dataclass_fields__}) if "flipped" in row else None
+            plain = {name: row[name] for name in Candidate.__dataclass_fields__ if name != "parity"}
+            rows.append(Candidate(**plain, parity=parity))
+        fields = {name: tuple(content[name]) for name in ("shape", "gpus")}
+        fields["by_threads"] = tuple((threads, rate) for threads, rate in content["by_threads"])
+        return cls(**{**content, **fields, "request": Request(**content["request"]), "candidates": tuple(rows)})

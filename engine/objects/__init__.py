@@ -1,0 +1,4 @@
+"""Instances and their table: numbered seeds, the merge over blocks, moments, and `objects.parquet`.
+
+It knows boxes and arrays. It must not know models, images or runs.
+"""

@@ -1,0 +1,126 @@
+"""What lies between the two passes over a slide: codes and final ids, in the journal's folder until labels are done.
+
+    <journal>/scratch/codes/       a file for each block
+    <journal>/scratch/certainty/   likewise the probability, if objects are measured
+    <journal>/scratch/ids/         what the merge found
+    <journal>/scratch/objects/     the moments of each block's objects
+
+A block's pixels are compressed in pieces, and its outermost ones apart from the others: each block is read once as a
+whole, and eight times for the frame of a neighbour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numcodecs import Blosc
+from numpy.typing import DTypeLike, NDArray
+
+from cellseg_batch.engine.errors import OutputError
+from cellseg_batch.engine.geometry import Block, Box
+from cellseg_batch.engine.storage.atomic_files import numbered, remove_tree, whole_file
+
+# Rows of a piece: few enough that what it becomes stays in the processor's cache and the heap.
+_ROWS = 256
+# Fast rather than small: it lives for minutes.
+_CODEC = Blosc("lz4", clevel=1, shuffle=Blosc.SHUFFLE)
+
+
+class Scratch:
+    """One kind of pixels of all blocks, in the scratch of an output; safe for any number of threads.
+
+    Args:
+        journal: of the output.
+        name: of the kind.
+        dtype: of its pixels.
+        frame: px that a block is read with beyond its own box.
+
+    Attributes:
+        ids: folder of the final ids.
+        objects: folder of the moments.
+    """
+
+    def __init__(self, journal: Path, name: str, dtype: DTypeLike, frame: int) -> None:
+        self._folder = journal / "scratch" / name
+        self._dtype = np.dtype(dtype)
+        self._frame = frame
+        self.ids = journal / "scratch" / "ids"
+        self.objects = journal / "scratch" / "objects"
+
+    def create(self) -> None:
+        """Make it, empty.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with whole_file(self._mark):
+            pass
+
+    def write(self, block: Block, pixels: NDArray[Any]) -> None:
+        """Write the ``pixels`` (h, w) of a block and wait until they are on disk.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        pieces = [_CODEC.encode(np.ascontiguousarray(pixels[piece.slices()])) for piece in self._pieces(block)]
+        with whole_file(self._path(block)) as stream:
+            stream.write(np.array([len(piece) for piece in pieces], np.int64).tobytes())
+            stream.writelines(pieces)
+
+    def read(self, block: Block, box: Box) -> Iterator[tuple[Box, NDArray[Any]]]:
+        """The pixels of a block within ``box``, piece by piece: (where in the slide, pixels (h, w)).
+
+        Raises:
+            OutputError: they cannot be read.
+        """
+        pieces = self._pieces(block)
+        try:
+            content = memoryview(self._path(block).read_bytes())
+            sizes = np.frombuffer(content, np.int64, len(pieces))
+            stops = sizes.nbytes + np.cumsum(sizes)
+            for piece, start, stop in zip(pieces, stops - sizes, stops, strict=True):
+                place = piece.shifted((block.box.y0, block.box.x0))
+                wanted = place.within(box)
+                if wanted.area:
+                    pixels = np.frombuffer(_CODEC.decode(content[start:stop]), self._dtype).reshape(piece.shape)
+                    yield wanted, np.ascontiguousarray(pixels[wanted.seen_from(place).slices()])
+        except Exception as error:  # Blosc fails in ways of its own
+            raise OutputError(
+                str(self._path(block)),
+                expected="what an earlier task of this run has put there",
+                found=f"{type(error).__name__}: {error}",
+                cause="files between two passes were removed or damaged",
+                remedy="begin this image anew with --overwrite",
+            ) from error
+
+    def exists(self) -> bool:
+        """Whether it has been made and not been removed."""
+        return self._mark.is_file()
+
+    def remove(self) -> None:
+        """Delete the whole scratch, as far as it can be."""
+        with suppress(OSError):
+            # First, so that what is left of a scratch is never taken for all of it.
+            self._mark.unlink(missing_ok=True)
+            remove_tree(self._folder.parent)
+
+    @property
+    def _mark(self) -> Path:
+        return self._folder / "made"
+
+    def _path(self, block: Block) -> Path:
+        return numbered(self._folder, block.index, ".lz4")
+
+    def _pieces(self, block: Block) -> list[Box]:
+        """Boxes that make up a block, seen from its corner: what neighbours see lies in pieces of its own."""
+        height, width = block.box.shape
+        inner = range(self._frame, height - self._frame, _ROWS)
+        rows = {0, height, *inner, max(0, height - self._frame), min(height, self._frame)}
+        columns = {0, width, min(width, self._frame), max(0, width - self._frame)}
+        spans = product(pairwise(sorted(rows)), pairwise(sorted(columns)))
+        return [Box(y0, x0, y1, x1) for (y0, y1), (x0, x1) in spans]

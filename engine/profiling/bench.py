@@ -1,0 +1,85 @@
+"""``cellseg-batch bench``: a small set of measurements on slides that are the same everywhere, taking turns."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.models import load_model
+from cellseg_batch.engine.profiling.bench_slides import Form, shipped_pieces, write_plate, write_slide
+from cellseg_batch.engine.profiling.isolated_stages import measure_alone, memory_bandwidth
+from cellseg_batch.engine.profiling.sample import take_sample
+from cellseg_batch.engine.run.campaign import Observer, run
+from cellseg_batch.engine.run.lifecycle import Request, prepare_slide
+from cellseg_batch.engine.run.output_paths import place_output
+from cellseg_batch.engine.run.slide_plan import SlideJob
+from cellseg_batch.engine.run.worker import Worker
+from cellseg_batch.engine.settings import Settings
+
+_FIELDS = 16
+_MATRIX = 1024
+_PRODUCTS = 16
+
+
+def run_suite(settings: Settings, rounds: int, side: int, folder: Path, observer: Observer) -> dict[str, Any]:
+    """Measure end to end and stage by stage.
+
+    Args:
+        settings: model, backend and the like of the runs.
+        rounds: of every measurement, after one that does not count.
+        side: of the slide in px.
+        folder: for slides and labels.
+        observer: of the runs.
+
+    Returns:
+        ``rows`` with a name and the Mpx/s of each round and their median, and ``yardstick``: the machine's own speed
+        in each round, by work that has nothing to do with ours.
+    """
+    pieces = shipped_pieces()
+    inputs = {
+        f"{side} px slide, end to end": write_slide(folder / "slide.zarr", Form(side), pieces),
+        f"plate of {_FIELDS} fields, end to end": write_plate(folder / "plate.zarr", _FIELDS, pieces),
+    }
+    settings = replace(settings, shrink=1, skip_background="off", overwrite=True, output=folder / "out")
+    bundle = load_model(settings.model)
+    (slide,) = take_sample(folder / "slide.zarr", settings, bundle.card.pixel_size_um)
+    engines = Engines(bundle, settings, observer.racing)
+    worker = Worker(settings, engines.choice, run="bench", engines=engines)
+    job = prepare_slide(worker, Request(slide, place_output(slide, "alone", folder / "alone")))
+    assert isinstance(job, SlideJob)  # overwrite: nothing counts as finished
+    rates: dict[str, list[float]] = defaultdict(list)
+    yardstick = []
+    with worker.opened(job) as opened:
+        for turn in range(rounds + 1):
+            measured = {name: run([path], settings, observer).mpx_per_s for name, path in inputs.items()}
+            alone = measure_alone(opened, list(job.plan.grid), first=0.0)
+            measured |= {f"{stage}, alone": job.plan.pixels / 1e6 / spent for stage, spent in alone.seconds.items()}
+            speed = machine_speed()
+            if turn:  # the first one warms up
+                yardstick.append(speed)
+                for name, rate in measured.items():
+                    rates[name].append(rate)
+    worker.close()
+    return {
+        "backend": engines.choice.backend,
+        "precision": engines.choice.precision,
+        "yardstick": yardstick,
+        "rows": [{"name": name, "mpx_per_s": median(every), "rounds": every} for name, every in rates.items()],
+    }
+
+
+def machine_speed() -> float:
+    """How fast the machine is just now: fixed products of matrices and copies per second."""
+    matrix = np.ones((_MATRIX, _MATRIX), np.float32)
+    start = time.perf_counter()
+    for _ in range(_PRODUCTS):
+        matrix @ matrix
+    products = time.perf_counter() - start
+    return 1 / (products + 1e9 / memory_bandwidth())

@@ -1,0 +1,100 @@
+"""Each stage of a sample on its own, with nothing else going on: what it could do at best on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellseg_batch.engine.geometry import Block
+from cellseg_batch.engine.inference.background import without_background
+from cellseg_batch.engine.machine import cores
+from cellseg_batch.engine.run.open_slide import OpenSlide
+
+_COPIED = 64 << 20
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Seconds of each stage on the blocks of a sample, one stage at a time.
+
+    Attributes:
+        first_read: the first time that the boxes are read, on every core; slower than later where a cache was cold.
+        seconds: stage -> seconds; reading and writing on every core, the others as in a run.
+        read_bytes, written_bytes: of the pixels, decoded.
+    """
+
+    first_read: float
+    seconds: dict[str, float]
+    read_bytes: int
+    written_bytes: int
+
+
+def first_read(slide: OpenSlide, blocks: list[Block]) -> float:
+    """Seconds to read the blocks as they are found, on every core."""
+    return _timed(lambda block: slide.reader.read(block.plane, block.read_box), blocks)
+
+
+def measure_alone(slide: OpenSlide, blocks: list[Block], first: float) -> Alone:
+    """Read, compute and write the blocks, one stage after the other.
+
+    Args:
+        slide: open, its labels made and empty.
+        blocks: of it.
+        first: what `first_read` gave.
+    """
+    sizes: list[int] = []
+
+    def read(block: Block) -> NDArray[Any]:
+        pixels = slide.reader.read(block.plane, block.read_box)
+        sizes.append(pixels.nbytes)
+        return pixels
+
+    reading = _timed(read, blocks)
+    slide.clock.drain()
+    masks: dict[int, NDArray[np.uint8]] = {}
+    for block in blocks:
+        pixels = slide.reader.read(block.plane, block.read_box)
+        masks[block.index] = np.zeros(block.box.shape, np.uint8)
+        shown = without_background(block, pixels, slide.plan.grid.lattice, slide.plan.flat, slide.plan.trim)
+        if shown.tiles:
+            with slide.runner() as runner:
+                masks[block.index] = runner.segment(pixels, shown).mask
+    computing = {name: seconds for name, seconds in slide.clock.drain().items() if seconds}
+    writing = _timed(lambda block: slide.labels.write(0, block.plane, block.box, masks[block.index]), blocks)
+    return Alone(
+        first_read=first,
+        seconds={"read": reading, **computing, "write": writing},
+        read_bytes=sum(sizes),
+        written_bytes=sum(mask.nbytes for mask in masks.values()),
+    )
+
+
+def memory_bandwidth() -> float:
+    """Bytes that one thread copies per second, read and written counted; the best of a few rounds."""
+    source, target = np.ones(_COPIED, np.uint8), np.zeros(_COPIED, np.uint8)
+    seconds = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        np.copyto(target, source)
+        seconds.append(time.perf_counter() - start)
+    return 2 * _COPIED / min(seconds)
+
+
+def _timed(call: Callable[[Block], object], blocks: Iterable[Block]) -> float:
+    """Seconds to call for every block on every core; what comes back is dropped at once."""
+    start = time.perf_counter()
+    with ThreadPoolExecutor(cores()) as pool:
+        for done in [pool.submit(_dropping, call, block) for block in blocks]:
+            done.result()
+    return time.perf_counter() - start
+
+
+def _dropping(call: Callable[[Block], object], block: Block) -> None:
+    call(block)

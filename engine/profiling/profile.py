@@ -1,0 +1,175 @@
+"""``cellseg-batch profile``: run a sample, measure each stage alone, name the bottleneck, try what should help."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+
+from cellseg_batch.engine.errors import SlideError, UsageError
+from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.models import load_model
+from cellseg_batch.engine.profiling.bottleneck import StageUse, find_bottleneck, say
+from cellseg_batch.engine.profiling.gpu_meter import GpuMeter
+from cellseg_batch.engine.profiling.isolated_stages import Alone, first_read, measure_alone, memory_bandwidth
+from cellseg_batch.engine.profiling.profile_report import Profile, Trial
+from cellseg_batch.engine.profiling.read_experiment import Cure, copy_slide, find_cure
+from cellseg_batch.engine.profiling.sample import take_sample
+from cellseg_batch.engine.profiling.timeline import busy_seconds, occupied, predict_seconds, shares, wall_seconds
+from cellseg_batch.engine.run.campaign import Observer, run_images
+from cellseg_batch.engine.run.lifecycle import Request, prepare_slide
+from cellseg_batch.engine.run.open_slide import OpenSlide
+from cellseg_batch.engine.run.output_paths import place_output
+from cellseg_batch.engine.run.results import RunReport
+from cellseg_batch.engine.run.slide_plan import SlideJob
+from cellseg_batch.engine.run.worker import Worker
+from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.slides.slide import Slide
+from cellseg_batch.engine.stage_clock import Interval, StageClock
+from cellseg_batch.engine.storage.paths import RemotePath
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """A run of the sample: its report, its intervals, its seconds from the first stage to the last."""
+
+    report: RunReport
+    intervals: list[Interval]
+
+    @property
+    def seconds(self) -> float:
+        return wall_seconds(self.intervals)
+
+    @property
+    def pixels(self) -> int:
+        return sum(slide.pixels for slide in self.report.slides)
+
+
+def profile_slide(path: Path, settings: Settings, observer: Observer) -> Profile:
+    """Profile a run of ``settings`` on a sample of what ``path`` holds; labels go to a temporary folder.
+
+    The folder lies in the output that the settings name, so that writing is measured where it would happen.
+
+    Raises:
+        UsageError: there is no image, the output is no local folder, or nothing can be run as asked.
+        SlideError: the sample cannot be processed.
+    """
+    if isinstance(settings.output, RemotePath):
+        raise UsageError(
+            "--output",
+            expected="a folder of this machine, or none",
+            found=str(settings.output),
+            cause="what the sample writes is temporary, which object stores do not know",
+            remedy="copy a slide's result by hand to see how fast the store takes it",
+        )
+    bundle = load_model(settings.model)
+    sample = take_sample(path, settings, bundle.card.pixel_size_um)
+    if settings.output is not None:
+        settings.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="cellseg-profile-", dir=settings.output) as name:
+        folder = Path(name)
+        engines = Engines(bundle, settings, observer.racing)
+        worker = Worker(settings, engines.choice, run="profile", engines=engines)
+        place = place_output(sample[0], settings.name, folder / "alone")
+        job = prepare_slide(worker, Request(sample[0], place))
+        assert isinstance(job, SlideJob)  # nothing was there, so nothing was finished before
+        with worker.opened(job) as slide:
+            first = first_read(slide, list(job.plan.grid))
+            with GpuMeter() as meter:
+                run = _run(sample, replace(settings, output=folder / "run"), observer)
+            alone = measure_alone(slide, list(job.plan.grid), first)
+        worker.close()
+        parts = shares(run.intervals, run.report.workers)
+        uses = _uses(run, parts, slide, alone)
+        bottleneck = find_bottleneck(parts)
+        trial = None
+        if bottleneck == "read":
+            cure = find_cure(sample[0], job.plan.level.level, job.plan.channels.indices, folder / "part")
+            if cure is not None:
+                trial = _try(cure, sample, slide, settings, run, alone, folder, observer)
+    remedy = trial.text if trial is not None else ""
+    report = run.report
+    return Profile(
+        slides=len(sample),
+        megapixels=run.pixels / 1e6,
+        backend=report.backend,
+        precision=report.precision,
+        workers=report.workers,
+        mpx_per_s=run.pixels / 1e6 / run.seconds,
+        engine_mpx_per_s=report.engine_mpx_per_s,
+        first_read_mpx_per_s=job.plan.pixels / 1e6 / first,
+        memory_gb_per_s=memory_bandwidth() / 1e9,
+        stages=list(uses.values()),
+        shares=parts,
+        bottleneck=bottleneck,
+        verdict=say(bottleneck, parts, uses, remedy),
+        trial=trial,
+        gpu=meter.figures,
+        intervals=run.intervals,
+    )
+
+
+def _run(images: list[Slide], settings: Settings, observer: Observer) -> _Sampled:
+    clock = StageClock(keep_intervals=True)
+    report = run_images(list(images), settings, observer, clock, time.perf_counter())
+    for slide in report.slides:
+        if slide.status == "failed":
+            raise SlideError(slide.path, expected="a sample that can be run", found=slide.reason, remedy="see above")
+    return _Sampled(report, clock.intervals)
+
+
+def _uses(run: _Sampled, parts: dict[str, float], slide: OpenSlide, alone: Alone) -> dict[str, StageUse]:
+    """How each stage that did anything was used."""
+    uses = {}
+    for stage, seconds in busy_seconds(run.intervals).items():
+        active = occupied(one for one in run.intervals if one.stage == stage)
+        by_itself = alone.seconds.get(stage)
+        uses[stage] = StageUse(
+            stage=stage,
+            busy=seconds,
+            occupancy=active / run.seconds,
+            share=parts[stage],
+            mpx_per_s=run.pixels / 1e6 / active,
+            alone_mpx_per_s=slide.plan.pixels / 1e6 / by_itself if by_itself else None,
+            gb_per_s=_bytes_moved(stage, slide, alone) * run.pixels / slide.plan.pixels / 1e9 / active or None,
+        )
+    return uses
+
+
+def _bytes_moved(stage: str, slide: OpenSlide, alone: Alone) -> int:
+    """Bytes that a stage must move at least for the blocks that were measured alone; 0 where that says nothing."""
+    plan = slide.plan
+    tiles = plan.tiles * plan.grid.lattice.tile[0] * plan.grid.lattice.tile[1]
+    return {
+        "read": alone.read_bytes,
+        "gather": 2 * tiles * alone.read_bytes // sum(block.read_box.area for block in plan.grid),
+        "stitch": (4 + 1) * plan.pixels,
+        "write": alone.written_bytes,
+    }.get(stage, 0)
+
+
+def _try(
+    cure: Cure,
+    sample: list[Slide],
+    slide: OpenSlide,
+    settings: Settings,
+    run: _Sampled,
+    alone: Alone,
+    folder: Path,
+    observer: Observer,
+) -> Trial:
+    """Predict what the cure of slow reading gains, then run a cured copy of the sample."""
+    blocks = sum(one.blocks for one in run.report.slides)
+    per_block = 1 / len(slide.plan.grid)
+    device = sum(seconds for stage, seconds in alone.seconds.items() if stage not in ("read", "write")) * per_block
+    write = busy_seconds(run.intervals)["write"] / blocks
+    read = mean(block.read_box.area for block in slide.plan.grid) / cure.pixels_per_s
+    predicted = predict_seconds(blocks, run.report.workers, read, device, write)
+    predicted += occupied(one for one in run.intervals if one.stage == "pyramid")
+    level = slide.plan.level.level
+    copies = [copy_slide(one, level, folder / "cured" / f"{n}.zarr", cure.storage) for n, one in enumerate(sample)]
+    # A copy begins at the level that is processed.
+    measured = _run(copies, replace(settings, output=folder / "again", level=0), observer)
+    return Trial(cure.cause, cure.text, run.seconds / predicted, run.seconds / measured.seconds)

@@ -1,0 +1,68 @@
+"""A bounded part of what is to be profiled: the middle of a large slide, or the first of many small ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from cellseg_batch.engine.errors import ReadError
+from cellseg_batch.engine.geometry import Box
+from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.level_and_channels import choose_level
+from cellseg_batch.engine.slides.slide import Broken, Slide
+
+SIDE = 8192
+_PIXELS = SIDE * SIDE
+
+
+def take_sample(path: Path, settings: Settings, model_um: float | None) -> list[Slide]:
+    """Parts of the images below ``path``, about 67 Mpx in all at the level that a run would process.
+
+    Raises:
+        NoImageError: there is no image.
+        ReadError: the first image cannot be used.
+    """
+    images = find_images(path, settings.axes)
+    if isinstance(images[0], Broken):
+        raise ReadError(images[0].path, expected="an image", found=images[0].reason, remedy="choose another slide")
+    sample: list[Slide] = []
+    left = _PIXELS
+    for image in images:
+        if isinstance(image, Broken):
+            continue
+        level = choose_level(image, settings.level, settings.pixel_size, model_um).level
+        part = _first_planes(image.cropped(level, _middle(image, level)), level, left)
+        height, width = part.plane_shape(level)
+        left -= height * width * part.planes(level)
+        if sample and left < 0:
+            break
+        sample.append(part)
+    return sample
+
+
+def _middle(slide: Slide, level: int) -> Box:
+    """A box of at most `SIDE` px a side in the middle of a plane, from the edge of a chunk on."""
+    chunk = dict(zip(slide.axes, slide.levels[level].chunks, strict=True))
+    height, width = slide.plane_shape(level)
+    y, x = (
+        max(0, length - SIDE) // 2 // chunk[axis] * chunk[axis]
+        for axis, length in zip("yx", (height, width), strict=True)
+    )
+    return Box(y, x, min(y + SIDE, height), min(x + SIDE, width))
+
+
+def _first_planes(slide: Slide, level: int, pixels: int) -> Slide:
+    """As many t/z planes of ``slide`` as ``pixels`` allow, at least one."""
+    height, width = slide.plane_shape(level)
+    kept = max(1, pixels // (height * width))
+    for axis in slide.plane_axes:
+        index = slide.axes.index(axis)
+        count = min(kept, slide.extent(axis, level))
+        kept //= count
+        levels = [
+            replace(one, shape=(*one.shape[:index], min(count, one.shape[index]), *one.shape[index + 1 :]))
+            for one in slide.levels
+        ]
+        slide = replace(slide, levels=tuple(levels))
+    return slide

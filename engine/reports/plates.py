@@ -1,0 +1,240 @@
+"""What a run found on a plate: a row per well and per field, as Parquet and CSV, and heat maps as one picture.
+
+    <store>.cellseg/<plate>/<name>.plate/wells.parquet, wells.csv, fields.parquet, fields.csv, heatmap.png
+
+Everything is taken from the fields' tables of objects; no pixel is read again.  It covers every field that is done or
+has failed, whichever run it was of, and runs that share a plate write it one after the other: the last has it whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from cellseg_batch.engine.errors import CellsegError, OutputError
+from cellseg_batch.engine.objects.table import read_account, read_batches
+from cellseg_batch.engine.reports.plate_heatmap import heatmaps
+from cellseg_batch.engine.run.failed_images import FailedImages, location
+from cellseg_batch.engine.run.output_paths import place_output
+from cellseg_batch.engine.run.results import PlateReport, SlideReport
+from cellseg_batch.engine.slides.ome_zarr import plate_names
+from cellseg_batch.engine.slides.plate import PlateField
+from cellseg_batch.engine.slides.slide import Broken, Slide
+from cellseg_batch.engine.storage.atomic_files import whole_file
+from cellseg_batch.engine.storage.journal import Journal
+from cellseg_batch.engine.storage.lock import LOCK_SUFFIX, Locks
+from cellseg_batch.engine.storage.paths import locate
+
+
+@dataclass(frozen=True)
+class FieldResult:
+    """What became of one field.
+
+    Attributes:
+        spot: where it lies.
+        status: done, failed, or held by another run.
+        reason: why it is not done.
+        table: its objects, None where there are none.
+    """
+
+    spot: PlateField
+    status: str
+    reason: str
+    table: Path | None
+
+
+@dataclass
+class _Tally:
+    """The figures of some fields, as they add up."""
+
+    areas: list[NDArray[np.int64]] = field(default_factory=list)
+    border: int = 0
+    intensities: dict[str, float] = field(default_factory=dict)
+    pixels: int = 0
+    labelled: float = 0.0
+    area_um2: float | None = None
+    focus: list[float] = field(default_factory=list)
+    saturation: list[float] = field(default_factory=list)
+
+    def add(self, table: Path) -> None:
+        """Add the objects of a field."""
+        account = read_account(table)
+        pixels = int(np.prod(account["shape"]))
+        self.pixels += pixels
+        self.labelled += account["labelled_fraction"] * pixels
+        self.area_um2 = account["pixel_size_um"] and account["pixel_size_um"] ** 2
+        quality = account["quality"][account["segmented_channels"][0]]
+        self.focus += [quality["focus"]] if quality["focus"] is not None else []
+        self.saturation.append(quality["saturation"])
+        columns = {channel: f"intensity_mean_{channel}" for channel in account["quality"]}
+        for batch in read_batches(table, ["area", "touches_border", *columns.values()]):
+            self.areas.append(batch["area"].to_numpy())
+            self.border += batch["touches_border"].true_count
+            for channel, column in columns.items():
+                total = float(batch[column].to_numpy().sum())
+                self.intensities[channel] = self.intensities.get(channel, 0.0) + total
+
+    def figures(self) -> dict[str, Any]:
+        """The columns of a table; what there is no object for is None."""
+        areas = np.concatenate(self.areas) if self.areas else np.zeros(0, np.int64)
+        count = len(areas)
+        area = float(np.median(areas)) if count else None
+        return {
+            "count": count if self.pixels else None,
+            "median_area": area,
+            "median_area_um2": area * self.area_um2 if area and self.area_um2 else None,
+            **{f"mean_intensity_{name}": total / count for name, total in self.intensities.items() if count},
+            "confluence": self.labelled / self.pixels if self.pixels else None,
+            "border_fraction": self.border / count if count else None,
+            "focus": median(self.focus) if self.focus else None,
+            "saturation": float(np.mean(self.saturation)) if self.saturation else None,
+        }
+
+
+def summarise_plates(
+    images: list[Slide | Broken], reports: list[SlideReport], name: str, output: Path | None
+) -> list[PlateReport]:
+    """Summarise every plate of which a run had fields.
+
+    Args:
+        images: every field of these plates, in their order, also those that were not of this run.
+        reports: of the run.
+        name, output: as in the settings of the run.
+    """
+    run = _Run(reports, name, output)
+    plates: dict[str, list[Slide | Broken]] = {}
+    for image in images:
+        if image.spot is not None:
+            plates.setdefault(image.spot.plate, []).append(image)
+    locks = Locks()
+    try:
+        return [_summarise(run, fields, locks) for fields in plates.values() if run.had_any(fields)]
+    finally:
+        locks.close()
+
+
+def _summarise(run: _Run, fields: list[Slide | Broken], locks: Locks) -> PlateReport:
+    folder = run.folder(fields)
+    if folder is None:
+        return _report(run.results(fields), None, "no field could be opened")
+    try:
+        with locks.wait_for(folder.with_name(folder.name + LOCK_SUFFIX)):
+            return summarise_plate(folder, run.results(fields))
+    except OutputError as error:
+        return _report(run.results(fields), None, error.detail)
+
+
+class _Run:
+    """What became of fields: in one run as its reports say, in others as the disk does."""
+
+    def __init__(self, reports: list[SlideReport], name: str, output: Path | None) -> None:
+        self._reports = {report.path: report for report in reports}
+        self._failures = FailedImages(name, output)
+        self._place = partial(place_output, name=name, output=output)
+
+    def had_any(self, fields: list[Slide | Broken]) -> bool:
+        """Whether a field was of this run."""
+        return any(location(one) in self._reports for one in fields)
+
+    def folder(self, fields: list[Slide | Broken]) -> Path | None:
+        """Of the summary of the fields' plate; None where no field can be opened."""
+        return next((self._place(one).plate for one in fields if isinstance(one, Slide)), None)
+
+    def results(self, fields: list[Slide | Broken]) -> list[FieldResult]:
+        """What became of those that any run has worked on, as it is now."""
+        return [result for one in fields if (result := self._result(one)) is not None]
+
+    def _result(self, image: Slide | Broken) -> FieldResult | None:
+        assert image.spot is not None
+        report = self._reports.get(location(image))
+        if report is not None and report.table is not None:
+            return FieldResult(image.spot, "done", "", locate(report.table))
+        # Of a field that failed or was held, another run may know more by now.
+        reason = self._failures.reason(image)
+        if reason is not None:
+            return FieldResult(image.spot, "failed", reason, None)
+        if isinstance(image, Slide):
+            place = self._place(image)
+            if Journal(place.journal).finished() is not None and place.objects.is_file():
+                return FieldResult(image.spot, "done", "", place.objects)
+        return FieldResult(image.spot, report.status, report.reason, None) if report is not None else None
+
+
+def summarise_plate(folder: Path, results: list[FieldResult]) -> PlateReport:
+    """Write the tables and the picture of one plate; what goes wrong with them is in the report.
+
+    Args:
+        folder: where to.
+        results: its fields, in the order of the plate.
+    """
+    plate = results[0].spot.plate
+    try:
+        rows = [_well_row(members) for members in _wells(results)]
+        _write_tables(folder / "fields", [_field_row(one) for one in results], plate)
+        _write_tables(folder / "wells", rows, plate)
+        picture = heatmaps(Path(plate).name, rows, *plate_names(locate(plate)))
+        with whole_file(folder / "heatmap.png") as stream:
+            stream.write(picture)
+    except CellsegError as error:
+        return _report(results, None, error.detail)
+    return _report(results, folder)
+
+
+def _report(results: list[FieldResult], folder: Path | None, reason: str = "") -> PlateReport:
+    failed = sum(one.status == "failed" for one in results)
+    where = None if folder is None else str(folder)
+    return PlateReport(results[0].spot.plate, where, len(_wells(results)), len(results), failed, reason)
+
+
+def _wells(results: list[FieldResult]) -> list[list[FieldResult]]:
+    return [list(members) for _, members in groupby(results, key=lambda one: one.spot.well)]
+
+
+def _field_row(result: FieldResult) -> dict[str, Any]:
+    spot = result.spot
+    row = {"well": spot.well, "row": spot.row, "column": spot.column, "field": spot.field}
+    return {**row, "status": result.status, "reason": result.reason, **_tally([result]).figures()}
+
+
+def _well_row(results: list[FieldResult]) -> dict[str, Any]:
+    spot, missing = results[0].spot, [one for one in results if one.table is None]
+    row = {"well": spot.well, "row": spot.row, "column": spot.column, "fields": len(results)}
+    reasons = "; ".join(f"{one.spot.field}: {one.reason}" for one in missing)
+    failed = sum(one.status == "failed" for one in missing)
+    return {**row, "failed_fields": failed, "reason": reasons, **_tally(results).figures()}
+
+
+def _tally(results: Iterable[FieldResult]) -> _Tally:
+    tally = _Tally()
+    for one in results:
+        if one.table is not None:
+            tally.add(one.table)
+    return tally
+
+
+def _write_tables(path: Path, rows: list[dict[str, Any]], plate: str) -> None:
+    columns = {name: None for row in rows for name in row}
+    table = pa.table([pa.array([row.get(name) for row in rows], _type_of(name)) for name in columns], list(columns))
+    table = table.replace_schema_metadata({"cellseg-batch": json.dumps({"plate": plate})})
+    with whole_file(path.with_suffix(".parquet")) as stream:
+        pq.write_table(table, stream)
+    with whole_file(path.with_suffix(".csv")) as stream:
+        pa.csv.write_csv(table, stream)
+
+
+def _type_of(column: str) -> pa.DataType:
+    if column in ("well", "row", "column", "field", "status", "reason"):
+        return pa.string()
+    return pa.int64() if column in ("count", "fields", "failed_fields") else pa.float64()

@@ -1,0 +1,166 @@
+"""A picture of a slide with the outlines of its labels, about a screen wide whatever the slide's size.
+
+The lowest resolution that is still large enough is read, strip by strip, so memory does not grow with the slide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cellseg_batch.engine.errors import ReadError, UsageError, writing_to
+from cellseg_batch.engine.geometry import Box
+from cellseg_batch.engine.run.output_paths import place_output
+from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.level_and_channels import choose_channels
+from cellseg_batch.engine.slides.ome_zarr import open_written
+from cellseg_batch.engine.slides.reader import SlideReader
+from cellseg_batch.engine.slides.slide import Broken, Slide
+from cellseg_batch.trainer.outlines import outlined
+
+_LONGEST = 1600
+_STRIP_PIXELS = 1 << 24
+# Percentiles of the pixels shown that become black and white, in images other than 8-bit RGB.
+_BLACK, _WHITE = 0.5, 99.8
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a picture shows.
+
+    Attributes:
+        box: in px of the labels' full resolution.
+        level: of the labels.
+        zoom: px of the picture per px of the labels' full resolution.
+        shape: (height, width) of the picture.
+    """
+
+    box: Box
+    level: int
+    zoom: float
+    shape: tuple[int, int]
+
+
+def write_preview(
+    path: Path,
+    out: Path,
+    sides: tuple[int, int, int, int] | None,
+    name: str,
+    output: Path | None,
+    channel: str | None,
+    axes: str | None,
+) -> Preview:
+    """Draw the first image below ``path`` with its labels; of t and z, the middle plane.
+
+    Args:
+        path: of a slide.
+        out: the PNG to write.
+        sides: y0, x0, y1, x1 of what to show, in px of the labels' full resolution; None shows everything.
+        name, output, channel, axes: as in the settings of the run that wrote the labels.
+
+    Raises:
+        UsageError: there is no image, or the box lies outside it.
+        SlideError: the image or its labels cannot be read, or the picture not written.
+    """
+    slide = find_images(path, axes)[0]
+    if isinstance(slide, Broken):
+        raise ReadError(slide.path, expected="an image", found=slide.reason, remedy="choose another slide")
+    place = place_output(slide, name, output)
+    labels = open_written(place.store, place.labels)
+    height, width = labels.plane_shape(0)
+    box = Box(*sides or (0, 0, height, width))
+    if not (0 <= box.y0 < box.y1 <= height and 0 <= box.x0 < box.x1 <= width):
+        raise UsageError(
+            f"--box {box.y0},{box.x0},{box.y1},{box.x1}",
+            expected=f"y0,x0,y1,x1 within 0,0,{height},{width} px",
+            found="a box that is empty or sticks out",
+            remedy="leave --box out to see everything",
+        )
+    level = _pick_level(labels, box)
+    shape = labels.plane_shape(level)
+    window = Box(
+        box.y0 * shape[0] // height,
+        box.x0 * shape[1] // width,
+        -(-box.y1 * shape[0] // height),
+        -(-box.x1 * shape[1] // width),
+    )
+    step = -(-max(window.shape) // _LONGEST)
+    steps = min(step, window.shape[0]), min(step, window.shape[1])
+    channels = choose_channels(slide, channel).indices
+    pixels = _read_thinned(slide, _matching_level(slide, shape), channels, window, steps, _mean)
+    found = _read_thinned(labels, level, (0,), window, steps, _nearest)[0]
+    enlarge = max(1, _LONGEST // max(found.shape))
+    picture = np.repeat(_displayable(pixels, slide.rgb), 3 // len(pixels), axis=-1)
+    picture, found = (np.repeat(np.repeat(one, enlarge, 0), enlarge, 1) for one in (picture, found))
+    with writing_to(out, "a picture"):
+        Image.fromarray(outlined(picture, found)).save(out, format="PNG")
+    return Preview(box, level, found.shape[1] / (box.x1 - box.x0), (found.shape[0], found.shape[1]))
+
+
+def _pick_level(labels: Slide, box: Box) -> int:
+    """The lowest resolution at which ``box`` still fills the picture, the highest if none does."""
+    height, width = labels.plane_shape(0)
+
+    def longest(level: int) -> float:
+        shape = labels.plane_shape(level)
+        return max(box.shape[0] * shape[0] / height, box.shape[1] * shape[1] / width)
+
+    return max((level for level in range(len(labels.levels)) if longest(level) >= _LONGEST / 2), default=0)
+
+
+def _matching_level(slide: Slide, shape: tuple[int, int]) -> int:
+    """The level of the image that lies pixel on pixel under labels of ``shape``."""
+    for level in range(len(slide.levels)):
+        if slide.plane_shape(level) == shape:
+            return level
+    raise ReadError(
+        slide.location,
+        expected=f"a level of {shape[0]} x {shape[1]} px like that of the labels",
+        found=", ".join("{} x {}".format(*slide.plane_shape(level)) for level in range(len(slide.levels))),
+        cause="labels of another image",
+        remedy="choose another --name",
+    )
+
+
+def _read_thinned(
+    slide: Slide,
+    level: int,
+    channels: tuple[int, ...],
+    window: Box,
+    steps: tuple[int, int],
+    thin: Callable[[NDArray[Any], tuple[int, int]], NDArray[Any]],
+) -> NDArray[Any]:
+    """(C, h, w) of a window, a pixel for each box of ``steps``; an incomplete last row or column is left out."""
+    height, width = (side // step * step for side, step in zip(window.shape, steps, strict=True))
+    rows = max(1, _STRIP_PIXELS // (width * steps[0])) * steps[0]
+    strips = []
+    with SlideReader(slide, level, channels) as reader:
+        for y in range(window.y0, window.y0 + height, rows):
+            strip = Box(y, window.x0, min(y + rows, window.y0 + height), window.x0 + width)
+            strips.append(thin(reader.read(slide.planes(level) // 2, strip), steps))
+    return np.concatenate(strips, axis=1)
+
+
+def _mean(pixels: NDArray[Any], steps: tuple[int, int]) -> NDArray[Any]:
+    if steps == (1, 1):
+        return pixels
+    (rows, columns), (channels, height, width) = steps, pixels.shape
+    boxes = pixels.reshape(channels, height // rows, rows, width // columns, columns)
+    return np.asarray(boxes.mean((2, 4), dtype=np.float32))
+
+
+def _nearest(pixels: NDArray[Any], steps: tuple[int, int]) -> NDArray[Any]:
+    return pixels[:, steps[0] // 2 :: steps[0], steps[1] // 2 :: steps[1]]
+
+
+def _displayable(pixels: NDArray[Any], rgb: bool) -> NDArray[np.uint8]:
+    """(h, w, C) uint8 of (C, h, w): 8-bit RGB as it is, anything else between two of its percentiles."""
+    pixels = np.moveaxis(np.nan_to_num(pixels.astype(np.float32)), 0, -1)
+    low, high = (0.0, 255.0) if rgb and pixels.max() <= 255 else np.percentile(pixels, (_BLACK, _WHITE))
+    return np.round(255 * np.clip((pixels - low) / max(high - low, 1e-9), 0, 1)).astype(np.uint8)

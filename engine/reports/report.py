@@ -1,0 +1,257 @@
+"""One self-contained HTML page about a run that goes on or has ended: figures, charts, failures, pictures.
+
+Everything is in the file and nothing is fetched, so it opens offline and can be mailed.  The figures come from the
+journals, the pictures from the images and their labels where these can be read.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from html import escape
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from PIL import Image
+
+from cellseg_batch.engine.errors import CellsegError, writing_to
+from cellseg_batch.engine.reports.preview import write_preview
+from cellseg_batch.engine.reports.status import SlideStatus, Status, read_status
+from cellseg_batch.engine.reports.svg_charts import bars, plate_chart, rate_chart
+from cellseg_batch.engine.run.open_slide import BLOCKS
+from cellseg_batch.engine.storage.journal import Journal
+from cellseg_batch.engine.storage.paths import locate
+
+_BINS = 60
+_PICTURES = 12
+_PICTURE_SIDE = 560
+_MOST_ROWS = 500
+# A field of a plate: .../plate.zarr/<row>/<column>/<field>
+_FIELD = re.compile(r"^(?P<plate>.+)/(?P<row>[A-Z]{1,2})/0*(?P<column>\d+)/[^/]+$")
+
+
+@dataclass
+class _Facts:
+    """What the journals hold beyond the status.
+
+    Attributes:
+        blocks: (POSIX time, pixels) of each block on disk.
+        seconds: of each stage, over all tasks.
+        foreground: image -> share of foreground pixels, of those that are done.
+        manifests: of the images that were begun.
+    """
+
+    blocks: list[tuple[float, float]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    foreground: dict[str, float] = field(default_factory=dict)
+    manifests: list[dict[str, Any]] = field(default_factory=list)
+
+
+def write_page(paths: list[Path], out: Path, name: str, output: Path | None) -> Status:
+    """Write the page about the run over ``paths`` to ``out``; returns the status that it shows.
+
+    Args:
+        paths: the run's inputs, or its output folder.
+        out: the file to write.
+        name: of the label group.
+        output: of the run.
+
+    Raises:
+        NoImageError: there is neither an image nor a journal.
+        OutputError: the page cannot be written.
+    """
+    status = read_status(paths, name, output)
+    facts = _gather(status)
+    sections = [
+        _summary(status, facts),
+        _section("Throughput", _throughput(facts)),
+        _section("Where the time went", bars(facts.seconds, "s") if any(facts.seconds.values()) else ""),
+        _section("Failures", _failures(status)),
+        *(_section(f"Plate {Path(plate).name}", chart) for plate, chart in _plates(facts)),
+        _section("Pictures", _pictures(status, name, output)),
+        _section("Images", _table(status, facts)),
+    ]
+    title = "cellseg-batch: " + ", ".join(f"{count} {state}" for state, count in status.counts.most_common())
+    with writing_to(out, "a page"):
+        out.write_text(_PAGE.format(title=escape(title), style=_STYLE, body="".join(sections)), encoding="utf-8")
+    return status
+
+
+def _gather(status: Status) -> _Facts:
+    facts = _Facts()
+    for one in status.slides:
+        journal = Journal(one.journal) if one.journal is not None else None
+        manifest = journal.manifest() if journal is not None else None
+        if journal is None or manifest is None:
+            continue
+        facts.manifests.append(manifest)
+        facts.blocks += [(moment, one.pixels / one.blocks) for moment in journal.times(BLOCKS)]
+        for part in manifest["passes"]:
+            for _, record in journal.records(part):
+                for stage, seconds in record["seconds"].items():
+                    facts.seconds[stage] = facts.seconds.get(stage, 0.0) + seconds
+        finished = journal.finished()
+        if finished is not None:
+            facts.foreground[one.path] = finished["foreground"] / one.pixels
+    return facts
+
+
+def _summary(status: Status, facts: _Facts) -> str:
+    done = sum(pixels for _, pixels in facts.blocks)
+    begun = min((one.begun for one in status.slides if one.begun is not None), default=0.0)
+    wall = max((moment for moment, _ in facts.blocks), default=begun) - begun
+    figures = {
+        "images": f"{len(status.slides):,}",
+        "segmented": f"{done / 1e6:,.1f} Mpx",
+        "wall time": str(timedelta(seconds=round(wall))),
+        "mean rate": f"{done / 1e6 / wall:,.2f} Mpx/s" if wall else "-",
+    }
+    if facts.foreground:
+        figures["foreground"] = f"{100 * fmean(facts.foreground.values()):.1f} %"
+    if status.seconds_left is not None:
+        figures["left, about"] = str(timedelta(seconds=math.ceil(status.seconds_left)))
+    chips = "".join(
+        f'<span class="chip {state}">{count:,} {state}</span>' for state, count in status.counts.most_common()
+    )
+    cards = "".join(
+        f'<div class="card"><b>{escape(value)}</b><span>{name}</span></div>' for name, value in figures.items()
+    )
+    models = sorted({_model(manifest) for manifest in facts.manifests})
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(begun)) if begun else "not begun"
+    return (
+        f"<header><h1>cellseg-batch</h1><p>begun {when}, page written {time.strftime('%Y-%m-%d %H:%M')}</p>"
+        f'<p class="chips">{chips}</p></header><div class="cards">{cards}</div>'
+        f'<p class="note">{"; ".join(map(escape, models))}</p>'
+    )
+
+
+def _model(manifest: dict[str, Any]) -> str:
+    return f"model {manifest['model']['name']} in {manifest['backend']['name']} {manifest['backend']['precision']}"
+
+
+def _throughput(facts: _Facts) -> str:
+    if len(facts.blocks) < 2:
+        return ""
+    first, last = min(facts.blocks)[0], max(facts.blocks)[0]
+    width = max((last - first) / _BINS, 1e-3)
+    totals = [0.0] * _BINS
+    for moment, pixels in facts.blocks:
+        totals[min(int((moment - first) / width), _BINS - 1)] += pixels
+    labels = [
+        time.strftime("%H:%M:%S", time.localtime(first + share * (last - first))) for share in (0, 0.25, 0.5, 0.75, 1)
+    ]
+    return rate_chart([total / 1e6 / width for total in totals], labels, "Mpx/s")
+
+
+def _failures(status: Status) -> str:
+    rows = "".join(
+        f"<tr><td>{escape(one.path)}</td><td>{escape(one.reason)}</td></tr>" for one in status.slides if one.reason
+    )
+    return f"<table><thead><tr><th>image</th><th>reason</th></tr></thead><tbody>{rows}</tbody></table>" if rows else ""
+
+
+def _plates(facts: _Facts) -> Iterator[tuple[str, str]]:
+    """(plate, chart) of the mean foreground of each well."""
+    plates: dict[str, dict[tuple[str, int], list[float]]] = {}
+    for path, share in facts.foreground.items():
+        place = _FIELD.match(path)
+        if place:
+            wells = plates.setdefault(place["plate"], {})
+            wells.setdefault((place["row"], int(place["column"])), []).append(100 * share)
+    for plate, wells in sorted(plates.items()):
+        yield plate, plate_chart({well: fmean(shares) for well, shares in wells.items()}, "% foreground")
+
+
+def _pictures(status: Status, name: str, output: Path | None) -> str:
+    figures: list[str] = []
+    for one in status.slides:
+        if one.state == "done" and len(figures) < _PICTURES:
+            picture = _picture(one, name, output)
+            if picture:
+                caption = escape("/".join(Path(one.path).parts[-3:]))
+                figures.append(
+                    f'<figure><img alt="{caption}" src="{picture}"><figcaption>{caption}</figcaption></figure>'
+                )
+    return f'<div class="pictures">{"".join(figures)}</div>' if figures else ""
+
+
+def _picture(one: SlideStatus, name: str, output: Path | None) -> str:
+    """An image with the outlines of its labels as a data URL; "" where it cannot be read."""
+    with tempfile.TemporaryDirectory() as folder, suppress(CellsegError):
+        file = Path(folder) / "picture.png"
+        write_preview(locate(one.path), file, None, name, output, None, None)
+        with Image.open(file) as picture:
+            picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+            stream = io.BytesIO()
+            picture.convert("RGB").save(stream, "JPEG", quality=85)
+        return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+    return ""
+
+
+def _table(status: Status, facts: _Facts) -> str:
+    rows = []
+    for one in status.slides[:_MOST_ROWS]:
+        share = facts.foreground.get(one.path)
+        blocks = f"{one.blocks_done:,} / {one.blocks:,}" if one.blocks else ""
+        rows.append(
+            f'<tr><td>{escape(one.path)}</td><td><span class="chip {one.state}">{one.state}</span></td>'
+            f'<td class="number">{blocks}</td><td class="number">{one.pixels / 1e6:,.1f}</td>'
+            f'<td class="number">{"" if share is None else f"{100 * share:.1f} %"}</td></tr>'
+        )
+    more = len(status.slides) - _MOST_ROWS
+    note = f'<p class="note">and {more:,} more</p>' if more > 0 else ""
+    numbers = "".join(f'<th class="number">{name}</th>' for name in ("blocks", "Mpx", "foreground"))
+    heads = f"<th>image</th><th>state</th>{numbers}"
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>{note}"
+
+
+def _section(title: str, content: str) -> str:
+    """A section, nothing if it has no content."""
+    return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{style}</style></head><body><main>{body}</main></body></html>
+"""
+
+_STYLE = """
+:root{color-scheme:light dark;--ground:#f6f7f9;--card:#fff;--ink:#1b2330;--soft:#667085;--edge:#e3e7ee;--accent:#2563c9;
+--done:#12805c;--failed:#c0362c;--running:#2563c9;--stopped:#a86400;--waiting:#667085}
+@media (prefers-color-scheme:dark){:root{--ground:#12161d;--card:#1a202a;--ink:#e7ebf2;--soft:#97a1b3;--edge:#2b3340;
+--accent:#6ea2f5;--done:#45c496;--failed:#f0776c;--running:#6ea2f5;--stopped:#e0a44a;--waiting:#97a1b3}}
+*{box-sizing:border-box}body{margin:0;background:var(--ground);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
+main{max-width:1020px;margin:0 auto;padding:32px 20px 64px}h1{font-size:26px;margin:0;letter-spacing:-.02em}
+h2{font-size:16px;margin:0 0 14px}header p{margin:4px 0;color:var(--soft)}
+section,.card{background:var(--card);border:1px solid var(--edge);border-radius:12px}
+section{padding:20px 22px;margin-top:18px;overflow-x:auto}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin-top:18px}
+.card{padding:14px 16px}.card b{display:block;font-size:21px;font-variant-numeric:tabular-nums;letter-spacing:-.01em}
+.card span,.note{color:var(--soft);font-size:13px}.chips{display:flex;gap:8px;flex-wrap:wrap}
+.chip{display:inline-block;padding:1px 10px;border-radius:99px;font-size:13px;border:1px solid currentColor}
+.done{color:var(--done)}.failed{color:var(--failed)}.running{color:var(--running)}.stopped{color:var(--stopped)}
+.waiting{color:var(--waiting)}svg{width:100%;height:auto;display:block}.tick{fill:var(--soft);font-size:11px}
+.grid{stroke:var(--edge)}.area{fill:var(--accent);fill-opacity:.14}.line{fill:none;stroke:var(--accent);stroke-width:1.6}
+.hover{fill:transparent}.hover:hover{fill:var(--accent);fill-opacity:.12}.well{fill:var(--accent)}
+.empty{fill:none;stroke:var(--edge)}
+.bar{display:grid;grid-template-columns:90px 1fr 110px;gap:12px;align-items:center;margin:6px 0}
+.track{background:var(--ground);border-radius:6px;height:14px;overflow:hidden}
+.fill{display:block;height:100%;background:var(--accent)}
+.bar .value,.number{text-align:right;font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;width:100%;font-size:14px}th{text-align:left;color:var(--soft);font-weight:500}
+th.number{text-align:right}td,th{padding:7px 10px 7px 0;border-bottom:1px solid var(--edge);vertical-align:top}
+td:first-child{overflow-wrap:anywhere}tr:last-child td{border-bottom:0}
+.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:16px}figure{margin:0}
+figure img{width:100%;aspect-ratio:1;object-fit:cover;border-radius:8px;display:block;background:var(--edge)}
+figcaption{font-size:12px;color:var(--soft);margin-top:6px;overflow-wrap:anywhere}
+"""

@@ -1,0 +1,215 @@
+"""The seam proof: the tiled result against the untiled one, in windows laid over the corners of blocks and tiles.
+
+The untiled result of a window is the network on the window and all the context that it can see, in one piece:
+what the network would say if the whole slide fitted into one tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from scipy import ndimage
+
+from cellseg_batch.engine.errors import ReadError
+from cellseg_batch.engine.geometry import Box, Lattice, Tile, source_box
+from cellseg_batch.engine.inference.backends.protocol import Backend
+from cellseg_batch.engine.inference.cpu_runner import Runner
+from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.inference.session import Feed
+from cellseg_batch.engine.models import load_model
+from cellseg_batch.engine.run.output_paths import place_output
+from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
+from cellseg_batch.engine.run.working_scale import settle_shrink, shrink_plan
+from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.reader import SlideReader
+from cellseg_batch.engine.slides.slide import Broken
+from cellseg_batch.engine.stage_clock import StageClock
+from cellseg_batch.kernels.stitch import logit_threshold, sigmoid
+from cellseg_batch.trainer.bundle import Card
+
+_WINDOW = 2048
+
+
+@dataclass(frozen=True)
+class SeamReport:
+    """Tiled against untiled, over all windows.
+
+    Attributes:
+        windows: how many were compared.
+        pixels: in them.
+        max_dp: largest difference of two probabilities.
+        flipped: pixels whose mask differs.
+        objects_tiled, objects_untiled: connected components of the two masks.
+        backend, precision, tile, margin: what was proved.
+        cost: pixels that the network computes per pixel of the slide.
+    """
+
+    windows: int
+    pixels: int
+    max_dp: float
+    flipped: int
+    objects_tiled: int
+    objects_untiled: int
+    backend: str
+    precision: str
+    tile: tuple[int, int]
+    margin: int
+    cost: float
+
+    def holds(self, bound: float) -> bool:
+        """Whether at most a share of ``bound`` flips; logits that are NaN prove nothing."""
+        return self.flipped_fraction <= bound and bool(np.isfinite(self.max_dp))
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {**asdict(self), "flipped_fraction": self.flipped_fraction}
+
+    @property
+    def flipped_fraction(self) -> float:
+        """Share of the pixels that flip."""
+        return self.flipped / self.pixels
+
+
+def seam_windows(plan: SlidePlan, full: bool, most: int) -> list[Box]:
+    """Up to ``most`` windows of 2048 px centred on corners, of blocks first; one of the whole slide if ``full``."""
+    height, width = plan.grid.lattice.shape
+    if full:
+        return [Box(0, 0, height, width)]
+    corners = [
+        *_corners(plan.grid.lattice, plan.grid.block_shape),
+        *_corners(plan.grid.lattice, plan.grid.lattice.core),
+    ]
+    corners = list(dict.fromkeys(corners)) or [(height // 2, width // 2)]
+    spread = [corners[round(i)] for i in np.linspace(0, len(corners) - 1, min(most, len(corners)))]
+    windows = []
+    for y, x in spread:
+        (y0, y1), (x0, x1) = _around(y, height), _around(x, width)
+        windows.append(Box(y0, x0, y1, x1))
+    return windows
+
+
+def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamReport:
+    """Compare both results on the first image below ``path``, in its first plane.
+
+    Args:
+        path: of a slide.
+        settings: of the run whose seams are to be proved.
+        full: compare the whole slide in one piece, which needs memory for it.
+        most: at most so many windows otherwise.
+
+    Raises:
+        UsageError: there is no image, no model or no backend as asked.
+        SlideError: the slide cannot be read.
+    """
+    slide = find_images(path, settings.axes)[0]
+    if isinstance(slide, Broken):
+        raise ReadError(slide.path, expected="an image", found=slide.reason, remedy="choose another slide")
+    bundle = load_model(settings.model)
+    engines = Engines(bundle, settings)
+    plan = plan_slide(slide, place_output(slide, settings.name, None), settings, bundle.card)
+    with SlideReader(slide, plan.level.level, plan.channels.indices) as reader:
+        factor = settle_shrink(plan, settings, engines, reader)
+        plan, backend = shrink_plan(plan, settings, bundle, factor), engines.shrunk(engines.chosen, factor)
+        card = bundle.shrunk(factor).card
+        threshold = logit_threshold(plan.threshold)
+        windows = seam_windows(plan, full, most)
+        tiled_logits = _LogitsOf(plan, backend, reader)
+        compared = [_compare(window, plan, card, backend, reader, tiled_logits) for window in windows]
+    masks = [(tiled > threshold, untiled > threshold) for tiled, untiled in compared]
+    return SeamReport(
+        windows=len(windows),
+        pixels=sum(window.area for window in windows),
+        max_dp=max(float(np.abs(sigmoid(tiled) - sigmoid(untiled)).max()) for tiled, untiled in compared),
+        flipped=sum(int(np.count_nonzero(tiled ^ untiled)) for tiled, untiled in masks),
+        objects_tiled=sum(_count_objects(tiled) for tiled, _ in masks),
+        objects_untiled=sum(_count_objects(untiled) for _, untiled in masks),
+        backend=backend.name,
+        precision=backend.precision,
+        tile=plan.grid.lattice.tile,
+        margin=plan.grid.lattice.margin,
+        cost=plan.grid.lattice.cost,
+    )
+
+
+def print_seams(report: SeamReport, bound: float, console: Console) -> None:
+    """Print the figures and the verdict."""
+    verdict = "holds" if report.holds(bound) else "does NOT hold"
+    console.print(
+        f"seams of {report.backend} {report.precision}, tile {report.tile[0]} x {report.tile[1]}, margin "
+        f"{report.margin} px ({report.cost:.2f} px computed per px), in {report.windows} windows:\n"
+        f"max |dp| {report.max_dp:.2e}, {report.flipped} of {report.pixels} pixels flip "
+        f"({report.flipped_fraction:.1e}), objects {report.objects_tiled} tiled, {report.objects_untiled} untiled\n"
+        f"the bound of {bound:g} flipped pixels {verdict}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _compare(
+    window: Box, plan: SlidePlan, card: Card, backend: Backend, reader: SlideReader, tiled_logits: _LogitsOf
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Foreground logits of ``window``, tiled and untiled."""
+    tiled, untiled = np.empty(window.shape, np.float32), np.empty(window.shape, np.float32)
+    for tile in _tiles_over(plan.grid.lattice, window):
+        tiled_logits.put(tile, window, tiled)
+    frame = _grown(window, card.exact_margin, card.total_stride)
+    _LogitsOf(plan, backend, reader).put(Tile(frame, window), window, untiled)
+    return tiled, untiled
+
+
+class _LogitsOf:
+    """Foreground logits of single tiles, compiled for the shape of the first one."""
+
+    def __init__(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> None:
+        self._plan = plan
+        self._backend = backend
+        self._reader = reader
+        self._runner: Runner | None = None
+
+    def put(self, tile: Tile, window: Box, out: NDArray[np.float32]) -> None:
+        """Write the logits of the part of the tile's core that lies in ``window`` to ``out``."""
+        plan, lattice = self._plan, self._plan.grid.lattice
+        if self._runner is None:
+            shape = (1, plan.shape[1], *tile.frame.shape)
+            feed = Feed(self._backend, shape, plan.slide.dtype)
+            self._runner = Runner(feed, lattice, plan.bounds, plan.threshold, False, "crop", StageClock())
+        read_box = source_box(tile.frame, lattice.shape)
+        logits = self._runner.logits(self._reader.read(0, read_box), read_box, [tile])[0, 0]
+        part = tile.core.within(window)
+        out[part.seen_from(window).slices()] = logits[part.seen_from(tile.frame).slices()]
+
+
+def _tiles_over(lattice: Lattice, window: Box) -> list[Tile]:
+    rows = range(window.y0 // lattice.core[0], -(-window.y1 // lattice.core[0]))
+    columns = range(window.x0 // lattice.core[1], -(-window.x1 // lattice.core[1]))
+    return [lattice.tile_at(row, column) for row, column in product(rows, columns)]
+
+
+def _grown(window: Box, reach: int, stride: int) -> Box:
+    """The window and its context, on the stride's grid."""
+    low = [(edge - reach) // stride * stride for edge in (window.y0, window.x0)]
+    high = [-(-(edge + reach) // stride) * stride for edge in (window.y1, window.x1)]
+    return Box(low[0], low[1], high[0], high[1])
+
+
+def _corners(lattice: Lattice, side: tuple[int, int]) -> list[tuple[int, int]]:
+    """Places inside the slide where four boxes of ``side`` px meet, or two along an edge-to-edge seam."""
+    height, width = lattice.shape
+    rows, columns = range(side[0], height, side[0]), range(side[1], width, side[1])
+    return list(product(rows or [height // 2], columns or [width // 2])) if rows or columns else []
+
+
+def _around(centre: int, length: int) -> tuple[int, int]:
+    start = max(0, min(centre - _WINDOW // 2, length - _WINDOW))
+    return start, min(start + _WINDOW, length)
+
+
+def _count_objects(mask: NDArray[np.bool_]) -> int:
+    return int(ndimage.label(mask)[1])

@@ -1,0 +1,149 @@
+"""Measure the objects of a slide: a pass over its blocks once the labels are final, and the table at its end.
+
+Each block is measured in rows of tile cores, so that little of it is in memory at a time; the sums are the same however
+it is cut.  This room does not know how labels come about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from cellseg_batch.engine.geometry import Block, Box
+from cellseg_batch.engine.objects.moment_files import merge_parts, write_part
+from cellseg_batch.engine.objects.scratch import Scratch
+from cellseg_batch.engine.run.slide_plan import SlidePlan
+from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
+from cellseg_batch.engine.slides.reader import SlideReader
+from cellseg_batch.engine.slides.slide import Slide
+from cellseg_batch.engine.storage.paths import zarr_store
+from cellseg_batch.kernels.moments import HALO, measure, merge
+from cellseg_batch.kernels.moments_columns import AREA
+from cellseg_batch.kernels.quality import Quality, survey
+
+_RGB = ("red", "green", "blue")
+
+
+def measure_block(
+    plan: SlidePlan,
+    block: Block,
+    labels: NDArray[Any],
+    pixels: SlideReader,
+    certainty: Scratch,
+) -> dict[str, Any]:
+    """Measure what lies in a block and put it into the scratch; returns the block's record.
+
+    Args:
+        plan: of the slide.
+        block: of it.
+        labels: (h + 2 * HALO, w + 2 * HALO), final, of the block and what surrounds it; 0 outside the slide.
+        pixels: reads every channel that is measured.
+        certainty: the probability of every pixel, 255 being certain.
+
+    Raises:
+        SlideError: pixels cannot be read, or the objects not written.
+    """
+    quality = [Quality()] * len(pixels.channels)
+    found = []
+    slide = Box(0, 0, *plan.grid.lattice.shape)
+    certain = np.empty(block.box.shape, np.uint8)
+    for place, values in certainty.read(block, block.box):
+        certain[place.seen_from(block.box).slices()] = values
+    for strip in _strips(block):
+        window = strip.grown(HALO).within(slide)
+        light = np.ascontiguousarray(pixels.read(block.plane, window))
+        core = strip.seen_from(window).slices()
+        around = labels[strip.y0 - block.box.y0 :][: strip.shape[0] + 2 * HALO]
+        own = certain[strip.seen_from(block.box).slices()]
+        found.append(measure(around, light[:, *core], own, (strip.y0, strip.x0)))
+        quality = [one + survey(channel, core) for one, channel in zip(quality, light, strict=True)]
+    ids, rows = merge(*(np.concatenate(part) for part in zip(*found, strict=True)))
+    write_part(certainty.objects, block.index, block.plane, ids, rows)
+    return {"labelled": int(rows[:, AREA].sum()), "quality": [asdict(one) for one in quality]}
+
+
+def compile_kernels(pixels: SlideReader) -> None:
+    """Measure a corner of the slide, so that nothing is compiled while blocks are under way.
+
+    Raises:
+        ReadError: it cannot be read.
+    """
+    height, width = pixels.slide.plane_shape(pixels.level)
+    corner = Box(0, 0, min(8, height), min(8, width))
+    light = pixels.read(0, corner)
+    labels = np.ones((corner.y1 + 2 * HALO, corner.x1 + 2 * HALO), np.uint32)
+    measure(labels, light, np.zeros(corner.shape, np.uint8), (0, 0))
+    survey(light[0], corner.slices())
+
+
+def write_objects(plan: SlidePlan, parts: Path, records: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Merge the blocks' objects into the table of the slide.
+
+    Args:
+        plan: of the slide.
+        parts: folder of what `measure_block` wrote.
+        records: of all its blocks, as `measure_block` returns them, in any order.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    # pyarrow takes 30 MB, which a run of masks can do without.
+    from cellseg_batch.engine.objects.table import Origin, write_table
+
+    place, slide = plan.place, plan.slide
+    labelled, quality = 0, [Quality()] * len(measured_channels(slide))
+    for record in records:
+        labelled += record["labelled"]
+        quality = [one + Quality(**more) for one, more in zip(quality, record["quality"], strict=True)]
+    names = channel_names(slide)
+    full, shape = slide.plane_shape(0), plan.grid.lattice.shape
+    account = {
+        "image": slide.location,
+        "labels": str(place.labels_folder),
+        "shape": [*slide.plane_grid(plan.level.level), *shape],
+        "pixel_size_um": plan.level.pixel_size_um,
+        "level0_scale": [full[0] / shape[0], full[1] / shape[1]],
+        "labelled_fraction": labelled / plan.pixels,
+        "segmented_channels": [names[index] for index in plan.channels.indices],
+        "quality": {
+            name: {"focus": one.focus, "saturation": one.saturation} for name, one in zip(names, quality, strict=True)
+        },
+        "provenance": zarr.open_group(zarr_store(place.store), path=place.labels, mode="r").attrs[OUTPUT_MARK],
+    }
+    origin = Origin(
+        slide=slide.name,
+        well=slide.spot.well if slide.spot else "",
+        field=slide.spot.field if slide.spot else "",
+        shape=(*slide.plane_grid(plan.level.level), *shape),
+        plane_axes=slide.plane_axes,
+        pixel_size_um=plan.level.pixel_size_um,
+        channels=names,
+    )
+    count = write_table(place.objects, origin, merge_parts(parts), account)
+    return {"objects": count}
+
+
+def measured_channels(slide: Slide) -> tuple[int, ...]:
+    """Indices of the channels whose intensities are measured: all of them but alpha."""
+    return tuple(range(min(slide.extent("c", 0), len(_RGB)) if slide.rgb else slide.extent("c", 0)))
+
+
+def channel_names(slide: Slide) -> tuple[str, ...]:
+    """Names of the measured channels; a number where the image has no name of its own for each."""
+    indices = measured_channels(slide)
+    names = _RGB if slide.rgb and not slide.channels else slide.channels
+    if len(set(names[: len(indices)])) == len(indices) and all(names[: len(indices)]):
+        return tuple(names[: len(indices)])
+    return tuple(map(str, indices))
+
+
+def _strips(block: Block) -> Iterator[Box]:
+    """The block's rows of tile cores."""
+    for y0, y1 in sorted({(tile.core.y0, tile.core.y1) for tile in block.tiles}):
+        yield Box(y0, block.box.x0, y1, block.box.x1)

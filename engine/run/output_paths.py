@@ -1,0 +1,156 @@
+"""Where the output of a slide goes: pure path arithmetic.
+
+In place for an OME-Zarr image, in a companion store beside anything else, or mirrored below ``--output``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from cellseg_batch.engine.errors import OutputError, UsageError
+from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, OUTPUT_SUFFIX
+from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, zarr_root
+from cellseg_batch.engine.slides.slide import Slide
+from cellseg_batch.engine.storage.lock import LOCK_SUFFIX
+from cellseg_batch.engine.storage.paths import RemotePath, is_web
+
+
+@dataclass(frozen=True)
+class Place:
+    """The zarr groups that a slide's output is written to.
+
+    Attributes:
+        store: root of the zarr hierarchy that holds the labels.
+        image: path of the image's group inside it.
+        name: of the label group.
+        zarr_format: 2 for OME-Zarr 0.4, 3 for 0.5.
+        source: path from the label group to the segmented image, None when that is no zarr group.
+        companion: root of the store for what is no label (the probability).
+    """
+
+    store: Path
+    image: str
+    name: str
+    zarr_format: Literal[2, 3]
+    source: str | None
+    companion: Path
+
+    @property
+    def labels(self) -> str:
+        """Path of the label group inside the store."""
+        return "/".join(part for part in (self.image, "labels", self.name) if part)
+
+    @property
+    def labels_folder(self) -> Path:
+        """The label group on disk."""
+        return self.store / self.labels
+
+    @property
+    def probability(self) -> str:
+        """Path of the probability image inside the companion store."""
+        return "/".join(part for part in (self.image, f"{self.name}_probability") if part)
+
+    @property
+    def probability_folder(self) -> Path:
+        """The probability image on disk."""
+        return self.companion / self.probability
+
+    def folders(self, probability: bool) -> list[Path]:
+        """The image groups that are written, on disk."""
+        return [self.labels_folder, self.probability_folder] if probability else [self.labels_folder]
+
+    def stores(self, probability: bool) -> set[Path]:
+        """The zarr hierarchies that are written to."""
+        return {self.store, self.companion} if probability else {self.store}
+
+    @property
+    def objects(self) -> Path:
+        """The table of objects."""
+        return self.journal / "objects.parquet"
+
+    @property
+    def journal(self) -> Path:
+        """Folder of the journal, beside the store: a foreign folder inside it would trouble readers."""
+        return self._beside / self.labels
+
+    @property
+    def plate(self) -> Path:
+        """Folder of the summary of the plate that the image is a field of: <plate>/<row>/<column>/<field>."""
+        return self._beside / PurePosixPath(self.image).parents[2] / f"{self.name}.plate"
+
+    @property
+    def _beside(self) -> Path:
+        return self.store.with_name(self.store.name + JOURNAL_SUFFIX)
+
+    @property
+    def lock(self) -> Path:
+        """File that says which run is at work."""
+        return self.journal.with_name(self.name + LOCK_SUFFIX)
+
+
+def place_output(slide: Slide, name: str, output: Path | None) -> Place:
+    """Where the output of ``slide`` goes.
+
+    Raises:
+        OutputError: ``output`` would mirror the input onto itself, or nothing can be written there.
+    """
+    zarr_format: Literal[2, 3] = 2 if slide.format == "ome-zarr 0.4" else 3
+    beside = slide.store.with_name(slide.store.stem + OUTPUT_SUFFIX)
+    base = slide.store if output is None else output / "below"
+    if isinstance(base, RemotePath) and (is_web(base) or not base.key):
+        raise OutputError(
+            str(base),
+            expected="a place that can be written to, and something beside it",
+            found="a web server" if is_web(base) else "a bucket that is one store as a whole",
+            remedy="name a folder with --output, here or in another bucket",
+        )
+    if output is None:
+        if slide.holds_labels:
+            return Place(slide.store, slide.path, name, zarr_format, "../../", beside)
+        return Place(beside, slide.path, name, zarr_format, None, beside)
+    below = f"/{slide.path}"
+    if not slide.path:
+        root, image = slide.name, ""
+    elif slide.name.endswith(below):
+        root, image = slide.name.removesuffix(below), slide.path
+    else:  # the input is a group deep inside its store
+        root, _, image = slide.name.partition("/")
+    store = output.resolve() / root
+    if store == slide.store or slide.store in store.parents or store in slide.store.parents:
+        raise OutputError(
+            str(store),
+            expected="a place apart from the input",
+            found=f"the input {slide.store} itself",
+            cause=f"--output {output} is the folder that the input lies in",
+            remedy="choose another folder, or leave --output out to write labels in place",
+        )
+    source = _source(slide, store / image / "labels" / name)
+    return Place(store, image, name, zarr_format, source, store)
+
+
+def _source(slide: Slide, labels: Path) -> str | None:
+    """Path from the label group to the segmented image, if there is one."""
+    beside = isinstance(slide.store, RemotePath) == isinstance(labels, RemotePath)
+    return os.path.relpath(slide.location, str(labels)) if slide.holds_labels and beside else None
+
+
+def refuse_output_inside(output: Path | None, inputs: list[Path]) -> None:
+    """Refuse an output folder inside an input, where the next run would take it for one.
+
+    Raises:
+        UsageError: it is.
+    """
+    if output is None:
+        return
+    for path in inputs:
+        root = zarr_root(path.resolve())[0] if is_zarr_node(path) else path.resolve()
+        if output.resolve().is_relative_to(root):
+            raise UsageError(
+                f"--output {output}",
+                expected="a folder outside every input",
+                found=f"one inside {path}",
+                remedy="choose another folder, or leave --output out to write labels in place",
+            )

@@ -1,0 +1,278 @@
+"""What one process keeps while tasks pass through it: compiled models, open slides, a clock.
+
+The threads of a run share the one of their process.  Sent to another process, a worker becomes that process's own.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cellseg_batch.engine.errors import CellsegError, OutputError, ReadError
+from cellseg_batch.engine.geometry import Block
+from cellseg_batch.engine.inference.backends.protocol import Backend, flexible_form
+from cellseg_batch.engine.inference.cpu_runner import AnyRunner, BlockResult, Runner
+from cellseg_batch.engine.inference.model_pool import Choice, Engines
+from cellseg_batch.engine.machine import let_go_of_code, peak_resident_bytes, resident_bytes
+from cellseg_batch.engine.models import load_model
+from cellseg_batch.engine.run import measure_pass as measuring
+from cellseg_batch.engine.run.instance_passes import compile_kernels
+from cellseg_batch.engine.run.memory_model import RUN_OVERHEAD_BYTES, Room, trimming_memory
+from cellseg_batch.engine.run.open_slide import BLOCKS, OpenSlide, Pass, middle_of, output_images, scratch_of
+from cellseg_batch.engine.run.slide_plan import SlideJob, SlidePlan
+from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.slides.reader import SlideReader
+from cellseg_batch.engine.stage_clock import StageClock, noting_seconds
+from cellseg_batch.engine.storage.checksums import noting_writes
+from cellseg_batch.engine.storage.journal import Journal
+
+# Slides that nothing works on stay open, as their next block is often on its way.
+_IDLE_SLIDES = 2
+
+
+# A task that fails is tried again after so many seconds each: stores have hiccups.
+_PAUSES = (0.1, 0.4)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task of a pass.
+
+    Attributes:
+        number: of the task.
+        pixels: newly segmented.
+        reason: why it was given up; "" if it is done.
+        stages: busy seconds of the process since its last outcome.
+    """
+
+    number: int
+    pixels: int
+    reason: str
+    stages: dict[str, float]
+
+
+class Worker:
+    """One process's models and open slides, shared by its threads.
+
+    Args:
+        settings: of the run.
+        choice: of the backend.
+        run: identifies the run; a worker that is sent to another process becomes that process's one for this run.
+        engines: makes and keeps the models; made when first needed if left out.
+        clock: busy seconds of the process.
+
+    Attributes:
+        settings: of the run.
+        clock: busy seconds of the process.
+        held: bytes that the process holds besides what blocks need, as far as it has been seen.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        choice: Choice,
+        run: str,
+        engines: Engines | None = None,
+        clock: StageClock | None = None,
+    ) -> None:
+        self.clock = clock or StageClock()
+        self.settings = settings
+        self._choice, self._run = choice, run
+        self._engines = engines
+        self.held = 0
+        self._trimming = 0
+        self._room = Room()
+        self._open: OrderedDict[SlideJob, _Entry] = OrderedDict()
+        self._lock = threading.Lock()
+        self._making = threading.Lock()
+        self._warm: set[tuple[object, ...]] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What travels is what another process needs to make its own."""
+        return _worker_of_this_process, (self.settings, self._choice, self._run)
+
+    @property
+    def engines(self) -> Engines:
+        """Makes and keeps the models."""
+        with self._making:
+            if self._engines is None:
+                bundle = load_model(self.settings.model)
+                self._engines = Engines(bundle, self.settings, choice=self._choice)
+            return self._engines
+
+    def run(self, job: SlideJob, work: Pass, number: int) -> Outcome:
+        """Do one task of a pass and journal it, or why it was given up: that costs the task and nothing else.
+
+        Raises:
+            OutputError: the output cannot be written, which no other task could do either.
+        """
+        reason = ""
+        with self._room.take(job.block_bytes, job.room_bytes):
+            for pause in (*_PAUSES, None):
+                try:
+                    self._do(job, work, number)
+                    break
+                except Exception as error:
+                    if pause is not None:
+                        time.sleep(pause)
+                        continue
+                    if isinstance(error, OutputError):
+                        raise
+                    reason = error.detail if isinstance(error, CellsegError) else f"{type(error).__name__}: {error}"
+                    Journal(job.plan.place.journal).fail(work.part, number, reason)
+        pixels = job.plan.grid[number].box.area if work.part == BLOCKS and not reason else 0
+        return Outcome(number, pixels, reason, self.clock.drain())
+
+    def _do(self, job: SlideJob, work: Pass, number: int) -> None:
+        with self.opened(job) as slide:
+            if slide.journal.has(work.part, number):
+                return  # by a worker that died before it could say so
+            with noting_writes() as written, noting_seconds() as seconds:
+                record = work.task(slide, number)
+            with self.clock.stage("write"):
+                slide.journal.record(work.part, number, {**record, "written": written, "seconds": seconds})
+
+    def warm_up(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> dict[Block, BlockResult]:
+        """Segment a tile, so that everything is compiled and its memory can be seen.
+
+        It is the one in the middle.  Returns the result, if there is one, for the case that a block is this tile alone.
+        """
+        results: dict[Block, BlockResult] = {}
+        kind = (
+            plan.shape,
+            plan.slide.dtype,
+            plan.slide.axes,
+            plan.probability,
+            plan.instances,
+            plan.objects,
+            plan.shrink,
+            plan.trim,
+        )
+        with self.engines.turn:
+            if kind in self._warm:
+                return results
+            block, tile = (grid[middle_of(grid)] for grid in (plan.grid, replace(plan.grid, cores=(1, 1))))
+            clock = self.clock if tile == block else StageClock()
+            # A damaged chunk costs its block, not the slide.
+            with suppress(ReadError), self._runner(plan, backend, clock) as runner:
+                pixels = reader.read(tile.plane, tile.read_box)
+                with self.engines.counted(), noting_seconds() as seconds:
+                    if not self._warm:
+                        let_go_of_code()
+                    result = results[tile] = runner.segment(pixels, tile)
+                    if plan.instances is not None:
+                        compile_kernels(result, tile, plan.grid, plan.instances)
+                    if plan.objects:
+                        measuring.compile_kernels(reader.of_channels(measuring.measured_channels(plan.slide)))
+                if isinstance(runner, Runner):  # on a GPU kernels are compiled while it runs
+                    # The tile is part of the run, only what came before it and after it is not.
+                    self.engines.seconds -= seconds.get("model", 0.0)
+            self._trimming = max(self._trimming, trimming_memory(plan.shape) * plan.trim)
+            now = resident_bytes() + RUN_OVERHEAD_BYTES + self._trimming - self._room.taken
+            self.held = max(self.held, now, 0 if self._warm else peak_resident_bytes())
+            self._warm.add(kind)
+        return results
+
+    def keep_open(self, job: SlideJob, reader: SlideReader, ready: dict[Block, BlockResult]) -> None:
+        """Take over a reader that is open already, and blocks that are segmented."""
+        with self._lock:
+            self._open[job] = _Entry(self._open_slide(job, reader, ready))
+            self._close_idle(_IDLE_SLIDES)
+
+    def close(self) -> None:
+        """Close every slide."""
+        with self._lock:
+            self._close_idle(0)
+
+    @contextmanager
+    def opened(self, job: SlideJob) -> Iterator[OpenSlide]:
+        """The slide of ``job``, open for as long as the context lasts."""
+        with self._lock:
+            entry = self._open.setdefault(job, _Entry())
+            self._open.move_to_end(job)
+            entry.users += 1
+        try:
+            with entry.lock:
+                if entry.slide is None:
+                    reader = SlideReader(job.plan.slide, job.plan.level.level, job.plan.channels.indices)
+                    entry.slide = self._open_slide(job, reader, {})
+            yield entry.slide
+        finally:
+            with self._lock:
+                entry.users -= 1
+                self._close_idle(_IDLE_SLIDES)
+
+    def _close_idle(self, keep: int) -> None:
+        idle = [job for job, entry in self._open.items() if not entry.users]
+        for job in idle[: len(idle) - keep]:
+            slide = self._open.pop(job).slide
+            if slide is not None:
+                slide.reader.close()
+
+    def _open_slide(self, job: SlideJob, reader: SlideReader, ready: dict[Block, BlockResult]) -> OpenSlide:
+        plan, (name, precision, version) = job.plan, job.backend
+        place = plan.place
+        backend = self.engines.backend(name, precision, plan.shrink)
+        if backend.version != version:
+            raise OutputError(
+                str(place.labels_folder),
+                expected=f"{name} {version} in every worker, as these labels were begun with it",
+                found=backend.version,
+                remedy="install one version everywhere",
+            )
+        labels, probability = output_images(plan)
+        scratch, certainty = scratch_of(plan)
+        return OpenSlide(
+            plan=plan,
+            reader=reader,
+            runner=lambda: self._runner(plan, backend, self.clock),
+            ready=ready,
+            labels=labels,
+            probability=probability,
+            scratch=scratch,
+            certainty=certainty,
+            journal=Journal(place.journal),
+            clock=self.clock,
+        )
+
+    @contextmanager
+    def _runner(self, plan: SlidePlan, backend: Backend, clock: StageClock) -> Iterator[AnyRunner]:
+        how = plan.grid.lattice, plan.bounds, plan.threshold, plan.needs_probability, plan.stitch
+        # The seeds of instances are made on the host, so there a GPU only computes the logits.
+        queue = None if plan.instances is not None else self.engines.queue(backend, plan.shrink, plan.shape)
+        if queue is not None:
+            from cellseg_batch.engine.inference.gpu_runner import DeviceRunner
+
+            yield DeviceRunner(queue, *how, clock)
+            return
+        network = flexible_form(backend) if plan.trim else backend
+        assert network is not None  # or the plan would not trim
+        with self.engines.feed(network, plan.shape, plan.slide.dtype) as feed:
+            yield Runner(feed, *how, clock, plan.instances)
+
+
+def _worker_of_this_process(settings: Settings, choice: Choice, run: str) -> Worker:
+    with _present_lock:
+        if run not in _present:
+            for other in list(_present):
+                _present.pop(other).close()
+            _present[run] = Worker(settings, choice, run)
+        return _present[run]
+
+
+_present: dict[str, Worker] = {}
+_present_lock = threading.Lock()
+
+
+class _Entry:
+    """A slide that is open, or is being opened, and how many threads use it."""
+
+    def __init__(self, slide: OpenSlide | None = None) -> None:
+        self.slide = slide
+        self.users = 0
+        self.lock = threading.Lock()

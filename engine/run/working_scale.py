@@ -1,0 +1,102 @@
+"""Settle by how much a slide is shrunk for the model, from what the model finds in a few windows of it.
+
+It must not know what a mask is for, nor where results go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellseg_batch.engine.errors import ReadError, UsageError
+from cellseg_batch.engine.geometry import Box, fit_lattice, lay_blocks, reflect
+from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.run.slide_plan import SlidePlan, pick_margin
+from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.slides.reader import SlideReader
+from cellseg_batch.kernels.stitch import logit_threshold
+from cellseg_batch.trainer.bundle import Bundle
+from cellseg_batch.trainer.scale import pick_shrink
+
+_WINDOW = 1024
+_WINDOWS = 3  # along each axis
+
+
+def settle_shrink(plan: SlidePlan, settings: Settings, engines: Engines, reader: SlideReader) -> int:
+    """The factor that was asked for, else the one that the model's card prefers for what the slide shows.
+
+    Only factors that the margin and the tile allow are considered.
+    """
+    if settings.shrink is not None:
+        return settings.shrink
+    card = engines.bundle.card
+    widths = {name: width for name, width in card.shrink.items() if _fits(plan, settings, engines.bundle, int(name))}
+    factor = pick_shrink(widths, lambda factor: _masks(plan, engines, factor, reader)) if widths else 1
+    if plan.tiles > plan.grid.planes:
+        # Their memory is better given to large tiles; for small images it would cost too much to make them anew.
+        engines.drop_probes()
+    return factor
+
+
+def shrink_plan(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: int) -> SlidePlan:
+    """The plan with a lattice for ``bundle`` shrunk by ``factor``.
+
+    Raises:
+        UsageError: tile and margin do not go together.
+    """
+    if factor == 1:
+        return plan
+    card = bundle.shrunk(factor).card
+    lattice = fit_lattice(plan.grid.lattice.shape, settings.tile, pick_margin(settings, card), card.total_stride)
+    return replace(
+        plan,
+        grid=lay_blocks(lattice, settings.block, plan.grid.planes, plan.grid.ring),
+        shape=(*plan.shape[:2], *lattice.tile),
+        shrink=factor,
+        instances=plan.instances and replace(plan.instances, shrink=factor),
+    )
+
+
+def _fits(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: int) -> bool:
+    try:
+        shrink_plan(plan, settings, bundle, factor)
+    except UsageError:
+        return False
+    return True
+
+
+def _masks(plan: SlidePlan, engines: Engines, factor: int, reader: SlideReader) -> Iterable[NDArray[np.bool_]]:
+    """The masks of some windows, at the size of the image shrunk by ``factor``."""
+    backend = engines.shrunk(engines.chosen, factor)
+    stride = engines.bundle.card.total_stride * factor
+    windows = spread_windows(plan.grid.lattice.shape)
+    height, width = (min(_WINDOW // stride, -(-length // stride)) * stride for length in windows[0].shape)
+    shape = (1, plan.shape[1], height, width)
+    limit = logit_threshold(plan.threshold)
+    for box in windows:
+        try:
+            pixels = reader.read(plan.grid.planes // 2, box)
+        except ReadError:  # a damaged chunk costs its block, not the slide
+            continue
+        rows, columns = (reflect(0, side, length)[None] for side, length in zip(shape[2:], box.shape, strict=True))
+        with engines.turn:
+            feed = engines.probe(backend, shape, pixels.dtype)
+            feed.fill(pixels, rows, columns, plan.bounds)
+            logits = feed.logits()[0, 0, : box.shape[0], : box.shape[1]]
+            mask = logits[factor // 2 :: factor, factor // 2 :: factor] > limit
+        yield mask
+
+
+def spread_windows(shape: tuple[int, int]) -> list[Box]:
+    """Equal windows spread evenly over a plane, which share no more than a row: every object weighs once."""
+    sides, starts = [], []
+    for length in shape:
+        count = min(_WINDOWS, -(-length // _WINDOW))
+        side = min(_WINDOW, -(-length // count))
+        sides.append(side)
+        starts.append([round(i) for i in np.linspace(0, length - side, count)])
+    return [Box(y, x, y + sides[0], x + sides[1]) for y, x in product(*starts)]

@@ -1,0 +1,259 @@
+"""Pools of worker processes: on this machine, on any dask cluster, on SLURM.
+
+The pool's face is `scheduler.Pool`.  Nothing here knows what the workers are given to do.  dask is
+imported only when a cluster is asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cellseg_batch.engine.errors import ClusterError, UsageError
+from cellseg_batch.engine.machine import visible_gpus
+from cellseg_batch.engine.scheduling.process_keeper import Processes
+from cellseg_batch.engine.scheduling.scheduler import Pool, ThreadPool
+from cellseg_batch.engine.scheduling.signals import SIGNALS
+from cellseg_batch.engine.settings import ClusterSettings, Settings, gpus_of
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+# One block is computed while another is read or written.
+THREADS_PER_PROCESS = 2
+_CONNECT_SECONDS = 30
+_COUNT_SECONDS = 5
+_END_SECONDS = 5.0
+_GPU = "GPU"
+# A task whose worker died comes back to the run, which knows what to do with it.
+_QUIET = {"silence_logs": logging.ERROR}
+_SCHEDULER = {"allowed_failures": 0, "dashboard": False}
+
+
+def open_pool(settings: Settings, imports: Sequence[str] = ()) -> Pool:
+    """The pool that ``--scheduler`` asks for.
+
+    Args:
+        settings: of the run.
+        imports: modules that every call needs.
+
+    Raises:
+        UsageError: it cannot be had.
+    """
+    if settings.scheduler == "threads":
+        return ThreadPool(settings.workers)
+    if settings.scheduler == "processes":
+        return _open_processes([*_devices(settings)] or [None] * settings.workers, imports)
+    if settings.scheduler == "slurm":
+        return _open_slurm(settings.workers, settings.cluster)
+    return _connect(settings.scheduler)
+
+
+def _devices(settings: Settings) -> list[str]:
+    """The GPUs that get a process each, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    if settings.device == "cpu" or settings.backend in ("torch", "openvino"):
+        return []
+    asked = gpus_of(settings.device) if ":" in settings.device else None
+    return [name for number, name in enumerate(visible_gpus()) if asked is None or f"cuda:{number}" in asked]
+
+
+class DaskPool:
+    """The workers of a dask cluster.
+
+    Args:
+        client: connected to it.
+        close: lets go of the cluster; its argument says whether there is time.
+        gpus: whether calls need a GPU each.
+        most: workers that it may come to have; None counts those that it has.
+    """
+
+    # A call costs scheduler and worker about 7 ms.
+    seconds_per_call = 0.5
+
+    def __init__(self, client: Client, close: Callable[[bool], None], gpus: bool, most: int | None = None) -> None:
+        self._client = client
+        self._close = close
+        self._most = most
+        self._counted = 0.0
+        self._threads = 1
+        self._executor = client.get_executor(pure=False, **({"resources": {_GPU: 1}} if gpus else {}))
+        self._turn = threading.Lock()
+        self._failure: ClusterError | None = None
+
+    @property
+    def workers(self) -> int:
+        """Calls that run at a time."""
+        if self._most is not None:
+            return self._most * THREADS_PER_PROCESS
+        if time.monotonic() - self._counted > _COUNT_SECONDS:
+            self._threads = max(1, sum(self._client.nthreads().values()))
+            self._counted = time.monotonic()
+        return self._threads
+
+    @property
+    def window(self) -> int:
+        """Calls to hand out at a time."""
+        return 2 * self.workers
+
+    def submit(self, call: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
+        """Have a worker make the call.
+
+        Raises:
+            ClusterError: there will be no worker any more.
+        """
+        with self._turn:
+            if self._failure is not None:
+                raise self._failure
+            future: Future[Any] = self._executor.submit(call, *arguments)
+            return future
+
+    def fail(self, failure: ClusterError) -> None:
+        """There will be no worker any more: cancel what waits for one, and refuse what comes."""
+        with self._turn:
+            self._failure = failure
+            self._executor.shutdown(wait=False)
+
+    def close(self, wait: bool) -> None:
+        """Let the workers go; those of a cluster that is not ours stay."""
+        with suppress(Exception):  # a cluster that is gone already
+            self._client.close(timeout=_CONNECT_SECONDS if wait else 1)
+        with suppress(Exception):
+            self._close(wait)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a worker process of this machine is to be: whose worker, and with which GPU."""
+
+    address: str
+    device: str | None
+
+
+def _open_processes(devices: list[str | None], imports: Sequence[str]) -> Pool:
+    """A process for each of ``devices``, which sees only its own GPU, if any.  All listen on loopback only.
+
+    dask's own keeper of processes is not used: it closes a worker for good that is not back 15 s after its death.
+    """
+    from distributed import Client, Scheduler, SpecCluster
+
+    with _signals_left_to_the_run():
+        scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", **_SCHEDULER}}
+        cluster = SpecCluster(workers={}, scheduler=scheduler, **_QUIET)
+        places = [_Place(cluster.scheduler_address, device) for device in devices]
+
+        def close(wait: bool) -> None:
+            cluster.close()  # which has the workers end
+            processes.close(_END_SECONDS if wait else 0.0)
+
+        pool = DaskPool(Client(cluster), close, gpus=any(devices), most=len(devices))
+        processes = Processes(_serve, places, ("distributed", *imports), lambda why: pool.fail(_no_process(why)))
+    return pool
+
+
+def _serve(place: _Place, started: Callable[[], None]) -> None:
+    """Be a worker until the scheduler is gone."""
+    import dask
+    from distributed import Worker
+
+    # It looks at every thread 100 times a second, which cost 6 % of the speed with small blocks.
+    dask.config.set({"distributed.worker.profile.enabled": False})
+    logging.getLogger("distributed").setLevel(logging.ERROR)
+    options: dict[str, Any] = {"nthreads": THREADS_PER_PROCESS, "memory_limit": 0, "host": "127.0.0.1"}
+    if place.device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = place.device
+        options["resources"] = {_GPU: THREADS_PER_PROCESS}
+
+    async def work() -> None:
+        async with Worker(place.address, dashboard=False, **options) as worker:
+            started()
+            await worker.finished()
+
+    asyncio.run(work())
+
+
+def _no_process(why: str) -> ClusterError:
+    return ClusterError(
+        "--scheduler processes",
+        expected="worker processes that start",
+        found=why,
+        cause="too little memory, or a script without if __name__ == '__main__'",
+        remedy="see what they printed, or leave --scheduler out; finished blocks are kept",
+    )
+
+
+def _open_slurm(workers: int, asked: ClusterSettings) -> Pool:
+    """Up to ``workers`` SLURM jobs of one process each, started as there is work and given back when there is none."""
+    try:
+        import dask_jobqueue
+    except ImportError as error:
+        raise UsageError(
+            "--scheduler slurm",
+            expected="dask-jobqueue",
+            found="no such package",
+            remedy="pip install 'cellseg-batch[hpc]'",
+        ) from error
+    import dask
+    from distributed import Client
+
+    if asked.config is not None:
+        dask.config.update(dask.config.config, dask.config.collect(paths=[str(asked.config)], env={}), priority="new")
+    worker = ["--nthreads", str(THREADS_PER_PROCESS), "--memory-limit", "0", "--no-dashboard"]
+    if asked.gres is not None:
+        worker += ["--resources", f"{_GPU}={THREADS_PER_PROCESS}"]
+    options = {
+        "queue": asked.queue,
+        "account": asked.account,
+        "walltime": asked.walltime,
+        "cores": asked.cores,
+        "memory": asked.memory,
+        "job_extra_directives": None if asked.gres is None else [f"--gres={asked.gres}"],
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        cluster = dask_jobqueue.SLURMCluster(
+            processes=1, worker_extra_args=worker, scheduler_options=_SCHEDULER, **given
+        )
+    except (ValueError, OSError) as error:
+        raise UsageError(
+            "--scheduler slurm",
+            expected="what a SLURM job needs: --cores and --memory at least",
+            found=str(error),
+            remedy="add the flags, or a dask-jobqueue file with --cluster-config",
+        ) from error
+    cluster.adapt(minimum=0, maximum=workers)
+    return DaskPool(Client(cluster), lambda wait: cluster.close(), asked.gres is not None, most=workers)
+
+
+def _connect(address: str) -> Pool:
+    from distributed import Client
+
+    try:
+        client = Client(address, timeout=_CONNECT_SECONDS)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--scheduler {address}",
+            expected="the address of a running dask scheduler, such as tcp://host:8786",
+            found=f"{type(error).__name__}: {error}".splitlines()[0],
+            remedy="start one with dask scheduler, and workers with dask worker",
+        ) from error
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    return DaskPool(client, lambda wait: None, any(worker["resources"].get(_GPU) for worker in workers))
+
+
+@contextmanager
+def _signals_left_to_the_run() -> Iterator[None]:
+    """Threads and processes that begin inside never see what ends a run, though a terminal or SLURM sends it to all."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,284 @@
+"""Write any image that can be read as OME-Zarr 0.5, in memory that does not grow with it.
+
+A conversion is journalled shard by shard, like a segmentation, so a killed one goes on where it stopped.  Until it is
+complete the image carries no image metadata but a mark, so that nothing takes it for a whole one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import zarr
+from rich.console import Console
+from rich.progress import Progress
+from rich.text import Text
+from yaozarrs import v05
+
+from cellseg_batch.engine.errors import CellsegError, OutputError, UsageError, writing_to
+from cellseg_batch.engine.geometry import Box
+from cellseg_batch.engine.scheduling.courses import Course, Work
+from cellseg_batch.engine.scheduling.scheduler import ThreadPool, run_courses
+from cellseg_batch.engine.scheduling.signals import Stop
+from cellseg_batch.engine.slides.convert_layout import channel_count, channel_groups, halve, lay_out_image
+from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, find_images
+from cellseg_batch.engine.slides.label_layout import Layout, multiscale
+from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
+from cellseg_batch.engine.slides.reader import SlideReader
+from cellseg_batch.engine.slides.slide import Broken, Slide
+from cellseg_batch.engine.slides.writer import ImageWriter
+from cellseg_batch.engine.storage.journal import Journal, sweep_partials
+from cellseg_batch.engine.storage.lock import LOCK_SUFFIX, BusyError, Locks
+from cellseg_batch.engine.storage.paths import zarr_store
+
+_COLOURS = ("0000FF", "00FF00", "FF0000", "FF00FF", "00FFFF", "FFFF00")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What became of one image.
+
+    Attributes:
+        source: where it came from.
+        target: the group it was written to.
+        status: done, skipped (was finished before), failed or held (another process converts it).
+        reason: why it is not done.
+        shapes: of each level.
+    """
+
+    source: str
+    target: str
+    status: str
+    reason: str = ""
+    shapes: tuple[tuple[int, ...], ...] = ()
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    axes: str | None,
+    workers: int,
+    overwrite: bool,
+    found: Callable[[int], None],
+    advanced: Callable[[int], None],
+    stop: Stop | None = None,
+) -> Iterator[Conversion]:
+    """Write every image below ``source`` to the store ``target``: one to its root, several to groups of their names.
+
+    Args:
+        source: a file, a folder of files, or a zarr store of plain arrays.
+        target: a store; its name ends in ``.zarr``.
+        axes: of arrays and TIFFs that do not name theirs.
+        workers: shards in flight.
+        overwrite: replace what is in the way.
+        found: told once how many pixels there are, over all channels and planes.
+        advanced: told how many more pixels are on disk.
+        stop: asks the conversion to end early.
+
+    Raises:
+        UsageError: there is no image, or the target cannot be.
+        Stopped: it was asked to end.
+    """
+    _refuse_target(source, target)
+    images = find_images(source, axes)
+    found(sum(math.prod(one.levels[0].shape) for one in images if isinstance(one, Slide)))
+    paths = [one.name.partition("/")[2] if len(images) > 1 else "" for one in images]
+    pairs = zip(images, paths, strict=True)
+    locks = Locks()
+    courses = (_course(image, target, path, overwrite, advanced, locks) for image, path in pairs)
+    try:
+        yield from run_courses(courses, ThreadPool(workers), stop)
+    finally:
+        locks.close()
+
+
+def print_conversions(
+    source: Path, target: Path, axes: str | None, workers: int, overwrite: bool, stop: Stop, console: Console
+) -> int:
+    """Convert as `convert` does, with a progress bar and a line for each image; returns how many failed.
+
+    Raises:
+        UsageError: there is no image, or the target cannot be.
+        Stopped: it was asked to end.
+    """
+    failed = 0
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        for one in convert(
+            source,
+            target,
+            axes=axes,
+            workers=workers,
+            overwrite=overwrite,
+            found=lambda pixels: bar.update(task, total=pixels),
+            advanced=lambda pixels: bar.advance(task, pixels),
+            stop=stop,
+        ):
+            sizes = ", ".join(" x ".join(map(str, shape)) for shape in one.shapes)
+            failed += one.status == "failed"
+            colour = {"failed": "red", "held": "yellow"}.get(one.status, "green")
+            line = f"  {one.source} -> {one.target}: {one.reason or sizes}"
+            console.print(Text.assemble((one.status, colour), line), soft_wrap=True)
+    return failed
+
+
+def _refuse_target(source: Path, target: Path) -> None:
+    if target.suffix != ".zarr":
+        raise UsageError(str(target), expected="a name that ends in .zarr", found=target.name, remedy="add .zarr to it")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise UsageError(
+            str(target), expected="a store outside the source", found=f"one inside {source}", remedy="choose another"
+        )
+
+
+def _course(
+    image: Slide | Broken, store: Path, path: str, overwrite: bool, advanced: Callable[[int], None], locks: Locks
+) -> Course[Conversion]:
+    """Convert one image; whatever goes wrong with it is in what comes back."""
+    target = str(store / path)
+    if isinstance(image, Broken):
+        return Conversion(image.path, target, "failed", image.reason)
+    if image.holds_labels:
+        reason = f"it is {image.format} already; segment it as it is"
+        return Conversion(image.location, target, "failed", reason)
+    layout = lay_out_image(image)
+    journal = Journal(store.with_name(store.name + JOURNAL_SUFFIX) / path / "convert")
+    copy = _Copy(image, ImageWriter(store, path, layout), journal)
+    lock = journal.folder.with_name(journal.folder.name + LOCK_SUFFIX)
+    try:
+        with locks.hold(lock):
+            finished = copy.begin(overwrite)
+            if not finished:
+                yield from copy.passes(advanced)
+                locks.check(lock)
+                copy.complete()
+        return Conversion(image.location, target, "skipped" if finished else "done", shapes=layout.shapes)
+    except BusyError as error:
+        return Conversion(image.location, target, "held", error.detail)
+    except CellsegError as error:
+        return Conversion(image.location, target, "failed", error.detail)
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """One image on its way into a store."""
+
+    slide: Slide
+    writer: ImageWriter
+    journal: Journal
+
+    @property
+    def layout(self) -> Layout:
+        return self.writer.layout
+
+    def begin(self, overwrite: bool) -> bool:
+        """Make the empty image, or go on with an unfinished one; True if it is finished.
+
+        Raises:
+            OutputError: something else is in the way.
+        """
+        status, folder, begun = self.slide.store.stat(), self.writer.folder, self.journal.manifest()
+        manifest = {
+            "location": self.slide.location,
+            "bytes": status.st_size,
+            "changed": status.st_mtime_ns,
+            "shape": list(self.slide.levels[0].shape),
+            "dtype": self.slide.dtype,
+            "shards": [list(shard) for shard in self.layout.shards],
+        }
+        if folder.exists() and not overwrite:
+            if begun != manifest:
+                was = "something else" if begun is None else f"a conversion of {begun['location']} as it was then"
+                raise OutputError(
+                    str(folder),
+                    expected="nothing of that name, or a conversion of the same file",
+                    found=was,
+                    remedy="choose another name, or --overwrite to replace it",
+                )
+            if self.journal.numbers("created"):
+                for left_behind in (folder, self.journal.folder):
+                    sweep_partials(left_behind)
+                return self.journal.finished() is not None
+        self.journal.start(manifest)
+        self.writer.create_empty({OUTPUT_MARK: {"kind": "unfinished conversion"}})
+        self.journal.record("created", 0, {})
+        return False
+
+    def passes(self, advanced: Callable[[int], None]) -> Course[None]:
+        """Copy the pixels, then average level after level."""
+        with ExitStack() as stack:
+            readers = [stack.enter_context(SlideReader(self.slide, 0, group)) for group in channel_groups(self.slide)]
+            count = self.slide.planes(0) * self._shards_of_a_plane
+            yield Work(partial(self._copy, readers), self.journal.missing("blocks", count), advanced)
+        for level in range(1, len(self.layout.shapes)):
+            count = self.layout.shard_count(level)
+            yield Work(partial(self._shrink, level), self.journal.missing(f"levels/{level}", count), lambda _: None)
+
+    def complete(self) -> None:
+        """Turn the marked group into an image: metadata of levels and channels.
+
+        Raises:
+            OutputError: the store cannot be written.
+        """
+        writer = self.writer
+        image = v05.Image(
+            version="0.5",
+            multiscales=[multiscale(self.layout, writer.path.rpartition("/")[2] or writer.store.stem)],
+            omero=v05.Omero(channels=[self._describe(channel) for channel in range(channel_count(self.slide))]),
+        )
+        with writing_to(writer.folder, "a store"):
+            group = zarr.open_group(zarr_store(writer.store), path=writer.path, mode="r+", use_consolidated=False)
+            group.attrs.put({"ome": image.model_dump(mode="json", by_alias=True, exclude_none=True)})
+        self.journal.finish({})
+
+    @property
+    def _shards_of_a_plane(self) -> int:
+        return self.layout.shard_count(0) // math.prod(self.layout.shapes[0][:-2])
+
+    def _copy(self, readers: list[SlideReader], number: int) -> int:
+        """Copy one shard of all channels of a t/z plane; returns how many pixels these are."""
+        plane, place = divmod(number, self._shards_of_a_plane)
+        box = self.layout.shard_box(0, place)[1]
+        for reader in readers:
+            for channel, pixels in zip(reader.channels, reader.read(plane, box), strict=True):
+                self.writer.write(0, self._plane(plane, channel), box, pixels)
+        self.journal.record("blocks", number, {})
+        return box.area * channel_count(self.slide)
+
+    def _shrink(self, level: int, number: int) -> None:
+        """Average one shard of a level from the level above it."""
+        plane, box = self.layout.shard_box(level, number)
+        finer, coarser = self.layout.shapes[level - 1][-2:], self.layout.shapes[level][-2:]
+        y, x = (1 if big == small else 2 for big, small in zip(finer, coarser, strict=True))
+        window = self.writer.read(level - 1, plane, Box(box.y0 * y, box.x0 * x, box.y1 * y, box.x1 * x))
+        self.writer.write(level, plane, box, halve(window, box.shape))
+        self.journal.record(f"levels/{level}", number, {})
+
+    def _plane(self, plane: int, channel: int) -> int:
+        """Number of a plane among t, c and z, from its number among t and z and its channel."""
+        grid = self.slide.plane_grid(0)
+        at = dict(zip(self.slide.plane_axes, np.unravel_index(plane, grid) if grid else (), strict=True))
+        leading = [int(at.get(axis, channel)) for axis in self.layout.axes[:-2]]
+        return int(np.ravel_multi_index(leading, self.layout.shapes[0][:-2])) if leading else 0
+
+    def _describe(self, channel: int) -> v05.OmeroChannel:
+        """Name and colour of a channel, and the values of its coarsest level to show it by."""
+        slide, level = self.slide, len(self.layout.shapes) - 1
+        start, end = 0.0, 255.0
+        if not (slide.rgb and slide.dtype == "uint8"):
+            whole = Box(0, 0, *self.layout.shapes[level][-2:])
+            pixels = self.writer.read(level, self._plane(slide.planes(0) // 2, channel), whole).astype(np.float64)
+            shown = pixels[np.isfinite(pixels)]
+            start, end = (float(shown.min()), float(shown.max())) if shown.size else (0.0, 1.0)
+        window = v05.OmeroWindow(start=start, end=end, min=start, max=end)
+        if slide.rgb:
+            return v05.OmeroChannel(label="RGB"[channel], color=("FF0000", "00FF00", "0000FF")[channel], window=window)
+        label = slide.channels[channel] if channel < len(slide.channels) else f"channel {channel}"
+        colour = _COLOURS[channel % len(_COLOURS)] if channel_count(slide) > 1 else "FFFFFF"
+        return v05.OmeroChannel(label=label, color=colour, window=window)

@@ -1,0 +1,216 @@
+"""Labels and probabilities on disk as OME-Zarr: groups, arrays, pixels, pyramid.
+
+Version 0.5 is written sharded, one shard per block, with a checksum; 0.4 as zarr v2 chunks.  The writer knows boxes
+and arrays; it does not know models, tiles or the journal.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numcodecs
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from cellseg_batch.engine.errors import writing_to
+from cellseg_batch.engine.geometry import Box
+from cellseg_batch.engine.slides.label_layout import Kind, Layout, image_metadata
+from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
+from cellseg_batch.engine.storage.atomic_files import remove_tree, sync_file
+from cellseg_batch.engine.storage.checksums import note_write
+from cellseg_batch.engine.storage.paths import zarr_store
+
+
+class ImageWriter:
+    """Writes one multiscale image, box by box; safe from any number of threads for boxes that do not overlap.
+
+    Args:
+        store: root folder of the zarr hierarchy, made if there is none.
+        path: of the image's group inside it.
+        layout: its shape and storage.
+    """
+
+    def __init__(self, store: Path, path: str, layout: Layout) -> None:
+        self.store = store
+        self.path = path
+        self.layout = layout
+        self._arrays: dict[int, zarr.Array[Any]] = {}
+
+    @property
+    def folder(self) -> Path:
+        """The image's group on disk."""
+        return self.store / self.path
+
+    def create(self, kind: Kind, source: str | None, provenance: dict[str, Any]) -> None:
+        """Make the groups, empty arrays and metadata, in place of whatever was there.
+
+        Args:
+            kind: what is written; a probability is an intensity image, the others are labels.
+            source: relative path to the segmented image, None when it is no zarr image.
+            provenance: how it came about, as plain JSON values.
+
+        Raises:
+            OutputError: the store cannot be written.
+        """
+        metadata = image_metadata(self.layout, self.path.rsplit("/", 1)[-1], source, kind)
+        self.create_empty({OUTPUT_MARK: {"kind": kind, **provenance}, **metadata})
+
+    def create_empty(self, attributes: dict[str, Any]) -> None:
+        """Make the groups and empty arrays, in place of whatever was there.
+
+        Raises:
+            OutputError: the store cannot be written.
+        """
+        layout = self.layout
+        with writing_to(self.folder, "a store"):
+            remove_tree(self.folder)
+            group = zarr.create_group(
+                zarr_store(self.store), path=self.path, zarr_format=layout.zarr_format, attributes=attributes
+            )
+            for level, shape in enumerate(layout.shapes):
+                _create_array(group, str(level), shape, layout, level)
+
+    def retype(self, dtype: str) -> None:
+        """Make the arrays anew, empty, if their pixels are of another type.
+
+        Raises:
+            OutputError: the store cannot be written.
+        """
+        if dtype == self.layout.dtype:
+            return
+        with writing_to(self.folder, "a store"):
+            group = zarr.open_group(zarr_store(self.store), path=self.path, mode="r", use_consolidated=False)
+            attributes = group.attrs.asdict()
+        self.layout = replace(self.layout, dtype=dtype)
+        self._arrays.clear()
+        self.create_empty(attributes)
+
+    def read(self, level: int, plane: int, box: Box) -> NDArray[Any]:
+        """Pixels (h, w) of ``box`` of a plane, as they are on disk.
+
+        Raises:
+            OutputError: they cannot be read.
+        """
+        with writing_to(self.folder, "a store"):
+            place: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
+            return np.asarray(self._array(level)[place])
+
+    def write(self, level: int, plane: int, box: Box, pixels: NDArray[Any]) -> None:
+        """Write ``pixels`` (h, w) to ``box`` of a plane and wait until they are on disk.
+
+        Raises:
+            OutputError: the store cannot be written.
+        """
+        with writing_to(self.folder, "a store"):
+            array = self._array(level)
+            files = [self.folder / str(level) / key for key in self._files(level, plane, box)]
+            for file in files:  # zarr would read a shard at the edge first, and stumble over a damaged one
+                file.unlink(missing_ok=True)
+            if pixels.any():  # what has no file is empty
+                place: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
+                # Looked for chunk by chunk, as zarr does, emptiness costs more than writing it.
+                array.with_config({"write_empty_chunks": True})[place] = pixels
+            for file in files:
+                sync_file(file)
+        note_write(self.path, level, plane, box, pixels.astype(array.dtype, copy=False))
+
+    def shrink(self, level: int, plane: int, box: Box) -> None:
+        """Fill ``box`` of a level of the pyramid with the nearest pixels of the level above it.
+
+        Raises:
+            OutputError: the store cannot be read or written.
+        """
+        finer, coarser = self.layout.shapes[level - 1], self.layout.shapes[level]
+        rows = _nearest(np.arange(box.y0, box.y1), finer[-2], coarser[-2])
+        columns = _nearest(np.arange(box.x0, box.x1), finer[-1], coarser[-1])
+        place = [np.array([i]) for i in self._plane(level, plane)]
+        source = tuple(
+            int(_nearest(i, big, small)[0]) for i, big, small in zip(place, finer[:-2], coarser[:-2], strict=True)
+        )
+        with writing_to(self.folder, "a store"):
+            around: tuple[Any, ...] = (*source, slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+            window = np.asarray(self._array(level - 1)[around])
+        self.write(level, plane, box, window[np.ix_(rows - rows[0], columns - columns[0])])
+
+    def _array(self, level: int) -> zarr.Array[Any]:
+        if level not in self._arrays:
+            self._arrays[level] = zarr.open_array(zarr_store(self.store), path=f"{self.path}/{level}", mode="r+")
+        return self._arrays[level]
+
+    def _plane(self, level: int, plane: int) -> tuple[int, ...]:
+        grid = self.layout.shapes[level][:-2]
+        return tuple(int(i) for i in np.unravel_index(plane, grid)) if grid else ()
+
+    def _files(self, level: int, plane: int, box: Box) -> Iterator[str]:
+        """Names of the files that hold ``box``."""
+        chunks, shards = self.layout.storage(level)
+        side = shards if self.layout.zarr_format == 3 else chunks
+        encode = self._array(level).metadata.encode_chunk_key
+        for y in range(box.y0 // side[-2], -(-box.y1 // side[-2])):
+            for x in range(box.x0 // side[-1], -(-box.x1 // side[-1])):
+                yield encode((*self._plane(level, plane), y, x))
+
+
+def list_label(store: Path, labels: str, name: str, zarr_format: int) -> None:
+    """Add ``name`` to the list of labels in the group ``labels``, keeping what it says already.
+
+    Raises:
+        OutputError: the store cannot be written.
+    """
+    with writing_to(store / labels, "a store"):
+        group = zarr.open_group(zarr_store(store), path=labels, mode="r+", use_consolidated=False)
+        metadata: dict[str, Any] = dict(group.attrs)
+        holder = metadata.get("ome", {"version": "0.5"}) if zarr_format == 3 else metadata
+        listed = list(holder.get("labels", []))
+        if name not in listed:
+            holder["labels"] = [*listed, name]
+            group.attrs.update({"ome": holder} if zarr_format == 3 else holder)
+
+
+def consolidate_again(store: Path) -> None:
+    """Bring a store's consolidated metadata up to date, if it has any: readers see nothing else.
+
+    Raises:
+        OutputError: the store cannot be written.
+    """
+    with writing_to(store, "a store"), warnings.catch_warnings():
+        # zarr warns that consolidated metadata are no part of format 3; this store has chosen to have them.
+        warnings.simplefilter("ignore")
+        if zarr.open_group(zarr_store(store), mode="r").metadata.consolidated_metadata is not None:
+            zarr.consolidate_metadata(zarr_store(store))
+
+
+def _create_array(group: zarr.Group, name: str, shape: tuple[int, ...], layout: Layout, level: int) -> None:
+    chunks, shards = layout.storage(level)
+    if layout.zarr_format == 3:
+        group.create_array(
+            name,
+            shape=shape,
+            dtype=layout.dtype,
+            chunks=chunks,
+            shards=shards,
+            compressors=[ZstdCodec(level=3), Crc32cCodec()],
+            dimension_names=tuple(layout.axes),
+            fill_value=0,
+        )
+    else:
+        group.create_array(
+            name,
+            shape=shape,
+            dtype=layout.dtype,
+            chunks=chunks,
+            compressors=numcodecs.Zstd(level=3),
+            chunk_key_encoding={"name": "v2", "separator": "/"},
+            fill_value=0,
+        )
+
+
+def _nearest(target: NDArray[np.int64], finer: int, coarser: int) -> NDArray[np.int64]:
+    """Index in an axis of ``finer`` px nearest to the centre of each target pixel of one of ``coarser`` px."""
+    return np.minimum((2 * target + 1) * finer // (2 * coarser), finer - 1)

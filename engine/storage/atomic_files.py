@@ -1,0 +1,119 @@
+"""Files that are whole or absent, and the folders that keep many of them apart; what is in them is not known here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from secrets import token_hex
+from tempfile import NamedTemporaryFile, TemporaryDirectory
+from typing import IO
+
+from cellseg_batch.engine.errors import writing_to
+from cellseg_batch.engine.storage.paths import RemotePath
+
+# Numbered files that share a folder.
+BUCKET = 1000
+# zarr's local stores use the same one.
+PARTIAL_SUFFIX = ".partial"
+# Objects of a store that are read at a time: each takes long to come, and little to send.
+_REQUESTS = 32
+
+
+def numbered(folder: Path, number: int, suffix: str) -> Path:
+    """Path of file ``number`` of many in ``folder``."""
+    return folder / str(number // BUCKET) / f"{number}{suffix}"
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file is on disk, if there is one; an object of a store is safe as soon as it is there."""
+    with suppress(FileNotFoundError):
+        if not isinstance(path, RemotePath):
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+
+
+def read_all(paths: Iterable[Path]) -> Iterator[tuple[Path, bytes]]:
+    """Each file that is still there, with what is in it; several objects of a store are asked for at a time."""
+    waiting = iter(paths)
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        while some := list(islice(waiting, _REQUESTS)):
+            asked = pool.map(_read, some) if isinstance(some[0], RemotePath) else map(_read, some)
+            yield from ((path, content) for path, content in zip(some, asked, strict=True) if content is not None)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def written_at(folder: Path, pattern: str) -> Iterator[float]:
+    """POSIX time of writing of each file in ``folder`` that matches."""
+    if isinstance(folder, RemotePath):
+        return (moment for path, moment in folder.written() if path.match(pattern))
+    return (path.stat().st_mtime for path in folder.glob(pattern))
+
+
+@contextmanager
+def nearby(folder: Path) -> Iterator[Path]:
+    """The files of ``folder`` on this machine, where libraries can map them."""
+    if not isinstance(folder, RemotePath):
+        yield folder
+        return
+    with TemporaryDirectory(prefix="cellseg-") as copy:
+        for path, content in read_all(folder.rglob("*")):
+            target = Path(copy) / path.relative_to(folder).as_posix()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        yield Path(copy)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder and all that is in it, if it is there."""
+    if isinstance(folder, RemotePath):
+        folder.remove_tree()
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def whole_file(path: Path, what: str = "a file") -> Iterator[IO[bytes]]:
+    """A file that appears at ``path``, complete and on disk, once the context ends without an error.
+
+    Args:
+        path: of the file; its folder is made.
+        what: it is part of, for the error.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    if isinstance(path, RemotePath):
+        with NamedTemporaryFile() as stream:
+            yield stream
+            stream.seek(0)
+            with writing_to(path, what):
+                path.write(stream)
+        return
+    partial = path.with_name(f"{path.name}.{token_hex(4)}{PARTIAL_SUFFIX}")
+    with writing_to(path, what):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+    try:
+        with open(partial, "wb") as stream:
+            try:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            except OSError:  # anything else is not about the file
+                with writing_to(path, what):
+                    raise
+        with writing_to(path, what):
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,161 @@
+"""A folder of compiled artefacts and race results that many processes share.
+
+An entry is a folder of files named by the hash of its key.  It is made under a lock, in a folder of its own, and
+renamed into place; every file's checksum is kept and checked on each use, so a torn or damaged entry is made anew.
+It must not know what the files mean.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from cellseg_batch.engine.storage.atomic_files import sync_file
+
+_log = logging.getLogger(__name__)
+_KEY, _SUMS = "key.json", "checksums.json"
+_PARTIAL = ".partial-"
+
+Key = dict[str, Any]
+
+
+def cache_folder() -> Path:
+    """Where entries are kept: ``CELLSEG_CACHE_DIR``, or below the user's cache folder."""
+    chosen = os.environ.get("CELLSEG_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cellseg-batch" / "compiled"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry as it lies on disk.
+
+    Attributes:
+        folder: of its files.
+        key: what it was made for.
+        size: bytes.
+        sound: every file is there and unchanged.
+    """
+
+    folder: Path
+    key: Key
+    size: int
+    sound: bool
+
+
+class Artefacts:
+    """The entries in ``folder``, which is made when it is first needed.
+
+    Where it cannot be written, entries go to a temporary folder of this process and are lost with it.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = cache_folder() if folder is None else folder
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            writable = os.access(self.folder, os.W_OK)
+        except OSError:
+            writable = False
+        if not writable:
+            _log.warning("%s cannot be written: what is compiled now is not kept", self.folder)
+            self.folder = Path(tempfile.mkdtemp(prefix="cellseg-batch-"))
+            atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
+
+    def find(self, key: Key) -> Path | None:
+        """The folder of a sound entry, or None."""
+        folder = self.folder / _name(key)
+        return folder if _is_sound(folder) else None
+
+    def get(self, key: Key, make: Callable[[Path], None]) -> Path:
+        """The folder of the entry of ``key``; ``make`` fills it when there is none that is sound.
+
+        Of several processes that ask at once, one makes the entry and the others wait for it.
+        """
+        found = self.find(key)
+        if found is not None:
+            return found
+        folder = self.folder / _name(key)
+        with self._locked(folder.name):
+            if not _is_sound(folder):  # another process may have made it meanwhile
+                self._make(folder, key, make)
+        return folder
+
+    def drop(self, key: Key) -> None:
+        """Remove an entry if there is one."""
+        with self._locked(_name(key)):
+            shutil.rmtree(self.folder / _name(key), ignore_errors=True)
+
+    def _make(self, folder: Path, key: Key, make: Callable[[Path], None]) -> None:
+        for left in self.folder.glob(f"{folder.name}{_PARTIAL}*"):  # by a process that was killed: the lock is ours
+            shutil.rmtree(left, ignore_errors=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}{_PARTIAL}", dir=self.folder))
+        try:
+            make(partial)
+            (partial / _KEY).write_text(json.dumps(key, indent=2, sort_keys=True) + "\n")
+            sums = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
+            (partial / _SUMS).write_text(json.dumps(sums, indent=2) + "\n")
+            for path in partial.iterdir():
+                sync_file(path)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.replace(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def entries(self) -> list[Entry]:
+        """Every entry, sound or not."""
+        found = []
+        for folder in sorted(self.folder.iterdir()):
+            if _PARTIAL in folder.name or not (folder / _KEY).is_file():
+                continue
+            with suppress(FileNotFoundError):  # another process is removing it
+                try:
+                    key = json.loads((folder / _KEY).read_text())
+                except ValueError:
+                    key = {}
+                size = sum(path.stat().st_size for path in folder.iterdir())
+                found.append(Entry(folder, key, size, _is_sound(folder)))
+        return found
+
+    def clear(self) -> int:
+        """Remove every entry and what a killed process left; returns the number of entries."""
+        count = 0
+        for folder in [path for path in self.folder.iterdir() if path.is_dir()]:
+            with self._locked(folder.name.partition(".")[0]):
+                count += (folder / _KEY).is_file() and _PARTIAL not in folder.name
+                shutil.rmtree(folder, ignore_errors=True)
+        return count
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        with FileLock(self.folder / f"{name}.lock"):
+            yield
+
+
+def _name(key: Key) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        sums = json.loads((folder / _SUMS).read_text())
+        return bool(sums) and all(_checksum(folder / name) == digest for name, digest in sums.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

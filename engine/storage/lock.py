@@ -1,0 +1,254 @@
+"""One run at a time on one output, even when its owner dies: a small file that says who is at work.
+
+    <store>.cellseg/<image>/labels/<name>.lock
+
+A lock whose process is dead is taken over: at once if it ran on this machine, else when it has not been renewed for
+`LEASE_SECONDS`; a live owner renews it every quarter of that.  Ages are counted by the file system's own clock.  In an
+object store, locks are made, renewed and taken over by conditional requests (If-None-Match, If-Match).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psutil
+
+from cellseg_batch.engine.errors import OutputError, writing_to
+from cellseg_batch.engine.storage.atomic_files import PARTIAL_SUFFIX
+from cellseg_batch.engine.storage.object_stores import StoreError
+from cellseg_batch.engine.storage.paths import RemotePath, Version
+
+LEASE_SECONDS = 120.0
+LOCK_SUFFIX = ".lock"
+# Seconds between two looks at a lock that is waited for.
+_PAUSE = 0.2
+
+
+class BusyError(OutputError):
+    """Another run is at work on an output."""
+
+
+class Locks:
+    """The locks that one run holds; a thread renews them while there are any.
+
+    Args:
+        lease: seconds after which a lock of another machine counts as left behind.
+    """
+
+    def __init__(self, lease: float = LEASE_SECONDS) -> None:
+        self._lease = lease
+        self._held: dict[Path, str] = {}
+        self._ended = threading.Event()
+        threading.Thread(target=self._renew, name="lock renewal", daemon=True).start()
+
+    @contextmanager
+    def hold(self, path: Path) -> Iterator[None]:
+        """Hold the lock at ``path``.
+
+        Raises:
+            BusyError: another run holds it.
+            OutputError: it cannot be written.
+        """
+        token = uuid4().hex
+        with writing_to(path, "a journal"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            left_behind = None
+            while not _create(path, token, left_behind):
+                left_behind = self._clear_left_behind(path)
+        for partial in path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL_SUFFIX}"):
+            partial.unlink(missing_ok=True)  # of a run that was killed while it made its lock
+        self._held[path] = token
+        try:
+            yield
+        finally:
+            del self._held[path]
+            with suppress(StoreError):  # it is left behind then, and what is done is done
+                if _owner(path).get("token") == token:
+                    path.unlink(missing_ok=True)
+
+    @contextmanager
+    def wait_for(self, path: Path) -> Iterator[None]:
+        """Hold the lock at ``path`` as soon as no other run does.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with ExitStack() as held:
+            while True:
+                try:
+                    held.enter_context(self.hold(path))
+                    break
+                except BusyError:
+                    time.sleep(_PAUSE)
+            yield
+
+    def check(self, path: Path) -> None:
+        """Refuse to go on with a lock that was taken over, as after a long sleep of this machine.
+
+        Raises:
+            BusyError: it was.
+        """
+        owner = _owner(path)
+        if owner.get("token") != self._held[path]:
+            raise _busy(path, owner)
+
+    def close(self) -> None:
+        """End the renewals."""
+        self._ended.set()
+
+    def _renew(self) -> None:
+        while not self._ended.wait(self._lease / 4):
+            for path, token in list(self._held.items()):
+                with suppress(OSError):
+                    _show_life(path, token)
+
+    def _clear_left_behind(self, path: Path) -> Version | None:
+        """Remove a dead run's lock; in an object store, say which one may be replaced.
+
+        Raises:
+            BusyError: its owner is alive, or may be.
+        """
+        if isinstance(path, RemotePath):
+            with suppress(FileNotFoundError):  # it was given back meanwhile
+                content, version = path.read_version()
+                owner = _parsed(content)
+                if not self._is_left_behind(path, owner):
+                    raise _busy(path, owner)
+                return version
+            return None
+        # One at a time, or the lock that one has just made is taken for the one that another saw.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            self._clear(path)
+        finally:
+            os.close(folder)
+        return None
+
+    def _clear(self, path: Path) -> None:
+        owner = _owner(path)
+        if not owner and not path.exists():
+            return
+        if not self._is_left_behind(path, owner):
+            raise _busy(path, owner)
+        # Another machine may not see the lock of the take-over: what was there is looked at once more.
+        aside = path.with_name(f"{path.name}.{uuid4().hex}{PARTIAL_SUFFIX}")
+        with suppress(FileNotFoundError):  # another run was quicker
+            path.rename(aside)
+            if _owner(aside) != owner:  # and has its own lock there already
+                with suppress(FileExistsError):
+                    os.link(aside, path)
+            aside.unlink()
+
+    def _is_left_behind(self, path: Path, owner: dict[str, Any]) -> bool:
+        if owner.get("machine") == _machine():
+            return not _is_alive(int(owner["pid"]), float(owner["started"]))
+        probe = path.with_name(f"{path.name}.{uuid4().hex}{PARTIAL_SUFFIX}")
+        probe.touch()
+        try:
+            return probe.stat().st_mtime - path.stat().st_mtime > self._lease
+        except FileNotFoundError:
+            return False  # it was given back meanwhile; the next look will tell
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+def is_held(path: Path) -> bool:
+    """Whether the lock at ``path`` was renewed within its lease, by this machine's clock; nothing is touched."""
+    try:
+        return time.time() - path.stat().st_mtime < LEASE_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _create(path: Path, token: str, instead_of: Version | None) -> bool:
+    """Make the lock, whole and only if there is none, or in an object store the one that it may replace."""
+    mine = path.with_name(f"{path.name}.{token}{PARTIAL_SUFFIX}")
+    process = psutil.Process()
+    owner = {
+        "token": token,
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": process.pid,
+        "started": process.create_time(),
+    }
+    content = json.dumps(owner).encode()
+    if isinstance(path, RemotePath):
+        return path.write_if(content, instead_of)
+    try:
+        with open(mine, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.link(mine, path)
+    except (FileExistsError, FileNotFoundError):  # there is one, or the run that has just made one swept ours
+        return False
+    finally:
+        mine.unlink(missing_ok=True)
+    return True
+
+
+def _show_life(path: Path, token: str) -> None:
+    """A sign of life, unless the lock was taken over."""
+    if not isinstance(path, RemotePath):
+        if _owner(path).get("token") == token:
+            os.utime(path)
+        return
+    content, version = path.read_version()
+    owner = _parsed(content)
+    if owner.get("token") == token:
+        # With other content, so that whoever saw the lock before cannot replace it.
+        path.write_if(json.dumps({**owner, "renewed": time.time()}).encode(), version)
+
+
+def _owner(path: Path) -> dict[str, Any]:
+    try:
+        return _parsed(path.read_bytes())
+    except StoreError:
+        raise
+    except OSError:
+        return {}
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    try:
+        owner: dict[str, Any] = json.loads(content)
+    except ValueError:
+        return {}
+    return owner
+
+
+def _busy(path: Path, owner: dict[str, Any]) -> BusyError:
+    return BusyError(
+        str(path),
+        expected="an output that no other run is at work on",
+        found=f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown machine')} at it",
+        remedy="it is left to that one; a dead run's lock is taken over by itself, "
+        f"another machine's {LEASE_SECONDS:.0f} s after its last sign of life",
+    )
+
+
+def _machine() -> str:
+    """This machine since its last start, and this container's process numbers."""
+    about = (Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid"))
+    boot = about[0].read_text().strip() if about[0].exists() else ""
+    return f"{socket.gethostname()} {boot} {about[1].readlink() if about[1].exists() else ''}"
+
+
+def _is_alive(pid: int, started: float) -> bool:
+    try:
+        process = psutil.Process(pid)
+        return bool(abs(process.create_time() - started) < 1 and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False

@@ -1,0 +1,285 @@
+"""Where things lie: on this machine, or in an object store that is asked over the network.
+
+``s3://bucket/slide.zarr`` becomes a `RemotePath`, which other rooms use as they use the path of a folder.  An object is
+there whole or not at all, and safe once its store has said so; a folder is what several names begin with.  Credentials
+come from the environment and stay in the client.  Nothing here knows slides, journals or locks.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import posixpath
+import re
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path, PosixPath
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Self
+from urllib.parse import unquote, urlsplit
+
+from cellseg_batch.engine.errors import UsageError
+from cellseg_batch.engine.storage.object_stores import SCHEMES, WEB, StoreError, asking, client_of, library, refusals
+
+if TYPE_CHECKING:
+    from zarr.storage import ObjectStore
+
+_READ_BYTES = 1 << 20
+
+Version = dict[str, str]
+
+
+def locate(place: str | Path) -> Path:
+    """The path that a user or a record names: a URL of an object store, a ``file://`` URL or a path of this machine.
+
+    Raises:
+        UsageError: a URL of another kind, or with a password in it.
+    """
+    text = str(place)
+    if not re.match(r"[a-z][a-z0-9+.-]+://", text):
+        return Path(place)
+    url = urlsplit(text)
+    if url.scheme == "file":
+        return Path(unquote(url.path))
+    shown = f"{url.scheme}://{url.hostname or ''}{url.path}"
+    if url.scheme not in SCHEMES or not url.hostname:
+        raise UsageError(
+            shown,
+            expected=f"a path, or a URL such as s3://bucket/slide.zarr (of {', '.join(SCHEMES)} or file)",
+            found=f"{url.scheme}://",
+            remedy="check the spelling, or copy it to where it can be read",
+        )
+    if url.username or url.query:
+        raise UsageError(
+            shown,
+            expected="a URL without credentials",
+            found="a user's name or a query in it",
+            remedy="set the credentials in the environment",
+        )
+    return RemotePath(text)
+
+
+class RemotePath(PosixPath):
+    """The name of an object, or of a folder of objects.
+
+    It has the methods of `Path` that other rooms use; one that would ask the operating system raises TypeError.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text.replace(":/", "://", 1) if self.parts and self.parts[0][:-1] in SCHEMES else text
+
+    def __fspath__(self) -> str:
+        raise TypeError(f"{self} does not lie on this machine")
+
+    def resolve(self, strict: bool = False) -> Self:
+        """The same place without ``..`` in its name."""
+        return type(self)(posixpath.normpath("/".join(self.parts)))
+
+    def is_file(self) -> bool:
+        """Whether there is an object of this name."""
+        if not self.key:
+            return False
+        try:
+            self._head()
+        except FileNotFoundError:
+            return False
+        except StoreError as error:
+            # Stores that do not let their names be listed answer so for what is not there.
+            if isinstance(error.__cause__, refusals()):
+                return False
+            raise
+        return True
+
+    def is_dir(self) -> bool:
+        """Whether there is anything below; never on a web server."""
+        return not is_web(self) and any(self._list().values())
+
+    def exists(self) -> bool:
+        """Whether it is an object or a folder."""
+        return self.is_file() or self.is_dir()
+
+    def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
+        """Size, and when the store says that it was written; a folder has neither.
+
+        Raises:
+            FileNotFoundError: there is nothing.
+        """
+        try:
+            about = self._head()
+            size, moment = about["size"], about["last_modified"].timestamp()
+        except FileNotFoundError:
+            if not self.is_dir():
+                raise
+            size, moment = 0, 0.0
+        times = {"st_mtime": moment, "st_mtime_ns": int(moment * 1e9)}
+        return os.stat_result((0, 0, 0, 0, 0, 0, size, 0, int(moment), 0), times)
+
+    def iterdir(self) -> Generator[Self, None, None]:
+        """What lies directly below."""
+        found = self._list()
+        names = [*found["common_prefixes"], *(one["path"] for one in found["objects"])]
+        return (self / posixpath.basename(name) for name in names)
+
+    def glob(self, pattern: str) -> Generator[Self, None, None]:
+        """The objects below whose names match; folders are not looked at."""
+        if "/" not in pattern:
+            return (path for path in self.iterdir() if path.match(pattern))
+        depth = len(self.parts) + pattern.count("/") + 1
+        return (path for path in self.rglob(pattern) if len(path.parts) == depth)
+
+    def rglob(self, pattern: str) -> Generator[Self, None, None]:
+        """The objects at any depth below whose names match; folders are not looked at."""
+        return (path for path, _ in self.written() if path.match(pattern))
+
+    def written(self) -> Iterator[tuple[Self, float]]:
+        """(name, POSIX time of writing) of every object below."""
+        root = type(self)(*self.parts[:2])
+        with self._asking():
+            for objects in library().list(self.client, self.key):
+                yield from ((root / one["path"], one["last_modified"].timestamp()) for one in objects)
+
+    def read_bytes(self) -> bytes:
+        """The object."""
+        return self.read_version()[0]
+
+    def read_text(self, encoding: str | None = None, errors: str | None = None) -> str:
+        """The object as text."""
+        return self.read_bytes().decode(encoding or "utf-8", errors or "strict")
+
+    def read_version(self) -> tuple[bytes, Version]:
+        """The object, and a mark that changes with it."""
+        with self._asking():
+            answer = library().get(self.client, self.key)
+            return bytes(answer.bytes()), {name: mark for name in ("e_tag", "version") if (mark := answer.meta[name])}
+
+    def reader(self) -> BinaryIO:
+        """The object as an open file, of which only what is asked for is fetched."""
+        return io.BufferedReader(_Reader(self), _READ_BYTES)
+
+    def read_range(self, start: int, stop: int) -> bytes:
+        """A part of the object."""
+        with self._asking():
+            return bytes(library().get_range(self.client, self.key, start=start, end=stop))
+
+    def write(self, content: bytes | IO[bytes]) -> None:
+        """Put the object in place of what was there, and wait until it is safe."""
+        with self._asking():
+            library().put(self.client, self.key, content)
+
+    def write_if(self, content: bytes, version: Version | None) -> bool:
+        """Put the object if what is there is what ``version`` marks, None being nothing; whether it was."""
+        exceptions = library().exceptions
+        with self._asking():
+            try:
+                library().put(self.client, self.key, content, mode=version or "create")
+                return True
+            except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileNotFoundError):
+                # A request that was sent again, as its answer was lost, meets its own work.
+                return self._reads(content)
+
+    def touch(self, mode: int = 0o666, exist_ok: bool = True) -> None:
+        """Put an empty object."""
+        self.write(b"")
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Remove the object, if there is one."""
+        with self._asking():
+            library().delete(self.client, self.key)
+
+    def remove_tree(self) -> None:
+        """Remove everything below."""
+        with self._asking():
+            for objects in library().list(self.client, self.key):
+                library().delete(self.client, [one["path"] for one in objects])
+
+    def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        """Nothing: a folder is there when something is in it."""
+
+    def rmdir(self) -> None:
+        """Nothing: a folder is gone with what was in it."""
+
+    @property
+    def scheme(self) -> str:
+        """Such as s3."""
+        return self.parts[0][:-1]
+
+    @property
+    def bucket(self) -> str:
+        """The bucket, or the name and port of the web server."""
+        return self.parts[1]
+
+    @property
+    def key(self) -> str:
+        """Its name within the bucket or the server."""
+        return "/".join(self.resolve().parts[2:])
+
+    @property
+    def client(self) -> Any:
+        """What speaks to the bucket or the server: an ``obstore.store.ObjectStore``."""
+        return client_of(self.scheme, self.bucket)
+
+    def _reads(self, content: bytes) -> bool:
+        with suppress(FileNotFoundError):
+            return self.read_bytes() == content
+        return False
+
+    def _head(self) -> Any:
+        with self._asking():
+            return library().head(self.client, self.key)
+
+    def _list(self) -> Any:
+        with self._asking():
+            return library().list_with_delimiter(self.client, self.key)
+
+    def _asking(self) -> AbstractContextManager[None]:
+        return asking(str(self))
+
+
+class _Reader(io.RawIOBase):
+    """An object as a file; its place in it belongs to one thread at a time."""
+
+    def __init__(self, path: RemotePath) -> None:
+        self._path, self._size, self._at = path, path.stat().st_size, 0
+        self.name = str(path)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        stop = min(self._at + len(buffer), self._size)
+        if self._at >= stop:
+            return 0
+        part = self._path.read_range(self._at, stop)
+        buffer[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+
+def is_web(path: Path) -> bool:
+    """Whether a path lies on a web server, which can neither be listed nor written to."""
+    return isinstance(path, RemotePath) and path.scheme in WEB
+
+
+def readable(path: Path) -> Path | BinaryIO:
+    """What libraries that read files take: the path of one on this machine, else an open file."""
+    return path.reader() if isinstance(path, RemotePath) else path
+
+
+def zarr_store(path: Path) -> str | ObjectStore[Any]:
+    """What zarr opens for the hierarchy at ``path``."""
+    if not isinstance(path, RemotePath):
+        return str(path)
+    from zarr.storage import ObjectStore
+
+    # A store of its own, as zarr makes groups of all that lies above in its store.
+    return ObjectStore(client_of(path.scheme, path.bucket, path.key))

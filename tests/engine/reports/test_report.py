@@ -1,0 +1,133 @@
+"""The page about a run: whole, self-contained, and harmless whatever names the images have."""
+
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import zarr
+
+from cellseg_batch.engine.reports.svg_charts import bars, nice_ceiling, plate_chart, rate_chart
+from tests.support.images import blobs, fill_ome_zarr, write_ome_zarr
+
+_VOID = {"meta", "img"}
+
+
+class Outline(HTMLParser):
+    """Checks that tags are balanced, and gathers headings, links and texts."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.headings, self.sources, self.tags = [], [], [], []
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href", "action", "data")]
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if self.open and self.open[-1] in ("h1", "h2"):
+            self.headings.append(text)
+
+
+@pytest.fixture
+def page(tmp_path, command):
+    def call(*arguments):
+        code, said = command("report", *arguments, "--out", tmp_path / "page.html")
+        assert code == 0, said
+        return (tmp_path / "page.html").read_text()
+
+    return call
+
+
+def write_plate(path):
+    wells = [("A", 1), ("A", 2), ("B", 2)]
+    root = zarr.open_group(str(path), mode="w", zarr_format=3)
+    root.attrs["ome"] = {"version": "0.5", "plate": {"wells": [{"path": f"{row}/{column}"} for row, column in wells]}}
+    for number, (row, column) in enumerate(wells):
+        well = root.create_group(f"{row}/{column}")
+        well.attrs["ome"] = {"version": "0.5", "well": {"images": [{"path": "0"}]}}
+        fill_ome_zarr(well.create_group("0"), path, blobs(120, 120, seed=number))
+    return path
+
+
+def test_a_finished_run_with_a_plate_and_a_failure(tmp_path, segment, page):
+    write_plate(tmp_path / "in" / "plate.zarr")
+    write_ome_zarr(tmp_path / "in" / "a.zarr", blobs(200, 200))
+    (tmp_path / "in" / "torn.tif").write_bytes(b"torn")
+    segment(tmp_path / "in")
+    text = page(tmp_path / "in")
+    outline = Outline(text)
+    assert outline.headings == [
+        "cellseg-batch",
+        "Throughput",
+        "Where the time went",
+        "Failures",
+        "Plate plate.zarr",
+        "Pictures",
+        "Images",
+    ]
+    assert outline.tags.count("img") == 4
+    assert all(source.startswith("data:image/jpeg;base64,") for source in outline.sources)
+    assert not re.search(r"https?://|url\(|<script|@import", text), "nothing is fetched, nothing runs"
+    assert "torn.tif" in text
+    for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        ElementTree.fromstring(svg)
+
+
+def test_names_cannot_break_the_page(tmp_path, segment, page):
+    write_ome_zarr(tmp_path / "in" / "<script>alert(1)<.zarr", blobs(64, 64))
+    (tmp_path / "in" / "<b>.tif").write_bytes(b"torn")
+    segment(tmp_path / "in")
+    text = page(tmp_path / "in")
+    outline = Outline(text)
+    assert "script" not in outline.tags
+    assert outline.tags.count("b") == text.count('class="card"><b>')
+
+
+def test_before_anything_has_begun(tmp_path, page):
+    write_ome_zarr(tmp_path / "a.zarr", blobs(64, 64))
+    text = page(tmp_path / "a.zarr")
+    assert Outline(text).headings == ["cellseg-batch", "Images"]
+    assert "1 waiting" in text
+
+
+def test_labels_without_their_images_have_no_pictures(tmp_path, segment, page):
+    write_ome_zarr(tmp_path / "a.zarr", blobs(64, 64))
+    segment(tmp_path / "a.zarr", output=tmp_path / "out")
+    (tmp_path / "a.zarr").rename(tmp_path / "gone.zarr")
+    assert "Pictures" not in Outline(page(tmp_path / "out")).headings
+
+
+def test_charts_are_in_proportion():
+    svg = ElementTree.fromstring(rate_chart([0.0, 2.0, 1.0], ["a", "b"], "Mpx/s"))
+    points = [tuple(map(float, one.split(","))) for one in svg.find("polyline").get("points").split()]
+    base, top, middle = (points[i][1] for i in (0, 2, 4))
+    assert base - top == pytest.approx(2 * (base - middle), abs=0.2)
+    assert [one.text for one in svg.iter("title")] == ["0.00 Mpx/s", "2.00 Mpx/s", "1.00 Mpx/s"]
+    assert re.findall(r"width:([\d.]+)%", bars({"read": 1.0, "model": 4.0}, "s")) == ["100.0", "25.0"]
+
+
+def test_a_plate_is_in_order_and_shows_gaps():
+    chart = plate_chart({("B", 3): 1.0, ("A", 1): 5.0, ("AA", 1): 3.0}, "objects")
+    svg = ElementTree.fromstring(chart[: chart.index("</svg>") + 6])
+    said = [one.text for one in svg.iter("title")]
+    assert said[:3] == ["A1: 5 objects", "A2: no value", "A3: no value"]
+    assert said[6] == "AA1: 3 objects"
+    assert len(said) == 9
+
+
+@pytest.mark.parametrize(("value", "top"), [(0, 0), (0.3, 0.4), (1, 1), (7, 10), (41, 50), (1e-3, 1e-3)])
+def test_axes_end_at_round_numbers(value, top):
+    assert nice_ceiling(value) == pytest.approx(top)
+    assert np.isfinite(nice_ceiling(value))

@@ -1,0 +1,102 @@
+"""How far a run is can be read from its journals, while it runs and afterwards, by another process."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cellseg_batch.engine.reports.status import read_status
+from cellseg_batch.engine.storage.journal import Journal
+from tests.support.images import blobs, write_ome_zarr
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in "abc":
+        write_ome_zarr(tmp_path / "in" / f"{name}.zarr", blobs(200, 200, seed=ord(name)))
+    return tmp_path / "in"
+
+
+def states(status):
+    return {slide.path.rsplit("/", 1)[-1]: slide.state for slide in status.slides}
+
+
+def test_before_during_and_after_a_run(folder, tiny_model):
+    assert states(read_status([folder], "cellseg", None)) == dict.fromkeys(["a.zarr", "b.zarr", "c.zarr"], "waiting")
+    flags = ["--model", tiny_model, "--backend", "torch", "--precision", "fp32", "--tile", 48, "--block", 16]
+    line = [sys.executable, "-m", "cellseg_batch.engine.cli", "run", folder, "--quiet", "--threads", 1, *flags]
+    process = subprocess.Popen(list(map(str, line)))
+    try:
+        journal = Journal(folder / "a.zarr.cellseg" / "labels" / "cellseg")
+        while len(journal.numbers("blocks")) < 3:
+            assert process.poll() is None, "the run ended before it was looked at"
+            time.sleep(0.01)
+        during = read_status([folder], "cellseg", None)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    first = during.slides[0]
+    assert first.state == "running"
+    assert 3 <= first.blocks_done < first.blocks
+    assert first.pixels == 200 * 200
+    assert during.mpx_per_s > 0
+    assert during.seconds_left > 0
+
+
+def test_a_finished_run_is_done_and_exits_with_0(folder, segment, command, tmp_path):
+    segment(folder)
+    code, said = command("status", folder, "--json", tmp_path / "status.json")
+    assert code == 0
+    assert "3 images: 3 done" in said
+    content = json.loads((tmp_path / "status.json").read_text())
+    assert content["counts"] == {"done": 3}
+    assert [slide["tasks_done"] == slide["tasks"] > 0 for slide in content["slides"]] == [True] * 3
+    assert content["seconds_left"] is None
+
+
+def test_the_output_folder_alone_is_enough(folder, segment, tmp_path):
+    segment(folder, output=tmp_path / "out")
+    shutil.rmtree(folder)
+    assert states(read_status([tmp_path / "out"], "cellseg", None)) == dict.fromkeys(
+        ["a.zarr", "b.zarr", "c.zarr"], "done"
+    )
+
+
+def test_a_run_that_nobody_works_on_has_stopped(folder, segment):
+    segment(folder)
+    journal = Journal(folder / "b.zarr.cellseg" / "labels" / "cellseg")
+    (journal.folder / "finished.json").unlink()
+    status = read_status([folder], "cellseg", None)
+    assert states(status) == {"a.zarr": "done", "b.zarr": "stopped", "c.zarr": "done"}
+    assert status.seconds_left is None
+
+
+def test_a_damaged_image_has_failed_until_it_is_mended(folder, segment, command):
+    chunk = next(one for one in (folder / "b.zarr" / "0" / "c").rglob("*") if one.is_file())
+    whole = chunk.read_bytes()
+    chunk.write_bytes(b"damaged")
+    segment(folder)
+    code, said = command("status", folder)
+    assert code == 1
+    assert "readable pixels" in said
+    assert states(read_status([folder], "cellseg", None)) == {"a.zarr": "done", "b.zarr": "failed", "c.zarr": "done"}
+    chunk.write_bytes(whole)
+    segment(folder)
+    assert command("status", folder)[0] == 0
+
+
+def test_images_that_cannot_be_opened_are_named(folder, command, segment):
+    (folder / "torn.tif").write_bytes(b"torn")
+    segment(folder / "torn.tif")
+    code, said = command("status", folder)
+    assert code == 1
+    assert "torn.tif" in said
+    assert "1 failed" in said
+
+
+def test_a_path_with_nothing_is_refused(tmp_path, command):
+    assert command("status", tmp_path)[0] == 2

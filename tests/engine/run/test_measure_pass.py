@@ -1,0 +1,217 @@
+"""The table of objects of a slide against scikit-image, however the slide is cut, and its exports."""
+
+import csv
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import zarr
+from skimage.draw import polygon2mask
+from skimage.measure import label as components
+from skimage.measure import regionprops_table
+
+from cellseg_batch.engine.objects.scratch import Scratch
+from cellseg_batch.engine.objects.table import read_account
+from cellseg_batch.engine.run.measure_pass import measure_block, measured_channels, write_objects
+from cellseg_batch.engine.run.output_paths import place_output
+from cellseg_batch.engine.run.slide_plan import plan_slide
+from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.reader import SlideReader
+from cellseg_batch.kernels.moments import HALO
+from tests.support.images import blobs, check_table, fill_ome_zarr, write_ome_zarr
+
+
+@pytest.fixture
+def measured(tmp_path, tiny_bundle):
+    """Write an image of two channels with labels, measure it in blocks, return the table's path."""
+
+    def call(pixels, labels, axes="cyx", block=128, name="a.zarr"):
+        path = tmp_path / name
+        channels = [{"label": "a"}, {"label": "b"}]
+        write_ome_zarr(path, pixels, axes=axes, levels=2, um=0.25, channels=channels)
+        (slide,) = find_images(path)
+        place = place_output(slide, "cellseg", None)
+        group = zarr.open_group(str(place.store), mode="r+").require_group(place.labels)
+        fill_ome_zarr(group, path, labels, axes=axes.replace("c", ""), levels=1)
+        group.attrs["cellseg-batch-output"] = {"model": "tiny"}
+        settings = Settings(tile=96, block=block, level=0)
+        plan = plan_slide(slide, place, settings, tiny_bundle.card)
+        records = []
+        certainty = Scratch(place.journal, "certainty", "uint8", frame=0)
+        certainty.create()
+        planes = np.pad(np.atleast_3d(labels.T).T, ((0, 0), (HALO, HALO), (HALO, HALO)))
+        with SlideReader(slide, 0, measured_channels(slide)) as reader:
+            for block in plan.grid:
+                certainty.write(block, probability_of(labels.shape[-2:])[block.box.slices()])
+                around = planes[block.plane][block.box.shifted((HALO, HALO)).grown(HALO).slices()]
+                records.append(measure_block(plan, block, around, reader, certainty))
+        assert len(plan.grid) > 1
+        assert write_objects(plan, certainty.objects, records) == {"objects": len(np.unique(labels)) - 1}
+        return place.objects
+
+    return call
+
+
+def example(height=300, width=340, seed=0):
+    """Two channels of blobs, and labels of which some touch, some are strewn and some lie at the border."""
+    pixels = blobs(height, width, channels=2, seed=seed)
+    labels = components(pixels[0] > 90).astype(np.uint32)
+    labels[140:, 150:152] = labels.max() + 1
+    labels[7, ::31] = labels.max() + 1
+    return pixels, labels
+
+
+def probability_of(shape):
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def test_the_table_is_that_of_scikit_image(measured):
+    pixels, labels = example()
+    table = pq.read_table(measured(pixels, labels))
+    check_table(table, labels, pixels, "ab")
+    np.testing.assert_allclose(table["area_um2"], np.array(table["area"]) / 16)
+    mean = regionprops_table(labels, probability_of(labels.shape) / 255, ["intensity_mean"])["intensity_mean"]
+    np.testing.assert_allclose(table["mean_probability"], mean)
+
+
+def test_the_table_does_not_depend_on_blocks(measured):
+    pixels, labels = example()
+    small, large = (measured(pixels, labels, block=block, name=f"{block}.zarr") for block in (96, 300))
+    kept = [name for name in pq.read_schema(small).names if name != "slide"]
+    assert pq.read_table(small, columns=kept).equals(pq.read_table(large, columns=kept))
+    first, second = read_account(small), read_account(large)
+    for channel in "ab":
+        assert first["quality"][channel] == pytest.approx(second["quality"][channel])
+    assert first["labelled_fraction"] == second["labelled_fraction"] == (labels > 0).mean()
+
+
+def test_every_plane_has_its_objects(measured):
+    pixels, labels = example(120, 130)
+    later = np.where(labels > 0, labels + labels.max(), 0)
+    stack = np.stack([labels, labels * 0, later])
+    table = pq.read_table(measured(np.stack([pixels] * 3, axis=1), stack, axes="czyx", block=96))
+    half = labels.max()
+    assert table["z"].to_pylist() == [0] * half + [2] * half
+    assert table["id"].to_pylist() == list(range(1, 2 * half + 1))
+    assert table["area"].to_pylist()[:half] == table["area"].to_pylist()[half:]
+
+
+def test_no_object_is_an_empty_table(measured):
+    pixels, labels = example(200, 100)
+    table = pq.read_table(measured(pixels, labels * 0))
+    assert len(table) == 0
+    assert "intensity_mean_b" in table.column_names
+
+
+def test_an_empty_table_can_be_exported(measured, command, tmp_path):
+    pixels, labels = example(200, 100)
+    measured(pixels, labels * 0)
+    for kind in ("csv", "geojson"):
+        code, printed = command("export-objects", tmp_path / "a.zarr", "--format", kind, "--out", tmp_path / kind)
+        assert code == 0, printed
+    assert (tmp_path / "csv").read_text().startswith('"id","slide"')
+    assert json.loads((tmp_path / "geojson").read_text())["features"] == []
+
+
+def test_tables_tell_where_they_come_from(measured):
+    path = measured(*example())
+    account = read_account(path)
+    assert account["provenance"] == {"model": "tiny"}
+    assert account["shape"] == [300, 340]
+    assert account["level0_scale"] == [1, 1]
+    assert account["quality"]["a"]["focus"] > 0
+    assert account["image"].endswith("a.zarr")
+
+
+def test_csv_holds_every_object_of_every_image(measured, command, tmp_path):
+    pixels, labels = example()
+    measured(pixels, labels, name="all/a.zarr")
+    measured(pixels, labels, name="all/b.zarr")
+    write_ome_zarr(tmp_path / "all" / "c.zarr", pixels)
+    code, printed = command("export-objects", tmp_path / "all", "--format", "csv", "--out", tmp_path / "x.csv")
+    assert code == 0, printed
+    assert f"{tmp_path / 'all' / 'c.zarr'}: no table of objects" in printed
+    with open(tmp_path / "x.csv") as stream:
+        rows = list(csv.DictReader(stream))
+    expected = regionprops_table(labels, properties=["label", "area", "centroid"])
+    assert [row["slide"] for row in rows] == ["a.zarr"] * labels.max() + ["b.zarr"] * labels.max()
+    assert [int(row["id"]) for row in rows] == expected["label"].tolist() * 2
+    assert [int(row["area"]) for row in rows] == expected["area"].tolist() * 2
+
+
+def test_geojson_polygons_are_the_labels(measured, command, tmp_path):
+    pixels, labels = example()
+    labels[20:40, 20:40], labels[25:30, 25:30] = labels.max() + 1, 0  # a hole, which holds another object
+    labels[27, 27] = labels.max() + 1
+    measured(pixels, labels)
+    code, printed = command("export-objects", tmp_path / "a.zarr", "--format", "geojson", "--out", tmp_path / "x.json")
+    assert code == 0, printed
+    collection = json.loads((tmp_path / "x.json").read_text())
+    assert collection["type"] == "FeatureCollection"
+    drawn = np.zeros_like(labels)
+    for feature in collection["features"]:
+        assert feature["type"] == "Feature"
+        assert feature["properties"]["objectType"] == "detection"
+        number, shape = int(feature["properties"]["name"]), feature["geometry"]
+        parts = [shape["coordinates"]] if shape["type"] == "Polygon" else shape["coordinates"]
+        inside = np.zeros(labels.shape, bool)
+        for rings in parts:
+            for ring in rings:
+                assert ring[0] == ring[-1]
+                # Pixel centres lie at whole numbers for scikit-image, half a pixel from the corner.
+                inside ^= polygon2mask(labels.shape, np.array(ring)[:, ::-1] - 0.5)
+        drawn[inside] = number
+        assert feature["properties"]["measurements"]["area"] == (labels == number).sum()
+    overlap, union = ((drawn == labels) & (labels > 0)).sum(), ((drawn > 0) | (labels > 0)).sum()
+    assert overlap / union > 0.99
+
+
+def test_geojson_is_in_pixels_of_the_full_resolution(measured, command, tmp_path):
+    pixels, _ = example()
+    table = measured(pixels, components(pixels[0] > 90, connectivity=1).astype(np.uint32))
+    account = read_account(table)
+    whole = pq.read_table(table)
+    meta = {b"cellseg-batch": json.dumps({**account, "level0_scale": [2.0, 4.0]})}
+    pq.write_table(whole.replace_schema_metadata(meta), table)
+    command("export-objects", tmp_path / "a.zarr", "--format", "geojson", "--out", tmp_path / "x.json")
+    first, *_ = json.loads((tmp_path / "x.json").read_text())["features"]
+    (row,) = whole.filter(whole["id"].to_numpy() == int(first["properties"]["name"])).to_pylist()
+    x, y = np.array(first["geometry"]["coordinates"][0]).T
+    assert (y.min(), y.max()) == (2 * row["bbox_y0"], 2 * row["bbox_y1"])
+    assert (x.min(), x.max()) == (4 * row["bbox_x0"], 4 * row["bbox_x1"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # between anndata and pandas
+def test_anndata_holds_figures_and_places(measured, command, tmp_path):
+    anndata = pytest.importorskip("anndata")
+    pixels, labels = example()
+    measured(pixels, labels)
+    code, printed = command("export-objects", tmp_path / "a.zarr", "--format", "anndata", "--out", tmp_path / "x.h5ad")
+    assert code == 0, printed
+    data = anndata.read_h5ad(tmp_path / "x.h5ad")
+    expected = regionprops_table(labels, properties=["label", "area", "centroid"])
+    np.testing.assert_array_equal(data[:, "area"].X[:, 0], expected["area"])
+    np.testing.assert_allclose(data.obsm["spatial"][:, 0], expected["centroid-1"] / 4)
+    assert data.obs["id"].tolist() == expected["label"].tolist()
+    assert "mean_probability" in data.var_names
+    assert json.loads(data.uns["cellseg_batch"])[0]["provenance"] == {"model": "tiny"}
+
+
+def test_exports_refuse_what_they_cannot_write(measured, command, tmp_path, monkeypatch):
+    pixels, labels = example()
+    write_ome_zarr(tmp_path / "bare.zarr", pixels)
+    measured(pixels, labels, name="all/a.zarr")
+    measured(pixels, labels, name="all/b.zarr")
+    monkeypatch.setitem(__import__("sys").modules, "anndata", None)
+    for source, kind, message in (
+        ("bare.zarr", "csv", "expected a table of objects"),
+        ("all", "geojson", "found 2 images"),
+        ("all", "xlsx", "expected one of csv, anndata, geojson"),
+        ("all", "anndata", "pip install 'cellseg-batch[anndata]'"),
+    ):
+        code, printed = command("export-objects", tmp_path / source, "--format", kind, "--out", tmp_path / "x")
+        assert code == 2
+        assert message in printed
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,25 @@
+"""An observer of runs that tests ask afterwards."""
+
+
+class Watcher:
+    """An observer that remembers."""
+
+    def __init__(self):
+        self.plans = []
+        self.reports = []
+        self.pixels = 0
+
+    def racing(self):
+        self.raced = True
+
+    def found(self, images):
+        self.images = images
+
+    def planned(self, plan, peak_bytes, number, done):
+        self.plans.append(plan)
+
+    def advanced(self, pixels):
+        self.pixels += pixels
+
+    def ended(self, report):
+        self.reports.append(report)
