@@ -28,9 +28,8 @@ from common import engine_flags, pieces_of, row, save, segment, work_folder
 from cellseg_batch.engine.machine import resident_bytes
 from cellseg_batch.engine.profiling.bench_slides import Form, write_slide
 from cellseg_batch.engine.scheduling import scheduler
-from cellseg_batch.engine.scheduling.courses import Course, Work
 from cellseg_batch.engine.scheduling.dask_pools import open_pool
-from cellseg_batch.engine.scheduling.scheduler import Pool, run_courses
+from cellseg_batch.engine.scheduling.scheduler import Pool, TaskGroup, Workflow, run_workflows
 from cellseg_batch.engine.settings import Settings
 
 # 64 x 64 blocks of one tile each.
@@ -60,20 +59,20 @@ def no_op(number: int) -> int:
     return number
 
 
-def slides(count: int, blocks: int, tally: Tally) -> Iterator[Course[None]]:
+def slides(count: int, blocks: int, tally: Tally) -> Iterator[Workflow[None]]:
     for _ in range(count):
         yield slide(blocks, tally)
 
 
-def slide(blocks: int, tally: Tally) -> Course[None]:
-    yield Work(no_op, range(blocks), tally.collect)
+def slide(blocks: int, tally: Tally) -> Workflow[None]:
+    yield TaskGroup(no_op, range(blocks), tally.collect)
 
 
 def measure(name: str, pool: Pool, blocks: int, count: int) -> dict[str, Any]:
     """Seconds, microseconds per block and growth of memory for ``blocks`` blocks in ``count`` slides."""
     tally = Tally(blocks)
     start = time.perf_counter()
-    for _ in run_courses(slides(count, blocks // count, tally), pool):
+    for _ in run_workflows(slides(count, blocks // count, tally), pool):
         pass
     seconds = time.perf_counter() - start
     assert tally.done == blocks

@@ -21,8 +21,7 @@ from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.reports.status import find_journals
 from cellseg_batch.engine.run.completeness import differences
-from cellseg_batch.engine.scheduling.courses import Course, Work
-from cellseg_batch.engine.scheduling.scheduler import ThreadPool, run_courses
+from cellseg_batch.engine.scheduling.scheduler import TaskGroup, ThreadPool, Workflow, run_workflows
 from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.engine.storage.paths import zarr_store
 
@@ -79,12 +78,12 @@ def verify(paths: list[Path], name: str, output: Path | None, workers: int, forg
     journals = [Journal(folder) for folder in find_journals(paths, name, output)]
     begun = [journal for journal in journals if journal.manifest() is not None]
     verdict = Verdict(unfinished=[str(journal.folder) for journal in begun if journal.finished() is None])
-    for _ in run_courses((_course(journal, verdict, forget) for journal in begun), ThreadPool(workers)):
+    for _ in run_workflows((_workflow(journal, verdict, forget) for journal in begun), ThreadPool(workers)):
         pass
     return verdict
 
 
-def _course(journal: Journal, verdict: Verdict, forget: bool) -> Course[None]:
+def _workflow(journal: Journal, verdict: Verdict, forget: bool) -> Workflow[None]:
     """Check every record of a journal; of a finished one, also that none is missing."""
     manifest: dict[str, Any] = journal.manifest() or {}
     outputs = _Outputs({path: journal.folder / beside for path, beside in manifest["images"].items()})
@@ -106,7 +105,7 @@ def _course(journal: Journal, verdict: Verdict, forget: bool) -> Course[None]:
 
     for part, count in manifest["passes"].items():
         lost = list(journal.missing(part, count)) if finished else []
-        yield Work(partial(check, part), journal.records(part), collect)
+        yield TaskGroup(partial(check, part), journal.records(part), collect)
         note(Damage(str(journal.folder), part, number, "its record is missing") for number in lost)
 
 

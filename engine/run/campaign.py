@@ -26,9 +26,8 @@ from cellseg_batch.engine.run.pipeline import passes_of
 from cellseg_batch.engine.run.results import RunReport, SlideReport
 from cellseg_batch.engine.run.slide_plan import SlideJob, SlidePlan, pick_margin
 from cellseg_batch.engine.run.worker import Outcome, Worker
-from cellseg_batch.engine.scheduling.courses import Course, Work, ask
 from cellseg_batch.engine.scheduling.dask_pools import open_pool
-from cellseg_batch.engine.scheduling.scheduler import call_alone, run_courses
+from cellseg_batch.engine.scheduling.scheduler import TaskGroup, Workflow, ask, call_alone, run_workflows
 from cellseg_batch.engine.scheduling.signals import Stop
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import EVERY_FIELD, find_images
@@ -156,9 +155,9 @@ class _Campaign:
     def run(self, images: list[Slide | Broken], stop: Stop | None) -> list[SlideReport]:
         """Take every image through the pool; reports in the order of the images."""
         reports: dict[int, SlideReport] = {}
-        courses = (self._course(image, number, reports) for number, image in enumerate(images))
+        workflows = (self._workflow(image, number, reports) for number, image in enumerate(images))
         try:
-            for number in run_courses(courses, self.pool, stop):
+            for number in run_workflows(workflows, self.pool, stop):
                 self.observer.ended(reports[number])
         finally:
             self.worker.close()
@@ -167,7 +166,7 @@ class _Campaign:
             consolidate_again(store)
         return [reports[number] for number in range(len(images))]
 
-    def _course(self, image: Slide | Broken, number: int, reports: dict[int, SlideReport]) -> Course[int]:
+    def _workflow(self, image: Slide | Broken, number: int, reports: dict[int, SlideReport]) -> Workflow[int]:
         """Segment one image; whatever goes wrong with it is in its report."""
         try:
             report = yield from self._segment(image, number)
@@ -186,7 +185,7 @@ class _Campaign:
         reports[number] = report
         return number
 
-    def _segment(self, image: Slide | Broken, number: int) -> Course[SlideReport]:
+    def _segment(self, image: Slide | Broken, number: int) -> Workflow[SlideReport]:
         if isinstance(image, Broken):
             return SlideReport(image.path, "failed", image.reason)
         place = place_output(image, self.settings.name, self.settings.output)
@@ -197,8 +196,8 @@ class _Campaign:
         with self.locks.hold(place.lock):
             return (yield from self._work_on(image, place, number))
 
-    def _work_on(self, slide: Slide, place: Place, number: int) -> Course[SlideReport]:
-        """The course of a slide: prepare it, do every pass, finish it."""
+    def _work_on(self, slide: Slide, place: Place, number: int) -> Workflow[SlideReport]:
+        """The workflow of a slide: prepare it, do every pass, finish it."""
         job = yield from ask(partial(prepare_slide, self.worker), Request(slide, place))
         if isinstance(job, SlideReport):
             return job
@@ -206,7 +205,7 @@ class _Campaign:
         journal = Journal(place.journal)
         for one in passes_of(job.plan):
             failures: dict[int, str] = {}
-            yield Work(
+            yield TaskGroup(
                 call=partial(self.worker.run, job, one),
                 items=journal.missing(one.part, one.count, one.first),
                 collect=partial(self._collect, failures),

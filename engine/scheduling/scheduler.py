@@ -1,23 +1,183 @@
 """Keep a pool of workers busy with the tasks of many slides, a bounded number of them known at any time.
 
-While the last tasks of one course run, those of the next are handed out, so that no worker waits between two slides.
-Nothing here knows slides, and nothing grows with their number or with the tasks'.
+What is done with a slide is a *workflow*: a generator that yields one `TaskGroup` after the other and goes on when all
+tasks of the present one are done.  While the last tasks of one workflow run, those of the next are handed out, so that
+no worker waits between two slides.  A task that was lost with its worker is handed out again.  Nothing here knows
+slides, and nothing grows with their number or with the tasks'.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
 from queue import Empty, SimpleQueue
-from typing import Any, Generic, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
-from cellseg_batch.engine.scheduling.courses import Course, OpenCourse, Result, ask
+from cellseg_batch.engine.errors import ClusterError
 from cellseg_batch.engine.scheduling.signals import Stop
 
+Result = TypeVar("Result")
+
+# A task is handed out so often when its worker dies, each time alone: it may not be the one that killed it.
+_MOST_LOSSES = 3
 # Short tasks are handed out several at a time: so many at most, for about the seconds that the pool says.
 _MOST_PER_CALL = 256
+
+
+@dataclass(frozen=True)
+class TaskGroup:
+    """Calls that a workflow waits for.
+
+    Attributes:
+        call: made once for each item, by a worker; an exception of it is raised in the workflow.
+        items: consumed as workers get free.
+        collect: told what each call returned, in the thread of the run.
+        lost: told of an item that keeps killing its worker, and how; where it is left out, the workflow gets a
+            ClusterError.
+        urgent: to be done before the work of other workflows, because a whole workflow waits for it.
+    """
+
+    call: Callable[[Any], Any]
+    items: Iterable[Any]
+    collect: Callable[[Any], None]
+    lost: Callable[[Any, BaseException], None] | None = None
+    urgent: bool = False
+
+
+Workflow = Generator[TaskGroup, None, Result]
+
+
+def ask(call: Callable[[Any], Result], item: Any) -> Workflow[Result]:
+    """A workflow's single call: ``answer = yield from ask(call, item)``."""
+    answers: list[Result] = []
+    yield TaskGroup(call, (item,), answers.append, urgent=True)
+    return answers[0]
+
+
+@dataclass(frozen=True)
+class _Task:
+    item: Any
+    losses: int = 0
+
+
+class RunningWorkflow(Generic[Result]):
+    """A workflow, its present task group, and the tasks of it that are with workers.
+
+    Attributes:
+        group: of tasks that the workflow waits for.
+        begun: tasks beyond urgent ones have been handed out.
+        ended: the workflow has returned ``result``.
+    """
+
+    group: TaskGroup
+    result: Result
+
+    def __init__(self, workflow: Workflow[Result]) -> None:
+        self._workflow = workflow
+        self._tasks: Iterator[_Task] = iter(())
+        self._next: _Task | None = None
+        self._again: list[_Task] = []
+        self._in_flight: dict[Future[Any], list[_Task]] = {}
+        self._error: BaseException | None = None
+        self.begun = self.ended = False
+        self._go_on()
+
+    @property
+    def suspects(self) -> bool:
+        """Whether there are tasks to hand out again whose worker died of them, or beside them."""
+        return self._error is None and bool(self._again)
+
+    def offers(self, suspects: bool = True) -> bool:
+        """Whether a task can be handed out; ``suspects`` says if those count."""
+        return self._error is None and (self._next is not None or (suspects and bool(self._again)))
+
+    def hand_out(self, submit: Callable[..., Future[Any]], most: int) -> Future[Any]:
+        """Submit up to ``most`` tasks to a worker, or a suspect one for 0."""
+        self.begun = self.begun or not self.group.urgent
+        if most == 0:
+            tasks = [self._again.pop(0)]
+        else:
+            tasks = [task for task in (self._next,) if task]
+            tasks.extend(islice(self._tasks, most - 1))
+            self._look_ahead()
+        future = submit(_make_calls, self.group.call, [task.item for task in tasks])
+        self._in_flight[future] = tasks
+        return future
+
+    def take(self, future: Future[Any]) -> float | None:
+        """Collect what came back and, if it was the last, go on; returns seconds per task, None for urgent ones."""
+        tasks, seconds = self._in_flight.pop(future), None
+        loss = CancelledError() if future.cancelled() else future.exception()
+        if loss is not None:
+            for task in tasks:
+                self._lose(task, loss)
+        else:
+            answers, spent = future.result()
+            seconds = None if self.group.urgent else spent / len(tasks)
+            for result, error in answers:
+                if error is None:
+                    self.group.collect(result)
+                else:
+                    self._error = self._error or error
+        if not self._in_flight and not self.offers():
+            self._go_on()
+        return seconds
+
+    def close(self) -> None:
+        """Let the workflow clean up without going on."""
+        self._workflow.close()
+
+    def _lose(self, task: _Task, loss: BaseException) -> None:
+        if task.losses + 1 < _MOST_LOSSES:
+            self._again.append(_Task(task.item, task.losses + 1))
+        elif self.group.lost is not None:
+            self.group.lost(task.item, loss)
+        else:
+            self._error = self._error or ClusterError(
+                "--scheduler",
+                expected="a worker that lives through a call",
+                found=f"{_MOST_LOSSES} that died of one ({type(loss).__name__})",
+                remedy="use more memory, or see their logs",
+            )
+
+    def _go_on(self) -> None:
+        """Run the workflow up to its next group that has a task, or to its end."""
+        try:
+            while not self.offers():
+                error, self._error = self._error, None
+                self._next = None  # what a failed group still had
+                self._again.clear()
+                self.group = next(self._workflow) if error is None else self._workflow.throw(error)
+                self._tasks = self._list(self.group.items)
+                self._look_ahead()
+        except StopIteration as end:
+            self.result, self.ended, self.begun = end.value, True, True
+
+    def _look_ahead(self) -> None:
+        self._next = next(self._tasks, None)
+
+    def _list(self, items: Iterable[Any]) -> Iterator[_Task]:
+        """The tasks of the items; if they cannot be listed, that is the workflow's own affair."""
+        try:
+            yield from map(_Task, items)
+        except Exception as error:
+            self._error = self._error or error
+
+
+def _make_calls(call: Callable[[Any], Any], items: list[Any]) -> tuple[list[tuple[Any, Exception | None]], float]:
+    """(result, error) of every call, and the seconds that they took; this is what a worker runs."""
+    start = time.perf_counter()
+    answers: list[tuple[Any, Exception | None]] = []
+    for item in items:
+        try:
+            answers.append((call(item), None))
+        except Exception as error:
+            answers.append((None, error))
+    return answers, time.perf_counter() - start
 
 
 class Pool(Protocol):
@@ -71,103 +231,110 @@ class ThreadPool:
 
 
 def call_alone(pool: Pool, call: Callable[[Any], Result], item: Any) -> Result:
-    """What ``call`` returns for ``item``, made before there are courses.
+    """What ``call`` returns for ``item``, made before there are workflows.
 
     Raises:
         ClusterError: it kills its worker.
     """
-    return next(_Flow(iter([ask(call, item)]), pool, Stop()).run())
+    return next(Scheduler(iter([ask(call, item)]), pool, Stop()).run())
 
 
-def run_courses(courses: Iterable[Course[Result]], pool: Pool, stop: Stop | None = None) -> Iterator[Result]:
-    """Run every course to its end; what they return comes in the order in which they end.
+def run_workflows(workflows: Iterable[Workflow[Result]], pool: Pool, stop: Stop | None = None) -> Iterator[Result]:
+    """Run every workflow to its end; what they return comes in the order in which they end.
 
-    An exception that a course does not catch ends the run.
+    An exception that a workflow does not catch ends the run.
 
     Raises:
         Stopped: ``stop`` was asked for; the calls that had begun were given its grace to end.
     """
     stop = stop or Stop()
-    flow = _Flow(courses, pool, stop)
+    scheduler = Scheduler(workflows, pool, stop)
     try:
-        with stop.wakes(flow.wake):
-            yield from flow.run()
+        with stop.wakes(scheduler.wake):
+            yield from scheduler.run()
     finally:
-        flow.close()
+        scheduler.close()
 
 
-class _Flow(Generic[Result]):
-    """The courses that are open, oldest first, and the calls that are with the pool."""
+class Scheduler(Generic[Result]):
+    """Hands the tasks of workflows to a pool.
 
-    def __init__(self, courses: Iterable[Course[Result]], pool: Pool, stop: Stop) -> None:
-        self._waiting = iter(courses)
+    Args:
+        workflows: begun one after the other, as workers get free.
+        pool: closed with the scheduler.
+        stop: asks the run to end early.
+    """
+
+    def __init__(self, workflows: Iterable[Workflow[Result]], pool: Pool, stop: Stop) -> None:
+        self._waiting = iter(workflows)
         self._pool = pool
         self._stop = stop
-        self._open: list[OpenCourse[Result]] = []
-        self._flying: dict[Future[Any], OpenCourse[Result]] = {}
+        self._running: list[RunningWorkflow[Result]] = []
+        self._in_flight: dict[Future[Any], RunningWorkflow[Result]] = {}
         self._suspect: Future[Any] | None = None
-        self._back: SimpleQueue[Future[Any] | None] = SimpleQueue()
+        self._returned: SimpleQueue[Future[Any] | None] = SimpleQueue()
         self._per_call = 1
 
     def run(self) -> Iterator[Result]:
+        """What the workflows return, in the order in which they end."""
         while True:
             if self._stop.asked:
                 self._drain()
-            while len(self._flying) < self._pool.window and (chosen := self._next_course()):
-                self._hand_out(chosen)
-            ended = [one for one in self._open if one.ended]
-            self._open = [one for one in self._open if not one.ended]
-            yield from (one.result for one in ended)
-            if self._flying:
-                self._take(self._back.get())
+            while len(self._in_flight) < self._pool.window and (workflow := self._next_workflow()):
+                self._hand_out(workflow)
+            ended = [workflow for workflow in self._running if workflow.ended]
+            self._running = [workflow for workflow in self._running if not workflow.ended]
+            yield from (workflow.result for workflow in ended)
+            if self._in_flight:
+                self._take(self._returned.get())
             elif not ended:
                 return
 
     def wake(self) -> None:
         """Have the run look whether it is to stop; safe in a signal handler."""
-        self._back.put(None)
+        self._returned.put(None)
 
     def close(self) -> None:
-        """Let pool and courses go."""
+        """Let pool and workflows go."""
         self._pool.close(wait=not self._stop.asked)
-        for one in self._open:
-            one.close()
+        for workflow in self._running:
+            workflow.close()
 
-    def _next_course(self) -> OpenCourse[Result] | None:
-        """The course whose task is handed out next: one that a single call holds up, else the oldest."""
-        while self._wants_another() and (course := next(self._waiting, None)) is not None:
-            self._open.append(OpenCourse(course))
-        offering = [one for one in self._open if one.offers(suspects=self._suspect is None)]
-        return next((one for one in offering if one.work.urgent), offering[0] if offering else None)
+    def _next_workflow(self) -> RunningWorkflow[Result] | None:
+        """The workflow whose task is handed out next: one that a single call holds up, else the oldest."""
+        while self._wants_another() and (workflow := next(self._waiting, None)) is not None:
+            self._running.append(RunningWorkflow(workflow))
+        offering = [workflow for workflow in self._running if workflow.offers(suspects=self._suspect is None)]
+        return next((workflow for workflow in offering if workflow.group.urgent), offering[0] if offering else None)
 
     def _wants_another(self) -> bool:
-        """One course is always prepared in advance; several when there is nothing else to do."""
-        fresh = [one for one in self._open if not one.begun]
-        busy = len(fresh) < len(self._open)
-        return len(self._open) <= self._pool.window and len(fresh) < (1 if busy else self._pool.workers)
+        """One workflow is always prepared in advance; several when there is nothing else to do."""
+        fresh = [workflow for workflow in self._running if not workflow.begun]
+        busy = len(fresh) < len(self._running)
+        return len(self._running) <= self._pool.window and len(fresh) < (1 if busy else self._pool.workers)
 
-    def _hand_out(self, course: OpenCourse[Result]) -> None:
+    def _hand_out(self, workflow: RunningWorkflow[Result]) -> None:
         # Only one at a time, so that a task that kills its worker cannot take an innocent one with it again and again.
-        suspect = course.suspects and self._suspect is None
-        future = course.hand_out(self._pool.submit, 0 if suspect else self._per_call)
+        suspect = workflow.suspects and self._suspect is None
+        future = workflow.hand_out(self._pool.submit, 0 if suspect else self._per_call)
         if suspect:
             self._suspect = future
-        self._flying[future] = course
-        future.add_done_callback(self._back.put)
+        self._in_flight[future] = workflow
+        future.add_done_callback(self._returned.put)
 
     def _take(self, future: Future[Any] | None) -> None:
         if future is not None:
             self._suspect = None if future is self._suspect else self._suspect
-            seconds = self._flying.pop(future).take(future)
+            seconds = self._in_flight.pop(future).take(future)
             if seconds is not None:
                 self._per_call = max(1, min(_MOST_PER_CALL, int(self._pool.seconds_per_call / max(seconds, 1e-6))))
 
     def _drain(self) -> None:
         """Hand nothing more out, wait for what has begun, and end the run."""
-        for future in list(self._flying):
+        for future in list(self._in_flight):
             future.cancel()
         latest = time.monotonic() + self._stop.grace
         with suppress(Empty):
-            while self._flying:
-                self._take(self._back.get(timeout=max(0.0, latest - time.monotonic())))
-        raise self._stop.stopped(clean=not self._flying)
+            while self._in_flight:
+                self._take(self._returned.get(timeout=max(0.0, latest - time.monotonic())))
+        raise self._stop.stopped(clean=not self._in_flight)

@@ -22,8 +22,7 @@ from yaozarrs import v05
 
 from cellseg_batch.engine.errors import CellsegError, OutputError, UsageError, writing_to
 from cellseg_batch.engine.geometry import Box
-from cellseg_batch.engine.scheduling.courses import Course, Work
-from cellseg_batch.engine.scheduling.scheduler import ThreadPool, run_courses
+from cellseg_batch.engine.scheduling.scheduler import TaskGroup, ThreadPool, Workflow, run_workflows
 from cellseg_batch.engine.scheduling.signals import Stop
 from cellseg_batch.engine.slides.convert_layout import channel_count, channel_groups, halve, lay_out_image
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, find_images
@@ -91,9 +90,9 @@ def convert(
     paths = [one.name.partition("/")[2] if len(images) > 1 else "" for one in images]
     pairs = zip(images, paths, strict=True)
     locks = Locks()
-    courses = (_course(image, target, path, overwrite, advanced, locks) for image, path in pairs)
+    workflows = (_workflow(image, target, path, overwrite, advanced, locks) for image, path in pairs)
     try:
-        yield from run_courses(courses, ThreadPool(workers), stop)
+        yield from run_workflows(workflows, ThreadPool(workers), stop)
     finally:
         locks.close()
 
@@ -137,9 +136,9 @@ def _refuse_target(source: Path, target: Path) -> None:
         )
 
 
-def _course(
+def _workflow(
     image: Slide | Broken, store: Path, path: str, overwrite: bool, advanced: Callable[[int], None], locks: Locks
-) -> Course[Conversion]:
+) -> Workflow[Conversion]:
     """Convert one image; whatever goes wrong with it is in what comes back."""
     target = str(store / path)
     if isinstance(image, Broken):
@@ -210,15 +209,17 @@ class _Copy:
         self.journal.record("created", 0, {})
         return False
 
-    def passes(self, advanced: Callable[[int], None]) -> Course[None]:
+    def passes(self, advanced: Callable[[int], None]) -> Workflow[None]:
         """Copy the pixels, then average level after level."""
         with ExitStack() as stack:
             readers = [stack.enter_context(SlideReader(self.slide, 0, group)) for group in channel_groups(self.slide)]
             count = self.slide.planes(0) * self._shards_of_a_plane
-            yield Work(partial(self._copy, readers), self.journal.missing("blocks", count), advanced)
+            yield TaskGroup(partial(self._copy, readers), self.journal.missing("blocks", count), advanced)
         for level in range(1, len(self.layout.shapes)):
             count = self.layout.shard_count(level)
-            yield Work(partial(self._shrink, level), self.journal.missing(f"levels/{level}", count), lambda _: None)
+            yield TaskGroup(
+                partial(self._shrink, level), self.journal.missing(f"levels/{level}", count), lambda _: None
+            )
 
     def complete(self) -> None:
         """Turn the marked group into an image: metadata of levels and channels.

@@ -12,8 +12,7 @@ import pytest
 from cellseg_batch.engine.errors import ClusterError, UsageError
 from cellseg_batch.engine.scheduling import dask_pools as clusters
 from cellseg_batch.engine.scheduling import process_keeper as processes
-from cellseg_batch.engine.scheduling.courses import Work
-from cellseg_batch.engine.scheduling.scheduler import run_courses
+from cellseg_batch.engine.scheduling.scheduler import TaskGroup, run_workflows
 from cellseg_batch.engine.settings import ClusterSettings, Settings
 from cellseg_batch.engine.storage.journal import Journal
 from tests.support.images import blobs, labels_of, write_ome_zarr
@@ -71,13 +70,13 @@ def test_a_run_whose_workers_cannot_start_ends_and_says_why(tmp_path, segment, m
 def test_a_task_that_kills_its_worker_costs_only_itself():
     done, lost = [], []
 
-    def course():
-        yield Work(
+    def workflow():
+        yield TaskGroup(
             die_of_thirteen, range(60), done.append, lambda item, error: lost.append((item, type(error).__name__))
         )
 
     pool = clusters.open_pool(Settings(scheduler="processes", workers=2, backend="torch"))
-    list(run_courses(iter([course()]), pool))
+    list(run_workflows(iter([workflow()]), pool))
     assert lost == [(13, "KilledWorker")]
     assert sorted(done) == [number for number in range(60) if number != 13]
 

@@ -1,4 +1,4 @@
-"""Courses of many slides through one pool: order, look-ahead, failures."""
+"""Workflows of many slides through one pool: order, look-ahead, failures."""
 
 import threading
 from concurrent.futures import Future
@@ -6,8 +6,7 @@ from concurrent.futures import Future
 import pytest
 
 from cellseg_batch.engine.errors import ClusterError
-from cellseg_batch.engine.scheduling.courses import Work, ask
-from cellseg_batch.engine.scheduling.scheduler import ThreadPool, call_alone, run_courses
+from cellseg_batch.engine.scheduling.scheduler import TaskGroup, ThreadPool, ask, call_alone, run_workflows
 from cellseg_batch.engine.scheduling.signals import Stop, Stopped
 
 
@@ -29,12 +28,12 @@ class Mortal(ThreadPool):
         return super().submit(call, *arguments)
 
 
-def course(name, log, tasks=3):
+def workflow(name, log, tasks=3):
     prepared = yield from ask(str.upper, name)
     log.append(f"{prepared} prepared")
     for step in (1, 2):
         done = []
-        yield Work(lambda number, step=step: f"{name}{step}{number}", range(tasks), done.append)
+        yield TaskGroup(lambda number, step=step: f"{name}{step}{number}", range(tasks), done.append)
         log.append(f"{prepared} pass {step}: {','.join(sorted(done))}")
     return prepared
 
@@ -42,7 +41,7 @@ def course(name, log, tasks=3):
 @pytest.mark.parametrize("pool", [lambda: ThreadPool(1), lambda: ThreadPool(3), lambda: Mortal(2, unlucky=2)])
 def test_every_task_of_a_pass_is_done_before_the_next_pass(pool):
     log = []
-    ended = list(run_courses((course(name, log) for name in "abcdefgh"), pool()))
+    ended = list(run_workflows((workflow(name, log) for name in "abcdefgh"), pool()))
     assert sorted(ended) == list("ABCDEFGH")
     for name in "abcdefgh":
         mine = [line for line in log if line.startswith(name.upper())]
@@ -50,100 +49,100 @@ def test_every_task_of_a_pass_is_done_before_the_next_pass(pool):
         assert mine == [f"{name.upper()} prepared", *passes]
 
 
-def test_the_next_course_is_prepared_while_the_last_tasks_of_one_run():
-    """The only block of the first course ends when the second is prepared: that never comes if it has to wait."""
+def test_the_next_workflow_is_prepared_while_the_last_tasks_of_one_run():
+    """The only block of the first workflow ends when the second is prepared: that never comes if it has to wait."""
     prepared = threading.Event()
 
     def first():
         yield from ask(str, "first")
         results = []
-        yield Work(lambda _: prepared.wait(60), (0,), results.append)
+        yield TaskGroup(lambda _: prepared.wait(60), (0,), results.append)
         return results[0]
 
     def second():
         yield from ask(lambda _: prepared.set(), None)
         return True
 
-    assert list(run_courses((one() for one in (first, second)), ThreadPool(2))) == [True, True]
+    assert list(run_workflows((one() for one in (first, second)), ThreadPool(2))) == [True, True]
 
 
-def test_courses_and_tasks_are_opened_only_as_workers_need_them():
+def test_workflows_and_tasks_are_opened_only_as_workers_need_them():
     opened, handed = [], []
 
-    def course(number):
+    def workflow(number):
         opened.append(number)
-        yield Work(handed.append, iter(range(5000 if number == 0 else 10**9)), lambda _: None)
+        yield TaskGroup(handed.append, iter(range(5000 if number == 0 else 10**9)), lambda _: None)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(run_courses((course(number) for number in range(10**9)), ThreadPool(2)))
-    assert opened == [0, 1, 2], "one course is opened ahead of those that are worked on"
+        list(run_workflows((workflow(number) for number in range(10**9)), ThreadPool(2)))
+    assert opened == [0, 1, 2], "one workflow is opened ahead of those that are worked on"
     assert len(handed) <= 5000 + 2 * 2 * 256
 
 
-def test_a_failing_task_fails_its_course_and_no_other():
+def test_a_failing_task_fails_its_workflow_and_no_other():
     def fails(number):
         try:
-            yield Work(lambda item: 1 // (item - 2), range(100), lambda _: None)
+            yield TaskGroup(lambda item: 1 // (item - 2), range(100), lambda _: None)
         except ZeroDivisionError:
             return f"{number} failed"
 
     def works(number):
-        yield Work(str, range(3), lambda _: None)
+        yield TaskGroup(str, range(3), lambda _: None)
         return f"{number} done"
 
-    courses = ((fails if number % 2 else works)(number) for number in range(6))
-    assert sorted(run_courses(courses, ThreadPool(2))) == [f"{n} {'failed' if n % 2 else 'done'}" for n in range(6)]
+    workflows = ((fails if number % 2 else works)(number) for number in range(6))
+    assert sorted(run_workflows(workflows, ThreadPool(2))) == [f"{n} {'failed' if n % 2 else 'done'}" for n in range(6)]
 
 
-def test_nothing_more_is_handed_out_for_a_course_that_has_failed():
+def test_nothing_more_is_handed_out_for_a_workflow_that_has_failed():
     begun = []
 
     def fail(number):
         begun.append(number)
         raise OSError("full")
 
-    def course():
+    def workflow():
         try:
-            yield Work(fail, range(1000), lambda _: None)
+            yield TaskGroup(fail, range(1000), lambda _: None)
         except OSError as error:
             return str(error)
 
     pool = ThreadPool(1)
-    assert list(run_courses(iter([course()]), pool)) == ["full"]
+    assert list(run_workflows(iter([workflow()]), pool)) == ["full"]
     assert len(begun) <= pool.window
 
 
-def test_items_that_cannot_be_listed_fail_their_course():
+def test_items_that_cannot_be_listed_fail_their_workflow():
     def items():
         yield 1
         raise OSError("gone")
 
     def fails():
         try:
-            yield Work(str, items(), lambda _: None)
+            yield TaskGroup(str, items(), lambda _: None)
         except OSError as error:
             return str(error)
 
-    assert list(run_courses(iter([fails()]), ThreadPool(1))) == ["gone"]
+    assert list(run_workflows(iter([fails()]), ThreadPool(1))) == ["gone"]
 
 
 def test_work_without_items_is_passed_over():
     def empty():
-        yield Work(str, (), lambda _: None)
+        yield TaskGroup(str, (), lambda _: None)
         return "end"
 
-    assert list(run_courses(iter([empty(), empty()]), ThreadPool(1))) == ["end", "end"]
+    assert list(run_workflows(iter([empty(), empty()]), ThreadPool(1))) == ["end", "end"]
 
 
 def test_a_task_that_kills_its_workers_is_given_up_and_only_it():
     done, lost = [], []
 
-    def course():
-        yield Work(str, range(200), done.append, lambda item, error: lost.append((item, str(error))))
+    def workflow():
+        yield TaskGroup(str, range(200), done.append, lambda item, error: lost.append((item, str(error))))
 
     pool = Mortal(2, deadly=[7, 150])
-    list(run_courses(iter([course()]), pool))
+    list(run_workflows(iter([workflow()]), pool))
     assert sorted(lost) == [(7, "worker died"), (150, "worker died")]
     assert sorted(map(int, done)) == [number for number in range(200) if number not in (7, 150)]
     assert max(len(items) for items in pool.calls) > 1, "short tasks are handed out several at a time"
@@ -169,14 +168,14 @@ def test_a_run_that_is_asked_to_stop_ends_what_has_begun_within_its_grace(grace)
             release.set()
         release.wait()
 
-    def course():
+    def workflow():
         try:
-            yield Work(block, range(100), lambda _: None)
+            yield TaskGroup(block, range(100), lambda _: None)
         finally:
             closed.append(True)
 
     with pytest.raises(Stopped) as stopped:
-        list(run_courses(iter([course()]), ThreadPool(1), stop))
+        list(run_workflows(iter([workflow()]), ThreadPool(1), stop))
     release.set()
     assert (stopped.value.exit_code, stopped.value.clean) == (143, grace > 1)
     assert (begun, closed) == ([0], [True])
