@@ -41,7 +41,7 @@ def segment_block(slide: OpenSlide, number: int) -> Record:
     with slide.clock.stage("read"):
         pixels = slide.reader.read(block.plane, block.read_box)
     with slide.clock.stage("gather"):
-        shown = without_background(block, pixels, slide.plan.grid.lattice, slide.plan.flat, slide.plan.trim)
+        shown = without_background(block, pixels, slide.plan.grid.lattice, slide.plan.flat)
     if shown in slide.ready:
         result = slide.ready.pop(shown)
     elif shown.tiles:

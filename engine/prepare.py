@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
-from cellseg_batch.engine.backends.backend import Backend, flexible_form
+from cellseg_batch.engine.backends.backend import Backend
 from cellseg_batch.engine.backends.choose import KINDS
 from cellseg_batch.engine.complete import demand_complete
 from cellseg_batch.engine.engines import Engines
@@ -65,7 +65,6 @@ def prepare_slide(worker: Worker, request: Request) -> SlideJob | SlideReport:
             factor = settle_shrink(plan, settings, engines, reader)
             plan = shrink_plan(plan, settings, engines.bundle, factor)
             backend = engines.shrunk(engines.chosen, factor)
-            plan = replace(plan, trim=plan.trim and flexible_form(backend) is not None)
         ready = worker.warm_up(plan, backend, reader)
         job = _fit_memory(plan, backend, settings, worker.held, begun is not None)
         if begun is None:

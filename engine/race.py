@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.artefacts import Artefacts, Key
-from cellseg_batch.engine.backends.backend import MAKING, Backend, Shape, flexible_form
+from cellseg_batch.engine.backends.backend import MAKING, Backend, Shape
 from cellseg_batch.engine.backends.choose import KINDS, REFERENCE, candidates, make_backend, why_not
 from cellseg_batch.engine.backends.gate import TILE, Parity, limits_of, logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.certificate import Candidate, Certificate, Request, may_win
@@ -169,9 +169,8 @@ def time_in_turns(calls: dict[tuple[str, str], Callable[[], object]]) -> dict[tu
 def worst_parity(
     backend: Backend, tiles: NDArray[np.float32], expected: NDArray[np.float32], threshold: float
 ) -> Parity:
-    """Of all ways into the network, normalised pixels and bytes, for one size and for many, that which agrees least."""
-    forms = filter(None, dict.fromkeys((backend, flexible_form(backend))))
-    ways = [way for form in forms for way in _ways(form, (1, *tiles.shape[1:]))]
+    """Of all ways into the network, normalised pixels and bytes, that which agrees least."""
+    ways = _ways(backend, (1, *tiles.shape[1:]))
     parities = [measure_parity(logits_of(way, tiles), expected, threshold) for way in ways]
     return min(parities, key=lambda parity: (parity.within(limits_of(backend.precision)), -parity.flipped))
 

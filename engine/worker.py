@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cellseg_batch.engine import measuring
-from cellseg_batch.engine.backends.backend import Backend, flexible_form
+from cellseg_batch.engine.backends.backend import Backend
 from cellseg_batch.engine.engines import Choice, Engines
 from cellseg_batch.engine.errors import CellsegError, OutputError, ReadError
 from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.instances import compile_kernels
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.machine import let_go_of_code, peak_resident_bytes, resident_bytes
-from cellseg_batch.engine.memory import RUN_OVERHEAD_BYTES, Room, trimming_memory
+from cellseg_batch.engine.memory import RUN_OVERHEAD_BYTES, Room
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Pass, middle_of, output_images, scratch_of
 from cellseg_batch.engine.plan import SlideJob, SlidePlan
@@ -85,7 +85,6 @@ class Worker:
         self._choice, self._run = choice, run
         self._engines = engines
         self.held = 0
-        self._trimming = 0
         self._room = Room()
         self._open: OrderedDict[SlideJob, _Entry] = OrderedDict()
         self._lock = threading.Lock()
@@ -151,7 +150,6 @@ class Worker:
             plan.instances,
             plan.objects,
             plan.shrink,
-            plan.trim,
         )
         with self.engines.turn:
             if kind in self._warm:
@@ -172,8 +170,7 @@ class Worker:
                 if isinstance(runner, Runner):  # on a GPU kernels are compiled while it runs
                     # The tile is part of the run, only what came before it and after it is not.
                     self.engines.seconds -= seconds.get("model", 0.0)
-            self._trimming = max(self._trimming, trimming_memory(plan.shape) * plan.trim)
-            now = resident_bytes() + RUN_OVERHEAD_BYTES + self._trimming - self._room.taken
+            now = resident_bytes() + RUN_OVERHEAD_BYTES - self._room.taken
             self.held = max(self.held, now, 0 if self._warm else peak_resident_bytes())
             self._warm.add(kind)
         return results
@@ -250,9 +247,7 @@ class Worker:
 
             yield DeviceRunner(queue, *how, clock)
             return
-        network = flexible_form(backend) if plan.trim else backend
-        assert network is not None  # or the plan would not trim
-        with self.engines.feed(network, plan.shape, plan.slide.dtype) as feed:
+        with self.engines.feed(backend, plan.shape, plan.slide.dtype) as feed:
             yield Runner(feed, *how, clock, plan.instances)
 
 
