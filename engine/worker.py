@@ -20,7 +20,7 @@ from cellseg_batch.engine.errors import CellsegError, OutputError, ReadError
 from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.instances import compile_kernels
 from cellseg_batch.engine.journal import Journal
-from cellseg_batch.engine.machine import let_go_of_code, peak_resident_bytes, resident_bytes
+from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
 from cellseg_batch.engine.memory import RUN_OVERHEAD_BYTES, Room
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Pass, middle_of, output_images, scratch_of
@@ -160,8 +160,6 @@ class Worker:
             with suppress(ReadError), self._runner(plan, backend, clock) as runner:
                 pixels = reader.read(tile.plane, tile.read_box)
                 with self.engines.counted(), noting_seconds() as seconds:
-                    if not self._warm:
-                        let_go_of_code()
                     result = results[tile] = runner.segment(pixels, tile)
                     if plan.instances is not None:
                         compile_kernels(result, tile, plan.grid, plan.instances)
