@@ -13,7 +13,7 @@ from cellseg_batch.engine import IMPORTED_AT, campaign_commands, measure_command
 from cellseg_batch.engine import options as o
 from cellseg_batch.engine.flags import ENGINE, EVERY, takes_settings
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.shell import check_json, importing, plain_errors, write_json
+from cellseg_batch.engine.shell import check_json, plain_errors, write_json
 
 app = typer.Typer(
     help="Segment cells and nuclei in huge microscopy slides.",
@@ -33,11 +33,10 @@ def run(
     quiet: o.Quiet = False,
 ) -> None:
     """Segment every image that SLIDES hold; an unfinished run goes on where it stopped."""
-    with importing():
-        from cellseg_batch.engine.campaign import run as run_campaign
-        from cellseg_batch.engine.report import print_failures, print_report
-        from cellseg_batch.engine.screen import Screen
-        from cellseg_batch.engine.stopping import Stop
+    from cellseg_batch.engine.campaign import run as run_campaign
+    from cellseg_batch.engine.report import print_failures, print_report
+    from cellseg_batch.engine.screen import Screen
+    from cellseg_batch.engine.stopping import Stop
 
     check_json(json_file)
     stop = Stop()
