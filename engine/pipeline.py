@@ -14,7 +14,7 @@ from cellseg_batch.engine.background import without_background
 from cellseg_batch.engine.instances import INSTANCES, grow_block, keep_seeds, merge_blocks, tabulate
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.layout import lay_out
-from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Pass, Record, middle_of
+from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Pass, Record
 from cellseg_batch.engine.plan import SlidePlan
 from cellseg_batch.engine.runner import no_foreground
 
@@ -23,8 +23,7 @@ _MERGE, _TABLE = "merge", "table"
 
 def passes_of(plan: SlidePlan) -> Iterator[Pass]:
     """The passes over a slide, in order."""
-    # From the middle on, or the model would wait until the empty blocks of the slide's edge are read.
-    yield Pass(BLOCKS, len(plan.grid), segment_block, first=middle_of(plan.grid))
+    yield Pass(BLOCKS, len(plan.grid), segment_block)
     if plan.instances is not None:
         yield Pass(_MERGE, 1, merge_blocks)
         yield Pass(INSTANCES, len(plan.grid), grow_block)
@@ -42,9 +41,7 @@ def segment_block(slide: OpenSlide, number: int) -> Record:
         pixels = slide.reader.read(block.plane, block.read_box)
     with slide.clock.stage("gather"):
         shown = without_background(block, pixels, slide.plan.grid.lattice, slide.plan.flat)
-    if shown in slide.ready:
-        result = slide.ready.pop(shown)
-    elif shown.tiles:
+    if shown.tiles:
         with slide.runner() as runner:
             result = runner.segment(pixels, shown)
     else:

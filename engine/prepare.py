@@ -65,7 +65,7 @@ def prepare_slide(worker: Worker, request: Request) -> SlideJob | SlideReport:
             factor = settle_shrink(plan, settings, engines, reader)
             plan = shrink_plan(plan, settings, engines.bundle, factor)
             backend = engines.shrunk(engines.chosen, factor)
-        ready = worker.warm_up(plan, backend, reader)
+        worker.warm_up(plan, backend, reader)
         job = _fit_memory(plan, backend, settings, worker.held, begun is not None)
         if begun is None:
             _create_outputs(job.plan, engines, backend, journal)
@@ -79,7 +79,7 @@ def prepare_slide(worker: Worker, request: Request) -> SlideJob | SlideReport:
     except BaseException:
         reader.close()
         raise
-    worker.keep_open(job, reader, ready)
+    worker.keep_open(job, reader)
     return job
 
 

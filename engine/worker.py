@@ -17,7 +17,6 @@ from cellseg_batch.engine import measuring
 from cellseg_batch.engine.backends.backend import Backend
 from cellseg_batch.engine.engines import Choice, Engines
 from cellseg_batch.engine.errors import CellsegError, OutputError, ReadError
-from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.instances import compile_kernels
 from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
@@ -26,7 +25,7 @@ from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Pass, middle_of, output_images, scratch_of
 from cellseg_batch.engine.plan import SlideJob, SlidePlan
 from cellseg_batch.engine.reader import SlideReader
-from cellseg_batch.engine.runner import AnyRunner, BlockResult, Runner
+from cellseg_batch.engine.runner import AnyRunner, Runner
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.stages import StageClock, noting_seconds
 from cellseg_batch.engine.written import noting_writes
@@ -136,12 +135,11 @@ class Worker:
             with self.clock.stage("write"):
                 slide.journal.record(work.part, number, {**record, "written": written, "seconds": seconds})
 
-    def warm_up(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> dict[Block, BlockResult]:
-        """Segment a tile, so that everything is compiled and its memory can be seen.
+    def warm_up(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> None:
+        """Segment the tile in the middle, so that everything is compiled and its memory can be seen.
 
-        It is the one in the middle.  Returns the result, if there is one, for the case that a block is this tile alone.
+        The result is dropped: the tile is computed again as part of its block.
         """
-        results: dict[Block, BlockResult] = {}
         kind = (
             plan.shape,
             plan.slide.dtype,
@@ -153,30 +151,26 @@ class Worker:
         )
         with self.engines.turn:
             if kind in self._warm:
-                return results
-            block, tile = (grid[middle_of(grid)] for grid in (plan.grid, replace(plan.grid, cores=(1, 1))))
-            clock = self.clock if tile == block else StageClock()
+                return
+            tiles = replace(plan.grid, cores=(1, 1))
+            tile = tiles[middle_of(tiles)]
             # A damaged chunk costs its block, not the slide.
-            with suppress(ReadError), self._runner(plan, backend, clock) as runner:
+            with suppress(ReadError), self._runner(plan, backend, StageClock()) as runner:
                 pixels = reader.read(tile.plane, tile.read_box)
-                with self.engines.counted(), noting_seconds() as seconds:
-                    result = results[tile] = runner.segment(pixels, tile)
+                with self.engines.counted():
+                    result = runner.segment(pixels, tile)
                     if plan.instances is not None:
                         compile_kernels(result, tile, plan.grid, plan.instances)
                     if plan.objects:
                         measuring.compile_kernels(reader.of_channels(measuring.measured_channels(plan.slide)))
-                if isinstance(runner, Runner):  # on a GPU kernels are compiled while it runs
-                    # The tile is part of the run, only what came before it and after it is not.
-                    self.engines.seconds -= seconds.get("model", 0.0)
             now = resident_bytes() + RUN_OVERHEAD_BYTES - self._room.taken
             self.held = max(self.held, now, 0 if self._warm else peak_resident_bytes())
             self._warm.add(kind)
-        return results
 
-    def keep_open(self, job: SlideJob, reader: SlideReader, ready: dict[Block, BlockResult]) -> None:
-        """Take over a reader that is open already, and blocks that are segmented."""
+    def keep_open(self, job: SlideJob, reader: SlideReader) -> None:
+        """Take over a reader that is open already."""
         with self._lock:
-            self._open[job] = _Entry(self._open_slide(job, reader, ready))
+            self._open[job] = _Entry(self._open_slide(job, reader))
             self._close_idle(_IDLE_SLIDES)
 
     def close(self) -> None:
@@ -195,7 +189,7 @@ class Worker:
             with entry.lock:
                 if entry.slide is None:
                     reader = SlideReader(job.plan.slide, job.plan.level.level, job.plan.channels.indices)
-                    entry.slide = self._open_slide(job, reader, {})
+                    entry.slide = self._open_slide(job, reader)
             yield entry.slide
         finally:
             with self._lock:
@@ -209,7 +203,7 @@ class Worker:
             if slide is not None:
                 slide.reader.close()
 
-    def _open_slide(self, job: SlideJob, reader: SlideReader, ready: dict[Block, BlockResult]) -> OpenSlide:
+    def _open_slide(self, job: SlideJob, reader: SlideReader) -> OpenSlide:
         plan, (name, precision, version) = job.plan, job.backend
         place = plan.place
         backend = self.engines.backend(name, precision, plan.shrink)
@@ -226,7 +220,6 @@ class Worker:
             plan=plan,
             reader=reader,
             runner=lambda: self._runner(plan, backend, self.clock),
-            ready=ready,
             labels=labels,
             probability=probability,
             scratch=scratch,

@@ -122,13 +122,13 @@ def test_a_block_that_cannot_be_read_is_noted_until_it_is_done(tmp_path, segment
     chunk.write_bytes(content[:20])
     journal = Journal(tmp_path / "a.zarr.cellseg" / "labels" / "cellseg")
     assert segment(path).status == "failed"
-    failed = dict(journal.failed("blocks"))
+    failed = {number: record["reason"] for number, record in journal.records("failed/blocks")}
     assert failed
     assert all("readable pixels" in reason for reason in failed.values())
     assert journal.numbers("blocks").isdisjoint(failed)
     chunk.write_bytes(content)
     assert segment(path, retry_failed=True).status == "done"
-    assert not dict(journal.failed("blocks"))
+    assert not journal.numbers("failed/blocks")
 
 
 def test_a_store_that_fails_now_and_then_costs_nothing(tmp_path, segment, monkeypatch, in_a_hurry):
