@@ -5,6 +5,7 @@ The threads of a run share the one of their process.  Sent to another process, a
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -22,6 +23,7 @@ from cellseg_batch.engine.journal import Journal
 from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
 from cellseg_batch.engine.memory import RUN_OVERHEAD_BYTES, Room
 from cellseg_batch.engine.models import load_model
+from cellseg_batch.engine.object_stores import may_pass
 from cellseg_batch.engine.passes import BLOCKS, OpenSlide, Pass, middle_of, output_images, scratch_of
 from cellseg_batch.engine.plan import SlideJob, SlidePlan
 from cellseg_batch.engine.reader import SlideReader
@@ -30,11 +32,13 @@ from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.stages import StageClock, noting_seconds
 from cellseg_batch.engine.written import noting_writes
 
+_log = logging.getLogger(__name__)
+
 # Slides that nothing works on stay open, as their next block is often on its way.
 _IDLE_SLIDES = 2
 
 
-# A task that fails is tried again after so many seconds each: stores have hiccups.
+# A task that its store fails is tried again after so many seconds each: stores have hiccups.
 _PAUSES = (0.1, 0.4)
 
 
@@ -116,13 +120,16 @@ class Worker:
                     self._do(job, work, number)
                     break
                 except Exception as error:
-                    if pause is not None:
+                    if pause is not None and may_pass(error):
                         time.sleep(pause)
                         continue
                     if isinstance(error, OutputError):
                         raise
+                    where = job.plan.slide.location, work.part, number
+                    _log.debug("%s: task %s/%d failed", *where, exc_info=True)
                     reason = error.detail if isinstance(error, CellsegError) else f"{type(error).__name__}: {error}"
                     Journal(job.plan.place.journal).fail(work.part, number, reason)
+                    break
         pixels = job.plan.grid[number].box.area if work.part == BLOCKS and not reason else 0
         return Outcome(number, pixels, reason, self.clock.drain())
 
