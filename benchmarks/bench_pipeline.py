@@ -87,7 +87,7 @@ def _rate_once_opened(report: dict[str, Any]) -> float:
 
 
 def _computed(report: dict[str, Any]) -> float:
-    """Pixels that the network computes per pixel of the slides, at most: tiles may be trimmed."""
+    """Pixels that the network computes per pixel of the slides."""
     tiles = sum(slide["tiles"] - slide["skipped_tiles"] for slide in report["slides"])
     return float(tiles * np.prod(report["tile"]) / sum(slide["pixels"] for slide in report["slides"]))
 

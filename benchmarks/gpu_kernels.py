@@ -70,13 +70,10 @@ def _cases(bench: Bench, side: int) -> list[Case]:
     pixels = [torch.randint(0, 256, (3, side, side), device=place).to(torch.uint8) for _ in range(copies)]
     blended = [one[:, :, : core + overlap, : core + overlap] for one in logits]
     batch = torch.empty(count, 3, tile, tile, dtype=torch.half, device=place)
-    mask, bits = (torch.empty(side, width, dtype=torch.uint8, device=place) for width in (side, side // 8))
+    mask = torch.empty(side, side, dtype=torch.uint8, device=place)
 
     def stitch_mask(number: int) -> None:
         stitch_triton.stitch_mask(logits[number], places, 0.0, mask)
-
-    def stitch_bits(number: int) -> None:
-        stitch_triton.stitch_bits(logits[number], places, 0.0, bits)
 
     def blend_mask(number: int) -> None:
         blend_triton.blend_mask(blended[number], grid, 0.0, mask)
@@ -86,7 +83,6 @@ def _cases(bench: Bench, side: int) -> list[Case]:
 
     return [
         Case("stitch_mask", "crop_kernel", 3 * area, logits, stitch_mask),
-        Case("stitch_bits", "crop_kernel", 2.125 * area, logits, stitch_bits),
         Case("blend_mask", "blend_kernel", 2 * count * (core + overlap) ** 2 + area, blended, blend_mask),
         Case("gather", "gather_kernel", 3 * area + 6 * count * tile * tile, pixels, gather),
     ]

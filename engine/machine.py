@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import mmap
 import os
 import platform
 import resource
 import subprocess
 import sys
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -69,34 +67,6 @@ def bound_heaps() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 2 << 20)
         libc.mallopt(_M_TRIM_THRESHOLD, 2 << 20)
-
-
-def let_go_of_code() -> None:
-    """Have the code of loaded libraries given back; what runs again comes back from the system's cache.
-
-    Most of it runs once: initialisers, and compilers of networks and kernels.  Nobody writes to it, so it is in memory
-    what it is in its file.
-    """
-    if sys.platform != "linux":
-        return
-    maps = Path("/proc/self/maps")
-    kept = set()
-    for path in {path for _, path in _code(maps)}:
-        with suppress(OSError):  # no library, or one that is no longer there
-            # From here on it stays where it is: what is opened twice is not unloaded by who opened it first.
-            ctypes.CDLL(path, os.RTLD_NOLOAD)
-            kept.add(path)
-    libc = ctypes.CDLL(None)
-    for addresses, path in _code(maps):
-        if path in kept:
-            start, stop = (int(end, 16) for end in addresses.split("-"))
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
-
-
-def _code(maps: Path) -> list[tuple[str, str]]:
-    """(addresses, path) of what is executable in memory and in a file: lines of proc(5)'s maps."""
-    lines = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
-    return [(line[0], line[5]) for line in lines if line[1] == "r-xp" and line[5:] and line[5].startswith("/")]
 
 
 def run_module(name: str, *arguments: str, given: bytes | None = None) -> tuple[bytes, str]:

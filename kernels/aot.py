@@ -72,7 +72,7 @@ def variants() -> Iterator[Variant]:
     """Every kernel in every form, for the logits that a GPU network gives and for float32."""
     block = {"BLOCK_Y": stitch_triton.BLOCK_Y, "BLOCK_X": stitch_triton.BLOCK_X}
     step = {"STEP_Y": TILE - OVERLAP, "STEP_X": TILE - OVERLAP, "OVERLAP": OVERLAP}
-    forms = {"mask": stitch_triton.MASK, "bits": stitch_triton.BITS, "probability": stitch_triton.PROBABILITY}
+    forms = {"mask": stitch_triton.MASK, "probability": stitch_triton.PROBABILITY}
     for logits in ("fp16", "fp32"):
         written = ("fp32", "*u8", "i32", "*i32")
         for name, form in forms.items():

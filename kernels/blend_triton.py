@@ -4,9 +4,9 @@ Every output pixel is written once and nothing is accumulated in memory.  Per pi
 T px that overlap by O:
 
     read  2 (T / (T - O))^2 bytes of logits: 2.6 for 512 and 64
-    write 1 byte of mask or probability, 0.125 of bits
+    write 1 byte of mask or probability
 
-`stitch_reference` defines the meaning; masks, bits and counts are the same bit for bit.  The functions are those of
+`stitch_reference` defines the meaning; masks and counts are the same bit for bit.  The functions are those of
 `cellseg_batch.kernels.stitch`, for tensors on the current device; none of them waits for it.  Imported only where
 triton is installed.
 
@@ -22,7 +22,6 @@ import triton.language as tl
 
 from cellseg_batch.kernels import stitch_reference
 from cellseg_batch.kernels.stitch_triton import (
-    BITS,
     BLOCK_X,
     BLOCK_Y,
     LAUNCH,
@@ -88,8 +87,7 @@ def blend_kernel(
     logits += _term(logits_ptr + here_y + before, rise_y * (1 - rise_x), in_window_y & keep_x)
     logits += _term(logits_ptr + here_y + here_x, rise_y * rise_x, in_window_y & in_window_x)
 
-    column = x0 // 8 if FORM == BITS else x0
-    out_ptr += y0.to(tl.int64) * out_stride + column
+    out_ptr += y0.to(tl.int64) * out_stride + x0
     write_block(
         logits,
         height - y0,
@@ -122,11 +120,6 @@ def blend_mask(logits: torch.Tensor, grid: TileGrid, threshold: float, out: torc
     return _blend(logits, grid, threshold, out, MASK).sum(0)
 
 
-def blend_bits(logits: torch.Tensor, grid: TileGrid, threshold: float, out: torch.Tensor) -> torch.Tensor:
-    """Write the mask as bits, (grid.height, ceil(grid.width / 8)); otherwise as `blend_mask`."""
-    return _blend(logits, grid, threshold, out, BITS).sum(0)
-
-
 def blend_probability(logits: torch.Tensor, grid: TileGrid, out: torch.Tensor) -> None:
     """Write ``floor(255 * sigmoid(blended) + 0.5)``, 0 for NaN; arguments and errors as `blend_mask`."""
     _blend(logits, grid, 0.0, out, PROBABILITY)
@@ -137,7 +130,7 @@ def _blend(
 ) -> torch.Tensor:
     """Launch `blend_kernel`; the counts of each program, (programs, 2) int32, undefined for a probability."""
     check_tensors(logits, out)
-    check_grid(grid, tuple(logits.shape), tuple(out.shape), packed=bool(form == BITS))
+    check_grid(grid, tuple(logits.shape), tuple(out.shape))
     programs = triton.cdiv(grid.height, BLOCK_Y) * triton.cdiv(grid.width, BLOCK_X)
     counts = torch.empty((programs, 2), dtype=torch.int32, device=out.device)
     blend_kernel[(programs,)](
@@ -171,17 +164,12 @@ def check(device: str) -> None:
     logits = generator.normal(0, 4, (6, 2, 50, 41)).astype(np.float16)
     logits[generator.random(logits.shape) < 0.01] = np.nan
     grid = TileGrid(rows=2, columns=3, overlap=16, top=3, left=5, height=80, width=81)
-    mask, bits = np.zeros((80, 81), np.uint8), np.zeros((80, 11), np.uint8)
+    mask = np.zeros((80, 81), np.uint8)
     tensor, read = torch.tensor(logits, device=device), logits.astype(np.float32)
-    for launch, reference, expected in (
-        (blend_mask, stitch_reference.blend_mask, mask),
-        (blend_bits, stitch_reference.blend_bits, bits),
-    ):
-        out = torch.zeros(expected.shape, dtype=torch.uint8, device=device)
-        counts = launch(tensor, grid, 0.3, out)
-        assert tuple(counts.tolist()) == reference(read, grid, 0.3, expected)
-        assert np.array_equal(out.cpu().numpy(), expected)
     out = torch.zeros(mask.shape, dtype=torch.uint8, device=device)
+    counts = blend_mask(tensor, grid, 0.3, out)
+    assert tuple(counts.tolist()) == stitch_reference.blend_mask(read, grid, 0.3, mask)
+    assert np.array_equal(out.cpu().numpy(), mask)
     blend_probability(tensor, grid, out)
     stitch_reference.blend_probability(read, grid, mask)
     assert np.abs(out.cpu().numpy().astype(int) - mask).max() <= 1
@@ -210,12 +198,11 @@ def benchmark() -> None:
     count = 1 + (side - tile) // (tile - overlap)
     logits = torch.randn(count * count, 1, tile, tile, device="cuda").half()
     grid = TileGrid(count, count, overlap, 0, 0, side, side)
-    mask, bits = (torch.empty(side, width, dtype=torch.uint8, device="cuda") for width in (side, side // 8))
-    for name, out, run in (
-        ("plain torch", mask, lambda: naive_blend(logits, grid, 0.0)),
-        ("blend_mask", mask, lambda: blend_mask(logits, grid, 0.0, mask)),
-        ("blend_bits", bits, lambda: blend_bits(logits, grid, 0.0, bits)),
-        ("blend_probability", mask, lambda: blend_probability(logits, grid, mask)),
+    out = torch.empty(side, side, dtype=torch.uint8, device="cuda")
+    for name, run in (
+        ("plain torch", lambda: naive_blend(logits, grid, 0.0)),
+        ("blend_mask", lambda: blend_mask(logits, grid, 0.0, out)),
+        ("blend_probability", lambda: blend_probability(logits, grid, out)),
     ):
         milliseconds = triton.testing.do_bench(run, return_mode="median")
         moved = logits.element_size() * logits.numel() + out.numel()

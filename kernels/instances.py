@@ -107,7 +107,7 @@ def mark_seeds(
     """
     if logits.shape[1] < 3:
         raise ValueError(f"{logits.shape[1]} logits; seeds need foreground, border and distance")
-    check_places(places, logits.shape, out.shape, packed=False)
+    check_places(places, logits.shape, out.shape)
     foreground, missing = fastest(__name__).mark_seeds(logits, places, rule, out)
     return int(foreground), int(missing)
 

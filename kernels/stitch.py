@@ -1,7 +1,7 @@
 """Put tiles back together: the step after the network, one read and one write per pixel.
 
 Two forms: *stitch* crops the core of each tile, *blend* fades overlapping tiles into each other.  What is blended are
-logits, not probabilities.  Three outputs: the mask in bytes, the mask in bits, the probability.  The threshold is
+logits, not probabilities.  Two outputs: the mask and the probability.  The threshold is
 applied to the logit, z > log(t / (1 - t)), so a mask needs no exponential.
 
 The reference defines the meaning; what is used gives the same mask bit for bit, and probabilities within 1/255.
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.kernels._fastest import fastest
-from cellseg_batch.kernels.tiling import TileGrid, check_grid, check_places
+from cellseg_batch.kernels.tiling import TileGrid, check_grid
 
 
 def logit_threshold(probability: float) -> float:
@@ -64,21 +64,6 @@ def stitch_probability(logits: NDArray[np.float32], places: NDArray[np.int64], o
     fastest(__name__).stitch_probability(logits, places, out)
 
 
-def stitch_bits(
-    logits: NDArray[np.float32], places: NDArray[np.int64], threshold: float, out: NDArray[np.uint8]
-) -> tuple[int, int]:
-    """Write the mask of `stitch_mask` as bits, as ``numpy.packbits(mask, axis=1)`` packs them.
-
-    Arguments and result as `stitch_mask`, but ``out`` is (H, ceil(W / 8)).
-
-    Raises:
-        ValueError: a core is out of bounds, or shares a byte with its neighbour.
-    """
-    check_places(places, logits.shape, out.shape, packed=True)
-    foreground, missing = fastest(__name__).stitch_bits(logits, places, np.float32(threshold), out)
-    return int(foreground), int(missing)
-
-
 def blend_mask(
     logits: NDArray[np.float32], grid: TileGrid, threshold: float, out: NDArray[np.uint8]
 ) -> tuple[int, int]:
@@ -99,20 +84,8 @@ def blend_mask(
     Raises:
         ValueError: the shapes do not fit together, or the overlap is not as `TileGrid` says.
     """
-    check_grid(grid, logits.shape, out.shape, packed=False)
+    check_grid(grid, logits.shape, out.shape)
     foreground, missing = fastest(__name__).blend_mask(logits, grid, np.float32(threshold), out)
-    return int(foreground), int(missing)
-
-
-def blend_bits(
-    logits: NDArray[np.float32], grid: TileGrid, threshold: float, out: NDArray[np.uint8]
-) -> tuple[int, int]:
-    """Write the mask of `blend_mask` as bits, as ``numpy.packbits(mask, axis=1)`` packs them.
-
-    Arguments, result and errors as `blend_mask`, but ``out`` is (grid.height, ceil(grid.width / 8)).
-    """
-    check_grid(grid, logits.shape, out.shape, packed=True)
-    foreground, missing = fastest(__name__).blend_bits(logits, grid, np.float32(threshold), out)
     return int(foreground), int(missing)
 
 
@@ -121,5 +94,5 @@ def blend_probability(logits: NDArray[np.float32], grid: TileGrid, out: NDArray[
 
     Arguments and errors as `blend_mask`; a NaN logit becomes 0.
     """
-    check_grid(grid, logits.shape, out.shape, packed=False)
+    check_grid(grid, logits.shape, out.shape)
     fastest(__name__).blend_probability(logits, grid, out)

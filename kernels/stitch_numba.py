@@ -27,39 +27,12 @@ def _write_mask(row: Logits, threshold: np.float32, out: Bytes) -> tuple[int, in
 
 
 @jit
-def _write_bits(row: Logits, threshold: np.float32, out: Bytes) -> tuple[int, int]:
-    mask = np.zeros((len(row) + 7) // 8 * 8, np.uint8)
-    counts = _write_mask(row, threshold, mask)
-    for byte in range(len(mask) // 8):
-        packed = 0
-        for bit in range(8):
-            packed |= mask[8 * byte + bit] << (7 - bit)
-        out[byte] = packed
-    return counts
-
-
-@jit
 def _write_probability(row: Logits, out: Bytes) -> None:
     for x in range(len(row)):
         probability = np.float32(0)
         if row[x] == row[x]:
             probability = np.float32(1) / (np.float32(1) + np.float32(math.exp(-row[x])))
         out[x] = np.uint8(np.float32(255) * probability + np.float32(0.5))
-
-
-@jit
-def stitch_bits(logits: Logits, places: NDArray[np.int64], threshold: np.float32, out: Bytes) -> tuple[int, int]:
-    """Write the mask as bits; arguments as `cellseg_batch.kernels.stitch.stitch_bits`."""
-    foreground = 0
-    missing = 0
-    for tile in range(len(places)):
-        from_y, from_x, to_y, to_x, height, width = places[tile]
-        for y in range(height):
-            row = logits[tile, 0, from_y + y, from_x : from_x + width]
-            counts = _write_bits(row, threshold, out[to_y + y, to_x // 8 :])
-            foreground += counts[0]
-            missing += counts[1]
-    return foreground, missing
 
 
 @jit
@@ -116,20 +89,6 @@ def blend_mask(logits: Logits, grid: TileGrid, threshold: np.float32, out: Bytes
     for y in range(grid.height):
         _blend_row(logits, grid, grid.top + y, row)
         counts = _write_mask(row, threshold, out[y])
-        foreground += counts[0]
-        missing += counts[1]
-    return foreground, missing
-
-
-@jit
-def blend_bits(logits: Logits, grid: TileGrid, threshold: np.float32, out: Bytes) -> tuple[int, int]:
-    """Write the mask as bits; arguments as `cellseg_batch.kernels.stitch.blend_bits`."""
-    foreground = 0
-    missing = 0
-    row = np.empty(grid.width, np.float32)
-    for y in range(grid.height):
-        _blend_row(logits, grid, grid.top + y, row)
-        counts = _write_bits(row, threshold, out[y])
         foreground += counts[0]
         missing += counts[1]
     return foreground, missing

@@ -2,7 +2,7 @@
 
 Crop reads one logit per pixel (4 bytes in float32).  Blend reads every logit once, which is (T / (T - O))^2 per pixel
 for tiles of T px that overlap by O: 1.31 logits, 5.2 bytes, for 512 and 64.  Mask and probability write 1 byte per
-pixel, packed bits an eighth.
+pixel.
 """
 
 from __future__ import annotations
@@ -25,18 +25,6 @@ def stitch_mask(logits: Logits, places: NDArray[np.int64], threshold: float, out
         core = logits[tile, 0, from_y : from_y + height, from_x : from_x + width]
         mask = core > np.float32(threshold)
         out[to_y : to_y + height, to_x : to_x + width] = mask
-        foreground += int(np.count_nonzero(mask))
-        missing += int(np.count_nonzero(np.isnan(core)))
-    return foreground, missing
-
-
-def stitch_bits(logits: Logits, places: NDArray[np.int64], threshold: float, out: Bytes) -> tuple[int, int]:
-    """Write the mask as bits; arguments as `cellseg_batch.kernels.stitch.stitch_bits`."""
-    foreground = missing = 0
-    for tile, (from_y, from_x, to_y, to_x, height, width) in enumerate(places):
-        core = logits[tile, 0, from_y : from_y + height, from_x : from_x + width]
-        mask = core > np.float32(threshold)
-        out[to_y : to_y + height, to_x // 8 : (to_x + width + 7) // 8] = np.packbits(mask, axis=1)
         foreground += int(np.count_nonzero(mask))
         missing += int(np.count_nonzero(np.isnan(core)))
     return foreground, missing
@@ -74,14 +62,6 @@ def blend_mask(logits: Logits, grid: TileGrid, threshold: float, out: Bytes) -> 
     blended = blend(logits, grid)
     out[...] = blended > np.float32(threshold)
     return int(np.count_nonzero(out)), int(np.count_nonzero(np.isnan(blended)))
-
-
-def blend_bits(logits: Logits, grid: TileGrid, threshold: float, out: Bytes) -> tuple[int, int]:
-    """Write the mask as bits; arguments as `cellseg_batch.kernels.stitch.blend_bits`."""
-    mask = np.empty((grid.height, grid.width), np.uint8)
-    counts = blend_mask(logits, grid, threshold, mask)
-    out[...] = np.packbits(mask, axis=1)
-    return counts
 
 
 def blend_probability(logits: Logits, grid: TileGrid, out: Bytes) -> None:

@@ -1,7 +1,7 @@
 """The crop form of `stitch` on a GPU, in Triton: each program crops and writes one block of one tile's core.
 
-Per pixel it reads one logit (2 bytes in float16) and writes 1 byte of mask or probability, or 0.125 bytes of bits.
-`stitch_reference` defines the meaning; masks, bits and counts are the same bit for bit.  The functions are those of
+Per pixel it reads one logit (2 bytes in float16) and writes 1 byte of mask or probability.
+`stitch_reference` defines the meaning; masks and counts are the same bit for bit.  The functions are those of
 `cellseg_batch.kernels.stitch`, for tensors on the current device; none of them waits for it.  Imported only where
 triton is installed.
 
@@ -21,8 +21,7 @@ from cellseg_batch.kernels._tensors import upload
 from cellseg_batch.kernels.tiling import check_places
 
 MASK = tl.constexpr(0)
-BITS = tl.constexpr(1)
-PROBABILITY = tl.constexpr(2)
+PROBABILITY = tl.constexpr(1)
 
 # Four warps, 8 px a thread: a 16-byte load of float16 logits.
 BLOCK_Y, BLOCK_X = 16, 64
@@ -37,7 +36,7 @@ def write_block(
     rows: tl.tensor,  # of the block that lie inside the output
     columns: tl.tensor,
     threshold: tl.tensor,
-    out_ptr: tl.tensor,  # uint8; of the block's first pixel, or of its byte
+    out_ptr: tl.tensor,  # uint8; of the block's first pixel
     out_stride: tl.tensor,
     counts_ptr: tl.tensor,  # int32; foreground and NaN pixels of this program
     FORM: tl.constexpr,
@@ -55,14 +54,7 @@ def write_block(
         missing = ((logits != logits) & keep).to(tl.int32)
         tl.store(counts_ptr, tl.sum(inside))
         tl.store(counts_ptr + 1, tl.sum(missing))
-        if FORM == MASK:
-            tl.store(out_ptr + y * out_stride + x, inside.to(tl.uint8), keep)
-        else:
-            bits = tl.reshape(inside, (BLOCK_Y, BLOCK_X // 8, 8)) << (7 - tl.arange(0, 8))[None, None, :]
-            byte = tl.arange(0, BLOCK_X // 8)[None, :]
-            tl.store(
-                out_ptr + y * out_stride + byte, tl.sum(bits, axis=2).to(tl.uint8), (y < rows) & (8 * byte < columns)
-            )
+        tl.store(out_ptr + y * out_stride + x, inside.to(tl.uint8), keep)
 
 
 @triton.jit
@@ -99,8 +91,7 @@ def crop_kernel(
     first_ptr = logits_ptr + tile.to(tl.int64) * tile_stride + from_y * row_stride + from_x
     logits = tl.load(first_ptr + y * row_stride + x, (y < rows) & (x < columns), 0).to(tl.float32)
 
-    column = to_x // 8 if FORM == BITS else to_x
-    out_ptr += to_y * out_stride + column
+    out_ptr += to_y * out_stride + to_x
     write_block(logits, rows, columns, threshold, out_ptr, out_stride, counts_ptr + 2 * program, FORM, BLOCK_Y, BLOCK_X)
 
 
@@ -122,11 +113,6 @@ def stitch_mask(logits: torch.Tensor, places: NDArray[np.int64], threshold: floa
     return _crop(logits, places, threshold, out, MASK).sum(0)
 
 
-def stitch_bits(logits: torch.Tensor, places: NDArray[np.int64], threshold: float, out: torch.Tensor) -> torch.Tensor:
-    """Write the mask as bits, 8 px a byte; otherwise as `stitch_mask`, and cores must begin and end at whole bytes."""
-    return _crop(logits, places, threshold, out, BITS).sum(0)
-
-
 def stitch_probability(logits: torch.Tensor, places: NDArray[np.int64], out: torch.Tensor) -> None:
     """Write ``floor(255 * sigmoid(logits[:, 0]) + 0.5)``, 0 for NaN; arguments and errors as `stitch_mask`."""
     _crop(logits, places, 0.0, out, PROBABILITY)
@@ -137,7 +123,7 @@ def _crop(
 ) -> torch.Tensor:
     """Launch `crop_kernel`; the counts of each program, (programs, 2) int32, undefined for a probability."""
     check_tensors(logits, out)
-    check_places(places, tuple(logits.shape), tuple(out.shape), packed=bool(form == BITS))
+    check_places(places, tuple(logits.shape), tuple(out.shape))
     height, width = places[:, 4:6].max(axis=0, initial=0).tolist()
     blocks_y, blocks_x = triton.cdiv(height, BLOCK_Y), triton.cdiv(width, BLOCK_X)
     programs = len(places) * blocks_y * blocks_x
@@ -178,17 +164,12 @@ def check(device: str) -> None:
     logits = generator.normal(0, 4, (6, 2, 50, 41)).astype(np.float16)
     logits[generator.random(logits.shape) < 0.01] = np.nan
     places = np.array([[9, 1, 37 * y, 40 * x, 37, 40] for y in range(2) for x in range(3)])
-    mask, bits = np.zeros((74, 120), np.uint8), np.zeros((74, 15), np.uint8)
+    mask = np.zeros((74, 120), np.uint8)
     tensor, cropped = torch.tensor(logits, device=device), logits.astype(np.float32)
-    for launch, reference, expected in (
-        (stitch_mask, stitch_reference.stitch_mask, mask),
-        (stitch_bits, stitch_reference.stitch_bits, bits),
-    ):
-        out = torch.zeros(expected.shape, dtype=torch.uint8, device=device)
-        counts = launch(tensor, places, 0.3, out)
-        assert tuple(counts.tolist()) == reference(cropped, places, 0.3, expected)
-        assert np.array_equal(out.cpu().numpy(), expected)
     out = torch.zeros(mask.shape, dtype=torch.uint8, device=device)
+    counts = stitch_mask(tensor, places, 0.3, out)
+    assert tuple(counts.tolist()) == stitch_reference.stitch_mask(cropped, places, 0.3, mask)
+    assert np.array_equal(out.cpu().numpy(), mask)
     stitch_probability(tensor, places, out)
     stitch_reference.stitch_probability(cropped, places, mask)
     assert np.abs(out.cpu().numpy().astype(int) - mask).max() <= 1
@@ -201,11 +182,10 @@ def benchmark() -> None:
     corners = [(y, x) for y in range(0, side, core) for x in range(0, side, core)]
     logits = torch.randn(len(corners), 1, tile, tile, device="cuda").half()
     places = np.array([[margin, margin, y, x, core, core] for y, x in corners])
-    mask, bits = (torch.empty(side, width, dtype=torch.uint8, device="cuda") for width in (side, side // 8))
-    for name, out, run in (
-        ("stitch_mask", mask, lambda: stitch_mask(logits, places, 0.0, mask)),
-        ("stitch_bits", bits, lambda: stitch_bits(logits, places, 0.0, bits)),
-        ("stitch_probability", mask, lambda: stitch_probability(logits, places, mask)),
+    out = torch.empty(side, side, dtype=torch.uint8, device="cuda")
+    for name, run in (
+        ("stitch_mask", lambda: stitch_mask(logits, places, 0.0, out)),
+        ("stitch_probability", lambda: stitch_probability(logits, places, out)),
     ):
         milliseconds = triton.testing.do_bench(run, return_mode="median")
         moved = logits.element_size() * side * side + out.numel()

@@ -42,8 +42,8 @@ class TileGrid(NamedTuple):
     """Columns of the window."""
 
 
-def check_grid(grid: TileGrid, logits: tuple[int, ...], out: tuple[int, ...], packed: bool) -> None:
-    """Refuse a grid that its logits (N, K, T_y, T_x) or its output (H, W or W / 8 bytes) do not fit.
+def check_grid(grid: TileGrid, logits: tuple[int, ...], out: tuple[int, ...]) -> None:
+    """Refuse a grid that its logits (N, K, T_y, T_x) or its output (H, W) do not fit.
 
     Raises:
         ValueError: the overlap is no power of two up to 64 or more than half a tile, there are too few tiles, the
@@ -60,28 +60,18 @@ def check_grid(grid: TileGrid, logits: tuple[int, ...], out: tuple[int, ...], pa
     )
     if min(grid.top, grid.left) < 0 or grid.top + grid.height > height or grid.left + grid.width > width:
         raise ValueError(f"the window {grid[3:]} leaves a grid of {height} x {width} px")
-    if out != (grid.height, _columns(grid.width, packed)):
+    if out != (grid.height, grid.width):
         raise ValueError(f"an output of {out} does not fit a window of {grid.height} x {grid.width} px")
 
 
-def check_places(places: NDArray[Any], logits: tuple[int, ...], out: tuple[int, ...], packed: bool) -> None:
+def check_places(places: NDArray[Any], logits: tuple[int, ...], out: tuple[int, ...]) -> None:
     """Refuse cores, rows of (from y, from x, to y, to x, height, width), outside their tiles or their output.
 
     Raises:
-        ValueError: not (M, 6) with M at most the number of tiles, a core out of bounds, or, packed, a core that
-            shares a byte with its neighbour: it must begin at a multiple of 8 px, and end at one or at the right edge.
+        ValueError: not (M, 6) with M at most the number of tiles, or a core out of bounds.
     """
     if places.ndim != 2 or places.shape[1] != 6 or len(places) > logits[0]:
         raise ValueError(f"places of shape {places.shape} for {logits[0]} tiles; expected (M, 6)")
     source, target, size = places[:, 0:2], places[:, 2:4], places[:, 4:6]
-    columns = out[1] * 8 if packed else out[1]
-    if (places < 0).any() or (source + size > logits[2:]).any() or (target + size > (out[0], columns)).any():
+    if (places < 0).any() or (source + size > logits[2:]).any() or (target + size > out).any():
         raise ValueError(f"a core leaves its tile of {logits[2:]} or the output of {out}")
-    ends = target[:, 1] + size[:, 1]
-    if packed and ((target[:, 1] % 8).any() or (ends[_columns(ends, True) < out[1]] % 8).any()):
-        raise ValueError("packed bits need cores that begin and end at multiples of 8 px")
-
-
-def _columns(width: Any, packed: bool) -> Any:
-    """Bytes of a row of ``width`` px."""
-    return (width + 7) // 8 if packed else width

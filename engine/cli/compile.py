@@ -63,9 +63,6 @@ def _print_certificate(certificate: Certificate, winner: Candidate | None, conso
         )
     objects = max((one.parity.objects for one in certificate.candidates if one.parity is not None), default=0)
     console.print(table, f"compared with torch fp32 on {objects} objects", highlight=False)
-    if certificate.by_threads:
-        rates = ", ".join(f"{rate:.2f} Mpx/s with {threads}" for threads, rate in certificate.by_threads)
-        console.print(f"threads of the winner, at best: {rates}; runs use {certificate.threads}", highlight=False)
 
 
 def print_artefacts(console: Console) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -43,15 +42,6 @@ def write_json(file: Path | None, content: dict[str, Any]) -> None:
     """Write the report where it was asked for."""
     if file is not None:
         file.write_text(json.dumps(content, indent=2) + "\n")
-
-
-@contextmanager
-def importing() -> Iterator[None]:
-    """Import many modules at once: they stay, so looking for garbage among them would be in vain, now and later."""
-    gc.disable()
-    yield
-    gc.freeze()
-    gc.enable()
 
 
 @contextmanager

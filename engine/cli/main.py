@@ -14,7 +14,7 @@ from cellseg_batch.engine.cli import options as o
 from cellseg_batch.engine.cli import profiling_commands as measure_commands
 from cellseg_batch.engine.cli import report_commands as campaign_commands
 from cellseg_batch.engine.cli import result_commands, trainer_commands
-from cellseg_batch.engine.cli.console import check_json, importing, plain_errors, write_json
+from cellseg_batch.engine.cli.console import check_json, plain_errors, write_json
 from cellseg_batch.engine.cli.flags import ENGINE, EVERY, takes_settings
 from cellseg_batch.engine.settings import Settings
 
@@ -36,11 +36,10 @@ def run(
     quiet: o.Quiet = False,
 ) -> None:
     """Segment every image that SLIDES hold; an unfinished run goes on where it stopped."""
-    with importing():
-        from cellseg_batch.engine.cli.progress import Screen
-        from cellseg_batch.engine.run.campaign import run as run_campaign
-        from cellseg_batch.engine.run.results import print_failures, print_report
-        from cellseg_batch.engine.scheduling.signals import Stop
+    from cellseg_batch.engine.cli.progress import Screen
+    from cellseg_batch.engine.run.campaign import run as run_campaign
+    from cellseg_batch.engine.run.results import print_failures, print_report
+    from cellseg_batch.engine.scheduling.signals import Stop
 
     check_json(json_file)
     stop = Stop()

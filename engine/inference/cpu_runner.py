@@ -110,7 +110,7 @@ class Runner:
         return BlockResult(mask, probability, foreground, count_missing(pixels, block))
 
     def logits(self, pixels: NDArray[Any], read_box: Box, batch: Sequence[Tile]) -> NDArray[np.float32]:
-        """Logits (N, K, height, width) of up to N tiles of one size, valid until the next call."""
+        """Logits (N, K, height, width) of up to N tiles, valid until the next call."""
         with self._clock.stage("gather"):
             rows, columns = source_tables(batch, self._lattice.shape, read_box)
             self._feed.fill(pixels, rows, columns, self._bounds)

@@ -58,12 +58,6 @@ class Choice:
     precision: str
     certificate: Certificate | None
 
-    @property
-    def threads(self) -> int:
-        """Threads that a model on the CPU is to use here: every core, unless a race of as many found fewer faster."""
-        raced = self.certificate
-        return raced.threads if raced is not None and raced.request.threads == cores() else cores()
-
 
 def choose(settings: Settings, bundle: Bundle, racing: Callable[[], None] = lambda: None) -> Choice:
     """The fastest backend that does what was asked and passes the gate.
@@ -136,7 +130,7 @@ class Engines:
         self._artefacts = Artefacts()
         with self.counted():
             self.choice = choice or choose(settings, bundle, racing)
-            self._threads = settings.threads or self.choice.threads
+            self._threads = settings.threads or cores()
             winner = self.choice.backend, self.choice.precision
             self.chosen = make_backend(self._network, *winner, self._threads, self._artefacts, self._gpus[0])
         self._backends = {(self.chosen.name, self.chosen.precision, 1, self._gpus[0]): self.chosen}

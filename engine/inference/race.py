@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.inference.backends.gate import TILE, Parity, limits_of, logits_of, measure_parity, real_tiles
-from cellseg_batch.engine.inference.backends.protocol import MAKING, Backend, Shape, flexible_form
+from cellseg_batch.engine.inference.backends.protocol import MAKING, Backend, Shape
 from cellseg_batch.engine.inference.backends.registry import KINDS, REFERENCE, candidates, make_backend, why_not
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.race_result import Candidate, Certificate, Request, may_win
@@ -131,25 +131,7 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
         for network in (bundle.foreground, bundle):
             for factor in (1, *map(int, bundle.card.shrink)):
                 make_backend(network.shrunk(factor), winner.backend, winner.precision, request.threads, artefacts)
-        if not KINDS[winner.backend].on_gpu:
-            by_threads = tuple(_time_threads(winner, bundle.foreground, request, artefacts, shape, pixels))
-            certificate = replace(certificate, by_threads=by_threads)
     return certificate
-
-
-def _time_threads(
-    winner: Candidate, network: Bundle, request: Request, artefacts: Artefacts, shape: Shape, pixels: NDArray[np.uint8]
-) -> Iterator[tuple[int, float]]:
-    """(threads, Mpx/s) of the winner with all threads, half of them and a quarter.
-
-    Fewer are faster where two share a core, or where memory is what they wait for.
-    """
-    name = winner.backend, winner.precision
-    for count in sorted({max(1, request.threads // share) for share in (1, 2, 4)}):
-        # One after the other, as torch has one number of threads for the whole process.
-        call = _fed(make_backend(network, *name, count, artefacts), shape, pixels)
-        # The fastest round counts: who else uses the machine only ever slows one, and would decide otherwise.
-        yield count, shape[0] * shape[2] * shape[3] / 1e6 / min(time_in_turns({name: call})[name])
 
 
 def time_in_turns(calls: dict[tuple[str, str], Callable[[], object]]) -> dict[tuple[str, str], list[float]]:
@@ -169,9 +151,8 @@ def time_in_turns(calls: dict[tuple[str, str], Callable[[], object]]) -> dict[tu
 def worst_parity(
     backend: Backend, tiles: NDArray[np.float32], expected: NDArray[np.float32], threshold: float
 ) -> Parity:
-    """Of all ways into the network, normalised pixels and bytes, for one size and for many, that which agrees least."""
-    forms = filter(None, dict.fromkeys((backend, flexible_form(backend))))
-    ways = [way for form in forms for way in _ways(form, (1, *tiles.shape[1:]))]
+    """Of all ways into the network, normalised pixels and bytes, that which agrees least."""
+    ways = _ways(backend, (1, *tiles.shape[1:]))
     parities = [measure_parity(logits_of(way, tiles), expected, threshold) for way in ways]
     return min(parities, key=lambda parity: (parity.within(limits_of(backend.precision)), -parity.flipped))
 

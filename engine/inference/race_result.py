@@ -11,9 +11,6 @@ from cellseg_batch.engine.inference.backends.gate import Parity, limits_of
 ON_REQUEST = ("int8",)
 """Precisions that win only when they are asked for by name."""
 
-# Fewer threads are taken where they are faster by so much: rounds of one race differ by less.
-_CLEARLY = 1.05
-
 
 def may_win(precision: str, asked: str) -> bool:
     """Whether a precision may be chosen where ``asked`` was asked for, a name or auto."""
@@ -89,7 +86,6 @@ class Certificate:
         versions: of the packages that may decide it; None for what is not installed.
         date: in UTC.
         candidates: every row.
-        by_threads: (threads, Mpx/s) of the winner on a CPU; () if there is none.
     """
 
     request: Request
@@ -100,14 +96,6 @@ class Certificate:
     versions: dict[str, str | None]
     date: str
     candidates: tuple[Candidate, ...]
-    by_threads: tuple[tuple[int, float], ...] = ()
-
-    @property
-    def threads(self) -> int:
-        """Threads that the winner is to use: what it was raced with, unless it is clearly faster with fewer."""
-        rates = dict(self.by_threads)
-        best = max(rates, key=rates.__getitem__, default=self.request.threads)
-        return best if rates.get(best, 0) > _CLEARLY * rates.get(self.request.threads, 0) else self.request.threads
 
     def pick(self, backend: str, precision: str, gate: bool = True) -> Candidate:
         """The fastest candidate that fits what was asked for and passes the gate.
@@ -159,5 +147,4 @@ class Certificate:
             plain = {name: row[name] for name in Candidate.__dataclass_fields__ if name != "parity"}
             rows.append(Candidate(**plain, parity=parity))
         fields = {name: tuple(content[name]) for name in ("shape", "gpus")}
-        fields["by_threads"] = tuple((threads, rate) for threads, rate in content["by_threads"])
         return cls(**{**content, **fields, "request": Request(**content["request"]), "candidates": tuple(rows)})

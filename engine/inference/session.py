@@ -6,7 +6,6 @@ normalised while it is cut.  It must not know slides or blocks.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -26,12 +25,12 @@ class Feed:
 
     Args:
         backend: of the network.
-        shape: (N, C, T_y, T_x) of every batch, or of the largest one if the backend is flexible.
+        shape: (N, C, T_y, T_x) of every batch.
         dtype: of the pixels that will come.
         turn: shared with other models, of which only one is to run at a time.
 
     Attributes:
-        shape: (N, C, T_y, T_x) of the largest batch.
+        shape: (N, C, T_y, T_x) of every batch.
         takes_bytes: whether the network normalises the tiles itself, so that they are only cut.
         model: what was compiled, a `CompiledModel` or a `ByteModel`.
         turn: held while the model runs.
@@ -48,19 +47,13 @@ class Feed:
         self._make_batch()
 
     def _make_batch(self) -> None:
-        self._memory: NDArray[Any] = np.zeros(math.prod(self.shape), np.uint8 if self.takes_bytes else np.float32)
-        self._resize(*self.shape[2:])
-        self._constants: tuple[float, ...] = ()
-
-    def _resize(self, height: int, width: int) -> None:
-        """Lay the batch out for tiles of another size, within the same memory."""
-        count, channels = self.shape[:2]
-        memory = self._memory[: count * channels * height * width]
+        count, channels, height, width = self.shape
         if self.takes_bytes:
-            self._batch: NDArray[Any] = memory.reshape(count, height, width, channels)
+            self._batch: NDArray[Any] = np.zeros((count, height, width, channels), np.uint8)
             self._tiles = np.moveaxis(self._batch, -1, 1)
         else:
-            self._batch = self._tiles = memory.reshape(count, channels, height, width)
+            self._batch = self._tiles = np.zeros(self.shape, np.float32)
+        self._constants: tuple[float, ...] = ()
 
     def twin(self) -> Feed | None:
         """The same network with a batch and logits of its own, to be filled and read while this one runs.
@@ -72,16 +65,14 @@ class Feed:
         other = copy(self)
         other.model = self.model.twin()
         other._make_batch()
-        other._memory.fill(0)  # so that who looks at the memory now sees it
+        other._batch.fill(0)  # so that who looks at the memory now sees it
         return other
 
     def fill(self, pixels: NDArray[Any], rows: NDArray[np.int64], columns: NDArray[np.int64], bounds: Bounds) -> None:
         """Put up to N tiles into the batch; what those behind them show does not matter.
 
-        They may be smaller than those of ``shape`` if the backend is a flexible one.  Pixels, rows and columns as in
-        `cellseg_batch.kernels.gather.gather`.
+        Pixels, rows and columns as in `cellseg_batch.kernels.gather.gather`.
         """
-        self._resize(rows.shape[1], columns.shape[1])
         tiles = self._tiles[: len(rows)]
         if self.takes_bytes:
             cut(pixels, rows, columns, tiles)

@@ -62,7 +62,7 @@ def measure_alone(slide: OpenSlide, blocks: list[Block], first: float) -> Alone:
     for block in blocks:
         pixels = slide.reader.read(block.plane, block.read_box)
         masks[block.index] = np.zeros(block.box.shape, np.uint8)
-        shown = without_background(block, pixels, slide.plan.grid.lattice, slide.plan.flat, slide.plan.trim)
+        shown = without_background(block, pixels, slide.plan.grid.lattice, slide.plan.flat)
         if shown.tiles:
             with slide.runner() as runner:
                 masks[block.index] = runner.segment(pixels, shown).mask

@@ -27,7 +27,6 @@ from cellseg_batch.engine.inference.backends.registry import KINDS
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.campaign import run_images
 from cellseg_batch.engine.run.lifecycle import block_bytes
-from cellseg_batch.engine.run.memory_model import OPEN_SIZE_BYTES, trimming_memory
 from cellseg_batch.engine.run.open_slide import output_images
 from cellseg_batch.engine.run.output_paths import place_output, refuse_output_inside
 from cellseg_batch.engine.run.pipeline import passes_of
@@ -252,9 +251,6 @@ def _weigh(
 ) -> SlideEstimate:
     """The estimate with memory and time; refused if it fits neither ``--max-memory`` nor this machine."""
     on_gpu = KINDS[measured.backend].on_gpu
-    # Networks of one size, GPUs' and those in int8, never trim; others may, as the slide may show less than the sample.
-    if plan.trimmable and not on_gpu and measured.precision != "int8":
-        held += trimming_memory(plan.shape) + OPEN_SIZE_BYTES
     peak = held + settings.workers * block_bytes(plan, on_gpu)
     if settings.max_memory is not None:
         # A run keeps to it with fewer and smaller blocks, down to one tile at a time.

@@ -207,7 +207,7 @@ class _Campaign:
             failures: dict[int, str] = {}
             yield TaskGroup(
                 call=partial(self.worker.run, job, one),
-                items=journal.missing(one.part, one.count, one.first),
+                items=journal.missing(one.part, one.count),
                 collect=partial(self._collect, failures),
                 lost=partial(_give_up, journal, one.part, failures),
             )

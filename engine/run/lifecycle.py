@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 from cellseg_batch.engine.errors import OutputError
-from cellseg_batch.engine.inference.backends.protocol import Backend, flexible_form
+from cellseg_batch.engine.inference.backends.protocol import Backend
 from cellseg_batch.engine.inference.backends.registry import KINDS
 from cellseg_batch.engine.inference.model_pool import Engines
 from cellseg_batch.engine.run.completeness import demand_complete
@@ -65,8 +65,7 @@ def prepare_slide(worker: Worker, request: Request) -> SlideJob | SlideReport:
             factor = settle_shrink(plan, settings, engines, reader)
             plan = shrink_plan(plan, settings, engines.bundle, factor)
             backend = engines.shrunk(engines.chosen, factor)
-            plan = replace(plan, trim=plan.trim and flexible_form(backend) is not None)
-        ready = worker.warm_up(plan, backend, reader)
+        worker.warm_up(plan, backend, reader)
         job = _fit_memory(plan, backend, settings, worker.held, begun is not None)
         if begun is None:
             _create_outputs(job.plan, engines, backend, journal)
@@ -80,7 +79,7 @@ def prepare_slide(worker: Worker, request: Request) -> SlideJob | SlideReport:
     except BaseException:
         reader.close()
         raise
-    worker.keep_open(job, reader, ready)
+    worker.keep_open(job, reader)
     return job
 
 

@@ -17,8 +17,6 @@ from cellseg_batch.engine.slides.slide import Slide
 _CHUNKS_IN_FLIGHT = max(10, cores())
 # What the event loop of zarr, dask, thread stacks and the allocator's slack add to the blocks themselves.
 RUN_OVERHEAD_BYTES = 96 << 20
-# What a network for tiles of many sizes takes more than one for a single size; and for all sizes that trimming makes.
-OPEN_SIZE_BYTES, _SIZES_BYTES = 80 << 20, 64 << 20
 
 
 def block_memory(
@@ -49,12 +47,6 @@ def block_memory(
     computing = 2 * (read + written) if on_gpu else _blended_logits(grid)
     # The encoder holds its input, the chunks that it cut out of it and the shard that it builds.
     return read + decoding + computing + 3 * written + _codes(grid, frame)
-
-
-def trimming_memory(shape: tuple[int, int, int, int]) -> int:
-    """Bytes that a network for tiles of many sizes, up to ``shape`` (N, C, T_y, T_x), comes to hold after its first."""
-    count, _, height, width = shape
-    return _SIZES_BYTES + 4 * 3 * count * height * width  # the logits of its twin, three outputs at most
 
 
 def _codes(grid: BlockGrid, frame: int | None) -> int:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from cellseg_batch.engine.geometry import Block, BlockGrid
-from cellseg_batch.engine.inference.cpu_runner import AnyRunner, BlockResult
+from cellseg_batch.engine.geometry import BlockGrid
+from cellseg_batch.engine.inference.cpu_runner import AnyRunner
 from cellseg_batch.engine.objects.scratch import Scratch
 from cellseg_batch.engine.run.slide_plan import SlidePlan
 from cellseg_batch.engine.slides.label_layout import lay_out
@@ -31,7 +31,6 @@ class OpenSlide:
         plan: how the slide is processed.
         reader: of the image.
         runner: the model for one block at a time, as a context.
-        ready: blocks that were segmented when the model was warmed up.
         labels, probability: what is written; no probability unless asked for.
         scratch: codes between the two passes that instances take; None for a mask.
         certainty: the probability between these passes; None if objects are not measured.
@@ -42,7 +41,6 @@ class OpenSlide:
     plan: SlidePlan
     reader: SlideReader
     runner: Callable[[], AbstractContextManager[AnyRunner]]
-    ready: dict[Block, BlockResult]
     labels: ImageWriter
     probability: ImageWriter | None
     scratch: Scratch | None
@@ -64,14 +62,12 @@ class Pass:
         part: of the journal, one record per finished task.
         count: number of tasks.
         task: does task ``number`` and returns its record.
-        first: task to begin with.
         scratch: whether its tasks need the scratch, if the slide has one.
     """
 
     part: str
     count: int
     task: Callable[[OpenSlide, int], Record]
-    first: int = 0
     scratch: bool = True
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from cellseg_batch.engine.inference.background import without_background
 from cellseg_batch.engine.inference.cpu_runner import no_foreground
 from cellseg_batch.engine.run.instance_passes import INSTANCES, grow_block, keep_seeds, merge_blocks, tabulate
-from cellseg_batch.engine.run.open_slide import BLOCKS, OpenSlide, Pass, Record, middle_of
+from cellseg_batch.engine.run.open_slide import BLOCKS, OpenSlide, Pass, Record
 from cellseg_batch.engine.run.slide_plan import SlidePlan
 from cellseg_batch.engine.slides.label_layout import lay_out
 from cellseg_batch.engine.storage.journal import Journal
@@ -23,8 +23,7 @@ _MERGE, _TABLE = "merge", "table"
 
 def passes_of(plan: SlidePlan) -> Iterator[Pass]:
     """The passes over a slide, in order."""
-    # From the middle on, or the model would wait until the empty blocks of the slide's edge are read.
-    yield Pass(BLOCKS, len(plan.grid), segment_block, first=middle_of(plan.grid))
+    yield Pass(BLOCKS, len(plan.grid), segment_block)
     if plan.instances is not None:
         yield Pass(_MERGE, 1, merge_blocks)
         yield Pass(INSTANCES, len(plan.grid), grow_block)
@@ -41,10 +40,8 @@ def segment_block(slide: OpenSlide, number: int) -> Record:
     with slide.clock.stage("read"):
         pixels = slide.reader.read(block.plane, block.read_box)
     with slide.clock.stage("gather"):
-        shown = without_background(block, pixels, slide.plan.grid.lattice, slide.plan.flat, slide.plan.trim)
-    if shown in slide.ready:
-        result = slide.ready.pop(shown)
-    elif shown.tiles:
+        shown = without_background(block, pixels, slide.plan.grid.lattice, slide.plan.flat)
+    if shown.tiles:
         with slide.runner() as runner:
             result = runner.segment(pixels, shown)
     else:

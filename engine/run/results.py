@@ -81,8 +81,8 @@ class RunReport:
     """What a run did.
 
     Attributes:
-        seconds: from the command's start to the last journal entry, without compiling.
-        compile_seconds: choosing and compiling the model.
+        seconds: from the command's start to the last journal entry, without `compile_seconds`.
+        compile_seconds: choosing, compiling and warming up the model.
         backend, precision, tile, margin, batch, block, workers: what was used; the largest where slides differ.
         peak_rss_bytes: largest resident memory of the process.
         planned_peak_bytes: what was announced before the first block.

@@ -14,7 +14,7 @@ from typing import Any
 from cellseg_batch.engine.errors import OutputError, SlideError, UsageError
 from cellseg_batch.engine.geometry import BlockGrid, fit_lattice, lay_blocks
 from cellseg_batch.engine.inference.backends.protocol import Backend, Shape
-from cellseg_batch.engine.inference.background import flat_limit, shows_little
+from cellseg_batch.engine.inference.background import flat_limit
 from cellseg_batch.engine.inference.normalise import Bounds, sample_slide, settle_bounds
 from cellseg_batch.engine.objects.seeds import InstanceRule, instance_rule
 from cellseg_batch.engine.run.output_paths import Place
@@ -29,9 +29,6 @@ from cellseg_batch.trainer.bundle import Bundle, Card
 # moved, and libraries other than the backend's do not decide a pixel.
 _FREE = ("location", "blocks", "normalisation", "software")
 
-# Of a plane, from which on it may pay to trim them.
-_MANY_TILES = 9
-
 
 @dataclass(frozen=True)
 class SlidePlan:
@@ -45,12 +42,11 @@ class SlidePlan:
         grid: the blocks, and through them the lattice of tiles.
         bounds: of the normalisation.
         threshold: probability above which a pixel is foreground.
-        shape: (N, C, T_y, T_x) of every batch of whole tiles.
+        shape: (N, C, T_y, T_x) of every batch.
         probability: also write the probability.
         shrink: by how much the image is shrunk for the model.
         stitch: crop or blend.
         flat: difference of pixel values below which a tile is background and not computed; 0 computes all.
-        trim: also leave out what is background along the sides of a tile.
         instances: how logits become instances; None for a mask.
         objects: measure the instances.
     """
@@ -67,7 +63,6 @@ class SlidePlan:
     shrink: int = 1
     stitch: str = "crop"
     flat: float = 0.0
-    trim: bool = False
     instances: InstanceRule | None = None
     objects: bool = False
 
@@ -93,11 +88,6 @@ class SlidePlan:
         rows, columns = self.grid.lattice.grid
         return rows * columns * self.grid.planes
 
-    @property
-    def trimmable(self) -> bool:
-        """Whether trimming may pay: few tiles gain too little, and a batch cannot hold tiles of several sizes."""
-        return self.flat > 0 and self.shape[0] == 1 and self.tiles >= _MANY_TILES * self.grid.planes
-
     def manifest(self, bundle: Bundle, backend: Backend) -> dict[str, Any]:
         """What decides the output, as plain JSON values."""
         slide, lattice = self.slide, self.grid.lattice
@@ -121,7 +111,6 @@ class SlidePlan:
             "probability": self.probability,
             "instances": None if self.instances is None else self.instances.manifest(),
             "objects": self.objects,
-            "trim": self.trim,
             "blocks": list(self.grid.cores),
             "software": _software(),
         }
@@ -197,7 +186,7 @@ def plan_slide(
     # To be blended, a tile needs the logits of its neighbours.
     skips = settings.skip_background == "auto" and settings.stitch == "crop"
     flat = flat_limit(bounds, card.normalisation) if skips else 0.0
-    plan = SlidePlan(
+    return SlidePlan(
         slide=slide,
         place=place,
         level=level,
@@ -212,9 +201,6 @@ def plan_slide(
         instances=instance_rule(card) if settings.instances or settings.objects else None,
         objects=settings.objects,
     )
-    if not plan.trimmable:
-        return plan
-    return replace(plan, trim=shows_little(sample, flat) if begun is None else begun["trim"])
 
 
 def adopt_manifest(plan: SlidePlan, started: dict[str, Any], manifest: dict[str, Any], finished: bool) -> SlidePlan:

@@ -5,6 +5,7 @@ The threads of a run share the one of their process.  Sent to another process, a
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -14,15 +15,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cellseg_batch.engine.errors import CellsegError, OutputError, ReadError
-from cellseg_batch.engine.geometry import Block
-from cellseg_batch.engine.inference.backends.protocol import Backend, flexible_form
-from cellseg_batch.engine.inference.cpu_runner import AnyRunner, BlockResult, Runner
+from cellseg_batch.engine.inference.backends.protocol import Backend
+from cellseg_batch.engine.inference.cpu_runner import AnyRunner, Runner
 from cellseg_batch.engine.inference.model_pool import Choice, Engines
-from cellseg_batch.engine.machine import let_go_of_code, peak_resident_bytes, resident_bytes
+from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run import measure_pass as measuring
 from cellseg_batch.engine.run.instance_passes import compile_kernels
-from cellseg_batch.engine.run.memory_model import RUN_OVERHEAD_BYTES, Room, trimming_memory
+from cellseg_batch.engine.run.memory_model import RUN_OVERHEAD_BYTES, Room
 from cellseg_batch.engine.run.open_slide import BLOCKS, OpenSlide, Pass, middle_of, output_images, scratch_of
 from cellseg_batch.engine.run.slide_plan import SlideJob, SlidePlan
 from cellseg_batch.engine.settings import Settings
@@ -30,12 +30,15 @@ from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.stage_clock import StageClock, noting_seconds
 from cellseg_batch.engine.storage.checksums import noting_writes
 from cellseg_batch.engine.storage.journal import Journal
+from cellseg_batch.engine.storage.object_stores import may_pass
+
+_log = logging.getLogger(__name__)
 
 # Slides that nothing works on stay open, as their next block is often on its way.
 _IDLE_SLIDES = 2
 
 
-# A task that fails is tried again after so many seconds each: stores have hiccups.
+# A task that its store fails is tried again after so many seconds each: stores have hiccups.
 _PAUSES = (0.1, 0.4)
 
 
@@ -85,7 +88,6 @@ class Worker:
         self._choice, self._run = choice, run
         self._engines = engines
         self.held = 0
-        self._trimming = 0
         self._room = Room()
         self._open: OrderedDict[SlideJob, _Entry] = OrderedDict()
         self._lock = threading.Lock()
@@ -118,13 +120,16 @@ class Worker:
                     self._do(job, work, number)
                     break
                 except Exception as error:
-                    if pause is not None:
+                    if pause is not None and may_pass(error):
                         time.sleep(pause)
                         continue
                     if isinstance(error, OutputError):
                         raise
+                    where = job.plan.slide.location, work.part, number
+                    _log.debug("%s: task %s/%d failed", *where, exc_info=True)
                     reason = error.detail if isinstance(error, CellsegError) else f"{type(error).__name__}: {error}"
                     Journal(job.plan.place.journal).fail(work.part, number, reason)
+                    break
         pixels = job.plan.grid[number].box.area if work.part == BLOCKS and not reason else 0
         return Outcome(number, pixels, reason, self.clock.drain())
 
@@ -137,12 +142,11 @@ class Worker:
             with self.clock.stage("write"):
                 slide.journal.record(work.part, number, {**record, "written": written, "seconds": seconds})
 
-    def warm_up(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> dict[Block, BlockResult]:
-        """Segment a tile, so that everything is compiled and its memory can be seen.
+    def warm_up(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> None:
+        """Segment the tile in the middle, so that everything is compiled and its memory can be seen.
 
-        It is the one in the middle.  Returns the result, if there is one, for the case that a block is this tile alone.
+        The result is dropped: the tile is computed again as part of its block.
         """
-        results: dict[Block, BlockResult] = {}
         kind = (
             plan.shape,
             plan.slide.dtype,
@@ -151,37 +155,29 @@ class Worker:
             plan.instances,
             plan.objects,
             plan.shrink,
-            plan.trim,
         )
         with self.engines.turn:
             if kind in self._warm:
-                return results
-            block, tile = (grid[middle_of(grid)] for grid in (plan.grid, replace(plan.grid, cores=(1, 1))))
-            clock = self.clock if tile == block else StageClock()
+                return
+            tiles = replace(plan.grid, cores=(1, 1))
+            tile = tiles[middle_of(tiles)]
             # A damaged chunk costs its block, not the slide.
-            with suppress(ReadError), self._runner(plan, backend, clock) as runner:
+            with suppress(ReadError), self._runner(plan, backend, StageClock()) as runner:
                 pixels = reader.read(tile.plane, tile.read_box)
-                with self.engines.counted(), noting_seconds() as seconds:
-                    if not self._warm:
-                        let_go_of_code()
-                    result = results[tile] = runner.segment(pixels, tile)
+                with self.engines.counted():
+                    result = runner.segment(pixels, tile)
                     if plan.instances is not None:
                         compile_kernels(result, tile, plan.grid, plan.instances)
                     if plan.objects:
                         measuring.compile_kernels(reader.of_channels(measuring.measured_channels(plan.slide)))
-                if isinstance(runner, Runner):  # on a GPU kernels are compiled while it runs
-                    # The tile is part of the run, only what came before it and after it is not.
-                    self.engines.seconds -= seconds.get("model", 0.0)
-            self._trimming = max(self._trimming, trimming_memory(plan.shape) * plan.trim)
-            now = resident_bytes() + RUN_OVERHEAD_BYTES + self._trimming - self._room.taken
+            now = resident_bytes() + RUN_OVERHEAD_BYTES - self._room.taken
             self.held = max(self.held, now, 0 if self._warm else peak_resident_bytes())
             self._warm.add(kind)
-        return results
 
-    def keep_open(self, job: SlideJob, reader: SlideReader, ready: dict[Block, BlockResult]) -> None:
-        """Take over a reader that is open already, and blocks that are segmented."""
+    def keep_open(self, job: SlideJob, reader: SlideReader) -> None:
+        """Take over a reader that is open already."""
         with self._lock:
-            self._open[job] = _Entry(self._open_slide(job, reader, ready))
+            self._open[job] = _Entry(self._open_slide(job, reader))
             self._close_idle(_IDLE_SLIDES)
 
     def close(self) -> None:
@@ -200,7 +196,7 @@ class Worker:
             with entry.lock:
                 if entry.slide is None:
                     reader = SlideReader(job.plan.slide, job.plan.level.level, job.plan.channels.indices)
-                    entry.slide = self._open_slide(job, reader, {})
+                    entry.slide = self._open_slide(job, reader)
             yield entry.slide
         finally:
             with self._lock:
@@ -214,7 +210,7 @@ class Worker:
             if slide is not None:
                 slide.reader.close()
 
-    def _open_slide(self, job: SlideJob, reader: SlideReader, ready: dict[Block, BlockResult]) -> OpenSlide:
+    def _open_slide(self, job: SlideJob, reader: SlideReader) -> OpenSlide:
         plan, (name, precision, version) = job.plan, job.backend
         place = plan.place
         backend = self.engines.backend(name, precision, plan.shrink)
@@ -231,7 +227,6 @@ class Worker:
             plan=plan,
             reader=reader,
             runner=lambda: self._runner(plan, backend, self.clock),
-            ready=ready,
             labels=labels,
             probability=probability,
             scratch=scratch,
@@ -250,9 +245,7 @@ class Worker:
 
             yield DeviceRunner(queue, *how, clock)
             return
-        network = flexible_form(backend) if plan.trim else backend
-        assert network is not None  # or the plan would not trim
-        with self.engines.feed(network, plan.shape, plan.slide.dtype) as feed:
+        with self.engines.feed(backend, plan.shape, plan.slide.dtype) as feed:
             yield Runner(feed, *how, clock, plan.instances)
 
 

@@ -116,10 +116,13 @@ def _open_level(slide: Slide, level: int) -> Any:
 
 def _decode_in_rust(array: Any) -> None:
     """Have the next read decoded by zarrs if it can; made anew, as it keeps a lock for every chunk that it has read."""
+    # Of 8192 px in chunks of 512 px, reading takes a third less, and an int8 run 4 % less: zarr's own pipeline takes a
+    # turn of its event loop and of the interpreter lock for each chunk.
     local = isinstance(array, zarr.Array) and isinstance(array.store, LocalStore)
     if local and array.dtype.isnative and array.order == "C":
         pipeline = ZarrsCodecPipeline.from_array_metadata_and_store(array.metadata, array.store)
-        # zarr takes it from settings of the whole process, which other threads open other stores by.
+        # An attribute of a frozen class: zarr would take it from settings of the whole process, by which other threads
+        # open other stores.
         object.__setattr__(array.async_array, "codec_pipeline", pipeline)
 
 

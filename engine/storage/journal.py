@@ -58,10 +58,6 @@ class Journal:
         """Note why item ``number`` of ``part`` was given up, until it is recorded as done."""
         write_json(self._path(f"{_FAILED}/{part}", number), {"reason": reason})
 
-    def failed(self, part: str) -> Iterator[tuple[int, str]]:
-        """(number, reason) of every item of ``part`` that was given up, in no particular order."""
-        return ((number, record["reason"]) for number, record in self.records(f"{_FAILED}/{part}"))
-
     def has(self, part: str, number: int) -> bool:
         """Whether item ``number`` of ``part`` is on disk."""
         return self._path(part, number).is_file()
@@ -87,15 +83,11 @@ class Journal:
         """POSIX time at which each item of ``part`` came to be on disk, in no particular order."""
         return list(written_at(self.folder / part, "*/*.json"))
 
-    def missing(self, part: str, count: int, first: int = 0) -> Iterator[int]:
-        """Numbers below ``count`` of the items of ``part`` that are not on disk, looked up as they are asked for.
-
-        From ``first`` on, and then those before it.
-        """
-        for span in (range(first, count), range(first)):
-            for bucket, numbers in groupby(span, lambda number: number // BUCKET):
-                done = {int(path.stem) for path in (self.folder / part / str(bucket)).glob("*.json")}
-                yield from (number for number in numbers if number not in done)
+    def missing(self, part: str, count: int) -> Iterator[int]:
+        """Numbers below ``count`` of the items of ``part`` that are not on disk, looked up as they are asked for."""
+        for bucket, numbers in groupby(range(count), lambda number: number // BUCKET):
+            done = {int(path.stem) for path in (self.folder / part / str(bucket)).glob("*.json")}
+            yield from (number for number in numbers if number not in done)
 
     def finished(self) -> dict[str, Any] | None:
         """The closing record, None while the output is incomplete."""

@@ -30,6 +30,17 @@ class StoreError(UsageError, OSError):
     """An object store does not answer, or refuses; rooms that expect a disk to fail take it for an OSError."""
 
 
+def may_pass(error: BaseException | None) -> bool:
+    """Whether a disk or a store had a part in an error, so that it may not come back; no library is loaded for it."""
+    while error is not None:
+        libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+        # zarrs has no class of its own for what the system told it.
+        if isinstance(error, OSError) or "obstore" in libraries or "(os error " in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
 @lru_cache(maxsize=_CLIENTS)
 def client_of(scheme: str, bucket: str, prefix: str = "") -> Any:
     """What speaks to a bucket or a web server, as if there were only what lies below ``prefix``; threads share it.

@@ -22,7 +22,7 @@ def test_every_kernel_compiles_for_every_gpu_without_spilling(tmp_path):
     version, _, *table = output.splitlines()
     header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table)
     measured = {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
-    assert len(measured) == 16
+    assert len(measured) == 12
     assert {kernel.split()[0] for kernel in measured} == {"stitch", "blend", "gather"}
     for kernel, found in measured.items():
         assert found["spilled"] == "0", kernel

@@ -1,8 +1,7 @@
 """OpenVINO on the CPU: the fastest there, with bf16 where the processor has it, and int8.
 
 The network goes from ``torch.export`` straight into OpenVINO with dynamic batch and size and is kept on disk, so that
-only the first run needs torch; each batch shape is then compiled on its own, which takes a fraction of a second, or
-one network for tiles of many sizes.
+only the first run needs torch; each batch shape is then compiled on its own, which takes a fraction of a second.
 int8 is post-training quantisation by NNCF (explicit fake-quantise nodes, calibrated on real tiles).
 """
 
@@ -11,7 +10,6 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from copy import copy
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,8 +55,6 @@ class OpenVinoBackend:
 
     def __init__(self, bundle: Bundle, precision: str, threads: int, artefacts: Artefacts) -> None:
         self.precision = precision
-        self._stride = bundle.card.total_stride
-        self._takes_smaller = False
         self._core = openvino.Core()
         self._options = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision] if _HINTS[precision] in _native() else "f32",
@@ -68,11 +64,6 @@ class OpenVinoBackend:
             "ENABLE_CPU_PINNING": False,
         }
         self._model = self._core.read_model(_network(bundle, precision == "int8", artefacts) / _FILE)
-        self.flexible: OpenVinoBackend | None = None
-        # Height and width left open cost 2 % of the time and 40 MB; in int8 it would be 4 % and 140 MB.
-        if precision != "int8":
-            self.flexible = copy(self)
-            self.flexible._takes_smaller = True
 
     def compile(self, shape: Shape) -> CompiledModel:
         """Compile for one batch shape."""
@@ -83,10 +74,8 @@ class OpenVinoBackend:
         return self._ready(_normalising(self._reshaped(shape)))
 
     def _reshaped(self, shape: Shape) -> Any:
-        least = self._stride if self._takes_smaller else None
-        sides = [openvino.Dimension(least or side, side) for side in shape[2:]]
         model = self._model.clone()
-        model.reshape(openvino.PartialShape([*shape[:2], *sides]))
+        model.reshape(openvino.PartialShape(list(shape)))
         return model
 
     def _ready(self, model: Any) -> _Compiled:
@@ -102,7 +91,7 @@ class _Compiled:
 
     def __call__(self, batch: NDArray[Any], low: float = 0.0, scale: float | None = None) -> NDArray[np.float32]:
         self._request.set_input_tensor(0, openvino.Tensor(batch, shared_memory=True))
-        for number, value in enumerate(() if scale is None else (-low, scale), start=1):
+        for number, value in enumerate(() if scale is None else (low, scale), start=1):
             self._request.set_input_tensor(number, openvino.Tensor(np.array([value], np.float32)))
         self._request.infer()
         logits: NDArray[np.float32] = self._request.get_output_tensor(0).data
@@ -116,19 +105,18 @@ class _Compiled:
 
 
 def _normalising(model: Any) -> Any:
-    """The network with inputs (bytes (N, H, W, C), -low, scale) in place of normalised pixels (N, C, H, W)."""
+    """The network with inputs (bytes (N, H, W, C), low, scale) in place of normalised pixels (N, C, H, W)."""
     (pixels,) = model.get_parameters()
     count, channels, height, width = pixels.get_output_partial_shape(0)
     # Channels last is the convolutions' own layout; of any other the plugin would keep a second copy of the batch.
     raw = op.parameter(openvino.PartialShape([count, height, width, channels]), np.uint8, name="raw")
-    # Bounds are inputs and no constants, so that slides of one shape share one compiled network.  What is subtracted
-    # OpenVINO negates in a step of its own, which rounds it to bf16 where the size is open: so it comes negated.
-    minus_low, scale = op.parameter([1], np.float32, name="minus_low"), op.parameter([1], np.float32, name="scale")
-    normalised = op.clamp(op.multiply(op.add(op.convert(raw, "f32"), minus_low), scale), 0.0, 1.0)
+    # Bounds are inputs and no constants, so that slides of one shape share one compiled network.
+    low, scale = op.parameter([1], np.float32, name="low"), op.parameter([1], np.float32, name="scale")
+    normalised = op.clamp(op.multiply(op.subtract(op.convert(raw, "f32"), low), scale), 0.0, 1.0)
     for target in pixels.output(0).get_target_inputs():
         target.replace_source_output(op.transpose(normalised, [0, 3, 1, 2]).output(0))
     model.remove_parameter(pixels)
-    model.add_parameters([raw, minus_low, scale])
+    model.add_parameters([raw, low, scale])
     model.validate_nodes_and_infer_types()
     return model
 

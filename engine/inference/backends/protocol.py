@@ -85,20 +85,3 @@ class Backend(Protocol):
     def compile_bytes(self, shape: Shape) -> ByteModel | None:
         """The same for pixels in bytes; None where that would gain nothing."""
         ...
-
-
-@runtime_checkable
-class Flexible(Protocol):
-    """A backend that can also compile models for tiles of many sizes.
-
-    Attributes:
-        flexible: the same network, whose models take smaller tiles than those of their shape as well, with the same
-            logits; None where that would cost more than it could gain.
-    """
-
-    flexible: Backend | None
-
-
-def flexible_form(backend: Backend) -> Backend | None:
-    """The backend for tiles of many sizes, if it has such a form."""
-    return backend.flexible if isinstance(backend, Flexible) else None

@@ -36,7 +36,6 @@ class TorchBackend:
         self._dtype = _DTYPES[precision]
         torch.set_num_threads(threads)
         folded = fold_batch_norm(build_torch_network(bundle))
-        self.flexible = self  # eager torch takes any shape as it comes
         self._network: nn.Module = folded.to(dtype=self._dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def compile(self, shape: Shape) -> CompiledModel:

@@ -8,23 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cellseg_batch.engine.geometry import Box, Lattice, fit_lattice, lay_blocks
 from cellseg_batch.engine.inference.backends.gate import real_tiles
 from cellseg_batch.engine.inference.backends.registry import make_backend
-from cellseg_batch.engine.inference.background import FLAT, flat_limit, shows_little, without_background
-from cellseg_batch.engine.inference.cpu_runner import Runner, no_foreground
+from cellseg_batch.engine.inference.background import FLAT, flat_limit
+from cellseg_batch.engine.inference.cpu_runner import Runner
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.run import lifecycle as prepare
-from cellseg_batch.engine.run import slide_plan as plan
-from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.engine.storage.cache import Artefacts
-from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.kernels import flat_reference
 from cellseg_batch.kernels.flat import is_flat
 from cellseg_batch.trainer.bundle import Normalisation, save_bundle
 from tests.support.images import blobs, labels_of, write_ome_zarr
-from tests.support.networks import Filter, feed_of
 
 
 @given(st.integers(8, 150), st.integers(8, 40), st.sampled_from(["u1", "u2", "f4"]), st.integers(0, 2**32 - 1))
@@ -130,104 +124,4 @@ def test_a_slide_with_empty_borders_is_not_warmed_up_in_vain(segment, percentile
     monkeypatch.setattr(Runner, "segment", lambda *block: computed.append(1) or compute(*block))
     report = segment(write_ome_zarr(tmp_path / "slide.zarr", pixels), model=percentile_model, tile=96, block=1)
     (slide,) = report.slides
-    assert 0 < len(computed) == slide.tiles - slide.skipped_tiles < slide.tiles
-
-
-def trimmed_tile(shape, core, *objects):
-    """The frame of the only tile of a slide, with a margin of 64 px, that shows objects (row, column) of 12 px."""
-    pixels = np.full((1, *shape), 9, np.uint8)
-    for y, x in objects:
-        pixels[0, y : y + 12, x : x + 12] = 200
-    lattice = Lattice(shape, (core, core), 64)
-    (block,) = lay_blocks(lattice, core)
-    (tile,) = without_background(block, pixels, lattice, 2.0, trim=True).tiles
-    assert tile.core == tile.frame.grown(-64).within(Box(0, 0, *shape))
-    return tile.frame
-
-
-def test_a_tile_is_cut_where_nothing_is_seen_but_for_a_margin_and_a_rim():
-    whole = Box(-64, -64, 704, 704)
-    assert trimmed_tile((640, 640), 640, (500, 300)) == Box(192, 192, 704, 704)
-    assert trimmed_tile((640, 640), 640, (256 + 32, 300), (620, 300)).y0 == 192
-    assert trimmed_tile((640, 640), 640, (256 + 31, 300), (620, 300)).y0 == 64
-    assert trimmed_tile((640, 640), 640, (40, 100)) == Box(-64, -64, 192, 448)
-    assert trimmed_tile((640, 640), 640, (0, 0), (628, 628)) == whole
-    # Mirrored pixels count: the object is seen again on the other side of the slide's lower edge.
-    assert trimmed_tile((500, 640), 640, (480, 0), (480, 628)) == Box(192, -64, 704, 704)
-
-
-@given(st.data())
-def test_trimmed_tiles_give_the_mask_of_whole_ones(data):
-    height, width = data.draw(st.tuples(st.integers(200, 900), st.integers(200, 900)), "shape")
-    lattice = fit_lattice((height, width), data.draw(st.sampled_from([200, 420, 700]), "tile"), 16, 8)
-    image = np.zeros((3, height, width), np.uint8)
-    for _ in range(data.draw(st.integers(1, 4), "objects")):
-        y, x = data.draw(st.integers(0, height - 8)), data.draw(st.integers(0, width - 8))
-        image[:, y : y + 30, x : x + 30] = 250
-    how = lattice, Bounds(0.0, 255.0), 0.51, False, "crop", StageClock()
-    runner = Runner(feed_of(Filter(reach=16), (1, 3, *lattice.tile)), *how)
-    for block in lay_blocks(lattice, data.draw(st.sampled_from([200, 999]), "block")):
-        pixels = image[(slice(None), *block.read_box.slices())]
-        shown = without_background(block, pixels, lattice, 3.0, trim=True)
-        trimmed = runner.segment(pixels, shown) if shown.tiles else no_foreground(pixels, block, False)
-        np.testing.assert_array_equal(trimmed.mask, runner.segment(pixels, block).mask)
-
-
-def test_only_a_slide_that_shows_little_is_worth_it():
-    full, empty = blobs(256, 256), np.full((3, 256, 256), 20, np.uint8)
-    assert not shows_little([full], 2.5)
-    assert not shows_little([full] * 9 + [empty], 2.5)
-    assert shows_little([full] * 3 + [empty], 2.5)
-    assert shows_little([np.dstack([full, empty[:, :, :130]])], 2.5)
-    assert not shows_little([], 2.5)
-    assert not shows_little([np.full((1, 256, 256), np.nan)], 2.5)
-
-
-@pytest.fixture
-def little(tmp_path):
-    """A slide of nine tiles of 640 px, of which the outer ones show little."""
-    pixels = np.full((3, 1800, 1700), 12, np.uint8)
-    pixels[:, 520:1240, 400:1300] = blobs(720, 900)
-    return write_ome_zarr(tmp_path / "a.zarr", pixels, levels=1, chunk=256)
-
-
-def test_a_run_trims_tiles_and_goes_on_as_it_began(segment, watcher, percentile_model, little, monkeypatch):
-    how = {"model": percentile_model, "tile": 640}
-    masks = [labels_of(segment(little, name=f"b{block}", block=block, workers=2, **how)) for block in (1, 9999)]
-    np.testing.assert_array_equal(*masks)
-    every = labels_of(segment(little, name="off", skip_background="off", **how))
-    assert [plan.trim for plan in watcher.plans] == [True, True, False]
-    inside = np.s_[540:1220, 420:1280]
-    np.testing.assert_array_equal(masks[0][inside], every[inside])
-    assert masks[0][inside].any()
-    seams = np.s_[:200]  # what was cut off is background, though this model finds something there
-    assert every[seams].any()
-    assert not masks[0][seams].any()
-    journal = Journal(little.parent / "a.zarr.cellseg" / "labels" / "b1")
-    for number in journal.numbers("blocks"):
-        journal.forget("blocks", number)
-    monkeypatch.setattr(plan, "shows_little", lambda sample, limit: False)
-    resumed = segment(little, name="b1", **how)
-    assert resumed.slides[0].status == "done"
-    assert watcher.plans[-1].trim
-    np.testing.assert_array_equal(labels_of(resumed), masks[0])
-
-
-def test_instances_of_trimmed_tiles_are_those_of_whole_ones(segment, watcher, percentile_model, little):
-    how = {"model": percentile_model, "tile": 640, "instances": True}
-    trimmed, whole = (
-        labels_of(segment(little, name=way, skip_background=way, **how))[540:1220, 420:1280] for way in ("auto", "off")
-    )
-    assert [plan.trim for plan in watcher.plans] == [True, False]
-    np.testing.assert_array_equal(trimmed > 0, whole > 0)
-
-
-@pytest.mark.parametrize("reason", ["batch", "few tiles", "no network for it"])
-def test_tiles_are_left_whole_where_trimming_would_not_pay(
-    segment, watcher, percentile_model, little, monkeypatch, reason
-):
-    if reason == "no network for it":
-        monkeypatch.setattr(prepare, "flexible_form", lambda backend: None)
-    changes = {"batch": {"batch": 2}, "few tiles": {"tile": 1200}}.get(reason, {})
-    segment(little, model=percentile_model, **{"tile": 640, **changes})
-    assert not watcher.plans[-1].trim
+    assert 1 < len(computed) == 1 + slide.tiles - slide.skipped_tiles < slide.tiles

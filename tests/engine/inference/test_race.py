@@ -12,7 +12,6 @@ from rich.console import Console
 
 from cellseg_batch.engine.cli.compile import _print_certificate
 from cellseg_batch.engine.errors import BackendError
-from cellseg_batch.engine.inference import model_pool as engines
 from cellseg_batch.engine.inference import race as racing
 from cellseg_batch.engine.inference.backends.gate import Parity
 from cellseg_batch.engine.inference.model_pool import Engines
@@ -60,7 +59,7 @@ def test_what_fails_the_gate_is_refused_with_its_figures_unless_the_gate_is_off(
 
 
 def test_a_certificate_survives_its_file():
-    result = replace(certificate(REFERENCE, FAST, BROKEN, ABSENT), by_threads=((1, 2.5), (2, 4.5)))
+    result = certificate(REFERENCE, FAST, BROKEN, ABSENT)
     assert Certificate.from_json(json.loads(json.dumps(result.to_json()))) == result
 
 
@@ -69,19 +68,6 @@ def test_the_table_says_how_to_get_what_is_missing():
     remedy = "pip install 'cellseg-batch[int8]'"
     _print_certificate(certificate(REFERENCE, Candidate("openvino", "int8", remedy)), REFERENCE, console)
     assert remedy in console.file.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("rates", "threads"),
-    [((), 8), (((4, 9.0), (8, 10.0)), 8), (((4, 10.2), (8, 10.0)), 8), (((2, 9.0), (4, 12.0), (8, 10.0)), 4)],
-)
-def test_fewer_threads_are_used_where_they_are_clearly_faster(monkeypatch, rates, threads):
-    result = certificate(FAST)
-    result = replace(result, request=replace(result.request, threads=8), by_threads=rates)
-    monkeypatch.setattr(engines, "cores", lambda: 8)
-    assert engines.Choice("openvino", "bf16", result).threads == threads
-    monkeypatch.setattr(engines, "cores", lambda: 16)  # another machine
-    assert engines.Choice("openvino", "bf16", result).threads == 16
 
 
 def test_all_take_turns_and_the_hopeless_drop_out(monkeypatch):
@@ -117,7 +103,6 @@ def test_a_race_runs_everything_that_is_here(asking, tiny_bundle, monkeypatch, t
     assert rows["openvino", "fp32"].passed
     assert rows["openvino", "fp32"].slowest <= rows["openvino", "fp32"].mpx_per_s <= rows["openvino", "fp32"].fastest
     assert result.shape == (2, 3, 256, 256)
-    assert [threads for threads, _ in result.by_threads] == [1, 2]
 
 
 def test_a_backend_that_breaks_is_listed_and_the_others_go_on(asking, tiny_bundle, monkeypatch, tmp_path):

@@ -52,23 +52,6 @@ def test_a_library_that_wants_normalised_pixels_gets_them(tiny_bundle):
     np.testing.assert_array_equal(*floats)
 
 
-@pytest.mark.parametrize("precision", supported_precisions())
-def test_a_flexible_network_gives_tiles_of_every_size_the_same_bits(tiny_bundle, precision):
-    backend = make_backend(tiny_bundle, "openvino", precision, 1, Artefacts())
-    pixels, bounds = blobs(70, 90), Bounds(17.3, 101.9)
-    for dtype in ("uint8", "uint16"):
-        feed = Feed(backend.flexible, (2, 3, 96, 80), dtype)
-        for height, width in ((96, 80), (64, 80), (16, 24), (96, 80)):
-            rows, columns = (np.arange(side)[None] % 70 for side in (height, width))
-            logits = []
-            for one in (feed, Feed(backend, (2, 3, height, width), dtype)):
-                one.fill(pixels.astype(dtype), rows, columns, bounds)
-                logits.append(one.logits()[0].copy())
-            np.testing.assert_array_equal(*logits)
-            assert logits[0].shape[1:] == (height, width)
-            assert logits[0].std() > 0
-
-
 def test_a_twin_has_a_batch_and_logits_of_its_own(tiny_bundle):
     feed = Feed(make_backend(tiny_bundle, "openvino", "fp32", 1, Artefacts()), (2, 3, 64, 64), "uint8")
     twin = feed.twin()

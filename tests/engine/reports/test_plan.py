@@ -1,14 +1,12 @@
 """What plan announces is what a run then takes."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import zarr
 
-from cellseg_batch.engine.reports import plan as estimating
-from cellseg_batch.engine.reports.plan import SlideEstimate, estimate, pixels_read
+from cellseg_batch.engine.reports.plan import estimate, pixels_read
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from tests.support.images import blobs, write_ome_zarr
@@ -98,13 +96,11 @@ def test_the_first_plane(tmp_path):
     assert [level.shape for level in slide.first_plane().levels] == [(1, 1, 1, 40, 50), (1, 1, 1, 20, 25)]
 
 
-@pytest.mark.parametrize(
-    ("backend", "precision", "trims"),
-    [("openvino", "bf16", True), ("openvino", "int8", False), ("torch-cuda", "fp16", False)],
-)
-def test_trimming_is_announced_where_the_network_takes_smaller_tiles(monkeypatch, backend, precision, trims):
-    monkeypatch.setattr(estimating, "block_bytes", lambda *asked: 0)
-    plan = SimpleNamespace(trimmable=True, shape=(1, 3, 512, 512), pixels=1)
-    report = SimpleNamespace(backend=backend, precision=precision)
-    weighed = estimating._weigh(SlideEstimate("a"), plan, Settings(), 1e-6, 0, report)
-    assert (weighed.peak_bytes > 0) == trims
+def test_a_slide_of_many_tiles_and_a_model_that_takes_percentiles(tmp_path, command):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(300, 300))
+    flags = ["--backend", "torch", "--precision", "fp32", "--threads", 1, "--tile", 192]
+    code, said = command("plan", path, "--model", "nuclei", *flags, "--json", tmp_path / "plan.json")
+    assert code == 0, said
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert content["tiles"] >= 9
+    assert content["seconds"] > 0

@@ -15,10 +15,13 @@ import tifffile
 import zarr
 from PIL import Image
 
+from cellseg_batch.engine.errors import ComputeError, OutputError, ReadError
+from cellseg_batch.engine.run import pipeline as pipeline_room
 from cellseg_batch.engine.run import worker as worker_room
 from cellseg_batch.engine.slides import reader as reader_room
 from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.engine.storage.lock import Locks
+from cellseg_batch.engine.storage.object_stores import may_pass
 from tests.support.images import blobs, labels_of, write_ome_zarr
 from tests.support.processes import TINY_RUN, launch, wait_for_records
 
@@ -108,13 +111,13 @@ def test_a_block_that_cannot_be_read_is_noted_until_it_is_done(tmp_path, segment
     chunk.write_bytes(content[:20])
     journal = Journal(tmp_path / "a.zarr.cellseg" / "labels" / "cellseg")
     assert segment(path).status == "failed"
-    failed = dict(journal.failed("blocks"))
+    failed = {number: record["reason"] for number, record in journal.records("failed/blocks")}
     assert failed
     assert all("readable pixels" in reason for reason in failed.values())
     assert journal.numbers("blocks").isdisjoint(failed)
     chunk.write_bytes(content)
     assert segment(path, retry_failed=True).status == "done"
-    assert not dict(journal.failed("blocks"))
+    assert not journal.numbers("failed/blocks")
 
 
 def test_a_store_that_fails_now_and_then_costs_nothing(tmp_path, segment, monkeypatch, in_a_hurry):
@@ -138,6 +141,53 @@ def test_a_store_that_fails_now_and_then_costs_nothing(tmp_path, segment, monkey
     assert len(reads) > 50
     assert report.status == "done"
     np.testing.assert_array_equal(labels_of(report), labels_of(expected))
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("key"), ComputeError("block 0", expected="finite logits", found="7 NaN", remedy="try fp32")]
+)
+def test_what_would_fail_again_is_not_tried_again(tmp_path, segment, monkeypatch, error):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(200, 200))
+    tried = []
+
+    def fails(slide, number):
+        tried.append(number)
+        raise error
+
+    monkeypatch.setattr(worker_room, "_PAUSES", (60.0, 60.0))
+    monkeypatch.setattr(pipeline_room, "segment_block", fails)
+    (slide,) = segment(path).slides
+    assert ("finite logits" if isinstance(error, ComputeError) else "KeyError") in slide.reason
+    assert len(tried) == len(set(tried)) > 1
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "passes"),
+    [
+        (TimeoutError("slow"), None, True),
+        (ReadError("a", expected="b", found="c", remedy="d"), ConnectionResetError("busy"), True),
+        (OutputError("a", expected="b", found="c", remedy="d"), OSError(28, "full"), True),
+        (ReadError("a", expected="b", found="c", remedy="d"), RuntimeError("stale (os error 116)"), True),
+        (ReadError("a", expected="b", found="c", remedy="d"), RuntimeError("the checksum is invalid"), False),
+        (ComputeError("a", expected="b", found="c", remedy="d"), None, False),
+        (TypeError("a"), None, False),
+    ],
+)
+def test_what_may_pass_is_what_a_store_had_a_part_in(error, cause, passes):
+    error.__cause__ = cause
+    assert may_pass(error) == passes
+
+
+def test_the_traceback_of_a_failed_block_is_shown_on_request(tmp_path, tiny_model):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(300, 300, 1), levels=1)
+    chunk = path / "0" / "c" / "0" / "4" / "4"
+    chunk.write_bytes(chunk.read_bytes()[:20])
+    for flags in ([], ["--debug"]):
+        run = launch(path, tiny_model, *flags)
+        said, _ = run.communicate()
+        assert run.returncode == 1
+        assert "readable pixels" in said
+        assert ("Traceback" in said and "in segment_block" in said) == bool(flags), said
 
 
 def test_two_runs_at_once_share_the_images(tmp_path, tiny_model, segment):

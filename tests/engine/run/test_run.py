@@ -67,7 +67,7 @@ def test_labels_lie_in_place_and_are_listed(tmp_path, segment, version):
     assert [image.name for image in found] == ["a.zarr"], "labels are not images"
 
 
-def test_the_tile_that_warms_the_model_up_is_not_computed_again(tmp_path, segment, monkeypatch):
+def test_the_middle_tile_warms_the_model_up_and_blocks_follow_in_order(tmp_path, segment, monkeypatch):
     computed, compute = [], Runner.segment
 
     def counting(self, pixels, block):
@@ -76,7 +76,7 @@ def test_the_tile_that_warms_the_model_up_is_not_computed_again(tmp_path, segmen
 
     monkeypatch.setattr(Runner, "segment", counting)
     whole = segment(write_ome_zarr(tmp_path / "a.zarr", blobs(200, 300)), tile=128, block=1, workers=1)
-    assert computed == [4, 5, 0, 1, 2, 3], "from the middle of the 2 x 3 blocks on"
+    assert computed == [4, 0, 1, 2, 3, 4, 5], "the middle one of 2 x 3 tiles, then every block"
     computed.clear()
     parts = segment(write_ome_zarr(tmp_path / "b.zarr", blobs(200, 300)), tile=128, block=1000)
     assert computed[1:] == [0], "a tile to warm up, and the one block there is"

@@ -14,7 +14,6 @@ import torch
 from cellseg_batch.engine.errors import BackendError, ModelError
 from cellseg_batch.engine.inference.backends import choose
 from cellseg_batch.engine.inference.backends.gate import count_matches, limits_of, logits_of, measure_parity, real_tiles
-from cellseg_batch.engine.inference.backends.protocol import flexible_form
 from cellseg_batch.engine.inference.backends.registry import candidates, make_backend, why_not
 from cellseg_batch.engine.inference.race import worst_parity
 from cellseg_batch.engine.inference.race_result import Candidate, Certificate, Request
@@ -39,16 +38,6 @@ def test_backends_agree_with_the_plain_network(tiny_bundle, name, precision):
         expected = build_torch_network(tiny_bundle)(torch.from_numpy(batch)).numpy()
     scale = np.abs(expected).max()
     np.testing.assert_allclose(logits, expected, atol=scale * (2e-5 if precision == "fp32" else 3e-2))
-
-
-@pytest.mark.parametrize(("name", "precision"), EVERY)
-def test_every_precision_but_int8_has_a_network_for_tiles_of_many_sizes(tiny_bundle, name, precision):
-    form = flexible_form(make(tiny_bundle, name, precision))
-    assert (form is None) == (precision == "int8")
-    if form is not None:
-        model = form.compile((1, 3, 96, 80))
-        batch = np.random.default_rng(0).random((1, 3, 64, 80), np.float32)
-        np.testing.assert_array_equal(model(batch), make(tiny_bundle, name, precision).compile(batch.shape)(batch))
 
 
 @pytest.mark.parametrize(("name", "precision"), EVERY)
