@@ -59,7 +59,7 @@ def segment(slide: Path, out: Path, *flags: str, keep: bool = False, shrink: boo
     shutil.rmtree(out, ignore_errors=True)
     report = out.with_suffix(".json")
     usual = ["--output", str(out), "--json", str(report), "--quiet", "--skip-background", "off"]
-    usual += [] if shrink else ["--shrink", "1"]
+    usual += [] if shrink else ["--downscale", "1"]
     done = finish([*COMMAND, "run", str(slide), *usual, *flags])
     if not keep:
         shutil.rmtree(out)

@@ -16,13 +16,9 @@ from rich.console import Console
 from cellseg_batch.engine.cli.progress import Screen
 from cellseg_batch.engine.inference.model_pool import Engines
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.profiling.isolated_stages import measure_alone
+from cellseg_batch.engine.profiling.isolated_stages import measure_alone, opened_alone
 from cellseg_batch.engine.profiling.sample import take_sample
 from cellseg_batch.engine.run.campaign import run
-from cellseg_batch.engine.run.lifecycle import Request, prepare_slide
-from cellseg_batch.engine.run.output_paths import place_output
-from cellseg_batch.engine.run.slide_plan import SlideJob
-from cellseg_batch.engine.run.worker import Worker
 from cellseg_batch.engine.settings import Settings
 
 
@@ -33,31 +29,29 @@ def main() -> None:
         backend="openvino",
         precision=precision,
         gate=False,
-        shrink=1,
+        downscale=1,
         skip_background="off",
         overwrite=True,
     )
     bundle = load_model(settings.model)
     observer = Screen(Console(), verbosity=-1)
-    engines = Engines(bundle, settings)
-    worker = Worker(settings, engines.choice, run="overhead", engines=engines)
+    model_pool = Engines(bundle, settings)
     (part,) = take_sample(slide, settings, bundle.card.pixel_size_um)
-    job = prepare_slide(worker, Request(part, place_output(part, "alone", folder / "alone")))
-    assert isinstance(job, SlideJob)
-    tile = job.plan.grid.lattice.tile
-    computed = job.plan.tiles * tile[0] * tile[1] / 1e6
     walls, commands, models = [], [], []
-    with worker.opened(job) as opened:
+    with opened_alone(part, settings, model_pool, folder / "alone") as opened:
+        plan = opened.plan
         for turn in range(rounds + 1):
             wall = run([slide], settings, observer).seconds
             command = segment(slide, folder / "command", *engine_flags(precision))["seconds"]
-            model = measure_alone(opened, list(job.plan.grid), first=0.0).seconds["model"]
+            model = measure_alone(opened, list(plan.grid), first=0.0).seconds["model"]
             if turn:
                 walls.append(wall)
                 commands.append(command)
                 models.append(model)
-    megapixels = job.plan.pixels / 1e6
-    about = {"model_seconds": median(models), "computed_per_px": job.plan.grid.lattice.cost}
+    tile = plan.grid.lattice.tile
+    computed = plan.tiles * tile[0] * tile[1] / 1e6
+    megapixels = plan.pixels / 1e6
+    about = {"model_seconds": median(models), "computed_per_px": plan.grid.lattice.cost}
     for name, times in (("run", walls), ("command, with its imports", commands)):
         over = median(time / model for time, model in zip(times, models, strict=True))
         print(json.dumps(row(name, [megapixels / one for one in times], over_model_alone=over, **about)))

@@ -84,9 +84,3 @@ class StageClock:
         with self._lock:
             drained, self.seconds = self.seconds, dict.fromkeys(STAGES, 0.0)
         return drained
-
-    def add(self, seconds: dict[str, float]) -> None:
-        """Count what a clock has drained."""
-        with self._lock:
-            for name, more in seconds.items():
-                self.seconds[name] += more

@@ -45,6 +45,10 @@ def run(
     stop = Stop()
     with stop.on_signals(), Screen(Console(), verbosity=verbose - quiet) as screen:
         report = run_campaign(slides, settings, screen, IMPORTED_AT, stop)
+        if settings.objects:
+            from cellseg_batch.engine.reports.plates import summarise_plates  # and with it pyarrow
+
+            report = summarise_plates(report, settings)
     print_failures(report, Console(stderr=True))
     if not quiet:
         print_report(report, Console())
@@ -78,7 +82,7 @@ def info(
 
 
 @app.command("verify-seams")
-@takes_settings(*ENGINE, "threshold", "tile", "margin", "block", "level", "pixel_size", "shrink", "channel", "axes")
+@takes_settings(*ENGINE, "threshold", "tile", "margin", "block", "level", "pixel_size", "downscale", "channel", "axes")
 def verify_seams(
     slide: o.Slide,
     settings: Settings,

@@ -71,7 +71,7 @@ class Screen:
         """So many images will be processed."""
         self._images = images
 
-    def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: int) -> None:
+    def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: float) -> None:
         """A slide is about to start."""
         self._planned += 1
         self._planned_pixels += plan.pixels
@@ -83,8 +83,8 @@ class Screen:
         elif self._verbosity == 0 and self._planned == _FEW_IMAGES + 1:
             self.console.print("... (-v describes every image)")
 
-    def advanced(self, pixels: int) -> None:
-        """So many more pixels are on disk."""
+    def advanced(self, pixels: float) -> None:
+        """So many more pixels are done."""
         self._bar.advance(self._task, pixels)
 
     def ended(self, report: SlideReport) -> None:
@@ -101,7 +101,7 @@ def describe(plan: SlidePlan, peak_bytes: int) -> str:
     lattice, level = plan.grid.lattice, plan.level
     size = f"{level.pixel_size_um:.3g} µm/px, " if level.pixel_size_um else ""
     planes = f"{plan.grid.planes} planes, " if plan.grid.planes > 1 else ""
-    shrunk = f"shrunk {plan.shrink} times for its large nuclei, " if plan.shrink > 1 else ""
+    shrunk = f"shrunk {plan.downscale} times for its large nuclei, " if plan.downscale > 1 else ""
     return (
         f"{plan.slide.name}: {planes}{lattice.shape[0]} x {lattice.shape[1]} px, level {level.level} "
         f"({size}{level.reason}), channel {plan.channels.reason}, values {plan.bounds.low:g}-{plan.bounds.high:g}, "

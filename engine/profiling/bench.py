@@ -14,13 +14,9 @@ import numpy as np
 from cellseg_batch.engine.inference.model_pool import Engines
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.profiling.bench_slides import Form, shipped_pieces, write_plate, write_slide
-from cellseg_batch.engine.profiling.isolated_stages import measure_alone, memory_bandwidth
+from cellseg_batch.engine.profiling.isolated_stages import measure_alone, memory_bandwidth, opened_alone
 from cellseg_batch.engine.profiling.sample import take_sample
 from cellseg_batch.engine.run.campaign import Observer, run
-from cellseg_batch.engine.run.lifecycle import Request, prepare_slide
-from cellseg_batch.engine.run.output_paths import place_output
-from cellseg_batch.engine.run.slide_plan import SlideJob
-from cellseg_batch.engine.run.worker import Worker
 from cellseg_batch.engine.settings import Settings
 
 _FIELDS = 16
@@ -47,29 +43,25 @@ def run_suite(settings: Settings, rounds: int, side: int, folder: Path, observer
         f"{side} px slide, end to end": write_slide(folder / "slide.zarr", Form(side), pieces),
         f"plate of {_FIELDS} fields, end to end": write_plate(folder / "plate.zarr", _FIELDS, pieces),
     }
-    settings = replace(settings, shrink=1, skip_background="off", overwrite=True, output=folder / "out")
+    settings = replace(settings, downscale=1, skip_background="off", overwrite=True, output=folder / "out")
     bundle = load_model(settings.model)
     (slide,) = take_sample(folder / "slide.zarr", settings, bundle.card.pixel_size_um)
-    engines = Engines(bundle, settings, observer.racing)
-    worker = Worker(settings, engines.choice, run="bench", engines=engines)
-    job = prepare_slide(worker, Request(slide, place_output(slide, "alone", folder / "alone")))
-    assert isinstance(job, SlideJob)  # overwrite: nothing counts as finished
+    model_pool = Engines(bundle, settings, observer.racing)
     rates: dict[str, list[float]] = defaultdict(list)
     yardstick = []
-    with worker.opened(job) as opened:
+    with opened_alone(slide, settings, model_pool, folder / "alone") as opened:
         for turn in range(rounds + 1):
             measured = {name: run([path], settings, observer).mpx_per_s for name, path in inputs.items()}
-            alone = measure_alone(opened, list(job.plan.grid), first=0.0)
-            measured |= {f"{stage}, alone": job.plan.pixels / 1e6 / spent for stage, spent in alone.seconds.items()}
+            alone = measure_alone(opened, list(opened.plan.grid), first=0.0)
+            measured |= {f"{stage}, alone": opened.plan.pixels / 1e6 / spent for stage, spent in alone.seconds.items()}
             speed = machine_speed()
             if turn:  # the first one warms up
                 yardstick.append(speed)
                 for name, rate in measured.items():
                     rates[name].append(rate)
-    worker.close()
     return {
-        "backend": engines.choice.backend,
-        "precision": engines.choice.precision,
+        "backend": model_pool.choice.backend,
+        "precision": model_pool.choice.precision,
         "yardstick": yardstick,
         "rows": [{"name": name, "mpx_per_s": median(every), "rounds": every} for name, every in rates.items()],
     }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,16 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.inference.background import without_background
+from cellseg_batch.engine.inference.model_pool import Engines
 from cellseg_batch.engine.machine import cores
+from cellseg_batch.engine.run.lifecycle import Request, prepare_slide
 from cellseg_batch.engine.run.open_slide import OpenSlide
+from cellseg_batch.engine.run.output_paths import place_output
+from cellseg_batch.engine.run.prepared_slide import PreparedSlide
+from cellseg_batch.engine.run.worker import Worker
+from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.slides.slide import Slide
+from cellseg_batch.engine.stage_clock import StageClock
 
 _COPIED = 64 << 20
 _ROUNDS = 5
@@ -34,6 +44,27 @@ class Alone:
     seconds: dict[str, float]
     read_bytes: int
     written_bytes: int
+
+
+@contextmanager
+def opened_alone(slide: Slide, settings: Settings, model_pool: Engines, folder: Path) -> Iterator[OpenSlide]:
+    """A slide that no run works on, open for as long as the context lasts.
+
+    Args:
+        slide: the image.
+        settings: as of a run over it.
+        model_pool: makes its network.
+        folder: new, for its labels, which are made and empty.
+
+    Raises:
+        SlideError: it cannot be processed as asked.
+    """
+    worker = Worker(settings, model_pool, StageClock())
+    prepared = prepare_slide(worker, Request(slide, place_output(slide, settings.name, folder)))
+    assert isinstance(prepared, PreparedSlide)  # nothing was there, so nothing was finished before
+    with worker.slides.opened(prepared.plan, prepared.backend) as opened:
+        yield opened
+    worker.close()
 
 
 def first_read(slide: OpenSlide, blocks: list[Block]) -> float:
@@ -61,11 +92,8 @@ def measure_alone(slide: OpenSlide, blocks: list[Block], first: float) -> Alone:
     masks: dict[int, NDArray[np.uint8]] = {}
     for block in blocks:
         pixels = slide.reader.read(block.plane, block.read_box)
-        masks[block.index] = np.zeros(block.box.shape, np.uint8)
         shown = without_background(block, pixels, slide.plan.grid.lattice, slide.plan.flat)
-        if shown.tiles:
-            with slide.runner() as runner:
-                masks[block.index] = runner.segment(pixels, shown).mask
+        masks[block.index] = slide.predictor.predict(pixels, shown).mask
     computing = {name: seconds for name, seconds in slide.clock.drain().items() if seconds}
     writing = _timed(lambda block: slide.labels.write(0, block.plane, block.box, masks[block.index]), blocks)
     return Alone(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -13,18 +12,20 @@ from cellseg_batch.engine.inference.model_pool import Engines
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.profiling.bottleneck import StageUse, find_bottleneck, say
 from cellseg_batch.engine.profiling.gpu_meter import GpuMeter
-from cellseg_batch.engine.profiling.isolated_stages import Alone, first_read, measure_alone, memory_bandwidth
+from cellseg_batch.engine.profiling.isolated_stages import (
+    Alone,
+    first_read,
+    measure_alone,
+    memory_bandwidth,
+    opened_alone,
+)
 from cellseg_batch.engine.profiling.profile_report import Profile, Trial
 from cellseg_batch.engine.profiling.read_experiment import Cure, copy_slide, find_cure
 from cellseg_batch.engine.profiling.sample import take_sample
 from cellseg_batch.engine.profiling.timeline import busy_seconds, occupied, predict_seconds, shares, wall_seconds
 from cellseg_batch.engine.run.campaign import Observer, run_images
-from cellseg_batch.engine.run.lifecycle import Request, prepare_slide
 from cellseg_batch.engine.run.open_slide import OpenSlide
-from cellseg_batch.engine.run.output_paths import place_output
 from cellseg_batch.engine.run.results import RunReport
-from cellseg_batch.engine.run.slide_plan import SlideJob
-from cellseg_batch.engine.run.worker import Worker
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.stage_clock import Interval, StageClock
@@ -70,23 +71,19 @@ def profile_slide(path: Path, settings: Settings, observer: Observer) -> Profile
         settings.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="cellseg-profile-", dir=settings.output) as name:
         folder = Path(name)
-        engines = Engines(bundle, settings, observer.racing)
-        worker = Worker(settings, engines.choice, run="profile", engines=engines)
-        place = place_output(sample[0], settings.name, folder / "alone")
-        job = prepare_slide(worker, Request(sample[0], place))
-        assert isinstance(job, SlideJob)  # nothing was there, so nothing was finished before
-        with worker.opened(job) as slide:
-            first = first_read(slide, list(job.plan.grid))
+        model_pool = Engines(bundle, settings, observer.racing)
+        with opened_alone(sample[0], settings, model_pool, folder / "alone") as slide:
+            plan = slide.plan
+            first = first_read(slide, list(plan.grid))
             with GpuMeter() as meter:
                 run = _run(sample, replace(settings, output=folder / "run"), observer)
-            alone = measure_alone(slide, list(job.plan.grid), first)
-        worker.close()
+            alone = measure_alone(slide, list(plan.grid), first)
         parts = shares(run.intervals, run.report.workers)
         uses = _uses(run, parts, slide, alone)
         bottleneck = find_bottleneck(parts)
         trial = None
         if bottleneck == "read":
-            cure = find_cure(sample[0], job.plan.level.level, job.plan.channels.indices, folder / "part")
+            cure = find_cure(sample[0], plan.level.level, plan.channels.indices, folder / "part")
             if cure is not None:
                 trial = _try(cure, sample, slide, settings, run, alone, folder, observer)
     remedy = trial.text if trial is not None else ""
@@ -99,7 +96,7 @@ def profile_slide(path: Path, settings: Settings, observer: Observer) -> Profile
         workers=report.workers,
         mpx_per_s=run.pixels / 1e6 / run.seconds,
         engine_mpx_per_s=report.engine_mpx_per_s,
-        first_read_mpx_per_s=job.plan.pixels / 1e6 / first,
+        first_read_mpx_per_s=plan.pixels / 1e6 / first,
         memory_gb_per_s=memory_bandwidth() / 1e9,
         stages=list(uses.values()),
         shares=parts,
@@ -113,7 +110,7 @@ def profile_slide(path: Path, settings: Settings, observer: Observer) -> Profile
 
 def _run(images: list[Slide], settings: Settings, observer: Observer) -> _Sampled:
     clock = StageClock(keep_intervals=True)
-    report = run_images(list(images), settings, observer, clock, time.perf_counter())
+    report = run_images(images, settings, observer, clock)
     for slide in report.slides:
         if slide.status == "failed":
             raise SlideError(slide.path, expected="a sample that can be run", found=slide.reason, remedy="see above")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -24,6 +23,7 @@ from rich.text import Text
 from cellseg_batch.engine.errors import SlideError
 from cellseg_batch.engine.geometry import BlockGrid, Box
 from cellseg_batch.engine.inference.backends.registry import KINDS
+from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.campaign import run_images
 from cellseg_batch.engine.run.lifecycle import block_bytes
@@ -36,7 +36,6 @@ from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.label_layout import Layout
 from cellseg_batch.engine.slides.slide import Broken, Slide
-from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.engine.storage.atomic_files import BUCKET
 from cellseg_batch.trainer.bundle import Card
 
@@ -162,7 +161,7 @@ def _lay(image: Slide | Broken, settings: Settings, card: Card) -> tuple[SlideEs
     try:
         place = place_output(image, settings.name, settings.output)
         # The bounds decide no figure here, and to sample them would take long for many slides.
-        plan = plan_slide(image, place, settings, card, {"normalisation": {"low": 0.0, "high": 1.0}})
+        plan = plan_slide(image, place, settings, card, Bounds(0.0, 1.0))
     except SlideError as error:
         return SlideEstimate(image.location, error.detail), None
     layouts = [one.layout for one in output_images(plan) if one is not None]
@@ -214,7 +213,7 @@ def _measure(plan: SlidePlan, settings: Settings, racing: Callable[[], None]) ->
     sample = _Sample(racing)
     with tempfile.TemporaryDirectory(prefix="cellseg-plan-") as folder:
         asked = replace(settings, output=Path(folder), level=plan.level.level, overwrite=False)
-        report = run_images([part], asked, sample, StageClock(), time.perf_counter())
+        report = run_images([part], asked, sample)
     return report, sample.plan
 
 
@@ -228,11 +227,11 @@ class _Sample:
     def found(self, images: int) -> None:
         """It is one."""
 
-    def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: int) -> None:
+    def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: float) -> None:
         """Keep the plan."""
         self.plan = plan
 
-    def advanced(self, pixels: int) -> None:
+    def advanced(self, pixels: float) -> None:
         """It is over soon."""
 
     def ended(self, report: SlideReport) -> None:

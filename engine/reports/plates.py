@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -28,7 +28,9 @@ from cellseg_batch.engine.objects.table import read_account, read_batches
 from cellseg_batch.engine.reports.plate_heatmap import heatmaps
 from cellseg_batch.engine.run.failed_images import FailedImages, location
 from cellseg_batch.engine.run.output_paths import place_output
-from cellseg_batch.engine.run.results import PlateReport, SlideReport
+from cellseg_batch.engine.run.results import PlateReport, RunReport, SlideReport
+from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.ome_zarr import plate_names
 from cellseg_batch.engine.slides.plate import PlateField
 from cellseg_batch.engine.slides.slide import Broken, Slide
@@ -103,26 +105,28 @@ class _Tally:
         }
 
 
-def summarise_plates(
-    images: list[Slide | Broken], reports: list[SlideReport], name: str, output: Path | None
-) -> list[PlateReport]:
-    """Summarise every plate of which a run had fields.
+def summarise_plates(report: RunReport, settings: Settings) -> RunReport:
+    """The report with a summary of every plate of which the run had fields.
 
     Args:
-        images: every field of these plates, in their order, also those that were not of this run.
-        reports: of the run.
-        name, output: as in the settings of the run.
+        report: of the run.
+        settings: of the run.
     """
-    run = _Run(reports, name, output)
+    images = list(report.images)
+    if settings.wells or settings.fields:  # a summary covers the fields that were not of this run, too
+        names = dict.fromkeys(image.spot.plate for image in images if image.spot is not None)
+        images = [image for name in names for image in find_images(locate(name), settings.axes)]
+    run = _Run(report.slides, settings.name, settings.output)
     plates: dict[str, list[Slide | Broken]] = {}
     for image in images:
         if image.spot is not None:
             plates.setdefault(image.spot.plate, []).append(image)
     locks = Locks()
     try:
-        return [_summarise(run, fields, locks) for fields in plates.values() if run.had_any(fields)]
+        summaries = [_summarise(run, fields, locks) for fields in plates.values() if run.had_any(fields)]
     finally:
         locks.close()
+    return replace(report, plates=summaries)
 
 
 def _summarise(run: _Run, fields: list[Slide | Broken], locks: Locks) -> PlateReport:
@@ -167,7 +171,7 @@ class _Run:
             return FieldResult(image.spot, "failed", reason, None)
         if isinstance(image, Slide):
             place = self._place(image)
-            if Journal(place.journal).finished() is not None and place.objects.is_file():
+            if Journal(place.journal).is_finished and place.objects.is_file():
                 return FieldResult(image.spot, "done", "", place.objects)
         return FieldResult(image.spot, report.status, report.reason, None) if report is not None else None
 

@@ -27,7 +27,7 @@ from cellseg_batch.engine.errors import CellsegError, writing_to
 from cellseg_batch.engine.reports.preview import write_preview
 from cellseg_batch.engine.reports.status import SlideStatus, Status, read_status
 from cellseg_batch.engine.reports.svg_charts import bars, plate_chart, rate_chart
-from cellseg_batch.engine.run.open_slide import BLOCKS
+from cellseg_batch.engine.run.records import BLOCKS, FinishedRecord, Manifest, TaskRecord
 from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.engine.storage.paths import locate
 
@@ -53,7 +53,7 @@ class _Facts:
     blocks: list[tuple[float, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     foreground: dict[str, float] = field(default_factory=dict)
-    manifests: list[dict[str, Any]] = field(default_factory=list)
+    manifests: list[Manifest] = field(default_factory=list)
 
 
 def write_page(paths: list[Path], out: Path, name: str, output: Path | None) -> Status:
@@ -90,18 +90,18 @@ def _gather(status: Status) -> _Facts:
     facts = _Facts()
     for one in status.slides:
         journal = Journal(one.journal) if one.journal is not None else None
-        manifest = journal.manifest() if journal is not None else None
+        manifest = journal.manifest(Manifest) if journal is not None else None
         if journal is None or manifest is None:
             continue
         facts.manifests.append(manifest)
         facts.blocks += [(moment, one.pixels / one.blocks) for moment in journal.times(BLOCKS)]
-        for part in manifest["passes"]:
-            for _, record in journal.records(part):
-                for stage, seconds in record["seconds"].items():
+        for name in manifest.passes:
+            for _, task in journal.records(name, TaskRecord[Any]):
+                for stage, seconds in task.seconds.items():
                     facts.seconds[stage] = facts.seconds.get(stage, 0.0) + seconds
-        finished = journal.finished()
+        finished = journal.finished(FinishedRecord)
         if finished is not None:
-            facts.foreground[one.path] = finished["foreground"] / one.pixels
+            facts.foreground[one.path] = finished.foreground / one.pixels
     return facts
 
 
@@ -134,8 +134,9 @@ def _summary(status: Status, facts: _Facts) -> str:
     )
 
 
-def _model(manifest: dict[str, Any]) -> str:
-    return f"model {manifest['model']['name']} in {manifest['backend']['name']} {manifest['backend']['precision']}"
+def _model(manifest: Manifest) -> str:
+    model, backend = manifest.decisions.model, manifest.decisions.backend
+    return f"model {model.name} in {backend.name} {backend.precision}"
 
 
 def _throughput(facts: _Facts) -> str:

@@ -21,8 +21,8 @@ from rich.text import Text
 
 from cellseg_batch.engine.errors import NoImageError, SlideError
 from cellseg_batch.engine.run.failed_images import FailedImages
-from cellseg_batch.engine.run.open_slide import BLOCKS
 from cellseg_batch.engine.run.output_paths import place_output
+from cellseg_batch.engine.run.records import BLOCKS, Manifest
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, OUTPUT_SUFFIX, find_images
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node
 from cellseg_batch.engine.slides.slide import Slide
@@ -168,29 +168,32 @@ def _journals_below(folder: Path) -> Iterator[Path]:
 def _look_at(folder: Path, path: str, failures: dict[str, str]) -> tuple[SlideStatus, list[float]]:
     """The status of the image whose journal is ``folder``, and when its blocks came to be on disk."""
     journal = Journal(folder)
-    manifest = journal.manifest()
-    path = path or (manifest or {})["location"]
+    manifest = journal.manifest(Manifest)
+    path = path or (manifest.location if manifest is not None else str(folder))
     reason = failures.get(path, "")
     if manifest is None:
         return SlideStatus(path, folder, "failed" if reason else "waiting", reason), []
-    if journal.finished() is not None:
+    if journal.is_finished:
         state, reason = "done", ""
     elif is_held(folder.with_name(folder.name + LOCK_SUFFIX)):
         state = "running"
     else:
         state = "failed" if reason else "stopped"
-    times = {part: journal.times(part) for part in manifest["passes"]}
-    slide = manifest["slide"]
+    times = {part: journal.times(part) for part in manifest.passes}
     status = SlideStatus(
         path=path,
         journal=folder,
         state=state,
         reason=reason,
-        blocks=manifest["passes"][BLOCKS],
+        blocks=manifest.passes[BLOCKS],
         blocks_done=len(times[BLOCKS]),
-        tasks=sum(manifest["passes"].values()),
+        tasks=sum(manifest.passes.values()),
         tasks_done=sum(map(len, times.values())),
-        pixels=math.prod(side for axis, side in zip(slide["axes"], slide["shape"], strict=True) if axis != "c"),
+        pixels=math.prod(
+            side
+            for axis, side in zip(manifest.decisions.input.axes, manifest.decisions.input.shape, strict=True)
+            if axis != "c"
+        ),
         begun=journal.begun(),
     )
     return status, times[BLOCKS]

@@ -21,6 +21,7 @@ from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.reports.status import find_journals
 from cellseg_batch.engine.run.completeness import differences
+from cellseg_batch.engine.run.records import Manifest, TaskRecord
 from cellseg_batch.engine.scheduling.scheduler import TaskGroup, ThreadPool, Workflow, run_workflows
 from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.engine.storage.paths import zarr_store
@@ -76,8 +77,8 @@ def verify(paths: list[Path], name: str, output: Path | None, workers: int, forg
         NoImageError: there is neither an image nor a journal.
     """
     journals = [Journal(folder) for folder in find_journals(paths, name, output)]
-    begun = [journal for journal in journals if journal.manifest() is not None]
-    verdict = Verdict(unfinished=[str(journal.folder) for journal in begun if journal.finished() is None])
+    begun = [journal for journal in journals if journal.is_begun]
+    verdict = Verdict(unfinished=[str(journal.folder) for journal in begun if not journal.is_finished])
     for _ in run_workflows((_workflow(journal, verdict, forget) for journal in begun), ThreadPool(workers)):
         pass
     return verdict
@@ -85,11 +86,11 @@ def verify(paths: list[Path], name: str, output: Path | None, workers: int, forg
 
 def _workflow(journal: Journal, verdict: Verdict, forget: bool) -> Workflow[None]:
     """Check every record of a journal; of a finished one, also that none is missing."""
-    manifest: dict[str, Any] = journal.manifest() or {}
-    outputs = _Outputs({path: journal.folder / beside for path, beside in manifest["images"].items()})
-    finished = journal.finished() is not None
+    manifest = journal.manifest(Manifest)
+    assert manifest is not None  # it is begun
+    outputs = _Outputs({path: journal.folder / beside for path, beside in manifest.images.items()})
 
-    def check(part: str, item: tuple[int, dict[str, Any]]) -> list[Damage]:
+    def check(part: str, item: tuple[int, TaskRecord[Any]]) -> list[Damage]:
         number, record = item
         return [Damage(str(journal.folder), part, number, line) for line in differences(outputs.read, record)]
 
@@ -103,9 +104,9 @@ def _workflow(journal: Journal, verdict: Verdict, forget: bool) -> Workflow[None
         verdict.checked += 1
         note(damages)
 
-    for part, count in manifest["passes"].items():
-        lost = list(journal.missing(part, count)) if finished else []
-        yield TaskGroup(partial(check, part), journal.records(part), collect)
+    for part, count in manifest.passes.items():
+        lost = list(journal.missing(part, count)) if journal.is_finished else []
+        yield TaskGroup(partial(check, part), journal.records(part, TaskRecord[Any]), collect)
         note(Damage(str(journal.folder), part, number, "its record is missing") for number in lost)
 
 

@@ -25,7 +25,7 @@ from cellseg_batch.engine.inference.session import Feed
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.output_paths import place_output
 from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
-from cellseg_batch.engine.run.working_scale import settle_shrink, shrink_plan
+from cellseg_batch.engine.run.working_scale import downscale_plan, settle_downscale
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.reader import SlideReader
@@ -115,8 +115,8 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
     engines = Engines(bundle, settings)
     plan = plan_slide(slide, place_output(slide, settings.name, None), settings, bundle.card)
     with SlideReader(slide, plan.level.level, plan.channels.indices) as reader:
-        factor = settle_shrink(plan, settings, engines, reader)
-        plan, backend = shrink_plan(plan, settings, bundle, factor), engines.shrunk(engines.chosen, factor)
+        factor = settle_downscale(plan, settings, engines, reader)
+        plan, backend = downscale_plan(plan, settings, bundle, factor), engines.shrunk(engines.chosen, factor)
         card = bundle.shrunk(factor).card
         threshold = logit_threshold(plan.threshold)
         windows = seam_windows(plan, full, most)

@@ -1,13 +1,14 @@
-"""A run: every image of every input through one pool of workers, each failing alone.
+"""A campaign: every image of every input through one pool of workers, each failing alone.
 
-This room decides what happens to a slide (skipped, continued, refused, left to another run, done); the pixels pass
-through `run.pipeline`, in whatever order `scheduling.scheduler` hands out the tasks.
+It decides what happens to a slide (skipped, continued, refused, left to another run, done); the pixels pass
+through `pipeline`, in whatever order `scheduling.scheduler` hands out the tasks.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,19 +23,19 @@ from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.failed_images import FailedImages, location
 from cellseg_batch.engine.run.lifecycle import Request, finish_slide, prepare_slide
 from cellseg_batch.engine.run.output_paths import Place, place_output, refuse_output_inside
-from cellseg_batch.engine.run.pipeline import passes_of
+from cellseg_batch.engine.run.prepared_slide import PreparedSlide
 from cellseg_batch.engine.run.results import RunReport, SlideReport
-from cellseg_batch.engine.run.slide_plan import SlideJob, SlidePlan, pick_margin
-from cellseg_batch.engine.run.worker import Outcome, Worker
+from cellseg_batch.engine.run.slide_plan import SlidePlan, pick_margin
+from cellseg_batch.engine.run.worker import AnyWorker, Outcome, Worker, WorkerElsewhere, run_task
 from cellseg_batch.engine.scheduling.dask_pools import open_pool
 from cellseg_batch.engine.scheduling.scheduler import TaskGroup, Workflow, ask, call_alone, run_workflows
 from cellseg_batch.engine.scheduling.signals import Stop
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.slides.discover import EVERY_FIELD, find_images
+from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.slide import Broken, Slide
 from cellseg_batch.engine.slides.writer import consolidate_again
-from cellseg_batch.engine.stage_clock import StageClock
+from cellseg_batch.engine.stage_clock import STAGES, StageClock
 from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.engine.storage.lock import BusyError, Locks
 from cellseg_batch.trainer.bundle import Bundle
@@ -51,14 +52,14 @@ class Observer(Protocol):
     def found(self, images: int) -> None:
         """So many images will be processed."""
 
-    def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: int) -> None:
+    def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: float) -> None:
         """Slide ``number`` is about to start, perhaps while others go on.
 
-        The run will need at most ``peak_bytes`` of host memory; ``done`` of the slide's pixels are on disk already.
+        The run will need at most ``peak_bytes`` of host memory; ``done`` pixels are done already, as `advanced` counts.
         """
 
-    def advanced(self, pixels: int) -> None:
-        """So many more pixels are on disk."""
+    def advanced(self, pixels: float) -> None:
+        """So many more pixels of the slides are done, every pass over a slide being a share of its pixels."""
 
     def ended(self, report: SlideReport) -> None:
         """A slide is done, failed, skipped or held."""
@@ -88,81 +89,80 @@ def run(
     refuse_output_inside(settings.output, inputs)
     choice = FieldChoice(settings.wells, settings.fields)
     images = [image for path in inputs for image in find_images(path, settings.axes, choice)]
-    report = run_images(images, settings, observer, StageClock(), started, stop)
-    report = replace(report, starting_seconds=begun - started)
-    if not settings.objects:
-        return report
-    from cellseg_batch.engine.reports.plates import summarise_plates  # and with it pyarrow
-
-    if choice != EVERY_FIELD:
-        images = [image for path in inputs for image in find_images(path, settings.axes)]
-    return replace(report, plates=summarise_plates(images, report.slides, settings.name, settings.output))
+    report = run_images(images, settings, observer, started=started, stop=stop)
+    return replace(report, starting_seconds=begun - started)
 
 
 def run_images(
-    images: list[Slide | Broken],
+    images: Sequence[Slide | Broken],
     settings: Settings,
     observer: Observer,
-    clock: StageClock,
-    started: float,
+    clock: StageClock | None = None,
+    started: float | None = None,
     stop: Stop | None = None,
 ) -> RunReport:
     """Segment ``images``, their stages counted by ``clock``; `run` says the rest."""
+    started = time.perf_counter() if started is None else started
     bundle = load_model(settings.model)
     _refuse_margin_off_grid(settings, bundle)
-    campaign = _Campaign(settings, bundle, observer, clock)
+    campaign = Campaign(settings, bundle, observer, clock or StageClock())
     if settings.retry_failed:
         images = [image for image in images if campaign.failures.has(image)]
     observer.found(len(images))
     slides = campaign.run(images, stop)
-    return campaign.report(slides, time.perf_counter() - started)
+    return replace(campaign.report(slides, time.perf_counter() - started), images=tuple(images))
 
 
-class _Campaign:
-    """What the slides of one run share."""
+class Campaign:
+    """What the slides of one run share.
+
+    Args:
+        settings: of the run.
+        bundle: the model.
+        observer: told as things happen.
+        clock: counts the stages, where this process does the work.
+    """
 
     def __init__(self, settings: Settings, bundle: Bundle, observer: Observer, clock: StageClock) -> None:
         self.settings = settings
         self.card = bundle.card
         self.observer = observer
-        self.clock = clock
-        self.taken: dict[Path, str] = {}
-        self.written: set[Path] = set()
-        self.largest: SlidePlan | None = None
-        self.planned_peak = 0
-        self.workers = 0
-        self.locks = Locks()
         self.failures = FailedImages(settings.name, settings.output)
-        self.pool = open_pool(settings, _imports(settings))
+        self._owners: dict[Path, str] = {}
+        self._written_stores: set[Path] = set()
+        self._figures = _Figures()
+        self._locks = Locks()
+        self._pool = open_pool(settings, _imports(settings))
         try:
-            self._choose_backend(settings, bundle)
+            self._choose_backend(settings, bundle, clock)
         except BaseException:
-            self.pool.close(wait=False)
+            self._pool.close(wait=False)
             raise
 
-    def _choose_backend(self, settings: Settings, bundle: Bundle) -> None:
+    def _choose_backend(self, settings: Settings, bundle: Bundle, clock: StageClock) -> None:
         begun = time.perf_counter()
         if settings.scheduler == "threads":
-            self.engines: Engines | None = Engines(bundle, settings, self.observer.racing)
-            self.choice = self.engines.choice
+            self._model_pool: Engines | None = Engines(bundle, settings, self.observer.racing)
+            self.choice = self._model_pool.choice
+            self.worker: AnyWorker = Worker(settings, self._model_pool, clock)
         else:
             # Not on this machine, which may be a login node without the workers' devices.
-            self.engines, settings = None, settings_elsewhere(settings)
-            self.choice = call_alone(self.pool, choose_backend, settings)
+            self._model_pool, settings = None, settings_elsewhere(settings)
+            self.choice = call_alone(self._pool, choose_backend, settings)
+            self.worker = WorkerElsewhere(settings, self.choice, uuid4().hex)
         self.compile_seconds = time.perf_counter() - begun
-        self.worker = Worker(settings, self.choice, uuid4().hex, self.engines, self.clock)
 
-    def run(self, images: list[Slide | Broken], stop: Stop | None) -> list[SlideReport]:
+    def run(self, images: Sequence[Slide | Broken], stop: Stop | None) -> list[SlideReport]:
         """Take every image through the pool; reports in the order of the images."""
         reports: dict[int, SlideReport] = {}
         workflows = (self._workflow(image, number, reports) for number, image in enumerate(images))
         try:
-            for number in run_workflows(workflows, self.pool, stop):
+            for number in run_workflows(workflows, self._pool, stop):
                 self.observer.ended(reports[number])
         finally:
             self.worker.close()
-            self.locks.close()
-        for store in self.written:
+            self._locks.close()
+        for store in self._written_stores:
             consolidate_again(store)
         return [reports[number] for number in range(len(images))]
 
@@ -186,71 +186,72 @@ class _Campaign:
         return number
 
     def _segment(self, image: Slide | Broken, number: int) -> Workflow[SlideReport]:
+        """Segment one image, which no other run does meanwhile."""
         if isinstance(image, Broken):
             return SlideReport(image.path, "failed", image.reason)
         place = place_output(image, self.settings.name, self.settings.output)
         self._claim(place, image)
-        finished = Journal(place.journal).finished() is not None and not self.settings.overwrite
+        finished = Journal(place.journal).is_finished and not self.settings.overwrite
         if finished and all(folder.exists() for folder in place.folders(self.settings.probability)):
-            return (yield from self._work_on(image, place, number))  # nothing will be written
-        with self.locks.hold(place.lock):
-            return (yield from self._work_on(image, place, number))
+            return (yield from self._segment_slide(image, place, number))  # nothing will be written
+        with self._locks.hold(place.lock):
+            return (yield from self._segment_slide(image, place, number))
 
-    def _work_on(self, slide: Slide, place: Place, number: int) -> Workflow[SlideReport]:
+    def _segment_slide(self, slide: Slide, place: Place, number: int) -> Workflow[SlideReport]:
         """The workflow of a slide: prepare it, do every pass, finish it."""
-        job = yield from ask(partial(prepare_slide, self.worker), Request(slide, place))
-        if isinstance(job, SlideReport):
-            return job
-        self._announce(job, number)
+        prepared = yield from ask(partial(prepare_slide, self.worker), Request(slide, place))
+        if isinstance(prepared, SlideReport):
+            return prepared
         journal = Journal(place.journal)
-        for one in passes_of(job.plan):
+        self._announce(prepared, journal, number)
+        for slide_pass in prepared.passes:
             failures: dict[int, str] = {}
             yield TaskGroup(
-                call=partial(self.worker.run, job, one),
-                items=journal.missing(one.part, one.count),
-                collect=partial(self._collect, failures),
-                lost=partial(_give_up, journal, one.part, failures),
+                call=partial(run_task, self.worker, prepared, slide_pass),
+                items=journal.missing(slide_pass.name, slide_pass.count),
+                collect=partial(self._collect, prepared.progress_of(slide_pass), failures),
+                lost=partial(_give_up, journal, slide_pass.name, failures),
             )
             if failures:
-                kept = f" [{len(failures)} of {one.count} blocks failed; the others are kept]"
-                return SlideReport(slide.location, "failed", failures[min(failures)] + kept * (one.count > 1))
-            self.locks.check(place.lock)
-        report = yield from ask(partial(finish_slide, self.worker), job)
-        self.written.update(place.stores(job.plan.probability))
+                kept = f" [{len(failures)} of {slide_pass.count} blocks failed; the others are kept]"
+                reason = failures[min(failures)] + kept * (slide_pass.count > 1)
+                return SlideReport(slide.location, "failed", reason)
+            self._locks.check(place.lock)
+        report = yield from ask(partial(finish_slide, self.worker), prepared)
+        self._written_stores.update(place.stores(prepared.plan.probability))
         return report
 
-    def _collect(self, failures: dict[int, str], outcome: Outcome) -> None:
+    def _collect(self, progress: float, failures: dict[int, str], outcome: Outcome) -> None:
         if outcome.reason:
             failures[outcome.number] = outcome.reason
-        self.clock.add(outcome.stages)
-        self.observer.advanced(outcome.pixels)
+        else:
+            self.observer.advanced(progress)
+        self._figures.count(outcome.stages)
 
-    def _announce(self, job: SlideJob, number: int) -> None:
-        if self.largest is None and self.engines is not None:
+    def _announce(self, prepared: PreparedSlide, journal: Journal, number: int) -> None:
+        if self._figures.largest is None and self._model_pool is not None:
             # What is compiled later, while blocks are under way, is part of the run.
-            self.compile_seconds = self.engines.seconds
-        if self.largest is None or job.plan.pixels > self.largest.pixels:
-            self.largest = job.plan
-        self.planned_peak = max(self.planned_peak, job.peak_bytes)
-        self.workers = max(self.workers, job.workers)
-        self.observer.planned(job.plan, self.planned_peak, number, job.done)
+            self.compile_seconds = self._model_pool.seconds
+        self._figures.plan(prepared)
+        done = sum(prepared.progress_of(each, len(journal.numbers(each.name))) for each in prepared.passes)
+        self.observer.planned(prepared.plan, self._figures.planned_peak_bytes, number, done)
 
     def _claim(self, place: Place, slide: Slide) -> None:
         """Keep two images of one run from writing to one place."""
         for folder in place.folders(self.settings.probability):
-            owner = self.taken.setdefault(folder, slide.location)
+            owner = self._owners.setdefault(folder, slide.location)
             if owner != slide.location:
                 raise OutputError(
                     str(folder),
                     expected="a place of its own for each image's labels",
                     found=f"the place of {owner}",
                     cause="two inputs of one name",
-                    remedy="run them one by one with different --name or --output",
+                    remedy="run them one by one with different `name` or `output`",
                 )
 
     def report(self, slides: list[SlideReport], seconds: float) -> RunReport:
         """The report of the whole run, which took ``seconds`` with compiling."""
-        largest = self.largest
+        largest = self._figures.largest
         return RunReport(
             seconds=seconds - self.compile_seconds,
             compile_seconds=self.compile_seconds,
@@ -260,12 +261,39 @@ class _Campaign:
             margin=pick_margin(self.settings, self.card),
             batch=self.settings.batch,
             block=largest.grid.block_shape if largest else (0, 0),
-            workers=self.workers,
+            workers=self._figures.workers,
             peak_rss_bytes=peak_resident_bytes(),
-            planned_peak_bytes=self.planned_peak,
-            stages=self.clock.seconds,
+            planned_peak_bytes=self._figures.planned_peak_bytes,
+            stages=self._figures.stages,
             slides=slides,
         )
+
+
+class _Figures:
+    """What a campaign says of all slides together.
+
+    Attributes:
+        largest: plan of the slide with most pixels.
+        planned_peak_bytes: of host memory, of the slide that needs most.
+        workers: blocks in flight, of the slide that allows most.
+        stages: busy seconds of each stage, over all workers.
+    """
+
+    def __init__(self) -> None:
+        self.largest: SlidePlan | None = None
+        self.planned_peak_bytes = 0
+        self.workers = 0
+        self.stages = dict.fromkeys(STAGES, 0.0)
+
+    def plan(self, prepared: PreparedSlide) -> None:
+        if self.largest is None or prepared.plan.pixels > self.largest.pixels:
+            self.largest = prepared.plan
+        self.planned_peak_bytes = max(self.planned_peak_bytes, prepared.peak_bytes)
+        self.workers = max(self.workers, prepared.workers)
+
+    def count(self, seconds: dict[str, float]) -> None:
+        for stage, more in seconds.items():
+            self.stages[stage] += more
 
 
 def _imports(settings: Settings) -> list[str]:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import OutputError, SlideError
 from cellseg_batch.engine.geometry import Box
+from cellseg_batch.engine.run.pipeline import Pass
+from cellseg_batch.engine.run.records import TaskRecord
 from cellseg_batch.engine.slides.writer import ImageWriter
 from cellseg_batch.engine.storage.checksums import checksum
 from cellseg_batch.engine.storage.journal import Journal
@@ -24,13 +26,13 @@ _SAMPLE = 4
 Read = Callable[[str, int, int, Box], NDArray[Any]]
 
 
-def demand_complete(journal: Journal, images: list[ImageWriter], parts: Iterable[tuple[str, int]]) -> None:
-    """Hold the journal against the plan and, for a few tasks of each part, the pixels against the journal.
+def demand_complete(journal: Journal, images: list[ImageWriter], passes: Iterable[Pass]) -> None:
+    """Hold the journal against the plan and, for a few tasks of each pass, the pixels against the journal.
 
     Args:
         journal: of the output.
         images: that are written.
-        parts: (name, number of tasks) of each part of the journal.
+        passes: over the slide.
 
     Raises:
         OutputError: something is missing or differs.
@@ -40,33 +42,36 @@ def demand_complete(journal: Journal, images: list[ImageWriter], parts: Iterable
     def read(path: str, level: int, plane: int, box: Box) -> NDArray[Any]:
         return by_path[path].read(level, plane, box)
 
-    for part, count in parts:
-        missing = list(islice(journal.missing(part, count), 1))
+    for slide_pass in passes:
+        name, count = slide_pass.name, slide_pass.count
+        missing = list(islice(journal.missing(name, count), 1))
         sample = {int(number) for number in np.linspace(0, count - 1, min(count, _SAMPLE))}
-        wrong = missing or [number for number in sample if any(differences(read, journal.get(part, number) or {}))]
+        records = {number: journal.get(name, number, TaskRecord[Any]) for number in sample - set(missing)}
+        wrong = missing or [number for number, record in records.items() if record and any(differences(read, record))]
         if wrong:
             raise OutputError(
                 str(journal.folder),
-                expected=f"{count} finished tasks of {part}, as planned, with their pixels on disk",
+                expected=f"{count} finished tasks of {name}, as planned, with their pixels on disk",
                 found=f"no record of task {wrong[0]}" if missing else f"other pixels than task {wrong[0]} wrote",
                 cause="files that were changed or removed meanwhile",
-                remedy="run with --overwrite",
+                remedy="run with `overwrite`",
             )
 
 
-def differences(read: Read, record: dict[str, Any]) -> Iterator[str]:
+def differences(read: Read, record: TaskRecord[Any]) -> Iterator[str]:
     """What a record's task wrote and is no longer so on disk, one line each.
 
     Args:
         read: gives the pixels (h, w) of a box of a plane of a level of the image at a path in its store.
         record: of the journal.
     """
-    for path, level, plane, corners, noted in record.get("written", ()):
-        where = f"{path}/{level}, plane {plane}, {corners[0]}:{corners[2]}, {corners[1]}:{corners[3]}"
+    for written in record.written:
+        box = Box(*written.box)
+        where = f"{written.path}/{written.level}, plane {written.plane}, {box.y0}:{box.y1}, {box.x0}:{box.x1}"
         try:
-            pixels = read(path, level, plane, Box(*corners))
+            pixels = read(written.path, written.level, written.plane, box)
         except SlideError as error:
             yield f"{where}: {error.detail}"
             continue
-        if checksum(pixels) != noted:
+        if checksum(pixels) != written.crc32:
             yield f"{where}: not what was written"

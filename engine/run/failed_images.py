@@ -8,19 +8,32 @@ Also for what could not even be opened, and so has no journal.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, zarr_root
 from cellseg_batch.engine.slides.slide import Broken, Slide
-from cellseg_batch.engine.storage.journal import write_json
 from cellseg_batch.engine.storage.paths import locate
+from cellseg_batch.engine.storage.records import read_record, write_record
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FailureNote:
+    """Why an image failed.
+
+    Attributes:
+        path: of the image, as a user would type it.
+        reason: in one line.
+    """
+
+    path: str
+    reason: str
 
 
 class FailedImages:
@@ -41,15 +54,13 @@ class FailedImages:
 
     def reason(self, image: Slide | Broken) -> str | None:
         """Why the image has failed; None if it has not, or has been done since."""
-        try:
-            return str(json.loads(self._file(image).read_text())["reason"])
-        except FileNotFoundError:
-            return None
+        note = read_record(self._file(image), FailureNote)
+        return None if note is None else note.reason
 
     def note(self, image: Slide | Broken, reason: str) -> None:
         """Note a failure; where that cannot be written, the report alone has it."""
         try:
-            write_json(self._file(image), {"path": location(image), "reason": reason})
+            write_record(self._file(image), FailureNote(location(image), reason))
         except OutputError:
             _log.warning("%s: the failure could not be noted", location(image))
 
@@ -63,8 +74,9 @@ class FailedImages:
 
     def reasons(self, folder: Path) -> dict[str, str]:
         """Path -> reason of every failed image noted in the ``<store>.cellseg`` folder."""
-        notes = [json.loads(file.read_text()) for file in sorted((folder / "failed" / self._name).glob("*.json"))]
-        return {note["path"]: note["reason"] for note in notes}
+        files = sorted((folder / "failed" / self._name).glob("*.json"))
+        notes = (read_record(file, FailureNote) for file in files)
+        return {note.path: note.reason for note in notes if note is not None}
 
     def _file(self, image: Slide | Broken) -> Path:
         if self._output is not None:

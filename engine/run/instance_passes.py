@@ -21,14 +21,22 @@ from cellseg_batch.engine.objects.merge import Merged, merge_seeds
 from cellseg_batch.engine.objects.scratch import Scratch
 from cellseg_batch.engine.objects.seeds import InstanceRule, number_seeds
 from cellseg_batch.engine.run.measure_pass import measure_block, measured_channels, write_objects
-from cellseg_batch.engine.run.open_slide import BLOCKS, OpenSlide, Record
+from cellseg_batch.engine.run.open_slide import OpenSlide
+from cellseg_batch.engine.run.records import (
+    BLOCKS,
+    INSTANCES,
+    BlockRecord,
+    GrowthRecord,
+    MergeRecord,
+    TableRecord,
+    TaskRecord,
+)
+from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.kernels.instances import grow, reach, renumber
 from cellseg_batch.kernels.moments import HALO
 
-INSTANCES = "instances"
 
-
-def keep_seeds(slide: OpenSlide, block: Block, classes: NDArray[np.uint8]) -> Record:
+def keep_seeds(slide: OpenSlide, block: Block, classes: NDArray[np.uint8]) -> dict[str, Any]:
     """Number the seeds of a block and put its codes into scratch; what the merge has to know of them."""
     with slide.clock.stage("seeds"):
         codes, record = number_seeds(classes, block, slide.plan.grid, _rule(slide).smallest_seed)
@@ -37,18 +45,18 @@ def keep_seeds(slide: OpenSlide, block: Block, classes: NDArray[np.uint8]) -> Re
     return record
 
 
-def merge_blocks(slide: OpenSlide, _: int) -> Record:
+def merge_blocks(slide: OpenSlide, _: int) -> MergeRecord:
     """Make objects of the seeds of all blocks."""
     grid, journal = slide.plan.grid, slide.journal
     with slide.clock.stage("seeds"):
-        records = ((block, journal.get(BLOCKS, block.index) or {}) for block in grid)
+        records = ((block, _seeds_of(journal, block)) for block in grid)
         merged = merge_seeds(records, grid, _rule(slide).smallest_seed)
         merged.save(_scratch(slide).ids)
         slide.labels.retype(merged.dtype)
-    return {"objects": merged.objects}
+    return MergeRecord(merged.objects)
 
 
-def grow_block(slide: OpenSlide, number: int) -> Record:
+def grow_block(slide: OpenSlide, number: int) -> GrowthRecord:
     """Write the final labels of one block, and measure what lies in it if that was asked for."""
     plan, block = slide.plan, slide.plan.grid[number]
     halo = HALO if plan.objects else 0
@@ -57,18 +65,26 @@ def grow_block(slide: OpenSlide, number: int) -> Record:
     labels = around[halo : halo + height, halo : halo + width]
     with slide.clock.stage("write"):
         slide.labels.write(0, block.plane, block.box, labels)
-    if slide.certainty is None:
-        return {"labelled": int(np.count_nonzero(labels))}
+    if slide.scratch_probability is None:
+        return GrowthRecord(int(np.count_nonzero(labels)))
     with slide.clock.stage("measure"):
         pixels = slide.reader.of_channels(measured_channels(plan.slide))
-        return measure_block(plan, block, around, pixels, slide.certainty)
+        return measure_block(plan, block, around, pixels, slide.scratch_probability)
 
 
-def tabulate(slide: OpenSlide, _: int) -> Record:
+def tabulate(slide: OpenSlide, _: int) -> TableRecord:
     """Make the table of objects."""
     with slide.clock.stage("measure"):
-        records = (record for _, record in slide.journal.records(INSTANCES))
+        records = (task.result for _, task in slide.journal.records(INSTANCES, TaskRecord[GrowthRecord]))
         return write_objects(slide.plan, _scratch(slide).objects, records)
+
+
+def _seeds_of(journal: Journal, block: Block) -> dict[str, Any]:
+    """What the merge has to know of a block."""
+    task = journal.get(BLOCKS, block.index, TaskRecord[BlockRecord])
+    assert task is not None  # the merge comes after all blocks
+    assert task.result.seeds is not None
+    return task.result.seeds
 
 
 def final_labels(slide: OpenSlide, block: Block, halo: int = 0) -> NDArray[Any]:

@@ -1,14 +1,19 @@
-"""Before a slide's first block and after its last one: what is there already, plan, outputs; and the closing entry.
+"""Before a slide's first block and after its last one: what is there already, plan, outputs; and the closing record.
 
-Both are tasks for any worker, as blocks are.
+Both are tasks for any worker, as blocks are.  A run that goes on with what an earlier one has begun must decide all
+that decides pixels as that one did, or is refused with the difference: another machine, another model or other settings
+cannot change a half-finished output.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import version
 from itertools import chain
-from typing import Any
 
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.inference.backends.protocol import Backend
@@ -17,19 +22,33 @@ from cellseg_batch.engine.inference.model_pool import Engines
 from cellseg_batch.engine.run.completeness import demand_complete
 from cellseg_batch.engine.run.measure_pass import measured_channels
 from cellseg_batch.engine.run.memory_model import block_memory
-from cellseg_batch.engine.run.open_slide import BLOCKS, output_images, scratch_of
+from cellseg_batch.engine.run.open_slide import output_images, scratch_of
 from cellseg_batch.engine.run.output_paths import Place
-from cellseg_batch.engine.run.pipeline import passes_of, totals
+from cellseg_batch.engine.run.pipeline import Pass, passes_of, totals
+from cellseg_batch.engine.run.prepared_slide import PreparedSlide
+from cellseg_batch.engine.run.records import (
+    BLOCKS,
+    BackendIdentity,
+    Created,
+    Decisions,
+    FinishedRecord,
+    Manifest,
+    ModelIdentity,
+)
 from cellseg_batch.engine.run.results import SlideReport
-from cellseg_batch.engine.run.slide_plan import SlideJob, SlidePlan, adopt_manifest, plan_slide
-from cellseg_batch.engine.run.worker import Worker
-from cellseg_batch.engine.run.working_scale import settle_shrink, shrink_plan
+from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
+from cellseg_batch.engine.run.worker import AnyWorker, Worker
+from cellseg_batch.engine.run.working_scale import downscale_plan, settle_downscale
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.label_layout import lay_out
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.slides.writer import list_label
 from cellseg_batch.engine.storage.journal import Journal, sweep_partials
+from cellseg_batch.engine.storage.records import plain
+
+# Part of the journal whose one record says that outputs and scratch have been made.
+_CREATED = "created"
 
 
 @dataclass(frozen=True)
@@ -40,74 +59,44 @@ class Request:
     place: Place
 
 
-def prepare_slide(worker: Worker, request: Request) -> SlideJob | SlideReport:
+def prepare_slide(worker: AnyWorker, request: Request) -> PreparedSlide | SlideReport:
     """Settle all that decides a slide's pixels and make its output; a report if it was finished before.
 
     Raises:
         SlideError: it cannot be processed as asked.
     """
-    slide, place, settings, engines = request.slide, request.place, worker.settings, worker.engines
-    journal = Journal(place.journal)
-    begun = _begun(place, settings, journal)
-    plan = plan_slide(slide, place, settings, engines.bundle.card, begun)
-    if begun is not None:
-        factor, finished = settings.shrink or int(begun["shrink"]), journal.finished()
-        plan, backend = (
-            shrink_plan(plan, settings, engines.bundle, factor),
-            _backend_of(begun, settings, engines, factor),
-        )
-        plan = adopt_manifest(plan, begun, _manifest(plan, engines, backend), finished is not None)
-        if finished is not None:
-            return describe(plan, "skipped", finished, "finished before")
-    reader = SlideReader(slide, plan.level.level, plan.channels.indices)
-    try:
-        if begun is None:
-            factor = settle_shrink(plan, settings, engines, reader)
-            plan = shrink_plan(plan, settings, engines.bundle, factor)
-            backend = engines.shrunk(engines.chosen, factor)
-        worker.warm_up(plan, backend, reader)
-        job = _fit_memory(plan, backend, settings, worker.held, begun is not None)
-        if begun is None:
-            _create_outputs(job.plan, engines, backend, journal)
-        else:
-            for folder in (journal.folder, *place.folders(plan.probability)):
-                sweep_partials(folder)
-            if _lacks_scratch(plan, journal):  # a label needs codes of other blocks too
-                journal.start(begun)
-                _create_scratch(plan, journal)
-            job = replace(job, done=sum(plan.grid[index].box.area for index in journal.numbers(BLOCKS)))
-    except BaseException:
-        reader.close()
-        raise
-    worker.keep_open(job, reader)
-    return job
+    here = worker.here()
+    journal = Journal(request.place.journal)
+    manifest = _manifest_to_go_on_with(request.place, here.settings, journal)
+    return _begin(here, request, journal) if manifest is None else _go_on(here, request, journal, manifest)
 
 
-def finish_slide(worker: Worker, job: SlideJob) -> SlideReport:
+def finish_slide(worker: AnyWorker, prepared: PreparedSlide) -> SlideReport:
     """List the label, after a look whether it is complete, and close the journal.
 
     Raises:
         OutputError: it is not.
     """
-    place, journal = job.plan.place, Journal(job.plan.place.journal)
-    with worker.opened(job) as slide:
-        demand_complete(journal, [*slide.images], ((one.part, one.count) for one in passes_of(job.plan)))
-    counts = totals(job.plan, journal)
-    scratch, _ = scratch_of(job.plan)
+    plan = prepared.plan
+    place, journal = plan.place, Journal(plan.place.journal)
+    with worker.here().slides.opened(plan, prepared.backend) as slide:
+        demand_complete(journal, list(slide.images), prepared.passes)
+    figures = totals(plan, journal)
+    scratch, _ = scratch_of(plan)
     if scratch is not None:
         scratch.remove()
     list_label(place.store, place.labels.rpartition("/")[0], place.name, place.zarr_format)
-    journal.finish(counts)
-    return replace(describe(job.plan, "done", counts), pixels=job.plan.pixels - job.done)
+    journal.finish(figures)
+    return replace(describe(plan, "done", figures), pixels=plan.pixels - prepared.pixels_done)
 
 
-def describe(plan: SlidePlan, status: str, counts: dict[str, int], reason: str = "") -> SlideReport:
+def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str = "") -> SlideReport:
     """The report of a slide whose blocks are all on disk.
 
     Args:
         plan: of the slide.
         status: done or skipped.
-        counts: as `cellseg_batch.engine.run.pipeline.totals` has them.
+        figures: of the slide.
         reason: why it was skipped.
     """
     slide, level = plan.slide, plan.level.level
@@ -122,61 +111,150 @@ def describe(plan: SlidePlan, status: str, counts: dict[str, int], reason: str =
         pixel_size_um=plan.level.pixel_size_um,
         blocks=len(plan.grid),
         tiles=plan.tiles,
-        foreground_fraction=counts["foreground"] / plan.pixels,
-        missing_pixels=counts["missing"],
-        skipped_tiles=counts["skipped_tiles"],
-        objects=counts.get("objects"),
-        unreached_pixels=counts.get("unreached", 0),
-        shrink=plan.shrink,
+        foreground_fraction=figures.foreground / plan.pixels,
+        missing_pixels=figures.missing,
+        skipped_tiles=figures.skipped_tiles,
+        objects=figures.objects,
+        unreached_pixels=figures.unreached,
+        downscale=plan.downscale,
     )
 
 
-def _begun(place: Place, settings: Settings, journal: Journal) -> dict[str, Any] | None:
+def _manifest_to_go_on_with(place: Place, settings: Settings, journal: Journal) -> Manifest | None:
     """The manifest of this run's own earlier work, None when there is nothing to go on with.
 
     Raises:
         OutputError: something of that name is there and is not this run's own.
     """
-    manifest = journal.manifest()
     folders = place.folders(settings.probability)
-    there = [folder for folder in folders if folder.exists()]
-    if settings.overwrite or not there:
+    present = [folder for folder in folders if folder.exists()]
+    if settings.overwrite or not present:
         return None
+    manifest = journal.manifest(Manifest)
     if manifest is None:
         raise OutputError(
-            str(there[0]),
+            str(present[0]),
             expected="nothing of that name, or this run's own unfinished work",
             found="an image without a journal",
             cause="it was written by something else",
-            remedy="choose another --name, or --overwrite to replace it",
+            remedy="choose another `name`, or `overwrite` to replace it",
         )
-    # Begun with another --probability, other folders are there, and it is refused when the manifests are compared.
-    as_begun = there == folders or manifest["probability"] != settings.probability
-    return manifest if as_begun and journal.numbers("created") else None
+    # Begun with another `probability`, other folders are there, and it is refused when decisions are compared.
+    as_begun = present == folders or manifest.decisions.probability != settings.probability
+    return manifest if as_begun and journal.numbers(_CREATED) else None
 
 
-def _backend_of(begun: dict[str, Any], settings: Settings, engines: Engines, factor: int) -> Backend:
+def _begin(worker: Worker, request: Request, journal: Journal) -> PreparedSlide:
+    """Prepare a slide of which nothing is there."""
+    settings, model_pool = worker.settings, worker.model_pool
+    plan = plan_slide(request.slide, request.place, settings, model_pool.bundle.card)
+    with _reader_of(plan) as reader:
+        factor = settle_downscale(plan, settings, model_pool, reader)
+        plan = downscale_plan(plan, settings, model_pool.bundle, factor)
+        backend = model_pool.shrunk(model_pool.chosen, factor)
+        worker.warm_up.compile_for(plan, backend, reader)
+        prepared = _fit_memory(plan, backend, settings, worker.warm_up.held_bytes, keeps_blocks=False)
+        _create_outputs(prepared, model_pool, backend, journal)
+        _keep_open(worker, prepared, reader)
+    return prepared
+
+
+def _go_on(worker: Worker, request: Request, journal: Journal, manifest: Manifest) -> PreparedSlide | SlideReport:
+    """Prepare a slide that was begun, or finished, before."""
+    settings, model_pool, begun = worker.settings, worker.model_pool, manifest.decisions
+    plan = plan_slide(request.slide, request.place, settings, model_pool.bundle.card, begun.normalisation)
+    plan = downscale_plan(plan, settings, model_pool.bundle, settings.downscale or begun.downscale)
+    backend = _backend_as_begun(begun.backend, settings, model_pool, plan.downscale)
+    finished = journal.finished(FinishedRecord)
+    decisions = plan.decisions(_identity_of_model(model_pool), _identity_of(backend))
+    if finished is not None:  # nothing is left to compute, so the library's version does not matter
+        decisions = replace(decisions, backend=replace(decisions.backend, version=begun.backend.version))
+    _refuse_changes(plan, begun, decisions)
+    plan = replace(plan, grid=replace(plan.grid, cores=manifest.blocks))
+    if finished is not None:
+        return describe(plan, "skipped", finished, "finished before")
+    with _reader_of(plan) as reader:
+        worker.warm_up.compile_for(plan, backend, reader)
+        prepared = _fit_memory(plan, backend, settings, worker.warm_up.held_bytes, keeps_blocks=True)
+        for folder in (journal.folder, *request.place.folders(plan.probability)):
+            sweep_partials(folder)
+        if _lacks_scratch(plan, prepared.passes, journal):  # a label needs codes of other blocks too
+            journal.start(manifest)
+            _create_scratch(plan, journal)
+        pixels_done = sum(plan.grid[index].box.area for index in journal.numbers(BLOCKS))
+        prepared = replace(prepared, pixels_done=pixels_done)
+        _keep_open(worker, prepared, reader)
+    return prepared
+
+
+@contextmanager
+def _reader_of(plan: SlidePlan) -> Iterator[SlideReader]:
+    """A reader of the slide, closed if preparing fails."""
+    reader = SlideReader(plan.slide, plan.level.level, plan.channels.indices)
+    try:
+        yield reader
+    except BaseException:
+        reader.close()
+        raise
+
+
+def _keep_open(worker: Worker, prepared: PreparedSlide, reader: SlideReader) -> None:
+    with worker.slides.opened(prepared.plan, prepared.backend, reader):
+        pass
+
+
+def _backend_as_begun(begun: BackendIdentity, settings: Settings, model_pool: Engines, downscale: int) -> Backend:
     """The backend that an earlier run was begun with, as far as the user did not ask for another one."""
-    chosen, used = engines.chosen, begun["backend"]
-    return engines.backend(
-        used["name"] if settings.backend == "auto" else chosen.name,
-        used["precision"] if settings.precision == "auto" else chosen.precision,
-        factor,
+    chosen = model_pool.chosen
+    return model_pool.backend(
+        begun.name if settings.backend == "auto" else chosen.name,
+        begun.precision if settings.precision == "auto" else chosen.precision,
+        downscale,
     )
 
 
-def _manifest(plan: SlidePlan, engines: Engines, backend: Backend) -> dict[str, Any]:
-    return plan.manifest(engines.bundle.shrunk(plan.shrink), backend)
+def _identity_of(backend: Backend) -> BackendIdentity:
+    return BackendIdentity(backend.name, backend.precision, backend.version)
 
 
-def _create_outputs(plan: SlidePlan, engines: Engines, backend: Backend, journal: Journal) -> None:
-    place, manifest = plan.place, _manifest(plan, engines, backend)
+def _identity_of_model(model_pool: Engines) -> ModelIdentity:
+    return ModelIdentity(model_pool.bundle.card.name, model_pool.bundle.sha256)
+
+
+def _refuse_changes(plan: SlidePlan, begun: Decisions, decisions: Decisions) -> None:
+    """Refuse to go on with other pixels than those of an earlier run.
+
+    Raises:
+        OutputError: the decisions differ.
+    """
+    if changes := begun.changes(decisions):
+        raise OutputError(
+            str(plan.place.labels_folder),
+            expected="the settings that these labels were begun with",
+            found="; ".join(changes),
+            remedy="use the same settings, another `name`, or `overwrite` to begin anew",
+        )
+
+
+def _create_outputs(prepared: PreparedSlide, model_pool: Engines, backend: Backend, journal: Journal) -> None:
+    plan, place = prepared.plan, prepared.plan.place
     # For whoever reads the journal alone, wherever it and the stores beside it may have been moved to together.
-    passes = {one.part: one.count for one in passes_of(plan)}
     folders = {place.labels: place.labels_folder, place.probability: place.probability_folder}
-    images = {path: os.path.relpath(str(folder), str(journal.folder)) for path, folder in folders.items()}
-    journal.start({**manifest, "passes": passes, "images": images})
-    provenance = {**manifest, "certificate": engines.certificate_of(backend)}
+    manifest = Manifest(
+        decisions=plan.decisions(_identity_of_model(model_pool), prepared.backend),
+        blocks=plan.grid.cores,
+        passes={slide_pass.name: slide_pass.count for slide_pass in prepared.passes},
+        images={path: os.path.relpath(str(folder), str(journal.folder)) for path, folder in folders.items()},
+        location=plan.slide.location,
+        software=_software(),
+    )
+    journal.start(manifest)
+    provenance = {
+        "location": manifest.location,
+        **plain(manifest.decisions),
+        "software": manifest.software,
+        "race_result": model_pool.certificate_of(backend),
+    }
     labels, probability = output_images(plan)
     labels.create("mask" if plan.instances is None else "instances", place.source, provenance)
     if probability is not None:
@@ -188,13 +266,14 @@ def _create_scratch(plan: SlidePlan, journal: Journal) -> None:
     """Make what lies between the passes, after all else that tasks find there."""
     for scratch in filter(None, scratch_of(plan)):
         scratch.create()
-    journal.record("created", 0, {})
+    journal.record(_CREATED, 0, Created())
 
 
-def _lacks_scratch(plan: SlidePlan, journal: Journal) -> bool:
+def _lacks_scratch(plan: SlidePlan, passes: tuple[Pass, ...], journal: Journal) -> bool:
     """Whether a task is left that needs the scratch and there is none, as it goes when a slide is finished."""
     scratch, _ = scratch_of(plan)
-    left = chain.from_iterable(journal.missing(one.part, one.count) for one in passes_of(plan) if one.scratch)
+    needing = (slide_pass for slide_pass in passes if slide_pass.scratch)
+    left = chain.from_iterable(journal.missing(slide_pass.name, slide_pass.count) for slide_pass in needing)
     return scratch is not None and not scratch.exists() and next(left, None) is not None
 
 
@@ -206,28 +285,36 @@ def block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
     )
 
 
-def _fit_memory(plan: SlidePlan, backend: Backend, settings: Settings, held: int, resumed: bool) -> SlideJob:
-    """The plan with blocks that stay under ``--max-memory`` beside ``held`` bytes; a resumed plan keeps its blocks.
+def _fit_memory(
+    plan: SlidePlan, backend: Backend, settings: Settings, held_bytes: int, keeps_blocks: bool
+) -> PreparedSlide:
+    """The slide with blocks that stay under `max_memory` beside ``held_bytes``; it may have to keep its blocks.
 
     Raises:
         OutputError: not even one small block at a time does.
     """
     limit = settings.max_memory
     while True:
-        block = block_bytes(plan, KINDS[backend.name].on_gpu)
+        bytes_of_block = block_bytes(plan, KINDS[backend.name].on_gpu)
         workers = settings.workers
         if limit is not None:
-            workers = min(workers, max(1, (limit - held) // block))
-        peak = held + workers * block
-        if limit is None or peak <= limit:
-            identity = backend.name, backend.precision, backend.version
-            return SlideJob(plan, identity, block, limit and limit - held, workers, peak, done=0)
+            workers = min(workers, max(1, (limit - held_bytes) // bytes_of_block))
+        peak_bytes = held_bytes + workers * bytes_of_block
+        if limit is None or peak_bytes <= limit:
+            budget = None if limit is None else limit - held_bytes
+            passes, identity = tuple(passes_of(plan)), _identity_of(backend)
+            return PreparedSlide(plan, identity, passes, bytes_of_block, budget, workers, peak_bytes, pixels_done=0)
         rows, columns = plan.grid.cores
-        if resumed or (rows, columns) == (1, 1):
+        if keeps_blocks or (rows, columns) == (1, 1):
             raise OutputError(
                 plan.slide.location,
-                expected=f"a run within --max-memory {limit / 1e6:.0f} MB",
-                found=f"{held / 1e6:.0f} MB for the model and {block / 1e6:.0f} MB for one block",
-                remedy="allow more memory, or use a smaller --tile",
+                expected=f"a run within `max_memory` of {limit / 1e6:.0f} MB",
+                found=f"{held_bytes / 1e6:.0f} MB for the model and {bytes_of_block / 1e6:.0f} MB for one block",
+                remedy="allow more memory, or use a smaller `tile`",
             )
         plan = replace(plan, grid=replace(plan.grid, cores=(-(-rows // 2), -(-columns // 2))))
+
+
+@cache
+def _software() -> dict[str, str]:
+    return {name: version(name) for name in ("cellseg-batch", "zarr", "numpy")}

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cellseg_batch.engine.geometry import Block, Box
 from cellseg_batch.engine.objects.moment_files import merge_parts, write_part
 from cellseg_batch.engine.objects.scratch import Scratch
+from cellseg_batch.engine.run.records import GrowthRecord, TableRecord
 from cellseg_batch.engine.run.slide_plan import SlidePlan
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
 from cellseg_batch.engine.slides.reader import SlideReader
@@ -36,7 +37,7 @@ def measure_block(
     labels: NDArray[Any],
     pixels: SlideReader,
     certainty: Scratch,
-) -> dict[str, Any]:
+) -> GrowthRecord:
     """Measure what lies in a block and put it into the scratch; returns the block's record.
 
     Args:
@@ -65,7 +66,7 @@ def measure_block(
         quality = [one + survey(channel, core) for one, channel in zip(quality, light, strict=True)]
     ids, rows = merge(*(np.concatenate(part) for part in zip(*found, strict=True)))
     write_part(certainty.objects, block.index, block.plane, ids, rows)
-    return {"labelled": int(rows[:, AREA].sum()), "quality": [asdict(one) for one in quality]}
+    return GrowthRecord(int(rows[:, AREA].sum()), tuple(asdict(one) for one in quality))
 
 
 def compile_kernels(pixels: SlideReader) -> None:
@@ -82,7 +83,7 @@ def compile_kernels(pixels: SlideReader) -> None:
     survey(light[0], corner.slices())
 
 
-def write_objects(plan: SlidePlan, parts: Path, records: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord]) -> TableRecord:
     """Merge the blocks' objects into the table of the slide.
 
     Args:
@@ -99,8 +100,8 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[dict[str, Any]
     place, slide = plan.place, plan.slide
     labelled, quality = 0, [Quality()] * len(measured_channels(slide))
     for record in records:
-        labelled += record["labelled"]
-        quality = [one + Quality(**more) for one, more in zip(quality, record["quality"], strict=True)]
+        labelled += record.labelled
+        quality = [one + Quality(**more) for one, more in zip(quality, record.quality, strict=True)]
     names = channel_names(slide)
     full, shape = slide.plane_shape(0), plan.grid.lattice.shape
     account = {
@@ -126,7 +127,7 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[dict[str, Any]
         channels=names,
     )
     count = write_table(place.objects, origin, merge_parts(parts), account)
-    return {"objects": count}
+    return TableRecord(count)
 
 
 def measured_channels(slide: Slide) -> tuple[int, ...]:

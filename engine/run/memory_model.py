@@ -60,7 +60,7 @@ def _blended_logits(grid: BlockGrid) -> int:
     return 4 * tiles * math.prod(core + grid.lattice.overlap for core in grid.lattice.core) if grid.ring else 0
 
 
-class Room:
+class MemoryBudget:
     """Host memory that the blocks in flight of one process share, so that slides with large blocks take turns."""
 
     def __init__(self) -> None:

@@ -1,17 +1,20 @@
-"""The rounds over a slide, and what their tasks work with: all of it runs in a worker, perhaps on another machine."""
+"""Slides that are open in one process: what the tasks of a pass work with, kept while they come and go."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from cellseg_batch.engine.geometry import BlockGrid
-from cellseg_batch.engine.inference.cpu_runner import AnyRunner
+from cellseg_batch.engine.errors import OutputError
+from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.inference.predictor import Predictor
 from cellseg_batch.engine.objects.scratch import Scratch
+from cellseg_batch.engine.run.records import BackendIdentity
 from cellseg_batch.engine.run.slide_plan import SlidePlan
 from cellseg_batch.engine.slides.label_layout import lay_out
 from cellseg_batch.engine.slides.reader import SlideReader
@@ -19,32 +22,32 @@ from cellseg_batch.engine.slides.writer import ImageWriter
 from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.engine.storage.journal import Journal
 
-BLOCKS = "blocks"
-Record = dict[str, Any]
+# Slides that nothing works on stay open, as their next block is often on its way.
+_IDLE_SLIDES = 2
 
 
 @dataclass(frozen=True)
 class OpenSlide:
-    """The rooms that one slide's pixels pass through, open in this process.
+    """What one slide's pixels pass through, open in this process.
 
     Attributes:
         plan: how the slide is processed.
         reader: of the image.
-        runner: the model for one block at a time, as a context.
+        predictor: the network and its stitching, for several blocks at a time.
         labels, probability: what is written; no probability unless asked for.
         scratch: codes between the two passes that instances take; None for a mask.
-        certainty: the probability between these passes; None if objects are not measured.
+        scratch_probability: the probability between these passes; None if objects are not measured.
         journal: of the output.
         clock: of the process.
     """
 
     plan: SlidePlan
     reader: SlideReader
-    runner: Callable[[], AbstractContextManager[AnyRunner]]
+    predictor: Predictor
     labels: ImageWriter
     probability: ImageWriter | None
     scratch: Scratch | None
-    certainty: Scratch | None
+    scratch_probability: Scratch | None
     journal: Journal
     clock: StageClock
 
@@ -54,21 +57,101 @@ class OpenSlide:
         return (image for image in (self.labels, self.probability) if image is not None)
 
 
-@dataclass(frozen=True)
-class Pass:
-    """One round over a slide: tasks that do not depend on each other, but on all of the pass before.
+class OpenSlides:
+    """The slides that are open in a process, shared by its threads.
 
-    Attributes:
-        part: of the journal, one record per finished task.
-        count: number of tasks.
-        task: does task ``number`` and returns its record.
-        scratch: whether its tasks need the scratch, if the slide has one.
+    Args:
+        model_pool: makes the predictors.
+        clock: of the process.
     """
 
-    part: str
-    count: int
-    task: Callable[[OpenSlide, int], Record]
-    scratch: bool = True
+    def __init__(self, model_pool: Engines, clock: StageClock) -> None:
+        self._model_pool = model_pool
+        self._clock = clock
+        self._entries: OrderedDict[SlidePlan, _Entry] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def opened(
+        self, plan: SlidePlan, backend: BackendIdentity, reader: SlideReader | None = None
+    ) -> Iterator[OpenSlide]:
+        """A slide, open for as long as the context lasts.
+
+        Args:
+            plan: of the slide.
+            backend: that computes it.
+            reader: of the slide, if it is open already; it is taken over.
+
+        Raises:
+            ReadError: the image cannot be opened.
+            OutputError: the backend is of another version here.
+        """
+        with self._lock:
+            entry = self._entries.setdefault(plan, _Entry())
+            self._entries.move_to_end(plan)
+            entry.users += 1
+        try:
+            with entry.lock:
+                if entry.slide is None:
+                    reader = reader or SlideReader(plan.slide, plan.level.level, plan.channels.indices)
+                    entry.slide = open_slide(plan, backend, reader, self._model_pool, self._clock)
+            yield entry.slide
+        finally:
+            with self._lock:
+                entry.users -= 1
+                self._close_idle(_IDLE_SLIDES)
+
+    def close(self) -> None:
+        """Close every slide that nothing works on."""
+        with self._lock:
+            self._close_idle(0)
+
+    def _close_idle(self, keep: int) -> None:
+        idle = [plan for plan, entry in self._entries.items() if not entry.users]
+        for plan in idle[: len(idle) - keep]:
+            slide = self._entries.pop(plan).slide
+            if slide is not None:
+                slide.reader.close()
+
+
+class _Entry:
+    """A slide that is open, or is being opened, and how many threads use it."""
+
+    def __init__(self) -> None:
+        self.slide: OpenSlide | None = None
+        self.users = 0
+        self.lock = threading.Lock()
+
+
+def open_slide(
+    plan: SlidePlan, backend: BackendIdentity, reader: SlideReader, model_pool: Engines, clock: StageClock
+) -> OpenSlide:
+    """Put together what a slide's tasks work with.
+
+    Raises:
+        OutputError: the backend is of another version here than these labels were begun with.
+    """
+    here = model_pool.backend(backend.name, backend.precision, plan.downscale)
+    if here.version != backend.version:
+        raise OutputError(
+            str(plan.place.labels_folder),
+            expected=f"{backend.name} {backend.version} in every worker, as these labels were begun with it",
+            found=here.version,
+            remedy="install one version everywhere",
+        )
+    labels, probability = output_images(plan)
+    scratch, scratch_probability = scratch_of(plan)
+    return OpenSlide(
+        plan=plan,
+        reader=reader,
+        predictor=plan.predictor(model_pool, here, clock),
+        labels=labels,
+        probability=probability,
+        scratch=scratch,
+        scratch_probability=scratch_probability,
+        journal=Journal(plan.place.journal),
+        clock=clock,
+    )
 
 
 def output_images(plan: SlidePlan) -> tuple[ImageWriter, ImageWriter | None]:
@@ -81,13 +164,7 @@ def output_images(plan: SlidePlan) -> tuple[ImageWriter, ImageWriter | None]:
 
 
 def scratch_of(plan: SlidePlan) -> tuple[Scratch | None, Scratch | None]:
-    """The codes and the certainty of a slide between its passes, as far as they are needed."""
+    """The codes and the probability of a slide between its passes, as far as they are needed."""
     journal = plan.place.journal
     codes = Scratch(journal, "codes", np.uint32, plan.frame) if plan.frame is not None else None
-    return codes, Scratch(journal, "certainty", np.uint8, frame=0) if plan.objects else None
-
-
-def middle_of(grid: BlockGrid) -> int:
-    """Number of the block in the middle, where a slide seldom shows nothing."""
-    rows, columns = grid.grid
-    return (grid.planes // 2 * rows + rows // 2) * columns + columns // 2
+    return codes, Scratch(journal, "probability", np.uint8, frame=0) if plan.objects else None

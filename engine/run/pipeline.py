@@ -6,81 +6,103 @@ calls these.  What lies here runs in a worker, which may be a process on another
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from cellseg_batch.engine.inference.background import without_background
-from cellseg_batch.engine.inference.cpu_runner import no_foreground
-from cellseg_batch.engine.run.instance_passes import INSTANCES, grow_block, keep_seeds, merge_blocks, tabulate
-from cellseg_batch.engine.run.open_slide import BLOCKS, OpenSlide, Pass, Record
+from cellseg_batch.engine.run.instance_passes import grow_block, keep_seeds, merge_blocks, tabulate
+from cellseg_batch.engine.run.open_slide import OpenSlide
+from cellseg_batch.engine.run.records import (
+    BLOCKS,
+    INSTANCES,
+    MERGE,
+    BlockRecord,
+    FinishedRecord,
+    GrowthRecord,
+    LevelRecord,
+    MergeRecord,
+    TaskRecord,
+)
 from cellseg_batch.engine.run.slide_plan import SlidePlan
 from cellseg_batch.engine.slides.label_layout import lay_out
 from cellseg_batch.engine.storage.journal import Journal
 
-_MERGE, _TABLE = "merge", "table"
+_TABLE = "table"
+# Rough shares of a slide's time, for the progress that a person sees; nothing else depends on them.
+_SEGMENT, _GROW, _SHORT = 100.0, 12.0, 2.0
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One round over a slide: tasks that do not depend on each other, but on all of the pass before.
+
+    Attributes:
+        name: part of the journal that has a record of each finished task.
+        count: number of tasks.
+        task: does task ``number`` and returns its result, a dataclass of `cellseg_batch.engine.run.records`.
+        weight: share of the slide's time, roughly, in any unit.
+        scratch: whether its tasks need the scratch, if the slide has one.
+    """
+
+    name: str
+    count: int
+    task: Callable[[OpenSlide, int], Any]
+    weight: float
+    scratch: bool = True
 
 
 def passes_of(plan: SlidePlan) -> Iterator[Pass]:
     """The passes over a slide, in order."""
-    yield Pass(BLOCKS, len(plan.grid), segment_block)
+    yield Pass(BLOCKS, len(plan.grid), segment_block, _SEGMENT)
     if plan.instances is not None:
-        yield Pass(_MERGE, 1, merge_blocks)
-        yield Pass(INSTANCES, len(plan.grid), grow_block)
+        yield Pass(MERGE, 1, merge_blocks, _SHORT)
+        yield Pass(INSTANCES, len(plan.grid), grow_block, _GROW)
     if plan.objects:
-        yield Pass(_TABLE, 1, tabulate)
+        yield Pass(_TABLE, 1, tabulate, _SHORT)
     layout = lay_out(plan.slide, plan.level.level, plan.grid, plan.place.zarr_format)
     for level in range(1, len(layout.shapes)):
-        yield Pass(f"levels/{level}", layout.shard_count(level), partial(build_shard, level), scratch=False)
+        task = partial(build_shard, level)
+        yield Pass(f"levels/{level}", layout.shard_count(level), task, _SHORT / level, scratch=False)
 
 
-def segment_block(slide: OpenSlide, number: int) -> Record:
+def segment_block(slide: OpenSlide, number: int) -> BlockRecord:
     """Read, segment and write one block."""
     block = slide.plan.grid[number]
     with slide.clock.stage("read"):
         pixels = slide.reader.read(block.plane, block.read_box)
     with slide.clock.stage("gather"):
         shown = without_background(block, pixels, slide.plan.grid.lattice, slide.plan.flat)
-    if shown.tiles:
-        with slide.runner() as runner:
-            result = runner.segment(pixels, shown)
-    else:
-        result = no_foreground(pixels, block, slide.plan.needs_probability)
-    skipped = len(block.tiles) - len(shown.tiles)
-    record = {"foreground": result.foreground, "missing": result.missing, "skipped_tiles": skipped}
-    if slide.plan.instances is not None:
-        record |= keep_seeds(slide, block, result.mask)
+    result = slide.predictor.predict(pixels, shown)
+    seeds = None if slide.plan.instances is None else keep_seeds(slide, block, result.mask)
     with slide.clock.stage("write"):
-        if slide.plan.instances is None:
+        if seeds is None:
             slide.labels.write(0, block.plane, block.box, result.mask)
         if slide.probability is not None and result.probability is not None:
             slide.probability.write(0, block.plane, block.box, result.probability)
-        if slide.certainty is not None and result.probability is not None:
-            slide.certainty.write(block, result.probability)
-    return record
+        if slide.scratch_probability is not None and result.probability is not None:
+            slide.scratch_probability.write(block, result.probability)
+    return BlockRecord(seeds, result.foreground, result.missing, len(block.tiles) - len(shown.tiles))
 
 
-def build_shard(level: int, slide: OpenSlide, number: int) -> Record:
-    """Shrink one shard of a level of the pyramid from the level above it."""
+def build_shard(level: int, slide: OpenSlide, number: int) -> LevelRecord:
+    """Make one shard of a level of the pyramid from the level above it."""
     with slide.clock.stage("pyramid"):
         for image in slide.images:
             image.shrink(level, *image.layout.shard_box(level, number))
-    return {}
+    return LevelRecord()
 
 
-def totals(plan: SlidePlan, journal: Journal) -> dict[str, int]:
-    """What the records of a finished slide add up to.
-
-    Foreground pixels, NaN in the input and tiles that were not computed; of instances, objects and foreground pixels
-    that belong to none.
-    """
-    wanted: dict[str, tuple[str, ...]] = {BLOCKS: ("foreground", "missing", "skipped_tiles")}
-    if plan.instances is not None:
-        wanted |= {_MERGE: ("objects",), INSTANCES: ("labelled",)}
-    counts: Counter[str] = Counter()
-    for part, names in wanted.items():
-        for _, record in journal.records(part):
-            counts.update({name: record[name] for name in names})
-    if plan.instances is not None:
-        counts["unreached"] = counts["foreground"] - counts.pop("labelled", 0)
-    return dict(counts)
+def totals(plan: SlidePlan, journal: Journal) -> FinishedRecord:
+    """What the records of a finished slide add up to."""
+    foreground = missing = skipped_tiles = 0
+    for _, block in journal.records(BLOCKS, TaskRecord[BlockRecord]):
+        foreground += block.result.foreground
+        missing += block.result.missing
+        skipped_tiles += block.result.skipped_tiles
+    if plan.instances is None:
+        return FinishedRecord(foreground, missing, skipped_tiles)
+    objects = sum(merge.result.objects for _, merge in journal.records(MERGE, TaskRecord[MergeRecord]))
+    labelled = sum(growth.result.labelled for _, growth in journal.records(INSTANCES, TaskRecord[GrowthRecord]))
+    return FinishedRecord(foreground, missing, skipped_tiles, objects, unreached=foreground - labelled)

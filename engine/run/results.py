@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from cellseg_batch.engine.slides.slide import Broken, Slide
 
 _MEGA = 1e6
 _STATES = ("done", "skipped", "held", "failed")
@@ -35,7 +37,7 @@ class SlideReport:
         objects: number of objects; None for a mask, which has none.
         unreached_pixels: foreground that belongs to no object: without a seed, or too far from it.
         pixels: pixels that were segmented by this run.
-        shrink: by how much the image was shrunk for the model.
+        downscale: by how much the image was reduced for the model.
     """
 
     path: str
@@ -54,7 +56,7 @@ class SlideReport:
     objects: int | None = None
     unreached_pixels: int = 0
     pixels: int = 0
-    shrink: int = 1
+    downscale: int = 1
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class RunReport:
         slides: one entry per image.
         plates: one entry per plate, if objects were measured.
         starting_seconds: of all seconds, those before images were looked for: importing libraries.
+        images: the images themselves, in the order of ``slides``.
     """
 
     seconds: float
@@ -107,6 +110,7 @@ class RunReport:
     slides: list[SlideReport] = field(default_factory=list)
     plates: list[PlateReport] = field(default_factory=list)
     starting_seconds: float = 0.0
+    images: tuple[Slide | Broken, ...] = field(default=(), repr=False)
 
     @property
     def status(self) -> str:
@@ -131,7 +135,8 @@ class RunReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        content = asdict(self)
+        content = asdict(replace(self, images=()))
+        del content["images"]
         slides = content.pop("slides")
         rates = {"mpx_per_s": self.mpx_per_s, "engine_mpx_per_s": self.engine_mpx_per_s}
         return {"status": self.status, **rates, **content, "slides": slides}

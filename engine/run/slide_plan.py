@@ -1,33 +1,26 @@
-"""Everything about one slide that is settled before its first block, and the manifest that keeps it.
-
-A resumed run must make the same plan or is refused with the reason, so that another machine, another model or
-other settings cannot change a half-finished output.
-"""
+"""Everything about one slide that is settled before its first block: resolution, channels, lattice, normalisation."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from functools import cache
-from importlib.metadata import version
-from typing import Any
+from dataclasses import dataclass
 
-from cellseg_batch.engine.errors import OutputError, SlideError, UsageError
+from cellseg_batch.engine.errors import SlideError, UsageError
 from cellseg_batch.engine.geometry import BlockGrid, fit_lattice, lay_blocks
 from cellseg_batch.engine.inference.backends.protocol import Backend, Shape
 from cellseg_batch.engine.inference.background import flat_limit
+from cellseg_batch.engine.inference.model_pool import Engines
 from cellseg_batch.engine.inference.normalise import Bounds, sample_slide, settle_bounds
+from cellseg_batch.engine.inference.predictor import Predictor, make_predictor
 from cellseg_batch.engine.objects.seeds import InstanceRule, instance_rule
 from cellseg_batch.engine.run.output_paths import Place
+from cellseg_batch.engine.run.records import BackendIdentity, Decisions, InputPixels, ModelIdentity, TileLattice
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.level_and_channels import ChannelChoice, LevelChoice, choose_channels, choose_level
 from cellseg_batch.engine.slides.slide import Slide
+from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.kernels.instances import reach
 from cellseg_batch.kernels.moments import HALO
-from cellseg_batch.trainer.bundle import Bundle, Card
-
-# Fields of a manifest that a later run need not repeat: blocks and bounds are taken over from it, a store may be
-# moved, and libraries other than the backend's do not decide a pixel.
-_FREE = ("location", "blocks", "normalisation", "software")
+from cellseg_batch.trainer.bundle import Card
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,7 @@ class SlidePlan:
         threshold: probability above which a pixel is foreground.
         shape: (N, C, T_y, T_x) of every batch.
         probability: also write the probability.
-        shrink: by how much the image is shrunk for the model.
+        downscale: by how much the image is reduced for the model.
         stitch: crop or blend.
         flat: difference of pixel values below which a tile is background and not computed; 0 computes all.
         instances: how logits become instances; None for a mask.
@@ -60,7 +53,7 @@ class SlidePlan:
     threshold: float
     shape: Shape
     probability: bool
-    shrink: int = 1
+    downscale: int = 1
     stitch: str = "crop"
     flat: float = 0.0
     instances: InstanceRule | None = None
@@ -88,55 +81,40 @@ class SlidePlan:
         rows, columns = self.grid.lattice.grid
         return rows * columns * self.grid.planes
 
-    def manifest(self, bundle: Bundle, backend: Backend) -> dict[str, Any]:
-        """What decides the output, as plain JSON values."""
-        slide, lattice = self.slide, self.grid.lattice
-        return {
-            "location": slide.location,
-            "slide": {
-                "dtype": slide.dtype,
-                "axes": slide.axes,
-                "level": self.level.level,
-                "shape": list(slide.levels[self.level.level].shape),
-                "channels": list(self.channels.indices),
-            },
-            "model": {"name": bundle.card.name, "sha256": bundle.sha256},
-            "backend": {"name": backend.name, "precision": backend.precision, "version": backend.version},
-            "shrink": self.shrink,
-            "stitch": self.stitch,
-            "flat": self.flat,
-            "lattice": {"core": list(lattice.core), "margin": lattice.margin},
-            "normalisation": asdict(self.bounds),
-            "threshold": self.threshold,
-            "probability": self.probability,
-            "instances": None if self.instances is None else self.instances.manifest(),
-            "objects": self.objects,
-            "blocks": list(self.grid.cores),
-            "software": _software(),
-        }
+    def decisions(self, model: ModelIdentity, backend: BackendIdentity) -> Decisions:
+        """What decides the pixels of the output."""
+        slide, lattice, level = self.slide, self.grid.lattice, self.level.level
+        return Decisions(
+            input=InputPixels(slide.dtype, slide.axes, level, slide.levels[level].shape, self.channels.indices),
+            model=model,
+            backend=backend,
+            downscale=self.downscale,
+            normalisation=self.bounds,
+            lattice=TileLattice(lattice.core, lattice.margin),
+            stitch=self.stitch,
+            flat=self.flat,
+            threshold=self.threshold,
+            probability=self.probability,
+            instances=self.instances,
+            objects=self.objects,
+        )
 
-
-@dataclass(frozen=True)
-class SlideJob:
-    """All that any worker process needs to know to work on a slide; small, and no pixels.
-
-    Attributes:
-        plan: how the slide is processed.
-        backend: name, precision and version of the library that computes it.
-        block_bytes: host memory that one block holds at most.
-        room_bytes: host memory that all blocks in flight of one process may hold; None is no limit.
-        workers: blocks in flight in one process.
-        peak_bytes: host memory that the process will need at most.
-        done: pixels that are on disk already.
-    """
-
-    plan: SlidePlan
-    backend: tuple[str, str, str]
-    block_bytes: int
-    room_bytes: int | None
-    workers: int
-    peak_bytes: int
-    done: int
+    def predictor(self, model_pool: Engines, backend: Backend, clock: StageClock) -> Predictor:
+        """What computes the slide's blocks."""
+        return make_predictor(
+            model_pool,
+            backend,
+            shape=self.shape,
+            dtype=self.slide.dtype,
+            lattice=self.grid.lattice,
+            bounds=self.bounds,
+            threshold=self.threshold,
+            probability=self.needs_probability,
+            stitch=self.stitch,
+            instances=self.instances,
+            downscale=self.downscale,
+            clock=clock,
+        )
 
 
 def pick_margin(settings: Settings, card: Card) -> int:
@@ -146,9 +124,7 @@ def pick_margin(settings: Settings, card: Card) -> int:
     return card.exact_margin if settings.margin == "exact" else int(settings.margin)
 
 
-def plan_slide(
-    slide: Slide, place: Place, settings: Settings, card: Card, begun: dict[str, Any] | None = None
-) -> SlidePlan:
+def plan_slide(slide: Slide, place: Place, settings: Settings, card: Card, bounds: Bounds | None = None) -> SlidePlan:
     """Settle level, channels, lattice, blocks and normalisation of a slide.
 
     Args:
@@ -156,7 +132,7 @@ def plan_slide(
         place: where its output goes.
         settings: what was asked for.
         card: of the model.
-        begun: manifest of an unfinished run of this slide, whose normalisation is kept.
+        bounds: of the normalisation, if they are settled already; else the slide is sampled.
 
     Raises:
         SlideError: the slide has no such level or channel, or the model does not take it, or it cannot be read.
@@ -171,9 +147,10 @@ def plan_slide(
             found=f"{len(channels.indices)} ({channels.reason})",
             remedy="choose one with --channel",
         )
-    unknown = begun is None and card.normalisation.rule != "fixed"
-    sample = sample_slide(slide, channels.indices, level.level) if unknown else []
-    bounds = settle_bounds(sample, card.normalisation) if begun is None else Bounds(**begun["normalisation"])
+    if bounds is None:
+        sampled = card.normalisation.rule != "fixed"
+        sample = sample_slide(slide, channels.indices, level.level) if sampled else []
+        bounds = settle_bounds(sample, card.normalisation)
     margin = pick_margin(settings, card)
     if settings.stitch == "blend" and not margin:
         raise UsageError(
@@ -201,44 +178,3 @@ def plan_slide(
         instances=instance_rule(card) if settings.instances or settings.objects else None,
         objects=settings.objects,
     )
-
-
-def adopt_manifest(plan: SlidePlan, started: dict[str, Any], manifest: dict[str, Any], finished: bool) -> SlidePlan:
-    """The plan of a run that goes on with what ``started`` has begun: the same pixels, its blocks.
-
-    Args:
-        plan: of this run.
-        started: manifest of the earlier run.
-        manifest: of this run.
-        finished: nothing is left to compute, so the backend's version does not matter.
-
-    Raises:
-        OutputError: the two would not give the same pixels.
-    """
-    if finished:
-        manifest = {**manifest, "backend": {**manifest["backend"], "version": started["backend"]["version"]}}
-    changed = [
-        f"{field} was {_brief(started.get(field))}, now {_brief(value)}"
-        for field, value in manifest.items()
-        if field not in _FREE and started.get(field) != value
-    ]
-    if changed:
-        raise OutputError(
-            str(plan.place.labels_folder),
-            expected="the settings that these labels were begun with",
-            found="; ".join(changed),
-            remedy="use the same settings, another --name, or --overwrite to begin anew",
-        )
-    rows, columns = started["blocks"]
-    return replace(plan, grid=replace(plan.grid, cores=(rows, columns)))
-
-
-@cache
-def _software() -> dict[str, str]:
-    return {name: version(name) for name in ("cellseg-batch", "zarr", "numpy")}
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {str(item)[:60]}" for key, item in value.items())
-    return str(value)

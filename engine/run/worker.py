@@ -8,35 +8,24 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-from cellseg_batch.engine.errors import CellsegError, OutputError, ReadError
-from cellseg_batch.engine.inference.backends.protocol import Backend
-from cellseg_batch.engine.inference.cpu_runner import AnyRunner, Runner
+from cellseg_batch.engine.errors import CellsegError, OutputError
 from cellseg_batch.engine.inference.model_pool import Choice, Engines
-from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.run import measure_pass as measuring
-from cellseg_batch.engine.run.instance_passes import compile_kernels
-from cellseg_batch.engine.run.memory_model import RUN_OVERHEAD_BYTES, Room
-from cellseg_batch.engine.run.open_slide import BLOCKS, OpenSlide, Pass, middle_of, output_images, scratch_of
-from cellseg_batch.engine.run.slide_plan import SlideJob, SlidePlan
+from cellseg_batch.engine.run.memory_model import MemoryBudget
+from cellseg_batch.engine.run.open_slide import OpenSlides
+from cellseg_batch.engine.run.pipeline import Pass
+from cellseg_batch.engine.run.prepared_slide import PreparedSlide
+from cellseg_batch.engine.run.records import TaskRecord
+from cellseg_batch.engine.run.warm_up import WarmUp
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.stage_clock import StageClock, noting_seconds
 from cellseg_batch.engine.storage.checksums import noting_writes
 from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.engine.storage.object_stores import may_pass
 
 _log = logging.getLogger(__name__)
-
-# Slides that nothing works on stay open, as their next block is often on its way.
-_IDLE_SLIDES = 2
-
 
 # A task that its store fails is tried again after so many seconds each: stores have hiccups.
 _PAUSES = (0.1, 0.4)
@@ -48,13 +37,11 @@ class Outcome:
 
     Attributes:
         number: of the task.
-        pixels: newly segmented.
         reason: why it was given up; "" if it is done.
         stages: busy seconds of the process since its last outcome.
     """
 
     number: int
-    pixels: int
     reason: str
     stages: dict[str, float]
 
@@ -64,60 +51,39 @@ class Worker:
 
     Args:
         settings: of the run.
-        choice: of the backend.
-        run: identifies the run; a worker that is sent to another process becomes that process's one for this run.
-        engines: makes and keeps the models; made when first needed if left out.
+        model_pool: makes and keeps the models.
         clock: busy seconds of the process.
 
     Attributes:
-        settings: of the run.
-        clock: busy seconds of the process.
-        held: bytes that the process holds besides what blocks need, as far as it has been seen.
+        settings, model_pool, clock: as given.
+        budget: host memory that the process's blocks share.
+        slides: that are open.
+        warm_up: what is compiled.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        choice: Choice,
-        run: str,
-        engines: Engines | None = None,
-        clock: StageClock | None = None,
-    ) -> None:
-        self.clock = clock or StageClock()
+    def __init__(self, settings: Settings, model_pool: Engines, clock: StageClock) -> None:
         self.settings = settings
-        self._choice, self._run = choice, run
-        self._engines = engines
-        self.held = 0
-        self._room = Room()
-        self._open: OrderedDict[SlideJob, _Entry] = OrderedDict()
-        self._lock = threading.Lock()
-        self._making = threading.Lock()
-        self._warm: set[tuple[object, ...]] = set()
+        self.model_pool = model_pool
+        self.clock = clock
+        self.budget = MemoryBudget()
+        self.slides = OpenSlides(model_pool, clock)
+        self.warm_up = WarmUp(model_pool, self.budget)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """What travels is what another process needs to make its own."""
-        return _worker_of_this_process, (self.settings, self._choice, self._run)
+    def here(self) -> Worker:
+        """This worker: its tasks are calls of threads of its process."""
+        return self
 
-    @property
-    def engines(self) -> Engines:
-        """Makes and keeps the models."""
-        with self._making:
-            if self._engines is None:
-                bundle = load_model(self.settings.model)
-                self._engines = Engines(bundle, self.settings, choice=self._choice)
-            return self._engines
-
-    def run(self, job: SlideJob, work: Pass, number: int) -> Outcome:
+    def run(self, prepared: PreparedSlide, slide_pass: Pass, number: int) -> Outcome:
         """Do one task of a pass and journal it, or why it was given up: that costs the task and nothing else.
 
         Raises:
             OutputError: the output cannot be written, which no other task could do either.
         """
         reason = ""
-        with self._room.take(job.block_bytes, job.room_bytes):
+        with self.budget.take(prepared.block_bytes, prepared.budget_bytes):
             for pause in (*_PAUSES, None):
                 try:
-                    self._do(job, work, number)
+                    self._do(prepared, slide_pass, number)
                     break
                 except Exception as error:
                     if pause is not None and may_pass(error):
@@ -125,147 +91,61 @@ class Worker:
                         continue
                     if isinstance(error, OutputError):
                         raise
-                    where = job.plan.slide.location, work.part, number
+                    where = prepared.plan.slide.location, slide_pass.name, number
                     _log.debug("%s: task %s/%d failed", *where, exc_info=True)
                     reason = error.detail if isinstance(error, CellsegError) else f"{type(error).__name__}: {error}"
-                    Journal(job.plan.place.journal).fail(work.part, number, reason)
+                    Journal(prepared.plan.place.journal).fail(slide_pass.name, number, reason)
                     break
-        pixels = job.plan.grid[number].box.area if work.part == BLOCKS and not reason else 0
-        return Outcome(number, pixels, reason, self.clock.drain())
-
-    def _do(self, job: SlideJob, work: Pass, number: int) -> None:
-        with self.opened(job) as slide:
-            if slide.journal.has(work.part, number):
-                return  # by a worker that died before it could say so
-            with noting_writes() as written, noting_seconds() as seconds:
-                record = work.task(slide, number)
-            with self.clock.stage("write"):
-                slide.journal.record(work.part, number, {**record, "written": written, "seconds": seconds})
-
-    def warm_up(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> None:
-        """Segment the tile in the middle, so that everything is compiled and its memory can be seen.
-
-        The result is dropped: the tile is computed again as part of its block.
-        """
-        kind = (
-            plan.shape,
-            plan.slide.dtype,
-            plan.slide.axes,
-            plan.probability,
-            plan.instances,
-            plan.objects,
-            plan.shrink,
-        )
-        with self.engines.turn:
-            if kind in self._warm:
-                return
-            tiles = replace(plan.grid, cores=(1, 1))
-            tile = tiles[middle_of(tiles)]
-            # A damaged chunk costs its block, not the slide.
-            with suppress(ReadError), self._runner(plan, backend, StageClock()) as runner:
-                pixels = reader.read(tile.plane, tile.read_box)
-                with self.engines.counted():
-                    result = runner.segment(pixels, tile)
-                    if plan.instances is not None:
-                        compile_kernels(result, tile, plan.grid, plan.instances)
-                    if plan.objects:
-                        measuring.compile_kernels(reader.of_channels(measuring.measured_channels(plan.slide)))
-            now = resident_bytes() + RUN_OVERHEAD_BYTES - self._room.taken
-            self.held = max(self.held, now, 0 if self._warm else peak_resident_bytes())
-            self._warm.add(kind)
-
-    def keep_open(self, job: SlideJob, reader: SlideReader) -> None:
-        """Take over a reader that is open already."""
-        with self._lock:
-            self._open[job] = _Entry(self._open_slide(job, reader))
-            self._close_idle(_IDLE_SLIDES)
+        return Outcome(number, reason, self.clock.drain())
 
     def close(self) -> None:
         """Close every slide."""
-        with self._lock:
-            self._close_idle(0)
+        self.slides.close()
 
-    @contextmanager
-    def opened(self, job: SlideJob) -> Iterator[OpenSlide]:
-        """The slide of ``job``, open for as long as the context lasts."""
-        with self._lock:
-            entry = self._open.setdefault(job, _Entry())
-            self._open.move_to_end(job)
-            entry.users += 1
-        try:
-            with entry.lock:
-                if entry.slide is None:
-                    reader = SlideReader(job.plan.slide, job.plan.level.level, job.plan.channels.indices)
-                    entry.slide = self._open_slide(job, reader)
-            yield entry.slide
-        finally:
-            with self._lock:
-                entry.users -= 1
-                self._close_idle(_IDLE_SLIDES)
-
-    def _close_idle(self, keep: int) -> None:
-        idle = [job for job, entry in self._open.items() if not entry.users]
-        for job in idle[: len(idle) - keep]:
-            slide = self._open.pop(job).slide
-            if slide is not None:
-                slide.reader.close()
-
-    def _open_slide(self, job: SlideJob, reader: SlideReader) -> OpenSlide:
-        plan, (name, precision, version) = job.plan, job.backend
-        place = plan.place
-        backend = self.engines.backend(name, precision, plan.shrink)
-        if backend.version != version:
-            raise OutputError(
-                str(place.labels_folder),
-                expected=f"{name} {version} in every worker, as these labels were begun with it",
-                found=backend.version,
-                remedy="install one version everywhere",
-            )
-        labels, probability = output_images(plan)
-        scratch, certainty = scratch_of(plan)
-        return OpenSlide(
-            plan=plan,
-            reader=reader,
-            runner=lambda: self._runner(plan, backend, self.clock),
-            labels=labels,
-            probability=probability,
-            scratch=scratch,
-            certainty=certainty,
-            journal=Journal(place.journal),
-            clock=self.clock,
-        )
-
-    @contextmanager
-    def _runner(self, plan: SlidePlan, backend: Backend, clock: StageClock) -> Iterator[AnyRunner]:
-        how = plan.grid.lattice, plan.bounds, plan.threshold, plan.needs_probability, plan.stitch
-        # The seeds of instances are made on the host, so there a GPU only computes the logits.
-        queue = None if plan.instances is not None else self.engines.queue(backend, plan.shrink, plan.shape)
-        if queue is not None:
-            from cellseg_batch.engine.inference.gpu_runner import DeviceRunner
-
-            yield DeviceRunner(queue, *how, clock)
-            return
-        with self.engines.feed(backend, plan.shape, plan.slide.dtype) as feed:
-            yield Runner(feed, *how, clock, plan.instances)
+    def _do(self, prepared: PreparedSlide, slide_pass: Pass, number: int) -> None:
+        with self.slides.opened(prepared.plan, prepared.backend) as slide:
+            if slide.journal.has(slide_pass.name, number):
+                return  # by a worker that died before it could say so
+            with noting_writes() as written, noting_seconds() as seconds:
+                result = slide_pass.task(slide, number)
+            with self.clock.stage("write"):
+                slide.journal.record(slide_pass.name, number, TaskRecord(tuple(written), result, seconds))
 
 
-def _worker_of_this_process(settings: Settings, choice: Choice, run: str) -> Worker:
-    with _present_lock:
-        if run not in _present:
-            for other in list(_present):
-                _present.pop(other).close()
-            _present[run] = Worker(settings, choice, run)
-        return _present[run]
+@dataclass(frozen=True)
+class WorkerElsewhere:
+    """Stands for the worker of whatever process a task is sent to, and is sent with it.
 
+    Attributes:
+        settings: of the run.
+        choice: of the backend.
+        run_id: of the run; a process keeps one worker, for the run that it works on.
+    """
+
+    settings: Settings
+    choice: Choice
+    run_id: str
+
+    def here(self) -> Worker:
+        """The worker of this process, made when the first task of the run arrives."""
+        with _present_lock:
+            if self.run_id not in _present:
+                for other in list(_present):
+                    _present.pop(other).close()
+                model_pool = Engines(load_model(self.settings.model), self.settings, choice=self.choice)
+                _present[self.run_id] = Worker(self.settings, model_pool, StageClock())
+            return _present[self.run_id]
+
+    def close(self) -> None:
+        """Processes close their slides themselves."""
+
+
+AnyWorker = Worker | WorkerElsewhere
 
 _present: dict[str, Worker] = {}
 _present_lock = threading.Lock()
 
 
-class _Entry:
-    """A slide that is open, or is being opened, and how many threads use it."""
-
-    def __init__(self, slide: OpenSlide | None = None) -> None:
-        self.slide = slide
-        self.users = 0
-        self.lock = threading.Lock()
+def run_task(worker: AnyWorker, prepared: PreparedSlide, slide_pass: Pass, number: int) -> Outcome:
+    """Do task ``number`` of a pass in this process; as `Worker.run`."""
+    return worker.here().run(prepared, slide_pass, number)

@@ -1,4 +1,4 @@
-"""Settle by how much a slide is shrunk for the model, from what the model finds in a few windows of it.
+"""Settle by how much a slide is reduced for the model, from what the model finds in a few windows of it.
 
 It must not know what a mask is for, nor where results go.
 """
@@ -26,13 +26,13 @@ _WINDOW = 1024
 _WINDOWS = 3  # along each axis
 
 
-def settle_shrink(plan: SlidePlan, settings: Settings, engines: Engines, reader: SlideReader) -> int:
+def settle_downscale(plan: SlidePlan, settings: Settings, engines: Engines, reader: SlideReader) -> int:
     """The factor that was asked for, else the one that the model's card prefers for what the slide shows.
 
     Only factors that the margin and the tile allow are considered.
     """
-    if settings.shrink is not None:
-        return settings.shrink
+    if settings.downscale is not None:
+        return settings.downscale
     card = engines.bundle.card
     widths = {name: width for name, width in card.shrink.items() if _fits(plan, settings, engines.bundle, int(name))}
     factor = pick_shrink(widths, lambda factor: _masks(plan, engines, factor, reader)) if widths else 1
@@ -42,7 +42,7 @@ def settle_shrink(plan: SlidePlan, settings: Settings, engines: Engines, reader:
     return factor
 
 
-def shrink_plan(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: int) -> SlidePlan:
+def downscale_plan(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: int) -> SlidePlan:
     """The plan with a lattice for ``bundle`` shrunk by ``factor``.
 
     Raises:
@@ -56,14 +56,14 @@ def shrink_plan(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: int
         plan,
         grid=lay_blocks(lattice, settings.block, plan.grid.planes, plan.grid.ring),
         shape=(*plan.shape[:2], *lattice.tile),
-        shrink=factor,
-        instances=plan.instances and replace(plan.instances, shrink=factor),
+        downscale=factor,
+        instances=plan.instances and replace(plan.instances, downscale=factor),
     )
 
 
 def _fits(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: int) -> bool:
     try:
-        shrink_plan(plan, settings, bundle, factor)
+        downscale_plan(plan, settings, bundle, factor)
     except UsageError:
         return False
     return True

@@ -165,6 +165,32 @@ def _workflow(
 
 
 @dataclass(frozen=True)
+class ConversionManifest:
+    """What a conversion was begun with; one that goes on must find the same.
+
+    Attributes:
+        location: of the image.
+        bytes: size of its file.
+        changed: when the file was changed last, in ns of POSIX time.
+        shape: of its full resolution.
+        dtype: numpy name of its pixels.
+        shards: (height, width) in px of what one task writes, by level.
+    """
+
+    location: str
+    bytes: int
+    changed: int
+    shape: tuple[int, ...]
+    dtype: str
+    shards: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished task, or a finished conversion."""
+
+
+@dataclass(frozen=True)
 class _Copy:
     """One image on its way into a store."""
 
@@ -182,18 +208,19 @@ class _Copy:
         Raises:
             OutputError: something else is in the way.
         """
-        status, folder, begun = self.slide.store.stat(), self.writer.folder, self.journal.manifest()
-        manifest = {
-            "location": self.slide.location,
-            "bytes": status.st_size,
-            "changed": status.st_mtime_ns,
-            "shape": list(self.slide.levels[0].shape),
-            "dtype": self.slide.dtype,
-            "shards": [list(shard) for shard in self.layout.shards],
-        }
+        status, folder = self.slide.store.stat(), self.writer.folder
+        begun = self.journal.manifest(ConversionManifest)
+        manifest = ConversionManifest(
+            location=self.slide.location,
+            bytes=status.st_size,
+            changed=status.st_mtime_ns,
+            shape=self.slide.levels[0].shape,
+            dtype=self.slide.dtype,
+            shards=self.layout.shards,
+        )
         if folder.exists() and not overwrite:
             if begun != manifest:
-                was = "something else" if begun is None else f"a conversion of {begun['location']} as it was then"
+                was = "something else" if begun is None else f"a conversion of {begun.location} as it was then"
                 raise OutputError(
                     str(folder),
                     expected="nothing of that name, or a conversion of the same file",
@@ -203,10 +230,10 @@ class _Copy:
             if self.journal.numbers("created"):
                 for left_behind in (folder, self.journal.folder):
                     sweep_partials(left_behind)
-                return self.journal.finished() is not None
+                return self.journal.is_finished
         self.journal.start(manifest)
         self.writer.create_empty({OUTPUT_MARK: {"kind": "unfinished conversion"}})
-        self.journal.record("created", 0, {})
+        self.journal.record("created", 0, Done())
         return False
 
     def passes(self, advanced: Callable[[int], None]) -> Workflow[None]:
@@ -236,7 +263,7 @@ class _Copy:
         with writing_to(writer.folder, "a store"):
             group = zarr.open_group(zarr_store(writer.store), path=writer.path, mode="r+", use_consolidated=False)
             group.attrs.put({"ome": image.model_dump(mode="json", by_alias=True, exclude_none=True)})
-        self.journal.finish({})
+        self.journal.finish(Done())
 
     @property
     def _shards_of_a_plane(self) -> int:
@@ -249,7 +276,7 @@ class _Copy:
         for reader in readers:
             for channel, pixels in zip(reader.channels, reader.read(plane, box), strict=True):
                 self.writer.write(0, self._plane(plane, channel), box, pixels)
-        self.journal.record("blocks", number, {})
+        self.journal.record("blocks", number, Done())
         return box.area * channel_count(self.slide)
 
     def _shrink(self, level: int, number: int) -> None:
@@ -259,7 +286,7 @@ class _Copy:
         y, x = (1 if big == small else 2 for big, small in zip(finer, coarser, strict=True))
         window = self.writer.read(level - 1, plane, Box(box.y0 * y, box.x0 * x, box.y1 * y, box.x1 * x))
         self.writer.write(level, plane, box, halve(window, box.shape))
-        self.journal.record(f"levels/{level}", number, {})
+        self.journal.record(f"levels/{level}", number, Done())
 
     def _plane(self, plane: int, channel: int) -> int:
         """Number of a plane among t, c and z, from its number among t and z and its channel."""

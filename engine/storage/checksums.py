@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,32 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Box
 
-# (path of the image in its store, level, plane, (y0, x0, y1, x1), CRC-32 of the pixels), as plain JSON values.
-Written = tuple[str, int, int, tuple[int, int, int, int], int]
-_notes: ContextVar[list[Written] | None] = ContextVar("notes", default=None)
+
+@dataclass(frozen=True)
+class WrittenBox:
+    """Pixels that a task has put on disk.
+
+    Attributes:
+        path: of the image inside its store.
+        level, plane: of the image.
+        box: (y0, x0, y1, x1) in px of the level.
+        crc32: of the pixels, as `checksum` gives it.
+    """
+
+    path: str
+    level: int
+    plane: int
+    box: tuple[int, int, int, int]
+    crc32: int
+
+
+_notes: ContextVar[list[WrittenBox] | None] = ContextVar("notes", default=None)
 
 
 @contextmanager
-def noting_writes() -> Iterator[list[Written]]:
+def noting_writes() -> Iterator[list[WrittenBox]]:
     """What this thread writes while the context lasts."""
-    notes: list[Written] = []
+    notes: list[WrittenBox] = []
     token = _notes.set(notes)
     try:
         yield notes
@@ -33,7 +51,8 @@ def note_write(path: str, level: int, plane: int, box: Box, pixels: NDArray[Any]
     """Note that ``pixels`` (h, w), in the type that is stored, are on disk; nothing unless someone takes notes."""
     notes = _notes.get()
     if notes is not None:
-        notes.append((path, level, plane, (box.y0, box.x0, box.y1, box.x1), checksum(pixels)))
+        corners = box.y0, box.x0, box.y1, box.x1
+        notes.append(WrittenBox(path, level, plane, corners, checksum(pixels)))
 
 
 def checksum(pixels: NDArray[Any]) -> int:

@@ -8,16 +8,16 @@
         finished.json              written last
 
 A record is written after its pixels, to a temporary name, synced and renamed: it is whole or absent.  There is
-no database and no server, so any shared file system will do.  It knows nothing of what the records mean.
+no database and no server, so any shared file system will do.  The journal does not know what its records mean: whoever
+reads one names the dataclass that was written.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from cellseg_batch.engine.errors import writing_to
 from cellseg_batch.engine.storage.atomic_files import (
@@ -26,50 +26,74 @@ from cellseg_batch.engine.storage.atomic_files import (
     numbered,
     read_all,
     remove_tree,
-    whole_file,
     written_at,
 )
 from cellseg_batch.engine.storage.paths import RemotePath
+from cellseg_batch.engine.storage.records import Record, decode_record, read_record, write_record
 
 _FAILED = "failed"
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a task was given up.
+
+    Attributes:
+        reason: in one line.
+    """
+
+    reason: str
+
+
 class Journal:
-    """The journal of one output in ``folder``; every method that writes raises OutputError when it cannot."""
+    """The journal of one output in ``folder``; every method that writes raises OutputError when it cannot.
+
+    A method that reads raises OutputError where a record is damaged or of another version.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def manifest(self) -> dict[str, Any] | None:
-        """What was planned, None when nothing was."""
-        return _load(self.folder / "manifest.json")
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is a manifest."""
+        return self._manifest.is_file()
 
-    def start(self, manifest: dict[str, Any]) -> None:
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is a closing record."""
+        return self._finished.is_file()
+
+    def manifest(self, kind: type[Record]) -> Record | None:
+        """What was planned, None when nothing was."""
+        return read_record(self._manifest, kind)
+
+    def start(self, manifest: object) -> None:
         """Begin anew: forget every record and write the manifest."""
         self.clear()
-        write_json(self.folder / "manifest.json", manifest)
+        write_record(self._manifest, manifest)
 
-    def record(self, part: str, number: int, content: dict[str, Any]) -> None:
+    def record(self, part: str, number: int, record: object) -> None:
         """Note that item ``number`` of ``part`` is on disk."""
-        write_json(self._path(part, number), content)
+        write_record(self._path(part, number), record)
         self._path(f"{_FAILED}/{part}", number).unlink(missing_ok=True)
 
     def fail(self, part: str, number: int, reason: str) -> None:
         """Note why item ``number`` of ``part`` was given up, until it is recorded as done."""
-        write_json(self._path(f"{_FAILED}/{part}", number), {"reason": reason})
+        write_record(self._path(f"{_FAILED}/{part}", number), Failure(reason))
 
     def has(self, part: str, number: int) -> bool:
         """Whether item ``number`` of ``part`` is on disk."""
         return self._path(part, number).is_file()
 
-    def get(self, part: str, number: int) -> dict[str, Any] | None:
+    def get(self, part: str, number: int, kind: type[Record]) -> Record | None:
         """The record of item ``number`` of ``part``, None while it is not on disk."""
-        return _load(self._path(part, number))
+        return read_record(self._path(part, number), kind)
 
-    def records(self, part: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(number, content) of every item of ``part`` that is on disk, in no particular order."""
+    def records(self, part: str, kind: type[Record]) -> Iterator[tuple[int, Record]]:
+        """(number, record) of every item of ``part`` that is on disk, in no particular order."""
         for path, content in read_all((self.folder / part).glob("*/*.json")):
-            yield int(path.stem), json.loads(content)
+            yield int(path.stem), decode_record(content, kind, path)
 
     def numbers(self, part: str) -> set[int]:
         """Numbers of the items of ``part`` that are on disk."""
@@ -77,7 +101,7 @@ class Journal:
 
     def begun(self) -> float:
         """POSIX time at which the manifest was written."""
-        return (self.folder / "manifest.json").stat().st_mtime
+        return self._manifest.stat().st_mtime
 
     def times(self, part: str) -> list[float]:
         """POSIX time at which each item of ``part`` came to be on disk, in no particular order."""
@@ -89,18 +113,18 @@ class Journal:
             done = {int(path.stem) for path in (self.folder / part / str(bucket)).glob("*.json")}
             yield from (number for number in numbers if number not in done)
 
-    def finished(self) -> dict[str, Any] | None:
+    def finished(self, kind: type[Record]) -> Record | None:
         """The closing record, None while the output is incomplete."""
-        return _load(self.folder / "finished.json")
+        return read_record(self._finished, kind)
 
-    def finish(self, content: dict[str, Any]) -> None:
+    def finish(self, record: object) -> None:
         """Close the journal: every part is on disk."""
-        write_json(self.folder / "finished.json", content)
+        write_record(self._finished, record)
 
     def forget(self, part: str, number: int) -> None:
         """Item ``number`` of ``part`` is to be made again."""
         with writing_to(self.folder, "a journal"):
-            for path in (self._path(part, number), self.folder / "finished.json"):
+            for path in (self._path(part, number), self._finished):
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
@@ -108,26 +132,16 @@ class Journal:
         with writing_to(self.folder, "a journal"):
             remove_tree(self.folder)
 
+    @property
+    def _manifest(self) -> Path:
+        return self.folder / "manifest.json"
+
+    @property
+    def _finished(self) -> Path:
+        return self.folder / "finished.json"
+
     def _path(self, part: str, number: int) -> Path:
         return numbered(self.folder / part, number, ".json")
-
-
-def _load(path: Path) -> dict[str, Any] | None:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a small file, whole or not at all.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    with whole_file(path, "a journal") as stream:
-        stream.write(json.dumps(content).encode())
 
 
 def sweep_partials(folder: Path) -> None:

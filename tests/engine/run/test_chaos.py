@@ -75,7 +75,7 @@ def torment(path, settings, draw):
     context.set_forkserver_preload(needed)
     folder = path.with_name(path.name + ".cellseg") / "labels" / settings.name
     kills = 0
-    while kills < KILLS and Journal(folder).finished() is None:
+    while kills < KILLS and not Journal(folder).is_finished:
         child = context.Process(target=segment_in_child, args=(path, settings))
         child.start()
         while child.is_alive() and kills < KILLS:

@@ -57,7 +57,7 @@ def test_a_run_on_slurm_survives_the_end_of_its_jobs(tmp_path, tiny_model, segme
     subprocess.run(["scancel", jobs()[0]], check=True)
     output = run.communicate()[0]
     assert run.returncode == 0, output
-    report = segment(tmp_path / "plate", block=64, shrink=1)
+    report = segment(tmp_path / "plate", block=64, downscale=1)
     assert report.status == "skipped"
     expected = segment(tmp_path / "plate", name="here")
     for one, same in zip(report.slides, expected.slides, strict=True):
@@ -85,7 +85,7 @@ def test_what_a_job_could_not_end_in_its_time_goes_on_in_the_next(tmp_path, tiny
         time.sleep(0.2)
     assert "exit 138" in log.read_text()
     assert len(journal.numbers("blocks")) >= 5
-    assert journal.finished() is None
+    assert not journal.is_finished
     subprocess.check_output(["sbatch", "--wait", "-o", tmp_path / "second.log", script], text=True)
     assert "exit 0" in (tmp_path / "second.log").read_text()
     np.testing.assert_array_equal(labels_of(segment(path, block=64)), labels_of(segment(path, name="here")))

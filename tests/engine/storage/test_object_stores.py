@@ -220,7 +220,7 @@ def test_a_run_that_is_killed_goes_on_with_the_same_bits(tmp_path, tiny_model, b
         enough = len(list(journal.folder.rglob("*.json"))) + draw.randrange(1, 12)
         while child.is_alive() and len(list(journal.folder.rglob("*.json"))) < enough:
             time.sleep(0.1)
-        assert journal.finished() is None, "it was to be killed on the way"
+        assert not journal.is_finished, "it was to be killed on the way"
         child.kill()
         child.join()
     report = run_campaign([place], settings, Watcher())

@@ -1,0 +1,66 @@
+"""Segment one tile of a kind before its slide's blocks, so that all is compiled and its memory can be seen."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+
+from cellseg_batch.engine.errors import ReadError
+from cellseg_batch.engine.geometry import Block, BlockGrid
+from cellseg_batch.engine.inference.backends.protocol import Backend
+from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
+from cellseg_batch.engine.run import measure_pass
+from cellseg_batch.engine.run.instance_passes import compile_kernels
+from cellseg_batch.engine.run.memory_model import RUN_OVERHEAD_BYTES, MemoryBudget
+from cellseg_batch.engine.run.slide_plan import SlidePlan
+from cellseg_batch.engine.slides.reader import SlideReader
+from cellseg_batch.engine.stage_clock import StageClock
+
+
+class WarmUp:
+    """What is compiled in a process, and what the process holds since.
+
+    Args:
+        model_pool: of the process.
+        budget: of the process's blocks, which are not counted as held.
+
+    Attributes:
+        held_bytes: that the process holds besides what blocks need, as far as it has been seen.
+    """
+
+    def __init__(self, model_pool: Engines, budget: MemoryBudget) -> None:
+        self.held_bytes = 0
+        self._model_pool = model_pool
+        self._budget = budget
+        self._warm: set[tuple[object, ...]] = set()
+
+    def compile_for(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> None:
+        """Segment the tile in the middle of a slide, where it seldom shows nothing, unless one of its kind has been.
+
+        The result is dropped: the tile is computed again as part of its block.
+        """
+        slide = plan.slide
+        kind = plan.shape, slide.dtype, slide.axes, plan.probability, plan.instances, plan.objects, plan.downscale
+        with self._model_pool.turn:
+            if kind in self._warm:
+                return
+            tile = _middle_of(replace(plan.grid, cores=(1, 1)))
+            # A damaged chunk costs its block, not the slide.
+            with suppress(ReadError):
+                pixels = reader.read(tile.plane, tile.read_box)
+                with self._model_pool.counted():
+                    result = plan.predictor(self._model_pool, backend, StageClock()).predict(pixels, tile)
+                    if plan.instances is not None:
+                        compile_kernels(result, tile, plan.grid, plan.instances)
+                    if plan.objects:
+                        measure_pass.compile_kernels(reader.of_channels(measure_pass.measured_channels(slide)))
+            now = resident_bytes() + RUN_OVERHEAD_BYTES - self._budget.taken
+            self.held_bytes = max(self.held_bytes, now, 0 if self._warm else peak_resident_bytes())
+            self._warm.add(kind)
+
+
+def _middle_of(grid: BlockGrid) -> Block:
+    """The block in the middle of the middle plane."""
+    rows, columns = grid.grid
+    return grid[(grid.planes // 2 * rows + rows // 2) * columns + columns // 2]
