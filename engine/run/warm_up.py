@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import replace
 
@@ -33,17 +34,18 @@ class WarmUp:
         self.held_bytes = 0
         self._model_pool = model_pool
         self._budget = budget
-        self._warm: set[tuple[object, ...]] = set()
+        self._largest: dict[tuple[object, ...], int] = {}
 
     def compile_for(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> None:
-        """Segment the tile in the middle of a slide, where it seldom shows nothing, unless one of its kind has been.
+        """Segment the tile in the middle of a slide, where it seldom shows nothing, and drop the result.
 
-        The result is dropped: the tile is computed again as part of its block.
+        Only if no tile of its kind that was as large has been: a smaller one compiles no kernel and holds no more.
         """
         slide = plan.slide
-        kind = plan.shape, slide.dtype, slide.axes, plan.probability, plan.instances, plan.objects, plan.downscale
+        kind = slide.dtype, slide.axes, plan.probability, plan.instances, plan.objects, plan.downscale
+        size = math.prod(plan.shape)
         with self._model_pool.turn:
-            if kind in self._warm:
+            if size <= self._largest.get(kind, 0):
                 return
             tile = _middle_of(replace(plan.grid, cores=(1, 1)))
             # A damaged chunk costs its block, not the slide.
@@ -56,8 +58,8 @@ class WarmUp:
                     if plan.objects:
                         measure_pass.compile_kernels(reader.of_channels(measure_pass.measured_channels(slide)))
             now = resident_bytes() + RUN_OVERHEAD_BYTES - self._budget.taken
-            self.held_bytes = max(self.held_bytes, now, 0 if self._warm else peak_resident_bytes())
-            self._warm.add(kind)
+            self.held_bytes = max(self.held_bytes, now, 0 if self._largest else peak_resident_bytes())
+            self._largest[kind] = size
 
 
 def _middle_of(grid: BlockGrid) -> Block:
