@@ -18,7 +18,7 @@ import cellseg_batch.kernels
 import cellseg_batch.trainer
 from cellseg_batch.engine.slides import limits
 from cellseg_batch.engine.slides.discover import find_images
-from cellseg_batch.engine.slides.slide import Broken
+from cellseg_batch.engine.slides.slide import UnreadableImage
 from tests.support.images import blobs, write_ome_zarr
 
 OUTSIDE = ["../secret.zarr", "../../secret.zarr", "a/../../secret.zarr", "..\\secret.zarr", "/secret.zarr", "."]
@@ -31,7 +31,7 @@ def secret(tmp_path):
 
 def broken(path):
     found = find_images(path)
-    assert all(isinstance(one, Broken) for one in found), found
+    assert all(isinstance(one, UnreadableImage) for one in found), found
     return " ".join(one.reason for one in found)
 
 

@@ -15,7 +15,7 @@ from cellseg_batch.engine.run.slide_plan import pick_margin
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.level_and_channels import choose_channels, choose_level
-from cellseg_batch.engine.slides.slide import Broken, Slide
+from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.trainer.bundle import Card
 
 
@@ -32,7 +32,7 @@ def print_images(inputs: list[Path], settings: Settings, console: Console) -> in
         table.add_column(heading, overflow="fold")
     broken: list[tuple[str, str]] = []
     for image in images:
-        if isinstance(image, Broken):
+        if isinstance(image, UnreadableImage):
             broken.append((image.path, image.reason))
             continue
         try:

@@ -21,7 +21,7 @@ from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.level_and_channels import choose_channels
 from cellseg_batch.engine.slides.ome_zarr import open_written
 from cellseg_batch.engine.slides.reader import SlideReader
-from cellseg_batch.engine.slides.slide import Broken, Slide
+from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.trainer.outlines import outlined
 
 _LONGEST = 1600
@@ -69,7 +69,7 @@ def write_preview(
         SlideError: the image or its labels cannot be read, or the picture not written.
     """
     slide = find_images(path, axes)[0]
-    if isinstance(slide, Broken):
+    if isinstance(slide, UnreadableImage):
         raise ReadError(slide.path, expected="an image", found=slide.reason, remedy="choose another slide")
     place = place_output(slide, name, output)
     labels = open_written(place.store, place.labels)

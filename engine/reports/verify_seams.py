@@ -29,7 +29,7 @@ from cellseg_batch.engine.run.working_scale import settle_shrink, shrink_plan
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.reader import SlideReader
-from cellseg_batch.engine.slides.slide import Broken
+from cellseg_batch.engine.slides.slide import UnreadableImage
 from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.kernels.stitch import logit_threshold, sigmoid
 from cellseg_batch.trainer.bundle import Card
@@ -109,7 +109,7 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
         SlideError: the slide cannot be read.
     """
     slide = find_images(path, settings.axes)[0]
-    if isinstance(slide, Broken):
+    if isinstance(slide, UnreadableImage):
         raise ReadError(slide.path, expected="an image", found=slide.reason, remedy="choose another slide")
     bundle = load_model(settings.model)
     engines = Engines(bundle, settings)

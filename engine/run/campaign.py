@@ -33,7 +33,7 @@ from cellseg_batch.engine.scheduling.signals import Stop
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import EVERY_FIELD, find_images
 from cellseg_batch.engine.slides.plate import FieldChoice
-from cellseg_batch.engine.slides.slide import Broken, Slide
+from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.slides.writer import consolidate_again
 from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.engine.storage.journal import Journal
@@ -101,7 +101,7 @@ def run(
 
 
 def run_images(
-    images: list[Slide | Broken],
+    images: list[Slide | UnreadableImage],
     settings: Settings,
     observer: Observer,
     clock: StageClock,
@@ -153,7 +153,7 @@ class _Campaign:
         self.compile_seconds = time.perf_counter() - begun
         self.worker = Worker(settings, self.choice, uuid4().hex, self.engines, self.clock)
 
-    def run(self, images: list[Slide | Broken], stop: Stop | None) -> list[SlideReport]:
+    def run(self, images: list[Slide | UnreadableImage], stop: Stop | None) -> list[SlideReport]:
         """Take every image through the pool; reports in the order of the images."""
         reports: dict[int, SlideReport] = {}
         courses = (self._course(image, number, reports) for number, image in enumerate(images))
@@ -167,7 +167,7 @@ class _Campaign:
             consolidate_again(store)
         return [reports[number] for number in range(len(images))]
 
-    def _course(self, image: Slide | Broken, number: int, reports: dict[int, SlideReport]) -> Course[int]:
+    def _course(self, image: Slide | UnreadableImage, number: int, reports: dict[int, SlideReport]) -> Course[int]:
         """Segment one image; whatever goes wrong with it is in its report."""
         try:
             report = yield from self._segment(image, number)
@@ -186,8 +186,8 @@ class _Campaign:
         reports[number] = report
         return number
 
-    def _segment(self, image: Slide | Broken, number: int) -> Course[SlideReport]:
-        if isinstance(image, Broken):
+    def _segment(self, image: Slide | UnreadableImage, number: int) -> Course[SlideReport]:
+        if isinstance(image, UnreadableImage):
             return SlideReport(image.path, "failed", image.reason)
         place = place_output(image, self.settings.name, self.settings.output)
         self._claim(place, image)

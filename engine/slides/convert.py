@@ -30,7 +30,7 @@ from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, find_images
 from cellseg_batch.engine.slides.label_layout import Layout, multiscale
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
 from cellseg_batch.engine.slides.reader import SlideReader
-from cellseg_batch.engine.slides.slide import Broken, Slide
+from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.slides.writer import ImageWriter
 from cellseg_batch.engine.storage.journal import Journal, sweep_partials
 from cellseg_batch.engine.storage.lock import LOCK_SUFFIX, BusyError, Locks
@@ -138,11 +138,16 @@ def _refuse_target(source: Path, target: Path) -> None:
 
 
 def _course(
-    image: Slide | Broken, store: Path, path: str, overwrite: bool, advanced: Callable[[int], None], locks: Locks
+    image: Slide | UnreadableImage,
+    store: Path,
+    path: str,
+    overwrite: bool,
+    advanced: Callable[[int], None],
+    locks: Locks,
 ) -> Course[Conversion]:
     """Convert one image; whatever goes wrong with it is in what comes back."""
     target = str(store / path)
-    if isinstance(image, Broken):
+    if isinstance(image, UnreadableImage):
         return Conversion(image.path, target, "failed", image.reason)
     if image.holds_labels:
         reason = f"it is {image.format} already; segment it as it is"

@@ -1,6 +1,6 @@
 """Find every image that a path holds, in any depth: folders, zarr hierarchies, files.
 
-A folder is walked; whatever looks like an image but cannot be used becomes a `Broken` with its reason, so that
+A folder is walked; whatever looks like an image but cannot be used becomes a `UnreadableImage` with its reason, so that
 one bad file among many costs nothing but itself.  What earlier runs wrote is never taken for an image.
 """
 
@@ -15,7 +15,7 @@ from cellseg_batch.engine.slides.limits import absurdity
 from cellseg_batch.engine.slides.ome_zarr import find_in_zarr, is_zarr_node, zarr_root
 from cellseg_batch.engine.slides.pictures import PICTURE_SUFFIXES, open_picture
 from cellseg_batch.engine.slides.plate import FieldChoice
-from cellseg_batch.engine.slides.slide import NUMBERS, Broken, Slide
+from cellseg_batch.engine.slides.slide import NUMBERS, Slide, UnreadableImage
 from cellseg_batch.engine.slides.tiff import TIFF_SUFFIXES, open_tiff
 
 # Microscopy formats that people will try; each is named in the report instead of being passed over in silence.
@@ -25,7 +25,9 @@ OUTPUT_SUFFIX = ".cellseg.zarr"
 JOURNAL_SUFFIX = ".cellseg"
 
 
-def find_images(path: Path, axes: str | None = None, choice: FieldChoice = EVERY_FIELD) -> list[Slide | Broken]:
+def find_images(
+    path: Path, axes: str | None = None, choice: FieldChoice = EVERY_FIELD
+) -> list[Slide | UnreadableImage]:
     """Every image below ``path``, in sorted order.
 
     Args:
@@ -53,7 +55,7 @@ def find_images(path: Path, axes: str | None = None, choice: FieldChoice = EVERY
     return found
 
 
-def _visit(path: Path, name: str, axes: str | None, choice: FieldChoice) -> Iterator[Slide | Broken]:
+def _visit(path: Path, name: str, axes: str | None, choice: FieldChoice) -> Iterator[Slide | UnreadableImage]:
     suffix = path.suffix.lower()
     if is_zarr_node(path):
         root, inside = zarr_root(path)
@@ -62,7 +64,7 @@ def _visit(path: Path, name: str, axes: str | None, choice: FieldChoice) -> Iter
         try:
             children = sorted(path.iterdir())
         except OSError as error:
-            yield Broken(name, str(path), f"the folder cannot be listed: {error.strerror or error}")
+            yield UnreadableImage(name, str(path), f"the folder cannot be listed: {error.strerror or error}")
             return
         for child in children:
             if not child.name.startswith(".") and not child.name.endswith((OUTPUT_SUFFIX, JOURNAL_SUFFIX)):
@@ -72,32 +74,32 @@ def _visit(path: Path, name: str, axes: str | None, choice: FieldChoice) -> Iter
     elif suffix in PICTURE_SUFFIXES:
         yield from _guarded(path, name, open_picture)
     elif suffix in _FOREIGN_SUFFIXES:
-        yield Broken(
+        yield UnreadableImage(
             name, str(path), f"{suffix} files are not supported; convert it to OME-Zarr or OME-TIFF (bioformats2raw)"
         )
 
 
-def _usable(image: Slide | Broken) -> Slide | Broken:
+def _usable(image: Slide | UnreadableImage) -> Slide | UnreadableImage:
     """The image itself, or why none can be segmented that is like it."""
-    if isinstance(image, Broken):
+    if isinstance(image, UnreadableImage):
         return image
     if not NUMBERS.fullmatch(image.dtype):
         reason = f"expected integer, floating point or boolean pixels, found {image.dtype}; convert the image"
-        return Broken(image.name, image.location, reason, image.spot)
+        return UnreadableImage(image.name, image.location, reason, image.plate_position)
     absurd = absurdity(image)
     if absurd:
-        return Broken(image.name, image.location, absurd, image.spot)
+        return UnreadableImage(image.name, image.location, absurd, image.plate_position)
     empty = [level.shape for level in image.levels if 0 in level.shape]
     if empty:
         reason = f"expected an image with pixels, found shape {empty[0]} (likely an unfinished export); export it again"
-        return Broken(image.name, image.location, reason, image.spot)
+        return UnreadableImage(image.name, image.location, reason, image.plate_position)
     return image
 
 
-def _guarded(path: Path, name: str, opener: Callable[[Path, str], list[Slide]]) -> list[Slide | Broken]:
+def _guarded(path: Path, name: str, opener: Callable[[Path, str], list[Slide]]) -> list[Slide | UnreadableImage]:
     try:
         return [*opener(path, name)]
     except CellsegError as error:
-        return [Broken(name, str(path), error.detail)]
+        return [UnreadableImage(name, str(path), error.detail)]
     except Exception as error:  # a damaged file can fail in any way that its library knows
-        return [Broken(name, str(path), f"cannot be read: {type(error).__name__}: {error}".splitlines()[0])]
+        return [UnreadableImage(name, str(path), f"cannot be read: {type(error).__name__}: {error}".splitlines()[0])]

@@ -16,8 +16,8 @@ from typing import Any
 import zarr
 
 from cellseg_batch.engine.errors import CellsegError, ReadError
-from cellseg_batch.engine.slides.plate import FieldChoice, PlateField
-from cellseg_batch.engine.slides.slide import AXES, NUMBERS, Broken, Level, Slide, fits_axes
+from cellseg_batch.engine.slides.plate import FieldChoice, PlatePosition
+from cellseg_batch.engine.slides.slide import AXES, NUMBERS, Level, Slide, UnreadableImage, fits_axes
 from cellseg_batch.engine.storage.paths import RemotePath, zarr_store
 
 # What people write for the specification's "micrometer".
@@ -43,8 +43,13 @@ def zarr_root(path: Path) -> tuple[Path, str]:
 
 
 def find_in_zarr(
-    store: Path, path: str, name: str, axes: str | None, choice: FieldChoice, spot: PlateField | None = None
-) -> Iterator[Slide | Broken]:
+    store: Path,
+    path: str,
+    name: str,
+    axes: str | None,
+    choice: FieldChoice,
+    plate_position: PlatePosition | None = None,
+) -> Iterator[Slide | UnreadableImage]:
     """Every image in the node ``path`` of ``store``; label groups and tables are not images.
 
     Args:
@@ -53,7 +58,7 @@ def find_in_zarr(
         name: of the node, as `Slide.name`.
         axes: of plain arrays that do not name theirs.
         choice: which fields of plates are wanted.
-        spot: where on a plate the node lies.
+        plate_position: where on a plate the node lies.
     """
     location = str(store / path)
     try:
@@ -66,26 +71,28 @@ def find_in_zarr(
         if "image-label" in metadata or OUTPUT_MARK in node.attrs:
             return
         if "multiscales" in metadata:
-            yield replace(_multiscale(node, metadata, store, path, name), spot=spot)
+            yield replace(_multiscale(node, metadata, store, path, name), plate_position=plate_position)
             return
-        children = _children(node, metadata, location, choice, spot)
+        children = _children(node, metadata, location, choice, plate_position)
     except CellsegError as error:
-        yield Broken(name, location, error.detail, spot)
+        yield UnreadableImage(name, location, error.detail, plate_position)
         return
     except Exception as error:  # damaged JSON, unknown codecs, impossible metadata
         reason = f"its zarr metadata cannot be read: {type(error).__name__}: {error}"
-        yield Broken(name, location, reason.splitlines()[0], spot)
+        yield UnreadableImage(name, location, reason.splitlines()[0], plate_position)
         return
 
-    def look(listed: tuple[str, PlateField | None]) -> list[Slide | Broken]:
+    def look(listed: tuple[str, PlatePosition | None]) -> list[Slide | UnreadableImage]:
         child, place = listed
         below = f"{path}/{child}" if path else child
         if is_zarr_node(store / below):
             return [*find_in_zarr(store, below, f"{name}/{child}", axes, choice, place)]
         reason = "listed in the metadata, but not in the store"
-        return [Broken(f"{name}/{child}", str(store / below), reason, place)]
+        return [UnreadableImage(f"{name}/{child}", str(store / below), reason, place)]
 
-    if isinstance(store, RemotePath) and spot is None:  # the wells of a plate, whose answers take long to come
+    if (
+        isinstance(store, RemotePath) and plate_position is None
+    ):  # the wells of a plate, whose answers take long to come
         with ThreadPoolExecutor(_REQUESTS) as pool:
             yield from chain.from_iterable(pool.map(look, children))
     else:
@@ -125,18 +132,24 @@ def _ome_metadata(node: zarr.Group) -> dict[str, Any]:
 
 
 def _children(
-    node: zarr.Group, metadata: dict[str, Any], location: str, choice: FieldChoice, spot: PlateField | None
-) -> list[tuple[str, PlateField | None]]:
+    node: zarr.Group, metadata: dict[str, Any], location: str, choice: FieldChoice, plate_position: PlatePosition | None
+) -> list[tuple[str, PlatePosition | None]]:
     """(path, place on a plate) of what may hold images below a group: the metadata's where they list any, else all."""
     if "plate" in metadata:
         wells = [_inside(well["path"], location) for well in metadata["plate"]["wells"]]
-        spots = [(well, PlateField(location, Path(well).parent.name, Path(well).name, field="")) for well in wells]
-        return [(well, place) for well, place in spots if choice.takes_well(place)]
+        positions = [
+            (well, PlatePosition(location, Path(well).parent.name, Path(well).name, field="")) for well in wells
+        ]
+        return [(well, place) for well, place in positions if choice.takes_well(place)]
     if "well" in metadata:
         fields = [_inside(field["path"], location) for field in metadata["well"]["images"]]
-        return [(field, spot and replace(spot, field=field)) for field in fields if choice.takes_field(field)]
+        return [
+            (field, plate_position and replace(plate_position, field=field))
+            for field in fields
+            if choice.takes_field(field)
+        ]
     members = sorted((key for key in node if key not in ("labels", "tables", "OME")), key=_numbers_in_order)
-    return [(_inside(member, location), spot) for member in members]
+    return [(_inside(member, location), plate_position) for member in members]
 
 
 def _inside(listed: object, location: str) -> str:

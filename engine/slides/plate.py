@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 
 
 @dataclass(frozen=True)
-class PlateField:
-    """The place of an image on a plate.
+class PlatePosition:
+    """Where an image lies on a plate.
 
     Attributes:
         plate: where the plate lies.
@@ -39,9 +39,11 @@ class FieldChoice:
     wells: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
 
-    def takes_well(self, spot: PlateField) -> bool:
+    def takes_well(self, position: PlatePosition) -> bool:
         """Whether a well is among them."""
-        names = {spot.row + column for column in (spot.column, spot.column.zfill(2), spot.column.lstrip("0"))}
+        names = {
+            position.row + column for column in (position.column, position.column.zfill(2), position.column.lstrip("0"))
+        }
         return not self.wells or any(
             fnmatchcase(name.upper(), pattern.upper()) for name in names for pattern in self.wells
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cellseg_batch.engine.geometry import Box
-from cellseg_batch.engine.slides.plate import PlateField
+from cellseg_batch.engine.slides.plate import PlatePosition
 
 AXES = "tczyx"
 # Names of the pixel types that can be segmented.
@@ -57,7 +57,7 @@ class Slide:
         channels: names from the metadata, () when there are none.
         rgb: the channels are red, green, blue (and perhaps alpha).
         series: which image of a TIFF file.
-        spot: where it lies on a plate, None if it does not.
+        plate_position: where it lies on a plate, None if it does not.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Slide:
     channels: tuple[str, ...] = ()
     rgb: bool = False
     series: int = 0
-    spot: PlateField | None = None
+    plate_position: PlatePosition | None = None
 
     @property
     def holds_labels(self) -> bool:
@@ -144,17 +144,17 @@ _UM_PER_UNIT = {
 
 
 @dataclass(frozen=True)
-class Broken:
+class UnreadableImage:
     """Something that claims to be an image but cannot be used as one.
 
     Attributes:
         name: as `Slide.name`.
         path: where it lies.
         reason: why it cannot be used, one line.
-        spot: where it lies on a plate; a well that cannot be read has no field's name.
+        plate_position: where it lies on a plate; a well that cannot be read has no field's name.
     """
 
     name: str
     path: str
     reason: str
-    spot: PlateField | None = None
+    plate_position: PlatePosition | None = None

@@ -120,7 +120,7 @@ class ImageWriter:
                 sync_file(file)
         note_write(self.path, level, plane, box, pixels.astype(array.dtype, copy=False))
 
-    def shrink(self, level: int, plane: int, box: Box) -> None:
+    def build_level(self, level: int, plane: int, box: Box) -> None:
         """Fill ``box`` of a level of the pyramid with the nearest pixels of the level above it.
 
         Raises:

@@ -20,7 +20,7 @@ from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.level_and_channels import choose_channels, choose_level
 from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.reader import SlideReader
-from cellseg_batch.engine.slides.slide import Broken
+from cellseg_batch.engine.slides.slide import UnreadableImage
 from cellseg_batch.kernels.gather import gather
 from cellseg_batch.trainer.bundle import Normalisation
 from tests.support.images import blobs, fill_ome_zarr, write_ome_zarr, write_plate
@@ -215,11 +215,11 @@ def test_wells_and_fields_of_a_plate_can_be_chosen(tmp_path, wells, fields, expe
     plate = write_plate(tmp_path / "all" / "plate.zarr", ["A/01", "B/02", "B/12"], ["0", "1"])
     write_ome_zarr(tmp_path / "all" / "single.zarr", np.zeros((1, 8, 8), np.uint8))
     found = find_images(plate, choice=FieldChoice(wells, fields))
-    assert [f"{image.spot.well} {image.spot.field}" for image in found] == expected
-    assert {image.spot.plate for image in found} == {str(plate)}
+    assert [f"{image.plate_position.well} {image.plate_position.field}" for image in found] == expected
+    assert {image.plate_position.plate for image in found} == {str(plate)}
     *fields_found, single = find_images(tmp_path / "all", choice=FieldChoice(wells, fields))
-    assert [image.spot for image in fields_found] == [image.spot for image in found]
-    assert single.spot is None
+    assert [image.plate_position for image in fields_found] == [image.plate_position for image in found]
+    assert single.plate_position is None
 
 
 def test_wells_that_do_not_exist_are_no_images(tmp_path):
@@ -238,9 +238,13 @@ def test_plates_list_their_fields_and_name_what_is_missing(tmp_path):
         fill_ome_zarr(well.create_group(field), None, coordinates("cyx", (2, 16, 16)))
     found = find_images(tmp_path / "plate.zarr")
     assert [image.name for image in found] == ["plate.zarr/A/1/0", "plate.zarr/A/1/1", "plate.zarr/B/1"]
-    assert isinstance(found[2], Broken)
+    assert isinstance(found[2], UnreadableImage)
     assert "not in the store" in found[2].reason
-    assert [(image.spot.well, image.spot.field) for image in found] == [("A1", "0"), ("A1", "1"), ("B1", "")]
+    assert [(image.plate_position.well, image.plate_position.field) for image in found] == [
+        ("A1", "0"),
+        ("A1", "1"),
+        ("B1", ""),
+    ]
     assert only(tmp_path / "plate.zarr" / "A" / "1" / "0").store == tmp_path / "plate.zarr"
 
 
@@ -284,7 +288,7 @@ def damaged(tmp_path, kind):
 )
 def test_what_cannot_be_used_says_why(tmp_path, kind, reason):
     broken = only(damaged(tmp_path, kind))
-    assert isinstance(broken, Broken)
+    assert isinstance(broken, UnreadableImage)
     assert reason in broken.reason
 
 
