@@ -27,6 +27,7 @@ from cellseg_batch.engine.scheduling.scheduler import ThreadPool, run_courses
 from cellseg_batch.engine.scheduling.signals import Stop
 from cellseg_batch.engine.slides.convert_layout import channel_count, channel_groups, halve, lay_out_image
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, find_images
+from cellseg_batch.engine.slides.formats import format_of
 from cellseg_batch.engine.slides.label_layout import Layout, multiscale
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
 from cellseg_batch.engine.slides.reader import SlideReader
@@ -87,8 +88,8 @@ def convert(
     """
     _refuse_target(source, target)
     images = find_images(source, axes)
-    found(sum(math.prod(one.levels[0].shape) for one in images if isinstance(one, Slide)))
-    paths = [one.name.partition("/")[2] if len(images) > 1 else "" for one in images]
+    found(sum(math.prod(image.levels[0].shape) for image in images if isinstance(image, Slide)))
+    paths = [image.name.partition("/")[2] if len(images) > 1 else "" for image in images]
     pairs = zip(images, paths, strict=True)
     locks = Locks()
     courses = (_course(image, target, path, overwrite, advanced, locks) for image, path in pairs)
@@ -150,7 +151,7 @@ def _course(
     if isinstance(image, UnreadableImage):
         return Conversion(image.path, target, "failed", image.reason)
     if image.holds_labels:
-        reason = f"it is {image.format} already; segment it as it is"
+        reason = f"it is {format_of(image).describe(image)} already; segment it as it is"
         return Conversion(image.location, target, "failed", reason)
     layout = lay_out_image(image)
     journal = Journal(store.with_name(store.name + JOURNAL_SUFFIX) / path / "convert")
@@ -199,11 +200,11 @@ class _Copy:
         }
         if folder.exists() and not overwrite:
             if begun != manifest:
-                was = "something else" if begun is None else f"a conversion of {begun['location']} as it was then"
+                there = "something else" if begun is None else f"a conversion of {begun['location']} as it was then"
                 raise OutputError(
                     str(folder),
                     expected="nothing of that name, or a conversion of the same file",
-                    found=was,
+                    found=there,
                     remedy="choose another name, or --overwrite to replace it",
                 )
             if self.journal.numbers("created"):
@@ -223,7 +224,9 @@ class _Copy:
             yield Work(partial(self._copy, readers), self.journal.missing("blocks", count), advanced)
         for level in range(1, len(self.layout.shapes)):
             count = self.layout.shard_count(level)
-            yield Work(partial(self._shrink, level), self.journal.missing(f"levels/{level}", count), lambda _: None)
+            yield Work(
+                partial(self._build_level, level), self.journal.missing(f"levels/{level}", count), lambda _: None
+            )
 
     def complete(self) -> None:
         """Turn the marked group into an image: metadata of levels and channels.
@@ -248,15 +251,15 @@ class _Copy:
 
     def _copy(self, readers: list[SlideReader], number: int) -> int:
         """Copy one shard of all channels of a t/z plane; returns how many pixels these are."""
-        plane, place = divmod(number, self._shards_of_a_plane)
-        box = self.layout.shard_box(0, place)[1]
+        plane, shard = divmod(number, self._shards_of_a_plane)
+        box = self.layout.shard_box(0, shard)[1]
         for reader in readers:
             for channel, pixels in zip(reader.channels, reader.read(plane, box), strict=True):
                 self.writer.write(0, self._plane(plane, channel), box, pixels)
         self.journal.record("blocks", number, {})
         return box.area * channel_count(self.slide)
 
-    def _shrink(self, level: int, number: int) -> None:
+    def _build_level(self, level: int, number: int) -> None:
         """Average one shard of a level from the level above it."""
         plane, box = self.layout.shard_box(level, number)
         finer, coarser = self.layout.shapes[level - 1][-2:], self.layout.shapes[level][-2:]
@@ -267,9 +270,8 @@ class _Copy:
 
     def _plane(self, plane: int, channel: int) -> int:
         """Number of a plane among t, c and z, from its number among t and z and its channel."""
-        grid = self.slide.plane_grid(0)
-        at = dict(zip(self.slide.plane_axes, np.unravel_index(plane, grid) if grid else (), strict=True))
-        leading = [int(at.get(axis, channel)) for axis in self.layout.axes[:-2]]
+        index = {**self.slide.plane_index(0, plane), "c": channel}
+        leading = [index[axis] for axis in self.layout.axes[:-2]]
         return int(np.ravel_multi_index(leading, self.layout.shapes[0][:-2])) if leading else 0
 
     def _describe(self, channel: int) -> v05.OmeroChannel:

@@ -72,7 +72,7 @@ def lay_out(slide: Slide, level: int, grid: BlockGrid, zarr_format: Literal[2, 3
     kept.sort(key=lambda i: "tzyx".index(slide.axes[i]))
     levels: tuple[Level, ...] = slide.levels[level:]
     chunks = chunk_side(grid.lattice.core[0]), chunk_side(grid.lattice.core[1])
-    shapes = tuple(tuple(one.shape[i] for i in kept) for one in levels)
+    shapes = tuple(tuple(written.shape[i] for i in kept) for written in levels)
     shards = [grid.block_shape]
     for finer, coarser in pairwise(shapes):
         # What a shard of a coarser level is made from is no larger than a block.
@@ -86,7 +86,9 @@ def lay_out(slide: Slide, level: int, grid: BlockGrid, zarr_format: Literal[2, 3
         shapes=shapes,
         chunks=chunks,
         shards=tuple(shards),
-        datasets=tuple((tuple(one.scale[i] for i in kept), tuple(one.translation[i] for i in kept)) for one in levels),
+        datasets=tuple(
+            (tuple(written.scale[i] for i in kept), tuple(written.translation[i] for i in kept)) for written in levels
+        ),
         units=tuple(slide.units[i] for i in kept),
         zarr_format=zarr_format,
     )

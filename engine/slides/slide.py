@@ -6,6 +6,9 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
+
+import numpy as np
 
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.slides.plate import PlatePosition
@@ -18,6 +21,16 @@ NUMBERS = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)")
 def fits_axes(axes: str, ndim: int) -> bool:
     """Whether ``axes`` names ``ndim`` different axes out of t, c, z, y, x, with y and x among them."""
     return len(axes) == len(set(axes)) == ndim and set("yx") <= set(axes) <= set(AXES)
+
+
+def unravel_plane(plane: int, grid: tuple[int, ...]) -> tuple[int, ...]:
+    """Index of t/z plane number ``plane`` along each plane axis.
+
+    Args:
+        plane: counted in raster order.
+        grid: length of each plane axis, () where there is but one plane.
+    """
+    return tuple(int(index) for index in np.unravel_index(plane, grid))
 
 
 @dataclass(frozen=True)
@@ -49,15 +62,17 @@ class Slide:
         name: its path below the input that the user gave, the input's own name first.
         store: the file, or the outermost zarr hierarchy, that holds it.
         path: of the image inside its store, "" at the store's root.
-        format: ``ome-zarr 0.4``, ``ome-zarr 0.5``, ``zarr``, ``tiff`` or ``picture``.
+        format: name of its `ImageFormat`; `formats.format_of` looks that up.
         axes: order of the array's axes, of the letters t c z y x.
         dtype: numpy name of the pixel type.
         levels: full resolution first.
         units: unit of each axis in the metadata, None where there is none.
         channels: names from the metadata, () when there are none.
         rgb: the channels are red, green, blue (and perhaps alpha).
-        series: which image of a TIFF file.
+        series: number of the image in a file of several.
         plate_position: where it lies on a plate, None if it does not.
+        zarr_format: of the zarr arrays that hold its pixels, None where none do.
+        holds_labels: labels can be written into the image's own group.
     """
 
     name: str
@@ -72,11 +87,8 @@ class Slide:
     rgb: bool = False
     series: int = 0
     plate_position: PlatePosition | None = None
-
-    @property
-    def holds_labels(self) -> bool:
-        """Whether labels can be written into the image's own group."""
-        return self.format.startswith("ome-zarr")
+    zarr_format: Literal[2, 3] | None = None
+    holds_labels: bool = False
 
     @property
     def location(self) -> str:
@@ -104,6 +116,10 @@ class Slide:
         """Number of t/z planes at a level."""
         return math.prod(self.plane_grid(level))
 
+    def plane_index(self, level: int, plane: int) -> dict[str, int]:
+        """Index of t/z plane number ``plane`` along each of the plane axes."""
+        return dict(zip(self.plane_axes, unravel_plane(plane, self.plane_grid(level)), strict=True))
+
     def pixel_size_um(self, level: int) -> float | None:
         """µm per px along x, None when the metadata do not say."""
         index = self.axes.index("x")
@@ -112,7 +128,8 @@ class Slide:
 
     def cropped(self, level: int, box: Box) -> Slide:
         """The part of this slide that ``box``, in px of ``level``, shows: a slide like any other, with every level."""
-        return replace(self, levels=tuple(self._crop(one, self.plane_shape(level), box) for one in self.levels))
+        shape = self.plane_shape(level)
+        return replace(self, levels=tuple(self._crop(other, shape, box) for other in self.levels))
 
     def first_plane(self) -> Slide:
         """The first t/z plane of this slide: a slide like any other."""
@@ -123,14 +140,15 @@ class Slide:
         return replace(self, levels=tuple(replace(level, shape=shape(level)) for level in self.levels))
 
     def _crop(self, level: Level, shape: tuple[int, int], box: Box) -> Level:
-        sides, places, origin = list(level.shape), list(level.translation), dict(zip("yx", level.origin, strict=True))
+        sides, translation = list(level.shape), list(level.translation)
+        origin = dict(zip("yx", level.origin, strict=True))
         for axis, length, start, side in zip("yx", shape, (box.y0, box.x0), box.shape, strict=True):
             index = self.axes.index(axis)
             first = start * level.shape[index] // length
             sides[index] = min(max(1, round(side * level.shape[index] / length)), level.shape[index] - first)
-            places[index] += first * level.scale[index]
+            translation[index] += first * level.scale[index]
             origin[axis] += first
-        return replace(level, shape=tuple(sides), translation=tuple(places), origin=(origin["y"], origin["x"]))
+        return replace(level, shape=tuple(sides), translation=tuple(translation), origin=(origin["y"], origin["x"]))
 
 
 _UM_PER_UNIT = {

@@ -22,6 +22,7 @@ from cellseg_batch.engine.errors import writing_to
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.slides.label_layout import Kind, Layout, image_metadata
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
+from cellseg_batch.engine.slides.slide import unravel_plane
 from cellseg_batch.engine.storage.atomic_files import remove_tree, sync_file
 from cellseg_batch.engine.storage.checksums import note_write
 from cellseg_batch.engine.storage.paths import zarr_store
@@ -98,8 +99,8 @@ class ImageWriter:
             OutputError: they cannot be read.
         """
         with writing_to(self.folder, "a store"):
-            place: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
-            return np.asarray(self._array(level)[place])
+            index: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
+            return np.asarray(self._array(level)[index])
 
     def write(self, level: int, plane: int, box: Box, pixels: NDArray[Any]) -> None:
         """Write ``pixels`` (h, w) to ``box`` of a plane and wait until they are on disk.
@@ -113,9 +114,9 @@ class ImageWriter:
             for file in files:  # zarr would read a shard at the edge first, and stumble over a damaged one
                 file.unlink(missing_ok=True)
             if pixels.any():  # what has no file is empty
-                place: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
-                # Looked for chunk by chunk, as zarr does, emptiness costs more than writing it.
-                array.with_config({"write_empty_chunks": True})[place] = pixels
+                index: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
+                # Looking for empty chunks one by one, as zarr does, costs more than writing them.
+                array.with_config({"write_empty_chunks": True})[index] = pixels
             for file in files:
                 sync_file(file)
         note_write(self.path, level, plane, box, pixels.astype(array.dtype, copy=False))
@@ -129,13 +130,13 @@ class ImageWriter:
         finer, coarser = self.layout.shapes[level - 1], self.layout.shapes[level]
         rows = _nearest(np.arange(box.y0, box.y1), finer[-2], coarser[-2])
         columns = _nearest(np.arange(box.x0, box.x1), finer[-1], coarser[-1])
-        place = [np.array([i]) for i in self._plane(level, plane)]
+        plane_index = [np.array([i]) for i in self._plane(level, plane)]
         source = tuple(
-            int(_nearest(i, big, small)[0]) for i, big, small in zip(place, finer[:-2], coarser[:-2], strict=True)
+            int(_nearest(i, big, small)[0]) for i, big, small in zip(plane_index, finer[:-2], coarser[:-2], strict=True)
         )
         with writing_to(self.folder, "a store"):
-            around: tuple[Any, ...] = (*source, slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
-            window = np.asarray(self._array(level - 1)[around])
+            index: tuple[Any, ...] = (*source, slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+            window = np.asarray(self._array(level - 1)[index])
         self.write(level, plane, box, window[np.ix_(rows - rows[0], columns - columns[0])])
 
     def _array(self, level: int) -> zarr.Array[Any]:
@@ -144,8 +145,7 @@ class ImageWriter:
         return self._arrays[level]
 
     def _plane(self, level: int, plane: int) -> tuple[int, ...]:
-        grid = self.layout.shapes[level][:-2]
-        return tuple(int(i) for i in np.unravel_index(plane, grid)) if grid else ()
+        return unravel_plane(plane, self.layout.shapes[level][:-2])
 
     def _files(self, level: int, plane: int, box: Box) -> Iterator[str]:
         """Names of the files that hold ``box``."""

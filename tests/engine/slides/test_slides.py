@@ -17,6 +17,7 @@ from cellseg_batch.engine.errors import NoImageError, SlideError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.inference.normalise import sample_slide, settle_bounds
 from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.formats import format_of
 from cellseg_batch.engine.slides.level_and_channels import choose_channels, choose_level
 from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.reader import SlideReader
@@ -55,7 +56,7 @@ def test_ome_zarr_pixels_are_where_they_belong(tmp_path, version, axes):
         base = 3000 * place.get("t", 0) + 1000 * place.get("z", 0) + 100 * channel
         y, x = np.mgrid[2:6, 3:9]
         np.testing.assert_array_equal(read(slide, 0, (channel,), plane, Box(2, 3, 6, 9))[0], base + 10 * y + x)
-    assert slide.format == f"ome-zarr {version}"
+    assert format_of(slide).describe(slide) == f"ome-zarr {version}"
 
 
 @pytest.mark.parametrize("dtype", [">u2", ">f4", "<f2", "int8", "bool"])
