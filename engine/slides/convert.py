@@ -1,7 +1,7 @@
 """Write any image that can be read as OME-Zarr 0.5, in memory that does not grow with it.
 
-A conversion is journalled shard by shard, like a segmentation, so a killed one goes on where it stopped.  Until it is
-complete the image carries no image metadata but a mark, so that nothing takes it for a whole one.
+A conversion keeps a journal of its shards, like a segmentation, so a killed one goes on where it stopped. Until it is
+complete the target has a mark in place of image metadata, so that nothing takes it for a whole image.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _COLOURS = ("0000FF", "00FF00", "FF0000", "FF00FF", "00FFFF", "FFFF00")
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of one image.
+    """The result of converting one image.
 
     Attributes:
-        source: where it came from.
-        target: the group it was written to.
-        status: done, skipped (was finished before), failed or held (another process converts it).
-        reason: why it is not done.
-        shapes: of each level.
+        source: location of the image.
+        target: group that it is written to.
+        status: done, skipped (finished already), failed or held (another process converts it).
+        reason: why it is not done, else "".
+        shapes: shape of each level.
     """
 
     source: str
@@ -75,11 +75,11 @@ def convert(
     Args:
         source: a file, a folder of files, or a zarr store of plain arrays.
         target: a store; its name ends in ``.zarr``.
-        axes: of arrays and TIFFs that do not name theirs.
-        workers: shards in flight.
+        axes: order of the axes of arrays and TIFFs that do not name theirs.
+        workers: number of shards in flight.
         overwrite: replace what is in the way.
-        found: told once how many pixels there are, over all channels and planes.
-        advanced: told how many more pixels are on disk.
+        found: called once with the number of pixels, over all channels and planes.
+        advanced: called with the number of pixels that have come onto the disk.
         stop: asks the conversion to end early.
 
     Raises:
@@ -146,7 +146,7 @@ def _course(
     advanced: Callable[[int], None],
     locks: Locks,
 ) -> Course[Conversion]:
-    """Convert one image; whatever goes wrong with it is in what comes back."""
+    """Convert one image. An error that concerns this image alone is in the result."""
     target = str(store / path)
     if isinstance(image, UnreadableImage):
         return Conversion(image.path, target, "failed", image.reason)
@@ -173,7 +173,7 @@ def _course(
 
 @dataclass(frozen=True)
 class _Copy:
-    """One image on its way into a store."""
+    """The conversion of one image."""
 
     slide: Slide
     writer: ImageWriter
@@ -184,7 +184,7 @@ class _Copy:
         return self.writer.layout
 
     def begin(self, overwrite: bool) -> bool:
-        """Make the empty image, or go on with an unfinished one; True if it is finished.
+        """Make the empty image or take up an unfinished one. Returns whether it is finished already.
 
         Raises:
             OutputError: something else is in the way.
@@ -217,7 +217,7 @@ class _Copy:
         return False
 
     def passes(self, advanced: Callable[[int], None]) -> Course[None]:
-        """Copy the pixels, then average level after level."""
+        """Copy the pixels, then build level after level."""
         with ExitStack() as stack:
             readers = [stack.enter_context(SlideReader(self.slide, 0, group)) for group in channel_groups(self.slide)]
             count = self.slide.planes(0) * self._shards_of_a_plane
@@ -229,7 +229,7 @@ class _Copy:
             )
 
     def complete(self) -> None:
-        """Turn the marked group into an image: metadata of levels and channels.
+        """Replace the group's mark by the metadata of an image: its levels and channels.
 
         Raises:
             OutputError: the store cannot be written.
@@ -250,7 +250,7 @@ class _Copy:
         return self.layout.shard_count(0) // math.prod(self.layout.shapes[0][:-2])
 
     def _copy(self, readers: list[SlideReader], number: int) -> int:
-        """Copy one shard of all channels of a t/z plane; returns how many pixels these are."""
+        """Copy one shard of all channels of a t/z plane; returns the number of pixels copied."""
         plane, shard = divmod(number, self._shards_of_a_plane)
         box = self.layout.shard_box(0, shard)[1]
         for reader in readers:
@@ -260,7 +260,7 @@ class _Copy:
         return box.area * channel_count(self.slide)
 
     def _build_level(self, level: int, number: int) -> None:
-        """Average one shard of a level from the level above it."""
+        """Average one shard of a level from the next finer level."""
         plane, box = self.layout.shard_box(level, number)
         finer, coarser = self.layout.shapes[level - 1][-2:], self.layout.shapes[level][-2:]
         y, x = (1 if big == small else 2 for big, small in zip(finer, coarser, strict=True))
@@ -275,7 +275,7 @@ class _Copy:
         return int(np.ravel_multi_index(leading, self.layout.shapes[0][:-2])) if leading else 0
 
     def _describe(self, channel: int) -> v05.OmeroChannel:
-        """Name and colour of a channel, and the values of its coarsest level to show it by."""
+        """Name and colour of a channel, and the range of its coarsest level as the window to show it in."""
         slide, level = self.slide, len(self.layout.shapes) - 1
         start, end = 0.0, 255.0
         if not (slide.rgb and slide.dtype == "uint8"):

@@ -43,9 +43,9 @@ class ImageFormat(ABC):
     A format is one object in `formats.FORMATS`. Slides hold its name, as they travel between processes.
 
     Attributes:
-        name: in `Slide.format`.
-        title: for people.
-        suffixes: ends of the names of its files, in lower case; () where a name decides nothing.
+        name: what `Slide.format` holds.
+        title: names of the format in messages.
+        suffixes: ends of the names of its files, in lower case; () if names decide nothing.
     """
 
     name: ClassVar[str]
@@ -53,30 +53,30 @@ class ImageFormat(ABC):
     suffixes: ClassVar[tuple[str, ...]] = ()
 
     def can_open(self, path: Path) -> bool:
-        """Whether a file, folder or store is of this format; by its name unless a format knows better."""
+        """Whether the file, folder or store ``path`` is of this format: by default, a file with one of the suffixes."""
         return path.name.lower().endswith(self.suffixes) and not path.is_dir()
 
     @abstractmethod
     def find(self, path: Path, name: str, search: Search) -> Iterable[Slide | UnreadableImage]:
-        """Every image at ``path``, each of a name and a `Slide.path` of its own; no pixel is read.
+        """Every image at ``path``, from its metadata alone.
 
-        Whatever is raised becomes an `UnreadableImage`, after the images before it.
+        An error that is raised becomes an `UnreadableImage`, after the images found before it.
 
         Args:
-            path: that `can_open` took.
-            name: of the path, as `Slide.name`; see `name_in_series` for a file of several images.
+            path: a path that `can_open` accepts.
+            name: name of the path as `Slide.name`; `name_in_series` makes one for each image of several.
             search: what the user says about the images.
         """
 
     @abstractmethod
     def open_level(self, slide: Slide, level: int) -> LevelArray:
-        """The pixels of a level of a slide of this format, for any number of threads at once."""
+        """The pixels of a level, in the order of the slide's axes; threads slice them at the same time."""
 
     def close(self, array: Any) -> None:  # noqa: B027 - most formats hold no file open
         """Close the file that `open_level` opened."""
 
     def describe(self, slide: Slide) -> str:
-        """The format of ``slide``, and its version where that matters, for people."""
+        """The format of ``slide`` in messages, with its version if that matters."""
         return self.name
 
 
@@ -89,11 +89,11 @@ def optional_library(module: str, package: str) -> Any:
     """Import a library that only one format needs.
 
     Args:
-        module: to import.
-        package: that pip installs it with, such as ``cellseg-batch[czi]``.
+        module: name of the module.
+        package: what pip installs it with, such as ``cellseg-batch[czi]``.
 
     Raises:
-        ReadError: it is not installed.
+        ReadError: the library is not installed.
     """
     try:
         return import_module(module)

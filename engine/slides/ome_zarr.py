@@ -1,7 +1,7 @@
 """Zarr hierarchies and their images: OME-Zarr 0.4 and 0.5 multiscales, HCS plates, bioformats2raw, plain arrays.
 
-Sources: the OME-Zarr specification 0.4 and 0.5 (ngff.openmicroscopy.org).  Metadata are read leniently: what a
-reader can work with is taken, and a level whose array is missing is passed over.
+Sources: the OME-Zarr specification 0.4 and 0.5 (ngff.openmicroscopy.org). Metadata are read leniently: what a reader
+can work with is taken, and a level whose array is missing is passed over.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ def _images_in(
 
     Args:
         store: root of the hierarchy.
-        path: of the node.
-        name: of the node, as `Slide.name`.
+        path: path of the node in it.
+        name: name of the node as `Slide.name`.
         search: what the user says about the images.
-        position: of the node on a plate.
+        position: where on a plate the node lies, None if on none.
     """
     location = str(store / path)
     try:

@@ -18,11 +18,11 @@ def describe_array(array: zarr.Array[Any], store: Path, path: str, name: str, ax
     """An array of a zarr hierarchy as a slide of one level.
 
     Args:
-        array: of at least two axes.
+        array: an array of at least two axes.
         store: root of the hierarchy.
-        path: of the array in it.
-        name: as `Slide.name`.
-        axes: in place of what the array says.
+        path: path of the array in it.
+        name: name of the array as `Slide.name`.
+        axes: order of its axes, None to take what its metadata or its shape say.
 
     Raises:
         ReadError: the axes are not known, or do not fit.

@@ -29,7 +29,7 @@ class PlatePosition:
 
 @dataclass(frozen=True)
 class FieldChoice:
-    """Which wells and fields of plates are processed; images that lie on no plate always are.
+    """The wells and fields of plates that are processed; images that lie on no plate always are.
 
     Attributes:
         wells: names or patterns such as ``A01`` and ``B*``, in which a column may have leading zeros or not; () is all.
@@ -40,7 +40,7 @@ class FieldChoice:
     fields: tuple[str, ...] = ()
 
     def takes_well(self, position: PlatePosition) -> bool:
-        """Whether a well is among them."""
+        """Whether the well at ``position`` is wanted."""
         names = {
             position.row + column for column in (position.column, position.column.zfill(2), position.column.lstrip("0"))
         }
@@ -49,5 +49,5 @@ class FieldChoice:
         )
 
     def takes_field(self, field: str) -> bool:
-        """Whether a field is among them."""
+        """Whether fields of this name are wanted."""
         return not self.fields or field in self.fields

@@ -30,7 +30,7 @@ class SlideReader:
 
     Args:
         slide: the image.
-        level: of it.
+        level: number of the level.
         channels: indices of the channels to read.
 
     Raises:

@@ -38,9 +38,9 @@ class Level:
     """One resolution of a slide.
 
     Attributes:
-        path: of the array inside the slide's group, or the number of the TIFF level.
-        shape: in the order of the slide's axes.
-        chunks: the same, as stored.
+        path: path of a zarr array inside the slide's group; elsewhere the number of the level.
+        shape: length of each of the slide's axes in px.
+        chunks: shape of what is decoded as a whole.
         scale: size of a pixel along each axis, in the axis' unit (µm for y and x where ``units`` says so).
         translation: position of the first pixel along each axis, in the same unit.
         origin: (y, x) of the stored pixel that is the level's first; not (0, 0) in a part of a slide only.
@@ -61,7 +61,7 @@ class Slide:
     Attributes:
         name: its path below the input that the user gave, the input's own name first.
         store: the file, or the outermost zarr hierarchy, that holds it.
-        path: of the image inside its store, "" at the store's root.
+        path: path of the image inside its store, "" for the whole store.
         format: name of its `ImageFormat`; `formats.format_of` looks that up.
         axes: order of the array's axes, of the letters t c z y x.
         dtype: numpy name of the pixel type.
@@ -71,8 +71,8 @@ class Slide:
         rgb: the channels are red, green, blue (and perhaps alpha).
         series: number of the image in a file of several.
         plate_position: where it lies on a plate, None if it does not.
-        zarr_format: of the zarr arrays that hold its pixels, None where none do.
-        holds_labels: labels can be written into the image's own group.
+        zarr_format: version of zarr that its pixels are stored in, None if they are in no zarr array.
+        holds_labels: whether labels can be written into the image's own group.
     """
 
     name: str
@@ -163,10 +163,10 @@ _UM_PER_UNIT = {
 
 @dataclass(frozen=True)
 class UnreadableImage:
-    """Something that claims to be an image but cannot be used as one.
+    """A file or node that looks like an image but cannot be used as one.
 
     Attributes:
-        name: as `Slide.name`.
+        name: its name as `Slide.name`.
         path: where it lies.
         reason: why it cannot be used, one line.
         plate_position: where it lies on a plate; a well that cannot be read has no field's name.

@@ -1,7 +1,7 @@
 """Labels and probabilities on disk as OME-Zarr: groups, arrays, pixels, pyramid.
 
-Version 0.5 is written sharded, one shard per block, with a checksum; 0.4 as zarr v2 chunks.  The writer knows boxes
-and arrays; it does not know models, tiles or the journal.
+Version 0.5 is written sharded, one shard per block, with a checksum; 0.4 as zarr v2 chunks. The writer knows boxes and
+arrays; it does not know models, tiles or the journal.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class ImageWriter:
 
     Args:
         store: root folder of the zarr hierarchy, made if there is none.
-        path: of the image's group inside it.
-        layout: its shape and storage.
+        path: path of the image's group inside the hierarchy.
+        layout: shape and storage of the image.
     """
 
     def __init__(self, store: Path, path: str, layout: Layout) -> None:
@@ -49,12 +49,12 @@ class ImageWriter:
         return self.store / self.path
 
     def create(self, kind: Kind, source: str | None, provenance: dict[str, Any]) -> None:
-        """Make the groups, empty arrays and metadata, in place of whatever was there.
+        """Make the groups, empty arrays and metadata, in place of what is there.
 
         Args:
-            kind: what is written; a probability is an intensity image, the others are labels.
-            source: relative path to the segmented image, None when it is no zarr image.
-            provenance: how it came about, as plain JSON values.
+            kind: what the image holds: a probability is an intensity image, the others are labels.
+            source: relative path to the segmented image, None if that is no OME-Zarr image.
+            provenance: model, settings and versions that the image comes from, as plain JSON values.
 
         Raises:
             OutputError: the store cannot be written.
@@ -63,7 +63,7 @@ class ImageWriter:
         self.create_empty({OUTPUT_MARK: {"kind": kind, **provenance}, **metadata})
 
     def create_empty(self, attributes: dict[str, Any]) -> None:
-        """Make the groups and empty arrays, in place of whatever was there.
+        """Make the groups and empty arrays, in place of what is there.
 
         Raises:
             OutputError: the store cannot be written.
@@ -96,7 +96,7 @@ class ImageWriter:
         """Pixels (h, w) of ``box`` of a plane, as they are on disk.
 
         Raises:
-            OutputError: they cannot be read.
+            OutputError: the pixels cannot be read.
         """
         with writing_to(self.folder, "a store"):
             index: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
@@ -113,7 +113,7 @@ class ImageWriter:
             files = [self.folder / str(level) / key for key in self._files(level, plane, box)]
             for file in files:  # zarr would read a shard at the edge first, and stumble over a damaged one
                 file.unlink(missing_ok=True)
-            if pixels.any():  # what has no file is empty
+            if pixels.any():  # an array is 0 where it has no file
                 index: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
                 # Looking for empty chunks one by one, as zarr does, costs more than writing them.
                 array.with_config({"write_empty_chunks": True})[index] = pixels
@@ -122,7 +122,7 @@ class ImageWriter:
         note_write(self.path, level, plane, box, pixels.astype(array.dtype, copy=False))
 
     def build_level(self, level: int, plane: int, box: Box) -> None:
-        """Fill ``box`` of a level of the pyramid with the nearest pixels of the level above it.
+        """Fill ``box`` of a level with the nearest pixels of the next finer level.
 
         Raises:
             OutputError: the store cannot be read or written.
@@ -158,7 +158,7 @@ class ImageWriter:
 
 
 def list_label(store: Path, labels: str, name: str, zarr_format: int) -> None:
-    """Add ``name`` to the list of labels in the group ``labels``, keeping what it says already.
+    """Add ``name`` to the list of labels in the group ``labels``; the rest of its metadata stays.
 
     Raises:
         OutputError: the store cannot be written.
