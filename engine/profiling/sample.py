@@ -23,7 +23,7 @@ def take_sample(path: Path, settings: Settings, model_um: float | None) -> list[
         ReadError: the first image cannot be used.
     """
     images = find_images(path, settings.axes)
-    first_slide(images)
+    first_slide(images)  # raises if it cannot be used
     sample: list[Slide] = []
     left = _PIXELS
     for image in images:
