@@ -16,9 +16,9 @@ from PIL import Image
 import cellseg_batch.engine
 import cellseg_batch.kernels
 import cellseg_batch.trainer
-from cellseg_batch.engine.slides import limits
+from cellseg_batch.engine.slides import discover
 from cellseg_batch.engine.slides.discover import find_images
-from cellseg_batch.engine.slides.slide import Broken
+from cellseg_batch.engine.slides.slide import UnreadableImage
 from tests.support.images import blobs, write_ome_zarr
 
 OUTSIDE = ["../secret.zarr", "../../secret.zarr", "a/../../secret.zarr", "..\\secret.zarr", "/secret.zarr", "."]
@@ -31,7 +31,7 @@ def secret(tmp_path):
 
 def broken(path):
     found = find_images(path)
-    assert all(isinstance(one, Broken) for one in found), found
+    assert all(isinstance(one, UnreadableImage) for one in found), found
     return " ".join(one.reason for one in found)
 
 
@@ -143,5 +143,5 @@ def test_absurd_shapes_are_refused_with_their_numbers(tmp_path, shape, chunks, n
 
 def test_a_tiff_of_one_huge_strip_is_refused(tmp_path, monkeypatch):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((300, 400), np.uint8), rowsperstrip=300)
-    monkeypatch.setattr(limits, "MOST_CHUNK_BYTES", 100_000)
+    monkeypatch.setattr(discover, "MOST_CHUNK_BYTES", 100_000)
     assert "120000" in broken(tmp_path / "a.tif")

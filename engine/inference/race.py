@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.inference.backends.gate import TILE, Parity, limits_of, logits_of, measure_parity, real_tiles
-from cellseg_batch.engine.inference.backends.protocol import MAKING, Backend, Shape
+from cellseg_batch.engine.inference.backends.protocol import CONVERSION_VERSION, Backend, Shape
 from cellseg_batch.engine.inference.backends.registry import KINDS, REFERENCE, candidates, make_backend, why_not
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.race_result import Candidate, Certificate, Request, may_win
@@ -213,7 +213,7 @@ def _key(request: Request, bundle: Bundle) -> Key:
     asked = {name: value for name, value in asdict(request).items() if name not in ("model", "complete")}
     return {
         "what": "race",
-        "making": MAKING,
+        "conversion_version": CONVERSION_VERSION,
         "holds": list(Certificate.__dataclass_fields__),
         "model": bundle.card.name,
         "sha256": bundle.sha256,

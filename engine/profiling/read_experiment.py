@@ -8,12 +8,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import zarr
 
 from cellseg_batch.engine.geometry import Box
+from cellseg_batch.engine.slides.ome_zarr import as_zarr
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Level, Slide
 
@@ -69,7 +70,7 @@ def find_cure(slide: Slide, level: int, channels: tuple[int, ...], folder: Path)
     def rate(storage: Storage) -> float:
         return _rate(copy_slide(part, 0, folder, storage), channels)
 
-    if not _is_zarr(slide):
+    if slide.zarr_format is None:
         best = Cure("format", Storage(CHUNK), "a conversion to OME-Zarr (cellseg-batch convert)", rate(Storage(CHUNK)))
         return best if best.pixels_per_s > _WORTH * own else None
     same = rate(Storage())
@@ -85,10 +86,10 @@ def find_cure(slide: Slide, level: int, channels: tuple[int, ...], folder: Path)
 
 def copy_slide(slide: Slide, level: int, folder: Path, storage: Storage) -> Slide:
     """Copy ``slide`` from ``level`` on to a zarr hierarchy in ``folder``, in place of what is there."""
-    form = _zarr_format(slide, level)
-    group = zarr.open_group(str(folder), mode="w", zarr_format=form)
+    zarr_format = slide.zarr_format or 3  # the codecs of a zarr slide are known to its own format only
+    group = zarr.open_group(str(folder), mode="w", zarr_format=zarr_format)
     levels = tuple(_copy_level(slide, number, group, storage) for number in range(level, len(slide.levels)))
-    return replace(slide, store=folder, path="", format=f"ome-zarr {'0.4' if form == 2 else '0.5'}", levels=levels)
+    return as_zarr(slide, folder, levels, zarr_format)
 
 
 def _copy_level(slide: Slide, number: int, group: zarr.Group, storage: Storage) -> Level:
@@ -96,7 +97,7 @@ def _copy_level(slide: Slide, number: int, group: zarr.Group, storage: Storage) 
     with SlideReader(slide, number, (0,)) as reader:
         source = reader.array
         made: dict[str, Any] = {"shape": level.shape, "dtype": slide.dtype, "chunks": _chunks(slide, level, storage)}
-        if _is_zarr(slide):
+        if slide.zarr_format is not None:
             made |= {"filters": source.filters, "compressors": source.compressors}
             made |= {"shards": source.shards if storage.chunk is None else None}
         if storage.raw:
@@ -111,19 +112,6 @@ def _copy_level(slide: Slide, number: int, group: zarr.Group, storage: Storage) 
                 sides[axis] = slice(sides[axis].start + first, sides[axis].stop + first)
             target[there] = np.asarray(source[tuple(sides.values())])
     return replace(level, path=str(number), chunks=target.chunks, origin=(0, 0))
-
-
-def _zarr_format(slide: Slide, level: int) -> Literal[2, 3]:
-    """That of the slide, whose codecs no other knows."""
-    if not _is_zarr(slide):
-        return 3
-    with SlideReader(slide, level, (0,)) as reader:
-        form: Literal[2, 3] = reader.array.metadata.zarr_format
-        return form
-
-
-def _is_zarr(slide: Slide) -> bool:
-    return "zarr" in slide.format
 
 
 def _chunks(slide: Slide, level: Level, storage: Storage) -> tuple[int, ...]:

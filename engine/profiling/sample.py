@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.discover import find_images, first_slide
 from cellseg_batch.engine.slides.level_and_channels import choose_level
-from cellseg_batch.engine.slides.slide import Broken, Slide
+from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 
 SIDE = 8192
 _PIXELS = SIDE * SIDE
@@ -24,12 +23,11 @@ def take_sample(path: Path, settings: Settings, model_um: float | None) -> list[
         ReadError: the first image cannot be used.
     """
     images = find_images(path, settings.axes)
-    if isinstance(images[0], Broken):
-        raise ReadError(images[0].path, expected="an image", found=images[0].reason, remedy="choose another slide")
+    first_slide(images)  # raises if it cannot be used
     sample: list[Slide] = []
     left = _PIXELS
     for image in images:
-        if isinstance(image, Broken):
+        if isinstance(image, UnreadableImage):
             continue
         level = choose_level(image, settings.level, settings.pixel_size, model_um).level
         part = _first_planes(image.cropped(level, _middle(image, level)), level, left)

@@ -14,8 +14,9 @@ from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.slide_plan import pick_margin
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.formats import format_of
 from cellseg_batch.engine.slides.level_and_channels import choose_channels, choose_level
-from cellseg_batch.engine.slides.slide import Broken, Slide
+from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.trainer.bundle import Card
 
 
@@ -32,7 +33,7 @@ def print_images(inputs: list[Path], settings: Settings, console: Console) -> in
         table.add_column(heading, overflow="fold")
     broken: list[tuple[str, str]] = []
     for image in images:
-        if isinstance(image, Broken):
+        if isinstance(image, UnreadableImage):
             broken.append((image.path, image.reason))
             continue
         try:
@@ -56,7 +57,7 @@ def _row(slide: Slide, settings: Settings, card: Card) -> tuple[str, ...]:
     size = slide.pixel_size_um(0)
     return (
         slide.name,
-        f"{slide.format}\n{slide.dtype}",
+        f"{format_of(slide).describe(slide)}\n{slide.dtype}",
         slide.axes,
         "\n".join("{} {}".format(*slide.plane_shape(i)) for i in range(len(slide.levels))),
         f"{size:.3g}" if size else "?",

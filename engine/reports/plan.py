@@ -35,7 +35,7 @@ from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.label_layout import Layout
-from cellseg_batch.engine.slides.slide import Broken, Slide
+from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.storage.atomic_files import BUCKET
 from cellseg_batch.trainer.bundle import Card
 
@@ -154,9 +154,9 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
     return replace(whole, measured_mpx=sample.pixels / 1e6, mpx_per_s=1e-6 / per_pixel, slides=slides)
 
 
-def _lay(image: Slide | Broken, settings: Settings, card: Card) -> tuple[SlideEstimate, SlidePlan | None]:
+def _lay(image: Slide | UnreadableImage, settings: Settings, card: Card) -> tuple[SlideEstimate, SlidePlan | None]:
     """What can be said of an image without its pixels."""
-    if isinstance(image, Broken):
+    if isinstance(image, UnreadableImage):
         return SlideEstimate(image.path, image.reason), None
     try:
         place = place_output(image, settings.name, settings.output)

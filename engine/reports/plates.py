@@ -32,8 +32,8 @@ from cellseg_batch.engine.run.results import PlateReport, RunReport, SlideReport
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.ome_zarr import plate_names
-from cellseg_batch.engine.slides.plate import PlateField
-from cellseg_batch.engine.slides.slide import Broken, Slide
+from cellseg_batch.engine.slides.plate import PlatePosition
+from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.storage.atomic_files import whole_file
 from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.engine.storage.lock import LOCK_SUFFIX, Locks
@@ -45,13 +45,13 @@ class FieldResult:
     """What became of one field.
 
     Attributes:
-        spot: where it lies.
+        position: where it lies.
         status: done, failed, or held by another run.
         reason: why it is not done.
         table: its objects, None where there are none.
     """
 
-    spot: PlateField
+    position: PlatePosition
     status: str
     reason: str
     table: Path | None
@@ -114,13 +114,13 @@ def summarise_plates(report: RunReport, settings: Settings) -> RunReport:
     """
     images = list(report.images)
     if settings.wells or settings.fields:  # a summary covers the fields that were not of this run, too
-        names = dict.fromkeys(image.spot.plate for image in images if image.spot is not None)
+        names = dict.fromkeys(image.plate_position.plate for image in images if image.plate_position is not None)
         images = [image for name in names for image in find_images(locate(name), settings.axes)]
     run = _Run(report.slides, settings.name, settings.output)
-    plates: dict[str, list[Slide | Broken]] = {}
+    plates: dict[str, list[Slide | UnreadableImage]] = {}
     for image in images:
-        if image.spot is not None:
-            plates.setdefault(image.spot.plate, []).append(image)
+        if image.plate_position is not None:
+            plates.setdefault(image.plate_position.plate, []).append(image)
     locks = Locks()
     try:
         summaries = [_summarise(run, fields, locks) for fields in plates.values() if run.had_any(fields)]
@@ -129,7 +129,7 @@ def summarise_plates(report: RunReport, settings: Settings) -> RunReport:
     return replace(report, plates=summaries)
 
 
-def _summarise(run: _Run, fields: list[Slide | Broken], locks: Locks) -> PlateReport:
+def _summarise(run: _Run, fields: list[Slide | UnreadableImage], locks: Locks) -> PlateReport:
     folder = run.folder(fields)
     if folder is None:
         return _report(run.results(fields), None, "no field could be opened")
@@ -148,32 +148,32 @@ class _Run:
         self._failures = FailedImages(name, output)
         self._place = partial(place_output, name=name, output=output)
 
-    def had_any(self, fields: list[Slide | Broken]) -> bool:
+    def had_any(self, fields: list[Slide | UnreadableImage]) -> bool:
         """Whether a field was of this run."""
         return any(location(one) in self._reports for one in fields)
 
-    def folder(self, fields: list[Slide | Broken]) -> Path | None:
+    def folder(self, fields: list[Slide | UnreadableImage]) -> Path | None:
         """Of the summary of the fields' plate; None where no field can be opened."""
         return next((self._place(one).plate for one in fields if isinstance(one, Slide)), None)
 
-    def results(self, fields: list[Slide | Broken]) -> list[FieldResult]:
+    def results(self, fields: list[Slide | UnreadableImage]) -> list[FieldResult]:
         """What became of those that any run has worked on, as it is now."""
         return [result for one in fields if (result := self._result(one)) is not None]
 
-    def _result(self, image: Slide | Broken) -> FieldResult | None:
-        assert image.spot is not None
+    def _result(self, image: Slide | UnreadableImage) -> FieldResult | None:
+        assert image.plate_position is not None
         report = self._reports.get(location(image))
         if report is not None and report.table is not None:
-            return FieldResult(image.spot, "done", "", locate(report.table))
+            return FieldResult(image.plate_position, "done", "", locate(report.table))
         # Of a field that failed or was held, another run may know more by now.
         reason = self._failures.reason(image)
         if reason is not None:
-            return FieldResult(image.spot, "failed", reason, None)
+            return FieldResult(image.plate_position, "failed", reason, None)
         if isinstance(image, Slide):
             place = self._place(image)
             if Journal(place.journal).is_finished and place.objects.is_file():
-                return FieldResult(image.spot, "done", "", place.objects)
-        return FieldResult(image.spot, report.status, report.reason, None) if report is not None else None
+                return FieldResult(image.plate_position, "done", "", place.objects)
+        return FieldResult(image.plate_position, report.status, report.reason, None) if report is not None else None
 
 
 def summarise_plate(folder: Path, results: list[FieldResult]) -> PlateReport:
@@ -183,7 +183,7 @@ def summarise_plate(folder: Path, results: list[FieldResult]) -> PlateReport:
         folder: where to.
         results: its fields, in the order of the plate.
     """
-    plate = results[0].spot.plate
+    plate = results[0].position.plate
     try:
         rows = [_well_row(members) for members in _wells(results)]
         _write_tables(folder / "fields", [_field_row(one) for one in results], plate)
@@ -199,23 +199,23 @@ def summarise_plate(folder: Path, results: list[FieldResult]) -> PlateReport:
 def _report(results: list[FieldResult], folder: Path | None, reason: str = "") -> PlateReport:
     failed = sum(one.status == "failed" for one in results)
     where = None if folder is None else str(folder)
-    return PlateReport(results[0].spot.plate, where, len(_wells(results)), len(results), failed, reason)
+    return PlateReport(results[0].position.plate, where, len(_wells(results)), len(results), failed, reason)
 
 
 def _wells(results: list[FieldResult]) -> list[list[FieldResult]]:
-    return [list(members) for _, members in groupby(results, key=lambda one: one.spot.well)]
+    return [list(members) for _, members in groupby(results, key=lambda one: one.position.well)]
 
 
 def _field_row(result: FieldResult) -> dict[str, Any]:
-    spot = result.spot
-    row = {"well": spot.well, "row": spot.row, "column": spot.column, "field": spot.field}
+    position = result.position
+    row = {"well": position.well, "row": position.row, "column": position.column, "field": position.field}
     return {**row, "status": result.status, "reason": result.reason, **_tally([result]).figures()}
 
 
 def _well_row(results: list[FieldResult]) -> dict[str, Any]:
-    spot, missing = results[0].spot, [one for one in results if one.table is None]
-    row = {"well": spot.well, "row": spot.row, "column": spot.column, "fields": len(results)}
-    reasons = "; ".join(f"{one.spot.field}: {one.reason}" for one in missing)
+    position, missing = results[0].position, [one for one in results if one.table is None]
+    row = {"well": position.well, "row": position.row, "column": position.column, "fields": len(results)}
+    reasons = "; ".join(f"{one.position.field}: {one.reason}" for one in missing)
     failed = sum(one.status == "failed" for one in missing)
     return {**row, "failed_fields": failed, "reason": reasons, **_tally(results).figures()}
 

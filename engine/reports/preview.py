@@ -17,11 +17,11 @@ from PIL import Image
 from cellseg_batch.engine.errors import ReadError, UsageError, writing_to
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.run.output_paths import place_output
-from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.discover import find_images, first_slide
 from cellseg_batch.engine.slides.level_and_channels import choose_channels
 from cellseg_batch.engine.slides.ome_zarr import open_written
 from cellseg_batch.engine.slides.reader import SlideReader
-from cellseg_batch.engine.slides.slide import Broken, Slide
+from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.trainer.outlines import outlined
 
 _LONGEST = 1600
@@ -68,9 +68,7 @@ def write_preview(
         UsageError: there is no image, or the box lies outside it.
         SlideError: the image or its labels cannot be read, or the picture not written.
     """
-    slide = find_images(path, axes)[0]
-    if isinstance(slide, Broken):
-        raise ReadError(slide.path, expected="an image", found=slide.reason, remedy="choose another slide")
+    slide = first_slide(find_images(path, axes))
     place = place_output(slide, name, output)
     labels = open_written(place.store, place.labels)
     height, width = labels.plane_shape(0)

@@ -23,6 +23,7 @@ from cellseg_batch.engine.reports.status import find_journals
 from cellseg_batch.engine.run.completeness import differences
 from cellseg_batch.engine.run.records import Manifest, TaskRecord
 from cellseg_batch.engine.scheduling.scheduler import TaskGroup, ThreadPool, Workflow, run_workflows
+from cellseg_batch.engine.slides.slide import unravel_plane
 from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.engine.storage.paths import zarr_store
 
@@ -125,8 +126,8 @@ class _Outputs:
         """
         try:
             array = self._level(path, level)
-            place: tuple[Any, ...] = (*np.unravel_index(plane, array.shape[:-2]), *box.slices())
-            return np.asarray(array[place])
+            index: tuple[Any, ...] = (*unravel_plane(plane, array.shape[:-2]), *box.slices())
+            return np.asarray(array[index])
         except Exception as error:  # a damaged file can fail in any way that its library knows
             raise ReadError(
                 str(self._folders[path]),

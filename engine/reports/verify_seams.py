@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 from scipy import ndimage
 
-from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Box, Lattice, Tile, source_box
 from cellseg_batch.engine.inference.backends.protocol import Backend
 from cellseg_batch.engine.inference.cpu_runner import Runner
@@ -27,9 +26,8 @@ from cellseg_batch.engine.run.output_paths import place_output
 from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
 from cellseg_batch.engine.run.working_scale import downscale_plan, settle_downscale
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.discover import find_images, first_slide
 from cellseg_batch.engine.slides.reader import SlideReader
-from cellseg_batch.engine.slides.slide import Broken
 from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.kernels.stitch import logit_threshold, sigmoid
 from cellseg_batch.trainer.bundle import Card
@@ -108,9 +106,7 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
         UsageError: there is no image, no model or no backend as asked.
         SlideError: the slide cannot be read.
     """
-    slide = find_images(path, settings.axes)[0]
-    if isinstance(slide, Broken):
-        raise ReadError(slide.path, expected="an image", found=slide.reason, remedy="choose another slide")
+    slide = first_slide(find_images(path, settings.axes))
     bundle = load_model(settings.model)
     engines = Engines(bundle, settings)
     plan = plan_slide(slide, place_output(slide, settings.name, None), settings, bundle.card)

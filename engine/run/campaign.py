@@ -33,7 +33,7 @@ from cellseg_batch.engine.scheduling.signals import Stop
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.plate import FieldChoice
-from cellseg_batch.engine.slides.slide import Broken, Slide
+from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.slides.writer import consolidate_again
 from cellseg_batch.engine.stage_clock import STAGES, StageClock
 from cellseg_batch.engine.storage.journal import Journal
@@ -94,7 +94,7 @@ def run(
 
 
 def run_images(
-    images: Sequence[Slide | Broken],
+    images: Sequence[Slide | UnreadableImage],
     settings: Settings,
     observer: Observer,
     clock: StageClock | None = None,
@@ -152,7 +152,7 @@ class Campaign:
             self.worker = WorkerElsewhere(settings, self.choice, uuid4().hex)
         self.compile_seconds = time.perf_counter() - begun
 
-    def run(self, images: Sequence[Slide | Broken], stop: Stop | None) -> list[SlideReport]:
+    def run(self, images: Sequence[Slide | UnreadableImage], stop: Stop | None) -> list[SlideReport]:
         """Take every image through the pool; reports in the order of the images."""
         reports: dict[int, SlideReport] = {}
         workflows = (self._workflow(image, number, reports) for number, image in enumerate(images))
@@ -166,7 +166,7 @@ class Campaign:
             consolidate_again(store)
         return [reports[number] for number in range(len(images))]
 
-    def _workflow(self, image: Slide | Broken, number: int, reports: dict[int, SlideReport]) -> Workflow[int]:
+    def _workflow(self, image: Slide | UnreadableImage, number: int, reports: dict[int, SlideReport]) -> Workflow[int]:
         """Segment one image; whatever goes wrong with it is in its report."""
         try:
             report = yield from self._segment(image, number)
@@ -185,9 +185,9 @@ class Campaign:
         reports[number] = report
         return number
 
-    def _segment(self, image: Slide | Broken, number: int) -> Workflow[SlideReport]:
+    def _segment(self, image: Slide | UnreadableImage, number: int) -> Workflow[SlideReport]:
         """Segment one image, which no other run does meanwhile."""
-        if isinstance(image, Broken):
+        if isinstance(image, UnreadableImage):
             return SlideReport(image.path, "failed", image.reason)
         place = place_output(image, self.settings.name, self.settings.output)
         self._claim(place, image)

@@ -16,7 +16,7 @@ from pathlib import Path
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, zarr_root
-from cellseg_batch.engine.slides.slide import Broken, Slide
+from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.storage.paths import locate
 from cellseg_batch.engine.storage.records import read_record, write_record
 
@@ -48,23 +48,23 @@ class FailedImages:
         self._name = name
         self._output = output
 
-    def has(self, image: Slide | Broken) -> bool:
+    def has(self, image: Slide | UnreadableImage) -> bool:
         """Whether the image has failed, and not been done since."""
         return self._file(image).is_file()
 
-    def reason(self, image: Slide | Broken) -> str | None:
+    def reason(self, image: Slide | UnreadableImage) -> str | None:
         """Why the image has failed; None if it has not, or has been done since."""
         note = read_record(self._file(image), FailureNote)
         return None if note is None else note.reason
 
-    def note(self, image: Slide | Broken, reason: str) -> None:
+    def note(self, image: Slide | UnreadableImage, reason: str) -> None:
         """Note a failure; where that cannot be written, the report alone has it."""
         try:
             write_record(self._file(image), FailureNote(location(image), reason))
         except OutputError:
             _log.warning("%s: the failure could not be noted", location(image))
 
-    def forget(self, image: Slide | Broken) -> None:
+    def forget(self, image: Slide | UnreadableImage) -> None:
         """The image is done."""
         file = self._file(image)
         with suppress(OSError):
@@ -78,7 +78,7 @@ class FailedImages:
         notes = (read_record(file, FailureNote) for file in files)
         return {note.path: note.reason for note in notes if note is not None}
 
-    def _file(self, image: Slide | Broken) -> Path:
+    def _file(self, image: Slide | UnreadableImage) -> Path:
         if self._output is not None:
             store = self._output.resolve() / image.name.partition("/")[0]
         elif isinstance(image, Slide):
@@ -90,6 +90,6 @@ class FailedImages:
         return store.with_name(store.name + JOURNAL_SUFFIX) / "failed" / self._name / f"{digest}.json"
 
 
-def location(image: Slide | Broken) -> str:
+def location(image: Slide | UnreadableImage) -> str:
     """Path of the image as a user would type it."""
-    return image.path if isinstance(image, Broken) else image.location
+    return image.path if isinstance(image, UnreadableImage) else image.location

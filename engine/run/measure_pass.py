@@ -119,8 +119,8 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord])
     }
     origin = Origin(
         slide=slide.name,
-        well=slide.spot.well if slide.spot else "",
-        field=slide.spot.field if slide.spot else "",
+        well=slide.plate_position.well if slide.plate_position else "",
+        field=slide.plate_position.field if slide.plate_position else "",
         shape=(*slide.plane_grid(plan.level.level), *shape),
         plane_axes=slide.plane_axes,
         pixel_size_um=plan.level.pixel_size_um,

@@ -97,7 +97,7 @@ def place_output(slide: Slide, name: str, output: Path | None) -> Place:
     Raises:
         OutputError: ``output`` would mirror the input onto itself, or nothing can be written there.
     """
-    zarr_format: Literal[2, 3] = 2 if slide.format == "ome-zarr 0.4" else 3
+    zarr_format: Literal[2, 3] = 2 if slide.holds_labels and slide.zarr_format == 2 else 3
     beside = slide.store.with_name(slide.store.stem + OUTPUT_SUFFIX)
     base = slide.store if output is None else output / "below"
     if isinstance(base, RemotePath) and (is_web(base) or not base.key):

@@ -90,7 +90,7 @@ def build_shard(level: int, slide: OpenSlide, number: int) -> LevelRecord:
     """Make one shard of a level of the pyramid from the level above it."""
     with slide.clock.stage("pyramid"):
         for image in slide.images:
-            image.shrink(level, *image.layout.shard_box(level, number))
+            image.build_level(level, *image.layout.shard_box(level, number))
     return LevelRecord()
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cellseg_batch.engine.slides.slide import Broken, Slide
+from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 
 _MEGA = 1e6
 _STATES = ("done", "skipped", "held", "failed")
@@ -110,7 +110,7 @@ class RunReport:
     slides: list[SlideReport] = field(default_factory=list)
     plates: list[PlateReport] = field(default_factory=list)
     starting_seconds: float = 0.0
-    images: tuple[Slide | Broken, ...] = field(default=(), repr=False)
+    images: tuple[Slide | UnreadableImage, ...] = field(default=(), repr=False)
 
     @property
     def status(self) -> str:

@@ -1,7 +1,7 @@
 """Write any image that can be read as OME-Zarr 0.5, in memory that does not grow with it.
 
-A conversion is journalled shard by shard, like a segmentation, so a killed one goes on where it stopped.  Until it is
-complete the image carries no image metadata but a mark, so that nothing takes it for a whole one.
+A conversion keeps a journal of its shards, like a segmentation, so a killed one goes on where it stopped. Until it is
+complete the target has a mark in place of image metadata, so that nothing takes it for a whole image.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from cellseg_batch.engine.scheduling.scheduler import TaskGroup, ThreadPool, Wor
 from cellseg_batch.engine.scheduling.signals import Stop
 from cellseg_batch.engine.slides.convert_layout import channel_count, channel_groups, halve, lay_out_image
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, find_images
+from cellseg_batch.engine.slides.formats import format_of
 from cellseg_batch.engine.slides.label_layout import Layout, multiscale
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
 from cellseg_batch.engine.slides.reader import SlideReader
-from cellseg_batch.engine.slides.slide import Broken, Slide
+from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.slides.writer import ImageWriter
 from cellseg_batch.engine.storage.journal import Journal, sweep_partials
 from cellseg_batch.engine.storage.lock import LOCK_SUFFIX, BusyError, Locks
@@ -40,14 +41,14 @@ _COLOURS = ("0000FF", "00FF00", "FF0000", "FF00FF", "00FFFF", "FFFF00")
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of one image.
+    """The result of converting one image.
 
     Attributes:
-        source: where it came from.
-        target: the group it was written to.
-        status: done, skipped (was finished before), failed or held (another process converts it).
-        reason: why it is not done.
-        shapes: of each level.
+        source: location of the image.
+        target: group that it is written to.
+        status: done, skipped (finished already), failed or held (another process converts it).
+        reason: why it is not done, else "".
+        shapes: shape of each level.
     """
 
     source: str
@@ -73,11 +74,11 @@ def convert(
     Args:
         source: a file, a folder of files, or a zarr store of plain arrays.
         target: a store; its name ends in ``.zarr``.
-        axes: of arrays and TIFFs that do not name theirs.
-        workers: shards in flight.
+        axes: order of the axes of arrays and TIFFs that do not name theirs.
+        workers: number of shards in flight.
         overwrite: replace what is in the way.
-        found: told once how many pixels there are, over all channels and planes.
-        advanced: told how many more pixels are on disk.
+        found: called once with the number of pixels, over all channels and planes.
+        advanced: called with the number of pixels that have come onto the disk.
         stop: asks the conversion to end early.
 
     Raises:
@@ -86,8 +87,8 @@ def convert(
     """
     _refuse_target(source, target)
     images = find_images(source, axes)
-    found(sum(math.prod(one.levels[0].shape) for one in images if isinstance(one, Slide)))
-    paths = [one.name.partition("/")[2] if len(images) > 1 else "" for one in images]
+    found(sum(math.prod(image.levels[0].shape) for image in images if isinstance(image, Slide)))
+    paths = [image.name.partition("/")[2] if len(images) > 1 else "" for image in images]
     pairs = zip(images, paths, strict=True)
     locks = Locks()
     workflows = (_workflow(image, target, path, overwrite, advanced, locks) for image, path in pairs)
@@ -137,14 +138,19 @@ def _refuse_target(source: Path, target: Path) -> None:
 
 
 def _workflow(
-    image: Slide | Broken, store: Path, path: str, overwrite: bool, advanced: Callable[[int], None], locks: Locks
+    image: Slide | UnreadableImage,
+    store: Path,
+    path: str,
+    overwrite: bool,
+    advanced: Callable[[int], None],
+    locks: Locks,
 ) -> Workflow[Conversion]:
-    """Convert one image; whatever goes wrong with it is in what comes back."""
+    """Convert one image. An error that concerns this image alone is in the result."""
     target = str(store / path)
-    if isinstance(image, Broken):
+    if isinstance(image, UnreadableImage):
         return Conversion(image.path, target, "failed", image.reason)
     if image.holds_labels:
-        reason = f"it is {image.format} already; segment it as it is"
+        reason = f"it is {format_of(image).describe(image)} already; segment it as it is"
         return Conversion(image.location, target, "failed", reason)
     layout = lay_out_image(image)
     journal = Journal(store.with_name(store.name + JOURNAL_SUFFIX) / path / "convert")
@@ -192,7 +198,7 @@ class Done:
 
 @dataclass(frozen=True)
 class _Copy:
-    """One image on its way into a store."""
+    """The conversion of one image."""
 
     slide: Slide
     writer: ImageWriter
@@ -203,7 +209,7 @@ class _Copy:
         return self.writer.layout
 
     def begin(self, overwrite: bool) -> bool:
-        """Make the empty image, or go on with an unfinished one; True if it is finished.
+        """Make the empty image or take up an unfinished one. Returns whether it is finished already.
 
         Raises:
             OutputError: something else is in the way.
@@ -220,11 +226,11 @@ class _Copy:
         )
         if folder.exists() and not overwrite:
             if begun != manifest:
-                was = "something else" if begun is None else f"a conversion of {begun.location} as it was then"
+                there = "something else" if begun is None else f"a conversion of {begun.location} as it was then"
                 raise OutputError(
                     str(folder),
                     expected="nothing of that name, or a conversion of the same file",
-                    found=was,
+                    found=there,
                     remedy="choose another name, or --overwrite to replace it",
                 )
             if self.journal.numbers("created"):
@@ -237,7 +243,7 @@ class _Copy:
         return False
 
     def passes(self, advanced: Callable[[int], None]) -> Workflow[None]:
-        """Copy the pixels, then average level after level."""
+        """Copy the pixels, then build level after level."""
         with ExitStack() as stack:
             readers = [stack.enter_context(SlideReader(self.slide, 0, group)) for group in channel_groups(self.slide)]
             count = self.slide.planes(0) * self._shards_of_a_plane
@@ -245,11 +251,11 @@ class _Copy:
         for level in range(1, len(self.layout.shapes)):
             count = self.layout.shard_count(level)
             yield TaskGroup(
-                partial(self._shrink, level), self.journal.missing(f"levels/{level}", count), lambda _: None
+                partial(self._build_level, level), self.journal.missing(f"levels/{level}", count), lambda _: None
             )
 
     def complete(self) -> None:
-        """Turn the marked group into an image: metadata of levels and channels.
+        """Replace the group's mark by the metadata of an image: its levels and channels.
 
         Raises:
             OutputError: the store cannot be written.
@@ -270,17 +276,17 @@ class _Copy:
         return self.layout.shard_count(0) // math.prod(self.layout.shapes[0][:-2])
 
     def _copy(self, readers: list[SlideReader], number: int) -> int:
-        """Copy one shard of all channels of a t/z plane; returns how many pixels these are."""
-        plane, place = divmod(number, self._shards_of_a_plane)
-        box = self.layout.shard_box(0, place)[1]
+        """Copy one shard of all channels of a t/z plane; returns the number of pixels copied."""
+        plane, shard = divmod(number, self._shards_of_a_plane)
+        box = self.layout.shard_box(0, shard)[1]
         for reader in readers:
             for channel, pixels in zip(reader.channels, reader.read(plane, box), strict=True):
                 self.writer.write(0, self._plane(plane, channel), box, pixels)
         self.journal.record("blocks", number, Done())
         return box.area * channel_count(self.slide)
 
-    def _shrink(self, level: int, number: int) -> None:
-        """Average one shard of a level from the level above it."""
+    def _build_level(self, level: int, number: int) -> None:
+        """Average one shard of a level from the next finer level."""
         plane, box = self.layout.shard_box(level, number)
         finer, coarser = self.layout.shapes[level - 1][-2:], self.layout.shapes[level][-2:]
         y, x = (1 if big == small else 2 for big, small in zip(finer, coarser, strict=True))
@@ -290,13 +296,12 @@ class _Copy:
 
     def _plane(self, plane: int, channel: int) -> int:
         """Number of a plane among t, c and z, from its number among t and z and its channel."""
-        grid = self.slide.plane_grid(0)
-        at = dict(zip(self.slide.plane_axes, np.unravel_index(plane, grid) if grid else (), strict=True))
-        leading = [int(at.get(axis, channel)) for axis in self.layout.axes[:-2]]
+        index = {**self.slide.plane_index(0, plane), "c": channel}
+        leading = [index[axis] for axis in self.layout.axes[:-2]]
         return int(np.ravel_multi_index(leading, self.layout.shapes[0][:-2])) if leading else 0
 
     def _describe(self, channel: int) -> v05.OmeroChannel:
-        """Name and colour of a channel, and the values of its coarsest level to show it by."""
+        """Name and colour of a channel, and the range of its coarsest level as the window to show it in."""
         slide, level = self.slide, len(self.layout.shapes) - 1
         start, end = 0.0, 255.0
         if not (slide.rgb and slide.dtype == "uint8"):

@@ -1,6 +1,6 @@
 """How an image is stored as OME-Zarr 0.5: axes in the specification's order, shards, levels that halve, channel groups.
 
-Arithmetic and one average; it knows neither files nor the writer's state.
+Nothing here touches a file.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from cellseg_batch.engine.slides.slide import Slide
 
 _CHUNK = 512
 _MOST_CHUNKS = 8  # along a side of a shard
-# What a task reads at a time.
-_READ_BYTES = 64 << 20
+_READ_BYTES = 64 << 20  # that a task reads at a time
 _AXES = "tczyx"  # the order that the specification asks for
 
 
@@ -72,12 +71,12 @@ def halve(pixels: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
 
 
 def channel_count(slide: Slide) -> int:
-    """Channels that are converted; what is transparent is not part of an image."""
+    """Number of channels that are converted; alpha is left out."""
     return 3 if slide.rgb else slide.extent("c", 0)
 
 
 def channel_groups(slide: Slide) -> list[tuple[int, ...]]:
-    """Channels that are decoded together; several are read at once only where they are stored so."""
+    """Channels in groups that are read at once: those that a chunk holds together."""
     count = channel_count(slide)
     together = slide.levels[0].chunks[slide.axes.index("c")] if "c" in slide.axes else 1
     return [tuple(range(first, min(first + together, count))) for first in range(0, count, together)]

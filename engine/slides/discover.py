@@ -1,31 +1,39 @@
-"""Find every image that a path holds, in any depth: folders, zarr hierarchies, files.
+"""Find every image that a path holds, in any depth: folders, stores, files.
 
-A folder is walked; whatever looks like an image but cannot be used becomes a `Broken` with its reason, so that
-one bad file among many costs nothing but itself.  What earlier runs wrote is never taken for an image.
+A folder is walked; whatever looks like an image but cannot be used becomes an `UnreadableImage` with its reason, so
+that one bad file among many costs nothing but itself. What earlier runs wrote is never taken for an image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cellseg_batch.engine.errors import CellsegError, NoImageError
-from cellseg_batch.engine.slides.limits import absurdity
-from cellseg_batch.engine.slides.ome_zarr import find_in_zarr, is_zarr_node, zarr_root
-from cellseg_batch.engine.slides.pictures import PICTURE_SUFFIXES, open_picture
-from cellseg_batch.engine.slides.plate import FieldChoice
-from cellseg_batch.engine.slides.slide import NUMBERS, Broken, Slide
-from cellseg_batch.engine.slides.tiff import TIFF_SUFFIXES, open_tiff
+import numpy as np
 
-# Microscopy formats that people will try; each is named in the report instead of being passed over in silence.
-_FOREIGN_SUFFIXES = (".dcm", ".czi", ".nd2", ".lif", ".mrxs", ".vsi", ".oib", ".oif", ".ims", ".h5", ".jp2")
+from cellseg_batch.engine.errors import CellsegError, NoImageError, ReadError
+from cellseg_batch.engine.slides import formats
+from cellseg_batch.engine.slides.image_format import ImageFormat, Search
+from cellseg_batch.engine.slides.ome_zarr import is_zarr_node
+from cellseg_batch.engine.slides.plate import FieldChoice
+from cellseg_batch.engine.slides.slide import NUMBERS, Slide, UnreadableImage
+
 EVERY_FIELD = FieldChoice()
 OUTPUT_SUFFIX = ".cellseg.zarr"
 JOURNAL_SUFFIX = ".cellseg"
 
+# A few bytes of metadata may claim any number of pixels, so these bounds hold for what no microscope exceeds.
+# A whole slide of 15 x 15 cm at 0.25 µm per pixel.
+MOST_PLANE_PIXELS = 600_000**2
+MOST_PIXELS = 10**15
+# A chunk is decoded whole by whoever reads a single pixel of it.
+MOST_CHUNK_BYTES = 4 << 30
 
-def find_images(path: Path, axes: str | None = None, choice: FieldChoice = EVERY_FIELD) -> list[Slide | Broken]:
+
+def find_images(
+    path: Path, axes: str | None = None, choice: FieldChoice = EVERY_FIELD
+) -> list[Slide | UnreadableImage]:
     """Every image below ``path``, in sorted order.
 
     Args:
@@ -41,63 +49,98 @@ def find_images(path: Path, axes: str | None = None, choice: FieldChoice = EVERY
             str(path), expected="a file, a zarr store or a folder", found="nothing", remedy="check the path"
         )
     path = path.resolve()
-    found = [_usable(image) for image in _visit(path, path.name, axes, choice)]
-    if not found:
+    images = [_usable(image) for image in _visit(path, path.name, Search(axes, choice))]
+    if not images:
+        titles = ", ".join(image_format.title for image_format in formats.FORMATS)
         raise NoImageError(
             str(path),
-            expected="at least one image (OME-Zarr, zarr array, TIFF, SVS, PNG, JPEG)",
+            expected=f"at least one image ({titles})",
             found="none" + " in such wells and fields" * (choice != EVERY_FIELD),
             cause="an empty folder or group, or a store with nothing but labels",
             remedy="see cellseg-batch info for what a path holds",
         )
-    return found
+    return images
 
 
-def _visit(path: Path, name: str, axes: str | None, choice: FieldChoice) -> Iterator[Slide | Broken]:
-    suffix = path.suffix.lower()
-    if is_zarr_node(path):
-        root, inside = zarr_root(path)
-        yield from find_in_zarr(root, inside, name, axes, choice)
+def first_slide(images: Sequence[Slide | UnreadableImage]) -> Slide:
+    """The first of the images that a path holds.
+
+    Raises:
+        ReadError: it cannot be used.
+    """
+    image = images[0]
+    if isinstance(image, UnreadableImage):
+        raise ReadError(image.path, expected="an image", found=image.reason, remedy="choose another slide")
+    return image
+
+
+def _visit(path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
+    image_format = formats.format_at(path)
+    if image_format is not None:
+        yield from _images_of(image_format, path, name, search)
     elif path.is_dir():
         try:
             children = sorted(path.iterdir())
         except OSError as error:
-            yield Broken(name, str(path), f"the folder cannot be listed: {error.strerror or error}")
+            yield UnreadableImage(name, str(path), f"the folder cannot be listed: {error.strerror or error}")
             return
         for child in children:
             if not child.name.startswith(".") and not child.name.endswith((OUTPUT_SUFFIX, JOURNAL_SUFFIX)):
-                yield from _visit(child, f"{name}/{child.name}", axes, choice)
-    elif suffix in TIFF_SUFFIXES:
-        yield from _guarded(path, name, partial(open_tiff, axes=axes))
-    elif suffix in PICTURE_SUFFIXES:
-        yield from _guarded(path, name, open_picture)
-    elif suffix in _FOREIGN_SUFFIXES:
-        yield Broken(
-            name, str(path), f"{suffix} files are not supported; convert it to OME-Zarr or OME-TIFF (bioformats2raw)"
-        )
+                yield from _visit(child, f"{name}/{child.name}", search)
+    elif path.suffix.lower() in formats.UNSUPPORTED_SUFFIXES:
+        reason = f"{path.suffix.lower()} files are not supported; convert it to OME-Zarr or OME-TIFF (bioformats2raw)"
+        yield UnreadableImage(name, str(path), reason)
 
 
-def _usable(image: Slide | Broken) -> Slide | Broken:
-    """The image itself, or why none can be segmented that is like it."""
-    if isinstance(image, Broken):
-        return image
-    if not NUMBERS.fullmatch(image.dtype):
-        reason = f"expected integer, floating point or boolean pixels, found {image.dtype}; convert the image"
-        return Broken(image.name, image.location, reason, image.spot)
-    absurd = absurdity(image)
-    if absurd:
-        return Broken(image.name, image.location, absurd, image.spot)
-    empty = [level.shape for level in image.levels if 0 in level.shape]
-    if empty:
-        reason = f"expected an image with pixels, found shape {empty[0]} (likely an unfinished export); export it again"
-        return Broken(image.name, image.location, reason, image.spot)
-    return image
-
-
-def _guarded(path: Path, name: str, opener: Callable[[Path, str], list[Slide]]) -> list[Slide | Broken]:
+def _images_of(image_format: ImageFormat, path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
+    """What a format finds at ``path``, and why it finds no more."""
     try:
-        return [*opener(path, name)]
+        yield from image_format.find(path, name, search)
     except CellsegError as error:
-        return [Broken(name, str(path), error.detail)]
+        yield UnreadableImage(name, str(path), error.detail)
     except Exception as error:  # a damaged file can fail in any way that its library knows
-        return [Broken(name, str(path), f"cannot be read: {type(error).__name__}: {error}".splitlines()[0])]
+        reason = f"cannot be read: {type(error).__name__}: {error}"
+        yield UnreadableImage(name, str(path), reason.splitlines()[0])
+
+
+def _usable(image: Slide | UnreadableImage) -> Slide | UnreadableImage:
+    """The image itself, or why none can be segmented that is like it."""
+    if isinstance(image, UnreadableImage):
+        return image
+    reason = _why_unusable(image)
+    return image if reason is None else UnreadableImage(image.name, image.location, reason, image.plate_position)
+
+
+def _why_unusable(slide: Slide) -> str | None:
+    """Why no pixels of ``slide`` can be segmented, in one line; None if they can."""
+    if not NUMBERS.fullmatch(slide.dtype):
+        return f"expected integer, floating point or boolean pixels, found {slide.dtype}; convert the image"
+    too_large = _why_too_large(slide)
+    if too_large is not None:
+        return too_large
+    for level in slide.levels:
+        if 0 in level.shape:
+            return (
+                f"expected an image with pixels, found shape {level.shape} (likely an unfinished export); "
+                "export it again"
+            )
+    return None
+
+
+def _why_too_large(slide: Slide) -> str | None:
+    """Which bound a level of ``slide`` exceeds, in one line with the numbers; None if none does."""
+    itemsize = np.dtype(slide.dtype).itemsize
+    for number, level in enumerate(slide.levels):
+        height, width = slide.plane_shape(number)
+        chunk = math.prod(level.chunks) * itemsize
+        for count, most, meaning in (
+            (height * width, MOST_PLANE_PIXELS, f"px in a plane of {height} x {width}"),
+            (math.prod(level.shape), MOST_PIXELS, f"px in shape {level.shape}"),
+            (chunk, MOST_CHUNK_BYTES, f"bytes in one chunk of {' x '.join(map(str, level.chunks))} once decoded"),
+        ):
+            if count > most:
+                return (
+                    f"expected at most {most} {meaning}, found {count} (likely damaged metadata or a decompression "
+                    f"bomb); write level {level.path or number} again in smaller pieces"
+                )
+    return None

@@ -25,13 +25,13 @@ class Layout:
     """Shape and storage of an output image, the same for labels and probability.
 
     Attributes:
-        axes: the slide's, without the channel in labels and probabilities.
-        shapes: of each level, the processed one first.
-        chunks: (height, width) of a chunk.
-        shards: (height, width) of the box that one task writes, by level.
-        datasets: scale and translation of each level.
-        units: of the axes.
-        zarr_format: 2 or 3.
+        axes: order of the axes, of the letters t c z y x; labels and probabilities have no c.
+        shapes: shape of each level, the full resolution of the output first.
+        chunks: (height, width) of a chunk in px.
+        shards: (height, width) in px of the box that one task writes, by level.
+        datasets: (scale, translation) of each level, along each axis in its unit.
+        units: unit of each axis, None where there is none.
+        zarr_format: 2 for OME-Zarr 0.4, 3 for 0.5.
         dtype: numpy name of the pixel type.
     """
 
@@ -66,16 +66,16 @@ class Layout:
 
 
 def lay_out(slide: Slide, level: int, grid: BlockGrid, zarr_format: Literal[2, 3]) -> Layout:
-    """The storage of an output that starts at ``level`` of ``slide`` and has the levels below it."""
+    """The storage of an output with ``level`` of ``slide`` and every coarser one as its levels."""
     kept = [i for i, axis in enumerate(slide.axes) if axis != "c"]
     # A plain array's y and x may come in any order; what is written is always t, z, y, x.
     kept.sort(key=lambda i: "tzyx".index(slide.axes[i]))
     levels: tuple[Level, ...] = slide.levels[level:]
     chunks = chunk_side(grid.lattice.core[0]), chunk_side(grid.lattice.core[1])
-    shapes = tuple(tuple(one.shape[i] for i in kept) for one in levels)
+    shapes = tuple(tuple(written.shape[i] for i in kept) for written in levels)
     shards = [grid.block_shape]
     for finer, coarser in pairwise(shapes):
-        # What a shard of a coarser level is made from is no larger than a block.
+        # A shard of a coarser level is made from no more than a block.
         fits = [
             max(1, grid.block_shape[axis] * coarser[axis - 2] // (finer[axis - 2] * chunks[axis])) * chunks[axis]
             for axis in (0, 1)
@@ -86,7 +86,9 @@ def lay_out(slide: Slide, level: int, grid: BlockGrid, zarr_format: Literal[2, 3
         shapes=shapes,
         chunks=chunks,
         shards=tuple(shards),
-        datasets=tuple((tuple(one.scale[i] for i in kept), tuple(one.translation[i] for i in kept)) for one in levels),
+        datasets=tuple(
+            (tuple(written.scale[i] for i in kept), tuple(written.translation[i] for i in kept)) for written in levels
+        ),
         units=tuple(slide.units[i] for i in kept),
         zarr_format=zarr_format,
     )
@@ -113,10 +115,10 @@ def image_metadata(layout: Layout, name: str, source: str | None, kind: Kind) ->
     """The attributes of an image's group, as plain JSON values.
 
     Args:
-        layout: of the image.
-        name: of it.
-        source: relative path to the segmented image, None when it is no zarr image.
-        kind: a probability is an intensity image, the others are labels.
+        layout: shape and storage of the image.
+        name: name of the image.
+        source: relative path to the segmented image, None if that is no OME-Zarr image.
+        kind: what the image holds: a probability is an intensity image, the others are labels.
     """
     version: Any = v05 if layout.zarr_format == 3 else v04
     parts: dict[str, Any] = {"multiscales": [multiscale(layout, name)]}

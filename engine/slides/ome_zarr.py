@@ -1,7 +1,7 @@
-"""Images in zarr hierarchies: OME-Zarr 0.4 and 0.5 multiscales, HCS plates, bioformats2raw, plain arrays.
+"""Zarr hierarchies and their images: OME-Zarr 0.4 and 0.5 multiscales, HCS plates, bioformats2raw, plain arrays.
 
-Sources: the OME-Zarr specification 0.4 and 0.5 (ngff.openmicroscopy.org).  Metadata are read leniently: what a
-reader can work with is taken, and a level whose array is missing is passed over.
+Sources: the OME-Zarr specification 0.4 and 0.5 (ngff.openmicroscopy.org). Metadata are read leniently: what a reader
+can work with is taken, and a level whose array is missing is passed over.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import zarr
 
 from cellseg_batch.engine.errors import CellsegError, ReadError
-from cellseg_batch.engine.slides.plate import FieldChoice, PlateField
-from cellseg_batch.engine.slides.slide import AXES, NUMBERS, Broken, Level, Slide, fits_axes
+from cellseg_batch.engine.slides.image_format import ImageFormat, LevelArray, Search
+from cellseg_batch.engine.slides.plain_zarr import ZARR, describe_array
+from cellseg_batch.engine.slides.plate import FieldChoice, PlatePosition
+from cellseg_batch.engine.slides.slide import NUMBERS, Level, Slide, UnreadableImage, fits_axes
 from cellseg_batch.engine.storage.paths import RemotePath, zarr_store
 
 # What people write for the specification's "micrometer".
@@ -27,6 +29,31 @@ OUTPUT_MARK = "cellseg-batch-output"
 # Members of a group in an object store that are looked at together.
 _REQUESTS = 16
 _NODE_FILES = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
+
+
+class Zarr(ImageFormat):
+    """Zarr hierarchies. OME-Zarr images hold their labels themselves; the labels of plain arrays lie beside these."""
+
+    name: ClassVar[str] = ZARR
+    title: ClassVar[str] = "OME-Zarr, zarr array"
+
+    def can_open(self, path: Path) -> bool:
+        """Whether a folder is a zarr group or array."""
+        return is_zarr_node(path)
+
+    def find(self, path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
+        """Every image in a node of a hierarchy and below it."""
+        store, inside = zarr_root(path)
+        return _images_in(store, inside, name, search, None)
+
+    def open_level(self, slide: Slide, level: int) -> LevelArray:
+        """The level's array."""
+        path = "/".join(part for part in (slide.path, slide.levels[level].path) if part)
+        return zarr.open_array(zarr_store(slide.store), path=path, mode="r")
+
+    def describe(self, slide: Slide) -> str:
+        """OME-Zarr with its version, or zarr for a plain array."""
+        return f"ome-zarr {'0.4' if slide.zarr_format == 2 else '0.5'}" if slide.holds_labels else "zarr"
 
 
 def is_zarr_node(path: Path) -> bool:
@@ -42,54 +69,58 @@ def zarr_root(path: Path) -> tuple[Path, str]:
     return root, "" if root == path else path.relative_to(root).as_posix()
 
 
-def find_in_zarr(
-    store: Path, path: str, name: str, axes: str | None, choice: FieldChoice, spot: PlateField | None = None
-) -> Iterator[Slide | Broken]:
+def _images_in(
+    store: Path, path: str, name: str, search: Search, position: PlatePosition | None
+) -> Iterator[Slide | UnreadableImage]:
     """Every image in the node ``path`` of ``store``; label groups and tables are not images.
 
     Args:
         store: root of the hierarchy.
-        path: of the node.
-        name: of the node, as `Slide.name`.
-        axes: of plain arrays that do not name theirs.
-        choice: which fields of plates are wanted.
-        spot: where on a plate the node lies.
+        path: path of the node in it.
+        name: name of the node as `Slide.name`.
+        search: what the user says about the images.
+        position: where on a plate the node lies, None if on none.
     """
     location = str(store / path)
     try:
         node = zarr.open(zarr_store(store), path=path, mode="r")
         if isinstance(node, zarr.Array):
             if node.ndim >= 2:
-                yield _plain_array(node, store, path, name, axes)
+                yield describe_array(node, store, path, name, search.axes)
             return
         metadata = _ome_metadata(node)
         if "image-label" in metadata or OUTPUT_MARK in node.attrs:
             return
         if "multiscales" in metadata:
-            yield replace(_multiscale(node, metadata, store, path, name), spot=spot)
+            yield replace(_multiscale(node, metadata, store, path, name), plate_position=position)
             return
-        children = _children(node, metadata, location, choice, spot)
+        children = _children(node, metadata, location, search.fields, position)
     except CellsegError as error:
-        yield Broken(name, location, error.detail, spot)
+        yield UnreadableImage(name, location, error.detail, position)
         return
     except Exception as error:  # damaged JSON, unknown codecs, impossible metadata
         reason = f"its zarr metadata cannot be read: {type(error).__name__}: {error}"
-        yield Broken(name, location, reason.splitlines()[0], spot)
+        yield UnreadableImage(name, location, reason.splitlines()[0], position)
         return
 
-    def look(listed: tuple[str, PlateField | None]) -> list[Slide | Broken]:
-        child, place = listed
+    def images_of(listed: tuple[str, PlatePosition | None]) -> list[Slide | UnreadableImage]:
+        child, child_position = listed
         below = f"{path}/{child}" if path else child
         if is_zarr_node(store / below):
-            return [*find_in_zarr(store, below, f"{name}/{child}", axes, choice, place)]
+            return [*_images_in(store, below, f"{name}/{child}", search, child_position)]
         reason = "listed in the metadata, but not in the store"
-        return [Broken(f"{name}/{child}", str(store / below), reason, place)]
+        return [UnreadableImage(f"{name}/{child}", str(store / below), reason, child_position)]
 
-    if isinstance(store, RemotePath) and spot is None:  # the wells of a plate, whose answers take long to come
+    if isinstance(store, RemotePath) and position is None:  # the wells of a plate: answers take long, so ask for many
         with ThreadPoolExecutor(_REQUESTS) as pool:
-            yield from chain.from_iterable(pool.map(look, children))
+            yield from chain.from_iterable(pool.map(images_of, children))
     else:
-        yield from chain.from_iterable(map(look, children))
+        yield from chain.from_iterable(map(images_of, children))
+
+
+def as_zarr(slide: Slide, store: Path, levels: tuple[Level, ...], zarr_format: Literal[2, 3]) -> Slide:
+    """``slide`` read from copies of its ``levels``, which are arrays of the zarr hierarchy ``store``."""
+    return replace(slide, store=store, path="", format=ZARR, levels=levels, zarr_format=zarr_format, holds_labels=True)
 
 
 def open_written(store: Path, path: str) -> Slide:
@@ -113,7 +144,7 @@ def open_written(store: Path, path: str) -> Slide:
 def plate_names(plate: Path) -> tuple[list[str], list[str]]:
     """Names of all rows and columns of a plate, also of those without wells."""
     metadata = _ome_metadata(zarr.open_group(zarr_store(plate), mode="r"))["plate"]
-    rows, columns = ([str(one["name"]) for one in metadata.get(side, ())] for side in ("rows", "columns"))
+    rows, columns = ([str(entry["name"]) for entry in metadata.get(side, ())] for side in ("rows", "columns"))
     return rows, columns
 
 
@@ -125,18 +156,18 @@ def _ome_metadata(node: zarr.Group) -> dict[str, Any]:
 
 
 def _children(
-    node: zarr.Group, metadata: dict[str, Any], location: str, choice: FieldChoice, spot: PlateField | None
-) -> list[tuple[str, PlateField | None]]:
-    """(path, place on a plate) of what may hold images below a group: the metadata's where they list any, else all."""
+    node: zarr.Group, metadata: dict[str, Any], location: str, choice: FieldChoice, position: PlatePosition | None
+) -> list[tuple[str, PlatePosition | None]]:
+    """(path, position on a plate) of what may hold images below a group: what its metadata list, else all."""
     if "plate" in metadata:
         wells = [_inside(well["path"], location) for well in metadata["plate"]["wells"]]
-        spots = [(well, PlateField(location, Path(well).parent.name, Path(well).name, field="")) for well in wells]
-        return [(well, place) for well, place in spots if choice.takes_well(place)]
+        positions = [PlatePosition(location, Path(well).parent.name, Path(well).name, field="") for well in wells]
+        return [(well, of_well) for well, of_well in zip(wells, positions, strict=True) if choice.takes_well(of_well)]
     if "well" in metadata:
         fields = [_inside(field["path"], location) for field in metadata["well"]["images"]]
-        return [(field, spot and replace(spot, field=field)) for field in fields if choice.takes_field(field)]
+        return [(field, position and replace(position, field=field)) for field in fields if choice.takes_field(field)]
     members = sorted((key for key in node if key not in ("labels", "tables", "OME")), key=_numbers_in_order)
-    return [(_inside(member, location), spot) for member in members]
+    return [(_inside(member, location), position) for member in members]
 
 
 def _inside(listed: object, location: str) -> str:
@@ -175,26 +206,27 @@ def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: s
         if not dtype or not NUMBERS.fullmatch(array.dtype.name):
             dtype = array.dtype.name
         # Before 0.4 there were no transformations, and the shapes alone say how levels lie on each other.
-        shrink = [a / b for a, b in zip(levels[0].shape if levels else array.shape, array.shape, strict=True)]
-        scale, translation = _placement(dataset, multiscale, shrink)
+        factors = [a / b for a, b in zip(levels[0].shape if levels else array.shape, array.shape, strict=True)]
+        scale, translation = _placement(dataset, multiscale, factors)
         levels.append(Level(dataset["path"], array.shape, array.chunks, scale, translation))
     if not levels:
         listed = ", ".join(str(dataset["path"]) for dataset in multiscale["datasets"])
         raise _not_an_image(location, f"the arrays that its metadata list ({listed})", "none of them in the store")
     channels = _channel_names(metadata)
-    version = "0.5" if node.metadata.zarr_format == 3 else "0.4"
     count = levels[0].shape[axes.index("c")] if "c" in axes else 1
     return Slide(
         name=name,
         store=store,
         path=path,
-        format=f"ome-zarr {version}",
+        format=ZARR,
         axes=axes,
         dtype=dtype,
         levels=tuple(levels),
         units=units,
         channels=channels,
         rgb=_is_rgb(count, dtype, channels),
+        zarr_format=node.metadata.zarr_format,
+        holds_labels=True,
     )
 
 
@@ -211,11 +243,11 @@ def _axes_of(multiscale: dict[str, Any], location: str) -> tuple[str, tuple[str 
 
 
 def _placement(
-    dataset: dict[str, Any], multiscale: dict[str, Any], shrink: list[float]
+    dataset: dict[str, Any], multiscale: dict[str, Any], factors: list[float]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(scale, translation) of a level: the dataset's transformations, then the whole image's."""
-    scale = [1.0] * len(shrink) if "coordinateTransformations" in dataset else shrink
-    translation = [0.0] * len(shrink)
+    scale = [1.0] * len(factors) if "coordinateTransformations" in dataset else factors
+    translation = [0.0] * len(factors)
     for holder in (dataset, multiscale):
         for step in holder.get("coordinateTransformations", ()):
             if step.get("type") == "scale":
@@ -237,38 +269,6 @@ def _is_rgb(count: int, dtype: str, channels: tuple[str, ...]) -> bool:
     if channels:
         return tuple(label.lower() for label in channels) in {("r", "g", "b"), ("red", "green", "blue")}
     return count == 3 and dtype == "uint8"
-
-
-def _plain_array(array: zarr.Array[Any], store: Path, path: str, name: str, axes: str | None) -> Slide:
-    location = str(store / path)
-    axes = (axes or "").lower() or _named_axes(array) or _guess_axes(array.shape)
-    if axes is None or not fits_axes(axes, array.ndim):
-        raise ReadError(
-            location,
-            expected="a 2-D array, a 3-D one with one short axis for the channels, or --axes that fit",
-            found=f"an array of shape {array.shape}" + (f" and axes {axes!r}" if axes else ""),
-            cause="a plain zarr array does not say what its axes are",
-            remedy="name them, for example --axes czyx",
-        )
-    level = Level("", array.shape, array.chunks, (1.0,) * array.ndim, (0.0,) * array.ndim)
-    count = array.shape[axes.index("c")] if "c" in axes else 1
-    rgb = count == 3 and array.dtype.name == "uint8"
-    return Slide(name, store, path, "zarr", axes, array.dtype.name, (level,), (None,) * array.ndim, (), rgb)
-
-
-def _named_axes(array: zarr.Array[Any]) -> str | None:
-    """The dimension names of a zarr v3 array, if they are axes as we know them."""
-    names = [str(name).lower() for name in getattr(array.metadata, "dimension_names", None) or ()]
-    return "".join(names) if names and set(names) <= set(AXES) else None
-
-
-def _guess_axes(shape: tuple[int, ...]) -> str | None:
-    """Axes that a shape leaves no doubt about, else None: a channel axis is first or last and at most 4 long."""
-    if len(shape) == 2:
-        return "yx"
-    if len(shape) == 3 and (shape[0] <= 4) != (shape[2] <= 4):
-        return "cyx" if shape[0] <= 4 else "yxc"
-    return None
 
 
 def _not_an_image(location: str, expected: str, found: str) -> ReadError:

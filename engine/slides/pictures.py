@@ -3,42 +3,48 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cellseg_batch.engine.slides.image_format import ImageFormat, Search
 from cellseg_batch.engine.slides.slide import Level, Slide
 from cellseg_batch.engine.storage.paths import readable
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 # Pillow refuses pictures above 179 Mpx as a possible attack; a slide may be larger.
 Image.MAX_IMAGE_PIXELS = 1 << 30
 _MODES_KEPT = {"L": "uint8", "RGB": "uint8", "RGBA": "uint8", "I;16": "uint16", "F": "float32", "I": "int32"}
 
 
-def open_picture(path: Path, name: str) -> list[Slide]:
-    """The one image of a PNG or JPEG file; only its header is read.
+class Pictures(ImageFormat):
+    """A file holds one image of one level and without a pixel size."""
 
-    Raises:
-        OSError: the file is not what its name says.
-    """
-    with Image.open(readable(path)) as picture:
-        width, height = picture.size
-        mode = _mode(picture)
-    colour = mode in ("RGB", "RGBA")
-    shape = (height, width, len(mode)) if colour else (height, width)
-    axes = "yxc" if colour else "yx"
-    level = Level("0", shape, shape, (1.0,) * len(shape), (0.0,) * len(shape))
-    units = (None,) * len(shape)
-    return [Slide(name, path, "", "picture", axes, _MODES_KEPT[mode], (level,), units, rgb=colour)]
+    name: ClassVar[str] = "picture"
+    title: ClassVar[str] = "PNG, JPEG"
+    suffixes: ClassVar[tuple[str, ...]] = (".png", ".jpg", ".jpeg")
 
+    def find(self, path: Path, name: str, search: Search) -> list[Slide]:
+        """The image of a file, from its header.
 
-def read_picture(slide: Slide) -> NDArray[Any]:
-    """All pixels of a picture, (H, W) or (H, W, C)."""
-    with Image.open(readable(slide.store)) as picture:
-        return np.asarray(picture.convert(_mode(picture)))
+        Raises:
+            OSError: the file is not what its name says.
+        """
+        with Image.open(readable(path)) as picture:
+            width, height = picture.size
+            mode = _mode(picture)
+        colour = mode in ("RGB", "RGBA")
+        shape = (height, width, len(mode)) if colour else (height, width)
+        axes = "yxc" if colour else "yx"
+        level = Level("0", shape, shape, (1.0,) * len(shape), (0.0,) * len(shape))
+        units = (None,) * len(shape)
+        return [Slide(name, path, "", self.name, axes, _MODES_KEPT[mode], (level,), units, rgb=colour)]
+
+    def open_level(self, slide: Slide, level: int) -> NDArray[Any]:
+        """All pixels, (H, W) or (H, W, C)."""
+        with Image.open(readable(slide.store)) as picture:
+            return np.asarray(picture.convert(_mode(picture)))
 
 
 def _mode(picture: Image.Image) -> str:

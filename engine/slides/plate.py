@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 
 
 @dataclass(frozen=True)
-class PlateField:
-    """The place of an image on a plate.
+class PlatePosition:
+    """Where an image lies on a plate.
 
     Attributes:
         plate: where the plate lies.
@@ -29,7 +29,7 @@ class PlateField:
 
 @dataclass(frozen=True)
 class FieldChoice:
-    """Which wells and fields of plates are processed; images that lie on no plate always are.
+    """The wells and fields of plates that are processed; images that lie on no plate always are.
 
     Attributes:
         wells: names or patterns such as ``A01`` and ``B*``, in which a column may have leading zeros or not; () is all.
@@ -39,13 +39,15 @@ class FieldChoice:
     wells: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
 
-    def takes_well(self, spot: PlateField) -> bool:
-        """Whether a well is among them."""
-        names = {spot.row + column for column in (spot.column, spot.column.zfill(2), spot.column.lstrip("0"))}
+    def takes_well(self, position: PlatePosition) -> bool:
+        """Whether the well at ``position`` is wanted."""
+        names = {
+            position.row + column for column in (position.column, position.column.zfill(2), position.column.lstrip("0"))
+        }
         return not self.wells or any(
             fnmatchcase(name.upper(), pattern.upper()) for name in names for pattern in self.wells
         )
 
     def takes_field(self, field: str) -> bool:
-        """Whether a field is among them."""
+        """Whether fields of this name are wanted."""
         return not self.fields or field in self.fields

@@ -15,10 +15,8 @@ from zarrs import ZarrsCodecPipeline
 from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.machine import cores
-from cellseg_batch.engine.slides.pictures import read_picture
+from cellseg_batch.engine.slides.formats import format_of
 from cellseg_batch.engine.slides.slide import Slide
-from cellseg_batch.engine.slides.tiff import open_tiff_level
-from cellseg_batch.engine.storage.paths import zarr_store
 
 # More threads than cores read no faster, and each keeps freed memory of its own.
 zarr.config.set({"threading.max_workers": min(32, cores())})
@@ -32,7 +30,7 @@ class SlideReader:
 
     Args:
         slide: the image.
-        level: of it.
+        level: number of the level.
         channels: indices of the channels to read.
 
     Raises:
@@ -44,7 +42,9 @@ class SlideReader:
         self.level = level
         self.channels = channels
         try:
-            self.array = _open_level(slide, level)
+            self.array: Any = format_of(slide).open_level(slide, level)
+        except ReadError:
+            raise
         except Exception as error:
             raise _unreadable(slide, "its pixels", error) from error
 
@@ -56,8 +56,7 @@ class SlideReader:
 
     def close(self) -> None:
         """Let go of the file."""
-        if self.slide.format == "tiff":
-            self.array.store.close()
+        format_of(self.slide).close(self.array)
 
     def of_channels(self, channels: tuple[int, ...]) -> SlideReader:
         """A reader of other channels of the same open level."""
@@ -72,13 +71,12 @@ class SlideReader:
             ReadError: a chunk is missing its data, damaged or of an unknown codec.
         """
         axes = self.slide.axes
-        place = dict(zip(self.slide.plane_axes, self._plane_index(plane), strict=True))
         rows, columns = box.shifted(self.slide.levels[self.level].origin).slices()
         # Neighbouring channels are one slice, which every store can read; a list of indices is not.
         channels = slice(self.channels[0], self.channels[-1] + 1)
         index = {"y": rows, "x": columns, "c": channels}
         # A number in place of a slice would be too much for zarrs.
-        index |= {axis: slice(number, number + 1) for axis, number in place.items()}
+        index |= {axis: slice(number, number + 1) for axis, number in self.slide.plane_index(self.level, plane).items()}
         try:
             _decode_in_rust(self.array)
             pixels = np.asarray(self.array[tuple(index[axis] for axis in axes)])
@@ -92,10 +90,6 @@ class SlideReader:
             return pixels.transpose([kept.index(axis) for axis in "yx"])[None]
         return pixels.transpose([kept.index(axis) for axis in "cyx"])
 
-    def _plane_index(self, plane: int) -> tuple[int, ...]:
-        grid = self.slide.plane_grid(self.level)
-        return tuple(int(i) for i in np.unravel_index(plane, grid)) if grid else ()
-
 
 def _computable(pixels: NDArray[Any]) -> NDArray[Any]:
     """The pixels in a type that kernels are compiled for: native byte order, floats of 32 or 64 bits."""
@@ -105,24 +99,17 @@ def _computable(pixels: NDArray[Any]) -> NDArray[Any]:
     return pixels if pixels.dtype.isnative else pixels.astype(pixels.dtype.newbyteorder("="))
 
 
-def _open_level(slide: Slide, level: int) -> Any:
-    if slide.format == "picture":
-        return read_picture(slide)
-    if slide.format == "tiff":
-        return open_tiff_level(slide, level)
-    path = "/".join(part for part in (slide.path, slide.levels[level].path) if part)
-    return zarr.open_array(zarr_store(slide.store), path=path, mode="r")
-
-
 def _decode_in_rust(array: Any) -> None:
-    """Have the next read decoded by zarrs if it can; made anew, as it keeps a lock for every chunk that it has read."""
-    # Of 8192 px in chunks of 512 px, reading takes a third less, and an int8 run 4 % less: zarr's own pipeline takes a
-    # turn of its event loop and of the interpreter lock for each chunk.
+    """Have the next read of a local zarr array decoded by zarrs, if zarrs knows how.
+
+    At 8192 px with chunks of 512 px reading takes a third less time and an int8 run 4 % less, as zarrs decodes all
+    chunks of a read at once, without Python's lock.
+    """
     local = isinstance(array, zarr.Array) and isinstance(array.store, LocalStore)
     if local and array.dtype.isnative and array.order == "C":
+        # A pipeline keeps some 300 bytes for every chunk that it has read, so each read gets one of its own (30 µs).
         pipeline = ZarrsCodecPipeline.from_array_metadata_and_store(array.metadata, array.store)
-        # An attribute of a frozen class: zarr would take it from settings of the whole process, by which other threads
-        # open other stores.
+        # zarr's public way to choose a pipeline is a setting of the whole process, and other threads open other stores.
         object.__setattr__(array.async_array, "codec_pipeline", pipeline)
 
 

@@ -6,9 +6,12 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
+
+import numpy as np
 
 from cellseg_batch.engine.geometry import Box
-from cellseg_batch.engine.slides.plate import PlateField
+from cellseg_batch.engine.slides.plate import PlatePosition
 
 AXES = "tczyx"
 # Names of the pixel types that can be segmented.
@@ -20,14 +23,24 @@ def fits_axes(axes: str, ndim: int) -> bool:
     return len(axes) == len(set(axes)) == ndim and set("yx") <= set(axes) <= set(AXES)
 
 
+def unravel_plane(plane: int, grid: tuple[int, ...]) -> tuple[int, ...]:
+    """Index of t/z plane number ``plane`` along each plane axis.
+
+    Args:
+        plane: counted in raster order.
+        grid: length of each plane axis, () where there is but one plane.
+    """
+    return tuple(int(index) for index in np.unravel_index(plane, grid))
+
+
 @dataclass(frozen=True)
 class Level:
     """One resolution of a slide.
 
     Attributes:
-        path: of the array inside the slide's group, or the number of the TIFF level.
-        shape: in the order of the slide's axes.
-        chunks: the same, as stored.
+        path: path of a zarr array inside the slide's group; elsewhere the number of the level.
+        shape: length of each of the slide's axes in px.
+        chunks: shape of what is decoded as a whole.
         scale: size of a pixel along each axis, in the axis' unit (µm for y and x where ``units`` says so).
         translation: position of the first pixel along each axis, in the same unit.
         origin: (y, x) of the stored pixel that is the level's first; not (0, 0) in a part of a slide only.
@@ -48,16 +61,18 @@ class Slide:
     Attributes:
         name: its path below the input that the user gave, the input's own name first.
         store: the file, or the outermost zarr hierarchy, that holds it.
-        path: of the image inside its store, "" at the store's root.
-        format: ``ome-zarr 0.4``, ``ome-zarr 0.5``, ``zarr``, ``tiff`` or ``picture``.
+        path: path of the image inside its store, "" for the whole store.
+        format: name of its `ImageFormat`; `formats.format_of` looks that up.
         axes: order of the array's axes, of the letters t c z y x.
         dtype: numpy name of the pixel type.
         levels: full resolution first.
         units: unit of each axis in the metadata, None where there is none.
         channels: names from the metadata, () when there are none.
         rgb: the channels are red, green, blue (and perhaps alpha).
-        series: which image of a TIFF file.
-        spot: where it lies on a plate, None if it does not.
+        series: number of the image in a file of several.
+        plate_position: where it lies on a plate, None if it does not.
+        zarr_format: version of zarr that its pixels are stored in, None if they are in no zarr array.
+        holds_labels: whether labels can be written into the image's own group.
     """
 
     name: str
@@ -71,12 +86,9 @@ class Slide:
     channels: tuple[str, ...] = ()
     rgb: bool = False
     series: int = 0
-    spot: PlateField | None = None
-
-    @property
-    def holds_labels(self) -> bool:
-        """Whether labels can be written into the image's own group."""
-        return self.format.startswith("ome-zarr")
+    plate_position: PlatePosition | None = None
+    zarr_format: Literal[2, 3] | None = None
+    holds_labels: bool = False
 
     @property
     def location(self) -> str:
@@ -104,6 +116,10 @@ class Slide:
         """Number of t/z planes at a level."""
         return math.prod(self.plane_grid(level))
 
+    def plane_index(self, level: int, plane: int) -> dict[str, int]:
+        """Index of t/z plane number ``plane`` along each of the plane axes."""
+        return dict(zip(self.plane_axes, unravel_plane(plane, self.plane_grid(level)), strict=True))
+
     def pixel_size_um(self, level: int) -> float | None:
         """µm per px along x, None when the metadata do not say."""
         index = self.axes.index("x")
@@ -112,7 +128,8 @@ class Slide:
 
     def cropped(self, level: int, box: Box) -> Slide:
         """The part of this slide that ``box``, in px of ``level``, shows: a slide like any other, with every level."""
-        return replace(self, levels=tuple(self._crop(one, self.plane_shape(level), box) for one in self.levels))
+        shape = self.plane_shape(level)
+        return replace(self, levels=tuple(self._crop(other, shape, box) for other in self.levels))
 
     def first_plane(self) -> Slide:
         """The first t/z plane of this slide: a slide like any other."""
@@ -123,14 +140,15 @@ class Slide:
         return replace(self, levels=tuple(replace(level, shape=shape(level)) for level in self.levels))
 
     def _crop(self, level: Level, shape: tuple[int, int], box: Box) -> Level:
-        sides, places, origin = list(level.shape), list(level.translation), dict(zip("yx", level.origin, strict=True))
+        sides, translation = list(level.shape), list(level.translation)
+        origin = dict(zip("yx", level.origin, strict=True))
         for axis, length, start, side in zip("yx", shape, (box.y0, box.x0), box.shape, strict=True):
             index = self.axes.index(axis)
             first = start * level.shape[index] // length
             sides[index] = min(max(1, round(side * level.shape[index] / length)), level.shape[index] - first)
-            places[index] += first * level.scale[index]
+            translation[index] += first * level.scale[index]
             origin[axis] += first
-        return replace(level, shape=tuple(sides), translation=tuple(places), origin=(origin["y"], origin["x"]))
+        return replace(level, shape=tuple(sides), translation=tuple(translation), origin=(origin["y"], origin["x"]))
 
 
 _UM_PER_UNIT = {
@@ -144,17 +162,17 @@ _UM_PER_UNIT = {
 
 
 @dataclass(frozen=True)
-class Broken:
-    """Something that claims to be an image but cannot be used as one.
+class UnreadableImage:
+    """A file or node that looks like an image but cannot be used as one.
 
     Attributes:
-        name: as `Slide.name`.
+        name: its name as `Slide.name`.
         path: where it lies.
         reason: why it cannot be used, one line.
-        spot: where it lies on a plate; a well that cannot be read has no field's name.
+        plate_position: where it lies on a plate; a well that cannot be read has no field's name.
     """
 
     name: str
     path: str
     reason: str
-    spot: PlateField | None = None
+    plate_position: PlatePosition | None = None

@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from html import unescape
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tifffile
 import zarr
 
 from cellseg_batch.engine.errors import ReadError
+from cellseg_batch.engine.slides.image_format import ImageFormat, Search, name_in_series
 from cellseg_batch.engine.slides.slide import Level, Slide, fits_axes
 from cellseg_batch.engine.storage.paths import readable
 
-TIFF_SUFFIXES = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif", ".qptiff")
 # tifffile's own letters: S samples, I images in a sequence, Q an axis that it cannot name.
 _AXIS_OF = {"S": "c", "C": "c", "Y": "y", "X": "x", "Z": "z", "T": "t", "I": "t"}
 _OTHER_FILE = re.compile(r"""FileName\s*=\s*["']([^"']*)["']""")
@@ -22,35 +22,42 @@ _CENTIMETRE, _INCH = 3, 2
 _UM_PER_OME_UNIT = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
 
 
-def open_tiff(path: Path, name: str, axes: str | None = None) -> list[Slide]:
-    """The images of a TIFF file: every series of an OME-TIFF, else the main one (thumbnails are not slides).
+class Tiff(ImageFormat):
+    """TIFF and its relatives; a level is opened as a zarr array that tifffile decodes."""
 
-    Args:
-        path: of the file.
-        name: of the image, or of all of them.
-        axes: for files that do not name theirs.
+    name: ClassVar[str] = "tiff"
+    title: ClassVar[str] = "TIFF, SVS"
+    suffixes: ClassVar[tuple[str, ...]] = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif", ".qptiff")
 
-    Raises:
-        ReadError: an axis cannot be named.
-        tifffile.TiffFileError: the file is no TIFF.
-    """
-    with tifffile.TiffFile(readable(path)) as tiff:
-        _refuse_files_elsewhere(tiff, path)
-        series = list(enumerate(tiff.series)) if tiff.is_ome else list(enumerate(tiff.series))[:1]
-        several = len(series) > 1
-        return [
-            _slide(tiff, number, path, f"{name}/{number}" if several else name, str(number) if several else "", axes)
-            for number, _ in series
-        ]
+    def find(self, path: Path, name: str, search: Search) -> list[Slide]:
+        """Every series of an OME-TIFF, else the main one (thumbnails are not slides).
+
+        Raises:
+            ReadError: an axis cannot be named.
+            tifffile.TiffFileError: the file is no TIFF.
+        """
+        with tifffile.TiffFile(readable(path)) as tiff:
+            _refuse_files_elsewhere(tiff, path)
+            count = len(tiff.series) if tiff.is_ome else min(1, len(tiff.series))
+            return [_slide(tiff, number, path, *name_in_series(name, number, count), search) for number in range(count)]
+
+    def open_level(self, slide: Slide, level: int) -> zarr.Array[Any]:
+        """The level as a zarr array."""
+        store = tifffile.imread(readable(slide.store), aszarr=True, series=slide.series, level=level)
+        return zarr.open_array(store, mode="r")
+
+    def close(self, array: zarr.Array[Any]) -> None:
+        """Close the file."""
+        array.store.close()
 
 
-def _slide(tiff: tifffile.TiffFile, number: int, path: Path, name: str, inside: str, given: str | None) -> Slide:
+def _slide(tiff: tifffile.TiffFile, number: int, file: Path, name: str, path: str, search: Search) -> Slide:
     series = tiff.series[number]
     axes = "".join(_AXIS_OF.get(letter, "?") for letter in series.axes)
-    axes = given if "?" in axes and given else axes
+    axes = search.axes if "?" in axes and search.axes else axes
     if not fits_axes(axes, series.ndim):
         raise ReadError(
-            str(path),
+            str(file),
             expected="axes out of time, channel, z, y, x",
             found=f"{series.axes} of shape {series.shape}",
             cause="a TIFF without metadata about its axes",
@@ -60,8 +67,8 @@ def _slide(tiff: tifffile.TiffFile, number: int, path: Path, name: str, inside: 
     sizes = {"y": pixel_size, "x": pixel_size, "z": _ome_size_um(_ome_pixels(tiff, number), "Z")}
     levels = []
     for index, level in enumerate(series.levels):
-        shrink = series.shape[axes.index("x")] / level.shape[axes.index("x")]
-        scale = tuple((sizes.get(axis) or 1.0) * (shrink if axis in "yx" else 1.0) for axis in axes)
+        factor = series.shape[axes.index("x")] / level.shape[axes.index("x")]
+        scale = tuple((sizes.get(axis) or 1.0) * (factor if axis in "yx" else 1.0) for axis in axes)
         page = level.keyframe
         chunk = {"y": page.chunks[0], "x": page.chunks[1]} if len(page.chunks) >= 2 else {}
         chunk["c"] = page.samplesperpixel if "S" in series.axes else 1
@@ -71,9 +78,9 @@ def _slide(tiff: tifffile.TiffFile, number: int, path: Path, name: str, inside: 
     units = tuple("micrometer" if sizes.get(axis) else None for axis in axes)
     return Slide(
         name=name,
-        store=path,
-        path=inside,
-        format="tiff",
+        store=file,
+        path=path,
+        format=Tiff.name,
         axes=axes,
         dtype=series.dtype.name,
         levels=tuple(levels),
@@ -82,12 +89,6 @@ def _slide(tiff: tifffile.TiffFile, number: int, path: Path, name: str, inside: 
         rgb=rgb,
         series=number,
     )
-
-
-def open_tiff_level(slide: Slide, level: int) -> zarr.Array[Any]:
-    """A level of a TIFF slide as a lazily read zarr array."""
-    store = tifffile.imread(readable(slide.store), aszarr=True, series=slide.series, level=level)
-    return zarr.open_array(store, mode="r")
 
 
 def _refuse_files_elsewhere(tiff: tifffile.TiffFile, path: Path) -> None:
@@ -106,8 +107,8 @@ def _pixel_size_um(tiff: tifffile.TiffFile, number: int) -> float | None:
     """µm per px from Aperio's description, OME-XML or the resolution tags; None when none of them says."""
     page = tiff.series[number].keyframe
     if tiff.is_svs:
-        found = tifffile.tifffile.svs_description_metadata(page.description).get("MPP")
-        return float(found) if found else None
+        um = tifffile.tifffile.svs_description_metadata(page.description).get("MPP")
+        return float(um) if um else None
     if tiff.is_ome:
         return _ome_size_um(_ome_pixels(tiff, number), "X")
     resolution, unit = page.tags.get("XResolution"), page.tags.get("ResolutionUnit")

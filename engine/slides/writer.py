@@ -1,7 +1,7 @@
 """Labels and probabilities on disk as OME-Zarr: groups, arrays, pixels, pyramid.
 
-Version 0.5 is written sharded, one shard per block, with a checksum; 0.4 as zarr v2 chunks.  The writer knows boxes
-and arrays; it does not know models, tiles or the journal.
+Version 0.5 is written sharded, one shard per block, with a checksum; 0.4 as zarr v2 chunks. The writer knows boxes and
+arrays; it does not know models, tiles or the journal.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from cellseg_batch.engine.errors import writing_to
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.slides.label_layout import Kind, Layout, image_metadata
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
+from cellseg_batch.engine.slides.slide import unravel_plane
 from cellseg_batch.engine.storage.atomic_files import remove_tree, sync_file
 from cellseg_batch.engine.storage.checksums import note_write
 from cellseg_batch.engine.storage.paths import zarr_store
@@ -32,8 +33,8 @@ class ImageWriter:
 
     Args:
         store: root folder of the zarr hierarchy, made if there is none.
-        path: of the image's group inside it.
-        layout: its shape and storage.
+        path: path of the image's group inside the hierarchy.
+        layout: shape and storage of the image.
     """
 
     def __init__(self, store: Path, path: str, layout: Layout) -> None:
@@ -48,12 +49,12 @@ class ImageWriter:
         return self.store / self.path
 
     def create(self, kind: Kind, source: str | None, provenance: dict[str, Any]) -> None:
-        """Make the groups, empty arrays and metadata, in place of whatever was there.
+        """Make the groups, empty arrays and metadata, in place of what is there.
 
         Args:
-            kind: what is written; a probability is an intensity image, the others are labels.
-            source: relative path to the segmented image, None when it is no zarr image.
-            provenance: how it came about, as plain JSON values.
+            kind: what the image holds: a probability is an intensity image, the others are labels.
+            source: relative path to the segmented image, None if that is no OME-Zarr image.
+            provenance: model, settings and versions that the image comes from, as plain JSON values.
 
         Raises:
             OutputError: the store cannot be written.
@@ -62,7 +63,7 @@ class ImageWriter:
         self.create_empty({OUTPUT_MARK: {"kind": kind, **provenance}, **metadata})
 
     def create_empty(self, attributes: dict[str, Any]) -> None:
-        """Make the groups and empty arrays, in place of whatever was there.
+        """Make the groups and empty arrays, in place of what is there.
 
         Raises:
             OutputError: the store cannot be written.
@@ -95,11 +96,11 @@ class ImageWriter:
         """Pixels (h, w) of ``box`` of a plane, as they are on disk.
 
         Raises:
-            OutputError: they cannot be read.
+            OutputError: the pixels cannot be read.
         """
         with writing_to(self.folder, "a store"):
-            place: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
-            return np.asarray(self._array(level)[place])
+            index: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
+            return np.asarray(self._array(level)[index])
 
     def write(self, level: int, plane: int, box: Box, pixels: NDArray[Any]) -> None:
         """Write ``pixels`` (h, w) to ``box`` of a plane and wait until they are on disk.
@@ -112,16 +113,16 @@ class ImageWriter:
             files = [self.folder / str(level) / key for key in self._files(level, plane, box)]
             for file in files:  # zarr would read a shard at the edge first, and stumble over a damaged one
                 file.unlink(missing_ok=True)
-            if pixels.any():  # what has no file is empty
-                place: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
-                # Looked for chunk by chunk, as zarr does, emptiness costs more than writing it.
-                array.with_config({"write_empty_chunks": True})[place] = pixels
+            if pixels.any():  # an array is 0 where it has no file
+                index: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
+                # Looking for empty chunks one by one, as zarr does, costs more than writing them.
+                array.with_config({"write_empty_chunks": True})[index] = pixels
             for file in files:
                 sync_file(file)
         note_write(self.path, level, plane, box, pixels.astype(array.dtype, copy=False))
 
-    def shrink(self, level: int, plane: int, box: Box) -> None:
-        """Fill ``box`` of a level of the pyramid with the nearest pixels of the level above it.
+    def build_level(self, level: int, plane: int, box: Box) -> None:
+        """Fill ``box`` of a level with the nearest pixels of the next finer level.
 
         Raises:
             OutputError: the store cannot be read or written.
@@ -129,13 +130,13 @@ class ImageWriter:
         finer, coarser = self.layout.shapes[level - 1], self.layout.shapes[level]
         rows = _nearest(np.arange(box.y0, box.y1), finer[-2], coarser[-2])
         columns = _nearest(np.arange(box.x0, box.x1), finer[-1], coarser[-1])
-        place = [np.array([i]) for i in self._plane(level, plane)]
+        plane_index = [np.array([i]) for i in self._plane(level, plane)]
         source = tuple(
-            int(_nearest(i, big, small)[0]) for i, big, small in zip(place, finer[:-2], coarser[:-2], strict=True)
+            int(_nearest(i, big, small)[0]) for i, big, small in zip(plane_index, finer[:-2], coarser[:-2], strict=True)
         )
         with writing_to(self.folder, "a store"):
-            around: tuple[Any, ...] = (*source, slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
-            window = np.asarray(self._array(level - 1)[around])
+            index: tuple[Any, ...] = (*source, slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+            window = np.asarray(self._array(level - 1)[index])
         self.write(level, plane, box, window[np.ix_(rows - rows[0], columns - columns[0])])
 
     def _array(self, level: int) -> zarr.Array[Any]:
@@ -144,8 +145,7 @@ class ImageWriter:
         return self._arrays[level]
 
     def _plane(self, level: int, plane: int) -> tuple[int, ...]:
-        grid = self.layout.shapes[level][:-2]
-        return tuple(int(i) for i in np.unravel_index(plane, grid)) if grid else ()
+        return unravel_plane(plane, self.layout.shapes[level][:-2])
 
     def _files(self, level: int, plane: int, box: Box) -> Iterator[str]:
         """Names of the files that hold ``box``."""
@@ -158,7 +158,7 @@ class ImageWriter:
 
 
 def list_label(store: Path, labels: str, name: str, zarr_format: int) -> None:
-    """Add ``name`` to the list of labels in the group ``labels``, keeping what it says already.
+    """Add ``name`` to the list of labels in the group ``labels``; the rest of its metadata stays.
 
     Raises:
         OutputError: the store cannot be written.

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, int, int, int]
 
-# Counts the ways in which networks were made for OpenVINO.  Networks and races are kept under it, so raise it with
-# every change to folding, equalising, rounding or quantising.
-MAKING = 2
+# How a network is converted for OpenVINO. It is part of the cache keys of networks and races, so raise it with every
+# change to folding, equalising, rounding or quantising.
+CONVERSION_VERSION = 2
 
 
 class CompiledModel(Protocol):

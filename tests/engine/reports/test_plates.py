@@ -11,16 +11,16 @@ from cellseg_batch.engine.objects.moment_files import Objects
 from cellseg_batch.engine.objects.table import Origin, write_table
 from cellseg_batch.engine.reports import plate_heatmap as heatmap
 from cellseg_batch.engine.reports.plates import FieldResult, summarise_plate
-from cellseg_batch.engine.slides.plate import PlateField
+from cellseg_batch.engine.slides.plate import PlatePosition
 from tests.support.images import write_plate
 
 
 def field(folder, plate, row, column, name, areas, quality=(2.0, 0.0)):
     """The result of a field whose objects have these areas; the first one touches the border."""
-    spot = PlateField(str(plate), row, column, name)
+    position = PlatePosition(str(plate), row, column, name)
     lines = [[5 * y, 5, 5 * y + 1, 5 + area, area, *[0] * 9, 1, 3, 2 * area, 4 * area] for y, area in enumerate(areas)]
     rows = np.array(lines, float).reshape(-1, 18)
-    origin = Origin("s", spot.well, name, (100, 50), "", 0.5, ("DAPI",))
+    origin = Origin("s", position.well, name, (100, 50), "", 0.5, ("DAPI",))
     account = {
         "shape": [100, 50],
         "pixel_size_um": 0.5,
@@ -28,9 +28,9 @@ def field(folder, plate, row, column, name, areas, quality=(2.0, 0.0)):
         "segmented_channels": ["DAPI"],
         "quality": {"DAPI": dict(zip(("focus", "saturation"), quality, strict=True))},
     }
-    path = folder / f"{spot.well}-{name}.parquet"
+    path = folder / f"{position.well}-{name}.parquet"
     write_table(path, origin, [Objects(np.arange(1, len(areas) + 1).astype(np.uint64), rows[:, 0] * 0, rows)], account)
-    return FieldResult(spot, "done", "", path)
+    return FieldResult(position, "done", "", path)
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def test_wells_add_up_their_fields(tmp_path, plate):
         field(tmp_path, plate, "A", "01", "0", [10, 20, 30], quality=(2.0, 0.1)),
         field(tmp_path, plate, "A", "01", "1", [40], quality=(4.0, 0.3)),
         field(tmp_path, plate, "A", "02", "0", []),
-        FieldResult(PlateField(str(plate), "A", "02", "1"), "failed", "a damaged chunk, alas", None),
-        FieldResult(PlateField(str(plate), "B", "01", "0"), "failed", "no such level", None),
+        FieldResult(PlatePosition(str(plate), "A", "02", "1"), "failed", "a damaged chunk, alas", None),
+        FieldResult(PlatePosition(str(plate), "B", "01", "0"), "failed", "no such level", None),
     ]
     report = summarise_plate(tmp_path / "out", results)
     assert (report.wells, report.fields, report.failed, report.reason) == (3, 5, 2, "")

@@ -18,7 +18,7 @@ from PIL import Image
 from cellseg_batch.engine.errors import ComputeError, OutputError, ReadError
 from cellseg_batch.engine.run import pipeline as pipeline_room
 from cellseg_batch.engine.run import worker as worker_room
-from cellseg_batch.engine.slides import reader as reader_room
+from cellseg_batch.engine.slides.ome_zarr import Zarr
 from cellseg_batch.engine.storage.journal import Failure, Journal
 from cellseg_batch.engine.storage.lock import Locks
 from cellseg_batch.engine.storage.object_stores import may_pass
@@ -124,7 +124,7 @@ def test_a_store_that_fails_now_and_then_costs_nothing(tmp_path, segment, monkey
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(700, 700), chunk=100)
     expected = segment(path, name="calm")
     reads = []
-    open_level = reader_room._open_level
+    open_level = Zarr.open_level
 
     class Moody:
         def __init__(self, array):
@@ -136,7 +136,7 @@ def test_a_store_that_fails_now_and_then_costs_nothing(tmp_path, segment, monkey
                 raise ConnectionResetError("the store is busy")
             return self.array[place]
 
-    monkeypatch.setattr(reader_room, "_open_level", lambda *arguments: Moody(open_level(*arguments)))
+    monkeypatch.setattr(Zarr, "open_level", lambda *arguments: Moody(open_level(*arguments)))
     report = segment(path, name="moody", block=64)
     assert len(reads) > 50
     assert report.status == "done"

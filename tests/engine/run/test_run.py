@@ -367,7 +367,7 @@ def test_demo_and_info(tmp_path, command, monkeypatch):
     assert (code, "histology_he" in output) == (0, True)
     images = find_images(tmp_path / "slides.zarr")
     assert len(images) == 5
-    assert all(isinstance(image, Slide) and image.format == "ome-zarr 0.5" for image in images)
+    assert all(isinstance(image, Slide) and (image.zarr_format, image.holds_labels) == (3, True) for image in images)
     assert command("demo", "slides.zarr")[0] == 2
     code, output = command("info", "slides.zarr")
     assert (code, "RGB" in output) == (0, True)

@@ -42,7 +42,7 @@ def test_an_ome_tiff_keeps_pixels_size_and_channel_names(tmp_path, command):
     code, said = command("convert", tmp_path / "a.ome.tif", tmp_path / "b.zarr")
     assert code == 0, said
     slide = only(tmp_path / "b.zarr")
-    assert (slide.format, slide.axes, slide.dtype) == ("ome-zarr 0.5", "cyx", "uint16")
+    assert (slide.zarr_format, slide.axes, slide.dtype) == (3, "cyx", "uint16")
     assert slide.channels == ("DAPI", "GFP")
     assert [slide.pixel_size_um(level) for level in range(3)] == [0.25, 0.5, 1.0]
     np.testing.assert_array_equal(pixels_of(tmp_path / "b.zarr"), pixels)

@@ -28,7 +28,7 @@ def fill(slide, grid, writer, truth):
         writer.write(0, block.plane, block.box, truth[(block.plane, *block.box.slices())])
     for level in range(1, len(writer.layout.shapes)):
         for number in range(writer.layout.shard_count(level)):
-            writer.shrink(level, *writer.layout.shard_box(level, number))
+            writer.build_level(level, *writer.layout.shard_box(level, number))
 
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])

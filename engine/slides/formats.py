@@ -1,0 +1,30 @@
+"""The image formats that can be read. To add one, write its module and add a line to `FORMATS`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cellseg_batch.engine.slides.image_format import ImageFormat
+from cellseg_batch.engine.slides.ome_zarr import Zarr
+from cellseg_batch.engine.slides.pictures import Pictures
+from cellseg_batch.engine.slides.slide import Slide
+from cellseg_batch.engine.slides.tiff import Tiff
+
+# The first that can open a path gets it.
+FORMATS: tuple[ImageFormat, ...] = (Zarr(), Tiff(), Pictures())
+# Microscopy files that people will try. Each is named as unreadable instead of being passed over in silence.
+UNSUPPORTED_SUFFIXES = (".dcm", ".czi", ".nd2", ".lif", ".mrxs", ".vsi", ".oib", ".oif", ".ims", ".h5", ".jp2")
+
+
+def format_at(path: Path) -> ImageFormat | None:
+    """The format of what lies at ``path``, None if no format can open it."""
+    return next((image_format for image_format in FORMATS if image_format.can_open(path)), None)
+
+
+def format_of(slide: Slide) -> ImageFormat:
+    """The format of a slide.
+
+    Raises:
+        KeyError: this process does not know a format of that name.
+    """
+    return {image_format.name: image_format for image_format in FORMATS}[slide.format]

@@ -1,0 +1,60 @@
+"""What images a path holds, in any depth; what cannot be used is named."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from PIL import Image
+
+from cellseg_batch.engine.errors import NoImageError
+from cellseg_batch.engine.slides.discover import find_images
+from tests.support.images import fill_ome_zarr, write_ome_zarr
+from tests.support.slides import coordinates, only
+
+
+def test_a_folder_that_cannot_be_listed_is_reported(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    Image.fromarray(np.zeros((4, 4), "uint8")).save(tmp_path / "a.png")
+    listing = Path.iterdir
+
+    def refuse(path):
+        if path.name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return listing(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    slide, locked = find_images(tmp_path)
+    assert (slide.name, locked.reason.split(":")[0]) == (f"{tmp_path.name}/a.png", "the folder cannot be listed")
+
+
+def test_images_in_any_depth_are_found_and_labels_are_not(tmp_path):
+    pixels = coordinates("cyx", (1, 16, 16))
+    root = zarr.open_group(str(tmp_path / "deep.zarr"), mode="w")
+    inner = root.create_group("x").create_group("y")
+    fill_ome_zarr(inner, None, pixels)
+    labels = inner.create_group("labels")
+    labels.attrs["ome"] = {"version": "0.5", "labels": ["nuclei"]}
+    nuclei = labels.create_group("nuclei")
+    fill_ome_zarr(nuclei, None, pixels[0], "yx")
+    nuclei.attrs["ome"] = {**nuclei.attrs["ome"], "image-label": {}}
+    root.create_array("plain", shape=(8, 8), dtype="uint8")
+    (tmp_path / "sub").mkdir()
+    Image.fromarray(np.zeros((4, 4), "uint8")).save(tmp_path / "sub" / "a.png")
+    write_ome_zarr(tmp_path / "sub" / "b.cellseg.zarr", pixels)
+    (tmp_path / "notes.txt").write_text("not an image")
+    names = [slide.name.removeprefix(f"{tmp_path.name}/") for slide in find_images(tmp_path)]
+    assert names == ["deep.zarr/plain", "deep.zarr/x/y", "sub/a.png"]
+
+
+@pytest.mark.parametrize("make", [lambda p: p / "nothing", lambda p: p, lambda p: (p / "t.txt").write_text("") or p])
+def test_nothing_to_find(tmp_path, make):
+    with pytest.raises(NoImageError):
+        find_images(make(tmp_path))
+
+
+def test_empty_and_complex_images_are_refused(tmp_path):
+    zarr.create_array(str(tmp_path / "e.zarr"), shape=(0, 5), dtype="uint8")
+    zarr.create_array(str(tmp_path / "c.zarr"), shape=(5, 5), dtype="complex64")
+    assert "an image with pixels" in only(tmp_path / "e.zarr").reason
+    assert "complex64" in only(tmp_path / "c.zarr").reason
