@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 
 class CellsegError(Exception):
@@ -41,6 +41,13 @@ class CellsegError(Exception):
         likely = f" (likely {cause})" if cause else ""
         self.detail = " ".join(f"expected {expected}, found {found}{likely}; {remedy}".split())
         super().__init__(f"{subject}: {self.detail}")
+
+    @classmethod
+    def with_detail(cls, subject: str, detail: str) -> Self:
+        """An error whose message without its subject is known already."""
+        error = cls.__new__(cls)
+        error.args, error.detail = (f"{subject}: {detail}",), detail
+        return error
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Errors travel between processes; the parts of the message are not kept apart."""

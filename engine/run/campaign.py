@@ -100,12 +100,18 @@ def run_images(
     clock: StageClock | None = None,
     started: float | None = None,
     stop: Stop | None = None,
+    model_pool: Engines | None = None,
 ) -> RunReport:
-    """Segment ``images``, their stages counted by ``clock``; `run` says the rest."""
+    """Segment ``images``; `run` says the rest.
+
+    Args:
+        clock: counts the stages, where this process does the work.
+        model_pool: of the settings' model and backend, if there is one already.
+    """
     started = time.perf_counter() if started is None else started
-    bundle = load_model(settings.model)
+    bundle = load_model(settings.model) if model_pool is None else model_pool.bundle
     _refuse_margin_off_grid(settings, bundle)
-    campaign = Campaign(settings, bundle, observer, clock or StageClock())
+    campaign = Campaign(settings, bundle, observer, clock or StageClock(), model_pool)
     if settings.retry_failed:
         images = [image for image in images if campaign.failures.has(image)]
     observer.found(len(images))
@@ -121,9 +127,17 @@ class Campaign:
         bundle: the model.
         observer: told as things happen.
         clock: counts the stages, where this process does the work.
+        model_pool: of the bundle, if there is one already.
     """
 
-    def __init__(self, settings: Settings, bundle: Bundle, observer: Observer, clock: StageClock) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        bundle: Bundle,
+        observer: Observer,
+        clock: StageClock,
+        model_pool: Engines | None = None,
+    ) -> None:
         self.settings = settings
         self.card = bundle.card
         self.observer = observer
@@ -134,20 +148,23 @@ class Campaign:
         self._locks = Locks()
         self._pool = open_pool(settings, _imports(settings))
         try:
-            self._choose_backend(settings, bundle, clock)
+            self._choose_backend(settings, bundle, clock, model_pool)
         except BaseException:
             self._pool.close(wait=False)
             raise
 
-    def _choose_backend(self, settings: Settings, bundle: Bundle, clock: StageClock) -> None:
+    def _choose_backend(
+        self, settings: Settings, bundle: Bundle, clock: StageClock, model_pool: Engines | None
+    ) -> None:
         begun = time.perf_counter()
+        self._pool_seconds_before = 0.0 if model_pool is None else model_pool.seconds
         if settings.scheduler == "threads":
-            self._model_pool: Engines | None = Engines(bundle, settings, self.observer.racing)
-            self.choice = self._model_pool.choice
-            self.worker: AnyWorker = Worker(settings, self._model_pool, clock)
+            model_pool = model_pool or Engines(bundle, settings, self.observer.racing)
+            self.choice = model_pool.choice
+            self.worker: AnyWorker = Worker(settings, model_pool, clock)
         else:
             # Not on this machine, which may be a login node without the workers' devices.
-            self._model_pool, settings = None, settings_elsewhere(settings)
+            settings = settings_elsewhere(settings)
             self.choice = call_alone(self._pool, choose_backend, settings)
             self.worker = WorkerElsewhere(settings, self.choice, uuid4().hex)
         self.compile_seconds = time.perf_counter() - begun
@@ -229,9 +246,9 @@ class Campaign:
         self._figures.count(outcome.stages)
 
     def _announce(self, prepared: PreparedSlide, journal: Journal, number: int) -> None:
-        if self._figures.largest is None and self._model_pool is not None:
+        if self._figures.largest is None and isinstance(self.worker, Worker):
             # What is compiled later, while blocks are under way, is part of the run.
-            self.compile_seconds = self._model_pool.seconds
+            self.compile_seconds = self.worker.model_pool.seconds - self._pool_seconds_before
         self._figures.plan(prepared)
         done = sum(prepared.progress_of(each, len(journal.numbers(each.name))) for each in prepared.passes)
         self.observer.planned(prepared.plan, self._figures.planned_peak_bytes, number, done)

@@ -51,7 +51,7 @@ def find_images(
     path = path.resolve()
     images = [_usable(image) for image in _visit(path, path.name, Search(axes, choice))]
     if not images:
-        titles = ", ".join(image_format.title for image_format in formats.FORMATS)
+        titles = ", ".join(image_format.title for image_format in formats.FORMATS if image_format.title)
         raise NoImageError(
             str(path),
             expected=f"at least one image ({titles})",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cellseg_batch.engine.slides.arrays import Arrays
 from cellseg_batch.engine.slides.image_format import ImageFormat
 from cellseg_batch.engine.slides.ome_zarr import Zarr
 from cellseg_batch.engine.slides.pictures import Pictures
@@ -11,7 +12,7 @@ from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.slides.tiff import Tiff
 
 # The first that can open a path gets it.
-FORMATS: tuple[ImageFormat, ...] = (Zarr(), Tiff(), Pictures())
+FORMATS: tuple[ImageFormat, ...] = (Zarr(), Tiff(), Pictures(), Arrays())
 # Microscopy files that people will try. Each is named as unreadable instead of being passed over in silence.
 UNSUPPORTED_SUFFIXES = (".dcm", ".czi", ".nd2", ".lif", ".mrxs", ".vsi", ".oib", ".oif", ".ims", ".h5", ".jp2")
 

@@ -44,7 +44,7 @@ class ImageFormat(ABC):
 
     Attributes:
         name: what `Slide.format` holds.
-        title: names of the format in messages.
+        title: names of the format in messages; "" if no path leads to its images.
         suffixes: ends of the names of its files, in lower case; () if names decide nothing.
     """
 

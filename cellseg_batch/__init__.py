@@ -1,0 +1,347 @@
+"""Segment cells and nuclei in microscopy slides, from Python.
+
+    from cellseg_batch import load_model, open_labels, read_objects, segment
+
+    report = segment("slides.zarr", model="nuclei", objects=True, output="out")
+    labels = open_labels(report.slides[0])
+    table = read_objects(report.slides[0])
+
+    model = load_model("nuclei")
+    ids = model.segment(array, pixel_size=0.25)
+
+`segment` is the run of the command line, with the same bits; a `Model` segments arrays in memory as a run would segment
+an image of these pixels.  Nothing here prints, takes signals or changes the environment; what fails raises a
+`CellsegError` that says what was expected, what was found and what to do.  Libraries are imported when they are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from os import PathLike
+from pkgutil import extend_path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow
+    import zarr
+    from numpy.typing import NDArray
+
+    from cellseg_batch.engine.errors import CellsegError
+    from cellseg_batch.engine.inference.model_pool import Engines
+    from cellseg_batch.engine.run.results import PlateReport, RunReport, SlideReport
+    from cellseg_batch.engine.run.slide_plan import SlidePlan
+    from cellseg_batch.engine.settings import Settings
+
+# Python started in a clone finds this folder first, and the engine where the package is installed.
+__path__ = extend_path(__path__, __name__)
+
+__all__ = [
+    "CellsegError",
+    "Model",
+    "PlateReport",
+    "Progress",
+    "RunReport",
+    "Settings",
+    "SlideReport",
+    "load_model",
+    "open_labels",
+    "read_objects",
+    "segment",
+]
+
+_LAZY = {
+    "CellsegError": "cellseg_batch.engine.errors",
+    "Settings": "cellseg_batch.engine.settings",
+    "PlateReport": "cellseg_batch.engine.run.results",
+    "RunReport": "cellseg_batch.engine.run.results",
+    "SlideReport": "cellseg_batch.engine.run.results",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Classes that results are made of, imported when they are asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far `segment` is.
+
+    Attributes:
+        images: that will be processed.
+        ended: of these, done, skipped, failed or held.
+        pixels: of the slides that have begun, over all planes.
+        pixels_done: of these, a share of a pixel counting for each pass over its slide.
+        ending: the slide that has just ended, None if this is about another step.
+    """
+
+    images: int = 0
+    ended: int = 0
+    pixels: int = 0
+    pixels_done: float = 0.0
+    ending: SlideReport | None = None
+
+
+def segment(
+    slides: str | PathLike[str] | Iterable[str | PathLike[str]],
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    **settings: Any,
+) -> RunReport:
+    """Segment every image that ``slides`` hold, as ``cellseg-batch run`` does; an unfinished run goes on.
+
+    Args:
+        slides: path or URL of an image, a store or a folder of them, or several.
+        progress: called from this thread with every step; an exception of it ends the run.
+        settings: fields of `Settings`, which are the flags of ``cellseg-batch run``: ``model``, ``output``,
+            ``objects``, ``pixel_size``, ``precision`` and so on.
+
+    Returns:
+        What became of each image, in `RunReport.slides`; images that failed are in it with their reasons.
+
+    Raises:
+        CellsegError: nothing can be run as asked.
+    """
+    from cellseg_batch.engine.run.campaign import run
+    from cellseg_batch.engine.storage.paths import locate
+
+    chosen = _settings(**settings)
+    paths = [slides] if isinstance(slides, (str, PathLike)) else list(slides)
+    report = run([locate(str(path)) for path in paths], chosen, _Observer(progress))
+    if not chosen.objects:
+        return report
+    from cellseg_batch.engine.reports.plates import summarise_plates
+
+    return summarise_plates(report, chosen)
+
+
+def load_model(model: str = "nuclei", **settings: Any) -> Model:
+    """A model, compiled for this machine, that segments arrays.
+
+    Args:
+        model: a shipped model's name, or the folder of a bundle.
+        settings: fields of `Settings`, such as ``backend``, ``precision``, ``device``, ``threshold`` and ``margin``.
+
+    Raises:
+        CellsegError: there is no such model, or no backend can do what was asked.
+    """
+    from cellseg_batch.engine.inference.model_pool import Engines
+    from cellseg_batch.engine.models import load_model as load_bundle
+
+    chosen = _settings(model=model, **settings, instances=True)
+    return Model(chosen, Engines(load_bundle(chosen.model), chosen))
+
+
+class Model:
+    """A compiled model; `load_model` makes one.
+
+    Arrays have axes (Y, X) or (Y, X, C), of any integer or floating type.  Three or four channels of uint8 are red,
+    green and blue (and alpha); of other channels ``channel`` names the one with the nuclei by its index.  An array is
+    cut into the tiles that a run cuts an image of its size into, and normalised as a whole.
+
+    Args:
+        settings: of every call.
+        model_pool: for instances; it keeps what is compiled from call to call.
+    """
+
+    def __init__(self, settings: Settings, model_pool: Engines) -> None:
+        self._settings = settings
+        self._model_pools = {True: model_pool}
+
+    def segment(self, array: NDArray[Any], pixel_size: float | None = None, channel: int | None = None) -> NDArray[Any]:
+        """The objects of an image.
+
+        Args:
+            array: (Y, X) or (Y, X, C).
+            pixel_size: µm per px; None if it is unknown.
+            channel: index of the channel with the nuclei; None chooses as a run does.
+
+        Returns:
+            (Y, X) uint32 (uint64 beyond 4 thousand million objects): 0 is background, 1, 2, ... are the objects.
+
+        Raises:
+            CellsegError: the array is no image, or the model does not take it.
+        """
+        return self._run(array, pixel_size, channel, instances=True)
+
+    def probability(
+        self, array: NDArray[Any], pixel_size: float | None = None, channel: int | None = None
+    ) -> NDArray[Any]:
+        """The probability of each pixel to be foreground.
+
+        Args:
+            array, pixel_size, channel: as in `segment`.
+
+        Returns:
+            (Y, X) uint8, 255 is certain.
+
+        Raises:
+            CellsegError: the array is no image, or the model does not take it.
+        """
+        return self._run(array, pixel_size, channel, instances=False)
+
+    def _run(self, array: NDArray[Any], pixel_size: float | None, channel: int | None, instances: bool) -> NDArray[Any]:
+        """The labels of an array, or its probability, through the run of a campaign into a temporary folder."""
+        import tempfile
+        from dataclasses import replace
+        from pathlib import Path
+
+        import numpy as np
+        import zarr
+
+        from cellseg_batch.engine.errors import SlideError
+        from cellseg_batch.engine.run.campaign import run_images
+        from cellseg_batch.engine.run.output_paths import place_output
+        from cellseg_batch.engine.slides.arrays import HeldArray
+
+        with (
+            HeldArray(array, pixel_size) as slide,
+            tempfile.TemporaryDirectory(prefix="cellseg-array-") as folder,
+        ):
+            settings = replace(
+                self._settings,
+                output=Path(folder),
+                channel=None if channel is None else str(channel),
+                instances=instances,
+                probability=not instances,
+            )
+            report = run_images([slide], settings, _Observer(None), model_pool=self._model_pool(settings))
+            (outcome,) = report.slides
+            if outcome.status != "done":
+                raise SlideError.with_detail("array", outcome.reason)
+            place = place_output(slide, settings.name, settings.output)
+            group = place.labels_folder if instances else place.probability_folder
+            return np.asarray(zarr.open_array(group / "0", mode="r")[...])
+
+    def _model_pool(self, settings: Settings) -> Engines:
+        """What is compiled for instances, or for the probability alone, which needs fewer outputs."""
+        from cellseg_batch.engine.inference.model_pool import Engines
+
+        if settings.instances not in self._model_pools:
+            objects = self._model_pools[True]
+            self._model_pools[settings.instances] = Engines(objects.bundle, settings, choice=objects.choice)
+        return self._model_pools[settings.instances]
+
+
+def open_labels(slide: SlideReport | str | PathLike[str], level: int = 0) -> zarr.Array[Any]:
+    """The labels of a slide, read as they are sliced.
+
+    Args:
+        slide: a slide of a report, or the path of a label group.
+        level: of the label pyramid, 0 being the resolution that was segmented.
+
+    Returns:
+        An array with the slide's axes out of (T, Z, Y, X): 1 in a mask, ids of objects otherwise.
+
+    Raises:
+        CellsegError: the slide has no labels.
+    """
+    import zarr
+
+    from cellseg_batch.engine.storage.paths import locate, zarr_store
+
+    path = str(slide) if isinstance(slide, (str, PathLike)) else _output_of(slide, slide.labels, "labels")
+    return zarr.open_array(zarr_store(locate(path) / str(level)), mode="r")
+
+
+def read_objects(slide: SlideReport | str | PathLike[str]) -> pyarrow.Table:
+    """The table of objects of a slide that was segmented with ``objects=True``.
+
+    Args:
+        slide: a slide of a report, or the path of a table.
+
+    Returns:
+        A row for each object; ``table.to_pandas()`` and ``polars.from_arrow(table)`` make data frames of it.
+
+    Raises:
+        CellsegError: the slide has no table.
+    """
+    import pyarrow
+
+    from cellseg_batch.engine.objects.table import read_batches
+    from cellseg_batch.engine.storage.paths import locate
+
+    path = str(slide) if isinstance(slide, (str, PathLike)) else _output_of(slide, slide.table, "table of objects")
+    return pyarrow.Table.from_batches(list(read_batches(locate(path))))
+
+
+def _output_of(slide: SlideReport, path: str | None, what: str) -> str:
+    from cellseg_batch.engine.errors import SlideError
+
+    if path is None:
+        raise SlideError(
+            slide.path,
+            expected=f"a slide with a {what}",
+            found=slide.reason or f"none ({slide.status})",
+            remedy="segment it, with objects=True for a table",
+        )
+    return path
+
+
+def _settings(**given: Any) -> Settings:
+    """The settings that keyword arguments name.
+
+    Raises:
+        UsageError: there is no such setting, or its value is out of range.
+    """
+    from difflib import get_close_matches
+
+    from cellseg_batch.engine.errors import UsageError
+    from cellseg_batch.engine.settings import Settings
+    from cellseg_batch.engine.storage.paths import locate
+
+    names = [field.name for field in fields(Settings)]
+    for name in given:
+        if name not in names:
+            likely = get_close_matches(name, names, 1)
+            raise UsageError(
+                name,
+                expected=f"one of the settings {', '.join(names)}",
+                found=name,
+                remedy=f"did you mean {likely[0]}?" if likely else "see cellseg_batch.Settings",
+            )
+    if given.get("output") is not None:
+        given["output"] = locate(str(given["output"]))
+    return Settings(**given)
+
+
+class _Observer:
+    """Turns what a run says into `Progress`."""
+
+    def __init__(self, tell: Callable[[Progress], None] | None) -> None:
+        self._tell = tell
+        self._images = self._ended = self._pixels = 0
+        self._done = 0.0
+
+    def racing(self) -> None:
+        """The backends are raced."""
+
+    def found(self, images: int) -> None:
+        """So many images will be processed."""
+        self._images = images
+        self._say()
+
+    def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: float) -> None:
+        """A slide is about to start."""
+        self._pixels += plan.pixels
+        self._done += done
+        self._say()
+
+    def advanced(self, pixels: float) -> None:
+        """So many more pixels are done."""
+        self._done += pixels
+        self._say()
+
+    def ended(self, report: SlideReport) -> None:
+        """A slide has ended."""
+        self._ended += 1
+        self._say(report)
+
+    def _say(self, ending: SlideReport | None = None) -> None:
+        if self._tell is not None:
+            self._tell(Progress(self._images, self._ended, self._pixels, self._done, ending))
