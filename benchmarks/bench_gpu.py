@@ -109,7 +109,7 @@ def measure_run(bench: Bench, folder: Path, name: str, backend: str, workers: in
     report, path = folder / "report.json", input_in(folder, name, 16384)
     device = str(bench.device.place)
     flags = ["--backend", backend, "--device", device, "--workers", str(workers), "--batch", str(batch), "--no-gate"]
-    flags += ["--shrink", "1", "--skip-background", "off", "--overwrite", "-q"]
+    flags += ["--downscale", "1", "--skip-background", "off", "--overwrite", "-q"]
     command = [sys.executable, "-c", _RUN, "run", str(path), *flags, "--json", str(report)]
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, check=False)

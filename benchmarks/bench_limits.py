@@ -117,7 +117,7 @@ class Opened:
 def store(folder: Path, precision: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """A row, and the record of a block."""
     slide, out = write_slide(folder / "slide.zarr", Form(_SIDE), pieces_of(None)), folder / "out"
-    usual = {"backend": "openvino", "precision": precision, "gate": False, "shrink": 1, "skip_background": "off"}
+    usual = {"backend": "openvino", "precision": precision, "gate": False, "downscale": 1, "skip_background": "off"}
     settings = Settings(output=out, **usual)
     opened, process = Opened(slide, out), psutil.Process()
     with Screen(Console(), verbosity=-1) as screen:

@@ -23,10 +23,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     arguments = parser.parse_args()
     request = Request("nuclei", "auto", "auto", arguments.tile, arguments.batch, cores(), complete=True)
-    certificate = race(request, load_model(request.model), Artefacts())
+    race_result = race(request, load_model(request.model), Artefacts())
     rows = [
         row(one.name, [one.slowest, one.mpx_per_s, one.fastest], flipped=one.parity.flipped, max_dp=one.parity.max_dp)
-        for one in certificate.candidates
+        for one in race_result.candidates
         if one.parity is not None
     ]
     save("model", rows, tile=arguments.tile, batch=arguments.batch)

@@ -21,7 +21,7 @@ from common import row
 
 from cellseg_batch.engine.geometry import fit_lattice
 from cellseg_batch.engine.inference.backends.protocol import Shape
-from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.session import Feed
 from cellseg_batch.engine.models import load_model
@@ -40,11 +40,11 @@ def main() -> None:
     margin = pick_margin(settings, bundle.card)
     lattice = fit_lattice((side, side), settings.tile, margin, bundle.card.total_stride)
     shape = (1, 3, *lattice.tile)
-    engines = Engines(bundle, settings)
+    model_pool = ModelPool(bundle, settings)
     ours, theirs = [], []
     pixels = np.random.default_rng(0).integers(0, 256, shape[1:], np.uint8)
     rows, columns = (np.arange(length)[None] for length in lattice.tile)
-    with engines.feed(engines.chosen, shape, "uint8") as feed:
+    with model_pool.feed(model_pool.chosen, shape, "uint8") as feed:
         feed.fill(pixels, rows, columns, Bounds(0.0, 255.0))
         for _ in range(turns):
             ours.append(_loop(feed))

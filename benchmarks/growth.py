@@ -44,7 +44,7 @@ def main() -> None:
         backend="openvino",
         precision=precision,
         gate=False,
-        shrink=1,
+        downscale=1,
         skip_background="off",
         overwrite=True,
         tile=_TILE,

@@ -14,7 +14,7 @@ from common import engine_flags, row, segment
 from rich.console import Console
 
 from cellseg_batch.engine.cli.progress import Screen
-from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.profiling.isolated_stages import measure_alone
 from cellseg_batch.engine.profiling.sample import take_sample
@@ -33,14 +33,14 @@ def main() -> None:
         backend="openvino",
         precision=precision,
         gate=False,
-        shrink=1,
+        downscale=1,
         skip_background="off",
         overwrite=True,
     )
     bundle = load_model(settings.model)
     observer = Screen(Console(), verbosity=-1)
-    engines = Engines(bundle, settings)
-    worker = Worker(settings, engines.choice, run="overhead", engines=engines)
+    model_pool = ModelPool(bundle, settings)
+    worker = Worker(settings, model_pool.choice, run="overhead", model_pool=model_pool)
     (part,) = take_sample(slide, settings, bundle.card.pixel_size_um)
     job = prepare_slide(worker, Request(part, place_output(part, "alone", folder / "alone")))
     assert isinstance(job, SlideJob)

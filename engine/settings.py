@@ -73,7 +73,7 @@ class Settings:
         level: resolution to process; None picks the one nearest the model's pixel size.
         pixel_size: µm per px of level 0, over the metadata's.
         skip_background: one of `SKIPS`; auto computes no tile that shows nothing, and of others what shows something.
-        shrink: by how much images are shrunk for the model; None lets the model's card and the slide decide.
+        downscale: by how much images are downscaled for the model; None lets the model's card and the slide decide.
         channel: index or name of the channel with the nuclei; None picks by rule.
         axes: of plain arrays, such as "cyx".
         wells: names or patterns of the wells of plates that are processed, such as A01 and B*; () is all.
@@ -106,7 +106,7 @@ class Settings:
     level: int | None = None
     pixel_size: float | None = None
     skip_background: str = "auto"
-    shrink: int | None = None
+    downscale: int | None = None
     channel: str | None = None
     axes: str | None = None
     wells: tuple[str, ...] = ()
@@ -149,7 +149,7 @@ class Settings:
             ("--workers", self.workers),
             ("--threads", self.threads),
             ("--max-memory", self.max_memory),
-            ("--shrink", self.shrink),
+            ("--downscale", self.downscale),
         ):
             if value is not None and value < 1:
                 _refuse(flag, "1 or more", value, "leave it out for the default")

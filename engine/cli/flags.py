@@ -34,7 +34,7 @@ _FLAGS: dict[str, Any] = {
     "max_memory": o.MaxMemory,
     "level": o.LevelIndex,
     "pixel_size": o.PixelSize,
-    "shrink": o.Shrink,
+    "downscale": o.Downscale,
     "skip_background": o.SkipBackground,
     "channel": o.Channel,
     "axes": o.Axes,
@@ -58,7 +58,7 @@ _CLUSTER_FLAGS: dict[str, Any] = {
 
 ENGINE = ("model", "backend", "precision", "device", "gate", "threads")
 TILES = ("tile", "stitch", "margin", "batch", "block", "workers")
-SLIDE = ("level", "pixel_size", "shrink", "skip_background", "channel", "axes")
+SLIDE = ("level", "pixel_size", "downscale", "skip_background", "channel", "axes")
 EVERY = (*_FLAGS, "cluster")
 
 Command = Callable[..., None]

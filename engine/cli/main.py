@@ -78,7 +78,7 @@ def info(
 
 
 @app.command("verify-seams")
-@takes_settings(*ENGINE, "threshold", "tile", "margin", "block", "level", "pixel_size", "shrink", "channel", "axes")
+@takes_settings(*ENGINE, "threshold", "tile", "margin", "block", "level", "pixel_size", "downscale", "channel", "axes")
 def verify_seams(
     slide: o.Slide,
     settings: Settings,

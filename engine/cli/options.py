@@ -168,10 +168,10 @@ PixelSize = Annotated[
     float | None,
     typer.Option("--pixel-size", help="µm per px of level 0, over the metadata's.", rich_help_panel=_SLIDE),
 ]
-Shrink = Annotated[
+Downscale = Annotated[
     int | None,
     typer.Option(
-        "--shrink", help="Shrink images by this for the model; default: by what it finds.", rich_help_panel=_SLIDE
+        "--downscale", help="Downscale images by this for the model; default: by what it finds.", rich_help_panel=_SLIDE
     ),
 ]
 SkipBackground = Annotated[

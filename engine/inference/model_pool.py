@@ -21,8 +21,8 @@ from numpy.typing import DTypeLike
 
 from cellseg_batch.engine.inference.backends.protocol import Backend, DeviceModel, Shape
 from cellseg_batch.engine.inference.backends.registry import KINDS, REFERENCE, candidates, make_backend
-from cellseg_batch.engine.inference.race import certify, request_of
-from cellseg_batch.engine.inference.race_result import Certificate
+from cellseg_batch.engine.inference.race import load_or_race, request_of
+from cellseg_batch.engine.inference.race_result import RaceResult
 from cellseg_batch.engine.inference.session import Feed
 from cellseg_batch.engine.machine import bound_heaps, cores
 from cellseg_batch.engine.models import load_model, shipped_models
@@ -51,12 +51,12 @@ class Choice:
 
     Attributes:
         backend, precision: its name.
-        certificate: the race that it won; None if there was nothing to choose.
+        race_result: the race that it won; None if there was nothing to choose.
     """
 
     backend: str
     precision: str
-    certificate: Certificate | None
+    race_result: RaceResult | None
 
 
 def choose(settings: Settings, bundle: Bundle, racing: Callable[[], None] = lambda: None) -> Choice:
@@ -73,9 +73,9 @@ def choose(settings: Settings, bundle: Bundle, racing: Callable[[], None] = lamb
     fitting = candidates(settings.backend, settings.precision, settings.device)
     if fitting == [REFERENCE] or (len(fitting) == 1 and not settings.gate):
         return Choice(*fitting[0], None)  # nothing to compare with anything
-    certificate = certify(request_of(settings), bundle, Artefacts(), racing)
-    best = certificate.pick(settings.backend, settings.precision, settings.gate)
-    return Choice(best.backend, best.precision, certificate)
+    race_result = load_or_race(request_of(settings), bundle, Artefacts(), racing)
+    best = race_result.pick(settings.backend, settings.precision, settings.gate)
+    return Choice(best.backend, best.precision, race_result)
 
 
 def choose_backend(settings: Settings) -> Choice:
@@ -93,7 +93,7 @@ def settings_elsewhere(settings: Settings) -> Settings:
     return replace(settings, model=model, threads=threads, device=device)
 
 
-class Engines:
+class ModelPool:
     """Makes and keeps what the slides of a run share in one process.
 
     Args:
@@ -147,30 +147,30 @@ class Engines:
         finally:
             self.seconds += time.perf_counter() - start
 
-    def backend(self, name: str, precision: str, shrink: int = 1, gpu: str | None = None) -> Backend:
-        """A backend by name, for images shrunk by ``shrink``; on the first GPU unless another one is named.
+    def backend(self, name: str, precision: str, downscale: int = 1, gpu: str | None = None) -> Backend:
+        """A backend by name, for images downscaled by ``downscale``; on the first GPU unless another one is named.
 
         Raises:
             BackendError: it is not to be had here.
         """
-        key = (name, precision, shrink, gpu or self._gpus[0])
+        key = (name, precision, downscale, gpu or self._gpus[0])
         with self.turn:
             if key not in self._backends:
                 with self.counted():
-                    network = self._network.shrunk(shrink)
+                    network = self._network.shrunk(downscale)
                     how = name, precision, self._threads, self._artefacts
                     self._backends[key] = make_backend(network, *how, key[-1])
             return self._backends[key]
 
-    def shrunk(self, backend: Backend, factor: int) -> Backend:
-        """The same library and precision, for images shrunk by ``factor``."""
+    def downscaled(self, backend: Backend, factor: int) -> Backend:
+        """The same library and precision, for images downscaled by ``factor``."""
         return self.backend(backend.name, backend.precision, factor)
 
-    def certificate_of(self, backend: Backend) -> dict[str, Any] | None:
+    def race_result_of(self, backend: Backend) -> dict[str, Any] | None:
         """What the race says of a backend, with its conditions; None if it was not raced."""
-        if self.choice.certificate is None:
+        if self.choice.race_result is None:
             return None
-        content = self.choice.certificate.to_json()
+        content = self.choice.race_result.to_json()
         rows = content.pop("candidates")
         name = (backend.name, backend.precision)
         return content | next((row for row in rows if (row["backend"], row["precision"]) == name), {})
@@ -193,7 +193,7 @@ class Engines:
         with users as feed:
             yield feed
 
-    def queue(self, backend: Backend, shrink: int, shape: Shape) -> BatchQueue | None:
+    def queue(self, backend: Backend, downscale: int, shape: Shape) -> BatchQueue | None:
         """The queue of a GPU for batches of a shape, of every GPU in turn; None for what does not run on GPUs.
 
         Without Triton there is none either: the host cuts and stitches then, and the GPU only computes.
@@ -208,7 +208,7 @@ class Engines:
             if key not in self._queues:
                 queues = []
                 for gpu in self._gpus:
-                    there = self.backend(backend.name, backend.precision, shrink, gpu)
+                    there = self.backend(backend.name, backend.precision, downscale, gpu)
                     queues.append(BatchQueue(cuda.Device(gpu), partial(_compile_batch, there, shape), shape[0]))
                 self._queues[key] = cycle(queues)
             self._queues.move_to_end(key)

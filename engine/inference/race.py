@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.inference.backends.gate import TILE, Parity, limits_of, logits_of, measure_parity, real_tiles
-from cellseg_batch.engine.inference.backends.protocol import MAKING, Backend, Shape
+from cellseg_batch.engine.inference.backends.protocol import CONVERSION_VERSION, Backend, Shape
 from cellseg_batch.engine.inference.backends.registry import KINDS, REFERENCE, candidates, make_backend, why_not
 from cellseg_batch.engine.inference.normalise import Bounds
-from cellseg_batch.engine.inference.race_result import Candidate, Certificate, Request, may_win
+from cellseg_batch.engine.inference.race_result import Candidate, RaceResult, Request, may_win
 from cellseg_batch.engine.inference.session import Feed
 from cellseg_batch.engine.machine import cores, gpus, package_version, processor, run_module, visible_gpus
 from cellseg_batch.engine.models import load_model
@@ -35,7 +35,7 @@ from cellseg_batch.trainer.bundle import Bundle
 
 _log = logging.getLogger(__name__)
 
-_FILE = "certificate.json"
+_FILE = "race_result.json"
 _PACKAGES = ("cellseg-batch", "torch", "openvino", "nncf", "tensorrt", "torch-tensorrt", "triton")
 _ROUNDS = 5
 # A candidate this much slower than the fastest is timed once; it will not win.
@@ -54,9 +54,9 @@ def request_of(settings: Settings) -> Request:
     return Request(settings.model, settings.backend, settings.precision, tile, 1, settings.threads or cores(), device)
 
 
-def certify(
+def load_or_race(
     request: Request, bundle: Bundle, artefacts: Artefacts, started: Callable[[], None], again: bool = False
-) -> Certificate:
+) -> RaceResult:
     """The kept result of this race, or of a complete one, on this machine; run now in a process of its own if none is.
 
     Args:
@@ -77,10 +77,10 @@ def certify(
     if folder is None:
         started()
         folder = artefacts.get(key, lambda partial: _race_elsewhere(request, artefacts, partial))
-    return Certificate.from_json(json.loads((folder / _FILE).read_text()))
+    return RaceResult.from_json(json.loads((folder / _FILE).read_text()))
 
 
-def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
+def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> RaceResult:
     """Run the race here and now: build, gate and time every candidate, all taking turns."""
     threshold = bundle.card.threshold
     network = bundle.foreground  # the gate looks at nothing else, and masks need nothing else
@@ -115,7 +115,7 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
         rates = [megapixels / one for one in seconds]
         rows[name] = Candidate(*name, "", median(rates), min(rates), max(rates), parities[name])
     calls.clear()  # and with them the memory of every network
-    certificate = Certificate(
+    race_result = RaceResult(
         request=request,
         model_sha256=bundle.sha256,
         shape=shape,
@@ -126,12 +126,12 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
         candidates=tuple(sorted(rows.values(), key=lambda one: -one.mpx_per_s)),
     )
     with suppress(BackendError):  # nobody won; who asks for the result is told why
-        winner = certificate.pick(request.backend, request.precision)
-        # Made here and kept, so that a run need not load torch to show the model a slide shrunk, or for instances.
+        winner = race_result.pick(request.backend, request.precision)
+        # Made here and kept, so that a run need not load torch to show the model a slide downscaled, or for instances.
         for network in (bundle.foreground, bundle):
             for factor in (1, *map(int, bundle.card.shrink)):
                 make_backend(network.shrunk(factor), winner.backend, winner.precision, request.threads, artefacts)
-    return certificate
+    return race_result
 
 
 def time_in_turns(calls: dict[tuple[str, str], Callable[[], object]]) -> dict[tuple[str, str], list[float]]:
@@ -213,12 +213,12 @@ def _key(request: Request, bundle: Bundle) -> Key:
     asked = {name: value for name, value in asdict(request).items() if name not in ("model", "complete")}
     return {
         "what": "race",
-        "making": MAKING,
-        "holds": list(Certificate.__dataclass_fields__),
+        "conversion": CONVERSION_VERSION,
+        "holds": list(RaceResult.__dataclass_fields__),
         "model": bundle.card.name,
         "sha256": bundle.sha256,
         "threshold": bundle.card.threshold,
-        "shrink": sorted(bundle.card.shrink),
+        "downscale": sorted(bundle.card.shrink),
         "processor": processor(),
         "gpus": gpus(),
         "versions": _versions(),
@@ -235,8 +235,8 @@ def main() -> None:
     """Entry point of the race's own process: request as JSON, folder of the artefacts, folder for the result."""
     asked, cache, folder = sys.argv[1:]
     request = Request(**json.loads(asked))
-    certificate = race(request, load_model(request.model), Artefacts(Path(cache)))
-    (Path(folder) / _FILE).write_text(json.dumps(certificate.to_json(), indent=2) + "\n")
+    race_result = race(request, load_model(request.model), Artefacts(Path(cache)))
+    (Path(folder) / _FILE).write_text(json.dumps(race_result.to_json(), indent=2) + "\n")
 
 
 if __name__ == "__main__":

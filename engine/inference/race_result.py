@@ -74,7 +74,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Certificate:
+class RaceResult:
     """A race's result.
 
     Attributes:
@@ -139,8 +139,8 @@ class Certificate:
         return {**asdict(self), "candidates": rows}
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Certificate:
-        """The certificate that `to_json` wrote."""
+    def from_json(cls, content: dict[str, Any]) -> RaceResult:
+        """The race_result that `to_json` wrote."""
         rows = []
         for row in content["candidates"]:
             parity = Parity(**{name: row[name] for name in Parity.__dataclass_fields__}) if "flipped" in row else None

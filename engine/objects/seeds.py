@@ -34,22 +34,22 @@ class InstanceRule:
     Attributes:
         card: the model's own rule, in px of the image that it is shown.
         by_distance: seeds come from distance and border; otherwise every component of the foreground is an object.
-        shrink: by how much the slide is shrunk for the model.
+        downscale: by how much the slide is downscaled for the model.
     """
 
     card: Instances
     by_distance: bool
-    shrink: int = 1
+    downscale: int = 1
 
     @property
     def smallest_seed(self) -> int:
         """px of the slide."""
-        return self.card.smallest_seed * self.shrink**2
+        return self.card.smallest_seed * self.downscale**2
 
     @property
     def steps(self) -> int:
         """Of growth, in each of its two rounds."""
-        return self.card.growth * self.shrink
+        return self.card.growth * self.downscale
 
     def marker(self, threshold: float) -> Mark:
         """What writes the classes of a batch, (logits, places, out) -> (foreground, NaN), at a probability."""
@@ -57,7 +57,7 @@ class InstanceRule:
         if not self.by_distance:
             return lambda logits, places, out: mark_foreground(logits, places, limit, out)
         card = self.card
-        rule = seed_rule(limit, card.border_weight, card.smoothing, self.shrink, card.seed_level, card.border_level)
+        rule = seed_rule(limit, card.border_weight, card.smoothing, self.downscale, card.seed_level, card.border_level)
         return lambda logits, places, out: mark_seeds(logits, places, rule, out)
 
     def manifest(self) -> dict[str, Any]:

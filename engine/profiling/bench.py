@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.profiling.bench_slides import Form, shipped_pieces, write_plate, write_slide
 from cellseg_batch.engine.profiling.isolated_stages import measure_alone, memory_bandwidth
@@ -47,11 +47,11 @@ def run_suite(settings: Settings, rounds: int, side: int, folder: Path, observer
         f"{side} px slide, end to end": write_slide(folder / "slide.zarr", Form(side), pieces),
         f"plate of {_FIELDS} fields, end to end": write_plate(folder / "plate.zarr", _FIELDS, pieces),
     }
-    settings = replace(settings, shrink=1, skip_background="off", overwrite=True, output=folder / "out")
+    settings = replace(settings, downscale=1, skip_background="off", overwrite=True, output=folder / "out")
     bundle = load_model(settings.model)
     (slide,) = take_sample(folder / "slide.zarr", settings, bundle.card.pixel_size_um)
-    engines = Engines(bundle, settings, observer.racing)
-    worker = Worker(settings, engines.choice, run="bench", engines=engines)
+    model_pool = ModelPool(bundle, settings, observer.racing)
+    worker = Worker(settings, model_pool.choice, run="bench", model_pool=model_pool)
     job = prepare_slide(worker, Request(slide, place_output(slide, "alone", folder / "alone")))
     assert isinstance(job, SlideJob)  # overwrite: nothing counts as finished
     rates: dict[str, list[float]] = defaultdict(list)
@@ -68,8 +68,8 @@ def run_suite(settings: Settings, rounds: int, side: int, folder: Path, observer
                     rates[name].append(rate)
     worker.close()
     return {
-        "backend": engines.choice.backend,
-        "precision": engines.choice.precision,
+        "backend": model_pool.choice.backend,
+        "precision": model_pool.choice.precision,
         "yardstick": yardstick,
         "rows": [{"name": name, "mpx_per_s": median(every), "rounds": every} for name, every in rates.items()],
     }

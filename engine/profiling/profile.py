@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 
 from cellseg_batch.engine.errors import SlideError, UsageError
-from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.profiling.bottleneck import StageUse, find_bottleneck, say
 from cellseg_batch.engine.profiling.gpu_meter import GpuMeter
@@ -70,8 +70,8 @@ def profile_slide(path: Path, settings: Settings, observer: Observer) -> Profile
         settings.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="cellseg-profile-", dir=settings.output) as name:
         folder = Path(name)
-        engines = Engines(bundle, settings, observer.racing)
-        worker = Worker(settings, engines.choice, run="profile", engines=engines)
+        model_pool = ModelPool(bundle, settings, observer.racing)
+        worker = Worker(settings, model_pool.choice, run="profile", model_pool=model_pool)
         place = place_output(sample[0], settings.name, folder / "alone")
         job = prepare_slide(worker, Request(sample[0], place))
         assert isinstance(job, SlideJob)  # nothing was there, so nothing was finished before

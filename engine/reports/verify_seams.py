@@ -20,12 +20,12 @@ from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Box, Lattice, Tile, source_box
 from cellseg_batch.engine.inference.backends.protocol import Backend
 from cellseg_batch.engine.inference.cpu_runner import Runner
-from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.inference.session import Feed
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.output_paths import place_output
 from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
-from cellseg_batch.engine.run.working_scale import settle_shrink, shrink_plan
+from cellseg_batch.engine.run.working_scale import downscale_plan, settle_downscale
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.reader import SlideReader
@@ -112,11 +112,11 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
     if isinstance(slide, Broken):
         raise ReadError(slide.path, expected="an image", found=slide.reason, remedy="choose another slide")
     bundle = load_model(settings.model)
-    engines = Engines(bundle, settings)
+    model_pool = ModelPool(bundle, settings)
     plan = plan_slide(slide, place_output(slide, settings.name, None), settings, bundle.card)
     with SlideReader(slide, plan.level.level, plan.channels.indices) as reader:
-        factor = settle_shrink(plan, settings, engines, reader)
-        plan, backend = shrink_plan(plan, settings, bundle, factor), engines.shrunk(engines.chosen, factor)
+        factor = settle_downscale(plan, settings, model_pool, reader)
+        plan, backend = downscale_plan(plan, settings, bundle, factor), model_pool.downscaled(model_pool.chosen, factor)
         card = bundle.shrunk(factor).card
         threshold = logit_threshold(plan.threshold)
         windows = seam_windows(plan, full, most)

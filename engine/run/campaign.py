@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from cellseg_batch.engine.errors import CellsegError, OutputError
 from cellseg_batch.engine.geometry import fit_lattice
-from cellseg_batch.engine.inference.model_pool import Engines, choose_backend, settings_elsewhere
+from cellseg_batch.engine.inference.model_pool import ModelPool, choose_backend, settings_elsewhere
 from cellseg_batch.engine.machine import peak_resident_bytes
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.failed_images import FailedImages, location
@@ -143,14 +143,14 @@ class _Campaign:
     def _choose_backend(self, settings: Settings, bundle: Bundle) -> None:
         begun = time.perf_counter()
         if settings.scheduler == "threads":
-            self.engines: Engines | None = Engines(bundle, settings, self.observer.racing)
-            self.choice = self.engines.choice
+            self.model_pool: ModelPool | None = ModelPool(bundle, settings, self.observer.racing)
+            self.choice = self.model_pool.choice
         else:
             # Not on this machine, which may be a login node without the workers' devices.
-            self.engines, settings = None, settings_elsewhere(settings)
+            self.model_pool, settings = None, settings_elsewhere(settings)
             self.choice = call_alone(self.pool, choose_backend, settings)
         self.compile_seconds = time.perf_counter() - begun
-        self.worker = Worker(settings, self.choice, uuid4().hex, self.engines, self.clock)
+        self.worker = Worker(settings, self.choice, uuid4().hex, self.model_pool, self.clock)
 
     def run(self, images: list[Slide | Broken], stop: Stop | None) -> list[SlideReport]:
         """Take every image through the pool; reports in the order of the images."""
@@ -226,9 +226,9 @@ class _Campaign:
         self.observer.advanced(outcome.pixels)
 
     def _announce(self, job: SlideJob, number: int) -> None:
-        if self.largest is None and self.engines is not None:
+        if self.largest is None and self.model_pool is not None:
             # What is compiled later, while blocks are under way, is part of the run.
-            self.compile_seconds = self.engines.seconds
+            self.compile_seconds = self.model_pool.seconds
         if self.largest is None or job.plan.pixels > self.largest.pixels:
             self.largest = job.plan
         self.planned_peak = max(self.planned_peak, job.peak_bytes)

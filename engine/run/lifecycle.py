@@ -13,7 +13,7 @@ from typing import Any
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.inference.backends.protocol import Backend
 from cellseg_batch.engine.inference.backends.registry import KINDS
-from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.run.completeness import demand_complete
 from cellseg_batch.engine.run.measure_pass import measured_channels
 from cellseg_batch.engine.run.memory_model import block_memory
@@ -23,7 +23,7 @@ from cellseg_batch.engine.run.pipeline import passes_of, totals
 from cellseg_batch.engine.run.results import SlideReport
 from cellseg_batch.engine.run.slide_plan import SlideJob, SlidePlan, adopt_manifest, plan_slide
 from cellseg_batch.engine.run.worker import Worker
-from cellseg_batch.engine.run.working_scale import settle_shrink, shrink_plan
+from cellseg_batch.engine.run.working_scale import downscale_plan, settle_downscale
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.label_layout import lay_out
 from cellseg_batch.engine.slides.reader import SlideReader
@@ -46,29 +46,29 @@ def prepare_slide(worker: Worker, request: Request) -> SlideJob | SlideReport:
     Raises:
         SlideError: it cannot be processed as asked.
     """
-    slide, place, settings, engines = request.slide, request.place, worker.settings, worker.engines
+    slide, place, settings, model_pool = request.slide, request.place, worker.settings, worker.model_pool
     journal = Journal(place.journal)
     begun = _begun(place, settings, journal)
-    plan = plan_slide(slide, place, settings, engines.bundle.card, begun)
+    plan = plan_slide(slide, place, settings, model_pool.bundle.card, begun)
     if begun is not None:
-        factor, finished = settings.shrink or int(begun["shrink"]), journal.finished()
+        factor, finished = settings.downscale or int(begun["downscale"]), journal.finished()
         plan, backend = (
-            shrink_plan(plan, settings, engines.bundle, factor),
-            _backend_of(begun, settings, engines, factor),
+            downscale_plan(plan, settings, model_pool.bundle, factor),
+            _backend_of(begun, settings, model_pool, factor),
         )
-        plan = adopt_manifest(plan, begun, _manifest(plan, engines, backend), finished is not None)
+        plan = adopt_manifest(plan, begun, _manifest(plan, model_pool, backend), finished is not None)
         if finished is not None:
             return describe(plan, "skipped", finished, "finished before")
     reader = SlideReader(slide, plan.level.level, plan.channels.indices)
     try:
         if begun is None:
-            factor = settle_shrink(plan, settings, engines, reader)
-            plan = shrink_plan(plan, settings, engines.bundle, factor)
-            backend = engines.shrunk(engines.chosen, factor)
+            factor = settle_downscale(plan, settings, model_pool, reader)
+            plan = downscale_plan(plan, settings, model_pool.bundle, factor)
+            backend = model_pool.downscaled(model_pool.chosen, factor)
         worker.warm_up(plan, backend, reader)
         job = _fit_memory(plan, backend, settings, worker.held, begun is not None)
         if begun is None:
-            _create_outputs(job.plan, engines, backend, journal)
+            _create_outputs(job.plan, model_pool, backend, journal)
         else:
             for folder in (journal.folder, *place.folders(plan.probability)):
                 sweep_partials(folder)
@@ -127,7 +127,7 @@ def describe(plan: SlidePlan, status: str, counts: dict[str, int], reason: str =
         skipped_tiles=counts["skipped_tiles"],
         objects=counts.get("objects"),
         unreached_pixels=counts.get("unreached", 0),
-        shrink=plan.shrink,
+        downscale=plan.downscale,
     )
 
 
@@ -155,28 +155,28 @@ def _begun(place: Place, settings: Settings, journal: Journal) -> dict[str, Any]
     return manifest if as_begun and journal.numbers("created") else None
 
 
-def _backend_of(begun: dict[str, Any], settings: Settings, engines: Engines, factor: int) -> Backend:
+def _backend_of(begun: dict[str, Any], settings: Settings, model_pool: ModelPool, factor: int) -> Backend:
     """The backend that an earlier run was begun with, as far as the user did not ask for another one."""
-    chosen, used = engines.chosen, begun["backend"]
-    return engines.backend(
+    chosen, used = model_pool.chosen, begun["backend"]
+    return model_pool.backend(
         used["name"] if settings.backend == "auto" else chosen.name,
         used["precision"] if settings.precision == "auto" else chosen.precision,
         factor,
     )
 
 
-def _manifest(plan: SlidePlan, engines: Engines, backend: Backend) -> dict[str, Any]:
-    return plan.manifest(engines.bundle.shrunk(plan.shrink), backend)
+def _manifest(plan: SlidePlan, model_pool: ModelPool, backend: Backend) -> dict[str, Any]:
+    return plan.manifest(model_pool.bundle.shrunk(plan.downscale), backend)
 
 
-def _create_outputs(plan: SlidePlan, engines: Engines, backend: Backend, journal: Journal) -> None:
-    place, manifest = plan.place, _manifest(plan, engines, backend)
+def _create_outputs(plan: SlidePlan, model_pool: ModelPool, backend: Backend, journal: Journal) -> None:
+    place, manifest = plan.place, _manifest(plan, model_pool, backend)
     # For whoever reads the journal alone, wherever it and the stores beside it may have been moved to together.
     passes = {one.part: one.count for one in passes_of(plan)}
     folders = {place.labels: place.labels_folder, place.probability: place.probability_folder}
     images = {path: os.path.relpath(str(folder), str(journal.folder)) for path, folder in folders.items()}
     journal.start({**manifest, "passes": passes, "images": images})
-    provenance = {**manifest, "certificate": engines.certificate_of(backend)}
+    provenance = {**manifest, "race_result": model_pool.race_result_of(backend)}
     labels, probability = output_images(plan)
     labels.create("mask" if plan.instances is None else "instances", place.source, provenance)
     if probability is not None:

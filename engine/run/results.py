@@ -35,7 +35,7 @@ class SlideReport:
         objects: number of objects; None for a mask, which has none.
         unreached_pixels: foreground that belongs to no object: without a seed, or too far from it.
         pixels: pixels that were segmented by this run.
-        shrink: by how much the image was shrunk for the model.
+        downscale: by how much the image was downscaled for the model.
     """
 
     path: str
@@ -54,7 +54,7 @@ class SlideReport:
     objects: int | None = None
     unreached_pixels: int = 0
     pixels: int = 0
-    shrink: int = 1
+    downscale: int = 1
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class SlidePlan:
         threshold: probability above which a pixel is foreground.
         shape: (N, C, T_y, T_x) of every batch.
         probability: also write the probability.
-        shrink: by how much the image is shrunk for the model.
+        downscale: by how much the image is downscaled for the model.
         stitch: crop or blend.
         flat: difference of pixel values below which a tile is background and not computed; 0 computes all.
         instances: how logits become instances; None for a mask.
@@ -60,7 +60,7 @@ class SlidePlan:
     threshold: float
     shape: Shape
     probability: bool
-    shrink: int = 1
+    downscale: int = 1
     stitch: str = "crop"
     flat: float = 0.0
     instances: InstanceRule | None = None
@@ -102,7 +102,7 @@ class SlidePlan:
             },
             "model": {"name": bundle.card.name, "sha256": bundle.sha256},
             "backend": {"name": backend.name, "precision": backend.precision, "version": backend.version},
-            "shrink": self.shrink,
+            "downscale": self.downscale,
             "stitch": self.stitch,
             "flat": self.flat,
             "lattice": {"core": list(lattice.core), "margin": lattice.margin},

@@ -17,7 +17,7 @@ from typing import Any
 from cellseg_batch.engine.errors import CellsegError, OutputError, ReadError
 from cellseg_batch.engine.inference.backends.protocol import Backend
 from cellseg_batch.engine.inference.cpu_runner import AnyRunner, Runner
-from cellseg_batch.engine.inference.model_pool import Choice, Engines
+from cellseg_batch.engine.inference.model_pool import Choice, ModelPool
 from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run import measure_pass as measuring
@@ -66,7 +66,7 @@ class Worker:
         settings: of the run.
         choice: of the backend.
         run: identifies the run; a worker that is sent to another process becomes that process's one for this run.
-        engines: makes and keeps the models; made when first needed if left out.
+        model_pool: makes and keeps the models; made when first needed if left out.
         clock: busy seconds of the process.
 
     Attributes:
@@ -80,13 +80,13 @@ class Worker:
         settings: Settings,
         choice: Choice,
         run: str,
-        engines: Engines | None = None,
+        model_pool: ModelPool | None = None,
         clock: StageClock | None = None,
     ) -> None:
         self.clock = clock or StageClock()
         self.settings = settings
         self._choice, self._run = choice, run
-        self._engines = engines
+        self._model_pool = model_pool
         self.held = 0
         self._room = Room()
         self._open: OrderedDict[SlideJob, _Entry] = OrderedDict()
@@ -99,13 +99,13 @@ class Worker:
         return _worker_of_this_process, (self.settings, self._choice, self._run)
 
     @property
-    def engines(self) -> Engines:
+    def model_pool(self) -> ModelPool:
         """Makes and keeps the models."""
         with self._making:
-            if self._engines is None:
+            if self._model_pool is None:
                 bundle = load_model(self.settings.model)
-                self._engines = Engines(bundle, self.settings, choice=self._choice)
-            return self._engines
+                self._model_pool = ModelPool(bundle, self.settings, choice=self._choice)
+            return self._model_pool
 
     def run(self, job: SlideJob, work: Pass, number: int) -> Outcome:
         """Do one task of a pass and journal it, or why it was given up: that costs the task and nothing else.
@@ -154,9 +154,9 @@ class Worker:
             plan.probability,
             plan.instances,
             plan.objects,
-            plan.shrink,
+            plan.downscale,
         )
-        with self.engines.turn:
+        with self.model_pool.turn:
             if kind in self._warm:
                 return
             tiles = replace(plan.grid, cores=(1, 1))
@@ -164,7 +164,7 @@ class Worker:
             # A damaged chunk costs its block, not the slide.
             with suppress(ReadError), self._runner(plan, backend, StageClock()) as runner:
                 pixels = reader.read(tile.plane, tile.read_box)
-                with self.engines.counted():
+                with self.model_pool.counted():
                     result = runner.segment(pixels, tile)
                     if plan.instances is not None:
                         compile_kernels(result, tile, plan.grid, plan.instances)
@@ -213,7 +213,7 @@ class Worker:
     def _open_slide(self, job: SlideJob, reader: SlideReader) -> OpenSlide:
         plan, (name, precision, version) = job.plan, job.backend
         place = plan.place
-        backend = self.engines.backend(name, precision, plan.shrink)
+        backend = self.model_pool.backend(name, precision, plan.downscale)
         if backend.version != version:
             raise OutputError(
                 str(place.labels_folder),
@@ -239,13 +239,13 @@ class Worker:
     def _runner(self, plan: SlidePlan, backend: Backend, clock: StageClock) -> Iterator[AnyRunner]:
         how = plan.grid.lattice, plan.bounds, plan.threshold, plan.needs_probability, plan.stitch
         # The seeds of instances are made on the host, so there a GPU only computes the logits.
-        queue = None if plan.instances is not None else self.engines.queue(backend, plan.shrink, plan.shape)
+        queue = None if plan.instances is not None else self.model_pool.queue(backend, plan.downscale, plan.shape)
         if queue is not None:
             from cellseg_batch.engine.inference.gpu_runner import DeviceRunner
 
             yield DeviceRunner(queue, *how, clock)
             return
-        with self.engines.feed(backend, plan.shape, plan.slide.dtype) as feed:
+        with self.model_pool.feed(backend, plan.shape, plan.slide.dtype) as feed:
             yield Runner(feed, *how, clock, plan.instances)
 
 

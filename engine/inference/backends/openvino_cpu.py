@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.inference.backends.gate import real_tiles
-from cellseg_batch.engine.inference.backends.protocol import MAKING, ByteModel, CompiledModel, Shape
+from cellseg_batch.engine.inference.backends.protocol import CONVERSION_VERSION, ByteModel, CompiledModel, Shape
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import Bundle
@@ -128,7 +128,7 @@ def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
         "what": "openvino network",
         "model": bundle.card.name,
         "sha256": bundle.sha256,
-        "making": MAKING,
+        "conversion": CONVERSION_VERSION,
         "quantised": quantised,
         "versions": {package: version(package) for package in packages},
     }

@@ -14,7 +14,7 @@ Shape = tuple[int, int, int, int]
 
 # Counts the ways in which networks were made for OpenVINO.  Networks and races are kept under it, so raise it with
 # every change to folding, equalising, rounding or quantising.
-MAKING = 2
+CONVERSION_VERSION = 2
 
 
 class CompiledModel(Protocol):

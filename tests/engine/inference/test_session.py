@@ -10,7 +10,7 @@ import pytest
 from cellseg_batch.engine.geometry import reflect
 from cellseg_batch.engine.inference.backends.openvino_cpu import supported_precisions
 from cellseg_batch.engine.inference.backends.registry import make_backend
-from cellseg_batch.engine.inference.model_pool import Choice, Engines
+from cellseg_batch.engine.inference.model_pool import Choice, ModelPool
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.session import Feed
 from cellseg_batch.engine.settings import Settings
@@ -30,10 +30,10 @@ def logits_of(feed, pixels, bounds):
     return feed.logits().copy()
 
 
-@pytest.mark.parametrize("shrink", [1, 2])
+@pytest.mark.parametrize("downscale", [1, 2])
 @pytest.mark.parametrize("precision", supported_precisions())
-def test_bytes_and_normalised_pixels_give_the_same_bits(tiny_bundle, precision, shrink):
-    backend = make_backend(tiny_bundle.shrunk(shrink), "openvino", precision, 1, Artefacts())
+def test_bytes_and_normalised_pixels_give_the_same_bits(tiny_bundle, precision, downscale):
+    backend = make_backend(tiny_bundle.shrunk(downscale), "openvino", precision, 1, Artefacts())
     shape = (2, 3, 64, 64)
     of_bytes, of_floats = Feed(backend, shape, "uint8"), Feed(backend, shape, "uint16")
     for channels in (1, 3):
@@ -71,15 +71,15 @@ def test_a_library_that_computes_one_batch_at_a_time_has_no_twin(tiny_bundle):
 
 def test_two_threads_feed_one_model_and_a_third_one_waits(tiny_bundle):
     settings = Settings(backend="openvino", precision="fp32", gate=False, threads=1)
-    engines = Engines(tiny_bundle, settings, choice=Choice("openvino", "fp32", None))
+    model_pool = ModelPool(tiny_bundle, settings, choice=Choice("openvino", "fp32", None))
     shape, given = (1, 3, 64, 64), SimpleQueue()
 
     def third():
-        with engines.feed(engines.chosen, shape, "uint8") as feed:
+        with model_pool.feed(model_pool.chosen, shape, "uint8") as feed:
             given.put(feed)
 
-    with engines.feed(engines.chosen, shape, "uint8") as one:
-        with engines.feed(engines.chosen, shape, "uint8") as other:
+    with model_pool.feed(model_pool.chosen, shape, "uint8") as one:
+        with model_pool.feed(model_pool.chosen, shape, "uint8") as other:
             assert one is not other
             assert one.model is not other.model
             thread = Thread(target=third)
@@ -119,17 +119,17 @@ class CountingModel:
         return batch
 
 
-def engines_without_models(bundle):
+def pool_without_models(bundle):
     settings = Settings(backend="torch", precision="fp32", gate=False, threads=1)
-    return Engines(bundle, settings, choice=Choice("torch", "fp32", None))
+    return ModelPool(bundle, settings, choice=Choice("torch", "fp32", None))
 
 
 def test_models_of_all_shapes_run_one_at_a_time(tiny_bundle):
-    backend, engines = Counting(), engines_without_models(tiny_bundle)
+    backend, model_pool = Counting(), pool_without_models(tiny_bundle)
 
     def compute(side):
         for _ in range(10):
-            with engines.feed(backend, (1, 3, side, side), "uint8") as feed:
+            with model_pool.feed(backend, (1, 3, side, side), "uint8") as feed:
                 feed.logits()
 
     threads = [Thread(target=compute, args=(side,)) for side in (32, 32, 64, 64)]
@@ -142,18 +142,18 @@ def test_models_of_all_shapes_run_one_at_a_time(tiny_bundle):
 
 
 def test_a_model_in_use_is_kept_and_an_idle_one_makes_room(tiny_bundle):
-    backend, engines = Counting(), engines_without_models(tiny_bundle)
+    backend, model_pool = Counting(), pool_without_models(tiny_bundle)
     large, other = (1, 3, 2048, 2048), (1, 3, 2048, 1024)
-    with engines.feed(backend, large, "uint8") as feed:
-        with engines.feed(backend, other, "uint8"):
+    with model_pool.feed(backend, large, "uint8") as feed:
+        with model_pool.feed(backend, other, "uint8"):
             pass
-        with engines.feed(backend, large, "uint8") as twin:
+        with model_pool.feed(backend, large, "uint8") as twin:
             assert twin is not feed
-    with engines.feed(backend, other, "uint8"):
+    with model_pool.feed(backend, other, "uint8"):
         pass
     assert backend.compiled == [large, other]
-    with engines.feed(backend, (1, 3, 1024, 2048), "uint8"):
+    with model_pool.feed(backend, (1, 3, 1024, 2048), "uint8"):
         pass
-    with engines.feed(backend, large, "uint8"):
+    with model_pool.feed(backend, large, "uint8"):
         pass
     assert backend.compiled == [large, other, (1, 3, 1024, 2048), large]

@@ -257,7 +257,7 @@ def test_labels_do_not_depend_on_blocks_or_workers(tmp_path, monkeypatch, segmen
 @pytest.mark.slow
 def test_real_nuclei_are_the_same_objects_however_their_slide_is_cut(tmp_path, watcher):
     path = write_slide(tmp_path / "a.zarr", Form(2600, levels=3), shipped_pieces())
-    usual = Settings(objects=True, tile=640, backend="openvino", precision="fp32", gate=False, shrink=1)
+    usual = Settings(objects=True, tile=640, backend="openvino", precision="fp32", gate=False, downscale=1)
     cuts = ((4096, 1), (2048, 1), (1024, 4))
     reports = [
         run_campaign([path], replace(usual, name=f"cells{block}-{workers}", block=block, workers=workers), watcher)
@@ -288,7 +288,7 @@ def test_a_gpu_computes_the_logits_and_its_host_the_instances(tmp_path, monkeypa
 
 def test_labels_and_scratch_that_a_run_leaves(tmp_path, segment, pixels, bundle, model, caplog):
     path = write_ome_zarr(tmp_path / "a.zarr", pixels)
-    report = segment(path, instances=True, model=model, shrink=2)
+    report = segment(path, instances=True, model=model, downscale=2)
     folder = tmp_path / "a.zarr.cellseg" / "labels" / "cellseg"
     assert not (folder / "scratch").exists()
     group = zarr.open_group(report.slides[0].labels, mode="r")
@@ -301,9 +301,9 @@ def test_labels_and_scratch_that_a_run_leaves(tmp_path, segment, pixels, bundle,
     assert account["kind"] == "instances"
     assert account["model"]["sha256"] == bundle.shrunk(2).sha256
     assert account["instances"] == {"objects": "seeds", **vars(bundle.card.instances)}
-    skipped = segment(path, instances=True, model=model, shrink=2)
+    skipped = segment(path, instances=True, model=model, downscale=2)
     assert (skipped.status, skipped.slides[0].objects) == ("skipped", report.slides[0].objects)
-    assert "instances was" in segment(path, shrink=2, model=model).slides[0].reason
+    assert "instances was" in segment(path, downscale=2, model=model).slides[0].reason
 
 
 def test_labels_that_are_there_already_are_kept(tmp_path, segment, pixels, model):

@@ -37,7 +37,7 @@ from tests.support.images import blobs, write_ome_zarr
 @pytest.fixture
 def profiled(tiny_model, watcher):
     def call(path, **changes):
-        usual = {"model": str(tiny_model), "backend": "torch", "precision": "fp32", "threads": 1, "shrink": 1}
+        usual = {"model": str(tiny_model), "backend": "torch", "precision": "fp32", "threads": 1, "downscale": 1}
         return profile_slide(path, Settings(**{**usual, "tile": 96, "block": 160, "workers": 1, **changes}), watcher)
 
     return call
@@ -178,7 +178,7 @@ def test_a_profile_does_not_write_to_an_object_store(tmp_path, profiled):
 def test_the_command_writes_table_chart_trace_and_json(tmp_path, tiny_model, command):
     Image.fromarray(blobs(100, 120, 1)[0]).save(tmp_path / "a.png")
     chart, trace, report = tmp_path / "p.png", tmp_path / "t.json", tmp_path / "r.json"
-    flags = ["--model", tiny_model, "--backend", "torch", "--precision", "fp32", "--tile", 96, "--shrink", 1]
+    flags = ["--model", tiny_model, "--backend", "torch", "--precision", "fp32", "--tile", 96, "--downscale", 1]
     files = ["--chart", chart, "--trace", trace, "--json", report]
     code, said = command("profile", tmp_path / "a.png", *flags, *files)
     content = json.loads(report.read_text())

@@ -75,17 +75,17 @@ def test_of_200_slides_seven_fail_in_seven_ways_and_are_taken_up_once_mended(tmp
     for number in range(193):
         picture.save(folder / f"{number:03}.png")
     names, mend = break_seven(folder)
-    report = segment(folder, shrink=1)
+    report = segment(folder, downscale=1)
     failed = [one for one in report.slides if one.status == "failed"]
     assert (report.status, len(report.slides), len(failed)) == ("failed", 200, 7)
     assert sorted(Path(one.path).name for one in failed) == sorted(names)
     assert all(one.reason for one in failed)
     assert len({one.reason.replace(one.path, "") for one in failed}) == 7, [one.reason for one in failed]
     mend()
-    again = segment(folder, shrink=1, retry_failed=True)
+    again = segment(folder, downscale=1, retry_failed=True)
     assert [one.reason for one in again.slides] == [""] * 7
-    assert segment(folder, shrink=1, retry_failed=True).slides == []
-    whole = segment(folder, shrink=1)
+    assert segment(folder, downscale=1, retry_failed=True).slides == []
+    whole = segment(folder, downscale=1)
     assert (whole.status, {one.status for one in whole.slides}) == ("skipped", {"skipped"})
     assert not list(folder.rglob("failed/**/*.json")), "nothing is left of the notes"
 
@@ -203,7 +203,7 @@ def test_two_runs_at_once_share_the_images(tmp_path, tiny_model, segment):
     assert [run.returncode for run in runs] == [0, 0], output
     for path, both in states.items():
         assert sorted(both) in (["done", "held"], ["done", "skipped"]), (path, both)
-    assert segment(tmp_path / "in", shrink=1, block=64).status == "skipped"
+    assert segment(tmp_path / "in", downscale=1, block=64).status == "skipped"
     expected = segment(tmp_path / "in", name="alone")
     for index, one in enumerate(expected.slides):
         done = zarr.open_array(one.labels.replace("alone", "cellseg") + "/0", mode="r")[...]

@@ -112,9 +112,9 @@ def test_labels_say_how_they_came_about(tmp_path, segment, tiny_bundle):
     assert about["model"] == {"name": "tiny", "sha256": tiny_bundle.sha256}
     assert about["kind"] == "mask"
     assert about["threshold"] == 0.5
-    assert about["certificate"]["backend"] == "openvino"
-    assert about["certificate"]["flipped"] <= 5e-4
-    assert about["certificate"]["versions"]["openvino"]
+    assert about["race_result"]["backend"] == "openvino"
+    assert about["race_result"]["flipped"] <= 5e-4
+    assert about["race_result"]["versions"]["openvino"]
 
 
 def test_what_is_finished_is_not_touched_by_a_run_with_other_settings(tmp_path, segment):

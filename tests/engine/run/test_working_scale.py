@@ -1,4 +1,4 @@
-"""Images of large nuclei are shrunk for the model, and everything else holds as before."""
+"""Images of large nuclei are downscaled for the model, and everything else holds as before."""
 
 from dataclasses import replace
 
@@ -80,7 +80,7 @@ def nuclei_image(side, radius):
 def test_the_shipped_model_is_shown_large_nuclei_shrunk(tmp_path, segment, radius, factor):
     path = write_ome_zarr(tmp_path / "a.zarr", nuclei_image(512, radius), axes="cyx")
     report = segment(path, model="nuclei", tile=768)
-    assert report.slides[0].shrink == factor
+    assert report.slides[0].downscale == factor
     overlap = np.count_nonzero((labels_of(report) > 0) & disks(512, radius))
     assert overlap > 0.9 * np.count_nonzero(disks(512, radius))
 
@@ -92,7 +92,7 @@ def test_large_nuclei_that_the_model_does_not_see_whole_are_large_nuclei():
 
 @pytest.fixture
 def shrinking_model(tiny_model, tmp_path):
-    """The small model, which wants whatever it finds shrunk by two."""
+    """The small model, which wants whatever it finds downscaled by two."""
     bundle = load_bundle(tiny_model)
     save_bundle(replace(bundle, card=replace(bundle.card, shrink={"2": 0.1})), tmp_path / "shrinking")
     return str(tmp_path / "shrinking")
@@ -102,9 +102,9 @@ def test_the_rule_gives_what_asking_for_it_gives(tmp_path, segment, shrinking_mo
     image = blobs(300, 200)
     paths = [write_ome_zarr(tmp_path / f"{name}.zarr", image) for name in "abc"]
     chosen = segment(paths[0], model=shrinking_model, tile=256)
-    asked = segment(paths[1], model=str(tiny_model), tile=256, shrink=2)
-    plain = segment(paths[2], model=shrinking_model, tile=256, shrink=1)
-    assert [one.slides[0].shrink for one in (chosen, asked, plain)] == [2, 2, 1]
+    asked = segment(paths[1], model=str(tiny_model), tile=256, downscale=2)
+    plain = segment(paths[2], model=shrinking_model, tile=256, downscale=1)
+    assert [one.slides[0].downscale for one in (chosen, asked, plain)] == [2, 2, 1]
     np.testing.assert_array_equal(labels_of(chosen), labels_of(asked))
     assert (labels_of(chosen) != labels_of(plain)).any()
 
@@ -114,19 +114,19 @@ def test_a_shrunk_result_does_not_depend_on_blocks(tmp_path, segment, tiny_model
     results = []
     for number, block in enumerate((64, 128, 1024)):
         path = write_ome_zarr(tmp_path / f"{number}.zarr", image)
-        results.append(labels_of(segment(path, model=str(tiny_model), tile=128, block=block, shrink=2)))
+        results.append(labels_of(segment(path, model=str(tiny_model), tile=128, block=block, downscale=2)))
     for one in results[1:]:
         np.testing.assert_array_equal(one, results[0])
 
 
 def test_a_finished_run_keeps_its_scale_and_another_is_refused(tmp_path, segment, shrinking_model):
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(100, 120))
-    assert segment(path, model=shrinking_model, tile=256).slides[0].shrink == 2
+    assert segment(path, model=shrinking_model, tile=256).slides[0].downscale == 2
     again = segment(path, model=shrinking_model, tile=256).slides[0]
-    assert (again.status, again.shrink) == ("skipped", 2)
-    other = segment(path, model=shrinking_model, tile=256, shrink=1).slides[0]
+    assert (again.status, again.downscale) == ("skipped", 2)
+    other = segment(path, model=shrinking_model, tile=256, downscale=1).slides[0]
     assert other.status == "failed"
-    assert "shrink was 2, now 1" in other.reason
+    assert "downscale was 2, now 1" in other.reason
 
 
 def test_a_tile_too_small_for_the_shrunk_margin_leaves_the_image_as_it_is(tmp_path, segment, tiny_model):
@@ -135,12 +135,12 @@ def test_a_tile_too_small_for_the_shrunk_margin_leaves_the_image_as_it_is(tmp_pa
     save_bundle(replace(bundle, card=card), tmp_path / "model")
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(100, 120))
     report = segment(path, model=str(tmp_path / "model"), tile=96)
-    assert (report.status, report.slides[0].shrink) == ("done", 1)
+    assert (report.status, report.slides[0].downscale) == ("done", 1)
 
 
 def test_seams_are_exact_at_any_scale(tmp_path, tiny_model):
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(500, 400))
     settings = Settings(model=str(tiny_model), backend="torch", precision="fp32", threads=1, tile=256, margin="exact")
-    report = prove_seams(path, replace(settings, shrink=2), full=True, most=1)
+    report = prove_seams(path, replace(settings, downscale=2), full=True, most=1)
     assert report.flipped == 0
     assert report.max_dp < 1e-5

@@ -57,7 +57,7 @@ def test_a_run_on_slurm_survives_the_end_of_its_jobs(tmp_path, tiny_model, segme
     subprocess.run(["scancel", jobs()[0]], check=True)
     output = run.communicate()[0]
     assert run.returncode == 0, output
-    report = segment(tmp_path / "plate", block=64, shrink=1)
+    report = segment(tmp_path / "plate", block=64, downscale=1)
     assert report.status == "skipped"
     expected = segment(tmp_path / "plate", name="here")
     for one, same in zip(report.slides, expected.slides, strict=True):

@@ -16,7 +16,7 @@ from cellseg_batch.engine.inference.backends import choose
 from cellseg_batch.engine.inference.backends.gate import count_matches, limits_of, logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.inference.backends.registry import candidates, make_backend, why_not
 from cellseg_batch.engine.inference.race import worst_parity
-from cellseg_batch.engine.inference.race_result import Candidate, Certificate, Request
+from cellseg_batch.engine.inference.race_result import Candidate, RaceResult, Request
 from cellseg_batch.engine.models import build_torch_network, load_model, shipped_models
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import save_bundle
@@ -112,9 +112,9 @@ def test_the_gate_refuses_a_broken_backend_and_names_its_figures(shipped, spoil)
     parity = measure_parity(foreground(broken, tiles), expected, 0.5)
     request = Request("nuclei", "auto", "auto", 512, 1, 2)
     row = Candidate("torch", "fp32", "", 1.0, 1.0, 1.0, parity)
-    certificate = Certificate(request, bundle.sha256, (1, 3, 512, 512), "", (), {}, "", (row,))
+    race_result = RaceResult(request, bundle.sha256, (1, 3, 512, 512), "", (), {}, "", (row,))
     with pytest.raises(BackendError) as refusal:
-        certificate.pick("auto", "auto")
+        race_result.pick("auto", "auto")
     flips, objects = f"flips {parity.flipped:.1e} of the pixels", f"objects match with F1 {parity.object_f1:.4f}"
     assert f"torch fp32 {flips} (limit 5e-04), {objects} (limit 0.995)" in str(refusal.value)
     assert ("NaN among its logits" in str(refusal.value)) == (spoil is overflow)
