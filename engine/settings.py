@@ -9,19 +9,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from cellseg_batch.engine.backend_table import KNOWN_BACKENDS, KNOWN_PRECISIONS
 from cellseg_batch.engine.errors import UsageError
 
-BACKENDS = ("auto", "torch", "openvino", "torch-cuda", "torch-compile", "tensorrt")
+BACKENDS = ("auto", *KNOWN_BACKENDS)
 SCHEDULERS = ("threads", "processes", "slurm")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
+PRECISIONS = ("auto", *KNOWN_PRECISIONS)
 SKIPS = ("auto", "off")
 STITCHES = ("crop", "blend")
-
-# Side in px of the tiles that the backends are raced at where there is a GPU: those of a slide of 8192 x 8192 px, so
-# that the engines made for their shape are found again.
-RACE_TILE = 1776
-# And where there is none.
-RACE_TILE_ON_CPU = 1024
 
 
 @dataclass(frozen=True)

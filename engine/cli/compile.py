@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cellseg_batch.engine.backend_table import KNOWN_PRECISIONS
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.inference.race import load_or_race, request_of
-from cellseg_batch.engine.inference.race_result import ON_REQUEST, Candidate, RaceResult
+from cellseg_batch.engine.inference.race_result import Candidate, RaceResult
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.storage.cache import Artefacts
@@ -23,11 +24,12 @@ def run_race(settings: Settings, tile: int | None, again: bool, console: Console
     Raises:
         BackendError: nothing that was asked for by name can be used.
     """
-    request = replace(request_of(settings), batch=settings.batch, complete=True)
+    bundle = load_model(settings.model)
+    request = replace(request_of(settings, bundle.card), batch=settings.batch, complete=True)
     if tile is not None:
-        request = replace(request, tile=tile)
+        request = replace(request, tile=(tile, tile))
     with console.status("racing the backends"):
-        race_result = load_or_race(request, load_model(settings.model), Artefacts(), lambda: None, again)
+        race_result = load_or_race(request, bundle, Artefacts(), lambda: None, again)
     try:
         winner = race_result.pick(settings.backend, settings.precision, settings.gate)
     except BackendError:
@@ -50,7 +52,7 @@ def _print_race(race_result: RaceResult, winner: Candidate | None, console: Cons
         if one.parity is None:
             table.add_row(one.name, "", "", "", "", "", "", escape(one.missing))
             continue
-        verdict = "winner" if one == winner else "on request" if one.precision in ON_REQUEST else ""
+        verdict = "winner" if one == winner else "on request" if KNOWN_PRECISIONS[one.precision].on_request else ""
         table.add_row(
             one.name,
             f"{one.mpx_per_s:.2f}",

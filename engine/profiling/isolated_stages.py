@@ -61,11 +61,8 @@ def measure_alone(slide: OpenSlide, blocks: list[Block], first: float) -> Alone:
     masks: dict[int, NDArray[np.uint8]] = {}
     for block in blocks:
         pixels = slide.reader.read(block.plane, block.read_box)
-        masks[block.index] = np.zeros(block.box.shape, np.uint8)
         shown = without_background(block, pixels, slide.plan.grid.lattice, slide.plan.flat)
-        if shown.tiles:
-            with slide.runner() as runner:
-                masks[block.index] = runner.segment(pixels, shown).mask
+        masks[block.index] = slide.predictor.predict(pixels, shown).mask
     computing = {name: seconds for name, seconds in slide.clock.drain().items() if seconds}
     writing = _timed(lambda block: slide.labels.write(0, block.plane, block.box, masks[block.index]), blocks)
     return Alone(

@@ -16,7 +16,9 @@ from uuid import uuid4
 
 from cellseg_batch.engine.errors import CellsegError, OutputError
 from cellseg_batch.engine.geometry import fit_lattice
-from cellseg_batch.engine.inference.model_pool import ModelPool, choose_backend, settings_elsewhere
+from cellseg_batch.engine.inference.backends.registry import preloaded_modules
+from cellseg_batch.engine.inference.choice import choose_backend, settings_elsewhere
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.machine import peak_resident_bytes
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.failed_images import FailedImages, location
@@ -270,8 +272,7 @@ class _Campaign:
 
 def _imports(settings: Settings) -> list[str]:
     """What every worker process needs, as far as it is known before the backend is chosen."""
-    torch = ["cellseg_batch.engine.inference.backends.torch_cpu"] * settings.backend.startswith("torch")
-    return ["cellseg_batch.engine.run.worker", *torch]
+    return ["cellseg_batch.engine.run.worker", *preloaded_modules(settings.backend)]
 
 
 def _give_up(journal: Journal, part: str, failures: dict[int, str], number: int, loss: BaseException) -> None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
+from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.inference.backends.protocol import Backend
-from cellseg_batch.engine.inference.backends.registry import KINDS
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.run.completeness import demand_complete
 from cellseg_batch.engine.run.measure_pass import measured_channels
@@ -214,7 +214,7 @@ def _fit_memory(plan: SlidePlan, backend: Backend, settings: Settings, held: int
     """
     limit = settings.max_memory
     while True:
-        block = block_bytes(plan, KINDS[backend.name].on_gpu)
+        block = block_bytes(plan, KNOWN_BACKENDS[backend.name].on_gpu)
         workers = settings.workers
         if limit is not None:
             workers = min(workers, max(1, (limit - held) // block))

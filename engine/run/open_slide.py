@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from cellseg_batch.engine.geometry import BlockGrid
-from cellseg_batch.engine.inference.cpu_runner import AnyRunner
+from cellseg_batch.engine.inference.predictor import Predictor
 from cellseg_batch.engine.objects.scratch import Scratch
 from cellseg_batch.engine.run.slide_plan import SlidePlan
 from cellseg_batch.engine.slides.label_layout import lay_out
@@ -30,7 +29,7 @@ class OpenSlide:
     Attributes:
         plan: how the slide is processed.
         reader: of the image.
-        runner: the model for one block at a time, as a context.
+        predictor: makes masks of blocks.
         labels, probability: what is written; no probability unless asked for.
         scratch: codes between the two passes that instances take; None for a mask.
         certainty: the probability between these passes; None if objects are not measured.
@@ -40,7 +39,7 @@ class OpenSlide:
 
     plan: SlidePlan
     reader: SlideReader
-    runner: Callable[[], AbstractContextManager[AnyRunner]]
+    predictor: Predictor
     labels: ImageWriter
     probability: ImageWriter | None
     scratch: Scratch | None

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from functools import partial
 
 from cellseg_batch.engine.inference.background import without_background
-from cellseg_batch.engine.inference.cpu_runner import no_foreground
 from cellseg_batch.engine.run.instance_passes import INSTANCES, grow_block, keep_seeds, merge_blocks, tabulate
 from cellseg_batch.engine.run.open_slide import BLOCKS, OpenSlide, Pass, Record
 from cellseg_batch.engine.run.slide_plan import SlidePlan
@@ -41,11 +40,7 @@ def segment_block(slide: OpenSlide, number: int) -> Record:
         pixels = slide.reader.read(block.plane, block.read_box)
     with slide.clock.stage("gather"):
         shown = without_background(block, pixels, slide.plan.grid.lattice, slide.plan.flat)
-    if shown.tiles:
-        with slide.runner() as runner:
-            result = runner.segment(pixels, shown)
-    else:
-        result = no_foreground(pixels, block, slide.plan.needs_probability)
+    result = slide.predictor.predict(pixels, shown)
     skipped = len(block.tiles) - len(shown.tiles)
     record = {"foreground": result.foreground, "missing": result.missing, "skipped_tiles": skipped}
     if slide.plan.instances is not None:

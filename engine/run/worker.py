@@ -10,18 +10,19 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cellseg_batch.engine.errors import CellsegError, OutputError, ReadError
 from cellseg_batch.engine.inference.backends.protocol import Backend
-from cellseg_batch.engine.inference.cpu_runner import AnyRunner, Runner
-from cellseg_batch.engine.inference.model_pool import Choice, ModelPool
-from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
+from cellseg_batch.engine.inference.choice import Choice
+from cellseg_batch.engine.inference.model_pool import ModelPool
+from cellseg_batch.engine.inference.prediction import PredictionRule
+from cellseg_batch.engine.inference.predictor import Predictor, make_predictor
+from cellseg_batch.engine.machine import bound_heaps, peak_resident_bytes, resident_bytes
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.run import measure_pass as measuring
-from cellseg_batch.engine.run.instance_passes import compile_kernels
 from cellseg_batch.engine.run.memory_model import RUN_OVERHEAD_BYTES, Room
 from cellseg_batch.engine.run.open_slide import BLOCKS, OpenSlide, Pass, middle_of, output_images, scratch_of
 from cellseg_batch.engine.run.slide_plan import SlideJob, SlidePlan
@@ -31,6 +32,7 @@ from cellseg_batch.engine.stage_clock import StageClock, noting_seconds
 from cellseg_batch.engine.storage.checksums import noting_writes
 from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.engine.storage.object_stores import may_pass
+from cellseg_batch.kernels.warm_up import compile_kernels
 
 _log = logging.getLogger(__name__)
 
@@ -156,20 +158,25 @@ class Worker:
             plan.objects,
             plan.downscale,
         )
-        with self.model_pool.turn:
+        with self.model_pool.models_lock:
             if kind in self._warm:
                 return
             tiles = replace(plan.grid, cores=(1, 1))
             tile = tiles[middle_of(tiles)]
             # A damaged chunk costs its block, not the slide.
-            with suppress(ReadError), self._runner(plan, backend, StageClock()) as runner:
+            with suppress(ReadError):
                 pixels = reader.read(tile.plane, tile.read_box)
-                with self.model_pool.counted():
-                    result = runner.segment(pixels, tile)
-                    if plan.instances is not None:
-                        compile_kernels(result, tile, plan.grid, plan.instances)
-                    if plan.objects:
-                        measuring.compile_kernels(reader.of_channels(measuring.measured_channels(plan.slide)))
+                with self.model_pool.counted(), ThreadPoolExecutor(1) as beside:
+                    kernels = beside.submit(
+                        compile_kernels,
+                        pixels.dtype,
+                        probability=plan.needs_probability,
+                        blend=plan.stitch == "blend",
+                        instances=plan.instances is not None,
+                        objects=plan.objects,
+                    )
+                    self._predictor(plan, backend, StageClock()).predict(pixels, tile)
+                    kernels.result()
             now = resident_bytes() + RUN_OVERHEAD_BYTES - self._room.taken
             self.held = max(self.held, now, 0 if self._warm else peak_resident_bytes())
             self._warm.add(kind)
@@ -226,7 +233,7 @@ class Worker:
         return OpenSlide(
             plan=plan,
             reader=reader,
-            runner=lambda: self._runner(plan, backend, self.clock),
+            predictor=self._predictor(plan, backend, self.clock),
             labels=labels,
             probability=probability,
             scratch=scratch,
@@ -235,18 +242,19 @@ class Worker:
             clock=self.clock,
         )
 
-    @contextmanager
-    def _runner(self, plan: SlidePlan, backend: Backend, clock: StageClock) -> Iterator[AnyRunner]:
-        how = plan.grid.lattice, plan.bounds, plan.threshold, plan.needs_probability, plan.stitch
-        # The seeds of instances are made on the host, so there a GPU only computes the logits.
-        queue = None if plan.instances is not None else self.model_pool.queue(backend, plan.downscale, plan.shape)
-        if queue is not None:
-            from cellseg_batch.engine.inference.gpu_runner import DeviceRunner
-
-            yield DeviceRunner(queue, *how, clock)
-            return
-        with self.model_pool.feed(backend, plan.shape, plan.slide.dtype) as feed:
-            yield Runner(feed, *how, clock, plan.instances)
+    def _predictor(self, plan: SlidePlan, backend: Backend, clock: StageClock) -> Predictor:
+        rule = PredictionRule(
+            lattice=plan.grid.lattice,
+            shape=plan.shape,
+            dtype=plan.slide.dtype,
+            bounds=plan.bounds,
+            threshold=plan.threshold,
+            probability=plan.needs_probability,
+            stitch=plan.stitch,
+            downscale=plan.downscale,
+            instances=plan.instances,
+        )
+        return make_predictor(self.model_pool, backend, rule, clock)
 
 
 def _worker_of_this_process(settings: Settings, choice: Choice, run: str) -> Worker:
@@ -254,6 +262,7 @@ def _worker_of_this_process(settings: Settings, choice: Choice, run: str) -> Wor
         if run not in _present:
             for other in list(_present):
                 _present.pop(other).close()
+            bound_heaps()
             _present[run] = Worker(settings, choice, run)
         return _present[run]
 

@@ -38,7 +38,7 @@ def settle_downscale(plan: SlidePlan, settings: Settings, model_pool: ModelPool,
     factor = pick_shrink(widths, lambda factor: _masks(plan, model_pool, factor, reader)) if widths else 1
     if plan.tiles > plan.grid.planes:
         # Their memory is better given to large tiles; for small images it would cost too much to make them anew.
-        model_pool.drop_probes()
+        model_pool.probes.clear()
     return factor
 
 
@@ -83,12 +83,9 @@ def _masks(plan: SlidePlan, model_pool: ModelPool, factor: int, reader: SlideRea
         except ReadError:  # a damaged chunk costs its block, not the slide
             continue
         rows, columns = (reflect(0, side, length)[None] for side, length in zip(shape[2:], box.shape, strict=True))
-        with model_pool.turn:
-            feed = model_pool.probe(backend, shape, pixels.dtype)
-            feed.fill(pixels, rows, columns, plan.bounds)
-            logits = feed.logits()[0, 0, : box.shape[0], : box.shape[1]]
-            mask = logits[factor // 2 :: factor, factor // 2 :: factor] > limit
-        yield mask
+        logits = model_pool.probes.logits(backend, shape, pixels, rows, columns, plan.bounds)
+        inside = logits[0, 0, : box.shape[0], : box.shape[1]]
+        yield inside[factor // 2 :: factor, factor // 2 :: factor] > limit
 
 
 def spread_windows(shape: tuple[int, int]) -> list[Box]:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from cellseg_batch.engine.cli.compile import _print_race
 from cellseg_batch.engine.errors import BackendError
+from cellseg_batch.engine.geometry import fit_lattice
 from cellseg_batch.engine.inference import race as racing
 from cellseg_batch.engine.inference.backends.gate import Parity
 from cellseg_batch.engine.inference.model_pool import ModelPool
@@ -27,7 +28,7 @@ BAD = Parity(max_dp=0.9, mean_dp=1e-2, flipped=3e-3, object_f1=0.97, object_chan
 
 
 def race_result(*candidates):
-    request = Request("m", "auto", "auto", 256, 1, 1)
+    request = Request("m", "auto", "auto", (256, 256), 1, 1)
     return RaceResult(request, "0", (1, 3, 256, 256), "cpu", ("GPU",), {"torch": "2"}, "today", candidates)
 
 
@@ -89,7 +90,14 @@ def test_all_take_turns_and_the_hopeless_drop_out(monkeypatch):
 @pytest.fixture(scope="module")
 def asking(tiny_model):
     return lambda **changes: Request(
-        **{"model": str(tiny_model), "backend": "auto", "precision": "auto", "tile": 256, "batch": 2, "threads": 1}
+        **{
+            "model": str(tiny_model),
+            "backend": "auto",
+            "precision": "auto",
+            "tile": (256, 256),
+            "batch": 2,
+            "threads": 1,
+        }
         | changes
     )
 
@@ -140,19 +148,21 @@ def test_int8_is_raced_where_it_is_asked_for_or_everything_is(asking, tiny_bundl
 
 
 @pytest.mark.parametrize(
-    ("asked", "gpus", "tile"),
+    ("asked", "gpus", "large"),
     [
-        ({}, [], 1024),
-        ({}, ["H100"], 1776),
-        ({"device": "cpu"}, ["H100"], 1024),
-        ({"backend": "openvino"}, ["H100"], 1024),
-        ({"device": "cuda"}, [], 1776),  # a driver that does not say what it has
+        ({}, [], False),
+        ({}, ["H100"], True),
+        ({"device": "cpu"}, ["H100"], False),
+        ({"backend": "openvino"}, ["H100"], False),
+        ({"device": "cuda"}, [], True),  # a driver that does not say what it has
     ],
 )
-def test_tiles_of_the_race_are_those_of_large_slides_where_a_gpu_may_win(monkeypatch, asked, gpus, tile):
+def test_tiles_of_the_race_are_those_of_large_slides_where_a_gpu_may_win(monkeypatch, asked, gpus, large):
     monkeypatch.setattr(racing, "gpus", lambda: gpus)
     monkeypatch.setattr(racing, "visible_gpus", lambda: gpus)
-    assert request_of(Settings(**asked)).tile == tile
+    card = load_model("nuclei").card
+    slide = fit_lattice((8192, 8192), Settings().tile, card.margin, card.total_stride)
+    assert request_of(Settings(**asked), card).tile == (slide.tile if large else (1024, 1024))
 
 
 def test_a_run_takes_the_result_of_a_complete_race(asking, tiny_bundle, tmp_path, monkeypatch):
@@ -200,8 +210,8 @@ settings = Settings(model={settings.model!r}, backend="openvino", precision="fp3
 for instances in (False, True):
     model_pool = ModelPool(load_model(settings.model), replace(settings, instances=instances))
     for factor in (1, 2):
-        with model_pool.feed(model_pool.downscaled(model_pool.chosen, factor), (1, 3, 64, 64), "uint8") as feed:
-            assert feed.logits().shape[1] == (3 if instances else 1)
+        with model_pool.session(model_pool.downscaled(model_pool.chosen, factor), (1, 3, 64, 64), "uint8") as session:
+            assert session.logits().shape[1] == (3 if instances else 1)
 print("torch" in sys.modules)
 """
     assert subprocess.check_output([sys.executable, "-c", code], text=True, env=os.environ).strip() == "False"
