@@ -22,8 +22,9 @@ from gpu_bench import Bench, Row
 from gpu_kernels import measure_kernels
 from roofline import least_seconds
 
+from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.inference.backends.cuda import Device
-from cellseg_batch.engine.inference.backends.registry import KINDS, make_backend, why_not
+from cellseg_batch.engine.inference.backends.registry import make_backend, why_not
 from cellseg_batch.engine.models import build_torch_network, load_model
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import Bundle, Card, Normalisation
@@ -174,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     bench.part("ceilings", bench.measure_ceilings)
     bench.part("kernels", lambda: measure_kernels(bench))
     bench.part("networks", lambda: measure_networks(bench, "torch-cuda"))
-    others = [name for name, kind in KINDS.items() if kind.on_gpu and name != "torch-cuda"]
+    others = [name for name, entry in KNOWN_BACKENDS.items() if entry.on_gpu and name != "torch-cuda"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bench.part("run", lambda: measure_run(bench, folder, "slide", "torch-cuda", 4, 1))

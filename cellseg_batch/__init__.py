@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from cellseg_batch.engine.errors import CellsegError
-    from cellseg_batch.engine.inference.model_pool import Engines
+    from cellseg_batch.engine.inference.model_pool import ModelPool
     from cellseg_batch.engine.run.results import PlateReport, RunReport, SlideReport
     from cellseg_batch.engine.run.slide_plan import SlidePlan
     from cellseg_batch.engine.settings import Settings
@@ -130,11 +130,11 @@ def load_model(model: str = "nuclei", **settings: Any) -> Model:
     Raises:
         CellsegError: there is no such model, or no backend can do what was asked.
     """
-    from cellseg_batch.engine.inference.model_pool import Engines
+    from cellseg_batch.engine.inference.model_pool import ModelPool
     from cellseg_batch.engine.models import load_model as load_bundle
 
     chosen = _settings(model=model, **settings, instances=True)
-    return Model(chosen, Engines(load_bundle(chosen.model), chosen))
+    return Model(chosen, ModelPool(load_bundle(chosen.model), chosen))
 
 
 class Model:
@@ -149,7 +149,7 @@ class Model:
         model_pool: for instances; it keeps what is compiled from call to call.
     """
 
-    def __init__(self, settings: Settings, model_pool: Engines) -> None:
+    def __init__(self, settings: Settings, model_pool: ModelPool) -> None:
         self._settings = settings
         self._model_pools = {True: model_pool}
 
@@ -218,13 +218,13 @@ class Model:
             group = place.labels_folder if instances else place.probability_folder
             return np.asarray(zarr.open_array(group / "0", mode="r")[...])
 
-    def _model_pool(self, settings: Settings) -> Engines:
+    def _model_pool(self, settings: Settings) -> ModelPool:
         """What is compiled for instances, or for the probability alone, which needs fewer outputs."""
-        from cellseg_batch.engine.inference.model_pool import Engines
+        from cellseg_batch.engine.inference.model_pool import ModelPool
 
         if settings.instances not in self._model_pools:
             objects = self._model_pools[True]
-            self._model_pools[settings.instances] = Engines(objects.bundle, settings, choice=objects.choice)
+            self._model_pools[settings.instances] = ModelPool(objects.bundle, settings, choice=objects.choice)
         return self._model_pools[settings.instances]
 
 

@@ -9,19 +9,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from cellseg_batch.engine.backend_table import KNOWN_BACKENDS, KNOWN_PRECISIONS
 from cellseg_batch.engine.errors import UsageError
 
-BACKENDS = ("auto", "torch", "openvino", "torch-cuda", "torch-compile", "tensorrt")
+BACKENDS = ("auto", *KNOWN_BACKENDS)
 SCHEDULERS = ("threads", "processes", "slurm")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
+PRECISIONS = ("auto", *KNOWN_PRECISIONS)
 SKIPS = ("auto", "off")
 STITCHES = ("crop", "blend")
-
-# Side in px of the tiles that the backends are raced at where there is a GPU: those of a slide of 8192 x 8192 px, so
-# that the engines made for their shape are found again.
-RACE_TILE = 1776
-# And where there is none.
-RACE_TILE_ON_CPU = 1024
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ class Settings:
         level: resolution to process; None picks the one nearest the model's pixel size.
         pixel_size: µm per px of level 0, over the metadata's.
         skip_background: one of `SKIPS`; auto computes no tile that shows nothing, and of others what shows something.
-        downscale: by how much images are reduced for the model; None lets the model's card and the slide decide.
+        downscale: by how much images are downscaled for the model; None lets the model's card and the slide decide.
         channel: index or name of the channel with the nuclei; None picks by rule.
         axes: of plain arrays, such as "cyx".
         wells: names or patterns of the wells of plates that are processed, such as A01 and B*; () is all.

@@ -18,7 +18,7 @@ FLOORS = (
     ("objects", "slides"),
     ("storage", "scheduling"),
     # The ground: single modules, which may import each other.
-    ("settings", "geometry", "models", "machine", "stage_clock", "errors"),
+    ("settings", "backend_table", "geometry", "models", "machine", "stage_clock", "errors"),
 )
 FLOOR_OF = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
 GROUND = len(FLOORS) - 1

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cellseg_batch.engine.backend_table import KNOWN_PRECISIONS
 from cellseg_batch.engine.errors import BackendError
-from cellseg_batch.engine.inference.race import certify, request_of
-from cellseg_batch.engine.inference.race_result import ON_REQUEST, Candidate, Certificate
+from cellseg_batch.engine.inference.race import load_or_race, request_of
+from cellseg_batch.engine.inference.race_result import Candidate, RaceResult
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.storage.cache import Artefacts
@@ -23,34 +24,35 @@ def run_race(settings: Settings, tile: int | None, again: bool, console: Console
     Raises:
         BackendError: nothing that was asked for by name can be used.
     """
-    request = replace(request_of(settings), batch=settings.batch, complete=True)
+    bundle = load_model(settings.model)
+    request = replace(request_of(settings, bundle.card), batch=settings.batch, complete=True)
     if tile is not None:
-        request = replace(request, tile=tile)
+        request = replace(request, tile=(tile, tile))
     with console.status("racing the backends"):
-        certificate = certify(request, load_model(settings.model), Artefacts(), lambda: None, again)
+        race_result = load_or_race(request, bundle, Artefacts(), lambda: None, again)
     try:
-        winner = certificate.pick(settings.backend, settings.precision, settings.gate)
+        winner = race_result.pick(settings.backend, settings.precision, settings.gate)
     except BackendError:
-        _print_certificate(certificate, None, console)
+        _print_race(race_result, None, console)
         raise
-    _print_certificate(certificate, winner, console)
-    return certificate.to_json()
+    _print_race(race_result, winner, console)
+    return race_result.to_json()
 
 
-def _print_certificate(certificate: Certificate, winner: Candidate | None, console: Console) -> None:
-    count, _, height, width = certificate.shape
+def _print_race(race_result: RaceResult, winner: Candidate | None, console: Console) -> None:
+    count, _, height, width = race_result.shape
     table = Table(
-        title=f"{certificate.request.model}: {count} x {height} x {width} px, {certificate.request.threads} threads, "
-        f"{certificate.processor}, {certificate.date}",
+        title=f"{race_result.request.model}: {count} x {height} x {width} px, {race_result.request.threads} threads, "
+        f"{race_result.processor}, {race_result.date}",
         title_justify="left",
     )
     for heading in ("backend", "Mpx/s", "max |dp|", "mean |dp|", "flipped", "object F1", "objects", ""):
         table.add_column(heading, overflow="fold")
-    for one in certificate.candidates:
+    for one in race_result.candidates:
         if one.parity is None:
             table.add_row(one.name, "", "", "", "", "", "", escape(one.missing))
             continue
-        verdict = "winner" if one == winner else "on request" if one.precision in ON_REQUEST else ""
+        verdict = "winner" if one == winner else "on request" if KNOWN_PRECISIONS[one.precision].on_request else ""
         table.add_row(
             one.name,
             f"{one.mpx_per_s:.2f}",
@@ -61,7 +63,7 @@ def _print_certificate(certificate: Certificate, winner: Candidate | None, conso
             f"{one.parity.object_change:+.2%}",
             verdict if one.passed else "refused by the gate",
         )
-    objects = max((one.parity.objects for one in certificate.candidates if one.parity is not None), default=0)
+    objects = max((one.parity.objects for one in race_result.candidates if one.parity is not None), default=0)
     console.print(table, f"compared with torch fp32 on {objects} objects", highlight=False)
 
 

@@ -16,6 +16,7 @@ from cellseg_batch.engine.cli import report_commands as campaign_commands
 from cellseg_batch.engine.cli import result_commands, trainer_commands
 from cellseg_batch.engine.cli.console import check_json, plain_errors, write_json
 from cellseg_batch.engine.cli.flags import ENGINE, EVERY, takes_settings
+from cellseg_batch.engine.machine import bound_heaps
 from cellseg_batch.engine.settings import Settings
 
 app = typer.Typer(
@@ -42,6 +43,7 @@ def run(
     from cellseg_batch.engine.scheduling.signals import Stop
 
     check_json(json_file)
+    bound_heaps()
     stop = Stop()
     with stop.on_signals(), Screen(Console(), verbosity=verbose - quiet) as screen:
         report = run_campaign(slides, settings, screen, IMPORTED_AT, stop)

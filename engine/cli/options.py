@@ -171,7 +171,7 @@ PixelSize = Annotated[
 Downscale = Annotated[
     int | None,
     typer.Option(
-        "--downscale", help="Reduce images by this for the model; default: by what it finds.", rich_help_panel=_SLIDE
+        "--downscale", help="Downscale images by this for the model; default: by what it finds.", rich_help_panel=_SLIDE
     ),
 ]
 SkipBackground = Annotated[

@@ -12,6 +12,7 @@ from rich.console import Console
 from cellseg_batch.engine.cli import options as o
 from cellseg_batch.engine.cli.console import check_json, plain_errors, write_json
 from cellseg_batch.engine.cli.flags import ENGINE, SLIDE, TILES, takes_settings
+from cellseg_batch.engine.machine import bound_heaps
 from cellseg_batch.engine.settings import Settings
 
 bench = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
@@ -35,6 +36,7 @@ def profile(
 
     for flag, file in (("--json", json_file), ("--chart", chart), ("--trace", trace)):
         check_json(file, flag)
+    bound_heaps()  # as a run does, which this measures
     with Screen(Console(), verbosity=-1) as screen:
         found = profile_slide(slide, settings, screen)
     print_profile(found, Console())
@@ -64,6 +66,7 @@ def run_bench(
     from cellseg_batch.engine.profiling.bench_conditions import save
 
     check_json(out, "--out")
+    bound_heaps()  # as the runs do that this measures
     with tempfile.TemporaryDirectory(prefix="cellseg-bench-") as folder:
         result = run_suite(settings, rounds, side, Path(folder), Screen(Console(), verbosity=-1))
     save(out, **result)

@@ -11,6 +11,7 @@ from rich.console import Console
 from cellseg_batch.engine.cli import options as o
 from cellseg_batch.engine.cli.console import check_json, plain_errors, write_json
 from cellseg_batch.engine.cli.flags import ENGINE, SLIDE, TILES, takes_settings
+from cellseg_batch.engine.machine import bound_heaps
 from cellseg_batch.engine.settings import Settings
 
 
@@ -25,6 +26,7 @@ def plan(
     from cellseg_batch.engine.reports.plan import estimate, print_estimate
 
     check_json(json_file)
+    bound_heaps()  # as a run does, whose memory it foretells
     console = Console()
     found = estimate(slides, settings, processes, lambda: console.print("racing the backends, once ..."))
     print_estimate(found, console)

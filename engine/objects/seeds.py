@@ -34,7 +34,7 @@ class InstanceRule:
     Attributes:
         card: the model's own rule, in px of the image that it is shown.
         by_distance: seeds come from distance and border; otherwise every component of the foreground is an object.
-        downscale: by how much the slide is reduced for the model.
+        downscale: by how much the slide is downscaled for the model.
     """
 
     card: Instances

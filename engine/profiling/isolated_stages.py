@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.inference.background import without_background
-from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.run.lifecycle import Request, prepare_slide
 from cellseg_batch.engine.run.open_slide import OpenSlide
@@ -47,7 +47,7 @@ class Alone:
 
 
 @contextmanager
-def opened_alone(slide: Slide, settings: Settings, model_pool: Engines, folder: Path) -> Iterator[OpenSlide]:
+def opened_alone(slide: Slide, settings: Settings, model_pool: ModelPool, folder: Path) -> Iterator[OpenSlide]:
     """A slide that no run works on, open for as long as the context lasts.
 
     Args:

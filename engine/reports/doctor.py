@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cellseg_batch.engine.inference.backends.registry import KINDS, Kind, why_not
+from cellseg_batch.engine.backend_table import KNOWN_BACKENDS, BackendEntry
+from cellseg_batch.engine.inference.backends.registry import why_not
 from cellseg_batch.engine.machine import cores, gpus, package_version, processor
 from cellseg_batch.engine.models import shipped_models
 from cellseg_batch.engine.storage.cache import Artefacts
@@ -26,10 +27,10 @@ def print_diagnosis(console: Console) -> None:
     table.add_row("processor", f"{processor()}, {cores()} cores to use", "")
     table.add_row("memory", f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free", "")
     table.add_row("GPUs", "; ".join(gpus()) or "none of NVIDIA's that has a driver", "")
-    for backend, kind in KINDS.items():
-        for precision in kind.precisions:
+    for backend, entry in KNOWN_BACKENDS.items():
+        for precision in entry.precisions:
             reason = why_not(backend, precision)
-            table.add_row(f"backend {backend} {precision}", *_backend(kind, reason))
+            table.add_row(f"backend {backend} {precision}", *_backend(entry, reason))
     artefacts = Artefacts()
     table.add_row("compiled", f"{len(artefacts.entries())} entries in {artefacts.folder}", "compile --list")
     table.add_row("models", ", ".join(shipped_models()) or "none", "")
@@ -40,10 +41,10 @@ def print_diagnosis(console: Console) -> None:
     console.print(table)
 
 
-def _backend(kind: Kind, reason: str) -> tuple[str, str]:
-    unproven = f"not yet run on hardware: {kind.proof} in a clone proves it" if kind.proof else ""
+def _backend(entry: BackendEntry, reason: str) -> tuple[str, str]:
+    unproven = f"not yet run on hardware: {entry.proof} in a clone proves it" if entry.proof else ""
     if not reason:
-        return f"{_library(kind.package)[0]} on the {'GPU' if kind.on_gpu else 'CPU'}", unproven
+        return f"{_library(entry.package.name)[0]} on the {'GPU' if entry.on_gpu else 'CPU'}", unproven
     found, _, remedy = reason.rpartition("; ")
     return (escape(f"missing: {found}"), escape(f"{remedy}; {unproven}".removesuffix("; "))) if found else (reason, "")
 

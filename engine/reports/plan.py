@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import SlideError
 from cellseg_batch.engine.geometry import BlockGrid, Box
-from cellseg_batch.engine.inference.backends.registry import KINDS
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.campaign import run_images
@@ -148,7 +148,7 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
         reason = f"a sample of it could not be segmented: {report.slides[0].reason}"
         return replace(whole, slides=[replace(one, reason=reason) if plan is largest else one for one, plan in entries])
     per_pixel = _seconds_per_pixel(report, settings.workers)
-    on_gpu = KINDS[report.backend].on_gpu
+    on_gpu = KNOWN_BACKENDS[report.backend].on_gpu
     held = report.planned_peak_bytes - report.workers * block_bytes(sample, on_gpu)
     slides = [one if plan is None else _weigh(one, plan, settings, per_pixel, held, report) for one, plan in entries]
     return replace(whole, measured_mpx=sample.pixels / 1e6, mpx_per_s=1e-6 / per_pixel, slides=slides)
@@ -249,7 +249,7 @@ def _weigh(
     one: SlideEstimate, plan: SlidePlan, settings: Settings, per_pixel: float, held: int, measured: RunReport
 ) -> SlideEstimate:
     """The estimate with memory and time; refused if it fits neither ``--max-memory`` nor this machine."""
-    on_gpu = KINDS[measured.backend].on_gpu
+    on_gpu = KNOWN_BACKENDS[measured.backend].on_gpu
     peak = held + settings.workers * block_bytes(plan, on_gpu)
     if settings.max_memory is not None:
         # A run keeps to it with fewer and smaller blocks, down to one tile at a time.

@@ -17,7 +17,9 @@ from uuid import uuid4
 
 from cellseg_batch.engine.errors import CellsegError, OutputError
 from cellseg_batch.engine.geometry import fit_lattice
-from cellseg_batch.engine.inference.model_pool import Engines, choose_backend, settings_elsewhere
+from cellseg_batch.engine.inference.backends.registry import preloaded_modules
+from cellseg_batch.engine.inference.choice import choose_backend, settings_elsewhere
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.machine import peak_resident_bytes
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.failed_images import FailedImages, location
@@ -100,7 +102,7 @@ def run_images(
     clock: StageClock | None = None,
     started: float | None = None,
     stop: Stop | None = None,
-    model_pool: Engines | None = None,
+    model_pool: ModelPool | None = None,
 ) -> RunReport:
     """Segment ``images``; `run` says the rest.
 
@@ -136,7 +138,7 @@ class Campaign:
         bundle: Bundle,
         observer: Observer,
         clock: StageClock,
-        model_pool: Engines | None = None,
+        model_pool: ModelPool | None = None,
     ) -> None:
         self.settings = settings
         self.card = bundle.card
@@ -154,12 +156,12 @@ class Campaign:
             raise
 
     def _choose_backend(
-        self, settings: Settings, bundle: Bundle, clock: StageClock, model_pool: Engines | None
+        self, settings: Settings, bundle: Bundle, clock: StageClock, model_pool: ModelPool | None
     ) -> None:
         begun = time.perf_counter()
         self._pool_seconds_before = 0.0 if model_pool is None else model_pool.seconds
         if settings.scheduler == "threads":
-            model_pool = model_pool or Engines(bundle, settings, self.observer.racing)
+            model_pool = model_pool or ModelPool(bundle, settings, self.observer.racing)
             self.choice = model_pool.choice
             self.worker: AnyWorker = Worker(settings, model_pool, clock)
         else:
@@ -315,8 +317,7 @@ class _Figures:
 
 def _imports(settings: Settings) -> list[str]:
     """What every worker process needs, as far as it is known before the backend is chosen."""
-    torch = ["cellseg_batch.engine.inference.backends.torch_cpu"] * settings.backend.startswith("torch")
-    return ["cellseg_batch.engine.run.worker", *torch]
+    return ["cellseg_batch.engine.run.worker", *preloaded_modules(settings.backend)]
 
 
 def _give_up(journal: Journal, part: str, failures: dict[int, str], number: int, loss: BaseException) -> None:

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.geometry import Block, BlockGrid, Box
-from cellseg_batch.engine.inference.cpu_runner import BlockResult
+from cellseg_batch.engine.geometry import Block, Box
 from cellseg_batch.engine.objects.merge import Merged, merge_seeds
 from cellseg_batch.engine.objects.scratch import Scratch
 from cellseg_batch.engine.objects.seeds import InstanceRule, number_seeds
@@ -107,18 +106,6 @@ def _final_codes(slide: OpenSlide, block: Block, window: Box) -> NDArray[Any]:
         for part, own in _scratch(slide).read(other, window):
             renumber(own, final, codes[part.seen_from(window).slices()])
     return codes
-
-
-def compile_kernels(result: BlockResult, block: Block, grid: BlockGrid, rule: InstanceRule) -> None:
-    """Do with one tile what is done with blocks, so that nothing is compiled while they are under way."""
-    codes, _ = number_seeds(result.mask, block, grid, rule.smallest_seed)
-    frame = reach(rule.steps)
-    around = np.pad(codes, frame)
-    core = around[frame:-frame, frame:-frame]
-    stored = codes.view()
-    stored.flags.writeable = False  # as the scratch gives them; of another kind than arrays that can be written
-    renumber(stored, np.arange(codes.max() + 1, dtype=np.uint32), core)
-    grow(around, rule.steps, codes)
 
 
 def _rule(slide: OpenSlide) -> InstanceRule:

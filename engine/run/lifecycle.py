@@ -15,10 +15,10 @@ from functools import cache
 from importlib.metadata import version
 from itertools import chain
 
+from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.inference.backends.protocol import Backend
-from cellseg_batch.engine.inference.backends.registry import KINDS
-from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.run.completeness import demand_complete
 from cellseg_batch.engine.run.measure_pass import measured_channels
 from cellseg_batch.engine.run.memory_model import block_memory
@@ -151,7 +151,7 @@ def _begin(worker: Worker, request: Request, journal: Journal) -> PreparedSlide:
     with _reader_of(plan) as reader:
         factor = settle_downscale(plan, settings, model_pool, reader)
         plan = downscale_plan(plan, settings, model_pool.bundle, factor)
-        backend = model_pool.shrunk(model_pool.chosen, factor)
+        backend = model_pool.downscaled(model_pool.chosen, factor)
         worker.warm_up.compile_for(plan, backend, reader)
         prepared = _fit_memory(plan, backend, settings, worker.warm_up.held_bytes, keeps_blocks=False)
         _create_outputs(prepared, model_pool, backend, journal)
@@ -203,7 +203,7 @@ def _keep_open(worker: Worker, prepared: PreparedSlide, reader: SlideReader) -> 
         pass
 
 
-def _backend_as_begun(begun: BackendIdentity, settings: Settings, model_pool: Engines, downscale: int) -> Backend:
+def _backend_as_begun(begun: BackendIdentity, settings: Settings, model_pool: ModelPool, downscale: int) -> Backend:
     """The backend that an earlier run was begun with, as far as the user did not ask for another one."""
     chosen = model_pool.chosen
     return model_pool.backend(
@@ -217,7 +217,7 @@ def _identity_of(backend: Backend) -> BackendIdentity:
     return BackendIdentity(backend.name, backend.precision, backend.version)
 
 
-def _identity_of_model(model_pool: Engines) -> ModelIdentity:
+def _identity_of_model(model_pool: ModelPool) -> ModelIdentity:
     return ModelIdentity(model_pool.bundle.card.name, model_pool.bundle.sha256)
 
 
@@ -236,7 +236,7 @@ def _refuse_changes(plan: SlidePlan, begun: Decisions, decisions: Decisions) -> 
         )
 
 
-def _create_outputs(prepared: PreparedSlide, model_pool: Engines, backend: Backend, journal: Journal) -> None:
+def _create_outputs(prepared: PreparedSlide, model_pool: ModelPool, backend: Backend, journal: Journal) -> None:
     plan, place = prepared.plan, prepared.plan.place
     # For whoever reads the journal alone, wherever it and the stores beside it may have been moved to together.
     folders = {place.labels: place.labels_folder, place.probability: place.probability_folder}
@@ -253,7 +253,7 @@ def _create_outputs(prepared: PreparedSlide, model_pool: Engines, backend: Backe
         "location": manifest.location,
         **plain(manifest.decisions),
         "software": manifest.software,
-        "race_result": model_pool.certificate_of(backend),
+        "race_result": model_pool.race_result_of(backend),
     }
     labels, probability = output_images(plan)
     labels.create("mask" if plan.instances is None else "instances", place.source, provenance)
@@ -295,7 +295,7 @@ def _fit_memory(
     """
     limit = settings.max_memory
     while True:
-        bytes_of_block = block_bytes(plan, KINDS[backend.name].on_gpu)
+        bytes_of_block = block_bytes(plan, KNOWN_BACKENDS[backend.name].on_gpu)
         workers = settings.workers
         if limit is not None:
             workers = min(workers, max(1, (limit - held_bytes) // bytes_of_block))

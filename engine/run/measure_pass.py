@@ -69,20 +69,6 @@ def measure_block(
     return GrowthRecord(int(rows[:, AREA].sum()), tuple(asdict(one) for one in quality))
 
 
-def compile_kernels(pixels: SlideReader) -> None:
-    """Measure a corner of the slide, so that nothing is compiled while blocks are under way.
-
-    Raises:
-        ReadError: it cannot be read.
-    """
-    height, width = pixels.slide.plane_shape(pixels.level)
-    corner = Box(0, 0, min(8, height), min(8, width))
-    light = pixels.read(0, corner)
-    labels = np.ones((corner.y1 + 2 * HALO, corner.x1 + 2 * HALO), np.uint32)
-    measure(labels, light, np.zeros(corner.shape, np.uint8), (0, 0))
-    survey(light[0], corner.slices())
-
-
 def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord]) -> TableRecord:
     """Merge the blocks' objects into the table of the slide.
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cellseg_batch.engine.errors import OutputError
-from cellseg_batch.engine.inference.model_pool import Engines
-from cellseg_batch.engine.inference.predictor import Predictor
+from cellseg_batch.engine.inference.model_pool import ModelPool
+from cellseg_batch.engine.inference.predictor import Predictor, make_predictor
 from cellseg_batch.engine.objects.scratch import Scratch
 from cellseg_batch.engine.run.records import BackendIdentity
 from cellseg_batch.engine.run.slide_plan import SlidePlan
@@ -65,7 +65,7 @@ class OpenSlides:
         clock: of the process.
     """
 
-    def __init__(self, model_pool: Engines, clock: StageClock) -> None:
+    def __init__(self, model_pool: ModelPool, clock: StageClock) -> None:
         self._model_pool = model_pool
         self._clock = clock
         self._entries: OrderedDict[SlidePlan, _Entry] = OrderedDict()
@@ -124,7 +124,7 @@ class _Entry:
 
 
 def open_slide(
-    plan: SlidePlan, backend: BackendIdentity, reader: SlideReader, model_pool: Engines, clock: StageClock
+    plan: SlidePlan, backend: BackendIdentity, reader: SlideReader, model_pool: ModelPool, clock: StageClock
 ) -> OpenSlide:
     """Put together what a slide's tasks work with.
 
@@ -144,7 +144,7 @@ def open_slide(
     return OpenSlide(
         plan=plan,
         reader=reader,
-        predictor=plan.predictor(model_pool, here, clock),
+        predictor=make_predictor(model_pool, here, plan.prediction, clock),
         labels=labels,
         probability=probability,
         scratch=scratch,

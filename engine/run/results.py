@@ -37,7 +37,7 @@ class SlideReport:
         objects: number of objects; None for a mask, which has none.
         unreached_pixels: foreground that belongs to no object: without a seed, or too far from it.
         pixels: pixels that were segmented by this run.
-        downscale: by how much the image was reduced for the model.
+        downscale: by how much the image was downscaled for the model.
     """
 
     path: str

@@ -6,18 +6,16 @@ from dataclasses import dataclass
 
 from cellseg_batch.engine.errors import SlideError, UsageError
 from cellseg_batch.engine.geometry import BlockGrid, fit_lattice, lay_blocks
-from cellseg_batch.engine.inference.backends.protocol import Backend, Shape
+from cellseg_batch.engine.inference.backends.protocol import Shape
 from cellseg_batch.engine.inference.background import flat_limit
-from cellseg_batch.engine.inference.model_pool import Engines
 from cellseg_batch.engine.inference.normalise import Bounds, sample_slide, settle_bounds
-from cellseg_batch.engine.inference.predictor import Predictor, make_predictor
+from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.objects.seeds import InstanceRule, instance_rule
 from cellseg_batch.engine.run.output_paths import Place
 from cellseg_batch.engine.run.records import BackendIdentity, Decisions, InputPixels, ModelIdentity, TileLattice
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.level_and_channels import ChannelChoice, LevelChoice, choose_channels, choose_level
 from cellseg_batch.engine.slides.slide import Slide
-from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.kernels.instances import reach
 from cellseg_batch.kernels.moments import HALO
 from cellseg_batch.trainer.bundle import Card
@@ -99,21 +97,19 @@ class SlidePlan:
             objects=self.objects,
         )
 
-    def predictor(self, model_pool: Engines, backend: Backend, clock: StageClock) -> Predictor:
-        """What computes the slide's blocks."""
-        return make_predictor(
-            model_pool,
-            backend,
+    @property
+    def prediction(self) -> PredictionRule:
+        """How the pixels of blocks become masks."""
+        return PredictionRule(
+            lattice=self.grid.lattice,
             shape=self.shape,
             dtype=self.slide.dtype,
-            lattice=self.grid.lattice,
             bounds=self.bounds,
             threshold=self.threshold,
             probability=self.needs_probability,
             stitch=self.stitch,
-            instances=self.instances,
             downscale=self.downscale,
-            clock=clock,
+            instances=self.instances,
         )
 
 

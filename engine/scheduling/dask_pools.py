@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import ClusterError, UsageError
 from cellseg_batch.engine.machine import visible_gpus
 from cellseg_batch.engine.scheduling.process_keeper import Processes
@@ -60,7 +61,8 @@ def open_pool(settings: Settings, imports: Sequence[str] = ()) -> Pool:
 
 def _devices(settings: Settings) -> list[str]:
     """The GPUs that get a process each, as ``CUDA_VISIBLE_DEVICES`` names them."""
-    if settings.device == "cpu" or settings.backend in ("torch", "openvino"):
+    backend = KNOWN_BACKENDS.get(settings.backend)  # None: auto
+    if settings.device == "cpu" or (backend is not None and not backend.on_gpu):
         return []
     asked = gpus_of(settings.device) if ":" in settings.device else None
     return [name for number, name in enumerate(visible_gpus()) if asked is None or f"cuda:{number}" in asked]

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import BackendError
-from cellseg_batch.engine.inference.backends.protocol import Shape
+from cellseg_batch.engine.inference.backends.protocol import Logits, Shape
 
 
 def available() -> bool:
@@ -172,11 +172,14 @@ class GraphedHalf:
             self.enqueue()
         self._stream.synchronize()
 
-    def __call__(self, batch: NDArray[np.float32], *, plain: bool = False) -> NDArray[np.float32]:
+    def __call__(
+        self, batch: NDArray[np.float32], *, out: Logits | None = None, plain: bool = False
+    ) -> NDArray[np.float32]:
         """Logits (N, K, H, W) float32 of pixels (N, C, H, W) float32.
 
         Args:
             batch: values within float16's range.
+            out: not used; the result is a new array.
             plain: enqueue once more instead of replaying the graph, to compare the two.
         """
         # The host rounds while it copies to pinned memory, which it must do anyway; half the bytes go over the bus.

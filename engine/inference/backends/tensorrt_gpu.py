@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from cellseg_batch.engine.errors import BackendError
+from cellseg_batch.engine.inference.backends import cuda
 from cellseg_batch.engine.inference.backends.cuda import Device, GraphedHalf, demand_gpu
 from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm
-from cellseg_batch.engine.inference.backends.protocol import Shape
+from cellseg_batch.engine.inference.backends.protocol import BackendRequest, Shape
 from cellseg_batch.engine.inference.backends.tensorrt_errors import demand, explained, given
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.engine.storage.cache import Artefacts, Key
@@ -66,6 +67,11 @@ def load_libraries() -> tuple[Any, Any]:
             remedy="pip install 'cellseg-batch[tensorrt]'",
         ) from error
     return tensorrt, torch_tensorrt
+
+
+def make(bundle: Bundle, request: BackendRequest) -> TensorRtBackend:
+    """The backend of a bundle's network; raises BackendError as `load_libraries`."""
+    return TensorRtBackend(bundle, request.precision, cuda.Device(request.gpu), request.artefacts)
 
 
 class TensorRtBackend:

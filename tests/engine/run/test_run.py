@@ -17,7 +17,7 @@ import zarr
 from PIL import Image
 
 from cellseg_batch.engine.errors import NoImageError, UsageError
-from cellseg_batch.engine.inference.cpu_runner import Runner
+from cellseg_batch.engine.inference.cpu_predictor import CpuPredictor
 from cellseg_batch.engine.reports import doctor
 from cellseg_batch.engine.run import worker
 from cellseg_batch.engine.run.memory_model import RUN_OVERHEAD_BYTES
@@ -68,13 +68,13 @@ def test_labels_lie_in_place_and_are_listed(tmp_path, segment, version):
 
 
 def test_the_middle_tile_warms_the_model_up_and_blocks_follow_in_order(tmp_path, segment, monkeypatch):
-    computed, compute = [], Runner.segment
+    computed, compute = [], CpuPredictor.predict
 
     def counting(self, pixels, block):
         computed.append(block.index)
         return compute(self, pixels, block)
 
-    monkeypatch.setattr(Runner, "segment", counting)
+    monkeypatch.setattr(CpuPredictor, "predict", counting)
     whole = segment(write_ome_zarr(tmp_path / "a.zarr", blobs(200, 300)), tile=128, block=1, workers=1)
     assert computed == [4, 0, 1, 2, 3, 4, 5], "the middle one of 2 x 3 tiles, then every block"
     computed.clear()
