@@ -27,7 +27,7 @@ class BlockResult:
     """What one block became.
 
     Attributes:
-        mask: (h, w) uint8, 1 is foreground; for instances the class of each pixel.
+        mask: (h, w) uint8, 1 is foreground; for instances the pixel codes.
         probability: (h, w) uint8, 255 is certain; None unless asked for.
         foreground: pixels that are foreground.
         missing: NaN values in the block's input (each counts as 0).
@@ -62,7 +62,7 @@ class Runner:
         probability: also make the probability.
         stitch: crop or blend.
         clock: counts the stages.
-        instances: makes classes instead of the mask; None for a mask.
+        instances: makes pixel codes instead of the mask; None for a mask.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Runner:
         self._threshold = logit_threshold(threshold)
         self._probability = probability
         self._stitch = stitch
-        self._mark = None if instances is None else instances.marker(threshold)
+        self._classify = None if instances is None else instances.classifier(threshold)
         self._clock = clock
         if probability or stitch == "blend" or instances is not None or not feed.takes_bytes:
             _load_numba()  # bytes become a mask without it
@@ -97,7 +97,9 @@ class Runner:
         mask = np.zeros(block.box.shape, np.uint8)
         probability = np.zeros(block.box.shape, np.uint8) if self._probability else None
         way = self._stitch, block, self._lattice, self._threshold, mask, probability
-        stitching = make_stitch(*way, kernels=stitch, empty=partial(np.empty, dtype=np.float32), mark=self._mark)
+        stitching = make_stitch(
+            *way, kernels=stitch, empty=partial(np.empty, dtype=np.float32), classify=self._classify
+        )
         count = self._feed.shape[0]
         for first in range(0, len(block.tiles), count):
             batch = block.tiles[first : first + count]

@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block, BlockGrid
-from cellseg_batch.kernels.instances import label_seeds, mark_foreground, mark_seeds, seed_rule
+from cellseg_batch.kernels.instances import classify_foreground, classify_pixels, label_seeds, seed_rule
 from cellseg_batch.kernels.stitch import logit_threshold
 from cellseg_batch.trainer.bundle import Card, Instances
 
 TOP, LEFT, BOTTOM, RIGHT = "top", "left", "bottom", "right"
 
-Mark = Callable[[NDArray[np.float32], NDArray[np.int64], NDArray[np.uint8]], tuple[int, int]]
+PixelClassifier = Callable[[NDArray[np.float32], NDArray[np.int64], NDArray[np.uint8]], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class InstanceRule:
         """Of growth, in each of its two rounds."""
         return self.card.growth * self.shrink
 
-    def marker(self, threshold: float) -> Mark:
-        """What writes the classes of a batch, (logits, places, out) -> (foreground, NaN), at a probability."""
+    def classifier(self, threshold: float) -> PixelClassifier:
+        """What writes the pixel codes of a batch, (logits, places, out) -> (foreground, NaN), at a probability."""
         limit = logit_threshold(threshold)
         if not self.by_distance:
-            return lambda logits, places, out: mark_foreground(logits, places, limit, out)
+            return lambda logits, places, out: classify_foreground(logits, places, limit, out)
         card = self.card
         rule = seed_rule(limit, card.border_weight, card.smoothing, self.shrink, card.seed_level, card.border_level)
-        return lambda logits, places, out: mark_seeds(logits, places, rule, out)
+        return lambda logits, places, out: classify_pixels(logits, places, rule, out)
 
     def manifest(self) -> dict[str, Any]:
         """What decides the instances, as plain JSON values."""
