@@ -88,7 +88,7 @@ def scratch_of(plan: SlidePlan) -> tuple[Scratch | None, Scratch | None]:
     """The codes and the certainty of a slide between its passes, as far as they are needed."""
     journal = plan.place.journal
     codes = Scratch(journal, "codes", np.uint32, plan.frame) if plan.frame is not None else None
-    return codes, Scratch(journal, "certainty", np.uint8, frame=0) if plan.objects else None
+    return codes, Scratch(journal, "probability", np.uint8, frame=0) if plan.objects else None
 
 
 def middle_of(grid: BlockGrid) -> int:
