@@ -1,6 +1,6 @@
 """Instances in two passes over a slide's blocks; no tile is computed twice.
 
-    pass 1   model -> classes -> numbered seeds, into scratch           (with the mask's own reading and computing)
+    pass 1   model -> pixel codes -> numbered seeds, into scratch           (with the mask's own reading and computing)
     merge    seeds that touch across blocks are one; final ids
     pass 2   scratch with a frame -> final ids -> growth -> labels
 
@@ -10,6 +10,7 @@ in.  Each task can be done again.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block, BlockGrid, Box
 from cellseg_batch.engine.inference.cpu_runner import BlockResult
-from cellseg_batch.engine.objects.merge import Merged, merge_seeds
+from cellseg_batch.engine.objects.merge import FinalIds, merge_seeds
 from cellseg_batch.engine.objects.scratch import Scratch
-from cellseg_batch.engine.objects.seeds import InstanceRule, number_seeds
+from cellseg_batch.engine.objects.seeds import EdgeSeeds, InstanceRule, SeedRecord, SideRuns, number_seeds
 from cellseg_batch.engine.run.measure_pass import measure_block, measured_channels, write_objects
 from cellseg_batch.engine.run.open_slide import BLOCKS, OpenSlide, Record
 from cellseg_batch.kernels.instances import grow, reach, renumber
@@ -28,20 +29,20 @@ from cellseg_batch.kernels.moments import HALO
 INSTANCES = "instances"
 
 
-def keep_seeds(slide: OpenSlide, block: Block, classes: NDArray[np.uint8]) -> Record:
+def keep_seeds(slide: OpenSlide, block: Block, pixel_codes: NDArray[np.uint8]) -> Record:
     """Number the seeds of a block and put its codes into scratch; what the merge has to know of them."""
     with slide.clock.stage("seeds"):
-        codes, record = number_seeds(classes, block, slide.plan.grid, _rule(slide).smallest_seed)
+        codes, record = number_seeds(pixel_codes, block, slide.plan.grid, _rule(slide).smallest_seed)
     with slide.clock.stage("write"):
         _scratch(slide).write(block, codes)
-    return record
+    return asdict(record)
 
 
 def merge_blocks(slide: OpenSlide, _: int) -> Record:
     """Make objects of the seeds of all blocks."""
     grid, journal = slide.plan.grid, slide.journal
     with slide.clock.stage("seeds"):
-        records = ((block, journal.get(BLOCKS, block.index) or {}) for block in grid)
+        records = ((block, _seed_record(journal.get(BLOCKS, block.index) or {})) for block in grid)
         merged = merge_seeds(records, grid, _rule(slide).smallest_seed)
         merged.save(_scratch(slide).ids)
         slide.labels.retype(merged.dtype)
@@ -71,6 +72,11 @@ def tabulate(slide: OpenSlide, _: int) -> Record:
         return write_objects(slide.plan, _scratch(slide).objects, records)
 
 
+def _seed_record(record: Record) -> SeedRecord:
+    sides = {side: SideRuns(**runs) for side, runs in record["sides"].items()}
+    return SeedRecord(record["cells"], EdgeSeeds(**record["edges"]), sides)
+
+
 def final_labels(slide: OpenSlide, block: Block, halo: int = 0) -> NDArray[Any]:
     """The labels of a block and ``halo`` px around it, 0 outside the slide."""
     target, steps = block.box.grown(halo), _rule(slide).steps
@@ -84,7 +90,7 @@ def final_labels(slide: OpenSlide, block: Block, halo: int = 0) -> NDArray[Any]:
 
 def _final_codes(slide: OpenSlide, block: Block, window: Box) -> NDArray[Any]:
     """The codes of a window around a block with final ids, 0 outside the slide."""
-    grid, merged = slide.plan.grid, Merged.load(_scratch(slide).ids)
+    grid, merged = slide.plan.grid, FinalIds.load(_scratch(slide).ids)
     codes = np.zeros(window.shape, merged.dtype)
     for other in grid.touching(block.plane, window):
         final = merged.codes_of(other, grid)
