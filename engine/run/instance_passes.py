@@ -21,10 +21,11 @@ from cellseg_batch.engine.inference.cpu_runner import BlockResult
 from cellseg_batch.engine.objects.merge import FinalIds, merge_seeds
 from cellseg_batch.engine.objects.scratch import Scratch
 from cellseg_batch.engine.objects.seeds import EdgeSeeds, InstanceRule, SeedRecord, SideRuns, number_seeds
-from cellseg_batch.engine.run.measure_pass import measure_block, measured_channels, write_objects
+from cellseg_batch.engine.run.measure_pass import MeasureRecord, measure_block, measured_channels, write_objects
 from cellseg_batch.engine.run.open_slide import BLOCKS, OpenSlide, Record
 from cellseg_batch.kernels.instances import grow, reach, renumber
 from cellseg_batch.kernels.moments import HALO
+from cellseg_batch.kernels.quality import Quality
 
 INSTANCES = "instances"
 
@@ -59,22 +60,26 @@ def grow_block(slide: OpenSlide, number: int) -> Record:
     with slide.clock.stage("write"):
         slide.labels.write(0, block.plane, block.box, labels)
     if slide.certainty is None:
-        return {"labelled": int(np.count_nonzero(labels))}
+        return asdict(MeasureRecord(int(np.count_nonzero(labels))))
     with slide.clock.stage("measure"):
         pixels = slide.reader.of_channels(measured_channels(plan.slide))
-        return measure_block(plan, block, around, pixels, slide.certainty)
+        return asdict(measure_block(plan, block, around, pixels, slide.certainty))
 
 
 def tabulate(slide: OpenSlide, _: int) -> Record:
     """Make the table of objects."""
     with slide.clock.stage("measure"):
-        records = (record for _, record in slide.journal.records(INSTANCES))
-        return write_objects(slide.plan, _scratch(slide).objects, records)
+        records = (_measure_record(record) for _, record in slide.journal.records(INSTANCES))
+        return {"objects": write_objects(slide.plan, _scratch(slide).objects, records)}
 
 
 def _seed_record(record: Record) -> SeedRecord:
     sides = {side: SideRuns(**runs) for side, runs in record["sides"].items()}
     return SeedRecord(record["cells"], EdgeSeeds(**record["edges"]), sides)
+
+
+def _measure_record(record: Record) -> MeasureRecord:
+    return MeasureRecord(record["labelled"], [Quality(**sums) for sums in record["quality"]])
 
 
 def final_labels(slide: OpenSlide, block: Block, halo: int = 0) -> NDArray[Any]:
