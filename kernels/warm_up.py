@@ -50,8 +50,8 @@ def _gather(dtype: DTypeLike) -> None:
 
 
 def _number_and_grow() -> None:
-    classes, codes, steps = np.zeros((_SIDE, _SIDE), np.uint8), np.empty((_SIDE, _SIDE), np.uint32), 1
-    label_seeds(classes, (_SIDE, _SIDE), 1, (False, False, False, False), codes)
+    pixel_codes, codes, steps = np.zeros((_SIDE, _SIDE), np.uint8), np.empty((_SIDE, _SIDE), np.uint32), 1
+    label_seeds(pixel_codes, (_SIDE, _SIDE), 1, (False, False, False, False), codes)
     frame = reach(steps)
     around = np.pad(codes, frame)
     stored = codes.view()

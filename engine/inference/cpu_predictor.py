@@ -63,7 +63,7 @@ class CpuPredictor:
             probability,
             kernels=stitch,
             empty=partial(np.empty, dtype=np.float32),
-            mark=None if rule.instances is None else rule.instances.marker(rule.threshold),
+            classify=None if rule.instances is None else rule.instances.classifier(rule.threshold),
         )
         count = rule.shape[0]
         with self.session() as session:

@@ -29,7 +29,7 @@ class PredictionRule:
         probability: also make the probability.
         stitch: crop or blend.
         downscale: by how much the slide is downscaled for the model.
-        instances: makes classes instead of the mask; None for a mask.
+        instances: makes pixel codes instead of the mask; None for a mask.
     """
 
     lattice: Lattice
@@ -48,7 +48,7 @@ class BlockResult:
     """What one block became.
 
     Attributes:
-        mask: (h, w) uint8, 1 is foreground; for instances the class of each pixel.
+        mask: (h, w) uint8, 1 is foreground; for instances the pixel codes.
         probability: (h, w) uint8, 255 is certain; None unless asked for.
         foreground: pixels that are foreground.
         missing: NaN values in the block's input (each counts as 0).

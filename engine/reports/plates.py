@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import CellsegError, OutputError
-from cellseg_batch.engine.objects.table import read_account, read_batches
+from cellseg_batch.engine.objects.columns import AREA, INTENSITY_MEAN, TOUCHES_BORDER
+from cellseg_batch.engine.objects.table import read_batches, read_provenance
 from cellseg_batch.engine.reports.plate_heatmap import heatmaps
 from cellseg_batch.engine.run.failed_images import FailedImages, location
 from cellseg_batch.engine.run.output_paths import place_output
@@ -72,20 +73,20 @@ class _Tally:
 
     def add(self, table: Path) -> None:
         """Add the objects of a field."""
-        account = read_account(table)
-        pixels = int(np.prod(account["shape"]))
+        provenance = read_provenance(table)
+        pixels = int(np.prod(provenance.shape))
         self.pixels += pixels
-        self.labelled += account["labelled_fraction"] * pixels
-        self.area_um2 = account["pixel_size_um"] and account["pixel_size_um"] ** 2
-        quality = account["quality"][account["segmented_channels"][0]]
-        self.focus += [quality["focus"]] if quality["focus"] is not None else []
-        self.saturation.append(quality["saturation"])
-        columns = {channel: f"intensity_mean_{channel}" for channel in account["quality"]}
-        for batch in read_batches(table, ["area", "touches_border", *columns.values()]):
-            self.areas.append(batch["area"].to_numpy())
-            self.border += batch["touches_border"].true_count
-            for channel, column in columns.items():
-                total = float(batch[column].to_numpy().sum())
+        self.labelled += provenance.labelled_fraction * pixels
+        self.area_um2 = provenance.pixel_size_um and provenance.pixel_size_um**2
+        quality = provenance.quality[provenance.segmented_channels[0]]
+        self.focus += [quality.focus] if quality.focus is not None else []
+        self.saturation.append(quality.saturation)
+        means = {channel: INTENSITY_MEAN.name_for(channel) for channel in provenance.channels}
+        for batch in read_batches(table, [AREA.name, TOUCHES_BORDER.name, *means.values()]):
+            self.areas.append(batch[AREA.name].to_numpy())
+            self.border += batch[TOUCHES_BORDER.name].true_count
+            for channel, name in means.items():
+                total = float(batch[name].to_numpy().sum())
                 self.intensities[channel] = self.intensities.get(channel, 0.0) + total
 
     def figures(self) -> dict[str, Any]:

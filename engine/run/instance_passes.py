@@ -1,6 +1,6 @@
 """Instances in two passes over a slide's blocks; no tile is computed twice.
 
-    pass 1   model -> classes -> numbered seeds, into scratch           (with the mask's own reading and computing)
+    pass 1   model -> pixel codes -> numbered seeds, into scratch           (with the mask's own reading and computing)
     merge    seeds that touch across blocks are one; final ids
     pass 2   scratch with a frame -> final ids -> growth -> labels
 
@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block, Box
-from cellseg_batch.engine.objects.merge import Merged, merge_seeds
+from cellseg_batch.engine.objects.merge import FinalIds, merge_seeds
 from cellseg_batch.engine.objects.scratch import Scratch
-from cellseg_batch.engine.objects.seeds import InstanceRule, number_seeds
+from cellseg_batch.engine.objects.seeds import InstanceRule, SeedRecord, number_seeds
 from cellseg_batch.engine.run.measure_pass import measure_block, measured_channels, write_objects
 from cellseg_batch.engine.run.open_slide import OpenSlide
 from cellseg_batch.engine.run.records import (
@@ -35,10 +35,10 @@ from cellseg_batch.kernels.instances import grow, reach, renumber
 from cellseg_batch.kernels.moments import HALO
 
 
-def keep_seeds(slide: OpenSlide, block: Block, classes: NDArray[np.uint8]) -> dict[str, Any]:
+def keep_seeds(slide: OpenSlide, block: Block, pixel_codes: NDArray[np.uint8]) -> SeedRecord:
     """Number the seeds of a block and put its codes into scratch; what the merge has to know of them."""
     with slide.clock.stage("seeds"):
-        codes, record = number_seeds(classes, block, slide.plan.grid, _rule(slide).smallest_seed)
+        codes, record = number_seeds(pixel_codes, block, slide.plan.grid, _rule(slide).smallest_seed)
     with slide.clock.stage("write"):
         _scratch(slide).write(block, codes)
     return record
@@ -78,7 +78,7 @@ def tabulate(slide: OpenSlide, _: int) -> TableRecord:
         return write_objects(slide.plan, _scratch(slide).objects, records)
 
 
-def _seeds_of(journal: Journal, block: Block) -> dict[str, Any]:
+def _seeds_of(journal: Journal, block: Block) -> SeedRecord:
     """What the merge has to know of a block."""
     task = journal.get(BLOCKS, block.index, TaskRecord[BlockRecord])
     assert task is not None  # the merge comes after all blocks
@@ -99,7 +99,7 @@ def final_labels(slide: OpenSlide, block: Block, halo: int = 0) -> NDArray[Any]:
 
 def _final_codes(slide: OpenSlide, block: Block, window: Box) -> NDArray[Any]:
     """The codes of a window around a block with final ids, 0 outside the slide."""
-    grid, merged = slide.plan.grid, Merged.load(_scratch(slide).ids)
+    grid, merged = slide.plan.grid, FinalIds.load(_scratch(slide).ids)
     codes = np.zeros(window.shape, merged.dtype)
     for other in grid.touching(block.plane, window):
         final = merged.codes_of(other, grid)
