@@ -129,6 +129,8 @@ def describe(plan: SlidePlan, status: str, counts: dict[str, int], reason: str =
         objects=counts.get("objects"),
         unreached_pixels=counts.get("unreached", 0),
         shrink=plan.shrink,
+        channels=slide.channel_names(plan.channels.indices),
+        notes=(f"{counts['missing']} NaN pixels taken as 0",) if counts["missing"] else (),
     )
 
 

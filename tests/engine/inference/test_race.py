@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from cellseg_batch.engine.cli.compile import _print_certificate
+from cellseg_batch.engine.cli.compile import print_race
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.inference import model_pool as engines
 from cellseg_batch.engine.inference import race as racing
@@ -67,7 +67,7 @@ def test_a_certificate_survives_its_file():
 def test_the_table_says_how_to_get_what_is_missing():
     console = Console(file=io.StringIO(), width=200)
     remedy = "pip install 'cellseg-batch[int8]'"
-    _print_certificate(certificate(REFERENCE, Candidate("openvino", "int8", remedy)), REFERENCE, console)
+    print_race(certificate(REFERENCE, Candidate("openvino", "int8", remedy)), Settings(), console)
     assert remedy in console.file.getvalue()
 
 
