@@ -72,7 +72,7 @@ def test_unusual_types_of_number_reach_the_kernels(tmp_path, dtype):
 def test_axes_given_for_a_tiff_that_does_not_name_them(tmp_path):
     pixels = coordinates("zyx", (9, 40, 30))
     tifffile.imwrite(tmp_path / "s.tif", pixels)
-    assert "--axes" in only(tmp_path / "s.tif").reason
+    assert "`axes=zyx`" in only(tmp_path / "s.tif").reason
     slide = only(tmp_path / "s.tif", axes="zyx")
     np.testing.assert_array_equal(read(slide, 0, (0,), 7, Box(0, 0, 40, 30))[0], pixels[7])
 
@@ -280,7 +280,7 @@ def damaged(tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("json", "cannot be read"), ("array", "--axes"), ("no-datasets", "multiscale"), ("axes", "t, c, z, y, x")],
+    [("json", "cannot be read"), ("array", "`axes=czyx`"), ("no-datasets", "multiscale"), ("axes", "t, c, z, y, x")],
 )
 def test_what_cannot_be_used_says_why(tmp_path, kind, reason):
     broken = only(damaged(tmp_path, kind))
@@ -319,9 +319,9 @@ def test_channel_rule(tmp_path, labels, asked, expected):
 
 def test_unknown_channels_and_levels_are_refused(tmp_path):
     slide = only(write_ome_zarr(tmp_path / "a.zarr", coordinates("cyx", (2, 16, 16))))
-    with pytest.raises(SlideError, match="--channel 7"):
+    with pytest.raises(SlideError, match="`channel=7`"):
         choose_channels(slide, "7")
-    with pytest.raises(SlideError, match="--level 5"):
+    with pytest.raises(SlideError, match="`level=5`"):
         choose_level(slide, 5, None, None)
 
 
