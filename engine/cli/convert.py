@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from cellseg_batch.engine.cli.console import plain_errors, print_line
 from cellseg_batch.engine.cli.flags import Axes, Debug, Workers, place
@@ -33,6 +32,8 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Write SOURCE as OME-Zarr 0.5, sharded and with a pyramid; an unfinished conversion goes on where it stopped."""
+    from rich.progress import Progress
+
     from cellseg_batch.engine.scheduling.signals import Stop
     from cellseg_batch.engine.slides.convert import convert as convert_images
 

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from cellseg_batch.engine.cli.console import check_json, plain_errors, write_json
 from cellseg_batch.engine.cli.flags import Debug, Json, Threads
-from cellseg_batch.engine.cli.train import print_problems
 from cellseg_batch.engine.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,7 +32,9 @@ def evaluate(
 ) -> None:
     """Score MODELS on the annotated images of the last argument: pixels, instances and speed, by kind of image."""
     import torch
+    from rich.progress import track
 
+    from cellseg_batch.engine.cli.training_progress import print_problems
     from cellseg_batch.engine.reports.evaluate import evaluate_model
 
     console = Console()
