@@ -160,14 +160,14 @@ def fit_lattice(shape: tuple[int, int], tile: int, margin: int, total_stride: in
     if margin % total_stride:
         nearest = -(-margin // total_stride) * total_stride
         raise UsageError(
-            "--margin",
+            "`margin`",
             expected=f"a multiple of the network's total stride, {total_stride} px",
             found=f"{margin}",
-            remedy=f"use --margin {nearest}",
+            remedy=f"use `margin={nearest}`",
         )
     if tile < 2 * margin + total_stride:
         raise UsageError(
-            "--tile",
+            "`tile`",
             expected=f"at least {2 * margin + total_stride} px for margins of {margin} px",
             found=f"{tile}",
             remedy="use a larger tile or a smaller margin",

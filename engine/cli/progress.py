@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from cellseg_batch.engine.cli.console import as_flags
 from cellseg_batch.engine.run.results import SlideReport
 from cellseg_batch.engine.run.slide_plan import SlidePlan
 
@@ -92,7 +93,7 @@ class Screen:
         self._ended += 1
         self._bar.update(self._task, description=f"{self._ended}/{self._images} images")
         if self._verbosity >= 1:
-            reason = f" ({report.reason})" if report.reason else ""
+            reason = f" ({as_flags(report.reason)})" if report.reason else ""
             self.console.print(Text(f"{report.status}: {report.path}{reason}"), soft_wrap=True)
 
 

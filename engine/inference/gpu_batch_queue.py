@@ -170,7 +170,7 @@ class BatchQueue:
                 expected="memory for a block and a batch of one tile",
                 found="a device whose memory is full",
                 cause="another process on it, or large tiles",
-                remedy="choose a smaller --tile or --block, or fewer --workers",
+                remedy="choose a smaller `tile` or `block`, or fewer `workers`",
             )
         self.batch //= 2
         _log.warning(

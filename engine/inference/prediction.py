@@ -83,7 +83,7 @@ def refuse_nan(block: Block, undefined: int) -> None:
             expected="finite logits",
             found=f"{undefined} NaN",
             cause="weights or a precision that overflow",
-            remedy="try --precision fp32",
+            remedy="try `precision=fp32`",
         )
 
 

@@ -206,7 +206,7 @@ def _race_elsewhere(request: Request, artefacts: Artefacts, folder: Path) -> Non
             expected="a process that times every backend",
             found=failure,
             cause="too little memory, or a library that crashes when it is loaded",
-            remedy="name a --backend and --precision; cellseg-batch compile --debug shows more",
+            remedy="name a `backend` and `precision`; cellseg-batch compile --debug shows more",
         )
 
 

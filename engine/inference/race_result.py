@@ -122,10 +122,10 @@ class RaceResult:
         ]
         missing = [f"{row.name}: {row.missing}" for row in fitting if row.missing]
         raise BackendError(
-            f"--backend {backend} --precision {precision}",
+            f"`backend={backend}` `precision={precision}`",
             expected="a backend that can be had here and agrees with torch fp32",
             found="; ".join(failed + missing) or "none that this version knows",
-            remedy="--no-gate uses it all the same" if failed else "see cellseg-batch doctor, or leave both to auto",
+            remedy="`gate=False` uses it all the same" if failed else "see cellseg-batch doctor, or leave both to auto",
         )
 
     def to_json(self) -> dict[str, Any]:

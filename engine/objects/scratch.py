@@ -95,7 +95,7 @@ class Scratch:
                 expected="pixels that an earlier task of this run wrote",
                 found=f"{type(error).__name__}: {error}",
                 cause="files between two passes were removed or damaged",
-                remedy="begin this image anew with --overwrite",
+                remedy="begin this image anew with `overwrite`",
             ) from error
 
     def exists(self) -> bool:

@@ -133,7 +133,7 @@ def reading_table(path: Path) -> Iterator[None]:
             str(path),
             expected="a table of objects",
             found=f"{type(error).__name__}: {error}",
-            remedy="write it with cellseg-batch run --objects",
+            remedy="write it with a run with `objects`",
         ) from error
 
 

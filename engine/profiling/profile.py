@@ -59,7 +59,7 @@ def profile_slide(path: Path, settings: Settings, observer: Observer) -> Profile
     """
     if isinstance(settings.output, RemotePath):
         raise UsageError(
-            "--output",
+            "`output`",
             expected="a folder of this machine, or none",
             found=str(settings.output),
             cause="what the sample writes is temporary, which object stores do not know",

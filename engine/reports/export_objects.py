@@ -59,16 +59,16 @@ def export_objects(
         SlideError: a table or its labels cannot be read, or the file not written.
     """
     if kind not in FORMATS:
-        raise UsageError("--format", expected=f"one of {', '.join(FORMATS)}", found=kind, remedy="choose one of them")
+        raise UsageError("`kind`", expected=f"one of {', '.join(FORMATS)}", found=kind, remedy="choose one of them")
     slides = [image for path in inputs for image in find_images(path, axes) if isinstance(image, Slide)]
     places = {slide.location: place_output(slide, name, output) for slide in slides}
     measured = {location: place for location, place in places.items() if place.objects.is_file()}
     if not measured:
         raise UsageError(
-            f"--name {name}",
+            f"`name={name}`",
             expected="a table of objects",
             found=f"none for any of {len(places)} images",
-            remedy="run cellseg-batch run --objects first, with the same --name and --output",
+            remedy="run with `objects` first, and with the same `name` and `output`",
         )
     write = {"csv": _write_csv, "anndata": _write_anndata, "geojson": _write_geojson}[kind]
     objects = write(list(measured.values()), out)
@@ -93,7 +93,7 @@ def _write_anndata(places: list[Place], out: Path) -> int:
         from anndata import AnnData
     except ImportError:
         raise UsageError(
-            "--format anndata",
+            "`kind=anndata`",
             expected="the package anndata",
             found="none",
             remedy="install it with: pip install 'cellseg-batch[anndata]'",
@@ -137,7 +137,7 @@ def _write_anndata(places: list[Place], out: Path) -> int:
 def _write_geojson(places: list[Place], out: Path) -> int:
     if len(places) > 1:
         raise UsageError(
-            "--format geojson",
+            "`kind=geojson`",
             expected="one image, as a GeoJSON holds the coordinates of one",
             found=f"{len(places)} images",
             remedy="export them one by one",

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from scipy import ndimage
 
 from cellseg_batch.engine.geometry import Box, Lattice, Tile, source_box
@@ -132,20 +131,6 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
         tile=plan.grid.lattice.tile,
         margin=plan.grid.lattice.margin,
         cost=plan.grid.lattice.cost,
-    )
-
-
-def print_seams(report: SeamReport, bound: float, console: Console) -> None:
-    """Print the figures and the verdict."""
-    verdict = "holds" if report.holds(bound) else "does NOT hold"
-    console.print(
-        f"seams of {report.backend} {report.precision}, tile {report.tile[0]} x {report.tile[1]}, margin "
-        f"{report.margin} px ({report.cost:.2f} px computed per px), in {report.windows} windows:\n"
-        f"max |dp| {report.max_dp:.2e}, {report.flipped} of {report.pixels} pixels flip "
-        f"({report.flipped_fraction:.1e}), objects {report.objects_tiled} tiled, {report.objects_untiled} untiled\n"
-        f"the bound of {bound:g} flipped pixels {verdict}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 

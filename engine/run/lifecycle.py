@@ -117,6 +117,8 @@ def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str 
         objects=figures.objects,
         unreached_pixels=figures.unreached,
         downscale=plan.downscale,
+        channels=slide.channel_names(plan.channels.indices),
+        notes=(f"{figures.missing} NaN pixels taken as 0",) if figures.missing else (),
     )
 
 

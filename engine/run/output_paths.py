@@ -105,7 +105,7 @@ def place_output(slide: Slide, name: str, output: Path | None) -> Place:
             str(base),
             expected="a place that can be written to, and something beside it",
             found="a web server" if is_web(base) else "a bucket that is one store as a whole",
-            remedy="name a folder with --output, here or in another bucket",
+            remedy="name a folder with `output`, here or in another bucket",
         )
     if output is None:
         if slide.holds_labels:
@@ -124,8 +124,8 @@ def place_output(slide: Slide, name: str, output: Path | None) -> Place:
             str(store),
             expected="a place apart from the input",
             found=f"the input {slide.store} itself",
-            cause=f"--output {output} is the folder that the input lies in",
-            remedy="choose another folder, or leave --output out to write labels in place",
+            cause=f"`output={output}` is the folder that the input lies in",
+            remedy="choose another folder, or leave `output` out to write labels in place",
         )
     source = _source(slide, store / image / "labels" / name)
     return Place(store, image, name, zarr_format, source, store)
@@ -149,8 +149,8 @@ def refuse_output_inside(output: Path | None, inputs: list[Path]) -> None:
         root = zarr_root(path.resolve())[0] if is_zarr_node(path) else path.resolve()
         if output.resolve().is_relative_to(root):
             raise UsageError(
-                f"--output {output}",
+                f"`output={output}`",
                 expected="a folder outside every input",
                 found=f"one inside {path}",
-                remedy="choose another folder, or leave --output out to write labels in place",
+                remedy="choose another folder, or leave `output` out to write labels in place",
             )

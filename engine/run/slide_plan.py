@@ -141,7 +141,7 @@ def plan_slide(slide: Slide, place: Place, settings: Settings, card: Card, bound
             slide.location,
             expected=f"an image of 1 or {card.channels} channels for the model {card.name}",
             found=f"{len(channels.indices)} ({channels.reason})",
-            remedy="choose one with --channel",
+            remedy="choose one with `channel`",
         )
     if bounds is None:
         sampled = card.normalisation.rule != "fixed"
@@ -150,10 +150,10 @@ def plan_slide(slide: Slide, place: Place, settings: Settings, card: Card, bound
     margin = pick_margin(settings, card)
     if settings.stitch == "blend" and not margin:
         raise UsageError(
-            "--stitch blend",
+            "`stitch=blend`",
             expected="tiles that overlap",
             found="a margin of 0 px",
-            remedy=f"use --margin {card.total_stride} or more, or --stitch crop",
+            remedy=f"use `margin={card.total_stride}` or more, or `stitch=crop`",
         )
     lattice = fit_lattice(slide.plane_shape(level.level), settings.tile, margin, card.total_stride)
     # To be blended, a tile needs the logits of its neighbours.

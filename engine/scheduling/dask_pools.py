@@ -41,7 +41,7 @@ _SCHEDULER = {"allowed_failures": 0, "dashboard": False}
 
 
 def open_pool(settings: Settings, imports: Sequence[str] = ()) -> Pool:
-    """The pool that ``--scheduler`` asks for.
+    """The pool that the setting ``scheduler`` asks for.
 
     Args:
         settings: of the run.
@@ -184,11 +184,11 @@ def _serve(place: _Place, started: Callable[[], None]) -> None:
 
 def _no_process(why: str) -> ClusterError:
     return ClusterError(
-        "--scheduler processes",
+        "`scheduler=processes`",
         expected="worker processes that start",
         found=why,
         cause="too little memory, or a script without if __name__ == '__main__'",
-        remedy="see what they printed, or leave --scheduler out; finished blocks are kept",
+        remedy="see what they printed, or leave `scheduler` out; finished blocks are kept",
     )
 
 
@@ -198,7 +198,7 @@ def _open_slurm(workers: int, asked: ClusterSettings) -> Pool:
         import dask_jobqueue
     except ImportError as error:
         raise UsageError(
-            "--scheduler slurm",
+            "`scheduler=slurm`",
             expected="dask-jobqueue",
             found="no such package",
             remedy="pip install 'cellseg-batch[hpc]'",
@@ -226,10 +226,10 @@ def _open_slurm(workers: int, asked: ClusterSettings) -> Pool:
         )
     except (ValueError, OSError) as error:
         raise UsageError(
-            "--scheduler slurm",
-            expected="what a SLURM job needs: --cores and --memory at least",
+            "`scheduler=slurm`",
+            expected="what a SLURM job needs: `cores` and `memory` at least",
             found=str(error),
-            remedy="add the flags, or a dask-jobqueue file with --cluster-config",
+            remedy="add them, or a dask-jobqueue file with `config`",
         ) from error
     cluster.adapt(minimum=0, maximum=workers)
     return DaskPool(Client(cluster), lambda wait: cluster.close(), asked.gres is not None, most=workers)
@@ -242,7 +242,7 @@ def _connect(address: str) -> Pool:
         client = Client(address, timeout=_CONNECT_SECONDS)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"--scheduler {address}",
+            f"`scheduler={address}`",
             expected="the address of a running dask scheduler, such as tcp://host:8786",
             found=f"{type(error).__name__}: {error}".splitlines()[0],
             remedy="start one with dask scheduler, and workers with dask worker",

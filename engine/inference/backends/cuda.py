@@ -67,7 +67,7 @@ class Device:
         self.is_gpu = self.place.type == "cuda"
         if self.is_gpu and self.place.index >= torch.cuda.device_count():
             raise BackendError(
-                f"--device {name}",
+                f"`device={name}`",
                 expected="a GPU that torch can see",
                 found=f"{torch.cuda.device_count()} of them, counted from cuda:0",
                 cause="CUDA_VISIBLE_DEVICES hides it",

@@ -67,7 +67,7 @@ def make_backend(
     reason = why_not(backend, precision)
     if reason:
         raise BackendError(
-            f"--backend {backend} --precision {precision}",
+            f"`backend={backend}` `precision={precision}`",
             expected="a backend that can be had on this machine",
             found=reason,
             remedy="see cellseg-batch doctor, or leave the choice to auto",

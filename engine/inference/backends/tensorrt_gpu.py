@@ -121,10 +121,10 @@ class TensorRtBackend:
         """
         if shape[0] > _LARGEST_BATCH:
             raise BackendError(
-                f"--batch {shape[0]}",
+                f"`batch={shape[0]}`",
                 expected=f"at most {_LARGEST_BATCH} tiles with TensorRT",
                 found=f"{shape[0]}",
-                remedy="choose a smaller --batch",
+                remedy="choose a smaller `batch`",
             )
         key = {
             "what": "tensorrt plan",
@@ -266,7 +266,7 @@ def _refusal(expected: str, found: str, cause: str) -> BackendError:
         expected=expected,
         found=found,
         cause=cause,
-        remedy="use the versions that cellseg-batch[tensorrt] pins, or another --backend",
+        remedy="use the versions that cellseg-batch[tensorrt] pins, or another `backend`",
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from cellseg_batch.engine.cli.compile import _print_race
+from cellseg_batch.engine.cli.compile import print_race
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.geometry import fit_lattice
 from cellseg_batch.engine.inference import race as racing
@@ -67,7 +67,7 @@ def test_a_race_result_survives_its_file():
 def test_the_table_says_how_to_get_what_is_missing():
     console = Console(file=io.StringIO(), width=200)
     remedy = "pip install 'cellseg-batch[int8]'"
-    _print_race(race_result(REFERENCE, Candidate("openvino", "int8", remedy)), REFERENCE, console)
+    print_race(race_result(REFERENCE, Candidate("openvino", "int8", remedy)), REFERENCE, console)
     assert remedy in console.file.getvalue()
 
 

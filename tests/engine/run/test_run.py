@@ -251,6 +251,7 @@ def test_nan_pixels_are_counted_once(tmp_path, segment):
     image[0, 90:100, 90:110] = np.nan
     report = segment(write_ome_zarr(tmp_path / "a.zarr", image, levels=1), block=64)
     assert report.slides[0].missing_pixels == 200
+    assert report.slides[0].notes == ("200 NaN pixels taken as 0",)
     assert report.status == "done"
 
 
@@ -353,10 +354,13 @@ def test_the_report_as_json(slide, command, tiny_model, tmp_path):
     report = json.loads(file.read_text())
     assert code == 0, output
     run = "status seconds mpx_per_s engine_mpx_per_s backend precision tile margin batch block workers peak_rss_bytes"
-    slides = "path labels shape level pixel_size_um blocks tiles foreground_fraction objects status reason"
+    slides = (
+        "path labels shape level pixel_size_um blocks tiles foreground_fraction objects status reason channels notes"
+    )
     assert {*run.split(), "stages", "compile_seconds"} <= {*report}
     assert 0 < report["starting_seconds"] < report["seconds"]
     assert {*slides.split()} <= {*report["slides"][0]}
+    assert report["slides"][0]["channels"] == ["R", "G", "B"]
     assert report["stages"]["model"] > 0
     assert "Mpx/s" in output
 
