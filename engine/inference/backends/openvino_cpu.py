@@ -45,8 +45,8 @@ _LARGEST_SIDE = 1 << 16
 
 
 def supported_precisions() -> tuple[str, ...]:
-    """The precisions that this processor runs natively, fastest first."""
-    return ("bf16", "fp32") if "bf16" in _native() else ("fp32",)
+    """The floats that this processor computes in, and int8, which every processor can."""
+    return ("bf16", "fp32", "int8") if "bf16" in _native() else ("fp32", "int8")
 
 
 def _native() -> set[str]:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from cellseg_batch.engine import backend_table
 from cellseg_batch.engine.errors import BackendError, ModelError
+from cellseg_batch.engine.inference.backends import registry
 from cellseg_batch.engine.inference.backends.gate import count_matches, limits_of, logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.inference.backends.registry import candidates, make_backend, why_not
 from cellseg_batch.engine.inference.race import worst_parity
@@ -176,12 +176,10 @@ def test_a_backend_that_is_not_there_says_why(tiny_bundle, monkeypatch):
         make(tiny_bundle, "tensorrt", "fp16")
     with pytest.raises(BackendError, match="offers fp32, bf16"):
         make(tiny_bundle, "torch", "int8")
-    lacking = replace(
-        backend_table.KNOWN_BACKENDS["openvino"],
-        extras={"int8": backend_table.Package("no-such-package", "pip install it")},
-    )
-    monkeypatch.setitem(backend_table.KNOWN_BACKENDS, "openvino", lacking)
-    assert why_not("openvino", "int8") == "needs no-such-package; pip install it"
+    monkeypatch.setattr(registry, "package_version", lambda name: "1.0")
+    assert why_not("openvino", "int8") == ""
+    monkeypatch.setattr(registry, "package_version", lambda name: None)
+    assert why_not("openvino", "int8") == "needs nncf; pip install 'cellseg-batch[int8]'"
     monkeypatch.setitem(sys.modules, "cellseg_batch.engine.inference.backends.openvino_cpu", None)
     assert why_not("openvino", "fp32").endswith("pip install openvino")
 
