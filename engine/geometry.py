@@ -252,8 +252,8 @@ class BlockGrid:
         if not 0 <= index < len(self):
             raise IndexError(index)
         rows, columns = self.grid
-        plane, place = divmod(index, rows * columns)
-        row, column = divmod(place, columns)
+        plane, position = divmod(index, rows * columns)
+        row, column = divmod(position, columns)
         own_rows, own_columns = self._cores_of(row, axis=0), self._cores_of(column, axis=1)
         first = self.lattice.tile_at(own_rows[0], own_columns[0]).core
         last = self.lattice.tile_at(own_rows[-1], own_columns[-1]).core

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from cellseg_batch.engine.cli.console import plain_errors, print_line
-from cellseg_batch.engine.cli.flags import Axes, Debug, Workers, place
+from cellseg_batch.engine.cli.flags import Axes, Debug, Workers, to_path
 from cellseg_batch.engine.settings import Settings
 
 if TYPE_CHECKING:
@@ -22,10 +22,10 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            parser=place, metavar="SOURCE", help="A TIFF, OME-TIFF, SVS, PNG or plain zarr, or a folder of them."
+            parser=to_path, metavar="SOURCE", help="A TIFF, OME-TIFF, SVS, PNG or plain zarr, or a folder of them."
         ),
     ],
-    target: Annotated[Path, typer.Argument(parser=place, metavar="DST.zarr", help="The store to write.")],
+    target: Annotated[Path, typer.Argument(parser=to_path, metavar="DST.zarr", help="The store to write.")],
     axes: Axes = None,
     workers: Workers = Settings.workers,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the way.")] = False,

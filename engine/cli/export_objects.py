@@ -9,14 +9,14 @@ import typer
 from rich.console import Console
 
 from cellseg_batch.engine.cli.console import plain_errors, print_line
-from cellseg_batch.engine.cli.flags import Axes, Debug, Name, Output, Slides, place
+from cellseg_batch.engine.cli.flags import Axes, Debug, Name, Output, Slides, to_path
 from cellseg_batch.engine.settings import Settings
 
 
 def export_objects(
     slides: Slides,
     kind: Annotated[str, typer.Option("--format", help="csv, anndata or geojson (one image, for QuPath).")],
-    out: Annotated[Path, typer.Option("--out", parser=place, metavar="FILE", help="The file to write.")],
+    out: Annotated[Path, typer.Option("--out", parser=to_path, metavar="FILE", help="The file to write.")],
     name: Name = Settings.name,
     output: Output = None,
     axes: Axes = None,

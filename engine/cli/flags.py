@@ -41,7 +41,7 @@ def _bytes(text: str) -> int:
         raise typer.BadParameter(f"expected a size such as 4GB or 800MiB, found {text!r}") from None
 
 
-def place(text: str) -> Path:
+def to_path(text: str) -> Path:
     """What a path or a URL names."""
     try:
         return locate(text)
@@ -57,22 +57,26 @@ def _names(text: str) -> tuple[str, ...]:
 # Arguments and flags that commands name one by one.
 Slides = Annotated[
     list[Path],
-    typer.Argument(parser=place, metavar="SLIDES", help="OME-Zarr, zarr, TIFF, SVS, PNG or JPEG, or folders of them."),
+    typer.Argument(
+        parser=to_path, metavar="SLIDES", help="OME-Zarr, zarr, TIFF, SVS, PNG or JPEG, or folders of them."
+    ),
 ]
 Slide = Annotated[
     Path,
-    typer.Argument(parser=place, metavar="SLIDE", help="One image, or a path that holds images (the first is taken)."),
+    typer.Argument(
+        parser=to_path, metavar="SLIDE", help="One image, or a path that holds images (the first is taken)."
+    ),
 ]
 RunOf = Annotated[
     list[Path],
-    typer.Argument(parser=place, metavar="SLIDES", help="The inputs of a run, or its output folder."),
+    typer.Argument(parser=to_path, metavar="SLIDES", help="The inputs of a run, or its output folder."),
 ]
 Output = Annotated[
     Path | None,
     typer.Option(
         "--output",
         "-o",
-        parser=place,
+        parser=to_path,
         metavar="FOLDER",
         help="Mirror the inputs here; default: in or beside them.",
         rich_help_panel=_OUTPUT,

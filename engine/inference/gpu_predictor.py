@@ -95,7 +95,7 @@ class _BlockOnDevice:
             source = torch.from_numpy(_as_the_kernel_reads(pixels))
             self._sent = torch.empty_like(source, pin_memory=self._device.is_gpu).copy_(source)
         with self._device.on(self._queue.incoming):
-            self._pixels = self._sent.to(self._device.place, non_blocking=True)
+            self._pixels = self._sent.to(self._device.torch_device, non_blocking=True)
             self.arrived = self._device.event()
             self.arrived.record(self._queue.incoming)
         with self._device.on(self._queue.computing):
@@ -116,7 +116,7 @@ class _BlockOnDevice:
         self._finished = self._device.event()
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self._device.place)
+        return torch.empty(shape, dtype=dtype, device=self._device.torch_device)
 
     def gather(self, first: int, last: int, pixels: Tensor) -> None:
         """As `Tiles.gather`."""

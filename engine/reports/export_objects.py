@@ -21,7 +21,7 @@ from cellseg_batch.engine.errors import UsageError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.objects.columns import BOX, CENTROID, CENTROID_UM, ID, NAMES, TEXT, TableField, table_fields
 from cellseg_batch.engine.objects.table import Provenance, read_batches, read_provenance
-from cellseg_batch.engine.run.output_paths import Place, place_output
+from cellseg_batch.engine.run.output_paths import OutputPaths, output_paths
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.ome_zarr import open_written
 from cellseg_batch.engine.slides.reader import SlideReader
@@ -61,24 +61,24 @@ def export_objects(
     if kind not in FORMATS:
         raise UsageError("`kind`", expected=f"one of {', '.join(FORMATS)}", found=kind, remedy="choose one of them")
     slides = [image for path in inputs for image in find_images(path, axes) if isinstance(image, Slide)]
-    places = {slide.location: place_output(slide, name, output) for slide in slides}
-    measured = {location: place for location, place in places.items() if place.objects.is_file()}
+    outputs = {slide.location: output_paths(slide, name, output) for slide in slides}
+    measured = {location: paths for location, paths in outputs.items() if paths.table.is_file()}
     if not measured:
         raise UsageError(
             f"`name={name}`",
             expected="a table of objects",
-            found=f"none for any of {len(places)} images",
+            found=f"none for any of {len(outputs)} images",
             remedy="run with `objects` first, and with the same `name` and `output`",
         )
     write = {"csv": _write_csv, "anndata": _write_anndata, "geojson": _write_geojson}[kind]
     objects = write(list(measured.values()), out)
-    return Exported(objects, len(measured), sorted(set(places) - set(measured)))
+    return Exported(objects, len(measured), sorted(set(outputs) - set(measured)))
 
 
-def _write_csv(places: list[Place], out: Path) -> int:
+def _write_csv(outputs: list[OutputPaths], out: Path) -> int:
     count, writer = 0, None
     with whole_file(out) as stream:
-        for batch in _all_batches(places):
+        for batch in _all_batches(outputs):
             plain = pa.schema((field.name, pa.string() if field.type == TEXT else field.type) for field in batch.schema)
             writer = writer or pa.csv.CSVWriter(stream, plain)
             writer.write_batch(batch.cast(plain))
@@ -88,7 +88,7 @@ def _write_csv(places: list[Place], out: Path) -> int:
     return count
 
 
-def _write_anndata(places: list[Place], out: Path) -> int:
+def _write_anndata(outputs: list[OutputPaths], out: Path) -> int:
     try:
         from anndata import AnnData
     except ImportError:
@@ -100,8 +100,8 @@ def _write_anndata(places: list[Place], out: Path) -> int:
         ) from None
     import pandas as pd
 
-    table = pa.Table.from_batches(_all_batches(places))
-    provenances = [read_provenance(place.objects) for place in places]
+    table = pa.Table.from_batches(_all_batches(outputs))
+    provenances = [read_provenance(paths.table) for paths in outputs]
     fields = _fields(table.schema, provenances[0].channels)
     figures = [
         field.name
@@ -134,21 +134,21 @@ def _write_anndata(places: list[Place], out: Path) -> int:
     return len(table)
 
 
-def _write_geojson(places: list[Place], out: Path) -> int:
-    if len(places) > 1:
+def _write_geojson(outputs: list[OutputPaths], out: Path) -> int:
+    if len(outputs) > 1:
         raise UsageError(
             "`kind=geojson`",
             expected="one image, as a GeoJSON holds the coordinates of one",
-            found=f"{len(places)} images",
+            found=f"{len(outputs)} images",
             remedy="export them one by one",
         )
-    (place,) = places
-    labels = open_written(place.store, place.labels)
-    provenance = read_provenance(place.objects)
+    (paths,) = outputs
+    labels = open_written(paths.store, paths.labels)
+    provenance = read_provenance(paths.table)
     count = 0
     with whole_file(out) as stream, SlideReader(labels, 0, (0,)) as reader:
         stream.write(b'{"type": "FeatureCollection", "features": [')
-        for batch in read_batches(place.objects):
+        for batch in read_batches(paths.table):
             for feature in _features(batch, reader, provenance):
                 stream.write(b",\n" if count else b"\n")
                 stream.write(json.dumps(feature).encode())
@@ -157,20 +157,20 @@ def _write_geojson(places: list[Place], out: Path) -> int:
     return count
 
 
-def _all_batches(places: list[Place]) -> Iterator[pa.RecordBatch]:
+def _all_batches(outputs: list[OutputPaths]) -> Iterator[pa.RecordBatch]:
     """The rows of all tables, which have the same columns.
 
     Raises:
         UsageError: they have not.
     """
     first = None
-    for place in places:
-        for batch in read_batches(place.objects):
+    for paths in outputs:
+        for batch in read_batches(paths.table):
             first = first or batch.schema
             if batch.schema != first:
                 changed = sorted(set(batch.schema.names) ^ set(first.names))
                 raise UsageError(
-                    str(place.objects),
+                    str(paths.table),
                     expected="the same columns in all tables",
                     found=f"{', '.join(changed)} in some only",
                     cause="images with different channels",

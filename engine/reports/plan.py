@@ -23,7 +23,7 @@ from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.campaign import run_images
 from cellseg_batch.engine.run.lifecycle import block_bytes
 from cellseg_batch.engine.run.open_slide import output_images
-from cellseg_batch.engine.run.output_paths import place_output, refuse_output_inside
+from cellseg_batch.engine.run.output_paths import output_paths, refuse_output_inside
 from cellseg_batch.engine.run.pipeline import passes_of
 from cellseg_batch.engine.run.results import RunReport, SlideReport
 from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
@@ -153,9 +153,9 @@ def _lay(image: Slide | UnreadableImage, settings: Settings, card: Card) -> tupl
     if isinstance(image, UnreadableImage):
         return SlideEstimate(image.path, image.reason), None
     try:
-        place = place_output(image, settings.name, settings.output)
+        paths = output_paths(image, settings.name, settings.output)
         # The bounds decide no figure here, and to sample them would take long for many slides.
-        plan = plan_slide(image, place, settings, card, Bounds(0.0, 1.0))
+        plan = plan_slide(image, paths, settings, card, Bounds(0.0, 1.0))
     except SlideError as error:
         return SlideEstimate(image.location, error.detail), None
     layouts = [one.layout for one in output_images(plan) if one is not None]

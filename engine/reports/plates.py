@@ -28,7 +28,7 @@ from cellseg_batch.engine.objects.columns import AREA, INTENSITY_MEAN, TOUCHES_B
 from cellseg_batch.engine.objects.table import read_batches, read_provenance
 from cellseg_batch.engine.reports.plate_heatmap import heatmaps
 from cellseg_batch.engine.run.failed_images import FailedImages, location
-from cellseg_batch.engine.run.output_paths import place_output
+from cellseg_batch.engine.run.output_paths import output_paths
 from cellseg_batch.engine.run.results import PlateReport, RunReport, SlideReport
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
@@ -147,7 +147,7 @@ class _Run:
     def __init__(self, reports: list[SlideReport], name: str, output: Path | None) -> None:
         self._reports = {report.path: report for report in reports}
         self._failures = FailedImages(name, output)
-        self._place = partial(place_output, name=name, output=output)
+        self._paths = partial(output_paths, name=name, output=output)
 
     def had_any(self, fields: list[Slide | UnreadableImage]) -> bool:
         """Whether a field was of this run."""
@@ -155,7 +155,7 @@ class _Run:
 
     def folder(self, fields: list[Slide | UnreadableImage]) -> Path | None:
         """Of the summary of the fields' plate; None where no field can be opened."""
-        return next((self._place(one).plate for one in fields if isinstance(one, Slide)), None)
+        return next((self._paths(one).plate for one in fields if isinstance(one, Slide)), None)
 
     def results(self, fields: list[Slide | UnreadableImage]) -> list[FieldResult]:
         """What became of those that any run has worked on, as it is now."""
@@ -171,9 +171,9 @@ class _Run:
         if reason is not None:
             return FieldResult(image.plate_position, "failed", reason, None)
         if isinstance(image, Slide):
-            place = self._place(image)
-            if Journal(place.journal).is_finished and place.objects.is_file():
-                return FieldResult(image.plate_position, "done", "", place.objects)
+            paths = self._paths(image)
+            if Journal(paths.journal).is_finished and paths.table.is_file():
+                return FieldResult(image.plate_position, "done", "", paths.table)
         return FieldResult(image.plate_position, report.status, report.reason, None) if report is not None else None
 
 

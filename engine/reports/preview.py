@@ -16,7 +16,7 @@ from PIL import Image
 
 from cellseg_batch.engine.errors import ReadError, UsageError, writing_to
 from cellseg_batch.engine.geometry import Box
-from cellseg_batch.engine.run.output_paths import place_output
+from cellseg_batch.engine.run.output_paths import output_paths
 from cellseg_batch.engine.slides.discover import find_images, first_slide
 from cellseg_batch.engine.slides.level_and_channels import choose_channels
 from cellseg_batch.engine.slides.ome_zarr import open_written
@@ -69,8 +69,8 @@ def write_preview(
         SlideError: the image or its labels cannot be read, or the picture not written.
     """
     slide = first_slide(find_images(path, axes))
-    place = place_output(slide, name, output)
-    labels = open_written(place.store, place.labels)
+    paths = output_paths(slide, name, output)
+    labels = open_written(paths.store, paths.labels)
     height, width = labels.plane_shape(0)
     box = Box(*sides or (0, 0, height, width))
     if not (0 <= box.y0 < box.y1 <= height and 0 <= box.x0 < box.x1 <= width):

@@ -16,7 +16,7 @@ from typing import Any
 
 from cellseg_batch.engine.errors import NoImageError, SlideError
 from cellseg_batch.engine.run.failed_images import FailedImages
-from cellseg_batch.engine.run.output_paths import place_output
+from cellseg_batch.engine.run.output_paths import output_paths
 from cellseg_batch.engine.run.records import BLOCKS, Manifest
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, OUTPUT_SUFFIX, find_images
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node
@@ -134,7 +134,7 @@ def find_journals(paths: list[Path], name: str, output: Path | None) -> dict[Pat
         for image in images:
             with suppress(SlideError):
                 if isinstance(image, Slide):
-                    found[place_output(image, name, output).journal] = image.location
+                    found[output_paths(image, name, output).journal] = image.location
         found |= {journal: found.get(journal, "") for journal in there}
     return found
 

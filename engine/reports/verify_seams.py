@@ -22,7 +22,7 @@ from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.inference.session import Session, compile_network
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.run.output_paths import place_output
+from cellseg_batch.engine.run.output_paths import output_paths
 from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
 from cellseg_batch.engine.run.working_scale import downscale_plan, settle_downscale
 from cellseg_batch.engine.settings import Settings
@@ -109,7 +109,7 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
     slide = first_slide(find_images(path, settings.axes))
     bundle = load_model(settings.model)
     model_pool = ModelPool(bundle, settings)
-    plan = plan_slide(slide, place_output(slide, settings.name, None), settings, bundle.card)
+    plan = plan_slide(slide, output_paths(slide, settings.name, None), settings, bundle.card)
     with SlideReader(slide, plan.level.level, plan.channels.indices) as reader:
         factor = settle_downscale(plan, settings, model_pool, reader)
         plan, backend = downscale_plan(plan, settings, bundle, factor), model_pool.downscaled(model_pool.chosen, factor)

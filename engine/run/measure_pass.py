@@ -83,17 +83,17 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord])
     from cellseg_batch.engine.objects.columns import Origin
     from cellseg_batch.engine.objects.table import ChannelQuality, Provenance, write_table
 
-    place, slide = plan.place, plan.slide
+    paths, slide = plan.paths, plan.slide
     labelled, quality = 0, [Quality()] * len(measured_channels(slide))
     for record in records:
         labelled += record.labelled
         quality = [sums + more for sums, more in zip(quality, record.quality, strict=True)]
     names = channel_names(slide)
     full, shape = slide.plane_shape(0), plan.grid.lattice.shape
-    manifest: Any = zarr.open_group(zarr_store(place.store), path=place.labels, mode="r").attrs[OUTPUT_MARK]
+    manifest: Any = zarr.open_group(zarr_store(paths.store), path=paths.labels, mode="r").attrs[OUTPUT_MARK]
     provenance = Provenance(
         image=slide.location,
-        labels=str(place.labels_folder),
+        labels=str(paths.labels_folder),
         shape=(*slide.plane_grid(plan.level.level), *shape),
         pixel_size_um=plan.level.pixel_size_um,
         level0_scale=(full[0] / shape[0], full[1] / shape[1]),
@@ -111,7 +111,7 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord])
         pixel_size_um=plan.level.pixel_size_um,
         channels=names,
     )
-    return TableRecord(write_table(place.objects, origin, merge_parts(parts), provenance))
+    return TableRecord(write_table(paths.table, origin, merge_parts(parts), provenance))
 
 
 def measured_channels(slide: Slide) -> tuple[int, ...]:

@@ -134,7 +134,7 @@ def open_slide(
     here = model_pool.backend(backend.name, backend.precision, plan.downscale)
     if here.version != backend.version:
         raise OutputError(
-            str(plan.place.labels_folder),
+            str(plan.paths.labels_folder),
             expected=f"{backend.name} {backend.version} in every worker, as these labels were begun with it",
             found=here.version,
             remedy="install one version everywhere",
@@ -149,22 +149,22 @@ def open_slide(
         probability=probability,
         scratch=scratch,
         scratch_probability=scratch_probability,
-        journal=Journal(plan.place.journal),
+        journal=Journal(plan.paths.journal),
         clock=clock,
     )
 
 
 def output_images(plan: SlidePlan) -> tuple[ImageWriter, ImageWriter | None]:
     """The labels and, if it is wanted, the probability of a slide."""
-    place = plan.place
-    layout = lay_out(plan.slide, plan.level.level, plan.grid, place.zarr_format)
+    paths = plan.paths
+    layout = lay_out(plan.slide, plan.level.level, plan.grid, paths.zarr_format)
     ids = layout if plan.instances is None else replace(layout, dtype="uint32")
-    probability = ImageWriter(place.companion, place.probability, layout) if plan.probability else None
-    return ImageWriter(place.store, place.labels, ids), probability
+    probability = ImageWriter(paths.companion, paths.probability, layout) if plan.probability else None
+    return ImageWriter(paths.store, paths.labels, ids), probability
 
 
 def scratch_of(plan: SlidePlan) -> tuple[Scratch | None, Scratch | None]:
     """The codes and the probability of a slide between its passes, as far as they are needed."""
-    journal = plan.place.journal
+    journal = plan.paths.journal
     codes = Scratch(journal, "codes", np.uint32, plan.frame) if plan.frame is not None else None
     return codes, Scratch(journal, "probability", np.uint8, frame=0) if plan.objects else None

@@ -11,7 +11,7 @@ from cellseg_batch.engine.inference.background import flat_limit
 from cellseg_batch.engine.inference.normalise import Bounds, sample_slide, settle_bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.objects.seeds import InstanceRule, instance_rule
-from cellseg_batch.engine.run.output_paths import Place
+from cellseg_batch.engine.run.output_paths import OutputPaths
 from cellseg_batch.engine.run.records import BackendIdentity, Decisions, InputPixels, ModelIdentity, TileLattice
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.level_and_channels import ChannelChoice, LevelChoice, choose_channels, choose_level
@@ -27,7 +27,7 @@ class SlidePlan:
 
     Attributes:
         slide: the image.
-        place: where its output goes.
+        paths: where its output goes.
         level: which resolution, and why.
         channels: which channels, and why.
         grid: the blocks, and through them the lattice of tiles.
@@ -43,7 +43,7 @@ class SlidePlan:
     """
 
     slide: Slide
-    place: Place
+    paths: OutputPaths
     level: LevelChoice
     channels: ChannelChoice
     grid: BlockGrid
@@ -120,12 +120,14 @@ def pick_margin(settings: Settings, card: Card) -> int:
     return card.exact_margin if settings.margin == "exact" else int(settings.margin)
 
 
-def plan_slide(slide: Slide, place: Place, settings: Settings, card: Card, bounds: Bounds | None = None) -> SlidePlan:
+def plan_slide(
+    slide: Slide, paths: OutputPaths, settings: Settings, card: Card, bounds: Bounds | None = None
+) -> SlidePlan:
     """Settle level, channels, lattice, blocks and normalisation of a slide.
 
     Args:
         slide: the image.
-        place: where its output goes.
+        paths: where its output goes.
         settings: what was asked for.
         card: of the model.
         bounds: of the normalisation, if they are settled already; else the slide is sampled.
@@ -161,7 +163,7 @@ def plan_slide(slide: Slide, place: Place, settings: Settings, card: Card, bound
     flat = flat_limit(bounds, card.normalisation) if skips else 0.0
     return SlidePlan(
         slide=slide,
-        place=place,
+        paths=paths,
         level=level,
         channels=channels,
         grid=lay_blocks(lattice, settings.block, slide.planes(level.level), ring=settings.stitch == "blend"),

@@ -96,7 +96,7 @@ class Worker:
                     where = prepared.plan.slide.location, slide_pass.name, number
                     _log.debug("%s: task %s/%d failed", *where, exc_info=True)
                     reason = error.detail if isinstance(error, CellsegError) else f"{type(error).__name__}: {error}"
-                    Journal(prepared.plan.place.journal).fail(slide_pass.name, number, reason)
+                    Journal(prepared.plan.paths.journal).fail(slide_pass.name, number, reason)
                     break
         return Outcome(number, reason, self.clock.drain())
 

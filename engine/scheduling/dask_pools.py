@@ -133,7 +133,7 @@ class DaskPool:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _WorkerSlot:
     """What a worker process of this machine is to be: whose worker, and with which GPU."""
 
     address: str
@@ -150,18 +150,18 @@ def _open_processes(devices: list[str | None], imports: Sequence[str]) -> Pool:
     with _signals_left_to_the_run():
         scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", **_SCHEDULER}}
         cluster = SpecCluster(workers={}, scheduler=scheduler, **_QUIET)
-        places = [_Place(cluster.scheduler_address, device) for device in devices]
+        slots = [_WorkerSlot(cluster.scheduler_address, device) for device in devices]
 
         def close(wait: bool) -> None:
             cluster.close()  # which has the workers end
             processes.close(_END_SECONDS if wait else 0.0)
 
         pool = DaskPool(Client(cluster), close, gpus=any(devices), most=len(devices))
-        processes = Processes(_serve, places, ("distributed", *imports), lambda why: pool.fail(_no_process(why)))
+        processes = Processes(_serve, slots, ("distributed", *imports), lambda why: pool.fail(_no_process(why)))
     return pool
 
 
-def _serve(place: _Place, started: Callable[[], None]) -> None:
+def _serve(slot: _WorkerSlot, started: Callable[[], None]) -> None:
     """Be a worker until the scheduler is gone."""
     import dask
     from distributed import Worker
@@ -170,12 +170,12 @@ def _serve(place: _Place, started: Callable[[], None]) -> None:
     dask.config.set({"distributed.worker.profile.enabled": False})
     logging.getLogger("distributed").setLevel(logging.ERROR)
     options: dict[str, Any] = {"nthreads": THREADS_PER_PROCESS, "memory_limit": 0, "host": "127.0.0.1"}
-    if place.device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = place.device
+    if slot.device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = slot.device
         options["resources"] = {_GPU: THREADS_PER_PROCESS}
 
     async def work() -> None:
-        async with Worker(place.address, dashboard=False, **options) as worker:
+        async with Worker(slot.address, dashboard=False, **options) as worker:
             started()
             await worker.finished()
 

@@ -211,9 +211,9 @@ def export_half(bundle: Bundle, sides: tuple[int, int], device: Device) -> Expor
 
     Its logits are not clamped: what TensorRT's clamp makes of NaN is not laid down, and NaN is how an overflow is seen.
     """
-    network = _with_plain_clamps(fold_batch_norm(build_torch_network(bundle))).half().to(device.place)
+    network = _with_plain_clamps(fold_batch_norm(build_torch_network(bundle))).half().to(device.torch_device)
     # An example of batch 1 would be taken for a constant.
-    example = torch.zeros(2, bundle.card.channels, *sides, dtype=torch.half, device=device.place)
+    example = torch.zeros(2, bundle.card.channels, *sides, dtype=torch.half, device=device.torch_device)
     batch = Dim("batch", min=1, max=_LARGEST_BATCH)
     with torch.no_grad(), _quiet():
         return torch.export.export(network, (example,), dynamic_shapes=({0: batch},))

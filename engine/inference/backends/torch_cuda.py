@@ -52,7 +52,7 @@ class TorchCudaBackend:
         with torch.no_grad():
             side = bundle.card.total_stride
             self._outputs = network(torch.zeros(1, bundle.card.channels, side, side)).shape[1]
-        self._network = network.half().to(device.place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._network = network.half().to(device.torch_device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compiled:
             self._network = torch.compile(self._network, fullgraph=True, dynamic=False)
             # Each batch shape is compiled on its own, and a folder of small images may have many.

@@ -17,7 +17,7 @@ from cellseg_batch.engine.objects.columns import Column
 from cellseg_batch.engine.objects.scratch import Scratch
 from cellseg_batch.engine.objects.table import read_provenance
 from cellseg_batch.engine.run.measure_pass import measure_block, measured_channels, write_objects
-from cellseg_batch.engine.run.output_paths import place_output
+from cellseg_batch.engine.run.output_paths import output_paths
 from cellseg_batch.engine.run.slide_plan import plan_slide
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
@@ -36,14 +36,14 @@ def measured(tmp_path, tiny_bundle):
         channels = [{"label": "a"}, {"label": "b"}]
         write_ome_zarr(path, pixels, axes=axes, levels=2, um=0.25, channels=channels)
         (slide,) = find_images(path)
-        place = place_output(slide, "cellseg", None)
-        group = zarr.open_group(str(place.store), mode="r+").require_group(place.labels)
+        paths = output_paths(slide, "cellseg", None)
+        group = zarr.open_group(str(paths.store), mode="r+").require_group(paths.labels)
         fill_ome_zarr(group, path, labels, axes=axes.replace("c", ""), levels=1)
         group.attrs["cellseg-batch-output"] = {"model": "tiny"}
         settings = Settings(tile=96, block=block, level=0)
-        plan = plan_slide(slide, place, settings, tiny_bundle.card)
+        plan = plan_slide(slide, paths, settings, tiny_bundle.card)
         records = []
-        probability = Scratch(place.journal, "probability", "uint8", frame=0)
+        probability = Scratch(paths.journal, "probability", "uint8", frame=0)
         probability.create()
         planes = np.pad(np.atleast_3d(labels.T).T, ((0, 0), (HALO, HALO), (HALO, HALO)))
         with SlideReader(slide, 0, measured_channels(slide)) as reader:
@@ -53,7 +53,7 @@ def measured(tmp_path, tiny_bundle):
                 records.append(measure_block(plan, block, around, reader, probability))
         assert len(plan.grid) > 1
         assert write_objects(plan, probability.objects, records) == len(np.unique(labels)) - 1
-        return place.objects
+        return paths.table
 
     return call
 
