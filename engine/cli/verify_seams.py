@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cellseg_batch.engine.reports.verify_seams import SeamReport
 
 
-@takes_settings(*ENGINE, "threshold", "tile", "margin", "block", "level", "pixel_size", "shrink", "channel", "axes")
+@takes_settings(*ENGINE, "threshold", "tile", "margin", "block", "level", "pixel_size", "downscale", "channel", "axes")
 def verify_seams(
     slide: Slide,
     settings: Settings,
