@@ -23,7 +23,9 @@ _MOST_ROWS = 20
 _COUNTS = ("blocks", "tiles", "bytes_in", "bytes_out", "files")
 
 
-@takes_settings(*ENGINE, *TILES, "max_memory", *SLIDE, "output", "name", "instances", "probability")
+@takes_settings(
+    *ENGINE, *TILES, "max_memory", *SLIDE, "wells", "fields", "output", "name", "instances", "objects", "probability"
+)
 def plan(
     slides: Slides,
     settings: Settings,
@@ -59,12 +61,17 @@ def print_estimate(estimate: Estimate, console: Console) -> None:
     if estimate.mpx_per_s:
         console.print(
             f"{estimate.processes} worker process{'es' * (estimate.processes > 1)}, each at most "
-            f"{estimate.peak_bytes / 1e6:.0f} MB and {estimate.mpx_per_s:.2f} Mpx/s (measured on "
+            f"{estimate.peak_bytes / 1e6:.0f} MB and {estimate.mpx_per_s:.2f} Mpx/s{_objects(estimate)} (measured on "
             f"{estimate.measured_mpx:.1f} Mpx with {estimate.backend} {estimate.precision}); bytes are before "
             "compression, files at most",
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _objects(estimate: Estimate) -> str:
+    counts = [slide.objects for slide in estimate.slides if slide.objects is not None]
+    return f", about {sum(counts):,} objects" if counts else ""
 
 
 def _figures(counts: list[int], seconds: float) -> tuple[str, ...]:

@@ -20,8 +20,10 @@ from cellseg_batch.engine.errors import SlideError
 from cellseg_batch.engine.geometry import BlockGrid, Box
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.models import load_model
+from cellseg_batch.engine.objects.merge import FinalIds
 from cellseg_batch.engine.run.campaign import run_images
 from cellseg_batch.engine.run.lifecycle import block_bytes
+from cellseg_batch.engine.run.measure_pass import measured_channels
 from cellseg_batch.engine.run.open_slide import output_images
 from cellseg_batch.engine.run.output_paths import output_paths, refuse_output_inside
 from cellseg_batch.engine.run.pipeline import passes_of
@@ -30,6 +32,7 @@ from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.label_layout import Layout
+from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.storage.atomic_files import BUCKET
 from cellseg_batch.trainer.bundle import Card
@@ -37,6 +40,8 @@ from cellseg_batch.trainer.bundle import Card
 # Tiles along a side of what is measured.
 _TILES = 2
 _COUNTS = ("blocks", "tiles", "bytes_in", "bytes_out", "files")
+# The ids that the merge has settled are an array a field, in a folder of their own, beside the folder of all scratch.
+_FILES_OF_FINAL_IDS = len(FinalIds.__dataclass_fields__) + 2
 # Stages that other threads work on while the device is busy.
 _BESIDE = ("read", "seeds", "growth", "measure", "write", "pyramid")
 
@@ -52,7 +57,8 @@ class SlideEstimate:
         blocks, tiles: how many.
         bytes_in: decoded pixels that are read, halos included.
         bytes_out: of the outputs before compression, pyramid included.
-        files: at most so many files and folders come into being.
+        files: at most so many files and folders come into being, those between passes included.
+        objects: as many as the measured part has for its pixels; None for a mask.
         peak_bytes: host memory of a worker process; 0 when nothing could be measured.
         seconds: by the measured rate, on one worker process.
     """
@@ -65,6 +71,7 @@ class SlideEstimate:
     bytes_in: int = 0
     bytes_out: int = 0
     files: int = 0
+    objects: int | None = None
     peak_bytes: int = 0
     seconds: float = 0.0
 
@@ -130,8 +137,10 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
     """
     refuse_output_inside(settings.output, inputs)
     card = load_model(settings.model).card
-    entries = [_lay(image, settings, card) for path in inputs for image in find_images(path, settings.axes)]
-    whole = Estimate(processes, 0.0, 0.0, "", "", [one for one, _ in entries])
+    choice = FieldChoice(settings.wells, settings.fields)
+    images = (image for path in inputs for image in find_images(path, settings.axes, choice))
+    entries = [_lay(image, settings, card) for image in images]
+    whole = Estimate(processes, 0.0, 0.0, "", "", [entry for entry, _ in entries])
     plans = [plan for _, plan in entries if plan is not None]
     if not plans:
         return whole
@@ -140,11 +149,14 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
     whole = replace(whole, backend=report.backend, precision=report.precision)
     if sample is None or report.status == "failed":
         reason = f"a sample of it could not be segmented: {report.slides[0].reason}"
-        return replace(whole, slides=[replace(one, reason=reason) if plan is largest else one for one, plan in entries])
+        slides = [replace(entry, reason=reason) if plan is largest else entry for entry, plan in entries]
+        return replace(whole, slides=slides)
     per_pixel = _seconds_per_pixel(report, settings.workers)
     on_gpu = KNOWN_BACKENDS[report.backend].on_gpu
     held = report.planned_peak_bytes - report.workers * block_bytes(sample, on_gpu)
-    slides = [one if plan is None else _weigh(one, plan, settings, per_pixel, held, report) for one, plan in entries]
+    slides = [
+        entry if plan is None else _weigh(entry, plan, settings, per_pixel, held, report) for entry, plan in entries
+    ]
     return replace(whole, measured_mpx=sample.pixels / 1e6, mpx_per_s=1e-6 / per_pixel, slides=slides)
 
 
@@ -158,18 +170,26 @@ def _lay(image: Slide | UnreadableImage, settings: Settings, card: Card) -> tupl
         plan = plan_slide(image, paths, settings, card, Bounds(0.0, 1.0))
     except SlideError as error:
         return SlideEstimate(image.location, error.detail), None
-    layouts = [one.layout for one in output_images(plan) if one is not None]
+    layouts = [image.layout for image in output_images(plan) if image is not None]
     pixels = sum(math.prod(shape) for shape in layouts[0].shapes)
     entry = SlideEstimate(
         path=image.location,
         pixels=plan.pixels,
         blocks=len(plan.grid),
         tiles=plan.tiles,
-        bytes_in=pixels_read(plan.grid) * len(plan.channels.indices) * np.dtype(image.dtype).itemsize,
+        bytes_in=values_read(plan) * np.dtype(image.dtype).itemsize,
         bytes_out=pixels * sum(np.dtype(layout.dtype).itemsize for layout in layouts),
-        files=sum(map(most_files, layouts)) + most_records([one.count for one in passes_of(plan)]),
+        files=sum(map(most_files, layouts))
+        + most_records([each.count for each in passes_of(plan)])
+        + most_scratch_files(plan),
     )
     return entry, plan
+
+
+def values_read(plan: SlidePlan) -> int:
+    """Values of all channels that are read: to segment and, without the few px around blocks, to measure objects."""
+    measured = len(measured_channels(plan.slide)) * plan.pixels if plan.objects else 0
+    return pixels_read(plan.grid) * len(plan.channels.indices) + measured
 
 
 def pixels_read(grid: BlockGrid) -> int:
@@ -196,6 +216,15 @@ def most_files(layout: Layout) -> int:
 def most_records(counts: list[int]) -> int:
     """Files and folders of a journal whose parts have so many records."""
     return sum(count + -(-count // BUCKET) + 1 for count in counts) + 12
+
+
+def most_scratch_files(plan: SlidePlan) -> int:
+    """Files and folders that lie between the passes over a slide: codes, and what objects are measured with."""
+    if plan.instances is None:
+        return 0
+    blocks = len(plan.grid)
+    kinds = 3 if plan.objects else 1  # codes; probability and moments
+    return kinds * (blocks + -(-blocks // BUCKET) + 2) + _FILES_OF_FINAL_IDS
 
 
 def _measure(plan: SlidePlan, settings: Settings, racing: Callable[[], None]) -> tuple[RunReport, SlidePlan | None]:
@@ -240,7 +269,7 @@ def _seconds_per_pixel(report: RunReport, workers: int) -> float:
 
 
 def _weigh(
-    one: SlideEstimate, plan: SlidePlan, settings: Settings, per_pixel: float, held: int, measured: RunReport
+    entry: SlideEstimate, plan: SlidePlan, settings: Settings, per_pixel: float, held: int, measured: RunReport
 ) -> SlideEstimate:
     """The estimate with memory and time; refused if it fits neither ``max_memory`` nor this machine."""
     on_gpu = KNOWN_BACKENDS[measured.backend].on_gpu
@@ -255,4 +284,7 @@ def _weigh(
         reason = (
             f"expected at most {limit} bytes of memory, found {peak} for one worker; use a smaller `block` or `tile`"
         )
-    return replace(one, peak_bytes=peak, seconds=per_pixel * plan.pixels, reason=reason)
+    objects = measured.slides[0].objects
+    if objects is not None:
+        objects = round(objects * plan.pixels / measured.slides[0].pixels)
+    return replace(entry, objects=objects, peak_bytes=peak, seconds=per_pixel * plan.pixels, reason=reason)

@@ -85,8 +85,8 @@ def check_table(table, labels, pixels, channels):
     np.testing.assert_array_equal(table["touches_border"], np.isin(expected["label"], border))
 
 
-def write_plate(path, wells, fields):
-    """The groups of a plate; a small image in every field."""
+def write_plate(path, wells, fields, side=8):
+    """A plate with an image of ``side`` px in every field: empty ones of 8 px, else with blobs."""
     plate = zarr.open_group(str(path), mode="w")
     rows, columns = (sorted({well.split("/")[part] for well in wells}) for part in (0, 1))
     listed = [{"path": well, "rowIndex": 0, "columnIndex": 0} for well in wells]
@@ -96,5 +96,6 @@ def write_plate(path, wells, fields):
         group = plate.require_group(well)
         group.attrs["ome"] = {"version": "0.5", "well": {"images": [{"path": field} for field in fields]}}
         for field in fields:
-            fill_ome_zarr(group.create_group(field), path, np.zeros((1, 8, 8), np.uint8), levels=1)
+            pixels = blobs(side, side, 1) if side > 8 else np.zeros((1, side, side), np.uint8)
+            fill_ome_zarr(group.create_group(field), path, pixels, levels=1)
     return path

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import zarr
 
+from cellseg_batch.engine.geometry import fit_lattice, lay_blocks
 from cellseg_batch.engine.reports.plan import estimate, pixels_read
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
-from tests.support.images import blobs, write_ome_zarr
+from tests.support.images import blobs, write_ome_zarr, write_plate
 
 
 @pytest.fixture
@@ -104,3 +105,50 @@ def test_a_slide_of_many_tiles_and_a_model_that_takes_percentiles(tmp_path, comm
     content = json.loads((tmp_path / "plan.json").read_text())
     assert content["tiles"] >= 9
     assert content["seconds"] > 0
+
+
+def large_slide(path, side):
+    """A slide of which only the middle has been written: the rest is as the array's fill value."""
+    group = zarr.open_group(str(path), mode="w")
+    array = group.create_array("0", shape=(3, side, side), chunks=(3, 512, 512), dtype="uint8", fill_value=20)
+    middle = slice(side // 2 - 512, side // 2 + 512)
+    array[:, middle, middle] = blobs(1024, 1024)
+    axes = [{"name": "c", "type": "channel"}, *({"name": axis, "type": "space"} for axis in "yx")]
+    scale = [{"type": "scale", "scale": [1.0, 0.5, 0.5]}]
+    datasets = [{"path": "0", "coordinateTransformations": scale}]
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": datasets, "name": "large"}]}
+    return path
+
+
+@pytest.mark.parametrize("side", [8192, 32768])
+@pytest.mark.parametrize("objects", [[], ["--objects"]])
+def test_large_slides_through_the_command_line(tmp_path, command, side, objects):
+    path = large_slide(tmp_path / "a.zarr", side)
+    flags = ["--backend", "openvino", "--precision", "fp32", "--no-gate", "--tile", 512, "--block", 2048]
+    code, said = command("plan", path, *flags, *objects, "--json", tmp_path / "plan.json")
+    assert code == 0, said
+    content = json.loads((tmp_path / "plan.json").read_text())
+    (slide,) = content["slides"]
+    grid = lay_blocks(fit_lattice((side, side), 512, 64, 16), 2048)
+    rows, columns = grid.lattice.grid
+    assert (slide["tiles"], slide["blocks"], slide["pixels"]) == (rows * columns, len(grid), side**2)
+    assert slide["tiles"] >= (side // (512 - 2 * 64)) ** 2
+    assert slide["bytes_in"] == 3 * (pixels_read(grid) + bool(objects) * side**2)
+    assert slide["bytes_out"] == (4 if objects else 1) * side**2
+    assert slide["seconds"] == pytest.approx(side**2 / 1e6 / content["mpx_per_s"])
+    assert (slide["objects"] is not None) == bool(objects)
+    assert slide["peak_bytes"] > 100e6
+
+
+def test_a_plate_with_objects_is_what_the_run_then_writes(tmp_path, command):
+    plate = write_plate(tmp_path / "plate.zarr", ["A/01", "A/02", "B/01"], ["0", "1"], side=96)
+    flags = ["--backend", "openvino", "--precision", "fp32", "--no-gate", "--objects", "--wells", "A*", "--fields", "0"]
+    out = tmp_path / "out"
+    code, said = command("plan", plate, *flags, "-o", out, "--json", tmp_path / "plan.json")
+    assert code == 0, said
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert (content["images"], content["blocks"], content["tiles"]) == (2, 2, 2)
+    assert command("run", plate, *flags, "-o", out)[0] == 0
+    summary = {"wells", "fields", "heatmap"}
+    files = sum(path.stem not in summary for path in out.rglob("*"))
+    assert files <= content["files"]
