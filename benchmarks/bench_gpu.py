@@ -22,8 +22,9 @@ from gpu_bench import Bench, Row
 from gpu_kernels import measure_kernels
 from roofline import least_seconds
 
+from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.inference.backends.cuda import Device
-from cellseg_batch.engine.inference.backends.registry import KINDS, make_backend, why_not
+from cellseg_batch.engine.inference.backends.registry import make_backend, why_not
 from cellseg_batch.engine.models import build_torch_network, load_model
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import Bundle, Card, Normalisation
@@ -73,7 +74,7 @@ def measure_networks(bench: Bench, backend: str) -> list[Row]:
 
 def _on(bench: Bench, bundle: Bundle, backend: str, artefacts: Artefacts) -> Any:
     if bench.device.is_gpu:
-        return make_backend(bundle, backend, "fp16", 1, artefacts, str(bench.device.place))
+        return make_backend(bundle, backend, "fp16", 1, artefacts, str(bench.device.torch_device))
     from cellseg_batch.engine.inference.backends.torch_cuda import TorchCudaBackend
 
     return TorchCudaBackend(bundle, bench.device, compiled=False)
@@ -107,7 +108,7 @@ def measure_run(bench: Bench, folder: Path, name: str, backend: str, workers: in
     if not bench.device.is_gpu:
         return [{"backend": backend, "missing": "no GPU"}]
     report, path = folder / "report.json", input_in(folder, name, 16384)
-    device = str(bench.device.place)
+    device = str(bench.device.torch_device)
     flags = ["--backend", backend, "--device", device, "--workers", str(workers), "--batch", str(batch), "--no-gate"]
     flags += ["--downscale", "1", "--skip-background", "off", "--overwrite", "-q"]
     command = [sys.executable, "-c", _RUN, "run", str(path), *flags, "--json", str(report)]
@@ -137,7 +138,7 @@ def measure_monai(bench: Bench, folder: Path) -> list[Row]:
     from monai.inferers import sliding_window_inference
 
     bundle = load_model("nuclei")
-    network = build_torch_network(bundle).to(bench.device.place).to(memory_format=torch.channels_last)
+    network = build_torch_network(bundle).to(bench.device.torch_device).to(memory_format=torch.channels_last)
     network = network.half() if bench.device.is_gpu else network
     tile, at_once = (64, 2) if bench.tiny else (512, 16)
     source = zarr.open_array(str(input_in(folder, "slide", 128 if bench.tiny else 8192)), path="0", mode="r")
@@ -151,7 +152,7 @@ def measure_monai(bench: Bench, folder: Path) -> list[Row]:
     seconds = 0.0
     for _ in range(2):  # the first one warms up
         start = time.perf_counter()
-        pixels = torch.from_numpy(source[...]).to(bench.device.place)[None].to(kind) / 255
+        pixels = torch.from_numpy(source[...]).to(bench.device.torch_device)[None].to(kind) / 255
         with torch.inference_mode():
             logits = sliding_window_inference(pixels, (tile, tile), at_once, foreground, 0.25, "gaussian")
         target[...] = (logits[0, 0] > 0).to(torch.uint8).cpu().numpy()
@@ -174,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     bench.part("ceilings", bench.measure_ceilings)
     bench.part("kernels", lambda: measure_kernels(bench))
     bench.part("networks", lambda: measure_networks(bench, "torch-cuda"))
-    others = [name for name, kind in KINDS.items() if kind.on_gpu and name != "torch-cuda"]
+    others = [name for name, entry in KNOWN_BACKENDS.items() if entry.on_gpu and name != "torch-cuda"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bench.part("run", lambda: measure_run(bench, folder, "slide", "torch-cuda", 4, 1))

@@ -54,7 +54,7 @@ def val(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         shutil.copy(arguments.data / "images" / f"{name}.png", pictures)
     images = folder / "images.zarr"
     finish([*COMMAND, "convert", str(pictures), str(images)])
-    report = segment(images, folder / "val", *engine_flags("fp32"), "--instances", keep=True, shrink=True)
+    report = segment(images, folder / "val", *engine_flags("fp32"), "--instances", keep=True, downscale=True)
     precisions, alike, objects = [], 0, 0
     for number, slide in enumerate(report["slides"]):
         found, sample = labels_of(report, number), samples[Path(slide["path"]).stem]
@@ -78,7 +78,7 @@ def truth(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         pieces = pieces_of(arguments.data, kind)
         slide = write_slide(folder / f"{kind}.zarr", Form(arguments.side), pieces)
         flags = [*engine_flags(arguments.precision), *_OBJECTS]
-        report = segment(slide, folder / "truth", *flags, keep=True, shrink=True)
+        report = segment(slide, folder / "truth", *flags, keep=True, downscale=True)
         true = np.asarray(zarr.open_array(str(slide), path="labels/truth", mode="r")[...])
         figures = score(labels_of(report), true, cuts(arguments.side, len(pieces[0][0])))
         rows.append(row(kind, [report["mpx_per_s"]], pictures=len(pieces), **figures))

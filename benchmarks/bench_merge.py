@@ -7,25 +7,24 @@ the next block's.  What is measured is what a run does: records become ids, whic
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import resource
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cellseg_batch.engine.geometry import Block, BlockGrid, Lattice
-from cellseg_batch.engine.objects.merge import Merged, merge_seeds
+from cellseg_batch.engine.objects.merge import FinalIds, merge_seeds
+from cellseg_batch.engine.objects.seeds import EdgeSeeds, SeedRecord, SideRuns
 
 _BLOCK, _PITCH, _WIDTH = 4096, 50, 30
 
 
-def records(grid: BlockGrid, seeds: int) -> Iterator[tuple[Block, dict[str, Any]]]:
-    """Every block with a record as the journal would give it."""
+def records(grid: BlockGrid, seeds: int) -> Iterator[tuple[Block, SeedRecord]]:
+    """Every block with its record."""
     height, width = grid.lattice.shape
     starts = np.arange(0, _BLOCK - _WIDTH, _PITCH)
     for block in grid:
@@ -35,13 +34,12 @@ def records(grid: BlockGrid, seeds: int) -> Iterator[tuple[Block, dict[str, Any]
         for number, (side, is_open) in enumerate(sides.items()):
             if is_open:
                 own = 1 + number * len(starts) + np.arange(len(starts))
-                runs[side] = [own.tolist(), starts.tolist(), (starts + _WIDTH).tolist()]
+                runs[side] = SideRuns(own.tolist(), starts.tolist(), (starts + _WIDTH).tolist())
                 along = starts if side in ("top", "bottom") else 0 * starts + (_BLOCK - 1) * (side == "right")
                 down = starts if side in ("left", "right") else 0 * starts + (_BLOCK - 1) * (side == "bottom")
                 ids += own.tolist()
                 firsts += ((box.y0 + down) * width + box.x0 + along).tolist()
-        edges = {"ids": ids, "areas": [300] * len(ids), "firsts": firsts}
-        yield block, json.loads(json.dumps({"cells": [seeds], "edges": edges, "sides": runs}))
+        yield block, SeedRecord([seeds], EdgeSeeds(ids, [300] * len(ids), firsts), runs)
 
 
 def main() -> None:
@@ -59,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         merged.save(Path(folder))
         start = time.perf_counter()
-        Merged.load(Path(folder)).codes_of(grid[len(grid) // 2], grid)
+        FinalIds.load(Path(folder)).codes_of(grid[len(grid) // 2], grid)
         lookup = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"{side} x {side} blocks, {merged.objects / 1e6:.1f} million objects")

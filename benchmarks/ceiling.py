@@ -9,6 +9,7 @@ ratios of neighbours.
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -21,9 +22,9 @@ from common import row
 
 from cellseg_batch.engine.geometry import fit_lattice
 from cellseg_batch.engine.inference.backends.protocol import Shape
-from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.inference.normalise import Bounds
-from cellseg_batch.engine.inference.session import Feed
+from cellseg_batch.engine.inference.session import Session
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.slide_plan import pick_margin
 from cellseg_batch.engine.settings import Settings
@@ -40,28 +41,28 @@ def main() -> None:
     margin = pick_margin(settings, bundle.card)
     lattice = fit_lattice((side, side), settings.tile, margin, bundle.card.total_stride)
     shape = (1, 3, *lattice.tile)
-    engines = Engines(bundle, settings)
+    model_pool = ModelPool(bundle, settings)
     ours, theirs = [], []
     pixels = np.random.default_rng(0).integers(0, 256, shape[1:], np.uint8)
     rows, columns = (np.arange(length)[None] for length in lattice.tile)
-    with engines.feed(engines.chosen, shape, "uint8") as feed:
-        feed.fill(pixels, rows, columns, Bounds(0.0, 255.0))
+    with model_pool.session(model_pool.chosen, shape, "uint8") as session:
+        session.fill(pixels, rows, columns, Bounds(0.0, 255.0))
         for _ in range(turns):
-            ours.append(_loop(feed))
+            ours.append(_loop(session))
             theirs.append(_benchmark_app(bundle.foreground.sha256, precision, shape))
     share = median(one / other for one, other in zip(ours, theirs, strict=True))
-    print(json.dumps(row("the engine's feed", ours, of_benchmark_app=share)))
+    print(json.dumps(row("the engine's session", ours, of_benchmark_app=share)))
     print(json.dumps(row("OpenVINO's benchmark_app, latency hint", theirs)))
 
 
-def _loop(feed: Feed) -> float:
+def _loop(session: Session) -> float:
     """Mpx/s of a batch that is computed again and again."""
-    feed.logits()
+    session.logits()
     count, start = 0, time.perf_counter()
     while (seconds := time.perf_counter() - start) < _SECONDS:
-        feed.logits()
+        session.logits()
         count += 1
-    return count * feed.shape[0] * feed.shape[2] * feed.shape[3] / 1e6 / seconds
+    return count * math.prod(session.network.shape[::2]) * session.network.shape[3] / 1e6 / seconds
 
 
 def _benchmark_app(sha256: str, precision: str, shape: Shape) -> float:

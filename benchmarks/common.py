@@ -51,15 +51,15 @@ def finish(command: list[str], **environment: str) -> Finished:
     return Finished(time.perf_counter() - start, done.stdout)
 
 
-def segment(slide: Path, out: Path, *flags: str, keep: bool = False, shrink: bool = False) -> dict[str, Any]:
+def segment(slide: Path, out: Path, *flags: str, keep: bool = False, downscale: bool = False) -> dict[str, Any]:
     """Run ``cellseg-batch run`` in a process of its own; its JSON report, with ``wall`` and ``peak_mb`` of the process.
 
-    ``keep`` leaves the labels in ``out``; the background is computed, and unless ``shrink`` every slide as it is.
+    ``keep`` leaves the labels in ``out``; the background is computed, and unless ``downscale`` every slide as it is.
     """
     shutil.rmtree(out, ignore_errors=True)
     report = out.with_suffix(".json")
     usual = ["--output", str(out), "--json", str(report), "--quiet", "--skip-background", "off"]
-    usual += [] if shrink else ["--downscale", "1"]
+    usual += [] if downscale else ["--downscale", "1"]
     done = finish([*COMMAND, "run", str(slide), *usual, *flags])
     if not keep:
         shutil.rmtree(out)

@@ -71,6 +71,6 @@ class Bench:
         target = torch.empty_like(source)
         self.copy = 2 * source.numel() / self.seconds(lambda: target.copy_(source))
         side = 64 if self.tiny else 8192
-        left, right = (torch.randn(side, side, device=self.device.place).half() for _ in range(2))
+        left, right = (torch.randn(side, side, device=self.device.torch_device).half() for _ in range(2))
         self.flops = 2 * side**3 / self.seconds(lambda: torch.matmul(left, right))
         return [{"copy_gb_per_s": self.copy / 1e9, "float16_tflops": self.flops / 1e12}]

@@ -56,7 +56,7 @@ def measure_kernels(bench: Bench) -> list[Row]:
 
 
 def _cases(bench: Bench, side: int) -> list[Case]:
-    place = bench.device.place
+    torch_device = bench.device.torch_device
     tile, margin, overlap = (48, 8, 8) if bench.tiny else (640, 64, 64)
     core, area = tile - 2 * margin, side * side
     corners = np.array([(y, x) for y in range(0, side, core) for x in range(0, side, core)])
@@ -66,11 +66,11 @@ def _cases(bench: Bench, side: int) -> list[Case]:
     rows, columns = (np.minimum(starts[:, None] + np.arange(tile), side - 1) for starts in corners.T)
     # More than the cache of any GPU holds, so that each call finds its input in memory.
     copies = 1 if bench.tiny else max(2, (1 << 28) // area)
-    logits = [torch.randn(count, 1, tile, tile, device=place).half() for _ in range(copies)]
-    pixels = [torch.randint(0, 256, (3, side, side), device=place).to(torch.uint8) for _ in range(copies)]
+    logits = [torch.randn(count, 1, tile, tile, device=torch_device).half() for _ in range(copies)]
+    pixels = [torch.randint(0, 256, (3, side, side), device=torch_device).to(torch.uint8) for _ in range(copies)]
     blended = [one[:, :, : core + overlap, : core + overlap] for one in logits]
-    batch = torch.empty(count, 3, tile, tile, dtype=torch.half, device=place)
-    mask = torch.empty(side, side, dtype=torch.uint8, device=place)
+    batch = torch.empty(count, 3, tile, tile, dtype=torch.half, device=torch_device)
+    mask = torch.empty(side, side, dtype=torch.uint8, device=torch_device)
 
     def stitch_mask(number: int) -> None:
         stitch_triton.stitch_mask(logits[number], places, 0.0, mask)

@@ -14,7 +14,7 @@ from common import engine_flags, row, segment
 from rich.console import Console
 
 from cellseg_batch.engine.cli.progress import Screen
-from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.profiling.isolated_stages import measure_alone, opened_alone
 from cellseg_batch.engine.profiling.sample import take_sample
@@ -35,7 +35,7 @@ def main() -> None:
     )
     bundle = load_model(settings.model)
     observer = Screen(Console(), verbosity=-1)
-    model_pool = Engines(bundle, settings)
+    model_pool = ModelPool(bundle, settings)
     (part,) = take_sample(slide, settings, bundle.card.pixel_size_um)
     walls, commands, models = [], [], []
     with opened_alone(part, settings, model_pool, folder / "alone") as opened:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from cellseg_batch.engine.errors import CellsegError
-    from cellseg_batch.engine.inference.model_pool import Engines
+    from cellseg_batch.engine.inference.model_pool import ModelPool
     from cellseg_batch.engine.run.results import PlateReport, RunReport, SlideReport
     from cellseg_batch.engine.run.slide_plan import SlidePlan
     from cellseg_batch.engine.settings import Settings
@@ -130,11 +130,11 @@ def load_model(model: str = "nuclei", **settings: Any) -> Model:
     Raises:
         CellsegError: there is no such model, or no backend can do what was asked.
     """
-    from cellseg_batch.engine.inference.model_pool import Engines
+    from cellseg_batch.engine.inference.model_pool import ModelPool
     from cellseg_batch.engine.models import load_model as load_bundle
 
     chosen = _settings(model=model, **settings, instances=True)
-    return Model(chosen, Engines(load_bundle(chosen.model), chosen))
+    return Model(chosen, ModelPool(load_bundle(chosen.model), chosen))
 
 
 class Model:
@@ -149,7 +149,7 @@ class Model:
         model_pool: for instances; it keeps what is compiled from call to call.
     """
 
-    def __init__(self, settings: Settings, model_pool: Engines) -> None:
+    def __init__(self, settings: Settings, model_pool: ModelPool) -> None:
         self._settings = settings
         self._model_pools = {True: model_pool}
 
@@ -196,7 +196,7 @@ class Model:
 
         from cellseg_batch.engine.errors import SlideError
         from cellseg_batch.engine.run.campaign import run_images
-        from cellseg_batch.engine.run.output_paths import place_output
+        from cellseg_batch.engine.run.output_paths import output_paths
         from cellseg_batch.engine.slides.arrays import HeldArray
 
         with (
@@ -214,17 +214,17 @@ class Model:
             (outcome,) = report.slides
             if outcome.status != "done":
                 raise SlideError.with_detail("array", outcome.reason)
-            place = place_output(slide, settings.name, settings.output)
-            group = place.labels_folder if instances else place.probability_folder
+            paths = output_paths(slide, settings.name, settings.output)
+            group = paths.labels_folder if instances else paths.probability_folder
             return np.asarray(zarr.open_array(group / "0", mode="r")[...])
 
-    def _model_pool(self, settings: Settings) -> Engines:
+    def _model_pool(self, settings: Settings) -> ModelPool:
         """What is compiled for instances, or for the probability alone, which needs fewer outputs."""
-        from cellseg_batch.engine.inference.model_pool import Engines
+        from cellseg_batch.engine.inference.model_pool import ModelPool
 
         if settings.instances not in self._model_pools:
             objects = self._model_pools[True]
-            self._model_pools[settings.instances] = Engines(objects.bundle, settings, choice=objects.choice)
+            self._model_pools[settings.instances] = ModelPool(objects.bundle, settings, choice=objects.choice)
         return self._model_pools[settings.instances]
 
 

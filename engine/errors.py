@@ -11,7 +11,8 @@ CellsegError
     ├── ComputeError    the model gives no usable numbers for it
     └── OutputError     its labels cannot be written
 
-A message is one line: what was expected, what was found, the likely cause, the remedy.
+A message is one line: what was expected, what was found, the likely cause, the remedy.  Settings, and arguments of
+other functions, are in backticks, with a value or without (`tile`, `margin=64`); the command line writes them as flags.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class CellsegError(Exception):
     """An error with everything a user needs to act on it, on one line.
 
     Args:
-        subject: what the error is about (a path, a flag).
+        subject: what the error is about (a path, a setting).
         expected: what should have been there.
         found: what was there instead.
         cause: the likely cause, "" when it is plain from the rest.
@@ -111,5 +112,19 @@ def writing_to(path: Path, what: str) -> Iterator[None]:
             expected=f"{what} that can be written",
             found=f"{type(error).__name__}: {error}",
             cause="a read-only folder or a full disk",
-            remedy="make room or rights, or choose another --output; finished blocks are kept",
+            remedy="make room or rights, or choose another `output`; finished blocks are kept",
+        ) from error
+
+
+@contextmanager
+def trainer_errors(subject: str) -> Iterator[None]:
+    """Turn what the trainer refuses (OSError, ValueError) into a UsageError about ``subject``."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            subject,
+            expected="data, recipe, weights and folders that can be used together",
+            found=str(error),
+            remedy="see the README for the layouts of data and cellseg-batch train --help for recipes",
         ) from error

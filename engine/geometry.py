@@ -160,14 +160,14 @@ def fit_lattice(shape: tuple[int, int], tile: int, margin: int, total_stride: in
     if margin % total_stride:
         nearest = -(-margin // total_stride) * total_stride
         raise UsageError(
-            "--margin",
+            "`margin`",
             expected=f"a multiple of the network's total stride, {total_stride} px",
             found=f"{margin}",
-            remedy=f"use --margin {nearest}",
+            remedy=f"use `margin={nearest}`",
         )
     if tile < 2 * margin + total_stride:
         raise UsageError(
-            "--tile",
+            "`tile`",
             expected=f"at least {2 * margin + total_stride} px for margins of {margin} px",
             found=f"{tile}",
             remedy="use a larger tile or a smaller margin",
@@ -252,8 +252,8 @@ class BlockGrid:
         if not 0 <= index < len(self):
             raise IndexError(index)
         rows, columns = self.grid
-        plane, place = divmod(index, rows * columns)
-        row, column = divmod(place, columns)
+        plane, position = divmod(index, rows * columns)
+        row, column = divmod(position, columns)
         own_rows, own_columns = self._cores_of(row, axis=0), self._cores_of(column, axis=1)
         first = self.lattice.tile_at(own_rows[0], own_columns[0]).core
         last = self.lattice.tile_at(own_rows[-1], own_columns[-1]).core

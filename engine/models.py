@@ -34,14 +34,14 @@ def load_model(model: str) -> Bundle:
         return load_bundle(folder)
     except FileNotFoundError as error:
         raise ModelError(
-            f"--model {model}",
+            f"`model={model}`",
             expected=f"a shipped model ({', '.join(shipped)}) or a folder with card.json and weights.safetensors",
             found=f"no {Path(error.filename or folder).name}" if folder.exists() else "neither",
             remedy="check the name or the path",
         ) from error
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"--model {model}",
+            f"`model={model}`",
             expected="a readable bundle",
             found=str(error),
             cause="an incomplete copy, or a card written by hand",

@@ -9,19 +9,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from cellseg_batch.engine.backend_table import KNOWN_BACKENDS, KNOWN_PRECISIONS
 from cellseg_batch.engine.errors import UsageError
 
-BACKENDS = ("auto", "torch", "openvino", "torch-cuda", "torch-compile", "tensorrt")
+BACKENDS = ("auto", *KNOWN_BACKENDS)
 SCHEDULERS = ("threads", "processes", "slurm")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
+PRECISIONS = ("auto", *KNOWN_PRECISIONS)
 SKIPS = ("auto", "off")
 STITCHES = ("crop", "blend")
-
-# Side in px of the tiles that the backends are raced at where there is a GPU: those of a slide of 8192 x 8192 px, so
-# that the engines made for their shape are found again.
-RACE_TILE = 1776
-# And where there is none.
-RACE_TILE_ON_CPU = 1024
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ class Settings:
         level: resolution to process; None picks the one nearest the model's pixel size.
         pixel_size: µm per px of level 0, over the metadata's.
         skip_background: one of `SKIPS`; auto computes no tile that shows nothing, and of others what shows something.
-        downscale: by how much images are reduced for the model; None lets the model's card and the slide decide.
+        downscale: by how much images are downscaled for the model; None lets the model's card and the slide decide.
         channel: index or name of the channel with the nuclei; None picks by rule.
         axes: of plain arrays, such as "cyx".
         wells: names or patterns of the wells of plates that are processed, such as A01 and B*; () is all.
@@ -123,42 +118,35 @@ class Settings:
         Raises:
             UsageError: a value is out of range.
         """
-        _one_of("--backend", self.backend, BACKENDS)
+        _one_of("backend", self.backend, BACKENDS)
         if self.scheduler not in SCHEDULERS and "://" not in self.scheduler:
             expected = f"{', '.join(SCHEDULERS)} or an address such as tcp://host:8786"
-            _refuse("--scheduler", expected, self.scheduler, "leave it out for the threads of this machine")
-        _one_of("--precision", self.precision, PRECISIONS)
-        _one_of("--stitch", self.stitch, STITCHES)
-        _one_of("--skip-background", self.skip_background, SKIPS)
+            _refuse("scheduler", expected, self.scheduler, "leave it out for the threads of this machine")
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("stitch", self.stitch, STITCHES)
+        _one_of("skip_background", self.skip_background, SKIPS)
         if self.device not in ("auto", "cpu"):
             gpus_of(self.device)
         if (self.instances or self.objects) and self.stitch != "crop":
             _refuse(
-                "--instances", "--stitch crop: seeds come from single tiles", f"--stitch {self.stitch}", "leave it out"
+                "instances", "`stitch=crop`: seeds come from single tiles", f"`stitch={self.stitch}`", "leave it out"
             )
         if self.threshold is not None and not 0 < self.threshold < 1:
-            _refuse("--threshold", "a probability between 0 and 1, both excluded", self.threshold, "try 0.5")
+            _refuse("threshold", "a probability between 0 and 1, both excluded", self.threshold, "try 0.5")
         if isinstance(self.margin, str) and self.margin != "exact":
-            _refuse("--margin", "a number of px or the word exact", self.margin, "try --margin 64")
+            _refuse("margin", "a number of px or the word exact", self.margin, "try `margin=64`")
         if isinstance(self.margin, int) and self.margin < 0:
-            _refuse("--margin", "0 px or more", self.margin, "try --margin 64, or --margin exact")
-        for flag, value in (
-            ("--tile", self.tile),
-            ("--batch", self.batch),
-            ("--block", self.block),
-            ("--workers", self.workers),
-            ("--threads", self.threads),
-            ("--max-memory", self.max_memory),
-            ("--downscale", self.downscale),
-        ):
+            _refuse("margin", "0 px or more", self.margin, "try `margin=64`, or `margin=exact`")
+        for name in ("tile", "batch", "block", "workers", "threads", "max_memory", "downscale"):
+            value = getattr(self, name)
             if value is not None and value < 1:
-                _refuse(flag, "1 or more", value, "leave it out for the default")
+                _refuse(name, "1 or more", value, "leave it out for the default")
         if self.level is not None and self.level < 0:
-            _refuse("--level", "0 (full resolution) or more", self.level, "see cellseg-batch info for the levels")
+            _refuse("level", "0 (full resolution) or more", self.level, "see cellseg-batch info for the levels")
         if self.pixel_size is not None and not self.pixel_size > 0:
-            _refuse("--pixel-size", "µm per px above 0", self.pixel_size, "try 0.5")
+            _refuse("pixel_size", "µm per px above 0", self.pixel_size, "try 0.5")
         if not self.name or set(self.name) & set("/\\") or self.name.startswith("."):
-            _refuse("--name", "a plain name for the label group", repr(self.name), "try --name nuclei")
+            _refuse("name", "a plain name for the label group", repr(self.name), "try `name=nuclei`")
 
 
 def gpus_of(device: str) -> tuple[str, ...]:
@@ -172,7 +160,7 @@ def gpus_of(device: str) -> tuple[str, ...]:
     if device in ("auto", "cpu", "cuda"):
         return ("cuda:0",)
     if not re.fullmatch(r"cuda:\d+(,\d+)*", device):
-        _refuse("--device", "auto, cpu, cuda, cuda:0 or cuda:0,1", device, "see cellseg-batch doctor")
+        _refuse("device", "auto, cpu, cuda, cuda:0 or cuda:0,1", device, "see cellseg-batch doctor")
     numbers = device.removeprefix("cuda:").split(",")
     return tuple(f"cuda:{int(number)}" for number in dict.fromkeys(numbers))
 
@@ -182,10 +170,10 @@ def race_device(device: str) -> str:
     return device if device in ("auto", "cpu") else gpus_of(device)[0]
 
 
-def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        _refuse(flag, f"one of {', '.join(allowed)}", value, "see cellseg-batch doctor for what this machine has")
+        _refuse(name, f"one of {', '.join(allowed)}", value, "see cellseg-batch doctor for what this machine has")
 
 
-def _refuse(flag: str, expected: str, found: object, remedy: str) -> None:
-    raise UsageError(flag, expected=expected, found=str(found), remedy=remedy)
+def _refuse(name: str, expected: str, found: object, remedy: str) -> None:
+    raise UsageError(f"`{name}`", expected=expected, found=str(found), remedy=remedy)

@@ -1,11 +1,12 @@
 """From logits to instances: seeds of tiles, their components in a block, their growth into the foreground.
 
-A pixel is of one of four classes: background; *border*, foreground where nuclei touch; *inner*, the other foreground;
-*seed*.  A seed pixel lies where smoothed distance minus border is high.  The 4-connected components of the seeds are
+A *pixel code* (uint8) says what a pixel is: 0 background; 1 *border*, foreground where nuclei touch; 2 *inner*, the
+other foreground; 3 *seed*, where smoothed distance minus border is high.  The 4-connected components of the seeds are
 numbered, and grow by synchronous steps, into inner pixels first and into border pixels last, so that they meet where
 the model saw a border.  Each function needs only pixels near those that it decides; see `grow` for how near.
 
-A *code* holds a class and a number: 0 background, 1 border, 2 inner, 2 + id for the seed ``id``, counted from 1.
+A *numbered code* (uint32 or uint64) also says which seed a pixel is of: 0, 1 and 2 as above, and 2 + id for the seed
+``id``, counted from 1.
 
 All arithmetic is in integers, so the fast form gives the bits of the reference, which defines the meaning.
 """
@@ -28,7 +29,7 @@ TABLE_STEPS, TABLE_RANGE = 128, 8
 
 
 class SeedRule(NamedTuple):
-    """What decides a pixel's class; made by `seed_rule`."""
+    """What decides a pixel's code; made by `seed_rule`."""
 
     foreground: np.float32
     """Logit above which a pixel is foreground."""
@@ -50,9 +51,9 @@ class Seeds(NamedTuple):
     """The numbered seeds of a block, in order of their ids 1, 2, ..."""
 
     first: NDArray[np.int64]
-    """Index of each one's first pixel, in raster order of the block."""
+    """Index of each seed's first pixel, in raster order of the block."""
     area: NDArray[np.int64]
-    """Pixels of each one."""
+    """Pixels of each seed."""
 
 
 def seed_rule(
@@ -68,28 +69,28 @@ def seed_rule(
         seed_level: above it a pixel is a seed.
         border_level: at or below it a pixel is border.
     """
-    one = 1 << ONE_BITS
+    unit = 1 << ONE_BITS
     logits = np.arange(2 * TABLE_RANGE * TABLE_STEPS + 1) / TABLE_STEPS - TABLE_RANGE
     probability = 0.5 * (1 + np.tanh(0.5 * logits))
     distance = np.arange(int(4 * smoothing + 0.5) + 1)
     gaussian = np.exp(-0.5 * (distance / max(smoothing, 1e-9)) ** 2)
-    weights = np.round(one * gaussian / (2 * gaussian.sum() - gaussian[0])).astype(np.int32)
-    weights[0] = one - 2 * weights[1:].sum()
+    weights = np.round(unit * gaussian / (2 * gaussian.sum() - gaussian[0])).astype(np.int32)
+    weights[0] = unit - 2 * weights[1:].sum()
     return SeedRule(
         np.float32(foreground),
-        np.round(one * probability).astype(np.int32),
-        np.round(one * border_weight * probability).astype(np.int32),
+        np.round(unit * probability).astype(np.int32),
+        np.round(unit * border_weight * probability).astype(np.int32),
         weights,
         spacing,
-        round(one * seed_level),
-        round(one * border_level),
+        round(unit * seed_level),
+        round(unit * border_level),
     )
 
 
-def mark_seeds(
+def classify_pixels(
     logits: NDArray[np.float32], places: NDArray[np.int64], rule: SeedRule, out: NDArray[np.uint8]
 ) -> tuple[int, int]:
-    """Write the class of every pixel of every tile's core: 0 background, 1 border, 2 inner, 3 seed.
+    """Write the pixel codes of every tile's core: 0 background, 1 border, 2 inner, 3 seed.
 
     The smoothing reads into the tile's margin and repeats the tile's outermost pixels beyond it.
 
@@ -108,16 +109,16 @@ def mark_seeds(
     if logits.shape[1] < 3:
         raise ValueError(f"{logits.shape[1]} logits; seeds need foreground, border and distance")
     check_places(places, logits.shape, out.shape)
-    foreground, missing = fastest(__name__).mark_seeds(logits, places, rule, out)
+    foreground, missing = fastest(__name__).classify_pixels(logits, places, rule, out)
     return int(foreground), int(missing)
 
 
-def mark_foreground(
+def classify_foreground(
     logits: NDArray[np.float32], places: NDArray[np.int64], foreground: float, out: NDArray[np.uint8]
 ) -> tuple[int, int]:
-    """Write the classes for a model that has no distance: all foreground is seed, so its components are the objects.
+    """Write pixel codes for a model without distance: all foreground is seed, so its components are the objects.
 
-    Arguments and result as `mark_seeds`, but ``foreground`` is a logit.
+    Arguments and result as `classify_pixels`, but ``foreground`` is a logit.
     """
     counts = stitch_mask(logits, places, foreground, out)
     for _, _, y, x, height, width in places:
@@ -126,34 +127,34 @@ def mark_foreground(
 
 
 def label_seeds(
-    classes: NDArray[np.uint8],
+    pixel_codes: NDArray[np.uint8],
     cell: tuple[int, int],
     smallest: int,
     open_sides: tuple[bool, bool, bool, bool],
     out: NDArray[np.uint32],
 ) -> Seeds:
-    """Number the 4-connected components of a block's seeds and write the block's codes.
+    """Number the 4-connected components of a block's seeds and write the block's numbered codes.
 
     Ids are ordered by the cell that holds a seed's first pixel, then by that pixel, both in raster order.  A component
     of fewer than ``smallest`` px is no seed but inner, unless it touches an open side, beyond which it may go on.
 
     Args:
-        classes: (H, W) uint8 from `mark_seeds`.
+        pixel_codes: (H, W) uint8 from `classify_pixels`.
         cell: (height, width) in px of the cells, laid from the block's first pixel.
         smallest: px.
         open_sides: whether the slide goes on above, left, below and right of the block.
-        out: (H, W) uint32, gets the codes.
+        out: (H, W) uint32, gets the numbered codes.
     """
-    first, area = fastest(__name__).label_seeds(classes, cell, smallest, open_sides, out)
+    first, area = fastest(__name__).label_seeds(pixel_codes, cell, smallest, open_sides, out)
     return Seeds(first, area)
 
 
 def renumber(codes: NDArray[np.uint32], final: NDArray[Any], out: NDArray[Any]) -> None:
-    """Write the final code of every pixel, ``final[codes]``, without the index of eight bytes that numpy would make.
+    """Write ``final[codes]``, without the index of eight bytes a pixel that numpy would make.
 
     Args:
-        codes: (H, W) from `label_seeds`.
-        final: (2 + ids + 1,) uint32 or uint64, the final code of each code.
+        codes: (H, W) numbered codes from `label_seeds`.
+        final: (2 + ids + 1,) uint32 or uint64, the numbered code with the final id for each numbered code.
         out: (H, W) of the same dtype as ``final``.
 
     Raises:
@@ -176,7 +177,7 @@ def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> None:
     first of these that had one before the step.  So the result at a pixel depends on codes at most 2 * steps px away.
 
     Args:
-        codes: (H + 2 f, W + 2 f) uint32 or uint64 with f = ``reach(steps)``; overwritten.
+        codes: (H + 2 f, W + 2 f) numbered codes, uint32 or uint64, with f = ``reach(steps)``; overwritten.
         steps: of each of the two rounds, at least 1.
         out: (H, W) of the same dtype, gets the ids, 0 where there is none.
 

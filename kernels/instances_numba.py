@@ -61,8 +61,10 @@ def _smooth_column(ring: NDArray[np.int32], y: int, rule: SeedRule, out: NDArray
 
 
 @jit
-def mark_seeds(logits: Logits, places: NDArray[np.int64], rule: SeedRule, out: NDArray[np.uint8]) -> tuple[int, int]:
-    """Write the classes; arguments as `cellseg_batch.kernels.instances.mark_seeds`."""
+def classify_pixels(
+    logits: Logits, places: NDArray[np.int64], rule: SeedRule, out: NDArray[np.uint8]
+) -> tuple[int, int]:
+    """Write the pixel codes; arguments as `cellseg_batch.kernels.instances.classify_pixels`."""
     radius = (len(rule.weights) - 1) * rule.spacing
     size = 2 * radius + 1
     foreground = 0
@@ -97,32 +99,32 @@ def mark_seeds(logits: Logits, places: NDArray[np.int64], rule: SeedRule, out: N
 
 
 def label_seeds(
-    classes: NDArray[np.uint8],
+    pixel_codes: NDArray[np.uint8],
     cell: tuple[int, int],
     smallest: int,
     open_sides: tuple[bool, bool, bool, bool],
     out: NDArray[np.uint32],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Number the components; arguments as `cellseg_batch.kernels.instances.label_seeds`."""
-    runs = _find_runs(classes)
-    component, first, area, touching = _join_runs(runs, classes.shape, open_sides)
+    runs = _find_runs(pixel_codes)
+    component, first, area, touching = _join_runs(runs, pixel_codes.shape, open_sides)
     kept = np.flatnonzero(touching | (area >= smallest))
-    first_kept, width = first[kept], classes.shape[1]
+    first_kept, width = first[kept], pixel_codes.shape[1]
     cells = first_kept // width // cell[0] * -(-width // cell[1]) + first_kept % width // cell[1]
     order = kept[np.lexsort((first_kept, cells))]
     codes = np.full(len(first), 2, np.uint32)
     codes[order] = np.arange(3, 3 + len(order), dtype=np.uint32)
-    _write_codes(classes, runs, codes[component], out)
+    _write_codes(pixel_codes, runs, codes[component], out)
     return first[order], area[order]
 
 
 @jit
-def _find_runs(classes: NDArray[np.uint8]) -> NDArray[np.int64]:
+def _find_runs(pixel_codes: NDArray[np.uint8]) -> NDArray[np.int64]:
     """(row, start, stop) of every run of seed pixels in a row, in raster order."""
-    height, width = classes.shape
+    height, width = pixel_codes.shape
     count = 0
     for y in range(height):
-        row = classes[y]
+        row = pixel_codes[y]
         count += row[0] == 3
         for x in range(1, width):
             count += (row[x] == 3) & (row[x - 1] != 3)
@@ -131,11 +133,11 @@ def _find_runs(classes: NDArray[np.uint8]) -> NDArray[np.int64]:
     for y in range(height):
         x = 0
         while x < width:
-            if classes[y, x] != 3:
+            if pixel_codes[y, x] != 3:
                 x += 1
                 continue
             runs[count, 0], runs[count, 1] = y, x
-            while x < width and classes[y, x] == 3:
+            while x < width and pixel_codes[y, x] == 3:
                 x += 1
             runs[count, 2] = x
             count += 1
@@ -178,18 +180,18 @@ def _join_runs(
             count += 1
         else:
             component[run] = component[parent[run]]
-        one = component[run]
-        area[one] += stop - start
-        touching[one] |= (open_sides[0] and y == 0) or (open_sides[2] and y == shape[0] - 1)
-        touching[one] |= (open_sides[1] and start == 0) or (open_sides[3] and stop == shape[1])
+        own = component[run]
+        area[own] += stop - start
+        touching[own] |= (open_sides[0] and y == 0) or (open_sides[2] and y == shape[0] - 1)
+        touching[own] |= (open_sides[1] and start == 0) or (open_sides[3] and stop == shape[1])
     return component, first[:count], area[:count], touching[:count]
 
 
 @jit
 def _write_codes(
-    classes: NDArray[np.uint8], runs: NDArray[np.int64], codes: NDArray[np.uint32], out: NDArray[np.uint32]
+    pixel_codes: NDArray[np.uint8], runs: NDArray[np.int64], codes: NDArray[np.uint32], out: NDArray[np.uint32]
 ) -> None:
-    out[:] = classes
+    out[:] = pixel_codes
     for run in range(len(runs)):
         y, start, stop = runs[run]
         out[y, start:stop] = codes[run]
@@ -212,10 +214,10 @@ def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> None:
     _close(codes[-1])
     _close(codes[:, 0])
     _close(codes[:, -1])
-    for lowest_class in (2, 1):
-        front = _front(codes, lowest_class)
+    for lowest_code in (2, 1):
+        front = _front(codes, lowest_code)
         for step in range(1, steps + 1):
-            front = _advance(codes.reshape(-1), codes.shape[1], lowest_class, front, step == steps)
+            front = _advance(codes.reshape(-1), codes.shape[1], lowest_code, front, step == steps)
     for y in range(out.shape[0]):
         row = codes[frame + y, frame : frame + out.shape[1]]
         for x in range(len(row)):
@@ -231,7 +233,7 @@ def _close(edge: NDArray[Any]) -> None:
 
 
 @jit
-def _front(codes: NDArray[Any], lowest_class: int) -> NDArray[np.int64]:
+def _front(codes: NDArray[Any], lowest_code: int) -> NDArray[np.int64]:
     """Index of every pixel that the first step of a round takes; a pixel in a front counts as background until then."""
     height, width = codes.shape
     front, count = np.empty(codes.size // 16 + width, np.int64), 0
@@ -242,7 +244,7 @@ def _front(codes: NDArray[Any], lowest_class: int) -> NDArray[np.int64]:
         before, after = codes[y, :-2], codes[y, 2:]
         for x in range(len(row)):
             beside = (above[x] > 2) | (before[x] > 2) | (after[x] > 2) | (below[x] > 2)
-            if lowest_class <= row[x] <= 2 and beside:
+            if lowest_code <= row[x] <= 2 and beside:
                 row[x] = 0
                 front[count] = y * width + x + 1
                 count += 1
@@ -251,7 +253,7 @@ def _front(codes: NDArray[Any], lowest_class: int) -> NDArray[np.int64]:
 
 @jit
 def _advance(
-    flat: NDArray[Any], width: int, lowest_class: int, front: NDArray[np.int64], is_last: bool
+    flat: NDArray[Any], width: int, lowest_code: int, front: NDArray[np.int64], is_last: bool
 ) -> NDArray[np.int64]:
     """One step: every pixel of the front takes an id; the next front, empty after the last step."""
     around = (-width, -1, 1, width)
@@ -266,7 +268,7 @@ def _advance(
         flat[front[i]] = taken[i]
         for offset in around:
             neighbour = front[i] + offset
-            if lowest_class <= flat[neighbour] <= 2 and not is_last:
+            if lowest_code <= flat[neighbour] <= 2 and not is_last:
                 flat[neighbour] = 0
                 following[count] = neighbour
                 count += 1

@@ -20,16 +20,18 @@ _ONE_BITS, _STEPS, _RANGE = 14, np.float32(128), 8
 _NEIGHBOURS = ((-1, 0), (0, -1), (0, 1), (1, 0))
 
 
-def mark_seeds(logits: Logits, places: NDArray[np.int64], rule: SeedRule, out: NDArray[np.uint8]) -> tuple[int, int]:
-    """Write the classes; arguments as `cellseg_batch.kernels.instances.mark_seeds`."""
+def classify_pixels(
+    logits: Logits, places: NDArray[np.int64], rule: SeedRule, out: NDArray[np.uint8]
+) -> tuple[int, int]:
+    """Write the pixel codes; arguments as `cellseg_batch.kernels.instances.classify_pixels`."""
     foreground = missing = 0
     for tile, (from_y, from_x, to_y, to_x, height, width) in enumerate(places):
         score = rule.distance[_quantised(logits[tile, 2])] - rule.border[_quantised(logits[tile, 1])]
         score = _smooth(_smooth(score, rule).T, rule).T
         core = np.s_[from_y : from_y + height, from_x : from_x + width]
         score, mask = score[core], logits[tile, 0][core] > rule.foreground
-        classes = 1 + (score > rule.border_level).astype(np.uint8) + (score > rule.seed_level)
-        out[to_y : to_y + height, to_x : to_x + width] = np.where(mask, classes, 0)
+        codes = 1 + (score > rule.border_level).astype(np.uint8) + (score > rule.seed_level)
+        out[to_y : to_y + height, to_x : to_x + width] = np.where(mask, codes, 0)
         foreground += int(np.count_nonzero(mask))
         missing += int(np.count_nonzero(np.isnan(logits[tile, :3][:, *core]).any(axis=0)))
     return foreground, missing
@@ -54,25 +56,25 @@ def _smooth(score: NDArray[np.int32], rule: SeedRule) -> NDArray[np.int32]:
 
 
 def label_seeds(
-    classes: NDArray[np.uint8],
+    pixel_codes: NDArray[np.uint8],
     cell: tuple[int, int],
     smallest: int,
     open_sides: tuple[bool, bool, bool, bool],
     out: NDArray[np.uint32],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Number the components; arguments as `cellseg_batch.kernels.instances.label_seeds`."""
-    roots = _lowest_of_component(classes == 3)
-    first, area = np.unique(roots[classes == 3], return_counts=True)
+    roots = _lowest_of_component(pixel_codes == 3)
+    first, area = np.unique(roots[pixel_codes == 3], return_counts=True)
     sides = (roots[0], roots[:, 0], roots[-1], roots[:, -1])
     touching = np.concatenate([side for side, is_open in zip(sides, open_sides, strict=True) if is_open] or [[]])
     kept = (area >= smallest) | np.isin(first, touching)
     first, area = first[kept], area[kept]
-    width = classes.shape[1]
+    width = pixel_codes.shape[1]
     cells = first // width // cell[0] * -(-width // cell[1]) + first % width // cell[1]
     order = np.lexsort((first, cells))
-    codes = np.full(classes.size + 1, 2, np.uint32)
+    codes = np.full(pixel_codes.size + 1, 2, np.uint32)
     codes[first[order]] = 3 + np.arange(len(first))
-    out[...] = np.where(classes == 3, codes[roots], classes)
+    out[...] = np.where(pixel_codes == 3, codes[roots], pixel_codes)
     return first[order], area[order]
 
 
@@ -95,13 +97,13 @@ def renumber(codes: NDArray[np.uint32], final: NDArray[Any], out: NDArray[Any]) 
 
 def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> None:
     """Grow the seeds; arguments as `cellseg_batch.kernels.instances.grow`."""
-    for lowest_class in (2, 1):
+    for lowest_code in (2, 1):
         for _ in range(steps):
             taken = np.zeros_like(codes[1:-1, 1:-1])
             for neighbour in _shifted(codes):
                 taken = np.where((taken == 0) & (neighbour > 2), neighbour, taken)
             inside = codes[1:-1, 1:-1]
-            free = (inside >= lowest_class) & (inside <= 2) & (taken > 0)
+            free = (inside >= lowest_code) & (inside <= 2) & (taken > 0)
             inside[free] = taken[free]
     frame = 2 * steps + 1
     core = codes[frame:-frame, frame:-frame]

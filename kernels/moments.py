@@ -63,8 +63,8 @@ def measure(
     """
     core = labels.shape[0] - 2 * HALO, labels.shape[1] - 2 * HALO
     if pixels.shape[1:] != core or (probability is not None and probability.shape != core):
-        found = None if probability is None else probability.shape
-        raise ValueError(f"pixels {pixels.shape} and probability {found} do not fit labels {labels.shape}")
+        shape = None if probability is None else probability.shape
+        raise ValueError(f"pixels {pixels.shape} and probability {shape} do not fit labels {labels.shape}")
     wide = pixels.dtype.kind in "iu" and pixels.dtype.itemsize > 2  # whose squares overflow
     # One layout is one kernel to compile.
     labels, pixels = np.ascontiguousarray(labels), np.ascontiguousarray(pixels, np.float64 if wide else None)

@@ -168,10 +168,10 @@ def _add_light(
         row[place + LOW] = np.nan if missing else min(row[place + LOW], low)
         row[place + HIGH] = np.nan if missing else max(row[place + HIGH], high)
     if probability.size:
-        certain = 0
+        total_probability = 0
         for x in range(start, stop):
-            certain += probability[y, x]
-        row[PROBABILITY] += certain
+            total_probability += probability[y, x]
+        row[PROBABILITY] += total_probability
 
 
 @jit

@@ -30,8 +30,8 @@ def measure(
         outline = [np.count_nonzero(_outline(labels == label)[2:-2, 2:-2] == kind) for kind in (1, 2, 3)]
         sums = [(y - top).sum(), (x - left).sum()]
         products = [((y - top) ** 2).sum(), ((y - top) * (x - left)).sum(), ((x - left) ** 2).sum()]
-        certain = int(probability[y, x].sum()) if probability.size else 0
-        row[:CHANNELS] = top, left, y.max() + 1, x.max() + 1, len(y), *outline, *sums, *products, certain
+        probability_sum = int(probability[y, x].sum()) if probability.size else 0
+        row[:CHANNELS] = top, left, y.max() + 1, x.max() + 1, len(y), *outline, *sums, *products, probability_sum
         for channel, plane in enumerate(pixels):
             values = plane[y, x].astype(np.float64)
             place = CHANNELS + PER_CHANNEL * channel

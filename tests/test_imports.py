@@ -18,13 +18,13 @@ FLOORS = (
     ("objects", "slides"),
     ("storage", "scheduling"),
     # The ground: single modules, which may import each other.
-    ("settings", "geometry", "models", "machine", "stage_clock", "errors"),
+    ("settings", "backend_table", "geometry", "models", "machine", "stage_clock", "errors"),
 )
 FLOOR_OF = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
 GROUND = len(FLOORS) - 1
 # What the engine may know of the trainer: a model's bundle, its network, and what both draw and decide.
 SHARED_WITH_TRAINER = {"blocks", "bundle", "outlines", "scale", "unet"}
-RUNS_THE_TRAINER = {"cli.trainer_commands", "cli.trainer_screen"}
+RUNS_THE_TRAINER = {"cli.train", "cli.training_progress", "cli.evaluate", "cli.export", "reports.evaluate"}
 
 
 def modules_of(package):

@@ -74,7 +74,7 @@ def check_same(checkpoint: Checkpoint, planned: Checkpoint) -> None:
         ValueError: naming what differs.
     """
     changed = [
-        f"{name} was {checkpoint.recipe.get(name)!r}, is {value!r}"
+        f"`{name}` was {checkpoint.recipe.get(name)!r}, is {value!r}"
         for name, value in planned.recipe.items()
         if checkpoint.recipe.get(name) != value
     ]
@@ -84,4 +84,4 @@ def check_same(checkpoint: Checkpoint, planned: Checkpoint) -> None:
         f"images of {split} differ" for split, names in planned.splits.items() if checkpoint.splits.get(split) != names
     ]
     if changed:
-        raise ValueError(f"--resume with another recipe or other images: {'; '.join(changed)}")
+        raise ValueError(f"`resume` with another recipe or other images: {'; '.join(changed)}")

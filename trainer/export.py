@@ -33,9 +33,9 @@ def export_network(bundle: Bundle, kind: str, tile: int, out: Path) -> None:
         ModuleNotFoundError: ONNX needs packages that are not installed.
     """
     if kind not in FORMATS:
-        raise ValueError(f"--format is one of {', '.join(FORMATS)}, not {kind!r}")
+        raise ValueError(f"`kind` is one of {', '.join(FORMATS)}, not {kind!r}")
     if tile < 1 or tile % bundle.card.total_stride:
-        raise ValueError(f"--tile {tile} is no multiple of the network's total stride of {bundle.card.total_stride} px")
+        raise ValueError(f"`tile={tile}` is no multiple of the network's total stride of {bundle.card.total_stride} px")
     network = load_network(bundle)
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     # Of two, because an example of one would be taken for a constant.

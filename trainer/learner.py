@@ -14,7 +14,7 @@ from cellseg_batch.trainer.checkpoint import Checkpoint
 from cellseg_batch.trainer.encoders import load_encoder_weights
 from cellseg_batch.trainer.losses import segmentation_loss
 from cellseg_batch.trainer.predict import PRECISIONS
-from cellseg_batch.trainer.recipe import Recipe
+from cellseg_batch.trainer.recipe import Recipe, RecipeError
 from cellseg_batch.trainer.schedule import build_optimiser
 from cellseg_batch.trainer.unet import EncoderUNet, build_network
 
@@ -43,7 +43,9 @@ class Learner:
         network = build_network(recipe.architecture)
         if recipe.encoder_weights != "none":
             if not isinstance(network, EncoderUNet):
-                raise ValueError(f"{recipe.network} has no published encoder to load weights into")
+                raise RecipeError(
+                    "encoder_weights", f"none, as {recipe.network} has no published encoder", recipe.encoder_weights
+                )
             load_encoder_weights(network.encoder, recipe.encoder_weights)
         self._settle(network)
 
@@ -64,7 +66,7 @@ class Learner:
             self.network.load_state_dict(weights, strict=True)
         except RuntimeError as error:
             wanted, given = self.recipe.architecture, bundle.card.architecture
-            raise ValueError(f"--fine-tune: the recipe's network is {wanted}, the model's {given}") from error
+            raise ValueError(f"`fine_tune`: the recipe's network is {wanted}, the model's {given}") from error
         self._settle(self.network)
 
     def step(self, batch: Batch, number: int, learning_rate: float) -> float:

@@ -6,12 +6,14 @@ Shapes are (N, S, S) throughout, logits (N, K, S, S) with K 1 or 3.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cellseg_batch.trainer.augment import Batch
+if TYPE_CHECKING:
+    from cellseg_batch.trainer.augment import Batch
 
 _FOCUS = 2.0
 
@@ -50,15 +52,16 @@ def dice_loss(z: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return 1 - ((2 * overlap + 1) / (total + 1)).mean()
 
 
-_TERMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "bce": bce_loss,
     "dice": dice_loss,
     "focal": focal_loss,
 }
+"""Name in a recipe -> loss of (logits, target, weight of each pixel), each (N, S, S)."""
 
 
 def segmentation_loss(logits: Tensor, batch: Batch, terms: Sequence[str]) -> Tensor:
-    """The sum of ``terms`` for the foreground; with three outputs also for the border, and the distance's error.
+    """The sum of ``terms`` of `LOSSES` for the foreground, and of three outputs for the border and the distance too.
 
     With three outputs pixels between touching instances count five times and those along outlines three times;
     the distance's squared error counts most where instances touch.
@@ -75,4 +78,4 @@ def segmentation_loss(logits: Tensor, batch: Batch, terms: Sequence[str]) -> Ten
 
 
 def _sum(terms: Sequence[str], z: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    return torch.stack([_TERMS[term](z, target, weight) for term in terms]).sum()
+    return torch.stack([LOSSES[term](z, target, weight) for term in terms]).sum()

@@ -1,140 +1,165 @@
 """A recipe: everything that decides a training run except the images.  Presets are recipes in small files.
 
 Nothing here trains; a recipe is read, changed field by field and kept in the checkpoint and in the bundle's card.
+What a field means and may be is said once, beside it: the checks, the presets' reader and the flags of ``train`` are
+made from that.
 """
 
 from __future__ import annotations
 
 import inspect
 import tomllib
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from cellseg_batch.trainer.bundle import Normalisation
+from cellseg_batch.trainer.losses import LOSSES
 from cellseg_batch.trainer.unet import ARCHITECTURES
 
 HEADS = {"semantic": ("foreground",), "instance": ("foreground", "border", "distance")}
-_CHOICES = {
-    "network": tuple(ARCHITECTURES),
-    "up": ("transposed", "bilinear"),
-    "head": tuple(HEADS),
-    "framing": ("crop", "resize"),
-    "normalise": ("percentile", "fixed"),
-    "augmentation": ("none", "flips", "full"),
-    "optimiser": ("adamw", "adam", "sgd"),
-    "schedule": ("cosine", "one-cycle", "constant"),
-    "metric": ("dice", "iou", "competition"),
-    "precision": ("fp32", "bf16", "fp16"),
-}
-LOSS_TERMS = ("bce", "dice", "focal")
+NETWORK, PICTURES, OPTIMISATION, CARD = "Network", "Training pictures", "Optimisation", "The bundle's card"
+
+_RULE = "rule"
+_TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+class RecipeError(ValueError):
+    """A field of a recipe has a value that it cannot have.
+
+    Args:
+        field: its name.
+        expected: what it may be.
+        found: what it is.
+    """
+
+    def __init__(self, field: str, expected: str, found: object) -> None:
+        super().__init__(f"{field}: expected {expected}, found {found!r}")
+        self.field = field
+        self.expected = expected
+        self.found = found
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a field of a recipe means and may be.
+
+    Attributes:
+        group: fields of one subject.
+        text: what it means, in a line.
+        choices: what text may be; () for any.
+        summed: it is a sum of choices, such as ``bce+dice``.
+        least, most: of numbers, both included; None for no bound.
+        opposite: name of its being false; "" where that has no name of its own.
+    """
+
+    group: str
+    text: str
+    choices: tuple[str, ...] = ()
+    summed: bool = False
+    least: float | None = None
+    most: float | None = None
+    opposite: str = ""
+
+    @property
+    def expected(self) -> str:
+        """What the field may be, in words; "" if everything of its type."""
+        if self.choices:
+            listed = ", ".join(self.choices)
+            return f"a sum of {listed} such as {'+'.join(self.choices[:2])}" if self.summed else f"one of {listed}"
+        if self.least is not None and self.most is not None:
+            return f"{self.least:g} to {self.most:g}"
+        return "" if self.least is None else f"{self.least:g} or more"
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value of the right type is one that the field may have."""
+        if self.choices:
+            return all(part in self.choices for part in (value.split("+") if self.summed else (value,)))
+        return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
+
+
+def _field(default: Any, group: str, text: str, choices: Iterable[str] = (), **bounds: Any) -> Any:
+    """A field of a recipe, with its rule."""
+    return field(default=default, metadata={_RULE: Rule(group, text, tuple(choices), **bounds)})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to train a model.
+    """One way to train a model; `rules` says what each field means and may be.
 
-    Attributes:
-        name: of the model.
-        dataset: the published images it is meant for, in words.
-        network: an architecture of `cellseg_batch.trainer.unet`.
-        width: channels of its first layers (networks without a published encoder).
-        depth: its number of resolutions (networks without a published encoder).
-        merge_convs: convolutions after each merge in the decoder (stem-unet).
-        up: ``transposed`` convolutions or ``bilinear`` interpolation in the decoder.
-        dropout: probability with which the deepest features are dropped.
-        grey: show the network the mean of the channels (networks without a published encoder).
-        encoder_weights: ``none``, ``imagenet`` (downloads torchvision's) or a file of that format.
-        head: ``semantic`` (foreground) or ``instance`` (foreground, touching border, distance).
-        framing: what a training picture is: a random ``crop``, or the whole image by ``resize``.
-        size: its side in px, a multiple of the network's total stride.
-        normalise: how pixel values become [0, 1]: per-image ``percentile``s, or ``fixed`` values.
-        low: percentile or pixel value that becomes 0.
-        high: percentile or pixel value that becomes 1.
-        augmentation: ``none``, ``flips`` (and quarter turns), or ``full`` (geometry, stain, contrast, noise).
-        zoom_min: smallest magnification of a fully augmented crop.
-        zoom_max: largest magnification of a fully augmented crop.
-        plain: share of fully augmented pictures that are only flipped and turned by quarters.
-        flat: share of the others whose objects and ground are nearly of one colour each, as over-exposed ones are.
-        group_power: a kind of image is drawn in proportion to (its number of images) ** group_power.
-        loss: a sum of ``bce``, ``dice`` and ``focal``, such as ``bce+dice``.
-        optimiser: ``adamw``, ``adam`` or ``sgd`` (momentum 0.9).
-        learning_rate: the schedule's peak.
-        weight_decay: the optimiser's.
-        schedule: ``cosine`` to zero, ``one-cycle``, or ``constant``; see `cellseg_batch.trainer.schedule`.
-        warmup: steps over which the learning rate rises (cosine and constant).
-        hold: share of the run before the cosine begins to fall.
-        averaging: decay of the exponential moving average of the weights that is scored and saved; 0 for none.
-        batch: pictures per step.
-        epochs: scores on the val split in a full run.
-        epoch_steps: steps between scores; 0: as many as show every training image once.
-        patience: epochs without a better score after which training stops; 0 for never.
-        metric: the score that decides which weights are kept: mean ``dice``, ``iou`` or the ``competition`` metric.
-        precision: of the forward and backward pass: ``fp32``, or autocast to ``bf16`` or ``fp16``.
-        seed: of every random draw.
-        threshold: of the foreground's probability, for the card.
-        margin: px of context cut from each side of a tile by default, for the card.
-        shrink_2: width of objects, in px of the image shrunk by 2, from which on it is shown to the model; 0: never.
-        shrink_4: likewise for 4.
-        pixel_size_um: µm per px of the training images, for the card; 0 when they do not record it.
+    Raises:
+        RecipeError: a field has a value that it cannot have.
     """
 
-    name: str
-    dataset: str = ""
-    network: str = "unet"
-    width: int = 32
-    depth: int = 5
-    merge_convs: int = 2
-    up: str = "transposed"
-    dropout: float = 0.0
-    grey: bool = False
-    encoder_weights: str = "none"
-    head: str = "semantic"
-    framing: str = "crop"
-    size: int = 256
-    normalise: str = "percentile"
-    low: float = 0.1
-    high: float = 99.9
-    augmentation: str = "full"
-    zoom_min: float = 0.6
-    zoom_max: float = 1.7
-    plain: float = 0.0
-    flat: float = 0.0
-    group_power: float = 1.0
-    loss: str = "bce+dice"
-    optimiser: str = "adamw"
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    schedule: str = "cosine"
-    warmup: int = 100
-    hold: float = 0.0
-    averaging: float = 0.0
-    batch: int = 8
-    epochs: int = 20
-    epoch_steps: int = 0
-    patience: int = 0
-    metric: str = "dice"
-    precision: str = "bf16"
-    seed: int = 0
-    threshold: float = 0.5
-    margin: int = 64
-    shrink_2: float = 0.0
-    shrink_4: float = 0.0
-    pixel_size_um: float = 0.0
+    name: str = field(metadata={_RULE: Rule(CARD, "Of the model.")})
+    dataset: str = _field("", CARD, "The published training images, in words.")
+    network: str = _field("unet", NETWORK, "Its architecture.", ARCHITECTURES)
+    width: int = _field(32, NETWORK, "Channels of the first layers, without a published encoder.", least=1)
+    depth: int = _field(5, NETWORK, "Number of resolutions, without a published encoder.", least=1)
+    merge_convs: int = _field(2, NETWORK, "Convolutions after each merge in the decoder of stem-unet.", least=0)
+    up: str = _field("transposed", NETWORK, "How the decoder enlarges.", ("transposed", "bilinear"))
+    dropout: float = _field(0.0, NETWORK, "Probability with which the deepest features are dropped.", least=0, most=1)
+    grey: bool = _field(
+        False,
+        NETWORK,
+        "See the mean of the channels, or each of them; without a published encoder.",
+        opposite="colour",
+    )
+    encoder_weights: str = _field("none", NETWORK, "none, imagenet (downloads torchvision's) or a file of that format.")
+    head: str = _field("semantic", NETWORK, "Foreground alone, or with touching borders and distance.", HEADS)
+    framing: str = _field("crop", PICTURES, "Random crops, or whole images resized.", ("crop", "resize"))
+    size: int = _field(256, PICTURES, "Side in px, a multiple of the network's total stride.", least=1)
+    normalise: str = _field(
+        "percentile", PICTURES, "What low and high are, of each image or of all.", ("percentile", "fixed")
+    )
+    low: float = _field(0.1, PICTURES, "Percentile or pixel value that becomes 0.")
+    high: float = _field(99.9, PICTURES, "Percentile or pixel value that becomes 1.")
+    augmentation: str = _field(
+        "full", PICTURES, "Flips and quarter turns, or also shape, stain, contrast, noise.", ("none", "flips", "full")
+    )
+    zoom_min: float = _field(0.6, PICTURES, "Smallest magnification of fully augmented crops, above 0.", least=0)
+    zoom_max: float = _field(1.7, PICTURES, "Largest magnification of fully augmented crops.", least=0)
+    plain: float = _field(
+        0.0, PICTURES, "Share of fully augmented pictures that are only flipped and turned.", least=0, most=1
+    )
+    flat: float = _field(0.0, PICTURES, "Share of the others in even colours, as if over-exposed.", least=0, most=1)
+    group_power: float = _field(1.0, PICTURES, "A kind of image is drawn in proportion to its images ** this.")
+    loss: str = _field("bce+dice", OPTIMISATION, "What is minimised.", LOSSES, summed=True)
+    optimiser: str = _field("adamw", OPTIMISATION, "sgd has a momentum of 0.9.", ("adamw", "adam", "sgd"))
+    learning_rate: float = _field(1e-3, OPTIMISATION, "The schedule's peak.", least=0)
+    weight_decay: float = _field(0.01, OPTIMISATION, "The optimiser's.", least=0)
+    schedule: str = _field("cosine", OPTIMISATION, "Of the learning rate.", ("cosine", "one-cycle", "constant"))
+    warmup: int = _field(100, OPTIMISATION, "Steps of rising learning rate (cosine and constant).", least=0)
+    hold: float = _field(0.0, OPTIMISATION, "Share of the run before the cosine falls.", least=0, most=1)
+    averaging: float = _field(0.0, OPTIMISATION, "Decay of the weights' moving average; 0: none.", least=0, most=1)
+    batch: int = _field(8, OPTIMISATION, "Pictures per step.", least=1)
+    epochs: int = _field(20, OPTIMISATION, "Scores on the val split in a full run.", least=1)
+    epoch_steps: int = _field(0, OPTIMISATION, "Steps between scores; 0: each training image once.", least=0)
+    patience: int = _field(0, OPTIMISATION, "Epochs without a better score before the end; 0: never.", least=0)
+    metric: str = _field("dice", OPTIMISATION, "The score that keeps the best weights.", ("dice", "iou", "competition"))
+    precision: str = _field("bf16", OPTIMISATION, "Of forward and backward pass.", ("fp32", "bf16", "fp16"))
+    seed: int = _field(0, OPTIMISATION, "Of every random draw.", least=0)
+    threshold: float = _field(0.5, CARD, "Probability above which a pixel is foreground.", least=0, most=1)
+    margin: int = _field(64, CARD, "Default tile margin in px.", least=0)
+    shrink_2: float = _field(0.0, CARD, "Width of objects in px from which images are shrunk by 2; 0: never.", least=0)
+    shrink_4: float = _field(0.0, CARD, "Width of objects in px from which images are shrunk by 4; 0: never.", least=0)
+    pixel_size_um: float = _field(0.0, CARD, "µm per px of the training images; 0: not recorded.", least=0)
 
     def __post_init__(self) -> None:
-        for field, choices in _CHOICES.items():
-            if getattr(self, field) not in choices:
-                raise ValueError(f"{field} is one of {', '.join(choices)}, not {getattr(self, field)!r}")
-        unknown = [term for term in self.loss_terms if term not in LOSS_TERMS]
-        if unknown:
-            raise ValueError(f"loss is a sum of {', '.join(LOSS_TERMS)} such as bce+dice, not {self.loss!r}")
-        for field in ("width", "depth", "size", "batch", "epochs"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is at least 1, not {getattr(self, field)}")
+        for name, rule in rules().items():
+            value, kind = getattr(self, name), types()[name]
+            # Whole numbers are numbers, and truth is none.
+            if not isinstance(value, (int, float) if kind is float else kind) or (
+                kind is not bool and isinstance(value, bool)
+            ):
+                raise RecipeError(name, _TYPE_NAMES[kind], value)
+            if not rule.allows(value):
+                raise RecipeError(name, rule.expected, value)
         if not 0 < self.zoom_min <= self.zoom_max:
-            raise ValueError(f"zoom-min {self.zoom_min} is above zoom-max {self.zoom_max}, or not above 0")
+            raise RecipeError("zoom_min", f"a number above 0 and up to zoom_max, {self.zoom_max:g}", self.zoom_min)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -167,6 +192,17 @@ class Recipe:
         return {"name": self.network, "outputs": len(self.outputs), **chosen}
 
 
+def rules() -> dict[str, Rule]:
+    """Field -> what it means and may be, in the order of a recipe."""
+    return {field.name: field.metadata[_RULE] for field in fields(Recipe)}
+
+
+@cache
+def types() -> dict[str, type]:
+    """Field -> str, int, float or bool."""
+    return {name: kind for name, kind in get_type_hints(Recipe).items() if name in rules()}
+
+
 def list_presets() -> dict[str, Path]:
     """Name -> file of the presets inside the package."""
     folder = Path(str(files("cellseg_batch.trainer"))) / "presets"
@@ -177,7 +213,8 @@ def load_preset(preset: str, **changes: Any) -> Recipe:
     """The recipe of a preset's name, or of a file like one, with some fields changed.
 
     Raises:
-        ValueError: there is no such preset, or a field is unknown or has an impossible value.
+        RecipeError: a changed field has an impossible value.
+        ValueError: there is no such preset, or one of its fields is unknown or has an impossible value.
     """
     path = list_presets().get(preset, Path(preset))
     if not path.is_file():
@@ -186,7 +223,11 @@ def load_preset(preset: str, **changes: Any) -> Recipe:
         content = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path.name} is no TOML file: {error}") from error
-    unknown = content.keys() - {field.name for field in fields(Recipe)}
+    unknown = content.keys() - rules().keys()
     if unknown:
         raise ValueError(f"{path.name} has fields that no recipe has: {', '.join(sorted(unknown))}")
-    return replace(Recipe(**{"name": path.stem, **content}), **changes)
+    try:
+        recipe = Recipe(**{"name": path.stem, **content})
+    except RecipeError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    return replace(recipe, **changes)

@@ -109,7 +109,7 @@ def train(
         FloatingPointError: the loss is not finite any more; best bundle and last checkpoint are kept.
     """
     if not resume and (out / CHECKPOINT_FILE).exists():
-        raise ValueError(f"{out} holds a training run already; go on with --resume or choose another --out")
+        raise ValueError(f"{out} holds a training run already; go on with `resume`, or choose another `out`")
     dataset = load_dataset(data, recipe.normalisation)
     samples = dataset.splits["train"]
     epoch_steps = recipe.epoch_steps or math.ceil(len(samples) / recipe.batch)

@@ -2,82 +2,99 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from cellseg_batch.engine.cli.console import as_flags, check_json, write_json
+from cellseg_batch.engine.cli.flags import ENGINE, Json, takes_settings
 from cellseg_batch.engine.errors import BackendError
-from cellseg_batch.engine.inference.race import certify, request_of
-from cellseg_batch.engine.inference.race_result import ON_REQUEST, Candidate, Certificate
-from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.storage.cache import Artefacts
+
+if TYPE_CHECKING:
+    from cellseg_batch.engine.inference.compiled import CompiledEntry
+    from cellseg_batch.engine.inference.race_result import Candidate, RaceResult
 
 
-def run_race(settings: Settings, tile: int | None, again: bool, console: Console) -> dict[str, Any]:
-    """Race what was asked for, with tiles of ``tile`` px if it says so, and print the table; returns every figure.
+@takes_settings(*ENGINE, "batch")
+def compile_model(
+    settings: Settings,
+    tile: Annotated[
+        int | None, typer.Option("--tile", min=1, help="Side of the timed tiles in px; runs use the usual race.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Race anew, even if a result is known.")] = False,
+    list_entries: Annotated[bool, typer.Option("--list", help="List what is kept, and do nothing else.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove what is kept, and do nothing else.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Race the backends for a model on this machine, hold each against torch fp32, and keep the result."""
+    from cellseg_batch.engine.inference.compiled import clear_compiled, list_compiled, race_every_precision
 
-    Raises:
-        BackendError: nothing that was asked for by name can be used.
-    """
-    request = replace(request_of(settings), batch=settings.batch, complete=True)
-    if tile is not None:
-        request = replace(request, tile=tile)
-    with console.status("racing the backends"):
-        certificate = certify(request, load_model(settings.model), Artefacts(), lambda: None, again)
-    try:
-        winner = certificate.pick(settings.backend, settings.precision, settings.gate)
-    except BackendError:
-        _print_certificate(certificate, None, console)
-        raise
-    _print_certificate(certificate, winner, console)
-    return certificate.to_json()
+    check_json(json_file)
+    console = Console()
+    if list_entries:
+        print_compiled(*list_compiled(), console)
+    elif clear:
+        folder, count = clear_compiled()
+        console.print(f"{folder}: {count} entries removed", highlight=False)
+    else:
+        with console.status("racing the backends"):
+            race_result = race_every_precision(settings, tile, again)
+        print_race(race_result, settings, console)
+        race_result.pick(settings.backend, settings.precision, settings.gate)  # or say why there is no winner
+        write_json(json_file, race_result.to_json())
 
 
-def _print_certificate(certificate: Certificate, winner: Candidate | None, console: Console) -> None:
-    count, _, height, width = certificate.shape
+def print_race(race_result: RaceResult, settings: Settings, console: Console) -> None:
+    """Print a row for each candidate, the fastest first; a candidate that ``settings`` may take is the winner."""
+    count, _, height, width = race_result.shape
     table = Table(
-        title=f"{certificate.request.model}: {count} x {height} x {width} px, {certificate.request.threads} threads, "
-        f"{certificate.processor}, {certificate.date}",
+        title=f"{race_result.request.model}: {count} x {height} x {width} px, {race_result.request.threads} threads, "
+        f"{race_result.processor}, {race_result.date}",
         title_justify="left",
     )
     for heading in ("backend", "Mpx/s", "max |dp|", "mean |dp|", "flipped", "object F1", "objects", ""):
         table.add_column(heading, overflow="fold")
-    for one in certificate.candidates:
-        if one.parity is None:
-            table.add_row(one.name, "", "", "", "", "", "", escape(one.missing))
-            continue
-        verdict = "winner" if one == winner else "on request" if one.precision in ON_REQUEST else ""
-        table.add_row(
-            one.name,
-            f"{one.mpx_per_s:.2f}",
-            f"{one.parity.max_dp:.1e}",
-            f"{one.parity.mean_dp:.1e}",
-            f"{one.parity.flipped:.1e}",
-            f"{one.parity.object_f1:.4f}",
-            f"{one.parity.object_change:+.2%}",
-            verdict if one.passed else "refused by the gate",
-        )
-    objects = max((one.parity.objects for one in certificate.candidates if one.parity is not None), default=0)
+    winner = None
+    with suppress(BackendError):
+        winner = race_result.pick(settings.backend, settings.precision, settings.gate)
+    for candidate in race_result.candidates:
+        table.add_row(*map(Text, _row(candidate, candidate == winner)))
+    parities = [candidate.parity for candidate in race_result.candidates if candidate.parity is not None]
+    objects = max((parity.objects for parity in parities), default=0)
     console.print(table, f"compared with torch fp32 on {objects} objects", highlight=False)
 
 
-def print_artefacts(console: Console) -> None:
-    """Print a row for each entry of the cache."""
-    artefacts = Artefacts()
-    table = Table("what", "model", "MB", "state", "made for", title=str(artefacts.folder), title_justify="left")
-    for entry in artefacts.entries():
-        rest = {name: value for name, value in entry.key.items() if name not in ("what", "model", "versions", "sha256")}
-        about = ", ".join(f"{name} {value}" for name, value in rest.items())
-        what, model = str(entry.key.get("what", "?")), str(entry.key.get("model", "?"))
-        table.add_row(what, model, f"{entry.size / 1e6:.1f}", "sound" if entry.sound else "damaged", about)
+def _row(candidate: Candidate, wins: bool) -> tuple[str, ...]:
+    from cellseg_batch.engine.backend_table import KNOWN_PRECISIONS
+
+    parity = candidate.parity
+    if parity is None:
+        return (candidate.name, "", "", "", "", "", "", as_flags(candidate.missing))
+    verdict = "winner" if wins else "on request" if KNOWN_PRECISIONS[candidate.precision].on_request else ""
+    return (
+        candidate.name,
+        f"{candidate.mpx_per_s:.2f}",
+        f"{parity.max_dp:.1e}",
+        f"{parity.mean_dp:.1e}",
+        f"{parity.flipped:.1e}",
+        f"{parity.object_f1:.4f}",
+        f"{parity.object_change:+.2%}",
+        verdict if candidate.passed else "refused by the gate",
+    )
+
+
+def print_compiled(folder: Path, entries: list[CompiledEntry], console: Console) -> None:
+    """Print a row for each entry that is kept."""
+    table = Table(title=str(folder), title_justify="left")
+    for heading in ("what", "model", "MB", "state", "made for"):
+        table.add_column(heading, overflow="fold")
+    for entry in entries:
+        state = "sound" if entry.sound else "damaged"
+        table.add_row(entry.what, entry.model, f"{entry.size / 1e6:.1f}", state, Text(entry.made_for))
     console.print(table)
-
-
-def clear_artefacts(console: Console) -> None:
-    """Remove every entry of the cache."""
-    artefacts = Artefacts()
-    console.print(f"{artefacts.folder}: {artefacts.clear()} entries removed", highlight=False)

@@ -1,14 +1,16 @@
-"""What every command shares: errors on one line, and reports as JSON files."""
+"""What every command shares: errors on one line, reports as JSON files, settings in texts as flags."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import typer
 from rich.console import Console
@@ -18,6 +20,40 @@ from cellseg_batch.engine.errors import CellsegError, UsageError
 from cellseg_batch.engine.scheduling.signals import Stopped
 
 _INTERRUPTED = 130
+_SETTING = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")
+_flags: dict[str, tuple[str, str]] = {}
+"""Parameter of a command -> its flag, and the flag that says no to it ("" where there is none)."""
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def note_flags(command: Command) -> Command:
+    """Let `as_flags` know the flags of a command, which is returned."""
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        for option in get_args(parameter.annotation)[1:]:
+            # An option in an annotation has its first flag where others have their default.
+            if isinstance(option, typer.models.OptionInfo) and isinstance(option.default, str):
+                flag, _, opposite = option.default.partition("/")
+                _flags[name] = flag, opposite
+    return command
+
+
+def as_flags(text: str) -> str:
+    """A text whose settings in backticks are written as flags: `tile` as --tile, `precision=fp32` as --precision fp32.
+
+    What no command has a flag for is left as it is.
+    """
+    return _SETTING.sub(_as_flag, text)
+
+
+def _as_flag(setting: re.Match[str]) -> str:
+    name, value = setting.groups()
+    if name not in _flags:
+        return setting.group()
+    flag, opposite = _flags[name]
+    if value == "False" and opposite:
+        return opposite
+    return flag if value in (None, "True") else f"{flag} {value}"
 
 
 def check_json(file: Path | None, flag: str = "--json") -> None:
@@ -39,9 +75,14 @@ def check_json(file: Path | None, flag: str = "--json") -> None:
 
 
 def write_json(file: Path | None, content: dict[str, Any]) -> None:
-    """Write the report where it was asked for."""
+    """Write the report where it was asked for; reasons in it speak of flags, like those on the screen."""
     if file is not None:
-        file.write_text(json.dumps(content, indent=2) + "\n")
+        file.write_text(as_flags(json.dumps(content, indent=2)) + "\n")
+
+
+def print_line(console: Console, state: str, colour: str, text: str) -> None:
+    """Print a line that begins with a coloured word, such as failed, and is not wrapped."""
+    console.print(Text.assemble((state, colour), f"  {as_flags(text)}"), soft_wrap=True)
 
 
 @contextmanager
@@ -55,7 +96,7 @@ def plain_errors(debug: bool) -> Iterator[None]:
     except CellsegError as error:
         if debug:
             raise
-        Console(stderr=True).print(Text.assemble(("error", "red"), f"  {error}"), soft_wrap=True)
+        print_line(Console(stderr=True), "error", "red", str(error))
         raise typer.Exit(error.exit_code) from None
     except Stopped as stopped:
         _say(f"stopped by {stopped}; the same command goes on where this one stopped")

@@ -1,6 +1,7 @@
-"""Commands that take `Settings`: the flags of its fields are added to a command, and it gets what they say.
+"""The flags of the command line, each written once, and commands that take them.
 
-Knows no command; a field's flag is written in `cellseg_batch.engine.cli.options`, its default in `Settings`.
+A command that takes `Settings` gets a flag for each field that it names; the field's default is in `Settings`.
+Knows no command.
 """
 
 from __future__ import annotations
@@ -8,58 +9,180 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from cellseg_batch.engine.cli import options as o
+import typer
+
 from cellseg_batch.engine.cli.console import plain_errors
-from cellseg_batch.engine.settings import ClusterSettings, Settings
+from cellseg_batch.engine.errors import UsageError
+from cellseg_batch.engine.settings import BACKENDS, PRECISIONS, SCHEDULERS, SKIPS, STITCHES, ClusterSettings, Settings
+from cellseg_batch.engine.storage.paths import locate
 
-_FLAGS: dict[str, Any] = {
-    "output": o.Output,
-    "name": o.Name,
-    "model": o.Model,
-    "backend": o.BackendName,
-    "precision": o.Precision,
-    "device": o.Device,
-    "gate": o.Gate,
-    "threshold": o.Threshold,
-    "threads": o.Threads,
-    "tile": o.TileSide,
-    "stitch": o.Stitch,
-    "margin": o.Margin,
-    "batch": o.BatchSize,
-    "block": o.BlockSide,
-    "workers": o.Workers,
-    "scheduler": o.Scheduler,
-    "max_memory": o.MaxMemory,
-    "level": o.LevelIndex,
-    "pixel_size": o.PixelSize,
-    "downscale": o.Downscale,
-    "skip_background": o.SkipBackground,
-    "channel": o.Channel,
-    "axes": o.Axes,
-    "wells": o.Wells,
-    "fields": o.Fields,
-    "instances": o.Instances,
-    "objects": o.Objects,
-    "probability": o.Probability,
-    "overwrite": o.Overwrite,
-    "retry_failed": o.RetryFailed,
+_MODEL, _SHAPE, _SLIDE, _OUTPUT, _SCREEN = "Model", "Tiles and blocks", "Slide", "Output", "Screen"
+_CLUSTER = "Cluster"
+
+
+def _margin(text: str) -> int | str:
+    if text == "exact":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"expected a number of px or the word exact, found {text!r}") from None
+
+
+def _bytes(text: str) -> int:
+    from dask.utils import parse_bytes
+
+    try:
+        return int(parse_bytes(text))
+    except ValueError:
+        raise typer.BadParameter(f"expected a size such as 4GB or 800MiB, found {text!r}") from None
+
+
+def to_path(text: str) -> Path:
+    """What a path or a URL names."""
+    try:
+        return locate(text)
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """The names in a list that commas separate."""
+    return tuple(name for name in text.replace(" ", "").split(",") if name)
+
+
+# Arguments and flags that commands name one by one.
+Slides = Annotated[
+    list[Path],
+    typer.Argument(
+        parser=to_path, metavar="SLIDES", help="OME-Zarr, zarr, TIFF, SVS, PNG or JPEG, or folders of them."
+    ),
+]
+Slide = Annotated[
+    Path,
+    typer.Argument(
+        parser=to_path, metavar="SLIDE", help="One image, or a path that holds images (the first is taken)."
+    ),
+]
+RunOf = Annotated[
+    list[Path],
+    typer.Argument(parser=to_path, metavar="SLIDES", help="The inputs of a run, or its output folder."),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        parser=to_path,
+        metavar="FOLDER",
+        help="Mirror the inputs here; default: in or beside them.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Name = Annotated[str, typer.Option("--name", help="Name of the label group.", rich_help_panel=_OUTPUT)]
+Threads = Annotated[
+    int | None, typer.Option("--threads", help="Threads of the model; default: every core.", rich_help_panel=_MODEL)
+]
+Workers = Annotated[int, typer.Option("--workers", help="Blocks in flight, or processes.", rich_help_panel=_SHAPE)]
+Channel = Annotated[
+    str | None,
+    typer.Option(
+        "--channel", help="Index or name; default: RGB, else DAPI/Hoechst/DNA, else 0.", rich_help_panel=_SLIDE
+    ),
+]
+Axes = Annotated[
+    str | None,
+    typer.Option("--axes", help="Axes of arrays that do not name theirs, e.g. czyx.", rich_help_panel=_SLIDE),
+]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.", rich_help_panel=_SCREEN)
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=_SCREEN)]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.", rich_help_panel=_SCREEN)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only what failed.", rich_help_panel=_SCREEN)]
+
+
+def _choice(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}."
+
+
+def _flag(kind: Any, flag: str, panel: str, text: str, **more: Any) -> Any:
+    return Annotated[kind, typer.Option(flag, help=text, rich_help_panel=panel, **more)]
+
+
+_OF_SETTINGS: dict[str, Any] = {
+    "output": Output,
+    "name": Name,
+    "model": _flag(str, "--model", _MODEL, "A shipped model's name, or a bundle's folder."),
+    "backend": _flag(str, "--backend", _MODEL, _choice(BACKENDS)),
+    "precision": _flag(str, "--precision", _MODEL, _choice(PRECISIONS)),
+    "device": _flag(str, "--device", _MODEL, "auto, cpu, cuda or cuda:0,1 (one engine per GPU)."),
+    "gate": _flag(bool, "--gate/--no-gate", _MODEL, "Refuse a backend that disagrees with torch fp32."),
+    "threshold": _flag(float | None, "--threshold", _MODEL, "Probability of a foreground pixel; default: the model's."),
+    "threads": Threads,
+    "tile": _flag(int, "--tile", _SHAPE, "Side in px of a square as large as a tile may be."),
+    "stitch": _flag(str, "--stitch", _SHAPE, f"{_choice(STITCHES)} Cut tiles at their cores, or fade them."),
+    "margin": _flag(
+        str | None,
+        "--margin",
+        _SHAPE,
+        "Context cut from each side of a tile, in px; default: the model's.",
+        parser=_margin,
+        metavar="N|exact",
+    ),
+    "batch": _flag(int, "--batch", _SHAPE, "Tiles per call of the model."),
+    "block": _flag(int, "--block", _SHAPE, "Side in px of what one task writes."),
+    "workers": Workers,
+    "scheduler": _flag(
+        str,
+        "--scheduler",
+        _CLUSTER,
+        f"Where blocks are computed: {', '.join(SCHEDULERS)} or the address of a dask scheduler.",
+        metavar="WHERE",
+    ),
+    "max_memory": _flag(
+        int | None,
+        "--max-memory",
+        _SHAPE,
+        "Stay under this much host memory, e.g. 2GB.",
+        parser=_bytes,
+        metavar="SIZE",
+    ),
+    "level": _flag(int | None, "--level", _SLIDE, "Resolution, 0 is full; default: nearest the model's."),
+    "pixel_size": _flag(float | None, "--pixel-size", _SLIDE, "µm per px of level 0, over the metadata's."),
+    "downscale": _flag(
+        int | None, "--downscale", _SLIDE, "Downscale images by this for the model; default: by what it finds."
+    ),
+    "skip_background": _flag(
+        str, "--skip-background", _SLIDE, f"{_choice(SKIPS)} Leave out what shows nothing, or compute every tile."
+    ),
+    "channel": Channel,
+    "axes": Axes,
+    "wells": _flag(str | None, "--wells", _SLIDE, "Only these wells of plates.", parser=_names, metavar="A01,B*"),
+    "fields": _flag(str | None, "--fields", _SLIDE, "Only these fields of each well.", parser=_names, metavar="0,1"),
+    "instances": _flag(bool, "--instances", _OUTPUT, "Tell objects apart: each gets an id of its own."),
+    "objects": _flag(bool, "--objects", _OUTPUT, "Measure every object into a table; implies --instances."),
+    "probability": _flag(bool, "--probability", _OUTPUT, "Also write the probability as an image."),
+    "overwrite": _flag(bool, "--overwrite", _OUTPUT, "Replace labels of that name."),
+    "retry_failed": _flag(bool, "--retry-failed", _OUTPUT, "Take up only the images that failed before."),
 }
-_CLUSTER_FLAGS: dict[str, Any] = {
-    "queue": o.Queue,
-    "account": o.Account,
-    "walltime": o.Walltime,
-    "gres": o.Gres,
-    "cores": o.Cores,
-    "memory": o.JobMemory,
-    "config": o.ClusterConfig,
+_OF_CLUSTER: dict[str, Any] = {
+    "queue": _flag(str | None, "--queue", _CLUSTER, "SLURM partition."),
+    "account": _flag(str | None, "--account", _CLUSTER, "SLURM account."),
+    "walltime": _flag(str | None, "--walltime", _CLUSTER, "Of each job, such as 04:00:00."),
+    "gres": _flag(str | None, "--gres", _CLUSTER, "Resources of each job, such as gpu:1."),
+    "cores": _flag(int | None, "--cores", _CLUSTER, "Cores of each job."),
+    "memory": _flag(str | None, "--memory", _CLUSTER, "Memory of each job, such as 16GB."),
+    "config": _flag(Path | None, "--cluster-config", _CLUSTER, "A file of dask-jobqueue.", metavar="FILE"),
 }
 
 ENGINE = ("model", "backend", "precision", "device", "gate", "threads")
 TILES = ("tile", "stitch", "margin", "batch", "block", "workers")
 SLIDE = ("level", "pixel_size", "downscale", "skip_background", "channel", "axes")
-EVERY = (*_FLAGS, "cluster")
+EVERY = (*_OF_SETTINGS, "cluster")
 
 Command = Callable[..., None]
 
@@ -70,13 +193,13 @@ def takes_settings(*names: str) -> Callable[[Command], Command]:
     ``cluster`` stands for all fields of `ClusterSettings`.  The command gets --debug too, and an error of ours ends
     it on one line.
     """
-    cluster = tuple(_CLUSTER_FLAGS) if "cluster" in names else ()
+    cluster = tuple(_OF_CLUSTER) if "cluster" in names else ()
     plain = tuple(name for name in names if name != "cluster")
     flags = [
         # Nothing is said by default for what is empty, and the help shows none.
-        *(_parameter(name, _FLAGS[name], getattr(Settings, name) or None) for name in plain),
-        *(_parameter(name, _CLUSTER_FLAGS[name], None) for name in cluster),
-        _parameter("debug", o.Debug, False),
+        *(parameter_of(name, _OF_SETTINGS[name], getattr(Settings, name) or None) for name in plain),
+        *(parameter_of(name, _OF_CLUSTER[name], None) for name in cluster),
+        parameter_of("debug", Debug, False),
     ]
 
     def decorate(command: Command) -> Command:
@@ -88,16 +211,21 @@ def takes_settings(*names: str) -> Callable[[Command], Command]:
                     said["cluster"] = ClusterSettings(**{name: given.pop(name) for name in cluster})
                 command(**given, settings=Settings(**said))
 
-        own = inspect.signature(command, eval_str=True).parameters.values()
-        kept = [_parameter(one.name, one.annotation, one.default) for one in own if one.name != "settings"]
-        arguments = [one for one in kept if one.default is inspect.Parameter.empty]
-        parameters = [*arguments, *flags, *kept[len(arguments) :]]
-        filled.__annotations__ = {one.name: one.annotation for one in parameters}
-        filled.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        return filled
+        written = inspect.signature(command, eval_str=True).parameters.values()
+        kept = [parameter_of(own.name, own.annotation, own.default) for own in written if own.name != "settings"]
+        arguments = [parameter for parameter in kept if parameter.default is inspect.Parameter.empty]
+        return with_parameters(filled, [*arguments, *flags, *kept[len(arguments) :]])
 
     return decorate
 
 
-def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+def with_parameters(command: Command, parameters: list[inspect.Parameter]) -> Command:
+    """The command, which takes keywords, as one that is seen to take ``parameters``."""
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return command
+
+
+def parameter_of(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    """A flag, or an argument of a command, as typer reads it from a signature."""
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from cellseg_batch.engine.cli.console import as_flags
 from cellseg_batch.engine.run.results import SlideReport
 from cellseg_batch.engine.run.slide_plan import SlidePlan
 
@@ -92,7 +93,7 @@ class Screen:
         self._ended += 1
         self._bar.update(self._task, description=f"{self._ended}/{self._images} images")
         if self._verbosity >= 1:
-            reason = f" ({report.reason})" if report.reason else ""
+            reason = f" ({as_flags(report.reason)})" if report.reason else ""
             self.console.print(Text(f"{report.status}: {report.path}{reason}"), soft_wrap=True)
 
 
@@ -101,10 +102,10 @@ def describe(plan: SlidePlan, peak_bytes: int) -> str:
     lattice, level = plan.grid.lattice, plan.level
     size = f"{level.pixel_size_um:.3g} µm/px, " if level.pixel_size_um else ""
     planes = f"{plan.grid.planes} planes, " if plan.grid.planes > 1 else ""
-    shrunk = f"shrunk {plan.downscale} times for its large nuclei, " if plan.downscale > 1 else ""
+    downscaled = f"downscaled {plan.downscale} times for its large nuclei, " if plan.downscale > 1 else ""
     return (
         f"{plan.slide.name}: {planes}{lattice.shape[0]} x {lattice.shape[1]} px, level {level.level} "
         f"({size}{level.reason}), channel {plan.channels.reason}, values {plan.bounds.low:g}-{plan.bounds.high:g}, "
-        f"{shrunk}{plan.tiles} tiles of {lattice.tile[0]} x {lattice.tile[1]} in {len(plan.grid)} blocks, "
+        f"{downscaled}{plan.tiles} tiles of {lattice.tile[0]} x {lattice.tile[1]} in {len(plan.grid)} blocks, "
         f"{lattice.cost:.2f} px computed per px, peak memory at most {peak_bytes / 1e6:.0f} MB"
     )

@@ -149,12 +149,12 @@ class BatchQueue:
             for tiles, *_ in parts:
                 self.computing.wait_event(tiles.arrived)
             begun.record(self.computing)
-            for tiles, first, last, place in parts:
-                tiles.gather(first, last, self._model.pixels[place])
+            for tiles, first, last, span in parts:
+                tiles.gather(first, last, self._model.pixels[span])
             # Places behind the last tile hold what they held; their logits go nowhere.
             self._model.enqueue()
-            for tiles, first, last, place in parts:
-                tiles.stitch(first, last, self._model.logits[place])
+            for tiles, first, last, span in parts:
+                tiles.stitch(first, last, self._model.logits[span])
             ended.record(self.computing)
         self._begun = begun
         self._timed.append((begun, ended))
@@ -166,22 +166,22 @@ class BatchQueue:
         self.device.settle()
         if self.batch == 1:
             raise ComputeError(
-                str(self.device.place),
+                str(self.device.torch_device),
                 expected="memory for a block and a batch of one tile",
                 found="a device whose memory is full",
                 cause="another process on it, or large tiles",
-                remedy="choose a smaller --tile or --block, or fewer --workers",
+                remedy="choose a smaller `tile` or `block`, or fewer `workers`",
             )
         self.batch //= 2
         _log.warning(
             "the memory of %s is full: batches of %d tiles from now on, whose logits may round otherwise",
-            self.device.place,
+            self.device.torch_device,
             self.batch,
         )
 
 
 def _parts(batch: list[tuple[_Entry, int]]) -> Iterator[tuple[Tiles, int, int, slice[int, int, None]]]:
-    """Every block's share of a batch: (tiles, first, last, place in the batch)."""
+    """Every block's share of a batch: (tiles, first, last, span in the batch)."""
     start = 0
     for entry, share in groupby(batch, key=lambda one: one[0]):
         numbers = [number for _, number in share]

@@ -20,43 +20,50 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
+from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import BackendError
+from cellseg_batch.engine.geometry import fit_lattice
 from cellseg_batch.engine.inference.backends.gate import TILE, Parity, limits_of, logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.inference.backends.protocol import CONVERSION_VERSION, Backend, Shape
-from cellseg_batch.engine.inference.backends.registry import KINDS, REFERENCE, candidates, make_backend, why_not
+from cellseg_batch.engine.inference.backends.registry import REFERENCE, candidates, make_backend, packages, why_not
 from cellseg_batch.engine.inference.normalise import Bounds
-from cellseg_batch.engine.inference.race_result import Candidate, Certificate, Request, may_win
-from cellseg_batch.engine.inference.session import Feed
+from cellseg_batch.engine.inference.race_result import Candidate, RaceResult, Request, may_win
+from cellseg_batch.engine.inference.session import Session, compile_network
 from cellseg_batch.engine.machine import cores, gpus, package_version, processor, run_module, visible_gpus
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.settings import RACE_TILE, RACE_TILE_ON_CPU, Settings, race_device
+from cellseg_batch.engine.settings import Settings, race_device
 from cellseg_batch.engine.storage.cache import Artefacts, Key
-from cellseg_batch.trainer.bundle import Bundle
+from cellseg_batch.trainer.bundle import Bundle, Card
 
 _log = logging.getLogger(__name__)
 
-_FILE = "certificate.json"
-_PACKAGES = ("cellseg-batch", "torch", "openvino", "nncf", "tensorrt", "torch-tensorrt", "triton")
+_FILE = "race_result.json"
+# (height, width) in px of the slide whose tiles a GPU is timed with: what is made for their shape is found again.
+_LARGE_SLIDE = (8192, 8192)
+# A processor takes as long for a pixel in tiles of any size.
+_SMALL_TILE = (1024, 1024)
 _ROUNDS = 5
 # A candidate this much slower than the fastest is timed once; it will not win.
 _HOPELESS = 3.0
 
 
-def request_of(settings: Settings) -> Request:
-    """What a run of ``settings`` needs to know.
-
-    Where no GPU can win, tiles are small: a processor takes as long for a pixel in tiles of any size.
-    """
+def request_of(settings: Settings, card: Card) -> Request:
+    """What a run of ``settings`` with the model of ``card`` needs to know; tiles are large only if a GPU may win."""
     device = race_device(settings.device)
     fitting = candidates(settings.backend, settings.precision, device)
-    maybe = any(KINDS[name].on_gpu for name, _ in fitting) and (device != "auto" or (gpus() and visible_gpus()))
-    tile = RACE_TILE if maybe else RACE_TILE_ON_CPU
+    on_gpu = any(KNOWN_BACKENDS[name].on_gpu for name, _ in fitting)
+    tile = large_tile(card) if on_gpu and (device != "auto" or (gpus() and visible_gpus())) else _SMALL_TILE
     return Request(settings.model, settings.backend, settings.precision, tile, 1, settings.threads or cores(), device)
 
 
-def certify(
+def large_tile(card: Card) -> tuple[int, int]:
+    """(height, width) in px of the tiles of a large slide, with the default settings and the card's margin."""
+    return fit_lattice(_LARGE_SLIDE, Settings.tile, card.margin, card.total_stride).tile
+
+
+def load_or_race(
     request: Request, bundle: Bundle, artefacts: Artefacts, started: Callable[[], None], again: bool = False
-) -> Certificate:
+) -> RaceResult:
     """The kept result of this race, or of a complete one, on this machine; run now in a process of its own if none is.
 
     Args:
@@ -77,10 +84,10 @@ def certify(
     if folder is None:
         started()
         folder = artefacts.get(key, lambda partial: _race_elsewhere(request, artefacts, partial))
-    return Certificate.from_json(json.loads((folder / _FILE).read_text()))
+    return RaceResult.from_json(json.loads((folder / _FILE).read_text()))
 
 
-def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
+def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> RaceResult:
     """Run the race here and now: build, gate and time every candidate, all taking turns."""
     threshold = bundle.card.threshold
     network = bundle.foreground  # the gate looks at nothing else, and masks need nothing else
@@ -88,8 +95,8 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
     reference = make_backend(network, *REFERENCE, request.threads, artefacts)
     expected = logits_of(reference.compile((1, *tiles.shape[1:])), tiles)
     stride = bundle.card.total_stride
-    side = max(1, request.tile // stride) * stride
-    shape = (request.batch, bundle.card.channels, side, side)
+    height, width = (max(1, side // stride) * stride for side in request.tile)
+    shape = (request.batch, bundle.card.channels, height, width)
     rows: dict[tuple[str, str], Candidate] = {}
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     parities: dict[tuple[str, str], Parity] = {}
@@ -104,18 +111,18 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
                 else:
                     backend = make_backend(network, *name, request.threads, artefacts, gpu)
                     parities[name] = worst_parity(backend, tiles, expected, threshold)
-                calls[name] = _fed(backend, shape, pixels)
+                calls[name] = _timed_call(backend, shape, pixels)
                 continue
             except Exception as error:  # a network that this library cannot take; another one may
                 _log.debug("%s cannot run the model", name, exc_info=True)
                 missing = f"cannot run the model ({type(error).__name__}: {error})"
         rows[name] = Candidate(*name, missing=missing)
-    megapixels = request.batch * side * side / 1e6
+    megapixels = request.batch * height * width / 1e6
     for name, seconds in time_in_turns(calls).items():
-        rates = [megapixels / one for one in seconds]
+        rates = [megapixels / spent for spent in seconds]
         rows[name] = Candidate(*name, "", median(rates), min(rates), max(rates), parities[name])
     calls.clear()  # and with them the memory of every network
-    certificate = Certificate(
+    race_result = RaceResult(
         request=request,
         model_sha256=bundle.sha256,
         shape=shape,
@@ -123,15 +130,15 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> Certificate:
         gpus=tuple(gpus()),
         versions=_versions(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        candidates=tuple(sorted(rows.values(), key=lambda one: -one.mpx_per_s)),
+        candidates=tuple(sorted(rows.values(), key=lambda row: -row.mpx_per_s)),
     )
     with suppress(BackendError):  # nobody won; who asks for the result is told why
-        winner = certificate.pick(request.backend, request.precision)
-        # Made here and kept, so that a run need not load torch to show the model a slide shrunk, or for instances.
+        winner = race_result.pick(request.backend, request.precision)
+        # Made here and kept, so that a run need not load torch to show the model a slide downscaled, or for instances.
         for network in (bundle.foreground, bundle):
             for factor in (1, *map(int, bundle.card.shrink)):
                 make_backend(network.shrunk(factor), winner.backend, winner.precision, request.threads, artefacts)
-    return certificate
+    return race_result
 
 
 def time_in_turns(calls: dict[tuple[str, str], Callable[[], object]]) -> dict[tuple[str, str], list[float]]:
@@ -151,28 +158,28 @@ def time_in_turns(calls: dict[tuple[str, str], Callable[[], object]]) -> dict[tu
 def worst_parity(
     backend: Backend, tiles: NDArray[np.float32], expected: NDArray[np.float32], threshold: float
 ) -> Parity:
-    """Of all ways into the network, normalised pixels and bytes, that which agrees least."""
-    ways = _ways(backend, (1, *tiles.shape[1:]))
-    parities = [measure_parity(logits_of(way, tiles), expected, threshold) for way in ways]
+    """The worse of the parities of the network for normalised pixels and of that for bytes, if there is one."""
+    models = _models(backend, (1, *tiles.shape[1:]))
+    parities = [measure_parity(logits_of(model, tiles), expected, threshold) for model in models]
     return min(parities, key=lambda parity: (parity.within(limits_of(backend.precision)), -parity.flipped))
 
 
-def _ways(backend: Backend, shape: Shape) -> Iterator[Callable[[NDArray[np.float32]], NDArray[np.float32]]]:
+def _models(backend: Backend, shape: Shape) -> Iterator[Callable[[NDArray[np.float32]], NDArray[np.float32]]]:
     """The network for normalised pixels, and the one for bytes as if it took these."""
     yield backend.compile(shape)
     if (of_bytes := backend.compile_bytes(shape)) is not None:
         yield lambda tile: of_bytes(np.ascontiguousarray(np.moveaxis(_as_bytes(tile), 1, -1)), 0.0, 1 / 255)
 
 
-def _fed(backend: Backend, shape: Shape, pixels: NDArray[np.uint8]) -> Callable[[], object]:
+def _timed_call(backend: Backend, shape: Shape, pixels: NDArray[np.uint8]) -> Callable[[], object]:
     """A call of the network on a batch of tiles that all show ``pixels`` (C, H, W); made once to warm up."""
-    feed = Feed(backend, shape, pixels.dtype)
+    session = Session(compile_network(backend, shape, pixels.dtype))
     rows, columns = (np.tile(np.arange(side), (shape[0], 1)) for side in shape[2:])
-    feed.fill(pixels, rows, columns, Bounds(0.0, 255.0))
-    feed.logits()
-    repeat: Callable[[], object] | None = getattr(feed.model, "repeat", None)
+    session.fill(pixels, rows, columns, Bounds(0.0, 255.0))
+    session.logits()
+    repeat: Callable[[], object] | None = getattr(session.network.model, "repeat", None)
     if repeat is None:
-        return feed.logits
+        return session.logits
     repeat()
     return repeat  # a GPU's copies overlap its work in a run
 
@@ -182,8 +189,8 @@ def _lay_out(shape: Shape, tiles: NDArray[np.float32]) -> NDArray[np.uint8]:
     pixels = np.empty(shape[1:], np.uint8)
     corners = [(y, x) for y in range(0, shape[2], TILE) for x in range(0, shape[3], TILE)]
     for number, (y, x) in enumerate(corners):
-        place = pixels[:, y : y + TILE, x : x + TILE]
-        place[...] = _as_bytes(tiles[number % len(tiles)])[:, : place.shape[1], : place.shape[2]]
+        target = pixels[:, y : y + TILE, x : x + TILE]
+        target[...] = _as_bytes(tiles[number % len(tiles)])[:, : target.shape[1], : target.shape[2]]
     return pixels
 
 
@@ -199,7 +206,7 @@ def _race_elsewhere(request: Request, artefacts: Artefacts, folder: Path) -> Non
             expected="a process that times every backend",
             found=failure,
             cause="too little memory, or a library that crashes when it is loaded",
-            remedy="name a --backend and --precision; cellseg-batch compile --debug shows more",
+            remedy="name a `backend` and `precision`; cellseg-batch compile --debug shows more",
         )
 
 
@@ -214,11 +221,11 @@ def _key(request: Request, bundle: Bundle) -> Key:
     return {
         "what": "race",
         "conversion_version": CONVERSION_VERSION,
-        "holds": list(Certificate.__dataclass_fields__),
+        "holds": list(RaceResult.__dataclass_fields__),
         "model": bundle.card.name,
         "sha256": bundle.sha256,
         "threshold": bundle.card.threshold,
-        "shrink": sorted(bundle.card.shrink),
+        "downscale": sorted(bundle.card.shrink),
         "processor": processor(),
         "gpus": gpus(),
         "versions": _versions(),
@@ -228,15 +235,15 @@ def _key(request: Request, bundle: Bundle) -> Key:
 
 
 def _versions() -> dict[str, str | None]:
-    return {package: package_version(package) for package in _PACKAGES}
+    return {package: package_version(package) for package in ("cellseg-batch", *packages())}
 
 
 def main() -> None:
     """Entry point of the race's own process: request as JSON, folder of the artefacts, folder for the result."""
     asked, cache, folder = sys.argv[1:]
-    request = Request(**json.loads(asked))
-    certificate = race(request, load_model(request.model), Artefacts(Path(cache)))
-    (Path(folder) / _FILE).write_text(json.dumps(certificate.to_json(), indent=2) + "\n")
+    request = Request.from_json(json.loads(asked))
+    race_result = race(request, load_model(request.model), Artefacts(Path(cache)))
+    (Path(folder) / _FILE).write_text(json.dumps(race_result.to_json(), indent=2) + "\n")
 
 
 if __name__ == "__main__":

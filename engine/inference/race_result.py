@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cellseg_batch.engine.backend_table import KNOWN_PRECISIONS
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.inference.backends.gate import Parity, limits_of
-
-ON_REQUEST = ("int8",)
-"""Precisions that win only when they are asked for by name."""
 
 
 def may_win(precision: str, asked: str) -> bool:
     """Whether a precision may be chosen where ``asked`` was asked for, a name or auto."""
-    return precision == asked or (asked == "auto" and precision not in ON_REQUEST)
+    return precision == asked or (asked == "auto" and not KNOWN_PRECISIONS[precision].on_request)
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Request:
         model: a shipped model's name or a bundle's path.
         backend: a name, or auto for all.
         precision: a name, or auto for all.
-        tile: side in px of the timed tiles.
+        tile: (height, width) in px of the timed tiles.
         batch: tiles per call.
         threads: of the model.
         device: auto, cpu or a GPU; the first of several.
@@ -35,11 +33,16 @@ class Request:
     model: str
     backend: str
     precision: str
-    tile: int
+    tile: tuple[int, int]
     batch: int
     threads: int
     device: str = "auto"
     complete: bool = False
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Request:
+        """The request that `dataclasses.asdict` and JSON made plain."""
+        return cls(**{**content, "tile": tuple(content["tile"])})
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Certificate:
+class RaceResult:
     """A race's result.
 
     Attributes:
@@ -109,20 +112,20 @@ class Certificate:
             BackendError: there is none; the reasons and figures are in it.
         """
         fitting = [
-            one for one in self.candidates if backend in ("auto", one.backend) and may_win(one.precision, precision)
+            row for row in self.candidates if backend in ("auto", row.backend) and may_win(row.precision, precision)
         ]
-        able = [one for one in fitting if one.parity is not None and (one.passed or not gate)]
+        able = [row for row in fitting if row.parity is not None and (row.passed or not gate)]
         if able:
-            return max(able, key=lambda one: one.mpx_per_s)
+            return max(able, key=lambda row: row.mpx_per_s)
         failed = [
-            f"{one.name} {one.parity.text(limits_of(one.precision))}" for one in fitting if one.parity is not None
+            f"{row.name} {row.parity.text(limits_of(row.precision))}" for row in fitting if row.parity is not None
         ]
-        missing = [f"{one.name}: {one.missing}" for one in fitting if one.missing]
+        missing = [f"{row.name}: {row.missing}" for row in fitting if row.missing]
         raise BackendError(
-            f"--backend {backend} --precision {precision}",
+            f"`backend={backend}` `precision={precision}`",
             expected="a backend that can be had here and agrees with torch fp32",
             found="; ".join(failed + missing) or "none that this version knows",
-            remedy="--no-gate uses it all the same" if failed else "see cellseg-batch doctor, or leave both to auto",
+            remedy="`gate=False` uses it all the same" if failed else "see cellseg-batch doctor, or leave both to auto",
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -132,19 +135,19 @@ class Certificate:
         except BackendError:
             winner = None
         rows = []
-        for one in self.candidates:
-            figures = asdict(one.parity) if one.parity is not None else {}
-            row = {name: value for name, value in asdict(one).items() if name != "parity"}
-            rows.append({**row, **figures, "passed": one.passed, "winner": one == winner})
+        for candidate in self.candidates:
+            figures = asdict(candidate.parity) if candidate.parity is not None else {}
+            row = {name: value for name, value in asdict(candidate).items() if name != "parity"}
+            rows.append({**row, **figures, "passed": candidate.passed, "winner": candidate == winner})
         return {**asdict(self), "candidates": rows}
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Certificate:
-        """The certificate that `to_json` wrote."""
+    def from_json(cls, content: dict[str, Any]) -> RaceResult:
+        """The result that `to_json` wrote."""
         rows = []
         for row in content["candidates"]:
             parity = Parity(**{name: row[name] for name in Parity.__dataclass_fields__}) if "flipped" in row else None
             plain = {name: row[name] for name in Candidate.__dataclass_fields__ if name != "parity"}
             rows.append(Candidate(**plain, parity=parity))
         fields = {name: tuple(content[name]) for name in ("shape", "gpus")}
-        return cls(**{**content, **fields, "request": Request(**content["request"]), "candidates": tuple(rows)})
+        return cls(**{**content, **fields, "request": Request.from_json(content["request"]), "candidates": tuple(rows)})

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block, Box, Lattice, Tile
-from cellseg_batch.engine.objects.seeds import Mark
+from cellseg_batch.engine.objects.seeds import PixelClassifier
 from cellseg_batch.kernels.tiling import TileGrid
 
 
@@ -39,7 +39,7 @@ def make_stitch(
     probability: Any,
     kernels: Any,
     empty: Callable[[tuple[int, ...]], Any],
-    mark: Mark | None = None,
+    classify: PixelClassifier | None = None,
 ) -> Stitch:
     """What stitches one block.
 
@@ -52,9 +52,9 @@ def make_stitch(
         probability: (h, w) uint8, overwritten, or None if it is not wanted.
         kernels: module with the functions of `cellseg_batch.kernels.stitch` for these arrays.
         empty: makes an array of a shape for logits.
-        mark: writes something else than the mask of a batch's cores; only to be cropped.
+        classify: writes pixel codes of a batch's cores instead of their mask; only to be cropped.
     """
-    out = _Output(kernels, threshold, mask, probability, mark)
+    out = _Output(kernels, threshold, mask, probability, classify)
     return _Crop(out, block) if stitch == "crop" else _Blend(out, block, lattice, empty)
 
 
@@ -64,7 +64,7 @@ class _Output:
     threshold: float
     mask: Any
     probability: Any
-    mark: Mark | None
+    classify: PixelClassifier | None
 
 
 class _Crop:
@@ -78,8 +78,8 @@ class _Crop:
     def add(self, first: int, logits: Any) -> None:
         places = core_places(self._block.tiles[first : first + len(logits)], self._block.box)
         kernels, out = self._out.kernels, self._out
-        if out.mark is not None:
-            self._counts[first] = out.mark(logits, places, out.mask)
+        if out.classify is not None:
+            self._counts[first] = out.classify(logits, places, out.mask)
         else:
             self._counts[first] = kernels.stitch_mask(logits, places, out.threshold, out.mask)
         if out.probability is not None:

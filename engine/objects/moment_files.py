@@ -1,7 +1,7 @@
-"""The objects of one slide: block by block on disk, then merged by id in bounded memory, however many there are.
+"""The moments of a slide's objects: written block by block, then merged by id in bounded memory.
 
-A block leaves one file of moments.  Only objects that several blocks share are added up; the rest stream through.
-This room knows moments and files; it does not know the run, the slide or the columns of the table.
+Each block writes one file.  Only objects that several blocks share are added up; the rest stream through.  This module
+knows moments and files; it does not know the run, the slide or the columns of the table.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Objects:
 
     Attributes:
         ids: (n,) ascending.
-        planes: (n,) int64, the t/z plane that each lies in.
-        rows: (n, k), one row each, as `cellseg_batch.kernels.moments_columns` says.
+        planes: (n,) int64, number of the t/z plane that each object lies in.
+        rows: (n, k) float64, the moments of each object, as `cellseg_batch.kernels.moments_columns` numbers them.
     """
 
     ids: Ids
@@ -51,23 +51,23 @@ def write_part(folder: Path, number: int, plane: int, ids: Ids, rows: Rows) -> N
 
 
 def merge_parts(folder: Path) -> Iterator[Objects]:
-    """The objects of all parts in ``folder``, every id once, in ascending order, piece by piece."""
-    with nearby(folder) as here:
-        yield from _merge(sorted(here.glob("*/*.npy")))
+    """Merge the parts in ``folder``: pieces in ascending order of ids, every id once."""
+    with nearby(folder) as local:
+        yield from _merge(sorted(local.glob("*/*.npy")))
 
 
 def _merge(paths: list[Path]) -> Iterator[Objects]:
     read = [0] * len(paths)
-    coming = np.array([_open(path)["id"][0] for path in paths], np.uint64)
-    nothing = np.iinfo(np.uint64).max
-    while len(paths) and (start := coming.min()) < nothing:
+    next_ids = np.array([_open(path)["id"][0] for path in paths], np.uint64)
+    no_more = np.iinfo(np.uint64).max
+    while len(paths) and (start := next_ids.min()) < no_more:
         pieces = []
-        for number in np.flatnonzero(coming - start < _IDS):
+        for number in np.flatnonzero(next_ids - start < _IDS):
             part = _open(paths[number])
             stop = int(np.searchsorted(part["id"], start + np.uint64(_IDS)))
             pieces.append(np.array(part[read[number] : stop]))
             read[number] = stop
-            coming[number] = part["id"][stop] if stop < len(part) else nothing
+            next_ids[number] = part["id"][stop] if stop < len(part) else no_more
         piece = np.concatenate(pieces)
         ids, rows = merge(piece["id"], piece["row"])
         planes = np.empty(len(ids), np.int64)

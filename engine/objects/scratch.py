@@ -1,12 +1,12 @@
-"""What lies between the two passes over a slide: codes and final ids, in the journal's folder until labels are done.
+"""Pixels kept between the two passes over a slide, in the journal's folder until the labels are done.
 
-    <journal>/scratch/codes/       a file for each block
-    <journal>/scratch/certainty/   likewise the probability, if objects are measured
-    <journal>/scratch/ids/         what the merge found
-    <journal>/scratch/objects/     the moments of each block's objects
+    <journal>/scratch/codes/         the numbered codes, a file for each block
+    <journal>/scratch/probability/   the probability, a file for each block, if objects are measured
+    <journal>/scratch/ids/           the final ids from the merge
+    <journal>/scratch/objects/       the moments of each block's objects
 
-A block's pixels are compressed in pieces, and its outermost ones apart from the others: each block is read once as a
-whole, and eight times for the frame of a neighbour.
+A block's pixels are compressed in pieces, with its frame apart from its inside: each block is read once as a whole, and
+eight times for the frame of a neighbour.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.geometry import Block, Box
 from cellseg_batch.engine.storage.atomic_files import numbered, remove_tree, whole_file
 
-# Rows of a piece: few enough that what it becomes stays in the processor's cache and the heap.
+# Rows of a piece: few enough that the compressed piece stays in the processor's cache and the heap.
 _ROWS = 256
 # Fast rather than small: it lives for minutes.
 _CODEC = Blosc("lz4", clevel=1, shuffle=Blosc.SHUFFLE)
 
 
 class Scratch:
-    """One kind of pixels of all blocks, in the scratch of an output; safe for any number of threads.
+    """One image of all blocks in the scratch of an output; safe for any number of threads.
 
     Args:
         journal: of the output.
-        name: of the kind.
+        name: of its folder in the scratch.
         dtype: of its pixels.
-        frame: px that a block is read with beyond its own box.
+        frame: px around a block that are read with it.
 
     Attributes:
         ids: folder of the final ids.
@@ -53,7 +53,7 @@ class Scratch:
         self.objects = journal / "scratch" / "objects"
 
     def create(self) -> None:
-        """Make it, empty.
+        """Create it, empty.
 
         Raises:
             OutputError: it cannot be written.
@@ -84,28 +84,28 @@ class Scratch:
             sizes = np.frombuffer(content, np.int64, len(pieces))
             stops = sizes.nbytes + np.cumsum(sizes)
             for piece, start, stop in zip(pieces, stops - sizes, stops, strict=True):
-                place = piece.shifted((block.box.y0, block.box.x0))
-                wanted = place.within(box)
+                own = piece.shifted((block.box.y0, block.box.x0))
+                wanted = own.within(box)
                 if wanted.area:
                     pixels = np.frombuffer(_CODEC.decode(content[start:stop]), self._dtype).reshape(piece.shape)
-                    yield wanted, np.ascontiguousarray(pixels[wanted.seen_from(place).slices()])
+                    yield wanted, np.ascontiguousarray(pixels[wanted.seen_from(own).slices()])
         except Exception as error:  # Blosc fails in ways of its own
             raise OutputError(
                 str(self._path(block)),
-                expected="what an earlier task of this run has put there",
+                expected="pixels that an earlier task of this run wrote",
                 found=f"{type(error).__name__}: {error}",
                 cause="files between two passes were removed or damaged",
-                remedy="begin this image anew with --overwrite",
+                remedy="begin this image anew with `overwrite`",
             ) from error
 
     def exists(self) -> bool:
-        """Whether it has been made and not been removed."""
+        """Whether it has been created and not been removed."""
         return self._mark.is_file()
 
     def remove(self) -> None:
         """Delete the whole scratch, as far as it can be."""
         with suppress(OSError):
-            # First, so that what is left of a scratch is never taken for all of it.
+            # First, so that a half-removed scratch is never taken for a whole one.
             self._mark.unlink(missing_ok=True)
             remove_tree(self._folder.parent)
 
@@ -117,7 +117,7 @@ class Scratch:
         return numbered(self._folder, block.index, ".lz4")
 
     def _pieces(self, block: Block) -> list[Box]:
-        """Boxes that make up a block, seen from its corner: what neighbours see lies in pieces of its own."""
+        """Boxes that make up a block, seen from its corner; the frame that neighbours read is in pieces of its own."""
         height, width = block.box.shape
         inner = range(self._frame, height - self._frame, _ROWS)
         rows = {0, height, *inner, max(0, height - self._frame), min(height, self._frame)}

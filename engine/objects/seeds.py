@@ -1,11 +1,8 @@
-"""The seeds of one block: numbered, and what a merge over blocks has to know of them.
+"""The seeds of one block: numbered, and what the merge over blocks must know of them.
 
-    a block's record    cells   number of seeds that begin in each of its lattice cores, in raster order
-                        edges   the seeds that touch a side beyond which the slide goes on
-                        sides   where along each such side they lie, as runs
-
-A seed that touches no such side is whole, and nobody outside the block has to know of it but as a number.  This room
-knows pixels and geometry; it does not know files, models or other blocks.
+A seed that touches no open side is complete: outside its block only the number of such seeds matters.  An open side is
+one beyond which the slide goes on.  This module knows pixels and geometry; it does not know files, models or other
+blocks.
 """
 
 from __future__ import annotations
@@ -18,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block, BlockGrid
-from cellseg_batch.kernels.instances import label_seeds, mark_foreground, mark_seeds, seed_rule
+from cellseg_batch.kernels.instances import classify_foreground, classify_pixels, label_seeds, seed_rule
 from cellseg_batch.kernels.stitch import logit_threshold
 from cellseg_batch.trainer.bundle import Card, Instances
 
 TOP, LEFT, BOTTOM, RIGHT = "top", "left", "bottom", "right"
 
-Mark = Callable[[NDArray[np.float32], NDArray[np.int64], NDArray[np.uint8]], tuple[int, int]]
+PixelClassifier = Callable[[NDArray[np.float32], NDArray[np.int64], NDArray[np.uint8]], tuple[int, int]]
+"""Writes the pixel codes of a batch of tiles: (logits, places, out) -> (foreground pixels, NaN logits)."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class InstanceRule:
     Attributes:
         card: the model's own rule, in px of the image that it is shown.
         by_distance: seeds come from distance and border; otherwise every component of the foreground is an object.
-        downscale: by how much the slide is reduced for the model.
+        downscale: by how much the slide is downscaled for the model.
     """
 
     card: Instances
@@ -51,14 +49,14 @@ class InstanceRule:
         """Of growth, in each of its two rounds."""
         return self.card.growth * self.downscale
 
-    def marker(self, threshold: float) -> Mark:
-        """What writes the classes of a batch, (logits, places, out) -> (foreground, NaN), at a probability."""
+    def classifier(self, threshold: float) -> PixelClassifier:
+        """Classify pixels by this rule; a pixel is foreground where its probability is above ``threshold``."""
         limit = logit_threshold(threshold)
         if not self.by_distance:
-            return lambda logits, places, out: mark_foreground(logits, places, limit, out)
+            return lambda logits, places, out: classify_foreground(logits, places, limit, out)
         card = self.card
         rule = seed_rule(limit, card.border_weight, card.smoothing, self.downscale, card.seed_level, card.border_level)
-        return lambda logits, places, out: mark_seeds(logits, places, rule, out)
+        return lambda logits, places, out: classify_pixels(logits, places, rule, out)
 
     def manifest(self) -> dict[str, Any]:
         """What decides the instances, as plain JSON values."""
@@ -70,41 +68,85 @@ def instance_rule(card: Card) -> InstanceRule:
     return InstanceRule(card.instances, card.outputs[:3] == ("foreground", "border", "distance"))
 
 
+@dataclass(frozen=True)
+class EdgeSeeds:
+    """The seeds of a block that touch an open side, in ascending order of ids.
+
+    Attributes:
+        ids: in the block.
+        areas: px in the block.
+        first_pixels: index of each seed's first pixel in its plane of the slide, in raster order.
+    """
+
+    ids: list[int]
+    areas: list[int]
+    first_pixels: list[int]
+
+
+@dataclass(frozen=True)
+class SideRuns:
+    """Where seeds lie along one side of a block: runs of pixels of one seed.
+
+    Attributes:
+        ids: the seed of each run, by its id in the block.
+        starts, stops: half-open range of each run, in px from the block's corner.
+    """
+
+    ids: list[int]
+    starts: list[int]
+    stops: list[int]
+
+
+@dataclass(frozen=True)
+class SeedRecord:
+    """What the merge must know of a block's seeds.
+
+    Attributes:
+        cells: number of seeds that begin in each of its lattice cores, in raster order.
+        edges: the seeds that touch an open side.
+        sides: of each open side (`TOP`, `LEFT`, `BOTTOM`, `RIGHT`), the runs along it.
+    """
+
+    cells: list[int]
+    edges: EdgeSeeds
+    sides: dict[str, SideRuns]
+
+
 def number_seeds(
-    classes: NDArray[np.uint8], block: Block, grid: BlockGrid, smallest: int
-) -> tuple[NDArray[np.uint32], dict[str, Any]]:
-    """The codes (h, w) of a block, as `cellseg_batch.kernels.instances` says, and its record, plain JSON values.
+    pixel_codes: NDArray[np.uint8], block: Block, grid: BlockGrid, smallest: int
+) -> tuple[NDArray[np.uint32], SeedRecord]:
+    """Number the seeds of a block.
 
     Args:
-        classes: (h, w) of the block.
+        pixel_codes: (h, w) of the block.
         block: one of ``grid``.
         grid: of the slide.
-        smallest: seeds of fewer px are none.
+        smallest: components of fewer px are no seeds, unless they touch an open side.
+
+    Returns:
+        Its numbered codes (h, w), as `cellseg_batch.kernels.instances` says, and its record.
     """
     box, lattice = block.box, grid.lattice
     height, width = lattice.shape
     is_open = {TOP: box.y0 > 0, LEFT: box.x0 > 0, BOTTOM: box.y1 < height, RIGHT: box.x1 < width}
     codes = np.empty(box.shape, np.uint32)
-    sides = is_open[TOP], is_open[LEFT], is_open[BOTTOM], is_open[RIGHT]
-    seeds = label_seeds(classes, lattice.core, smallest, sides, codes)
+    open_sides = is_open[TOP], is_open[LEFT], is_open[BOTTOM], is_open[RIGHT]
+    seeds = label_seeds(pixel_codes, lattice.core, smallest, open_sides, codes)
     y, x = np.divmod(seeds.first, box.shape[1])
     rows, columns = (-(-length // core) for length, core in zip(box.shape, lattice.core, strict=True))
     cells = np.bincount(y // lattice.core[0] * columns + x // lattice.core[1], minlength=rows * columns)
     lines = {TOP: codes[0], LEFT: codes[:, 0], BOTTOM: codes[-1], RIGHT: codes[:, -1]}
-    runs = {side: _runs(line) for side, line in lines.items() if is_open[side]}
-    edges = np.unique(np.concatenate([ids for ids, _, _ in runs.values()])) if runs else np.zeros(0, np.int64)
-    firsts = (box.y0 + y[edges - 1]) * width + box.x0 + x[edges - 1]
-    record = {
-        "cells": cells.tolist(),
-        "edges": {"ids": edges.tolist(), "areas": seeds.area[edges - 1].tolist(), "firsts": firsts.tolist()},
-        "sides": {side: [part.tolist() for part in parts] for side, parts in runs.items()},
-    }
-    return codes, record
+    sides = {side: _runs(line) for side, line in lines.items() if is_open[side]}
+    ids = np.array(sorted({seed for runs in sides.values() for seed in runs.ids}), np.int64)
+    first_pixels = (box.y0 + y[ids - 1]) * width + box.x0 + x[ids - 1]
+    edges = EdgeSeeds(ids.tolist(), seeds.area[ids - 1].tolist(), first_pixels.tolist())
+    return codes, SeedRecord(cells.tolist(), edges, sides)
 
 
-def _runs(line: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """(ids, starts, stops) of the seeds along one side of a block."""
+def _runs(line: NDArray[np.uint32]) -> SideRuns:
+    """The runs of seeds in the numbered codes along one side of a block."""
     starts = np.concatenate(([0], np.flatnonzero(np.diff(line.astype(np.int64))) + 1))
     stops = np.append(starts[1:], len(line))
-    kept = line[starts] > 2
-    return line[starts][kept].astype(np.int64) - 2, starts[kept], stops[kept]
+    is_seed = line[starts] > 2
+    ids = line[starts][is_seed].astype(np.int64) - 2
+    return SideRuns(ids.tolist(), starts[is_seed].tolist(), stops[is_seed].tolist())

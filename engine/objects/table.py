@@ -1,90 +1,85 @@
-"""The objects of a slide as one Parquet file: a row per object, in the order of ids, written piece by piece.
-
-Figures are scikit-image's of the same name (``measure.regionprops``).  Lengths come in px of the segmented level and in
-µm, both from the corner of that level; the columns in µm are null where the pixel size is unknown.
-"""
+"""The objects of a slide as one Parquet file: a row per object, in the order of ids, written piece by piece."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import ReadError
+from cellseg_batch.engine.objects.columns import Measured, Origin, table_fields, table_schema
 from cellseg_batch.engine.objects.moment_files import Objects
 from cellseg_batch.engine.storage.atomic_files import whole_file
 from cellseg_batch.engine.storage.paths import readable
-from cellseg_batch.kernels import moments
-from cellseg_batch.kernels import moments_columns as c
 
 METADATA_KEY = b"cellseg-batch"
-"""Key of the table's own account in the schema's metadata, as JSON: where its objects come from, and how."""
-
-_NAMES = ("slide", "well", "field")
-_BOX = {"bbox_y0": c.TOP, "bbox_x0": c.LEFT, "bbox_y1": c.BOTTOM, "bbox_x1": c.RIGHT}
-_LIGHT = ("mean", "min", "max", "std", "sum")
+"""Key of the table's `Provenance` in the schema's metadata, as JSON."""
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Which image the objects of a table lie in.
+class ChannelQuality:
+    """How sharp and how well exposed a channel is.
 
     Attributes:
-        slide, well, field: names; the last two are "" outside of plates.
-        shape: (..., h, w) of the label image.
-        plane_axes: which of t and z its leading axes are.
-        pixel_size_um: of the label image, None when unknown.
-        channels: names of the measured channels.
+        focus: variance of the Laplacian over the squared mean; None where it has none, as in a black image.
+        saturation: share of pixels at the end of the camera's scale.
     """
 
-    slide: str
-    well: str
-    field: str
+    focus: float | None
+    saturation: float
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the objects of a table come from, and what is known of the whole image.
+
+    Attributes:
+        image: location of the image.
+        labels: folder of the labels.
+        shape: (..., h, w) of the label image.
+        pixel_size_um: of the label image, None when unknown.
+        level0_scale: y and x px of the full resolution per px of the label image.
+        labelled_fraction: share of pixels that belong to an object.
+        segmented_channels: names of the channels that the model saw.
+        quality: by name of each measured channel.
+        provenance: of the labels, as their group's attributes hold it: model, settings, versions.
+    """
+
+    image: str
+    labels: str
     shape: tuple[int, ...]
-    plane_axes: str
     pixel_size_um: float | None
-    channels: tuple[str, ...]
+    level0_scale: tuple[float, float]
+    labelled_fraction: float
+    segmented_channels: tuple[str, ...]
+    quality: dict[str, ChannelQuality]
+    provenance: dict[str, Any]
 
-    def schema(self) -> pa.Schema:
-        """Columns and their types; the same for all images with the same channels."""
-        text, length = pa.dictionary(pa.int32(), pa.string()), pa.float64()
-        columns: dict[str, pa.DataType] = {"id": pa.int64()}
-        columns |= dict.fromkeys(_NAMES, text)
-        columns |= dict.fromkeys("tz", pa.int32())
-        columns |= dict.fromkeys(("centroid_y", "centroid_x", "centroid_y_um", "centroid_x_um"), length)
-        columns |= dict.fromkeys(_BOX, pa.int64())
-        columns |= dict.fromkeys((f"{name}_um" for name in _BOX), length)
-        columns |= {"area": pa.int64(), "area_um2": length}
-        for name in ("perimeter", "axis_major", "axis_minor"):
-            columns |= dict.fromkeys((name, f"{name}_um"), length)
-        columns["eccentricity"] = length
-        for channel in self.channels:
-            columns |= dict.fromkeys((f"intensity_{figure}_{channel}" for figure in _LIGHT), length)
-        columns |= {"mean_probability": length, "touches_border": pa.bool_()}
-        return pa.schema(list(columns.items()))
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the measured channels, in the order of their columns."""
+        return tuple(self.quality)
 
 
-def write_table(path: Path, origin: Origin, pieces: Iterable[Objects], account: dict[str, Any]) -> int:
+def write_table(path: Path, origin: Origin, pieces: Iterable[Objects], provenance: Provenance) -> int:
     """Write the objects of a slide; returns how many there are.
 
     Args:
         path: of the Parquet file, replaced when the new one is complete.
         origin: the image.
         pieces: the objects in ascending order of ids.
-        account: where they come from, as plain JSON values.
+        provenance: where they come from.
 
     Raises:
         OutputError: it cannot be written.
     """
-    schema = origin.schema().with_metadata({METADATA_KEY: json.dumps(account)})
+    schema = table_schema(origin.channels).with_metadata({METADATA_KEY: json.dumps(asdict(provenance))})
     count = 0
     with whole_file(path) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
         for piece in pieces:
@@ -93,15 +88,26 @@ def write_table(path: Path, origin: Origin, pieces: Iterable[Objects], account: 
     return count
 
 
-def read_account(path: Path) -> dict[str, Any]:
+def read_provenance(path: Path) -> Provenance:
     """Where the objects of a table come from.
 
     Raises:
         ReadError: it is no table of objects.
     """
     with reading_table(path):
-        account: dict[str, Any] = json.loads((pq.read_schema(readable(path)).metadata or {})[METADATA_KEY])
-    return account
+        content = json.loads((pq.read_schema(readable(path)).metadata or {})[METADATA_KEY])
+        quality = {name: ChannelQuality(**figures) for name, figures in content["quality"].items()}
+        return Provenance(
+            image=content["image"],
+            labels=content["labels"],
+            shape=tuple(content["shape"]),
+            pixel_size_um=content["pixel_size_um"],
+            level0_scale=tuple(content["level0_scale"]),
+            labelled_fraction=content["labelled_fraction"],
+            segmented_channels=tuple(content["segmented_channels"]),
+            quality=quality,
+            provenance=content["provenance"],
+        )
 
 
 def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
@@ -119,59 +125,19 @@ def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[pa.Re
 
 @contextmanager
 def reading_table(path: Path) -> Iterator[None]:
-    """Turn whatever goes wrong while a table of objects is read into a ReadError."""
+    """Raise ReadError for whatever goes wrong while a table of objects is read."""
     try:
         yield
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise ReadError(
             str(path),
             expected="a table of objects",
             found=f"{type(error).__name__}: {error}",
-            remedy="write it with cellseg-batch run --objects",
+            remedy="write it with a run with `objects`",
         ) from error
 
 
 def _batch(origin: Origin, objects: Objects, schema: pa.Schema) -> pa.RecordBatch:
-    figures = _figures(origin, objects)
-    arrays = []
-    for field in schema:
-        values = figures.get(field.name)
-        if field.name in _NAMES:
-            name = pa.array([getattr(origin, field.name)])
-            arrays.append(pa.DictionaryArray.from_arrays(np.zeros(len(objects.ids), np.int32), name))
-        elif values is None:
-            arrays.append(pa.nulls(len(objects.ids), field.type))
-        else:
-            arrays.append(pa.array(values).cast(field.type))
-    return pa.record_batch(arrays, schema=schema)
-
-
-def _figures(origin: Origin, objects: Objects) -> dict[str, NDArray[Any]]:
-    """Columns by name, but for the names of the image and for what is not known."""
-    rows, area = objects.rows, objects.rows[:, c.AREA]
-    major, minor, eccentricity = moments.axes(rows)
-    lengths = {
-        "centroid_y": rows[:, c.TOP] + rows[:, c.SUM_Y] / area,
-        "centroid_x": rows[:, c.LEFT] + rows[:, c.SUM_X] / area,
-        **{name: rows[:, column] for name, column in _BOX.items()},
-        "perimeter": moments.perimeter(rows),
-        "axis_major": major,
-        "axis_minor": minor,
-    }
-    found = {"id": objects.ids, **lengths, "area": area, "eccentricity": eccentricity}
-    if origin.pixel_size_um is not None:
-        found |= {f"{name}_um": values * origin.pixel_size_um for name, values in lengths.items()}
-        found["area_um2"] = area * origin.pixel_size_um**2
-    for number, channel in enumerate(origin.channels):
-        low, high, total, squares = rows[:, c.CHANNELS + c.PER_CHANNEL * number :].T[: c.PER_CHANNEL]
-        mean = total / area
-        spread = np.sqrt(np.maximum(squares / area - mean**2, 0))
-        light = dict(zip(_LIGHT, (mean, low, high, spread, total), strict=True))
-        found |= {f"intensity_{figure}_{channel}": values for figure, values in light.items()}
-    found["mean_probability"] = rows[:, c.PROBABILITY] / (255 * area)
-    *grid, height, width = origin.shape
-    place = np.unravel_index(objects.planes, grid) if grid else ()
-    found |= {axis: np.zeros(len(area), np.int64) for axis in "tz"} | dict(zip(origin.plane_axes, place, strict=True))
-    at_start = (rows[:, c.TOP] == 0) | (rows[:, c.LEFT] == 0)
-    found["touches_border"] = at_start | (rows[:, c.BOTTOM] == height) | (rows[:, c.RIGHT] == width)
-    return found
+    by_channel = [Measured(origin, objects, channel) for channel in range(max(1, len(origin.channels)))]
+    fields = table_fields(origin.channels)
+    return pa.record_batch([field.column.values(by_channel[field.channel]) for field in fields], schema=schema)

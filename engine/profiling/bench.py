@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.profiling.bench_slides import Form, shipped_pieces, write_plate, write_slide
 from cellseg_batch.engine.profiling.isolated_stages import measure_alone, memory_bandwidth, opened_alone
@@ -46,7 +46,7 @@ def run_suite(settings: Settings, rounds: int, side: int, folder: Path, observer
     settings = replace(settings, downscale=1, skip_background="off", overwrite=True, output=folder / "out")
     bundle = load_model(settings.model)
     (slide,) = take_sample(folder / "slide.zarr", settings, bundle.card.pixel_size_um)
-    model_pool = Engines(bundle, settings, observer.racing)
+    model_pool = ModelPool(bundle, settings, observer.racing)
     rates: dict[str, list[float]] = defaultdict(list)
     yardstick = []
     with opened_alone(slide, settings, model_pool, folder / "alone") as opened:

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from cellseg_batch.engine.errors import UsageError
 
@@ -118,24 +116,3 @@ def _ratio(before: NDArray[np.float64], after: NDArray[np.float64]) -> Ratio:
     drawn = [np.median(rng.choice(rates, (_DRAWS, len(rates))), axis=1) for rates in (before, after)]
     low, high = np.percentile(drawn[1] / drawn[0], _INTERVAL)
     return Ratio(float(np.median(after) / np.median(before)), float(low), float(high))
-
-
-def print_comparison(rows: list[Comparison], first: dict[str, Any], second: dict[str, Any], console: Console) -> None:
-    """Print a row for each comparison, and what differs in the conditions."""
-    table = Table()
-    for heading in ("", "A Mpx/s", "B Mpx/s", "B / A", "per machine speed", ""):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for row in rows:
-        verdict = "[red]slower[/red]" if row.regressed else ""
-        scaled = "" if row.scaled is None else _text(row.scaled)
-        table.add_row(row.name, f"{row.first:.2f}", f"{row.second:.2f}", _text(row.plain), scaled, verdict)
-    console.print(table)
-    conditions = first.get("conditions", {}), second.get("conditions", {})
-    for name in ("processor", "cores", "versions"):
-        old, new = (one.get(name) for one in conditions)
-        if old != new:
-            console.print(f"not the same {name}: {old} and {new}", highlight=False, soft_wrap=True)
-
-
-def _text(ratio: Ratio) -> str:
-    return f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"

@@ -126,12 +126,12 @@ def _pattern(side: int, pieces: Pieces) -> tuple[NDArray[np.uint8], NDArray[np.u
     for y, x in product(range(0, side, piece), repeat=2):
         picture, labels = pieces[int(rng.integers(len(pieces)))]
         turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
-        place = np.s_[y : y + piece, x : x + piece]
-        target = pixels[:, *place]
+        window = np.s_[y : y + piece, x : x + piece]
+        target = pixels[:, *window]
         target[...] = np.moveaxis(_turned(picture, turns, mirrored), -1, 0)[:, : target.shape[1], : target.shape[2]]
         if truth is not None and labels is not None:
             turned = _turned(labels, turns, mirrored)[: target.shape[1], : target.shape[2]]
-            truth[place] = np.where(turned > 0, turned + highest, 0)
+            truth[window] = np.where(turned > 0, turned + highest, 0)
             highest += int(labels.max())
     return pixels, truth
 

@@ -10,10 +10,10 @@ _ENOUGH = 0.8
 """A device that is busy for this share of the time is the bottleneck: to free the rest gains 1.25x at most."""
 
 _ADVICE = {
-    "model": "a faster model would help: --precision int8, or a GPU",
-    "write": "more blocks in flight (--workers), or another disk for --output, would help",
-    "pyramid": "a faster disk for --output would help: every level of the labels is written too",
-    IDLE: "larger blocks (--block) would help, as would fewer and larger images",
+    "model": "a faster model would help: `precision=int8`, or a GPU",
+    "write": "more blocks in flight (`workers`), or another disk for `output`, would help",
+    "pyramid": "a faster disk for `output` would help: every level of the labels is written too",
+    IDLE: "larger blocks (`block`) would help, as would fewer and larger images",
 }
 
 

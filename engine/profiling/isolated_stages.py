@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.inference.background import without_background
-from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.run.lifecycle import Request, prepare_slide
 from cellseg_batch.engine.run.open_slide import OpenSlide
-from cellseg_batch.engine.run.output_paths import place_output
+from cellseg_batch.engine.run.output_paths import output_paths
 from cellseg_batch.engine.run.prepared_slide import PreparedSlide
 from cellseg_batch.engine.run.worker import Worker
 from cellseg_batch.engine.settings import Settings
@@ -47,7 +47,7 @@ class Alone:
 
 
 @contextmanager
-def opened_alone(slide: Slide, settings: Settings, model_pool: Engines, folder: Path) -> Iterator[OpenSlide]:
+def opened_alone(slide: Slide, settings: Settings, model_pool: ModelPool, folder: Path) -> Iterator[OpenSlide]:
     """A slide that no run works on, open for as long as the context lasts.
 
     Args:
@@ -60,7 +60,7 @@ def opened_alone(slide: Slide, settings: Settings, model_pool: Engines, folder: 
         SlideError: it cannot be processed as asked.
     """
     worker = Worker(settings, model_pool, StageClock())
-    prepared = prepare_slide(worker, Request(slide, place_output(slide, settings.name, folder)))
+    prepared = prepare_slide(worker, Request(slide, output_paths(slide, settings.name, folder)))
     assert isinstance(prepared, PreparedSlide)  # nothing was there, so nothing was finished before
     with worker.slides.opened(prepared.plan, prepared.backend) as opened:
         yield opened

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 from cellseg_batch.engine.errors import SlideError, UsageError
-from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.profiling.bottleneck import StageUse, find_bottleneck, say
 from cellseg_batch.engine.profiling.gpu_meter import GpuMeter
@@ -59,7 +59,7 @@ def profile_slide(path: Path, settings: Settings, observer: Observer) -> Profile
     """
     if isinstance(settings.output, RemotePath):
         raise UsageError(
-            "--output",
+            "`output`",
             expected="a folder of this machine, or none",
             found=str(settings.output),
             cause="what the sample writes is temporary, which object stores do not know",
@@ -71,7 +71,7 @@ def profile_slide(path: Path, settings: Settings, observer: Observer) -> Profile
         settings.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="cellseg-profile-", dir=settings.output) as name:
         folder = Path(name)
-        model_pool = Engines(bundle, settings, observer.racing)
+        model_pool = ModelPool(bundle, settings, observer.racing)
         with opened_alone(sample[0], settings, model_pool, folder / "alone") as slide:
             plan = slide.plan
             first = first_read(slide, list(plan.grid))

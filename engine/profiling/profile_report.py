@@ -1,4 +1,4 @@
-"""What a profile found: as JSON, as a table, as a chart."""
+"""What a profile found: as JSON and as a chart."""
 
 from __future__ import annotations
 
@@ -6,12 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from cellseg_batch.engine.profiling.bottleneck import StageUse
-from cellseg_batch.engine.profiling.timeline import IDLE
 from cellseg_batch.engine.stage_clock import Interval
 
 
@@ -80,38 +75,6 @@ class Profile:
         content = asdict(self)
         content.pop("intervals")
         return content
-
-
-def print_profile(profile: Profile, console: Console) -> None:
-    """Print a row for each stage, and the verdict."""
-    table = Table(
-        title=f"{profile.megapixels:.1f} Mpx of {profile.slides} image{'s' * (profile.slides > 1)}, "
-        f"{profile.backend} {profile.precision}, {profile.workers} blocks in flight",
-        title_justify="left",
-    )
-    for heading in ("stage", "busy s", "busy", "of a long run", "Mpx/s", "alone", "of that", "GB/s"):
-        table.add_column(heading, justify="left" if heading == "stage" else "right")
-    for use in profile.stages:
-        table.add_row(
-            use.stage,
-            f"{use.busy:.2f}",
-            f"{use.occupancy:.0%}",
-            f"{use.share:.0%}",
-            f"{use.mpx_per_s:.1f}",
-            "" if use.alone_mpx_per_s is None else f"{use.alone_mpx_per_s:.1f}",
-            "" if use.of_ceiling is None else f"{use.of_ceiling:.0%}",
-            "" if use.gb_per_s is None else f"{use.gb_per_s:.2f}",
-        )
-    table.add_row(IDLE, "", "", f"{profile.shares.get(IDLE, 0):.0%}", "", "", "", "")
-    console.print(table)
-    lines = [
-        f"{profile.mpx_per_s:.2f} Mpx/s end to end, {profile.engine_mpx_per_s:.2f} Mpx/s in the model; first read "
-        f"{profile.first_read_mpx_per_s:.0f} Mpx/s; memory copies at {profile.memory_gb_per_s:.1f} GB/s",
-        profile.verdict,
-    ]
-    if profile.gpu:
-        lines.insert(1, ", ".join(f"{name.replace('_', ' ')} {value:.0f}" for name, value in profile.gpu.items()))
-    console.print(Text("\n".join(lines)), soft_wrap=True)
 
 
 def draw_profile(profile: Profile, file: Path) -> None:

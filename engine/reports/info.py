@@ -1,12 +1,10 @@
-"""What images a path holds and how each would be processed, as a table; no pixel is read."""
+"""What images a path holds and how each would be processed; no pixel is read."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import Any
 
 from cellseg_batch.engine.errors import SlideError
 from cellseg_batch.engine.geometry import fit_lattice, lay_blocks
@@ -14,55 +12,113 @@ from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.slide_plan import pick_margin
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
-from cellseg_batch.engine.slides.formats import format_of
-from cellseg_batch.engine.slides.level_and_channels import choose_channels, choose_level
+from cellseg_batch.engine.slides.level_and_channels import ChannelChoice, LevelChoice, choose_channels, choose_level
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.trainer.bundle import Card
 
 
-def print_images(inputs: list[Path], settings: Settings, console: Console) -> int:
-    """Print a row for each image below ``inputs``; returns how many of them are broken.
+@dataclass(frozen=True)
+class Cut:
+    """How a run would take an image.
+
+    Attributes:
+        slide: the image.
+        level, channels: what would be segmented, and why.
+        blocks, tiles: how many, over all planes.
+        tile: (height, width) of each tile in px.
+    """
+
+    slide: Slide
+    level: LevelChoice
+    channels: ChannelChoice
+    blocks: int
+    tiles: int
+    tile: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """One image; None is what is not known of one that cannot be used.
+
+    Attributes:
+        path: the image, as a user would type it.
+        series: which image of its file; None for formats whose files hold one.
+        axes: of its arrays, of the letters t c z y x.
+        shape: of full resolution, in the order of the axes.
+        levels: shape of every resolution, full resolution first.
+        dtype: numpy name of the pixel type.
+        channels: their names; indices as text where they have none.
+        rgb: the channels are red, green, blue.
+        pixel_size_um: µm per px of full resolution along x; None when the metadata do not say.
+        reason: why it cannot be segmented as asked; "" if it can.
+        cut: how a run would take it; None if it cannot.
+    """
+
+    path: str
+    series: int | None = None
+    axes: str | None = None
+    shape: tuple[int, ...] | None = None
+    levels: tuple[tuple[int, ...], ...] | None = None
+    dtype: str | None = None
+    channels: tuple[str, ...] | None = None
+    rgb: bool | None = None
+    pixel_size_um: float | None = None
+    reason: str = ""
+    cut: Cut | None = None
+
+
+@dataclass(frozen=True)
+class Info:
+    """Every image that was found."""
+
+    images: tuple[ImageInfo, ...]
+
+    @property
+    def broken(self) -> list[ImageInfo]:
+        """Those that cannot be segmented as asked."""
+        return [image for image in self.images if image.reason]
+
+    def to_json(self) -> dict[str, Any]:
+        """The images as plain JSON values, without how they would be cut."""
+        rows = [asdict(replace(image, cut=None)) for image in self.images]
+        return {"images": [{name: value for name, value in row.items() if name != "cut"} for row in rows]}
+
+
+def list_images(inputs: list[Path], settings: Settings) -> Info:
+    """Every image below ``inputs``, and how a run of ``settings`` would cut it.
 
     Raises:
         UsageError: there is no image, or no model of that name.
     """
     card = load_model(settings.model).card
     images = [image for path in inputs for image in find_images(path, settings.axes)]
-    table = Table()
-    for heading in ("image", "format", "axes", "levels (y x)", "µm/px", "chunks", "channels", "would process"):
-        table.add_column(heading, overflow="fold")
-    broken: list[tuple[str, str]] = []
-    for image in images:
-        if isinstance(image, UnreadableImage):
-            broken.append((image.path, image.reason))
-            continue
-        try:
-            table.add_row(*map(Text, _row(image, settings, card)))
-        except SlideError as error:
-            broken.append((image.location, error.detail))
-    if table.row_count:
-        console.print(table)
-    for path, reason in broken:
-        console.print(Text.assemble(("broken", "red"), f"  {path}: {reason}"), soft_wrap=True)
-    return len(broken)
+    return Info(tuple(_describe(image, settings, card) for image in images))
 
 
-def _row(slide: Slide, settings: Settings, card: Card) -> tuple[str, ...]:
+def _describe(image: Slide | UnreadableImage, settings: Settings, card: Card) -> ImageInfo:
+    if isinstance(image, UnreadableImage):
+        return ImageInfo(image.path, reason=image.reason)
+    info = ImageInfo(
+        path=image.location,
+        series=image.series if image.format == "tiff" else None,
+        axes=image.axes,
+        shape=image.levels[0].shape,
+        levels=tuple(level.shape for level in image.levels),
+        dtype=image.dtype,
+        channels=image.channel_names(range(image.extent("c", 0))),
+        rgb=image.rgb,
+        pixel_size_um=image.pixel_size_um(0),
+    )
+    try:
+        return replace(info, cut=_cut(image, settings, card))
+    except SlideError as error:
+        return replace(info, reason=error.detail)
+
+
+def _cut(slide: Slide, settings: Settings, card: Card) -> Cut:
     level = choose_level(slide, settings.level, settings.pixel_size, card.pixel_size_um)
     channels = choose_channels(slide, settings.channel)
-    margin = pick_margin(settings, card)
-    lattice = fit_lattice(slide.plane_shape(level.level), settings.tile, margin, card.total_stride)
+    lattice = fit_lattice(slide.plane_shape(level.level), settings.tile, pick_margin(settings, card), card.total_stride)
     grid = lay_blocks(lattice, settings.block, slide.planes(level.level))
     rows, columns = lattice.grid
-    size = slide.pixel_size_um(0)
-    return (
-        slide.name,
-        f"{format_of(slide).describe(slide)}\n{slide.dtype}",
-        slide.axes,
-        "\n".join("{} {}".format(*slide.plane_shape(i)) for i in range(len(slide.levels))),
-        f"{size:.3g}" if size else "?",
-        " ".join(map(str, slide.levels[0].chunks)),
-        "\n".join(slide.channels) or str(slide.extent("c", 0)),
-        f"level {level.level} ({level.reason})\nchannel {','.join(map(str, channels.indices))} ({channels.reason})\n"
-        f"{len(grid)} blocks, {rows * columns * grid.planes} tiles of {lattice.tile[0]} x {lattice.tile[1]}",
-    )
+    return Cut(slide, level, channels, len(grid), rows * columns * grid.planes, lattice.tile)

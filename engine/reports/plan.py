@@ -9,26 +9,21 @@ import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-from dask.utils import format_bytes
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import SlideError
 from cellseg_batch.engine.geometry import BlockGrid, Box
-from cellseg_batch.engine.inference.backends.registry import KINDS
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.campaign import run_images
 from cellseg_batch.engine.run.lifecycle import block_bytes
 from cellseg_batch.engine.run.open_slide import output_images
-from cellseg_batch.engine.run.output_paths import place_output, refuse_output_inside
+from cellseg_batch.engine.run.output_paths import output_paths, refuse_output_inside
 from cellseg_batch.engine.run.pipeline import passes_of
 from cellseg_batch.engine.run.results import RunReport, SlideReport
 from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
@@ -41,7 +36,6 @@ from cellseg_batch.trainer.bundle import Card
 
 # Tiles along a side of what is measured.
 _TILES = 2
-_MOST_ROWS = 20
 _COUNTS = ("blocks", "tiles", "bytes_in", "bytes_out", "files")
 # Stages that other threads work on while the device is busy.
 _BESIDE = ("read", "seeds", "growth", "measure", "write", "pyramid")
@@ -148,7 +142,7 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
         reason = f"a sample of it could not be segmented: {report.slides[0].reason}"
         return replace(whole, slides=[replace(one, reason=reason) if plan is largest else one for one, plan in entries])
     per_pixel = _seconds_per_pixel(report, settings.workers)
-    on_gpu = KINDS[report.backend].on_gpu
+    on_gpu = KNOWN_BACKENDS[report.backend].on_gpu
     held = report.planned_peak_bytes - report.workers * block_bytes(sample, on_gpu)
     slides = [one if plan is None else _weigh(one, plan, settings, per_pixel, held, report) for one, plan in entries]
     return replace(whole, measured_mpx=sample.pixels / 1e6, mpx_per_s=1e-6 / per_pixel, slides=slides)
@@ -159,9 +153,9 @@ def _lay(image: Slide | UnreadableImage, settings: Settings, card: Card) -> tupl
     if isinstance(image, UnreadableImage):
         return SlideEstimate(image.path, image.reason), None
     try:
-        place = place_output(image, settings.name, settings.output)
+        paths = output_paths(image, settings.name, settings.output)
         # The bounds decide no figure here, and to sample them would take long for many slides.
-        plan = plan_slide(image, place, settings, card, Bounds(0.0, 1.0))
+        plan = plan_slide(image, paths, settings, card, Bounds(0.0, 1.0))
     except SlideError as error:
         return SlideEstimate(image.location, error.detail), None
     layouts = [one.layout for one in output_images(plan) if one is not None]
@@ -248,8 +242,8 @@ def _seconds_per_pixel(report: RunReport, workers: int) -> float:
 def _weigh(
     one: SlideEstimate, plan: SlidePlan, settings: Settings, per_pixel: float, held: int, measured: RunReport
 ) -> SlideEstimate:
-    """The estimate with memory and time; refused if it fits neither ``--max-memory`` nor this machine."""
-    on_gpu = KINDS[measured.backend].on_gpu
+    """The estimate with memory and time; refused if it fits neither ``max_memory`` nor this machine."""
+    on_gpu = KNOWN_BACKENDS[measured.backend].on_gpu
     peak = held + settings.workers * block_bytes(plan, on_gpu)
     if settings.max_memory is not None:
         # A run keeps to it with fewer and smaller blocks, down to one tile at a time.
@@ -259,36 +253,6 @@ def _weigh(
     reason = ""
     if peak > limit:
         reason = (
-            f"expected at most {limit} bytes of memory, found {peak} for one worker; use a smaller --block or --tile"
+            f"expected at most {limit} bytes of memory, found {peak} for one worker; use a smaller `block` or `tile`"
         )
     return replace(one, peak_bytes=peak, seconds=per_pixel * plan.pixels, reason=reason)
-
-
-def print_estimate(found: Estimate, console: Console) -> None:
-    """Print the figures of the whole, the largest images, and what is refused."""
-    table = Table(title="cellseg-batch plan", title_justify="left")
-    for heading in ("image", "blocks", "tiles", "in", "out", "files", "time"):
-        table.add_column(heading, overflow="fold", justify="left" if heading == "image" else "right")
-    shown = sorted((one for one in found.slides if not one.reason), key=lambda one: -one.pixels)[:_MOST_ROWS]
-    for one in shown:
-        table.add_row(Text(one.path), *_figures([getattr(one, name) for name in _COUNTS], one.seconds))
-    table.add_section()
-    totals = [found.total(name) for name in _COUNTS]
-    table.add_row(f"{len(found.slides) - len(found.refused)} images", *_figures(totals, found.seconds))
-    console.print(table)
-    for one in found.refused:
-        console.print(Text.assemble(("refused", "red"), f"  {one.path}: {one.reason}"), soft_wrap=True)
-    if found.mpx_per_s:
-        console.print(
-            f"{found.processes} worker process{'es' * (found.processes > 1)}, each at most "
-            f"{found.peak_bytes / 1e6:.0f} MB and {found.mpx_per_s:.2f} Mpx/s (measured on {found.measured_mpx:.1f} "
-            f"Mpx with {found.backend} {found.precision}); bytes are before compression, files at most",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
-def _figures(counts: list[int], seconds: float) -> tuple[str, ...]:
-    blocks, tiles, bytes_in, bytes_out, files = counts
-    duration = str(timedelta(seconds=math.ceil(seconds))) if seconds else "?"
-    return f"{blocks:,}", f"{tiles:,}", format_bytes(bytes_in), format_bytes(bytes_out), f"{files:,}", duration

@@ -78,8 +78,8 @@ def draw_heatmaps(title: str, wells: list[dict[str, Any]], rows: list[str], colu
         figure.colorbar(image, ax=axes, shrink=0.9, format="%.5g").ax.tick_params(labelsize=7)
         for well in wells:
             if well["failed_fields"] == well["fields"]:
-                place = columns.index(well["column"]), rows.index(well["row"])
-                axes.text(*place, "×", color="crimson", ha="center", va="center", fontweight="bold")
+                centre = columns.index(well["column"]), rows.index(well["row"])
+                axes.text(*centre, "×", color="crimson", ha="center", va="center", fontweight="bold")
         axes.set_title(heading, fontsize=10)
         axes.set_xticks(range(len(columns)), columns, fontsize=7, rotation=90 if len(columns) > 12 else 0)
         axes.set_yticks(range(len(rows)), rows, fontsize=7)

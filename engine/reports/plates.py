@@ -24,10 +24,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import CellsegError, OutputError
-from cellseg_batch.engine.objects.table import read_account, read_batches
+from cellseg_batch.engine.objects.columns import AREA, INTENSITY_MEAN, TOUCHES_BORDER
+from cellseg_batch.engine.objects.table import read_batches, read_provenance
 from cellseg_batch.engine.reports.plate_heatmap import heatmaps
 from cellseg_batch.engine.run.failed_images import FailedImages, location
-from cellseg_batch.engine.run.output_paths import place_output
+from cellseg_batch.engine.run.output_paths import output_paths
 from cellseg_batch.engine.run.results import PlateReport, RunReport, SlideReport
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
@@ -72,20 +73,20 @@ class _Tally:
 
     def add(self, table: Path) -> None:
         """Add the objects of a field."""
-        account = read_account(table)
-        pixels = int(np.prod(account["shape"]))
+        provenance = read_provenance(table)
+        pixels = int(np.prod(provenance.shape))
         self.pixels += pixels
-        self.labelled += account["labelled_fraction"] * pixels
-        self.area_um2 = account["pixel_size_um"] and account["pixel_size_um"] ** 2
-        quality = account["quality"][account["segmented_channels"][0]]
-        self.focus += [quality["focus"]] if quality["focus"] is not None else []
-        self.saturation.append(quality["saturation"])
-        columns = {channel: f"intensity_mean_{channel}" for channel in account["quality"]}
-        for batch in read_batches(table, ["area", "touches_border", *columns.values()]):
-            self.areas.append(batch["area"].to_numpy())
-            self.border += batch["touches_border"].true_count
-            for channel, column in columns.items():
-                total = float(batch[column].to_numpy().sum())
+        self.labelled += provenance.labelled_fraction * pixels
+        self.area_um2 = provenance.pixel_size_um and provenance.pixel_size_um**2
+        quality = provenance.quality[provenance.segmented_channels[0]]
+        self.focus += [quality.focus] if quality.focus is not None else []
+        self.saturation.append(quality.saturation)
+        means = {channel: INTENSITY_MEAN.name_for(channel) for channel in provenance.channels}
+        for batch in read_batches(table, [AREA.name, TOUCHES_BORDER.name, *means.values()]):
+            self.areas.append(batch[AREA.name].to_numpy())
+            self.border += batch[TOUCHES_BORDER.name].true_count
+            for channel, name in means.items():
+                total = float(batch[name].to_numpy().sum())
                 self.intensities[channel] = self.intensities.get(channel, 0.0) + total
 
     def figures(self) -> dict[str, Any]:
@@ -146,7 +147,7 @@ class _Run:
     def __init__(self, reports: list[SlideReport], name: str, output: Path | None) -> None:
         self._reports = {report.path: report for report in reports}
         self._failures = FailedImages(name, output)
-        self._place = partial(place_output, name=name, output=output)
+        self._paths = partial(output_paths, name=name, output=output)
 
     def had_any(self, fields: list[Slide | UnreadableImage]) -> bool:
         """Whether a field was of this run."""
@@ -154,7 +155,7 @@ class _Run:
 
     def folder(self, fields: list[Slide | UnreadableImage]) -> Path | None:
         """Of the summary of the fields' plate; None where no field can be opened."""
-        return next((self._place(one).plate for one in fields if isinstance(one, Slide)), None)
+        return next((self._paths(one).plate for one in fields if isinstance(one, Slide)), None)
 
     def results(self, fields: list[Slide | UnreadableImage]) -> list[FieldResult]:
         """What became of those that any run has worked on, as it is now."""
@@ -170,9 +171,9 @@ class _Run:
         if reason is not None:
             return FieldResult(image.plate_position, "failed", reason, None)
         if isinstance(image, Slide):
-            place = self._place(image)
-            if Journal(place.journal).is_finished and place.objects.is_file():
-                return FieldResult(image.plate_position, "done", "", place.objects)
+            paths = self._paths(image)
+            if Journal(paths.journal).is_finished and paths.table.is_file():
+                return FieldResult(image.plate_position, "done", "", paths.table)
         return FieldResult(image.plate_position, report.status, report.reason, None) if report is not None else None
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from cellseg_batch.engine.errors import ReadError, UsageError, writing_to
 from cellseg_batch.engine.geometry import Box
-from cellseg_batch.engine.run.output_paths import place_output
+from cellseg_batch.engine.run.output_paths import output_paths
 from cellseg_batch.engine.slides.discover import find_images, first_slide
 from cellseg_batch.engine.slides.level_and_channels import choose_channels
 from cellseg_batch.engine.slides.ome_zarr import open_written
@@ -69,16 +69,16 @@ def write_preview(
         SlideError: the image or its labels cannot be read, or the picture not written.
     """
     slide = first_slide(find_images(path, axes))
-    place = place_output(slide, name, output)
-    labels = open_written(place.store, place.labels)
+    paths = output_paths(slide, name, output)
+    labels = open_written(paths.store, paths.labels)
     height, width = labels.plane_shape(0)
     box = Box(*sides or (0, 0, height, width))
     if not (0 <= box.y0 < box.y1 <= height and 0 <= box.x0 < box.x1 <= width):
         raise UsageError(
-            f"--box {box.y0},{box.x0},{box.y1},{box.x1}",
+            f"`box={box.y0},{box.x0},{box.y1},{box.x1}`",
             expected=f"y0,x0,y1,x1 within 0,0,{height},{width} px",
             found="a box that is empty or sticks out",
-            remedy="leave --box out to see everything",
+            remedy="leave `box` out to see everything",
         )
     level = _pick_level(labels, box)
     shape = labels.plane_shape(level)
@@ -122,7 +122,7 @@ def _matching_level(slide: Slide, shape: tuple[int, int]) -> int:
         expected=f"a level of {shape[0]} x {shape[1]} px like that of the labels",
         found=", ".join("{} x {}".format(*slide.plane_shape(level)) for level in range(len(slide.levels))),
         cause="labels of another image",
-        remedy="choose another --name",
+        remedy="choose another `name`",
     )
 
 

@@ -164,10 +164,10 @@ def _plates(facts: _Facts) -> Iterator[tuple[str, str]]:
     """(plate, chart) of the mean foreground of each well."""
     plates: dict[str, dict[tuple[str, int], list[float]]] = {}
     for path, share in facts.foreground.items():
-        place = _FIELD.match(path)
-        if place:
-            wells = plates.setdefault(place["plate"], {})
-            wells.setdefault((place["row"], int(place["column"])), []).append(100 * share)
+        field_path = _FIELD.match(path)
+        if field_path:
+            wells = plates.setdefault(field_path["plate"], {})
+            wells.setdefault((field_path["row"], int(field_path["column"])), []).append(100 * share)
     for plate, wells in sorted(plates.items()):
         yield plate, plate_chart({well: fmean(shares) for well, shares in wells.items()}, "% foreground")
 

@@ -11,17 +11,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from cellseg_batch.engine.errors import NoImageError, SlideError
 from cellseg_batch.engine.run.failed_images import FailedImages
-from cellseg_batch.engine.run.output_paths import place_output
+from cellseg_batch.engine.run.output_paths import output_paths
 from cellseg_batch.engine.run.records import BLOCKS, Manifest
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, OUTPUT_SUFFIX, find_images
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node
@@ -32,8 +27,6 @@ from cellseg_batch.engine.storage.paths import RemotePath
 
 # The rate is that of the last so many seconds of work.
 _WINDOW = 600.0
-_MOST_ROWS = 30
-_COLOURS = {"done": "green", "running": "cyan", "failed": "red", "stopped": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -141,7 +134,7 @@ def find_journals(paths: list[Path], name: str, output: Path | None) -> dict[Pat
         for image in images:
             with suppress(SlideError):
                 if isinstance(image, Slide):
-                    found[place_output(image, name, output).journal] = image.location
+                    found[output_paths(image, name, output).journal] = image.location
         found |= {journal: found.get(journal, "") for journal in there}
     return found
 
@@ -209,24 +202,3 @@ def _rate(looks: list[tuple[SlideStatus, list[float]]]) -> float:
     start = max(end - _WINDOW, begun)
     done = sum(pixels for moment, pixels in blocks if moment > start)
     return done / 1e6 / (end - start) if end > start else 0.0
-
-
-def print_status(status: Status, console: Console) -> None:
-    """Print a row for each image that is not simply done or waiting, the counts, rate and time left."""
-    table = Table(title="cellseg-batch status", title_justify="left")
-    for heading in ("image", "state", "blocks", "done"):
-        table.add_column(heading, overflow="fold")
-    telling = [one for one in status.slides if one.state not in ("done", "waiting")] or status.slides
-    for one in telling[:_MOST_ROWS]:
-        share = f"{100 * one.tasks_done / one.tasks:.0f} %" if one.tasks else ""
-        counted = f"{one.blocks_done:,} of {one.blocks:,}" if one.blocks else ""
-        table.add_row(Text(one.path), Text(one.state, _COLOURS.get(one.state, "")), counted, share)
-    console.print(table)
-    for one in status.slides:
-        if one.state == "failed":
-            console.print(Text.assemble(("failed", "red"), f"  {one.path}: {one.reason}"), soft_wrap=True)
-    counts = ", ".join(f"{count} {state}" for state, count in status.counts.most_common())
-    left = status.seconds_left
-    rate = f"; {status.mpx_per_s:.2f} Mpx/s" if status.mpx_per_s else ""
-    eta = f", about {timedelta(seconds=math.ceil(left))} left" if left is not None else ""
-    console.print(f"{len(status.slides)} images: {counts}{rate}{eta}", highlight=False, soft_wrap=True)

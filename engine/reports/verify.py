@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.text import Text
 
 from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Box
@@ -133,18 +131,8 @@ class _Outputs:
                 str(self._folders[path]),
                 expected="readable pixels",
                 found=f"{type(error).__name__}: {error}".splitlines()[0],
-                remedy="have them made again with verify --forget and another run",
+                remedy="have them made again: verify with `forget`, and run once more",
             ) from error
 
     def _open(self, path: str, level: int) -> zarr.Array[Any]:
         return zarr.open_array(zarr_store(self._folders[path] / str(level)), mode="r")
-
-
-def print_verdict(verdict: Verdict, console: Console) -> None:
-    """Print each damaged block by name, and the count of all."""
-    for one in verdict.damages:
-        line = f"  {one.journal}: {one.part} {one.number}: {one.reason}"
-        console.print(Text.assemble(("damaged", "red"), line), soft_wrap=True)
-    for journal in verdict.unfinished:
-        console.print(Text.assemble(("unfinished", "yellow"), f"  {journal}"), soft_wrap=True)
-    console.print(f"{verdict.checked} blocks read back, {len(verdict.damages)} damaged", highlight=False)

@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from scipy import ndimage
 
 from cellseg_batch.engine.geometry import Box, Lattice, Tile, source_box
 from cellseg_batch.engine.inference.backends.protocol import Backend
-from cellseg_batch.engine.inference.cpu_runner import Runner
-from cellseg_batch.engine.inference.model_pool import Engines
-from cellseg_batch.engine.inference.session import Feed
+from cellseg_batch.engine.inference.cpu_predictor import tile_logits
+from cellseg_batch.engine.inference.model_pool import ModelPool
+from cellseg_batch.engine.inference.prediction import PredictionRule
+from cellseg_batch.engine.inference.session import Session, compile_network
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.run.output_paths import place_output
+from cellseg_batch.engine.run.output_paths import output_paths
 from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
 from cellseg_batch.engine.run.working_scale import downscale_plan, settle_downscale
 from cellseg_batch.engine.settings import Settings
@@ -108,11 +108,11 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
     """
     slide = first_slide(find_images(path, settings.axes))
     bundle = load_model(settings.model)
-    engines = Engines(bundle, settings)
-    plan = plan_slide(slide, place_output(slide, settings.name, None), settings, bundle.card)
+    model_pool = ModelPool(bundle, settings)
+    plan = plan_slide(slide, output_paths(slide, settings.name, None), settings, bundle.card)
     with SlideReader(slide, plan.level.level, plan.channels.indices) as reader:
-        factor = settle_downscale(plan, settings, engines, reader)
-        plan, backend = downscale_plan(plan, settings, bundle, factor), engines.shrunk(engines.chosen, factor)
+        factor = settle_downscale(plan, settings, model_pool, reader)
+        plan, backend = downscale_plan(plan, settings, bundle, factor), model_pool.downscaled(model_pool.chosen, factor)
         card = bundle.shrunk(factor).card
         threshold = logit_threshold(plan.threshold)
         windows = seam_windows(plan, full, most)
@@ -131,20 +131,6 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
         tile=plan.grid.lattice.tile,
         margin=plan.grid.lattice.margin,
         cost=plan.grid.lattice.cost,
-    )
-
-
-def print_seams(report: SeamReport, bound: float, console: Console) -> None:
-    """Print the figures and the verdict."""
-    verdict = "holds" if report.holds(bound) else "does NOT hold"
-    console.print(
-        f"seams of {report.backend} {report.precision}, tile {report.tile[0]} x {report.tile[1]}, margin "
-        f"{report.margin} px ({report.cost:.2f} px computed per px), in {report.windows} windows:\n"
-        f"max |dp| {report.max_dp:.2e}, {report.flipped} of {report.pixels} pixels flip "
-        f"({report.flipped_fraction:.1e}), objects {report.objects_tiled} tiled, {report.objects_untiled} untiled\n"
-        f"the bound of {bound:g} flipped pixels {verdict}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
@@ -167,17 +153,18 @@ class _LogitsOf:
         self._plan = plan
         self._backend = backend
         self._reader = reader
-        self._runner: Runner | None = None
+        self._session: Session | None = None
 
     def put(self, tile: Tile, window: Box, out: NDArray[np.float32]) -> None:
         """Write the logits of the part of the tile's core that lies in ``window`` to ``out``."""
         plan, lattice = self._plan, self._plan.grid.lattice
-        if self._runner is None:
-            shape = (1, plan.shape[1], *tile.frame.shape)
-            feed = Feed(self._backend, shape, plan.slide.dtype)
-            self._runner = Runner(feed, lattice, plan.bounds, plan.threshold, False, "crop", StageClock())
+        shape = (1, plan.shape[1], *tile.frame.shape)
+        if self._session is None:
+            self._session = Session(compile_network(self._backend, shape, plan.slide.dtype))
+        rule = PredictionRule(lattice, shape, plan.slide.dtype, plan.bounds, plan.threshold)
         read_box = source_box(tile.frame, lattice.shape)
-        logits = self._runner.logits(self._reader.read(0, read_box), read_box, [tile])[0, 0]
+        pixels = self._reader.read(0, read_box)
+        logits = tile_logits(self._session, rule, pixels, read_box, [tile], StageClock())[0, 0]
         part = tile.core.within(window)
         out[part.seen_from(window).slices()] = logits[part.seen_from(tile.frame).slices()]
 

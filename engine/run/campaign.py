@@ -17,12 +17,14 @@ from uuid import uuid4
 
 from cellseg_batch.engine.errors import CellsegError, OutputError
 from cellseg_batch.engine.geometry import fit_lattice
-from cellseg_batch.engine.inference.model_pool import Engines, choose_backend, settings_elsewhere
+from cellseg_batch.engine.inference.backends.registry import preloaded_modules
+from cellseg_batch.engine.inference.choice import choose_backend, settings_elsewhere
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.machine import peak_resident_bytes
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.failed_images import FailedImages, location
 from cellseg_batch.engine.run.lifecycle import Request, finish_slide, prepare_slide
-from cellseg_batch.engine.run.output_paths import Place, place_output, refuse_output_inside
+from cellseg_batch.engine.run.output_paths import OutputPaths, output_paths, refuse_output_inside
 from cellseg_batch.engine.run.prepared_slide import PreparedSlide
 from cellseg_batch.engine.run.results import RunReport, SlideReport
 from cellseg_batch.engine.run.slide_plan import SlidePlan, pick_margin
@@ -100,7 +102,7 @@ def run_images(
     clock: StageClock | None = None,
     started: float | None = None,
     stop: Stop | None = None,
-    model_pool: Engines | None = None,
+    model_pool: ModelPool | None = None,
 ) -> RunReport:
     """Segment ``images``; `run` says the rest.
 
@@ -136,7 +138,7 @@ class Campaign:
         bundle: Bundle,
         observer: Observer,
         clock: StageClock,
-        model_pool: Engines | None = None,
+        model_pool: ModelPool | None = None,
     ) -> None:
         self.settings = settings
         self.card = bundle.card
@@ -154,12 +156,12 @@ class Campaign:
             raise
 
     def _choose_backend(
-        self, settings: Settings, bundle: Bundle, clock: StageClock, model_pool: Engines | None
+        self, settings: Settings, bundle: Bundle, clock: StageClock, model_pool: ModelPool | None
     ) -> None:
         begun = time.perf_counter()
         self._pool_seconds_before = 0.0 if model_pool is None else model_pool.seconds
         if settings.scheduler == "threads":
-            model_pool = model_pool or Engines(bundle, settings, self.observer.racing)
+            model_pool = model_pool or ModelPool(bundle, settings, self.observer.racing)
             self.choice = model_pool.choice
             self.worker: AnyWorker = Worker(settings, model_pool, clock)
         else:
@@ -206,20 +208,20 @@ class Campaign:
         """Segment one image, which no other run does meanwhile."""
         if isinstance(image, UnreadableImage):
             return SlideReport(image.path, "failed", image.reason)
-        place = place_output(image, self.settings.name, self.settings.output)
-        self._claim(place, image)
-        finished = Journal(place.journal).is_finished and not self.settings.overwrite
-        if finished and all(folder.exists() for folder in place.folders(self.settings.probability)):
-            return (yield from self._segment_slide(image, place, number))  # nothing will be written
-        with self._locks.hold(place.lock):
-            return (yield from self._segment_slide(image, place, number))
+        paths = output_paths(image, self.settings.name, self.settings.output)
+        self._claim(paths, image)
+        finished = Journal(paths.journal).is_finished and not self.settings.overwrite
+        if finished and all(folder.exists() for folder in paths.folders(self.settings.probability)):
+            return (yield from self._segment_slide(image, paths, number))  # nothing will be written
+        with self._locks.hold(paths.lock):
+            return (yield from self._segment_slide(image, paths, number))
 
-    def _segment_slide(self, slide: Slide, place: Place, number: int) -> Workflow[SlideReport]:
+    def _segment_slide(self, slide: Slide, paths: OutputPaths, number: int) -> Workflow[SlideReport]:
         """The workflow of a slide: prepare it, do every pass, finish it."""
-        prepared = yield from ask(partial(prepare_slide, self.worker), Request(slide, place))
+        prepared = yield from ask(partial(prepare_slide, self.worker), Request(slide, paths))
         if isinstance(prepared, SlideReport):
             return prepared
-        journal = Journal(place.journal)
+        journal = Journal(paths.journal)
         self._announce(prepared, journal, number)
         for slide_pass in prepared.passes:
             failures: dict[int, str] = {}
@@ -233,9 +235,9 @@ class Campaign:
                 kept = f" [{len(failures)} of {slide_pass.count} blocks failed; the others are kept]"
                 reason = failures[min(failures)] + kept * (slide_pass.count > 1)
                 return SlideReport(slide.location, "failed", reason)
-            self._locks.check(place.lock)
+            self._locks.check(paths.lock)
         report = yield from ask(partial(finish_slide, self.worker), prepared)
-        self._written_stores.update(place.stores(prepared.plan.probability))
+        self._written_stores.update(paths.stores(prepared.plan.probability))
         return report
 
     def _collect(self, progress: float, failures: dict[int, str], outcome: Outcome) -> None:
@@ -253,15 +255,15 @@ class Campaign:
         done = sum(prepared.progress_of(each, len(journal.numbers(each.name))) for each in prepared.passes)
         self.observer.planned(prepared.plan, self._figures.planned_peak_bytes, number, done)
 
-    def _claim(self, place: Place, slide: Slide) -> None:
-        """Keep two images of one run from writing to one place."""
-        for folder in place.folders(self.settings.probability):
+    def _claim(self, paths: OutputPaths, slide: Slide) -> None:
+        """Keep two images of one run from writing to the same folder."""
+        for folder in paths.folders(self.settings.probability):
             owner = self._owners.setdefault(folder, slide.location)
             if owner != slide.location:
                 raise OutputError(
                     str(folder),
-                    expected="a place of its own for each image's labels",
-                    found=f"the place of {owner}",
+                    expected="a folder of its own for each image's labels",
+                    found=f"the folder of {owner}",
                     cause="two inputs of one name",
                     remedy="run them one by one with different `name` or `output`",
                 )
@@ -315,8 +317,7 @@ class _Figures:
 
 def _imports(settings: Settings) -> list[str]:
     """What every worker process needs, as far as it is known before the backend is chosen."""
-    torch = ["cellseg_batch.engine.inference.backends.torch_cpu"] * settings.backend.startswith("torch")
-    return ["cellseg_batch.engine.run.worker", *torch]
+    return ["cellseg_batch.engine.run.worker", *preloaded_modules(settings.backend)]
 
 
 def _give_up(journal: Journal, part: str, failures: dict[int, str], number: int, loss: BaseException) -> None:

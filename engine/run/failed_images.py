@@ -1,4 +1,4 @@
-"""Which images have failed, one small file each beside their store, so that ``--retry-failed`` can take up just those.
+"""Which images have failed, one small file each beside their store, so that ``retry_failed`` can take up just those.
 
     <store>.cellseg/failed/<label name>/<hash>.json     {"path": ..., "reason": ...}
 

@@ -1,6 +1,6 @@
 """Instances in two passes over a slide's blocks; no tile is computed twice.
 
-    pass 1   model -> classes -> numbered seeds, into scratch           (with the mask's own reading and computing)
+    pass 1   model -> pixel codes -> numbered seeds, into scratch           (with the mask's own reading and computing)
     merge    seeds that touch across blocks are one; final ids
     pass 2   scratch with a frame -> final ids -> growth -> labels
 
@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.geometry import Block, BlockGrid, Box
-from cellseg_batch.engine.inference.cpu_runner import BlockResult
-from cellseg_batch.engine.objects.merge import Merged, merge_seeds
+from cellseg_batch.engine.geometry import Block, Box
+from cellseg_batch.engine.objects.merge import FinalIds, merge_seeds
 from cellseg_batch.engine.objects.scratch import Scratch
-from cellseg_batch.engine.objects.seeds import InstanceRule, number_seeds
+from cellseg_batch.engine.objects.seeds import InstanceRule, SeedRecord, number_seeds
 from cellseg_batch.engine.run.measure_pass import measure_block, measured_channels, write_objects
 from cellseg_batch.engine.run.open_slide import OpenSlide
 from cellseg_batch.engine.run.records import (
@@ -36,10 +35,10 @@ from cellseg_batch.kernels.instances import grow, reach, renumber
 from cellseg_batch.kernels.moments import HALO
 
 
-def keep_seeds(slide: OpenSlide, block: Block, classes: NDArray[np.uint8]) -> dict[str, Any]:
+def keep_seeds(slide: OpenSlide, block: Block, pixel_codes: NDArray[np.uint8]) -> SeedRecord:
     """Number the seeds of a block and put its codes into scratch; what the merge has to know of them."""
     with slide.clock.stage("seeds"):
-        codes, record = number_seeds(classes, block, slide.plan.grid, _rule(slide).smallest_seed)
+        codes, record = number_seeds(pixel_codes, block, slide.plan.grid, _rule(slide).smallest_seed)
     with slide.clock.stage("write"):
         _scratch(slide).write(block, codes)
     return record
@@ -79,7 +78,7 @@ def tabulate(slide: OpenSlide, _: int) -> TableRecord:
         return write_objects(slide.plan, _scratch(slide).objects, records)
 
 
-def _seeds_of(journal: Journal, block: Block) -> dict[str, Any]:
+def _seeds_of(journal: Journal, block: Block) -> SeedRecord:
     """What the merge has to know of a block."""
     task = journal.get(BLOCKS, block.index, TaskRecord[BlockRecord])
     assert task is not None  # the merge comes after all blocks
@@ -100,25 +99,13 @@ def final_labels(slide: OpenSlide, block: Block, halo: int = 0) -> NDArray[Any]:
 
 def _final_codes(slide: OpenSlide, block: Block, window: Box) -> NDArray[Any]:
     """The codes of a window around a block with final ids, 0 outside the slide."""
-    grid, merged = slide.plan.grid, Merged.load(_scratch(slide).ids)
+    grid, merged = slide.plan.grid, FinalIds.load(_scratch(slide).ids)
     codes = np.zeros(window.shape, merged.dtype)
     for other in grid.touching(block.plane, window):
         final = merged.codes_of(other, grid)
         for part, own in _scratch(slide).read(other, window):
             renumber(own, final, codes[part.seen_from(window).slices()])
     return codes
-
-
-def compile_kernels(result: BlockResult, block: Block, grid: BlockGrid, rule: InstanceRule) -> None:
-    """Do with one tile what is done with blocks, so that nothing is compiled while they are under way."""
-    codes, _ = number_seeds(result.mask, block, grid, rule.smallest_seed)
-    frame = reach(rule.steps)
-    around = np.pad(codes, frame)
-    core = around[frame:-frame, frame:-frame]
-    stored = codes.view()
-    stored.flags.writeable = False  # as the scratch gives them; of another kind than arrays that can be written
-    renumber(stored, np.arange(codes.max() + 1, dtype=np.uint32), core)
-    grow(around, rule.steps, codes)
 
 
 def _rule(slide: OpenSlide) -> InstanceRule:

@@ -15,15 +15,15 @@ from functools import cache
 from importlib.metadata import version
 from itertools import chain
 
+from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.inference.backends.protocol import Backend
-from cellseg_batch.engine.inference.backends.registry import KINDS
-from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.run.completeness import demand_complete
 from cellseg_batch.engine.run.measure_pass import measured_channels
 from cellseg_batch.engine.run.memory_model import block_memory
 from cellseg_batch.engine.run.open_slide import output_images, scratch_of
-from cellseg_batch.engine.run.output_paths import Place
+from cellseg_batch.engine.run.output_paths import OutputPaths
 from cellseg_batch.engine.run.pipeline import Pass, passes_of, totals
 from cellseg_batch.engine.run.prepared_slide import PreparedSlide
 from cellseg_batch.engine.run.records import (
@@ -56,7 +56,7 @@ class Request:
     """A slide, and where its output goes."""
 
     slide: Slide
-    place: Place
+    paths: OutputPaths
 
 
 def prepare_slide(worker: AnyWorker, request: Request) -> PreparedSlide | SlideReport:
@@ -66,8 +66,8 @@ def prepare_slide(worker: AnyWorker, request: Request) -> PreparedSlide | SlideR
         SlideError: it cannot be processed as asked.
     """
     here = worker.here()
-    journal = Journal(request.place.journal)
-    manifest = _manifest_to_go_on_with(request.place, here.settings, journal)
+    journal = Journal(request.paths.journal)
+    manifest = _manifest_to_go_on_with(request.paths, here.settings, journal)
     return _begin(here, request, journal) if manifest is None else _go_on(here, request, journal, manifest)
 
 
@@ -78,14 +78,14 @@ def finish_slide(worker: AnyWorker, prepared: PreparedSlide) -> SlideReport:
         OutputError: it is not.
     """
     plan = prepared.plan
-    place, journal = plan.place, Journal(plan.place.journal)
+    paths, journal = plan.paths, Journal(plan.paths.journal)
     with worker.here().slides.opened(plan, prepared.backend) as slide:
         demand_complete(journal, list(slide.images), prepared.passes)
     figures = totals(plan, journal)
     scratch, _ = scratch_of(plan)
     if scratch is not None:
         scratch.remove()
-    list_label(place.store, place.labels.rpartition("/")[0], place.name, place.zarr_format)
+    list_label(paths.store, paths.labels.rpartition("/")[0], paths.name, paths.zarr_format)
     journal.finish(figures)
     return replace(describe(plan, "done", figures), pixels=plan.pixels - prepared.pixels_done)
 
@@ -104,9 +104,9 @@ def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str 
         path=slide.location,
         status=status,
         reason=reason,
-        labels=str(plan.place.labels_folder),
-        table=str(plan.place.objects) if plan.objects else None,
-        shape=lay_out(slide, level, plan.grid, plan.place.zarr_format).shapes[0],
+        labels=str(plan.paths.labels_folder),
+        table=str(plan.paths.table) if plan.objects else None,
+        shape=lay_out(slide, level, plan.grid, plan.paths.zarr_format).shapes[0],
         level=level,
         pixel_size_um=plan.level.pixel_size_um,
         blocks=len(plan.grid),
@@ -117,16 +117,18 @@ def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str 
         objects=figures.objects,
         unreached_pixels=figures.unreached,
         downscale=plan.downscale,
+        channels=slide.channel_names(plan.channels.indices),
+        notes=(f"{figures.missing} NaN pixels taken as 0",) if figures.missing else (),
     )
 
 
-def _manifest_to_go_on_with(place: Place, settings: Settings, journal: Journal) -> Manifest | None:
+def _manifest_to_go_on_with(paths: OutputPaths, settings: Settings, journal: Journal) -> Manifest | None:
     """The manifest of this run's own earlier work, None when there is nothing to go on with.
 
     Raises:
         OutputError: something of that name is there and is not this run's own.
     """
-    folders = place.folders(settings.probability)
+    folders = paths.folders(settings.probability)
     present = [folder for folder in folders if folder.exists()]
     if settings.overwrite or not present:
         return None
@@ -147,11 +149,11 @@ def _manifest_to_go_on_with(place: Place, settings: Settings, journal: Journal) 
 def _begin(worker: Worker, request: Request, journal: Journal) -> PreparedSlide:
     """Prepare a slide of which nothing is there."""
     settings, model_pool = worker.settings, worker.model_pool
-    plan = plan_slide(request.slide, request.place, settings, model_pool.bundle.card)
+    plan = plan_slide(request.slide, request.paths, settings, model_pool.bundle.card)
     with _reader_of(plan) as reader:
         factor = settle_downscale(plan, settings, model_pool, reader)
         plan = downscale_plan(plan, settings, model_pool.bundle, factor)
-        backend = model_pool.shrunk(model_pool.chosen, factor)
+        backend = model_pool.downscaled(model_pool.chosen, factor)
         worker.warm_up.compile_for(plan, backend, reader)
         prepared = _fit_memory(plan, backend, settings, worker.warm_up.held_bytes, keeps_blocks=False)
         _create_outputs(prepared, model_pool, backend, journal)
@@ -162,7 +164,7 @@ def _begin(worker: Worker, request: Request, journal: Journal) -> PreparedSlide:
 def _go_on(worker: Worker, request: Request, journal: Journal, manifest: Manifest) -> PreparedSlide | SlideReport:
     """Prepare a slide that was begun, or finished, before."""
     settings, model_pool, begun = worker.settings, worker.model_pool, manifest.decisions
-    plan = plan_slide(request.slide, request.place, settings, model_pool.bundle.card, begun.normalisation)
+    plan = plan_slide(request.slide, request.paths, settings, model_pool.bundle.card, begun.normalisation)
     plan = downscale_plan(plan, settings, model_pool.bundle, settings.downscale or begun.downscale)
     backend = _backend_as_begun(begun.backend, settings, model_pool, plan.downscale)
     finished = journal.finished(FinishedRecord)
@@ -176,7 +178,7 @@ def _go_on(worker: Worker, request: Request, journal: Journal, manifest: Manifes
     with _reader_of(plan) as reader:
         worker.warm_up.compile_for(plan, backend, reader)
         prepared = _fit_memory(plan, backend, settings, worker.warm_up.held_bytes, keeps_blocks=True)
-        for folder in (journal.folder, *request.place.folders(plan.probability)):
+        for folder in (journal.folder, *request.paths.folders(plan.probability)):
             sweep_partials(folder)
         if _lacks_scratch(plan, prepared.passes, journal):  # a label needs codes of other blocks too
             journal.start(manifest)
@@ -203,7 +205,7 @@ def _keep_open(worker: Worker, prepared: PreparedSlide, reader: SlideReader) -> 
         pass
 
 
-def _backend_as_begun(begun: BackendIdentity, settings: Settings, model_pool: Engines, downscale: int) -> Backend:
+def _backend_as_begun(begun: BackendIdentity, settings: Settings, model_pool: ModelPool, downscale: int) -> Backend:
     """The backend that an earlier run was begun with, as far as the user did not ask for another one."""
     chosen = model_pool.chosen
     return model_pool.backend(
@@ -217,7 +219,7 @@ def _identity_of(backend: Backend) -> BackendIdentity:
     return BackendIdentity(backend.name, backend.precision, backend.version)
 
 
-def _identity_of_model(model_pool: Engines) -> ModelIdentity:
+def _identity_of_model(model_pool: ModelPool) -> ModelIdentity:
     return ModelIdentity(model_pool.bundle.card.name, model_pool.bundle.sha256)
 
 
@@ -229,17 +231,17 @@ def _refuse_changes(plan: SlidePlan, begun: Decisions, decisions: Decisions) -> 
     """
     if changes := begun.changes(decisions):
         raise OutputError(
-            str(plan.place.labels_folder),
+            str(plan.paths.labels_folder),
             expected="the settings that these labels were begun with",
             found="; ".join(changes),
             remedy="use the same settings, another `name`, or `overwrite` to begin anew",
         )
 
 
-def _create_outputs(prepared: PreparedSlide, model_pool: Engines, backend: Backend, journal: Journal) -> None:
-    plan, place = prepared.plan, prepared.plan.place
+def _create_outputs(prepared: PreparedSlide, model_pool: ModelPool, backend: Backend, journal: Journal) -> None:
+    plan, paths = prepared.plan, prepared.plan.paths
     # For whoever reads the journal alone, wherever it and the stores beside it may have been moved to together.
-    folders = {place.labels: place.labels_folder, place.probability: place.probability_folder}
+    folders = {paths.labels: paths.labels_folder, paths.probability: paths.probability_folder}
     manifest = Manifest(
         decisions=plan.decisions(_identity_of_model(model_pool), prepared.backend),
         blocks=plan.grid.cores,
@@ -253,10 +255,10 @@ def _create_outputs(prepared: PreparedSlide, model_pool: Engines, backend: Backe
         "location": manifest.location,
         **plain(manifest.decisions),
         "software": manifest.software,
-        "race_result": model_pool.certificate_of(backend),
+        "race_result": model_pool.race_result_of(backend),
     }
     labels, probability = output_images(plan)
-    labels.create("mask" if plan.instances is None else "instances", place.source, provenance)
+    labels.create("mask" if plan.instances is None else "instances", paths.source, provenance)
     if probability is not None:
         probability.create("probability", None, provenance)
     _create_scratch(plan, journal)
@@ -295,7 +297,7 @@ def _fit_memory(
     """
     limit = settings.max_memory
     while True:
-        bytes_of_block = block_bytes(plan, KINDS[backend.name].on_gpu)
+        bytes_of_block = block_bytes(plan, KNOWN_BACKENDS[backend.name].on_gpu)
         workers = settings.workers
         if limit is not None:
             workers = min(workers, max(1, (limit - held_bytes) // bytes_of_block))

@@ -1,13 +1,12 @@
 """Measure the objects of a slide: a pass over its blocks once the labels are final, and the table at its end.
 
 Each block is measured in rows of tile cores, so that little of it is in memory at a time; the sums are the same however
-it is cut.  This room does not know how labels come about.
+it is cut.  This module does not know how labels come about.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,51 +35,37 @@ def measure_block(
     block: Block,
     labels: NDArray[Any],
     pixels: SlideReader,
-    certainty: Scratch,
+    probability: Scratch,
 ) -> GrowthRecord:
-    """Measure what lies in a block and put it into the scratch; returns the block's record.
+    """Measure the objects in a block and write their moments into the scratch.
 
     Args:
         plan: of the slide.
         block: of it.
         labels: (h + 2 * HALO, w + 2 * HALO), final, of the block and what surrounds it; 0 outside the slide.
         pixels: reads every channel that is measured.
-        certainty: the probability of every pixel, 255 being certain.
+        probability: of every pixel, 255 is certain.
 
     Raises:
         SlideError: pixels cannot be read, or the objects not written.
     """
     quality = [Quality()] * len(pixels.channels)
-    found = []
+    parts = []
     slide = Box(0, 0, *plan.grid.lattice.shape)
-    certain = np.empty(block.box.shape, np.uint8)
-    for place, values in certainty.read(block, block.box):
-        certain[place.seen_from(block.box).slices()] = values
+    probabilities = np.empty(block.box.shape, np.uint8)
+    for box, values in probability.read(block, block.box):
+        probabilities[box.seen_from(block.box).slices()] = values
     for strip in _strips(block):
         window = strip.grown(HALO).within(slide)
         light = np.ascontiguousarray(pixels.read(block.plane, window))
         core = strip.seen_from(window).slices()
         around = labels[strip.y0 - block.box.y0 :][: strip.shape[0] + 2 * HALO]
-        own = certain[strip.seen_from(block.box).slices()]
-        found.append(measure(around, light[:, *core], own, (strip.y0, strip.x0)))
-        quality = [one + survey(channel, core) for one, channel in zip(quality, light, strict=True)]
-    ids, rows = merge(*(np.concatenate(part) for part in zip(*found, strict=True)))
-    write_part(certainty.objects, block.index, block.plane, ids, rows)
-    return GrowthRecord(int(rows[:, AREA].sum()), tuple(asdict(one) for one in quality))
-
-
-def compile_kernels(pixels: SlideReader) -> None:
-    """Measure a corner of the slide, so that nothing is compiled while blocks are under way.
-
-    Raises:
-        ReadError: it cannot be read.
-    """
-    height, width = pixels.slide.plane_shape(pixels.level)
-    corner = Box(0, 0, min(8, height), min(8, width))
-    light = pixels.read(0, corner)
-    labels = np.ones((corner.y1 + 2 * HALO, corner.x1 + 2 * HALO), np.uint32)
-    measure(labels, light, np.zeros(corner.shape, np.uint8), (0, 0))
-    survey(light[0], corner.slices())
+        own = probabilities[strip.seen_from(block.box).slices()]
+        parts.append(measure(around, light[:, *core], own, (strip.y0, strip.x0)))
+        quality = [sums + survey(channel, core) for sums, channel in zip(quality, light, strict=True)]
+    ids, rows = merge(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    write_part(probability.objects, block.index, block.plane, ids, rows)
+    return GrowthRecord(int(rows[:, AREA].sum()), tuple(quality))
 
 
 def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord]) -> TableRecord:
@@ -88,46 +73,45 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord])
 
     Args:
         plan: of the slide.
-        parts: folder of what `measure_block` wrote.
-        records: of all its blocks, as `measure_block` returns them, in any order.
+        parts: folder of the moments that `measure_block` wrote.
+        records: of all its blocks, in any order.
 
     Raises:
         OutputError: it cannot be written.
     """
     # pyarrow takes 30 MB, which a run of masks can do without.
-    from cellseg_batch.engine.objects.table import Origin, write_table
+    from cellseg_batch.engine.objects.columns import Origin
+    from cellseg_batch.engine.objects.table import ChannelQuality, Provenance, write_table
 
-    place, slide = plan.place, plan.slide
+    paths, slide = plan.paths, plan.slide
     labelled, quality = 0, [Quality()] * len(measured_channels(slide))
     for record in records:
         labelled += record.labelled
-        quality = [one + Quality(**more) for one, more in zip(quality, record.quality, strict=True)]
+        quality = [sums + more for sums, more in zip(quality, record.quality, strict=True)]
     names = channel_names(slide)
     full, shape = slide.plane_shape(0), plan.grid.lattice.shape
-    account = {
-        "image": slide.location,
-        "labels": str(place.labels_folder),
-        "shape": [*slide.plane_grid(plan.level.level), *shape],
-        "pixel_size_um": plan.level.pixel_size_um,
-        "level0_scale": [full[0] / shape[0], full[1] / shape[1]],
-        "labelled_fraction": labelled / plan.pixels,
-        "segmented_channels": [names[index] for index in plan.channels.indices],
-        "quality": {
-            name: {"focus": one.focus, "saturation": one.saturation} for name, one in zip(names, quality, strict=True)
-        },
-        "provenance": zarr.open_group(zarr_store(place.store), path=place.labels, mode="r").attrs[OUTPUT_MARK],
-    }
+    manifest: Any = zarr.open_group(zarr_store(paths.store), path=paths.labels, mode="r").attrs[OUTPUT_MARK]
+    provenance = Provenance(
+        image=slide.location,
+        labels=str(paths.labels_folder),
+        shape=(*slide.plane_grid(plan.level.level), *shape),
+        pixel_size_um=plan.level.pixel_size_um,
+        level0_scale=(full[0] / shape[0], full[1] / shape[1]),
+        labelled_fraction=labelled / plan.pixels,
+        segmented_channels=tuple(names[index] for index in plan.channels.indices),
+        quality={name: ChannelQuality(sums.focus, sums.saturation) for name, sums in zip(names, quality, strict=True)},
+        provenance=manifest,
+    )
     origin = Origin(
         slide=slide.name,
         well=slide.plate_position.well if slide.plate_position else "",
         field=slide.plate_position.field if slide.plate_position else "",
-        shape=(*slide.plane_grid(plan.level.level), *shape),
+        shape=provenance.shape,
         plane_axes=slide.plane_axes,
         pixel_size_um=plan.level.pixel_size_um,
         channels=names,
     )
-    count = write_table(place.objects, origin, merge_parts(parts), account)
-    return TableRecord(count)
+    return TableRecord(write_table(paths.table, origin, merge_parts(parts), provenance))
 
 
 def measured_channels(slide: Slide) -> tuple[int, ...]:

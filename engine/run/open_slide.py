@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cellseg_batch.engine.errors import OutputError
-from cellseg_batch.engine.inference.model_pool import Engines
-from cellseg_batch.engine.inference.predictor import Predictor
+from cellseg_batch.engine.inference.model_pool import ModelPool
+from cellseg_batch.engine.inference.predictor import Predictor, make_predictor
 from cellseg_batch.engine.objects.scratch import Scratch
 from cellseg_batch.engine.run.records import BackendIdentity
 from cellseg_batch.engine.run.slide_plan import SlidePlan
@@ -65,7 +65,7 @@ class OpenSlides:
         clock: of the process.
     """
 
-    def __init__(self, model_pool: Engines, clock: StageClock) -> None:
+    def __init__(self, model_pool: ModelPool, clock: StageClock) -> None:
         self._model_pool = model_pool
         self._clock = clock
         self._entries: OrderedDict[SlidePlan, _Entry] = OrderedDict()
@@ -124,7 +124,7 @@ class _Entry:
 
 
 def open_slide(
-    plan: SlidePlan, backend: BackendIdentity, reader: SlideReader, model_pool: Engines, clock: StageClock
+    plan: SlidePlan, backend: BackendIdentity, reader: SlideReader, model_pool: ModelPool, clock: StageClock
 ) -> OpenSlide:
     """Put together what a slide's tasks work with.
 
@@ -134,7 +134,7 @@ def open_slide(
     here = model_pool.backend(backend.name, backend.precision, plan.downscale)
     if here.version != backend.version:
         raise OutputError(
-            str(plan.place.labels_folder),
+            str(plan.paths.labels_folder),
             expected=f"{backend.name} {backend.version} in every worker, as these labels were begun with it",
             found=here.version,
             remedy="install one version everywhere",
@@ -144,27 +144,27 @@ def open_slide(
     return OpenSlide(
         plan=plan,
         reader=reader,
-        predictor=plan.predictor(model_pool, here, clock),
+        predictor=make_predictor(model_pool, here, plan.prediction, clock),
         labels=labels,
         probability=probability,
         scratch=scratch,
         scratch_probability=scratch_probability,
-        journal=Journal(plan.place.journal),
+        journal=Journal(plan.paths.journal),
         clock=clock,
     )
 
 
 def output_images(plan: SlidePlan) -> tuple[ImageWriter, ImageWriter | None]:
     """The labels and, if it is wanted, the probability of a slide."""
-    place = plan.place
-    layout = lay_out(plan.slide, plan.level.level, plan.grid, place.zarr_format)
+    paths = plan.paths
+    layout = lay_out(plan.slide, plan.level.level, plan.grid, paths.zarr_format)
     ids = layout if plan.instances is None else replace(layout, dtype="uint32")
-    probability = ImageWriter(place.companion, place.probability, layout) if plan.probability else None
-    return ImageWriter(place.store, place.labels, ids), probability
+    probability = ImageWriter(paths.companion, paths.probability, layout) if plan.probability else None
+    return ImageWriter(paths.store, paths.labels, ids), probability
 
 
 def scratch_of(plan: SlidePlan) -> tuple[Scratch | None, Scratch | None]:
     """The codes and the probability of a slide between its passes, as far as they are needed."""
-    journal = plan.place.journal
+    journal = plan.paths.journal
     codes = Scratch(journal, "codes", np.uint32, plan.frame) if plan.frame is not None else None
     return codes, Scratch(journal, "probability", np.uint8, frame=0) if plan.objects else None

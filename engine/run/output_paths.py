@@ -19,7 +19,7 @@ from cellseg_batch.engine.storage.paths import RemotePath, is_web
 
 
 @dataclass(frozen=True)
-class Place:
+class OutputPaths:
     """The zarr groups that a slide's output is written to.
 
     Attributes:
@@ -67,7 +67,7 @@ class Place:
         return {self.store, self.companion} if probability else {self.store}
 
     @property
-    def objects(self) -> Path:
+    def table(self) -> Path:
         """The table of objects."""
         return self.journal / "objects.parquet"
 
@@ -91,7 +91,7 @@ class Place:
         return self.journal.with_name(self.name + LOCK_SUFFIX)
 
 
-def place_output(slide: Slide, name: str, output: Path | None) -> Place:
+def output_paths(slide: Slide, name: str, output: Path | None) -> OutputPaths:
     """Where the output of ``slide`` goes.
 
     Raises:
@@ -103,14 +103,14 @@ def place_output(slide: Slide, name: str, output: Path | None) -> Place:
     if isinstance(base, RemotePath) and (is_web(base) or not base.key):
         raise OutputError(
             str(base),
-            expected="a place that can be written to, and something beside it",
+            expected="a folder or bucket that can be written to, and something beside it",
             found="a web server" if is_web(base) else "a bucket that is one store as a whole",
-            remedy="name a folder with --output, here or in another bucket",
+            remedy="name a folder with `output`, here or in another bucket",
         )
     if output is None:
         if slide.holds_labels:
-            return Place(slide.store, slide.path, name, zarr_format, "../../", beside)
-        return Place(beside, slide.path, name, zarr_format, None, beside)
+            return OutputPaths(slide.store, slide.path, name, zarr_format, "../../", beside)
+        return OutputPaths(beside, slide.path, name, zarr_format, None, beside)
     below = f"/{slide.path}"
     if not slide.path:
         root, image = slide.name, ""
@@ -122,13 +122,13 @@ def place_output(slide: Slide, name: str, output: Path | None) -> Place:
     if store == slide.store or slide.store in store.parents or store in slide.store.parents:
         raise OutputError(
             str(store),
-            expected="a place apart from the input",
+            expected="a folder apart from the input",
             found=f"the input {slide.store} itself",
-            cause=f"--output {output} is the folder that the input lies in",
-            remedy="choose another folder, or leave --output out to write labels in place",
+            cause=f"`output={output}` is the folder that the input lies in",
+            remedy="choose another folder, or leave `output` out to write labels in place",
         )
     source = _source(slide, store / image / "labels" / name)
-    return Place(store, image, name, zarr_format, source, store)
+    return OutputPaths(store, image, name, zarr_format, source, store)
 
 
 def _source(slide: Slide, labels: Path) -> str | None:
@@ -149,8 +149,8 @@ def refuse_output_inside(output: Path | None, inputs: list[Path]) -> None:
         root = zarr_root(path.resolve())[0] if is_zarr_node(path) else path.resolve()
         if output.resolve().is_relative_to(root):
             raise UsageError(
-                f"--output {output}",
+                f"`output={output}`",
                 expected="a folder outside every input",
                 found=f"one inside {path}",
-                remedy="choose another folder, or leave --output out to write labels in place",
+                remedy="choose another folder, or leave `output` out to write labels in place",
             )

@@ -61,7 +61,7 @@ def passes_of(plan: SlidePlan) -> Iterator[Pass]:
         yield Pass(INSTANCES, len(plan.grid), grow_block, _GROW)
     if plan.objects:
         yield Pass(_TABLE, 1, tabulate, _SHORT)
-    layout = lay_out(plan.slide, plan.level.level, plan.grid, plan.place.zarr_format)
+    layout = lay_out(plan.slide, plan.level.level, plan.grid, plan.paths.zarr_format)
     for level in range(1, len(layout.shapes)):
         task = partial(build_shard, level)
         yield Pass(f"levels/{level}", layout.shard_count(level), task, _SHORT / level, scratch=False)

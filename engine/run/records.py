@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 from cellseg_batch.engine.inference.normalise import Bounds
-from cellseg_batch.engine.objects.seeds import InstanceRule
+from cellseg_batch.engine.objects.seeds import InstanceRule, SeedRecord
 from cellseg_batch.engine.storage.checksums import WrittenBox
+from cellseg_batch.kernels.quality import Quality
 
 Result = TypeVar("Result")
 
@@ -169,7 +170,7 @@ class BlockRecord:
         skipped_tiles: tiles that showed nothing and were not computed.
     """
 
-    seeds: dict[str, Any] | None
+    seeds: SeedRecord | None
     foreground: int = 0
     missing: int = 0
     skipped_tiles: int = 0
@@ -196,7 +197,7 @@ class GrowthRecord:
     """
 
     labelled: int
-    quality: tuple[dict[str, Any], ...] = ()
+    quality: tuple[Quality, ...] = ()
 
 
 @dataclass(frozen=True)

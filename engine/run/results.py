@@ -1,19 +1,13 @@
-"""What a run did: per slide and as a whole, for people and as JSON."""
+"""What a run did: per slide and as a whole, as values and as JSON."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 
 _MEGA = 1e6
-_STATES = ("done", "skipped", "held", "failed")
-_COLOURS = {"held": "yellow", "failed": "red"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,9 @@ class SlideReport:
         objects: number of objects; None for a mask, which has none.
         unreached_pixels: foreground that belongs to no object: without a seed, or too far from it.
         pixels: pixels that were segmented by this run.
-        downscale: by how much the image was reduced for the model.
+        downscale: by how much the image was downscaled for the model.
+        channels: names of those that were segmented; indices as text where they have none.
+        notes: what a user should know of an image that is done, such as pixels that are no numbers.
     """
 
     path: str
@@ -57,6 +53,8 @@ class SlideReport:
     unreached_pixels: int = 0
     pixels: int = 0
     downscale: int = 1
+    channels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,72 +138,3 @@ class RunReport:
         slides = content.pop("slides")
         rates = {"mpx_per_s": self.mpx_per_s, "engine_mpx_per_s": self.engine_mpx_per_s}
         return {"status": self.status, **rates, **content, "slides": slides}
-
-
-def print_failures(report: RunReport, console: Console) -> None:
-    """Print each image that failed or is held, by name, and what else a user should know of."""
-    for slide in report.slides:
-        if slide.status in _COLOURS:
-            line = (slide.status, _COLOURS[slide.status]), f"  {slide.path}: {slide.reason}"
-            console.print(Text.assemble(*line), soft_wrap=True)
-        elif slide.missing_pixels:
-            note = f"  {slide.path}: {slide.missing_pixels} NaN pixels taken as 0"
-            console.print(Text.assemble(("note", "yellow"), note), soft_wrap=True)
-
-
-def print_report(report: RunReport, console: Console) -> None:
-    """Print the figures of the run."""
-    counts = {state: sum(slide.status == state for slide in report.slides) for state in _STATES}
-    table = Table(title=f"cellseg-batch run: {report.status}", show_header=False, title_justify="left")
-    table.add_column()
-    table.add_column(overflow="fold")
-    shares = [slide.foreground_fraction for slide in report.slides if slide.foreground_fraction is not None]
-    stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items() if seconds)
-    for name, value in (
-        ("images", ", ".join(f"{count} {state}" for state, count in counts.items() if count)),
-        ("blocks, tiles", f"{sum(s.blocks for s in report.slides)}, {_tiles(report.slides)}"),
-        ("model", f"{report.backend} {report.precision}, tile {_sides(report.tile)}, margin {report.margin} px"),
-        ("time", f"{report.seconds:.1f} s, and {report.compile_seconds:.1f} s to compile"),
-        ("rate", f"{report.mpx_per_s:.2f} Mpx/s end to end, {report.engine_mpx_per_s:.2f} Mpx/s in the model"),
-        ("busy seconds", stages),
-        ("objects", _objects(report.slides)),
-        ("foreground", f"{100 * sum(shares) / len(shares):.1f} % (mean over images)" if shares else "-"),
-        (
-            "peak memory",
-            f"{report.peak_rss_bytes / _MEGA:.0f} MB (announced: at most {report.planned_peak_bytes / _MEGA:.0f} MB)",
-        ),
-        ("labels", _where(report.slides)),
-        *(("plate", _plate(plate)) for plate in report.plates),
-    ):
-        table.add_row(name, Text(value))
-    console.print(table)
-
-
-def _tiles(slides: list[SlideReport]) -> str:
-    skipped = sum(slide.skipped_tiles for slide in slides)
-    return f"{sum(slide.tiles for slide in slides)}" + f" ({skipped} empty ones were left out)" * bool(skipped)
-
-
-def _objects(slides: list[SlideReport]) -> str:
-    counts = [slide.objects for slide in slides if slide.objects is not None]
-    if not counts:
-        return "not counted; --instances does"
-    unreached = sum(slide.unreached_pixels for slide in slides)
-    note = f", and {unreached} px of foreground that belong to none" if unreached else ""
-    return f"{sum(counts)}{note}"
-
-
-def _sides(shape: tuple[int, int]) -> str:
-    return f"{shape[0]} x {shape[1]}"
-
-
-def _where(slides: list[SlideReport]) -> str:
-    written = [slide.labels for slide in slides if slide.labels and slide.status != "failed"]
-    if not written:
-        return "-"
-    return written[0] if len(written) == 1 else f"{written[0]} and {len(written) - 1} more"
-
-
-def _plate(plate: PlateReport) -> str:
-    counts = f"{plate.wells} wells, {plate.fields} fields, {plate.failed} of them failed"
-    return f"{plate.folder}: {counts}" if plate.folder else f"{plate.plate}: {counts}; no summary: {plate.reason}"

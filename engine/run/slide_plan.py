@@ -6,18 +6,16 @@ from dataclasses import dataclass
 
 from cellseg_batch.engine.errors import SlideError, UsageError
 from cellseg_batch.engine.geometry import BlockGrid, fit_lattice, lay_blocks
-from cellseg_batch.engine.inference.backends.protocol import Backend, Shape
+from cellseg_batch.engine.inference.backends.protocol import Shape
 from cellseg_batch.engine.inference.background import flat_limit
-from cellseg_batch.engine.inference.model_pool import Engines
 from cellseg_batch.engine.inference.normalise import Bounds, sample_slide, settle_bounds
-from cellseg_batch.engine.inference.predictor import Predictor, make_predictor
+from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.objects.seeds import InstanceRule, instance_rule
-from cellseg_batch.engine.run.output_paths import Place
+from cellseg_batch.engine.run.output_paths import OutputPaths
 from cellseg_batch.engine.run.records import BackendIdentity, Decisions, InputPixels, ModelIdentity, TileLattice
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.level_and_channels import ChannelChoice, LevelChoice, choose_channels, choose_level
 from cellseg_batch.engine.slides.slide import Slide
-from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.kernels.instances import reach
 from cellseg_batch.kernels.moments import HALO
 from cellseg_batch.trainer.bundle import Card
@@ -29,7 +27,7 @@ class SlidePlan:
 
     Attributes:
         slide: the image.
-        place: where its output goes.
+        paths: where its output goes.
         level: which resolution, and why.
         channels: which channels, and why.
         grid: the blocks, and through them the lattice of tiles.
@@ -45,7 +43,7 @@ class SlidePlan:
     """
 
     slide: Slide
-    place: Place
+    paths: OutputPaths
     level: LevelChoice
     channels: ChannelChoice
     grid: BlockGrid
@@ -99,21 +97,19 @@ class SlidePlan:
             objects=self.objects,
         )
 
-    def predictor(self, model_pool: Engines, backend: Backend, clock: StageClock) -> Predictor:
-        """What computes the slide's blocks."""
-        return make_predictor(
-            model_pool,
-            backend,
+    @property
+    def prediction(self) -> PredictionRule:
+        """How the pixels of blocks become masks."""
+        return PredictionRule(
+            lattice=self.grid.lattice,
             shape=self.shape,
             dtype=self.slide.dtype,
-            lattice=self.grid.lattice,
             bounds=self.bounds,
             threshold=self.threshold,
             probability=self.needs_probability,
             stitch=self.stitch,
-            instances=self.instances,
             downscale=self.downscale,
-            clock=clock,
+            instances=self.instances,
         )
 
 
@@ -124,12 +120,14 @@ def pick_margin(settings: Settings, card: Card) -> int:
     return card.exact_margin if settings.margin == "exact" else int(settings.margin)
 
 
-def plan_slide(slide: Slide, place: Place, settings: Settings, card: Card, bounds: Bounds | None = None) -> SlidePlan:
+def plan_slide(
+    slide: Slide, paths: OutputPaths, settings: Settings, card: Card, bounds: Bounds | None = None
+) -> SlidePlan:
     """Settle level, channels, lattice, blocks and normalisation of a slide.
 
     Args:
         slide: the image.
-        place: where its output goes.
+        paths: where its output goes.
         settings: what was asked for.
         card: of the model.
         bounds: of the normalisation, if they are settled already; else the slide is sampled.
@@ -145,7 +143,7 @@ def plan_slide(slide: Slide, place: Place, settings: Settings, card: Card, bound
             slide.location,
             expected=f"an image of 1 or {card.channels} channels for the model {card.name}",
             found=f"{len(channels.indices)} ({channels.reason})",
-            remedy="choose one with --channel",
+            remedy="choose one with `channel`",
         )
     if bounds is None:
         sampled = card.normalisation.rule != "fixed"
@@ -154,10 +152,10 @@ def plan_slide(slide: Slide, place: Place, settings: Settings, card: Card, bound
     margin = pick_margin(settings, card)
     if settings.stitch == "blend" and not margin:
         raise UsageError(
-            "--stitch blend",
+            "`stitch=blend`",
             expected="tiles that overlap",
             found="a margin of 0 px",
-            remedy=f"use --margin {card.total_stride} or more, or --stitch crop",
+            remedy=f"use `margin={card.total_stride}` or more, or `stitch=crop`",
         )
     lattice = fit_lattice(slide.plane_shape(level.level), settings.tile, margin, card.total_stride)
     # To be blended, a tile needs the logits of its neighbours.
@@ -165,7 +163,7 @@ def plan_slide(slide: Slide, place: Place, settings: Settings, card: Card, bound
     flat = flat_limit(bounds, card.normalisation) if skips else 0.0
     return SlidePlan(
         slide=slide,
-        place=place,
+        paths=paths,
         level=level,
         channels=channels,
         grid=lay_blocks(lattice, settings.block, slide.planes(level.level), ring=settings.stitch == "blend"),

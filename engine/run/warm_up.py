@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 
 from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Block, BlockGrid
 from cellseg_batch.engine.inference.backends.protocol import Backend
-from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.inference.model_pool import ModelPool
+from cellseg_batch.engine.inference.predictor import make_predictor
 from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
-from cellseg_batch.engine.run import measure_pass
-from cellseg_batch.engine.run.instance_passes import compile_kernels
 from cellseg_batch.engine.run.memory_model import RUN_OVERHEAD_BYTES, MemoryBudget
 from cellseg_batch.engine.run.slide_plan import SlidePlan
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.stage_clock import StageClock
+from cellseg_batch.kernels.warm_up import compile_kernels
 
 
 class WarmUp:
@@ -30,7 +31,7 @@ class WarmUp:
         held_bytes: that the process holds besides what blocks need, as far as it has been seen.
     """
 
-    def __init__(self, model_pool: Engines, budget: MemoryBudget) -> None:
+    def __init__(self, model_pool: ModelPool, budget: MemoryBudget) -> None:
         self.held_bytes = 0
         self._model_pool = model_pool
         self._budget = budget
@@ -44,19 +45,24 @@ class WarmUp:
         slide = plan.slide
         kind = slide.dtype, slide.axes, plan.probability, plan.instances, plan.objects, plan.downscale
         size = math.prod(plan.shape)
-        with self._model_pool.turn:
+        with self._model_pool.models_lock:
             if size <= self._largest.get(kind, 0):
                 return
             tile = _middle_of(replace(plan.grid, cores=(1, 1)))
             # A damaged chunk costs its block, not the slide.
             with suppress(ReadError):
                 pixels = reader.read(tile.plane, tile.read_box)
-                with self._model_pool.counted():
-                    result = plan.predictor(self._model_pool, backend, StageClock()).predict(pixels, tile)
-                    if plan.instances is not None:
-                        compile_kernels(result, tile, plan.grid, plan.instances)
-                    if plan.objects:
-                        measure_pass.compile_kernels(reader.of_channels(measure_pass.measured_channels(slide)))
+                with self._model_pool.counted(), ThreadPoolExecutor(1) as beside:
+                    kernels = beside.submit(
+                        compile_kernels,
+                        pixels.dtype,
+                        probability=plan.needs_probability,
+                        blend=plan.stitch == "blend",
+                        instances=plan.instances is not None,
+                        objects=plan.objects,
+                    )
+                    make_predictor(self._model_pool, backend, plan.prediction, StageClock()).predict(pixels, tile)
+                    kernels.result()
             now = resident_bytes() + RUN_OVERHEAD_BYTES - self._budget.taken
             self.held_bytes = max(self.held_bytes, now, 0 if self._largest else peak_resident_bytes())
             self._largest[kind] = size

@@ -11,7 +11,9 @@ import time
 from dataclasses import dataclass
 
 from cellseg_batch.engine.errors import CellsegError, OutputError
-from cellseg_batch.engine.inference.model_pool import Choice, Engines
+from cellseg_batch.engine.inference.choice import Choice
+from cellseg_batch.engine.inference.model_pool import ModelPool
+from cellseg_batch.engine.machine import bound_heaps
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.memory_model import MemoryBudget
 from cellseg_batch.engine.run.open_slide import OpenSlides
@@ -61,7 +63,7 @@ class Worker:
         warm_up: what is compiled.
     """
 
-    def __init__(self, settings: Settings, model_pool: Engines, clock: StageClock) -> None:
+    def __init__(self, settings: Settings, model_pool: ModelPool, clock: StageClock) -> None:
         self.settings = settings
         self.model_pool = model_pool
         self.clock = clock
@@ -94,7 +96,7 @@ class Worker:
                     where = prepared.plan.slide.location, slide_pass.name, number
                     _log.debug("%s: task %s/%d failed", *where, exc_info=True)
                     reason = error.detail if isinstance(error, CellsegError) else f"{type(error).__name__}: {error}"
-                    Journal(prepared.plan.place.journal).fail(slide_pass.name, number, reason)
+                    Journal(prepared.plan.paths.journal).fail(slide_pass.name, number, reason)
                     break
         return Outcome(number, reason, self.clock.drain())
 
@@ -132,7 +134,8 @@ class WorkerElsewhere:
             if self.run_id not in _present:
                 for other in list(_present):
                     _present.pop(other).close()
-                model_pool = Engines(load_model(self.settings.model), self.settings, choice=self.choice)
+                bound_heaps()
+                model_pool = ModelPool(load_model(self.settings.model), self.settings, choice=self.choice)
                 _present[self.run_id] = Worker(self.settings, model_pool, StageClock())
             return _present[self.run_id]
 

@@ -1,4 +1,4 @@
-"""Settle by how much a slide is reduced for the model, from what the model finds in a few windows of it.
+"""Settle by how much a slide is downscaled for the model, from what the model finds in a few windows of it.
 
 It must not know what a mask is for, nor where results go.
 """
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import ReadError, UsageError
 from cellseg_batch.engine.geometry import Box, fit_lattice, lay_blocks, reflect
-from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.run.slide_plan import SlidePlan, pick_margin
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.reader import SlideReader
@@ -26,24 +26,24 @@ _WINDOW = 1024
 _WINDOWS = 3  # along each axis
 
 
-def settle_downscale(plan: SlidePlan, settings: Settings, engines: Engines, reader: SlideReader) -> int:
+def settle_downscale(plan: SlidePlan, settings: Settings, model_pool: ModelPool, reader: SlideReader) -> int:
     """The factor that was asked for, else the one that the model's card prefers for what the slide shows.
 
     Only factors that the margin and the tile allow are considered.
     """
     if settings.downscale is not None:
         return settings.downscale
-    card = engines.bundle.card
-    widths = {name: width for name, width in card.shrink.items() if _fits(plan, settings, engines.bundle, int(name))}
-    factor = pick_shrink(widths, lambda factor: _masks(plan, engines, factor, reader)) if widths else 1
+    card = model_pool.bundle.card
+    widths = {name: width for name, width in card.shrink.items() if _fits(plan, settings, model_pool.bundle, int(name))}
+    factor = pick_shrink(widths, lambda factor: _masks(plan, model_pool, factor, reader)) if widths else 1
     if plan.tiles > plan.grid.planes:
         # Their memory is better given to large tiles; for small images it would cost too much to make them anew.
-        engines.drop_probes()
+        model_pool.probes.clear()
     return factor
 
 
 def downscale_plan(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: int) -> SlidePlan:
-    """The plan with a lattice for ``bundle`` shrunk by ``factor``.
+    """The plan with a lattice for ``bundle`` downscaled by ``factor``.
 
     Raises:
         UsageError: tile and margin do not go together.
@@ -69,10 +69,10 @@ def _fits(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: int) -> b
     return True
 
 
-def _masks(plan: SlidePlan, engines: Engines, factor: int, reader: SlideReader) -> Iterable[NDArray[np.bool_]]:
-    """The masks of some windows, at the size of the image shrunk by ``factor``."""
-    backend = engines.shrunk(engines.chosen, factor)
-    stride = engines.bundle.card.total_stride * factor
+def _masks(plan: SlidePlan, model_pool: ModelPool, factor: int, reader: SlideReader) -> Iterable[NDArray[np.bool_]]:
+    """The masks of some windows, at the size of the image downscaled by ``factor``."""
+    backend = model_pool.downscaled(model_pool.chosen, factor)
+    stride = model_pool.bundle.card.total_stride * factor
     windows = spread_windows(plan.grid.lattice.shape)
     height, width = (min(_WINDOW // stride, -(-length // stride)) * stride for length in windows[0].shape)
     shape = (1, plan.shape[1], height, width)
@@ -83,12 +83,9 @@ def _masks(plan: SlidePlan, engines: Engines, factor: int, reader: SlideReader) 
         except ReadError:  # a damaged chunk costs its block, not the slide
             continue
         rows, columns = (reflect(0, side, length)[None] for side, length in zip(shape[2:], box.shape, strict=True))
-        with engines.turn:
-            feed = engines.probe(backend, shape, pixels.dtype)
-            feed.fill(pixels, rows, columns, plan.bounds)
-            logits = feed.logits()[0, 0, : box.shape[0], : box.shape[1]]
-            mask = logits[factor // 2 :: factor, factor // 2 :: factor] > limit
-        yield mask
+        logits = model_pool.probes.logits(backend, shape, pixels, rows, columns, plan.bounds)
+        inside = logits[0, 0, : box.shape[0], : box.shape[1]]
+        yield inside[factor // 2 :: factor, factor // 2 :: factor] > limit
 
 
 def spread_windows(shape: tuple[int, int]) -> list[Box]:

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import ClusterError, UsageError
 from cellseg_batch.engine.machine import visible_gpus
 from cellseg_batch.engine.scheduling.process_keeper import Processes
@@ -40,7 +41,7 @@ _SCHEDULER = {"allowed_failures": 0, "dashboard": False}
 
 
 def open_pool(settings: Settings, imports: Sequence[str] = ()) -> Pool:
-    """The pool that ``--scheduler`` asks for.
+    """The pool that the setting ``scheduler`` asks for.
 
     Args:
         settings: of the run.
@@ -60,7 +61,8 @@ def open_pool(settings: Settings, imports: Sequence[str] = ()) -> Pool:
 
 def _devices(settings: Settings) -> list[str]:
     """The GPUs that get a process each, as ``CUDA_VISIBLE_DEVICES`` names them."""
-    if settings.device == "cpu" or settings.backend in ("torch", "openvino"):
+    backend = KNOWN_BACKENDS.get(settings.backend)  # None: auto
+    if settings.device == "cpu" or (backend is not None and not backend.on_gpu):
         return []
     asked = gpus_of(settings.device) if ":" in settings.device else None
     return [name for number, name in enumerate(visible_gpus()) if asked is None or f"cuda:{number}" in asked]
@@ -131,7 +133,7 @@ class DaskPool:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _WorkerSlot:
     """What a worker process of this machine is to be: whose worker, and with which GPU."""
 
     address: str
@@ -148,18 +150,18 @@ def _open_processes(devices: list[str | None], imports: Sequence[str]) -> Pool:
     with _signals_left_to_the_run():
         scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", **_SCHEDULER}}
         cluster = SpecCluster(workers={}, scheduler=scheduler, **_QUIET)
-        places = [_Place(cluster.scheduler_address, device) for device in devices]
+        slots = [_WorkerSlot(cluster.scheduler_address, device) for device in devices]
 
         def close(wait: bool) -> None:
             cluster.close()  # which has the workers end
             processes.close(_END_SECONDS if wait else 0.0)
 
         pool = DaskPool(Client(cluster), close, gpus=any(devices), most=len(devices))
-        processes = Processes(_serve, places, ("distributed", *imports), lambda why: pool.fail(_no_process(why)))
+        processes = Processes(_serve, slots, ("distributed", *imports), lambda why: pool.fail(_no_process(why)))
     return pool
 
 
-def _serve(place: _Place, started: Callable[[], None]) -> None:
+def _serve(slot: _WorkerSlot, started: Callable[[], None]) -> None:
     """Be a worker until the scheduler is gone."""
     import dask
     from distributed import Worker
@@ -168,12 +170,12 @@ def _serve(place: _Place, started: Callable[[], None]) -> None:
     dask.config.set({"distributed.worker.profile.enabled": False})
     logging.getLogger("distributed").setLevel(logging.ERROR)
     options: dict[str, Any] = {"nthreads": THREADS_PER_PROCESS, "memory_limit": 0, "host": "127.0.0.1"}
-    if place.device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = place.device
+    if slot.device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = slot.device
         options["resources"] = {_GPU: THREADS_PER_PROCESS}
 
     async def work() -> None:
-        async with Worker(place.address, dashboard=False, **options) as worker:
+        async with Worker(slot.address, dashboard=False, **options) as worker:
             started()
             await worker.finished()
 
@@ -182,11 +184,11 @@ def _serve(place: _Place, started: Callable[[], None]) -> None:
 
 def _no_process(why: str) -> ClusterError:
     return ClusterError(
-        "--scheduler processes",
+        "`scheduler=processes`",
         expected="worker processes that start",
         found=why,
         cause="too little memory, or a script without if __name__ == '__main__'",
-        remedy="see what they printed, or leave --scheduler out; finished blocks are kept",
+        remedy="see what they printed, or leave `scheduler` out; finished blocks are kept",
     )
 
 
@@ -196,7 +198,7 @@ def _open_slurm(workers: int, asked: ClusterSettings) -> Pool:
         import dask_jobqueue
     except ImportError as error:
         raise UsageError(
-            "--scheduler slurm",
+            "`scheduler=slurm`",
             expected="dask-jobqueue",
             found="no such package",
             remedy="pip install 'cellseg-batch[hpc]'",
@@ -224,10 +226,10 @@ def _open_slurm(workers: int, asked: ClusterSettings) -> Pool:
         )
     except (ValueError, OSError) as error:
         raise UsageError(
-            "--scheduler slurm",
-            expected="what a SLURM job needs: --cores and --memory at least",
+            "`scheduler=slurm`",
+            expected="what a SLURM job needs: `cores` and `memory` at least",
             found=str(error),
-            remedy="add the flags, or a dask-jobqueue file with --cluster-config",
+            remedy="add them, or a dask-jobqueue file with `config`",
         ) from error
     cluster.adapt(minimum=0, maximum=workers)
     return DaskPool(Client(cluster), lambda wait: cluster.close(), asked.gres is not None, most=workers)
@@ -240,7 +242,7 @@ def _connect(address: str) -> Pool:
         client = Client(address, timeout=_CONNECT_SECONDS)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"--scheduler {address}",
+            f"`scheduler={address}`",
             expected="the address of a running dask scheduler, such as tcp://host:8786",
             found=f"{type(error).__name__}: {error}".splitlines()[0],
             remedy="start one with dask scheduler, and workers with dask worker",

@@ -138,7 +138,7 @@ class RunningWorkflow(Generic[Result]):
             self.group.lost(task.item, loss)
         else:
             self._error = self._error or ClusterError(
-                "--scheduler",
+                "`scheduler`",
                 expected="a worker that lives through a call",
                 found=f"{_MOST_LOSSES} that died of one ({type(loss).__name__})",
                 remedy="use more memory, or see their logs",

@@ -15,9 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import zarr
-from rich.console import Console
-from rich.progress import Progress
-from rich.text import Text
 from yaozarrs import v05
 
 from cellseg_batch.engine.errors import CellsegError, OutputError, UsageError, writing_to
@@ -96,36 +93,6 @@ def convert(
         yield from run_workflows(workflows, ThreadPool(workers), stop)
     finally:
         locks.close()
-
-
-def print_conversions(
-    source: Path, target: Path, axes: str | None, workers: int, overwrite: bool, stop: Stop, console: Console
-) -> int:
-    """Convert as `convert` does, with a progress bar and a line for each image; returns how many failed.
-
-    Raises:
-        UsageError: there is no image, or the target cannot be.
-        Stopped: it was asked to end.
-    """
-    failed = 0
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        for one in convert(
-            source,
-            target,
-            axes=axes,
-            workers=workers,
-            overwrite=overwrite,
-            found=lambda pixels: bar.update(task, total=pixels),
-            advanced=lambda pixels: bar.advance(task, pixels),
-            stop=stop,
-        ):
-            sizes = ", ".join(" x ".join(map(str, shape)) for shape in one.shapes)
-            failed += one.status == "failed"
-            colour = {"failed": "red", "held": "yellow"}.get(one.status, "green")
-            line = f"  {one.source} -> {one.target}: {one.reason or sizes}"
-            console.print(Text.assemble((one.status, colour), line), soft_wrap=True)
-    return failed
 
 
 def _refuse_target(source: Path, target: Path) -> None:
@@ -231,7 +198,7 @@ class _Copy:
                     str(folder),
                     expected="nothing of that name, or a conversion of the same file",
                     found=there,
-                    remedy="choose another name, or --overwrite to replace it",
+                    remedy="choose another name, or `overwrite` to replace it",
                 )
             if self.journal.numbers("created"):
                 for left_behind in (folder, self.journal.folder):

@@ -51,7 +51,7 @@ def choose_level(slide: Slide, level: int | None, pixel_size: float | None, mode
             raise SlideError(
                 slide.location,
                 expected=f"a level from 0 to {count - 1}",
-                found=f"--level {level}",
+                found=f"`level={level}`",
                 remedy="see cellseg-batch info for the levels",
             )
         return LevelChoice(level, sizes[level], "asked for")
@@ -79,7 +79,7 @@ def choose_channels(slide: Slide, channel: str | None) -> ChannelChoice:
         raise SlideError(
             slide.location,
             expected=f"a channel index from 0 to {count - 1} or one of its channel names ({listed})",
-            found=f"--channel {channel}",
+            found=f"`channel={channel}`",
             remedy="see cellseg-batch info for the channels",
         )
     if slide.rgb and count >= 3:

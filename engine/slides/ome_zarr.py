@@ -137,7 +137,7 @@ def open_written(store: Path, path: str) -> Slide:
             str(store / path),
             expected="an image that cellseg-batch has written",
             found=f"{type(error).__name__}: {error}",
-            remedy="write it with cellseg-batch run, or name another one with --name or --output",
+            remedy="write it with cellseg-batch run, or name another one with `name` or `output`",
         ) from error
 
 

@@ -32,10 +32,10 @@ def describe_array(array: zarr.Array[Any], store: Path, path: str, name: str, ax
     if axes is None or not fits_axes(axes, array.ndim):
         raise ReadError(
             location,
-            expected="a 2-D array, a 3-D one with one short axis for the channels, or --axes that fit",
+            expected="a 2-D array, a 3-D one with one short axis for the channels, or `axes` that fit",
             found=f"an array of shape {array.shape}" + (f" and axes {axes!r}" if axes else ""),
             cause="a plain zarr array does not say what its axes are",
-            remedy="name them, for example --axes czyx",
+            remedy="name them, for example `axes=czyx`",
         )
     level = Level("", array.shape, array.chunks, (1.0,) * array.ndim, (0.0,) * array.ndim)
     count = array.shape[axes.index("c")] if "c" in axes else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -125,6 +126,10 @@ class Slide:
         index = self.axes.index("x")
         factor = _UM_PER_UNIT.get(self.units[index] or "")
         return None if factor is None else self.levels[level].scale[index] * factor
+
+    def channel_names(self, indices: Iterable[int]) -> tuple[str, ...]:
+        """Names of some channels; the indices as text of those that have none."""
+        return tuple(self.channels[index] if index < len(self.channels) else str(index) for index in indices)
 
     def cropped(self, level: int, box: Box) -> Slide:
         """The part of this slide that ``box``, in px of ``level``, shows: a slide like any other, with every level."""

@@ -61,7 +61,7 @@ def _slide(tiff: tifffile.TiffFile, number: int, file: Path, name: str, path: st
             expected="axes out of time, channel, z, y, x",
             found=f"{series.axes} of shape {series.shape}",
             cause="a TIFF without metadata about its axes",
-            remedy="name them, for example --axes zyx",
+            remedy="name them, for example `axes=zyx`",
         )
     pixel_size = _pixel_size_um(tiff, number)
     sizes = {"y": pixel_size, "x": pixel_size, "z": _ome_size_um(_ome_pixels(tiff, number), "Z")}

@@ -101,18 +101,18 @@ def refusals() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def asking(place: str) -> Iterator[None]:
-    """Name what goes wrong with ``place``; FileNotFoundError stays one where it is the object that is missing."""
+def asking(location: str) -> Iterator[None]:
+    """Name what goes wrong with ``location``; FileNotFoundError stays one where it is the object that is missing."""
     try:
         yield
     except CellsegError:
         raise
     except FileNotFoundError as error:
         if "NoSuchBucket" in str(error):
-            raise _refused(place, error) from error
-        raise FileNotFoundError(place) from None
+            raise _refused(location, error) from error
+        raise FileNotFoundError(location) from None
     except _failures() as error:
-        raise _refused(place, error) from error
+        raise _refused(location, error) from error
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -121,7 +121,7 @@ def _failures() -> tuple[type[Exception], ...]:
     return library().exceptions.BaseError, BotoCoreError, ValueError, OSError
 
 
-def _refused(place: str, error: Exception) -> StoreError:
+def _refused(location: str, error: Exception) -> StoreError:
     """The error of a store, without the pages of details that its library gives."""
     from botocore.exceptions import BotoCoreError
 
@@ -138,4 +138,4 @@ def _refused(place: str, error: Exception) -> StoreError:
     else:
         cause = "no network, or a wrong AWS_ENDPOINT_URL or AWS_REGION"
         remedy = "run it again once the store answers; what is finished is kept"
-    return StoreError(place, expected="an object store that answers", found=found, cause=cause, remedy=remedy)
+    return StoreError(location, expected="an object store that answers", found=found, cause=cause, remedy=remedy)

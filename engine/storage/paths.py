@@ -28,15 +28,15 @@ _READ_BYTES = 1 << 20
 Version = dict[str, str]
 
 
-def locate(place: str | Path) -> Path:
+def locate(path: str | Path) -> Path:
     """The path that a user or a record names: a URL of an object store, a ``file://`` URL or a path of this machine.
 
     Raises:
         UsageError: a URL of another kind, or with a password in it.
     """
-    text = str(place)
+    text = str(path)
     if not re.match(r"[a-z][a-z0-9+.-]+://", text):
-        return Path(place)
+        return Path(path)
     url = urlsplit(text)
     if url.scheme == "file":
         return Path(unquote(url.path))

@@ -32,7 +32,8 @@ def write_record(path: Path, record: object, what: str = "a journal") -> None:
         OutputError: it cannot be written.
     """
     with whole_file(path, what) as stream:
-        stream.write(msgspec.json.encode(record))
+        # Not by msgspec, which writes null for a number that is infinite.
+        stream.write(json.dumps(plain(record)).encode())
 
 
 def read_record(path: Path, kind: type[Record]) -> Record | None:
@@ -55,9 +56,10 @@ def decode_record(content: bytes, kind: type[Record], path: Path) -> Record:
         OutputError: the text is of another version, or damaged.
     """
     try:
-        record = msgspec.json.decode(content, type=kind)
+        values = json.loads(content)
+        record = msgspec.convert(values, kind)
         for name in getattr(kind, "STRICT", ()):
-            _refuse_unknown(getattr(record, name), json.loads(content)[name])
+            _refuse_unknown(getattr(record, name), values[name])
     except ValueError as error:
         raise OutputError(
             str(path),

@@ -113,7 +113,7 @@ def test_small_fields_are_one_core():
     assert (lattice.core, lattice.grid) == ((1088, 1088), (1, 1))
 
 
-@pytest.mark.parametrize(("tile", "margin", "flag"), [(128, 64, "--tile"), (512, 60, "--margin")])
-def test_impossible_lattices_are_refused(tile, margin, flag):
-    with pytest.raises(UsageError, match=flag):
+@pytest.mark.parametrize(("tile", "margin", "setting"), [(128, 64, "tile"), (512, 60, "margin")])
+def test_impossible_lattices_are_refused(tile, margin, setting):
+    with pytest.raises(UsageError, match=f"`{setting}`"):
         fit_lattice((100, 100), tile, margin, 16)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from cellseg_batch.kernels import instances, instances_reference
-from cellseg_batch.kernels.instances import grow, label_seeds, mark_seeds, reach, seed_rule
+from cellseg_batch.kernels.instances import classify_pixels, grow, label_seeds, reach, seed_rule
 
 seeds_of_generators = st.integers(0, 2**32 - 1)
 
@@ -31,37 +31,39 @@ def test_marking_seeds_equals_its_reference(seed, margin, spacing, smoothing):
         logits[rng.integers(2), rng.integers(3), rng.integers(33), rng.integers(41)] = value
     height, width = 33 - 2 * margin, 41 - 2 * margin
     places = np.array([[margin, margin, 0, 0, height, width], [margin, margin, 0, width, height, width]])
-    one = rule(spacing=spacing, smoothing=smoothing)
+    smoothed = rule(spacing=spacing, smoothing=smoothing)
     out, expected = np.full((2, height, 2 * width), 9, np.uint8)
-    assert mark_seeds(logits, places, one, out) == instances_reference.mark_seeds(logits, places, one, expected)
+    assert classify_pixels(logits, places, smoothed, out) == instances_reference.classify_pixels(
+        logits, places, smoothed, expected
+    )
     np.testing.assert_array_equal(out, expected)
 
 
 def test_a_seed_is_where_smoothed_distance_minus_border_is_high():
     logits = smooth_logits(np.random.default_rng(0), (1, 3, 120, 150))
-    classes = np.empty((120, 150), np.uint8)
-    mark_seeds(logits, np.array([[0, 0, 0, 0, 120, 150]]), rule(), classes)
+    pixel_codes = np.empty((120, 150), np.uint8)
+    classify_pixels(logits, np.array([[0, 0, 0, 0, 120, 150]]), rule(), pixel_codes)
     probability = 1 / (1 + np.exp(-logits[0].astype(float)))
     score = ndimage.gaussian_filter(probability[2] - 0.75 * probability[1], 1.4, mode="nearest")
     expected = np.where(logits[0, 0] > 0, 1 + (score > -0.1) + (score > 0.25), 0)
-    assert np.mean(classes != expected) < 2e-3  # where the score rounds to a level
-    assert set(np.unique(classes)) == {0, 1, 2, 3}
+    assert np.mean(pixel_codes != expected) < 2e-3  # where the score rounds to a level
+    assert set(np.unique(pixel_codes)) == {0, 1, 2, 3}
 
 
-def test_classes_do_not_depend_on_how_a_margin_is_cut():
+def test_pixel_codes_do_not_depend_on_how_a_margin_is_cut():
     logits = smooth_logits(np.random.default_rng(1), (1, 3, 64, 64))
     whole, part = np.empty((64, 64), np.uint8), np.empty((20, 30), np.uint8)
-    mark_seeds(logits, np.array([[0, 0, 0, 0, 64, 64]]), rule(), whole)
-    mark_seeds(logits, np.array([[17, 11, 0, 0, 20, 30]]), rule(), part)
+    classify_pixels(logits, np.array([[0, 0, 0, 0, 64, 64]]), rule(), whole)
+    classify_pixels(logits, np.array([[17, 11, 0, 0, 20, 30]]), rule(), part)
     np.testing.assert_array_equal(part, whole[17:37, 11:41])
 
 
 def test_marking_refuses_a_model_without_distance_and_a_core_outside():
     out = np.empty((8, 8), np.uint8)
     with pytest.raises(ValueError, match="1 logits"):
-        mark_seeds(np.zeros((1, 1, 8, 8), np.float32), np.array([[0, 0, 0, 0, 8, 8]]), rule(), out)
+        classify_pixels(np.zeros((1, 1, 8, 8), np.float32), np.array([[0, 0, 0, 0, 8, 8]]), rule(), out)
     with pytest.raises(ValueError, match="core leaves"):
-        mark_seeds(np.zeros((1, 3, 8, 8), np.float32), np.array([[4, 0, 0, 0, 8, 8]]), rule(), out)
+        classify_pixels(np.zeros((1, 3, 8, 8), np.float32), np.array([[4, 0, 0, 0, 8, 8]]), rule(), out)
 
 
 PATTERNS = {
@@ -92,27 +94,27 @@ def _spiral(shape):
 @given(st.sampled_from(sorted(PATTERNS)), seeds_of_generators, st.tuples(st.integers(1, 30), st.integers(1, 30)))
 def test_labelling_equals_its_reference_and_scipy(pattern, seed, shape):
     rng = np.random.default_rng(seed)
-    classes = PATTERNS[pattern](rng, shape).astype(np.uint8)
+    pixel_codes = PATTERNS[pattern](rng, shape).astype(np.uint8)
     cell = tuple(rng.integers(1, 33, 2).tolist())
     smallest, sides = int(rng.integers(0, 6)), tuple((rng.random(4) < 0.5).tolist())
     out, expected = np.full((2, *shape), 9, np.uint32)
-    found = label_seeds(classes, cell, smallest, sides, out)
-    first, area = instances_reference.label_seeds(classes, cell, smallest, sides, expected)
+    found = label_seeds(pixel_codes, cell, smallest, sides, out)
+    first, area = instances_reference.label_seeds(pixel_codes, cell, smallest, sides, expected)
     np.testing.assert_array_equal(out, expected)
     np.testing.assert_array_equal(found.first, first)
     np.testing.assert_array_equal(found.area, area)
-    components, count = ndimage.label(classes == 3)
-    everything = label_seeds(classes, cell, 0, sides, out)
+    components, count = ndimage.label(pixel_codes == 3)
+    everything = label_seeds(pixel_codes, cell, 0, sides, out)
     assert len(everything.area) == count
-    pairs = np.unique(np.stack([components[classes == 3], out[classes == 3]]), axis=1)
+    pairs = np.unique(np.stack([components[pixel_codes == 3], out[pixel_codes == 3]]), axis=1)
     assert pairs.shape[1] == count
 
 
 def test_ids_follow_cells_and_small_seeds_stay_only_at_open_sides():
-    classes = np.zeros((8, 8), np.uint8)
-    classes[0, 6:] = classes[2, 1:4] = classes[5, 0] = classes[6, 2:4] = classes[7, 5] = 3
+    pixel_codes = np.zeros((8, 8), np.uint8)
+    pixel_codes[0, 6:] = pixel_codes[2, 1:4] = pixel_codes[5, 0] = pixel_codes[6, 2:4] = pixel_codes[7, 5] = 3
     codes = np.empty((8, 8), np.uint32)
-    seeds = label_seeds(classes, (4, 4), 2, (False, True, False, False), codes)
+    seeds = label_seeds(pixel_codes, (4, 4), 2, (False, True, False, False), codes)
     # Cell (0, 0) comes before cell (0, 1), whose seed lies higher; the single pixel inside is no seed.
     np.testing.assert_array_equal(seeds.first, [2 * 8 + 1, 6, 5 * 8, 6 * 8 + 2])
     np.testing.assert_array_equal(seeds.area, [3, 2, 1, 2])

@@ -1,11 +1,14 @@
 """Networks that tests run: stand-ins of known reach, and real ones with statistics as if trained."""
 
-import numpy as np
+from contextlib import nullcontext
+
 import torch
 from scipy.ndimage import maximum_filter1d
 from torch import nn
 
-from cellseg_batch.engine.inference.session import Feed
+from cellseg_batch.engine.inference.cpu_predictor import CpuPredictor
+from cellseg_batch.engine.inference.session import Session, compile_network
+from cellseg_batch.engine.stage_clock import StageClock
 
 # The architecture of the bundle that most tests run.
 TINY = {"name": "stem-unet", "in_channels": 3, "outputs": 3, "width": 4, "depth": 3}
@@ -17,7 +20,7 @@ class Filter:
     def __init__(self, reach):
         self.reach = reach
 
-    def __call__(self, batch):
+    def __call__(self, batch, out=None):
         grown = batch
         for axis in (2, 3):
             grown = maximum_filter1d(grown, 2 * self.reach + 1, axis=axis, mode="constant", cval=1.0)
@@ -37,8 +40,10 @@ class Alone:
         return None
 
 
-def feed_of(network, shape):
-    return Feed(Alone(network), shape, np.uint8)
+def predictor_of(backend, rule):
+    """A predictor with one session on ``backend``, without a pool."""
+    session = Session(compile_network(backend, rule.shape, rule.dtype))
+    return CpuPredictor(lambda: nullcontext(session), rule, StageClock())
 
 
 NETWORKS = [

@@ -160,7 +160,7 @@ def test_resume_refuses_another_recipe_or_nothing(dataset, tmp_path, command):
     assert command(*arguments, "--max-steps", 3)[0] == 0
     code, output = command(*arguments, "--max-steps", 3, "--resume", "--learning-rate", 0.5)
     assert code == 2
-    assert "learning_rate was 0.001, is 0.5" in output
+    assert "--learning-rate was 0.001, is 0.5" in output
     (tmp_path / "b" / "checkpoint.pt").write_bytes(b"not a checkpoint")
     code, output = command(*arguments, "--max-steps", 3, "--resume")
     assert code == 2

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import BackendError
-from cellseg_batch.engine.inference.backends.protocol import Shape
+from cellseg_batch.engine.inference.backends.protocol import Logits, Shape
 
 
 def available() -> bool:
@@ -49,13 +49,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Device:
-    """One GPU, or the CPU in its place.
+    """One GPU, or the CPU in its stead.
 
     Args:
         name: as torch names it, such as ``cuda:0``, counted among the visible ones.
 
     Attributes:
-        place: where its tensors live.
+        torch_device: where its tensors live.
         is_gpu: False for the CPU.
 
     Raises:
@@ -63,11 +63,11 @@ class Device:
     """
 
     def __init__(self, name: str) -> None:
-        self.place = torch.device(name)
-        self.is_gpu = self.place.type == "cuda"
-        if self.is_gpu and self.place.index >= torch.cuda.device_count():
+        self.torch_device = torch.device(name)
+        self.is_gpu = self.torch_device.type == "cuda"
+        if self.is_gpu and self.torch_device.index >= torch.cuda.device_count():
             raise BackendError(
-                f"--device {name}",
+                f"`device={name}`",
                 expected="a GPU that torch can see",
                 found=f"{torch.cuda.device_count()} of them, counted from cuda:0",
                 cause="CUDA_VISIBLE_DEVICES hides it",
@@ -77,12 +77,12 @@ class Device:
     @property
     def model(self) -> str:
         """Name and compute capability: what a compiled network is valid for."""
-        major, minor = torch.cuda.get_device_capability(self.place)
-        return f"{torch.cuda.get_device_name(self.place)} sm_{major}{minor}"
+        major, minor = torch.cuda.get_device_capability(self.torch_device)
+        return f"{torch.cuda.get_device_name(self.torch_device)} sm_{major}{minor}"
 
     def stream(self) -> Any:
         """A new stream, never the default one."""
-        return torch.cuda.Stream(self.place) if self.is_gpu else _HostStream()  # type: ignore[no-untyped-call]
+        return torch.cuda.Stream(self.torch_device) if self.is_gpu else _HostStream()  # type: ignore[no-untyped-call]
 
     def event(self) -> Any:
         """A new event; a thread that waits for it sleeps."""
@@ -98,7 +98,7 @@ class Device:
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory of the device; raises torch.OutOfMemoryError."""
-        return torch.zeros(shape, dtype=dtype, device=self.place)
+        return torch.zeros(shape, dtype=dtype, device=self.torch_device)
 
     def graph(self, launch: Callable[[int], None], stream: Any) -> Callable[[], None]:
         """Capture what ``launch`` enqueues on the stream whose handle it is given; a call replays it.
@@ -117,7 +117,7 @@ class Device:
     def settle(self) -> None:
         """Wait for all that was enqueued, and give back what nobody holds any more."""
         if self.is_gpu:
-            torch.cuda.synchronize(self.place)
+            torch.cuda.synchronize(self.torch_device)
             torch.cuda.empty_cache()
 
 
@@ -172,11 +172,14 @@ class GraphedHalf:
             self.enqueue()
         self._stream.synchronize()
 
-    def __call__(self, batch: NDArray[np.float32], *, plain: bool = False) -> NDArray[np.float32]:
+    def __call__(
+        self, batch: NDArray[np.float32], *, out: Logits | None = None, plain: bool = False
+    ) -> NDArray[np.float32]:
         """Logits (N, K, H, W) float32 of pixels (N, C, H, W) float32.
 
         Args:
             batch: values within float16's range.
+            out: not used; the result is a new array.
             plain: enqueue once more instead of replaying the graph, to compare the two.
         """
         # The host rounds while it copies to pinned memory, which it must do anyway; half the bytes go over the bus.

@@ -5,6 +5,7 @@ A run with a kept race needs nothing of it, so that what only the race needs is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -12,28 +13,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.inference.backends.protocol import CompiledModel
+from cellseg_batch.engine.backend_table import KNOWN_PRECISIONS, Limits
+from cellseg_batch.engine.inference.backends.protocol import Logits
 from cellseg_batch.kernels.stitch import logit_threshold, sigmoid
 
 TILE = 512
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Most flipped pixels and least object F1 with which a backend may be used."""
-
-    flipped: float
-    object_f1: float
-
-
-_LIMITS = Limits(5e-4, 0.995)
-# int8 flips 2e-4 more than bf16 does; who asks for it by name takes that for its speed.
-_INT8_LIMITS = Limits(6e-4, 0.99)
-
-
 def limits_of(precision: str) -> Limits:
     """What the gate demands at a precision."""
-    return _INT8_LIMITS if precision == "int8" else _LIMITS
+    return KNOWN_PRECISIONS[precision].limits
 
 
 @dataclass(frozen=True)
@@ -83,7 +72,7 @@ def real_tiles(purpose: str, channels: int) -> NDArray[np.float32]:
     return np.ascontiguousarray(np.stack(tiles))
 
 
-def logits_of(model: CompiledModel, tiles: NDArray[np.float32]) -> NDArray[np.float32]:
+def logits_of(model: Callable[[NDArray[np.float32]], Logits], tiles: NDArray[np.float32]) -> NDArray[np.float32]:
     """Foreground logits (N, H, W) of tiles (N, C, H, W); ``model`` is compiled for one of them at a time."""
     return np.stack([model(tile[None])[0, 0].copy() for tile in tiles])
 

@@ -57,20 +57,20 @@ def round_weights(network: nn.Module, tiles: Iterable[Tensor]) -> nn.Module:
 
 
 def patches(convolution: Convolution, features: Tensor) -> Tensor:
-    """What outputs look at in features (1, C, H, W), one output a column: (C * window, places).
+    """What outputs look at in features (1, C, H, W), one output a column: (C * window, positions).
 
-    Of a transposed convolution an output is one place of its input, with all that its outputs there look at.  Of many
-    places some are looked at, always the same ones.
+    Of a transposed convolution an output is one position of its input, with all that its outputs there look at.  Of
+    many positions some are looked at, always the same ones.
     """
     size, stride, padding = _window(convolution), convolution.stride[0], int(convolution.padding[0])
     if isinstance(convolution, nn.ConvTranspose2d):
         stride, padding = 1, size // 2
     padded = F.pad(features[0], (padding,) * 4)
     height, width = ((side - size) // stride + 1 for side in padded.shape[1:])
-    places, most = torch.arange(height * width), _SEEN // (len(padded) * size**2)
-    if len(places) > most:
-        places = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))[:most]
-    rows, columns = stride * (places // width), stride * (places % width)
+    positions, most = torch.arange(height * width), _SEEN // (len(padded) * size**2)
+    if len(positions) > most:
+        positions = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))[:most]
+    rows, columns = stride * (positions // width), stride * (positions % width)
     return torch.stack([padded[:, rows + y, columns + x] for y, x in product(range(size), repeat=2)], 1).flatten(0, 1)
 
 
@@ -88,12 +88,12 @@ def _round(convolution: Convolution, products: Tensor) -> None:
 
 
 def _window(convolution: Convolution) -> int:
-    """Side in px of what an output looks at; of a transposed convolution, what all outputs of one place do."""
+    """Side in px of what an output looks at; of a transposed convolution, what all outputs of one position do."""
     return 2 * _reach(convolution) + 1 if isinstance(convolution, nn.ConvTranspose2d) else convolution.kernel_size[0]
 
 
 def _taps(convolution: nn.ConvTranspose2d) -> list[list[tuple[int, int]]]:
-    """Along one axis, of each output within a stride: its taps, and how many px from its own place they look."""
+    """Along one axis, of each output within a stride: its taps, and how many px from its own position they look."""
     (size, _), (stride, _), padding = convolution.kernel_size, convolution.stride, int(convolution.padding[0])
     return [
         [(tap, away // stride) for tap in range(size) if (away := phase + padding - tap) % stride == 0]
@@ -102,7 +102,7 @@ def _taps(convolution: nn.ConvTranspose2d) -> list[list[tuple[int, int]]]:
 
 
 def _reach(convolution: nn.ConvTranspose2d) -> int:
-    """How many px around its own place an output of a transposed convolution looks at."""
+    """How many px around its own position an output of a transposed convolution looks at."""
     return max(abs(away) for taps in _taps(convolution) for _, away in taps)
 
 

@@ -18,7 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.inference.backends.gate import real_tiles
-from cellseg_batch.engine.inference.backends.protocol import CONVERSION_VERSION, ByteModel, CompiledModel, Shape
+from cellseg_batch.engine.inference.backends.protocol import (
+    CONVERSION_VERSION,
+    BackendRequest,
+    ByteModel,
+    CompiledModel,
+    Logits,
+    Shape,
+)
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import Bundle
@@ -38,13 +45,18 @@ _LARGEST_SIDE = 1 << 16
 
 
 def supported_precisions() -> tuple[str, ...]:
-    """The precisions that this processor runs natively, fastest first."""
-    return ("bf16", "fp32") if "bf16" in _native() else ("fp32",)
+    """The floats that this processor computes in, and int8, which every processor can."""
+    return ("bf16", "fp32", "int8") if "bf16" in _native() else ("fp32", "int8")
 
 
 def _native() -> set[str]:
     """OpenVINO's names of the precisions that this processor computes in."""
     return {name.lower() for name in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")}
+
+
+def make(bundle: Bundle, request: BackendRequest) -> OpenVinoBackend:
+    """The backend of a bundle's network."""
+    return OpenVinoBackend(bundle, request.precision, request.threads, request.artefacts)
 
 
 class OpenVinoBackend:
@@ -83,25 +95,22 @@ class OpenVinoBackend:
 
 
 class _Compiled:
-    """A request to a compiled network: a `CompiledModel`, or a `ByteModel` if it is called with bounds."""
+    """A compiled network: a `CompiledModel`, or a `ByteModel` if it is called with bounds."""
 
     def __init__(self, network: Any) -> None:
-        self._network = network
         self._request = network.create_infer_request()
+        self._logits_shape = tuple(network.output(0).shape)
 
-    def __call__(self, batch: NDArray[Any], low: float = 0.0, scale: float | None = None) -> NDArray[np.float32]:
+    def __call__(
+        self, batch: NDArray[Any], low: float = 0.0, scale: float | None = None, *, out: Logits | None = None
+    ) -> Logits:
+        logits = np.empty(self._logits_shape, np.float32) if out is None else out
         self._request.set_input_tensor(0, openvino.Tensor(batch, shared_memory=True))
         for number, value in enumerate(() if scale is None else (low, scale), start=1):
             self._request.set_input_tensor(number, openvino.Tensor(np.array([value], np.float32)))
+        self._request.set_output_tensor(0, openvino.Tensor(logits, shared_memory=True))
         self._request.infer()
-        logits: NDArray[np.float32] = self._request.get_output_tensor(0).data
         return logits
-
-    def twin(self) -> _Compiled:
-        """Another request: activations belong to the network and are shared, logits are its own."""
-        other = _Compiled(self._network)
-        other._request.get_output_tensor(0).data.fill(0)  # so that who looks at the memory now sees them
-        return other
 
 
 def _normalising(model: Any) -> Any:

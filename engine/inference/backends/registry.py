@@ -1,74 +1,41 @@
-"""Which backends there are on this machine, and one of them by name."""
+"""Which backends of the table can be had on this machine, and one of them by name."""
 
 from __future__ import annotations
 
 import importlib
 import logging
-from dataclasses import dataclass
+from typing import cast
 
+from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import BackendError
-from cellseg_batch.engine.inference.backends.protocol import Backend
+from cellseg_batch.engine.inference.backends.protocol import Backend, BackendModule, BackendRequest
 from cellseg_batch.engine.machine import package_version
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import Bundle
 
 _log = logging.getLogger(__name__)
+_MODULES = __name__.rpartition(".")[0]
 
 REFERENCE = ("torch", "fp32")
-_CUDA_TORCH = "install the CUDA build of torch"
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A backend that this version knows.
-
-    Attributes:
-        package: that it needs.
-        precisions: that it may offer.
-        remedy: how to get it.
-        module: of the backend.
-        on_gpu: whether it runs on a GPU, or on the CPU.
-        proof: the command that proves it where it has not run on hardware yet; "" where it has.
-    """
-
-    package: str
-    precisions: tuple[str, ...]
-    remedy: str
-    module: str
-    on_gpu: bool = False
-    proof: str = ""
-
-
-KINDS = {
-    "torch": Kind("torch", ("fp32", "bf16"), "pip install torch", "torch_cpu"),
-    "openvino": Kind("openvino", ("fp32", "bf16", "int8"), "pip install openvino", "openvino_cpu"),
-    "torch-cuda": Kind("torch", ("fp16",), _CUDA_TORCH, "torch_cuda", True, "bash benchmarks/gpu.sh"),
-    "torch-compile": Kind("torch", ("fp16",), _CUDA_TORCH, "torch_cuda", True, "bash benchmarks/gpu.sh"),
-    "tensorrt": Kind(
-        "tensorrt", ("fp16",), "pip install 'cellseg-batch[tensorrt]'", "tensorrt_gpu", True, "pytest -m tensorrt"
-    ),
-}
-_EXTRAS = {("openvino", "int8"): ("nncf", "pip install 'cellseg-batch[int8]'")}
 
 
 def why_not(backend: str, precision: str) -> str:
     """Why a backend cannot be had here at a precision; "" if it can."""
-    kind = KINDS.get(backend)
-    if kind is None:
+    entry = KNOWN_BACKENDS.get(backend)
+    if entry is None:
         return "this version has no such backend"
-    if precision not in kind.precisions:
-        return f"{backend} offers {', '.join(kind.precisions)}"
+    if precision not in entry.precisions:
+        return f"{backend} offers {', '.join(entry.precisions)}"
     try:
-        module = importlib.import_module(f"cellseg_batch.engine.inference.backends.{kind.module}")
-        offered: tuple[str, ...] = module.supported_precisions()
+        offered = _load(backend).supported_precisions()
     except BackendError as error:
         return error.detail
     except Exception as error:  # a half-installed library can fail in any way
         _log.debug("%s is not available", backend, exc_info=True)
-        return f"{type(error).__name__}: {error}; {kind.remedy}"
-    if (backend, precision) in _EXTRAS:
-        package, remedy = _EXTRAS[backend, precision]
-        return "" if package_version(package) else f"needs {package}; {remedy}"
+        return f"{type(error).__name__}: {error}; {entry.package.remedy}"
+    extra = entry.extras.get(precision)
+    if extra is not None and package_version(extra.name) is None:
+        return f"needs {extra.name}; {extra.remedy}"
     return "" if precision in offered else f"this processor has no native {precision}"
 
 
@@ -81,11 +48,11 @@ def candidates(backend: str, precision: str, device: str = "auto") -> list[tuple
         device: auto, cpu, or GPUs.
     """
     return [
-        (name, level)
-        for name, kind in KINDS.items()
-        if backend in ("auto", name) and (device == "auto" or kind.on_gpu == (device != "cpu"))
-        for level in kind.precisions
-        if precision in ("auto", level)
+        (name, offered)
+        for name, entry in KNOWN_BACKENDS.items()
+        if backend in ("auto", name) and (device == "auto" or entry.on_gpu == (device != "cpu"))
+        for offered in entry.precisions
+        if precision in ("auto", offered)
     ]
 
 
@@ -100,25 +67,28 @@ def make_backend(
     reason = why_not(backend, precision)
     if reason:
         raise BackendError(
-            f"--backend {backend} --precision {precision}",
+            f"`backend={backend}` `precision={precision}`",
             expected="a backend that can be had on this machine",
             found=reason,
             remedy="see cellseg-batch doctor, or leave the choice to auto",
         )
-    if backend == "openvino":
-        from cellseg_batch.engine.inference.backends.openvino_cpu import OpenVinoBackend
+    return _load(backend).make(bundle, BackendRequest(backend, precision, threads, artefacts, gpu))
 
-        return OpenVinoBackend(bundle, precision, threads, artefacts)
-    if KINDS[backend].on_gpu:
-        from cellseg_batch.engine.inference.backends.cuda import Device
 
-        if backend == "tensorrt":
-            from cellseg_batch.engine.inference.backends.tensorrt_gpu import TensorRtBackend
+def preloaded_modules(backend: str) -> list[str]:
+    """Modules of a backend, a name or auto, that worker processes may share, loaded before they fork."""
+    entry = KNOWN_BACKENDS.get(backend)
+    return [f"{_MODULES}.{entry.module}"] if entry is not None and entry.preload else []
 
-            return TensorRtBackend(bundle, precision, Device(gpu), artefacts)
-        from cellseg_batch.engine.inference.backends.torch_cuda import TorchCudaBackend
 
-        return TorchCudaBackend(bundle, Device(gpu), compiled=backend == "torch-compile")
-    from cellseg_batch.engine.inference.backends.torch_cpu import TorchBackend
+def packages() -> list[str]:
+    """Every package that may decide how fast a backend is or what it computes."""
+    names: dict[str, None] = {}
+    for entry in KNOWN_BACKENDS.values():
+        extras = (package.name for package in entry.extras.values())
+        names |= dict.fromkeys([entry.package.name, *extras, *entry.decisive])
+    return list(names)
 
-    return TorchBackend(bundle, precision, threads)
+
+def _load(backend: str) -> BackendModule:
+    return cast(BackendModule, importlib.import_module(f"{_MODULES}.{KNOWN_BACKENDS[backend].module}"))

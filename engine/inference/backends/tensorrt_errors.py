@@ -86,9 +86,9 @@ def _diagnosis(found: str) -> tuple[str, str]:
     """Likely cause and remedy of what TensorRT, torch-tensorrt or CUDA said."""
     said = found.lower().replace(" ", "")
     if "outofmemory" in said or "create_execution_context" in said:
-        return "a GPU that is out of memory", "choose a smaller --batch or --tile, or free the GPU"
+        return "a GPU that is out of memory", "choose a smaller `batch` or `tile`, or free the GPU"
     if "nullptr" in said:
-        return "a driver older than this TensorRT", "update the NVIDIA driver, or choose another --backend"
+        return "a driver older than this TensorRT", "update the NVIDIA driver, or choose another `backend`"
     if "deserialize_cuda_engine" in said:
         return "a plan of another TensorRT or GPU model, or a damaged one", "have it built anew"
-    return "", "choose another --backend"
+    return "", "choose another `backend`"

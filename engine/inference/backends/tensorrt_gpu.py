@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from cellseg_batch.engine.errors import BackendError
+from cellseg_batch.engine.inference.backends import cuda
 from cellseg_batch.engine.inference.backends.cuda import Device, GraphedHalf, demand_gpu
 from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm
-from cellseg_batch.engine.inference.backends.protocol import Shape
+from cellseg_batch.engine.inference.backends.protocol import BackendRequest, Shape
 from cellseg_batch.engine.inference.backends.tensorrt_errors import demand, explained, given
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.engine.storage.cache import Artefacts, Key
@@ -66,6 +67,11 @@ def load_libraries() -> tuple[Any, Any]:
             remedy="pip install 'cellseg-batch[tensorrt]'",
         ) from error
     return tensorrt, torch_tensorrt
+
+
+def make(bundle: Bundle, request: BackendRequest) -> TensorRtBackend:
+    """The backend of a bundle's network; raises BackendError as `load_libraries`."""
+    return TensorRtBackend(bundle, request.precision, cuda.Device(request.gpu), request.artefacts)
 
 
 class TensorRtBackend:
@@ -115,10 +121,10 @@ class TensorRtBackend:
         """
         if shape[0] > _LARGEST_BATCH:
             raise BackendError(
-                f"--batch {shape[0]}",
+                f"`batch={shape[0]}`",
                 expected=f"at most {_LARGEST_BATCH} tiles with TensorRT",
                 found=f"{shape[0]}",
-                remedy="choose a smaller --batch",
+                remedy="choose a smaller `batch`",
             )
         key = {
             "what": "tensorrt plan",
@@ -205,9 +211,9 @@ def export_half(bundle: Bundle, sides: tuple[int, int], device: Device) -> Expor
 
     Its logits are not clamped: what TensorRT's clamp makes of NaN is not laid down, and NaN is how an overflow is seen.
     """
-    network = _with_plain_clamps(fold_batch_norm(build_torch_network(bundle))).half().to(device.place)
+    network = _with_plain_clamps(fold_batch_norm(build_torch_network(bundle))).half().to(device.torch_device)
     # An example of batch 1 would be taken for a constant.
-    example = torch.zeros(2, bundle.card.channels, *sides, dtype=torch.half, device=device.place)
+    example = torch.zeros(2, bundle.card.channels, *sides, dtype=torch.half, device=device.torch_device)
     batch = Dim("batch", min=1, max=_LARGEST_BATCH)
     with torch.no_grad(), _quiet():
         return torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
@@ -260,7 +266,7 @@ def _refusal(expected: str, found: str, cause: str) -> BackendError:
         expected=expected,
         found=found,
         cause=cause,
-        remedy="use the versions that cellseg-batch[tensorrt] pins, or another --backend",
+        remedy="use the versions that cellseg-batch[tensorrt] pins, or another `backend`",
     )
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm
-from cellseg_batch.engine.inference.backends.protocol import CompiledModel, Shape
+from cellseg_batch.engine.inference.backends.protocol import BackendRequest, CompiledModel, Logits, Shape
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.trainer.bundle import Bundle
 
@@ -23,6 +23,11 @@ def supported_precisions() -> tuple[str, ...]:
     features = torch.cpu.get_capabilities()
     native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is ARM's
     return ("fp32", "bf16") if native else ("fp32",)
+
+
+def make(bundle: Bundle, request: BackendRequest) -> TorchBackend:
+    """The backend of a bundle's network."""
+    return TorchBackend(bundle, request.precision, request.threads)
 
 
 class TorchBackend:
@@ -45,8 +50,8 @@ class TorchBackend:
     def compile_bytes(self, shape: Shape) -> None:
         """Not offered: torch would spend as much on normalising them as the engine does."""
 
-    def _run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _run(self, batch: NDArray[np.float32], *, out: Logits | None = None) -> Logits:
         with torch.inference_mode():
             pixels = torch.from_numpy(batch).to(dtype=self._dtype, memory_format=torch.channels_last)
-            logits: NDArray[np.float32] = self._network(pixels).float().contiguous().numpy()
+            logits: Logits = self._network(pixels).float().contiguous().numpy()
         return logits

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
+from cellseg_batch.engine.inference.backends import cuda
 from cellseg_batch.engine.inference.backends.cuda import Device, GraphedHalf, demand_gpu
 from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm
-from cellseg_batch.engine.inference.backends.protocol import Shape
+from cellseg_batch.engine.inference.backends.protocol import BackendRequest, Shape
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.trainer.bundle import Bundle
 
@@ -25,6 +26,11 @@ def supported_precisions() -> tuple[str, ...]:
     """
     demand_gpu("torch on a GPU")
     return ("fp16",)
+
+
+def make(bundle: Bundle, request: BackendRequest) -> TorchCudaBackend:
+    """The backend of a bundle's network."""
+    return TorchCudaBackend(bundle, cuda.Device(request.gpu), compiled=request.name == "torch-compile")
 
 
 class TorchCudaBackend:
@@ -46,7 +52,7 @@ class TorchCudaBackend:
         with torch.no_grad():
             side = bundle.card.total_stride
             self._outputs = network(torch.zeros(1, bundle.card.channels, side, side)).shape[1]
-        self._network = network.half().to(device.place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._network = network.half().to(device.torch_device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compiled:
             self._network = torch.compile(self._network, fullgraph=True, dynamic=False)
             # Each batch shape is compiled on its own, and a folder of small images may have many.

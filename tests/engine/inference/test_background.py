@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cellseg_batch.engine.inference.backends.gate import real_tiles
 from cellseg_batch.engine.inference.backends.registry import make_backend
 from cellseg_batch.engine.inference.background import FLAT, flat_limit
-from cellseg_batch.engine.inference.cpu_runner import Runner
+from cellseg_batch.engine.inference.cpu_predictor import CpuPredictor
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.storage.cache import Artefacts
@@ -120,8 +120,13 @@ def test_objects_are_measured_beside_blocks_that_show_nothing(segment, percentil
 def test_a_slide_with_empty_borders_is_not_warmed_up_in_vain(segment, percentile_model, tmp_path, monkeypatch):
     pixels = np.full((3, 400, 400), 12, np.uint8)
     pixels[:, 180:220, 180:220] = blobs(400, 400)[:, 180:220, 180:220]
-    computed, compute = [], Runner.segment
-    monkeypatch.setattr(Runner, "segment", lambda *block: computed.append(1) or compute(*block))
+    computed, compute = [], CpuPredictor.predict
+
+    def counting(self, pixels, block):
+        computed.extend(block.tiles[:1])
+        return compute(self, pixels, block)
+
+    monkeypatch.setattr(CpuPredictor, "predict", counting)
     report = segment(write_ome_zarr(tmp_path / "slide.zarr", pixels), model=percentile_model, tile=96, block=1)
     (slide,) = report.slides
     assert 1 < len(computed) == 1 + slide.tiles - slide.skipped_tiles < slide.tiles

@@ -15,6 +15,7 @@ from cellseg_batch.engine.inference.backends.gate import limits_of, logits_of, m
 from cellseg_batch.engine.inference.backends.registry import make_backend
 from cellseg_batch.engine.inference.gpu_batch_queue import BatchQueue
 from cellseg_batch.engine.inference.normalise import Bounds
+from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.engine.storage.cache import Artefacts
@@ -73,16 +74,19 @@ def queue_of(backend, lattice, batch):
 
 def segment(queue, lattice, image, block, stitch="crop", at_once=1):
     """The mask of an image, its blocks by several threads; and the number of foreground pixels that was counted."""
-    from cellseg_batch.engine.inference.gpu_runner import DeviceRunner
+    from cellseg_batch.engine.inference.gpu_predictor import GpuPredictor
 
-    runner = DeviceRunner(queue, lattice, Bounds(0.0, 255.0), 0.5, True, stitch, StageClock())
+    rule = PredictionRule(
+        lattice, (1, 3, *lattice.tile), image.dtype, Bounds(0.0, 255.0), 0.5, probability=True, stitch=stitch
+    )
+    predictor = GpuPredictor(lambda: queue, rule, StageClock())
     mask, counted = np.full(image.shape[1:], 9, np.uint8), []
     blocks = list(lay_blocks(lattice, block, ring=stitch == "blend"))
 
     def work(first):
-        for one in blocks[first::at_once]:
-            result = runner.segment(image[(slice(None), *one.read_box.slices())], one)
-            mask[one.box.slices()] = result.mask
+        for part in blocks[first::at_once]:
+            result = predictor.predict(image[(slice(None), *part.read_box.slices())], part)
+            mask[part.box.slices()] = result.mask
             assert ((result.probability >= 128) == result.mask).mean() > 0.99
             counted.append(result.foreground)
 
@@ -119,7 +123,7 @@ def test_the_gpus_mask_is_that_of_its_logits_on_the_cpu(bundle, image):
     mask, _ = segment(queue, lattice, image, 4096)
     expected, batch = np.empty_like(mask), np.empty((1, 3, *lattice.tile), np.float32)
     (block,) = lay_blocks(lattice, 4096)
-    from cellseg_batch.engine.inference.cpu_runner import source_tables
+    from cellseg_batch.engine.inference.prediction import source_tables
     from cellseg_batch.engine.inference.stitching import core_places
 
     for tile in block.tiles:

@@ -10,13 +10,14 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from cellseg_batch.engine.cli.compile import _print_certificate
+from cellseg_batch.engine.cli.compile import print_race
 from cellseg_batch.engine.errors import BackendError
+from cellseg_batch.engine.geometry import fit_lattice
 from cellseg_batch.engine.inference import race as racing
 from cellseg_batch.engine.inference.backends.gate import Parity
-from cellseg_batch.engine.inference.model_pool import Engines
-from cellseg_batch.engine.inference.race import certify, race, request_of, time_in_turns
-from cellseg_batch.engine.inference.race_result import Candidate, Certificate, Request
+from cellseg_batch.engine.inference.model_pool import ModelPool
+from cellseg_batch.engine.inference.race import load_or_race, race, request_of, time_in_turns
+from cellseg_batch.engine.inference.race_result import Candidate, RaceResult, Request
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.storage.cache import Artefacts
@@ -26,9 +27,9 @@ GOOD = Parity(max_dp=0.01, mean_dp=1e-5, flipped=1e-4, object_f1=0.999, object_c
 BAD = Parity(max_dp=0.9, mean_dp=1e-2, flipped=3e-3, object_f1=0.97, object_change=0.02, objects=2100)
 
 
-def certificate(*candidates):
-    request = Request("m", "auto", "auto", 256, 1, 1)
-    return Certificate(request, "0", (1, 3, 256, 256), "cpu", ("GPU",), {"torch": "2"}, "today", candidates)
+def race_result(*candidates):
+    request = Request("m", "auto", "auto", (256, 256), 1, 1)
+    return RaceResult(request, "0", (1, 3, 256, 256), "cpu", ("GPU",), {"torch": "2"}, "today", candidates)
 
 
 REFERENCE = Candidate("torch", "fp32", "", 1.0, 1.0, 1.0, GOOD)
@@ -39,7 +40,7 @@ ABSENT = Candidate("tensorrt", "fp16", "no GPU")
 
 
 def test_the_fastest_that_passes_wins_and_int8_only_when_asked_for():
-    result = certificate(REFERENCE, FAST, BROKEN, INT8, ABSENT)
+    result = race_result(REFERENCE, FAST, BROKEN, INT8, ABSENT)
     assert result.pick("auto", "auto") == FAST
     assert result.pick("auto", "int8") == INT8
     assert result.pick("torch", "auto") == REFERENCE
@@ -50,7 +51,7 @@ def test_the_fastest_that_passes_wins_and_int8_only_when_asked_for():
 
 
 def test_what_fails_the_gate_is_refused_with_its_figures_unless_the_gate_is_off():
-    result = certificate(REFERENCE, BROKEN, ABSENT)
+    result = race_result(REFERENCE, BROKEN, ABSENT)
     with pytest.raises(BackendError, match=r"flips 3.0e-03 .* F1 0.9700 .*--no-gate"):
         result.pick("openvino", "fp32")
     assert result.pick("openvino", "fp32", gate=False) == BROKEN
@@ -58,15 +59,15 @@ def test_what_fails_the_gate_is_refused_with_its_figures_unless_the_gate_is_off(
         result.pick("tensorrt", "auto", gate=False)
 
 
-def test_a_certificate_survives_its_file():
-    result = certificate(REFERENCE, FAST, BROKEN, ABSENT)
-    assert Certificate.from_json(json.loads(json.dumps(result.to_json()))) == result
+def test_a_race_result_survives_its_file():
+    result = race_result(REFERENCE, FAST, BROKEN, ABSENT)
+    assert RaceResult.from_json(json.loads(json.dumps(result.to_json()))) == result
 
 
 def test_the_table_says_how_to_get_what_is_missing():
     console = Console(file=io.StringIO(), width=200)
     remedy = "pip install 'cellseg-batch[int8]'"
-    _print_certificate(certificate(REFERENCE, Candidate("openvino", "int8", remedy)), REFERENCE, console)
+    print_race(race_result(REFERENCE, Candidate("openvino", "int8", remedy)), REFERENCE, console)
     assert remedy in console.file.getvalue()
 
 
@@ -89,7 +90,14 @@ def test_all_take_turns_and_the_hopeless_drop_out(monkeypatch):
 @pytest.fixture(scope="module")
 def asking(tiny_model):
     return lambda **changes: Request(
-        **{"model": str(tiny_model), "backend": "auto", "precision": "auto", "tile": 256, "batch": 2, "threads": 1}
+        **{
+            "model": str(tiny_model),
+            "backend": "auto",
+            "precision": "auto",
+            "tile": (256, 256),
+            "batch": 2,
+            "threads": 1,
+        }
         | changes
     )
 
@@ -122,13 +130,13 @@ def test_a_backend_that_breaks_is_listed_and_the_others_go_on(asking, tiny_bundl
 
 def test_the_result_is_kept_and_raced_again_only_on_request(asking, tiny_bundle, tmp_path, monkeypatch):
     artefacts, runs = Artefacts(tmp_path), []
-    content = json.dumps(certificate(REFERENCE, FAST).to_json())
-    monkeypatch.setattr(racing, "_race_elsewhere", lambda *asked: (asked[-1] / "certificate.json").write_text(content))
+    content = json.dumps(race_result(REFERENCE, FAST).to_json())
+    monkeypatch.setattr(racing, "_race_elsewhere", lambda *asked: (asked[-1] / "race_result.json").write_text(content))
     request = asking(backend="openvino", precision="fp32")
-    first = certify(request, tiny_bundle, artefacts, lambda: runs.append(1))
-    assert certify(request, tiny_bundle, artefacts, lambda: runs.append(2)) == first
+    first = load_or_race(request, tiny_bundle, artefacts, lambda: runs.append(1))
+    assert load_or_race(request, tiny_bundle, artefacts, lambda: runs.append(2)) == first
     assert runs == [1]
-    certify(request, tiny_bundle, artefacts, lambda: runs.append(3), again=True)
+    load_or_race(request, tiny_bundle, artefacts, lambda: runs.append(3), again=True)
     assert runs == [1, 3]
 
 
@@ -140,33 +148,35 @@ def test_int8_is_raced_where_it_is_asked_for_or_everything_is(asking, tiny_bundl
 
 
 @pytest.mark.parametrize(
-    ("asked", "gpus", "tile"),
+    ("asked", "gpus", "large"),
     [
-        ({}, [], 1024),
-        ({}, ["H100"], 1776),
-        ({"device": "cpu"}, ["H100"], 1024),
-        ({"backend": "openvino"}, ["H100"], 1024),
-        ({"device": "cuda"}, [], 1776),  # a driver that does not say what it has
+        ({}, [], False),
+        ({}, ["H100"], True),
+        ({"device": "cpu"}, ["H100"], False),
+        ({"backend": "openvino"}, ["H100"], False),
+        ({"device": "cuda"}, [], True),  # a driver that does not say what it has
     ],
 )
-def test_tiles_of_the_race_are_those_of_large_slides_where_a_gpu_may_win(monkeypatch, asked, gpus, tile):
+def test_tiles_of_the_race_are_those_of_large_slides_where_a_gpu_may_win(monkeypatch, asked, gpus, large):
     monkeypatch.setattr(racing, "gpus", lambda: gpus)
     monkeypatch.setattr(racing, "visible_gpus", lambda: gpus)
-    assert request_of(Settings(**asked)).tile == tile
+    card = load_model("nuclei").card
+    slide = fit_lattice((8192, 8192), Settings().tile, card.margin, card.total_stride)
+    assert request_of(Settings(**asked), card).tile == (slide.tile if large else (1024, 1024))
 
 
 def test_a_run_takes_the_result_of_a_complete_race(asking, tiny_bundle, tmp_path, monkeypatch):
-    content = json.dumps(certificate(REFERENCE, FAST, INT8).to_json())
-    monkeypatch.setattr(racing, "_race_elsewhere", lambda *asked: (asked[-1] / "certificate.json").write_text(content))
+    content = json.dumps(race_result(REFERENCE, FAST, INT8).to_json())
+    monkeypatch.setattr(racing, "_race_elsewhere", lambda *asked: (asked[-1] / "race_result.json").write_text(content))
     runs = []
-    certify(asking(complete=True), tiny_bundle, Artefacts(tmp_path), lambda: runs.append(1))
-    certify(asking(), tiny_bundle, Artefacts(tmp_path), lambda: runs.append(2))
+    load_or_race(asking(complete=True), tiny_bundle, Artefacts(tmp_path), lambda: runs.append(1))
+    load_or_race(asking(), tiny_bundle, Artefacts(tmp_path), lambda: runs.append(2))
     assert runs == [1]
     for complete in (False, True):  # with a precision there is nothing to leave out
         request = asking(precision="int8", complete=complete)
-        certify(request, tiny_bundle, Artefacts(tmp_path), lambda: runs.append(3))
+        load_or_race(request, tiny_bundle, Artefacts(tmp_path), lambda: runs.append(3))
     assert runs == [1, 3]
-    certify(asking(), tiny_bundle, Artefacts(tmp_path), lambda: runs.append(4), again=True)
+    load_or_race(asking(), tiny_bundle, Artefacts(tmp_path), lambda: runs.append(4), again=True)
     assert runs == [1, 3, 4]
 
 
@@ -181,7 +191,7 @@ def test_one_changed_weight_needs_another_race(asking, tiny_bundle):
 def test_a_race_that_dies_says_so(asking, tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(racing.sys, "executable", "/bin/false")
     with pytest.raises(BackendError, match="exit 1"):
-        certify(asking(), tiny_bundle, Artefacts(tmp_path), lambda: None)
+        load_or_race(asking(), tiny_bundle, Artefacts(tmp_path), lambda: None)
 
 
 def test_a_run_after_the_race_does_not_load_torch(tiny_bundle, tmp_path):
@@ -190,19 +200,19 @@ def test_a_run_after_the_race_does_not_load_torch(tiny_bundle, tmp_path):
         tmp_path / "model",
     )
     settings = Settings(model=str(tmp_path / "model"), backend="openvino", precision="fp32", threads=1)
-    Engines(load_model(settings.model), settings)
+    ModelPool(load_model(settings.model), settings)
     code = f"""
 from dataclasses import replace
 import sys
-from cellseg_batch.engine.inference.model_pool import Engines
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.settings import Settings
 settings = Settings(model={settings.model!r}, backend="openvino", precision="fp32", threads=1)
 for instances in (False, True):
-    engines = Engines(load_model(settings.model), replace(settings, instances=instances))
+    model_pool = ModelPool(load_model(settings.model), replace(settings, instances=instances))
     for factor in (1, 2):
-        with engines.feed(engines.shrunk(engines.chosen, factor), (1, 3, 64, 64), "uint8") as feed:
-            assert feed.logits().shape[1] == (3 if instances else 1)
+        with model_pool.session(model_pool.downscaled(model_pool.chosen, factor), (1, 3, 64, 64), "uint8") as session:
+            assert session.logits().shape[1] == (3 if instances else 1)
 print("torch" in sys.modules)
 """
     assert subprocess.check_output([sys.executable, "-c", code], text=True, env=os.environ).strip() == "False"

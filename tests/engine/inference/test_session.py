@@ -8,34 +8,40 @@ import numpy as np
 import pytest
 
 from cellseg_batch.engine.geometry import reflect
-from cellseg_batch.engine.inference.backends.openvino_cpu import supported_precisions
-from cellseg_batch.engine.inference.backends.registry import make_backend
-from cellseg_batch.engine.inference.model_pool import Choice, Engines
+from cellseg_batch.engine.inference.backends.registry import make_backend, why_not
+from cellseg_batch.engine.inference.choice import Choice
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.inference.normalise import Bounds
-from cellseg_batch.engine.inference.session import Feed
+from cellseg_batch.engine.inference.session import Session, compile_network
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.storage.cache import Artefacts
 from tests.support.images import blobs
 
 
-def fill(feed, pixels, bounds):
+def session_of(backend, shape, dtype):
+    return Session(compile_network(backend, shape, dtype))
+
+
+def fill(session, pixels, bounds):
     """Put two tiles that lie over the edges of ``pixels`` into the batch."""
     rows, columns = (np.stack([reflect(-9, 55, n), reflect(n - 50, n + 14, n)]) for n in pixels.shape[1:])
-    feed.fill(pixels, rows, columns, bounds)
+    session.fill(pixels, rows, columns, bounds)
 
 
-def logits_of(feed, pixels, bounds):
+def logits_of(session, pixels, bounds):
     """Logits of these tiles, copied."""
-    fill(feed, pixels, bounds)
-    return feed.logits().copy()
+    fill(session, pixels, bounds)
+    return session.logits().copy()
 
 
-@pytest.mark.parametrize("shrink", [1, 2])
-@pytest.mark.parametrize("precision", supported_precisions())
-def test_bytes_and_normalised_pixels_give_the_same_bits(tiny_bundle, precision, shrink):
-    backend = make_backend(tiny_bundle.shrunk(shrink), "openvino", precision, 1, Artefacts())
+@pytest.mark.parametrize("downscale", [1, 2])
+@pytest.mark.parametrize("precision", [name for name in ("fp32", "bf16") if not why_not("openvino", name)])
+def test_bytes_and_normalised_pixels_give_the_same_bits(tiny_bundle, precision, downscale):
+    backend = make_backend(tiny_bundle.shrunk(downscale), "openvino", precision, 1, Artefacts())
     shape = (2, 3, 64, 64)
-    of_bytes, of_floats = Feed(backend, shape, "uint8"), Feed(backend, shape, "uint16")
+    of_bytes, of_floats = session_of(backend, shape, "uint8"), session_of(backend, shape, "uint16")
+    assert of_bytes.network.takes_bytes
+    assert not of_floats.network.takes_bytes
     for channels in (1, 3):
         pixels = blobs(70, 90, channels)
         for bounds in (Bounds(0.0, 255.0), Bounds(17.3, 101.9), Bounds(40.0, 40.0)):
@@ -48,46 +54,46 @@ def test_a_library_that_wants_normalised_pixels_gets_them(tiny_bundle):
     backend = make_backend(tiny_bundle, "torch", "fp32", 1, Artefacts())
     assert backend.compile_bytes((2, 3, 64, 64)) is None
     pixels, bounds = blobs(70, 90), Bounds(10.0, 200.0)
-    floats = [logits_of(Feed(backend, (2, 3, 64, 64), dtype), pixels.astype(dtype), bounds) for dtype in ("u1", "u2")]
+    shape = (2, 3, 64, 64)
+    floats = [logits_of(session_of(backend, shape, dtype), pixels.astype(dtype), bounds) for dtype in ("u1", "u2")]
     np.testing.assert_array_equal(*floats)
 
 
-def test_a_twin_has_a_batch_and_logits_of_its_own(tiny_bundle):
-    feed = Feed(make_backend(tiny_bundle, "openvino", "fp32", 1, Artefacts()), (2, 3, 64, 64), "uint8")
-    twin = feed.twin()
-    one, other, bounds = blobs(70, 90), 255 - blobs(70, 90), Bounds(0.0, 255.0)
-    expected = logits_of(feed, one, bounds)
-    assert (logits_of(feed, other, bounds) != expected).any()
-    fill(feed, one, bounds)
-    fill(twin, other, bounds)
-    kept = feed.logits()
-    twin.logits()
+@pytest.mark.parametrize("library", ["openvino", "torch"])
+def test_sessions_on_one_network_have_batches_and_logits_of_their_own(tiny_bundle, library):
+    network = compile_network(make_backend(tiny_bundle, library, "fp32", 1, Artefacts()), (2, 3, 64, 64), "uint8")
+    first, second = Session(network), Session(network)
+    image, other, bounds = blobs(70, 90), 255 - blobs(70, 90), Bounds(0.0, 255.0)
+    expected = logits_of(first, image, bounds)
+    assert (logits_of(first, other, bounds) != expected).any()
+    fill(first, image, bounds)
+    fill(second, other, bounds)
+    kept = first.logits()
+    second.logits()
+    np.testing.assert_array_equal(kept, expected)
+    second.logits()
     np.testing.assert_array_equal(kept, expected)
 
 
-def test_a_library_that_computes_one_batch_at_a_time_has_no_twin(tiny_bundle):
-    assert Feed(make_backend(tiny_bundle, "torch", "fp32", 1, Artefacts()), (1, 3, 64, 64), "uint8").twin() is None
-
-
-def test_two_threads_feed_one_model_and_a_third_one_waits(tiny_bundle):
-    settings = Settings(backend="openvino", precision="fp32", gate=False, threads=1)
-    engines = Engines(tiny_bundle, settings, choice=Choice("openvino", "fp32", None))
+def test_two_threads_have_sessions_on_one_network_and_a_third_one_waits(tiny_bundle):
+    backend, model_pool = Counting(), pool_without_models(tiny_bundle)
     shape, given = (1, 3, 64, 64), SimpleQueue()
 
     def third():
-        with engines.feed(engines.chosen, shape, "uint8") as feed:
-            given.put(feed)
+        with model_pool.session(backend, shape, "uint8") as session:
+            given.put(session)
 
-    with engines.feed(engines.chosen, shape, "uint8") as one:
-        with engines.feed(engines.chosen, shape, "uint8") as other:
-            assert one is not other
-            assert one.model is not other.model
+    with model_pool.session(backend, shape, "uint8") as first:
+        with model_pool.session(backend, shape, "uint8") as second:
+            assert first is not second
+            assert first.network is second.network
             thread = Thread(target=third)
             thread.start()
             with pytest.raises(Empty):
                 given.get(timeout=0.1)
-        assert given.get(timeout=10) is other
+        assert given.get(timeout=10) is second
     thread.join()
+    assert backend.compiled == [shape]
 
 
 class Counting:
@@ -108,10 +114,7 @@ class CountingModel:
     def __init__(self, backend):
         self.backend = backend
 
-    def twin(self):
-        return CountingModel(self.backend)
-
-    def __call__(self, batch):
+    def __call__(self, batch, out=None):
         self.backend.running += 1
         self.backend.most = max(self.backend.most, self.backend.running)
         time.sleep(0.002)
@@ -119,18 +122,18 @@ class CountingModel:
         return batch
 
 
-def engines_without_models(bundle):
+def pool_without_models(bundle):
     settings = Settings(backend="torch", precision="fp32", gate=False, threads=1)
-    return Engines(bundle, settings, choice=Choice("torch", "fp32", None))
+    return ModelPool(bundle, settings, choice=Choice("torch", "fp32", None))
 
 
 def test_models_of_all_shapes_run_one_at_a_time(tiny_bundle):
-    backend, engines = Counting(), engines_without_models(tiny_bundle)
+    backend, model_pool = Counting(), pool_without_models(tiny_bundle)
 
     def compute(side):
         for _ in range(10):
-            with engines.feed(backend, (1, 3, side, side), "uint8") as feed:
-                feed.logits()
+            with model_pool.session(backend, (1, 3, side, side), "uint8") as session:
+                session.logits()
 
     threads = [Thread(target=compute, args=(side,)) for side in (32, 32, 64, 64)]
     for thread in threads:
@@ -142,18 +145,18 @@ def test_models_of_all_shapes_run_one_at_a_time(tiny_bundle):
 
 
 def test_a_model_in_use_is_kept_and_an_idle_one_makes_room(tiny_bundle):
-    backend, engines = Counting(), engines_without_models(tiny_bundle)
+    backend, model_pool = Counting(), pool_without_models(tiny_bundle)
     large, other = (1, 3, 2048, 2048), (1, 3, 2048, 1024)
-    with engines.feed(backend, large, "uint8") as feed:
-        with engines.feed(backend, other, "uint8"):
+    with model_pool.session(backend, large, "uint8") as session:
+        with model_pool.session(backend, other, "uint8"):
             pass
-        with engines.feed(backend, large, "uint8") as twin:
-            assert twin is not feed
-    with engines.feed(backend, other, "uint8"):
+        with model_pool.session(backend, large, "uint8") as second:
+            assert second is not session
+    with model_pool.session(backend, other, "uint8"):
         pass
     assert backend.compiled == [large, other]
-    with engines.feed(backend, (1, 3, 1024, 2048), "uint8"):
+    with model_pool.session(backend, (1, 3, 1024, 2048), "uint8"):
         pass
-    with engines.feed(backend, large, "uint8"):
+    with model_pool.session(backend, large, "uint8"):
         pass
     assert backend.compiled == [large, other, (1, 3, 1024, 2048), large]

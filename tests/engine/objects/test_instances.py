@@ -24,7 +24,7 @@ from scipy import ndimage
 from cellseg_batch.engine.errors import UsageError
 from cellseg_batch.engine.geometry import BlockGrid, Box, Lattice
 from cellseg_batch.engine.inference.backends import cuda
-from cellseg_batch.engine.objects.merge import Merged, merge_seeds
+from cellseg_batch.engine.objects.merge import FinalIds, merge_seeds
 from cellseg_batch.engine.objects.seeds import InstanceRule, number_seeds
 from cellseg_batch.engine.profiling.bench_slides import Form, shipped_pieces, write_slide
 from cellseg_batch.engine.reports.export_objects import export_objects
@@ -44,10 +44,10 @@ from tests.support.images import blobs, check_table, labels_of, write_ome_zarr
 RULE = InstanceRule(Instances(smallest_seed=4, growth=3), by_distance=True)
 
 
-def in_one_piece(classes, core, rule):
+def in_one_piece(pixel_codes, core, rule):
     """The labels (planes, H, W) of whole planes, by the plain references."""
     labels, count = [], 0
-    for plane in classes:
+    for plane in pixel_codes:
         codes = np.empty(plane.shape, np.uint32)
         first, _ = instances_reference.label_seeds(plane, core, rule.smallest_seed, (False,) * 4, codes)
         ids = np.zeros(plane.shape, np.uint32)
@@ -60,8 +60,8 @@ def in_one_piece(classes, core, rule):
 class InMemory:
     """A scratch without files."""
 
-    def __init__(self, classes, folder):
-        self.codes = np.zeros(classes.shape, np.uint32)
+    def __init__(self, pixel_codes, folder):
+        self.codes = np.zeros(pixel_codes.shape, np.uint32)
         self.ids = folder
 
     def read(self, block, box):
@@ -69,16 +69,16 @@ class InMemory:
         yield part, self.codes[(block.plane, *part.slices())]
 
 
-def block_by_block(classes, grid, rule, folder):
+def block_by_block(pixel_codes, grid, rule, folder):
     """The same through the engine's own steps."""
-    scratch, records = InMemory(classes, folder), []
+    scratch, records = InMemory(pixel_codes, folder), []
     for block in grid:
         place = (block.plane, *block.box.slices())
-        scratch.codes[place], record = number_seeds(classes[place], block, grid, rule.smallest_seed)
-        records.append((block, json.loads(json.dumps(record))))
+        scratch.codes[place], record = number_seeds(pixel_codes[place], block, grid, rule.smallest_seed)
+        records.append((block, record))
     merged = merge_seeds(records, grid, rule.smallest_seed)
     merged.save(folder)
-    labels = np.zeros(classes.shape, np.uint32)
+    labels = np.zeros(pixel_codes.shape, np.uint32)
     plan = SimpleNamespace(grid=grid, instances=rule)
     slide = SimpleNamespace(plan=plan, scratch=scratch, clock=SimpleNamespace(stage=lambda _: nullcontext()))
     for block in grid:
@@ -120,32 +120,32 @@ PATTERNS["foreground without seeds"] = lambda rng, shape: np.full(shape, 2, np.u
 )
 def test_blocks_give_what_one_piece_gives(tmp_path_factory, pattern, seed, shape, core, cores, smallest):
     rule = replace(RULE, card=replace(RULE.card, smallest_seed=smallest))
-    classes = PATTERNS[pattern](np.random.default_rng(seed), shape)
-    expected, count = in_one_piece(classes, core, rule)
+    pixel_codes = PATTERNS[pattern](np.random.default_rng(seed), shape)
+    expected, count = in_one_piece(pixel_codes, core, rule)
     grid = BlockGrid(Lattice(shape[1:], core, 0), cores, shape[0])
-    labels, merged = block_by_block(classes, grid, rule, tmp_path_factory.mktemp("ids"))
+    labels, merged = block_by_block(pixel_codes, grid, rule, tmp_path_factory.mktemp("ids"))
     np.testing.assert_array_equal(labels, expected)
     assert merged.objects == count
     assert set(np.unique(labels)) - {0} == set(range(1, count + 1)), "ids are contiguous"
 
 
 def test_an_object_as_large_as_three_blocks_has_one_id(tmp_path):
-    classes = np.full((1, 12, 48), 0, np.uint8)
-    classes[0, 3:9, 3:45] = 2
-    classes[0, 5:7, 4:38] = 3
+    pixel_codes = np.full((1, 12, 48), 0, np.uint8)
+    pixel_codes[0, 3:9, 3:45] = 2
+    pixel_codes[0, 5:7, 4:38] = 3
     grid = BlockGrid(Lattice((12, 48), (12, 16), 0), (1, 1), 1)
-    labels, merged = block_by_block(classes, grid, RULE, tmp_path)
+    labels, merged = block_by_block(pixel_codes, grid, RULE, tmp_path)
     assert merged.objects == 1
     assert labels[0, 6, 43] == 1, "two rounds of three steps from the seed"
     assert labels[0, 6, 44] == 0, "too far from it"
 
 
 def test_nuclei_that_meet_at_a_corner_of_four_blocks_stay_two(tmp_path):
-    classes = np.zeros((1, 32, 32), np.uint8)
-    classes[0, 8:16, 8:16] = classes[0, 16:24, 16:24] = 3
-    classes[0, 14:16, 16:18] = 2
+    pixel_codes = np.zeros((1, 32, 32), np.uint8)
+    pixel_codes[0, 8:16, 8:16] = pixel_codes[0, 16:24, 16:24] = 3
+    pixel_codes[0, 14:16, 16:18] = 2
     grid = BlockGrid(Lattice((32, 32), (16, 16), 0), (1, 1), 1)
-    labels, merged = block_by_block(classes, grid, RULE, tmp_path)
+    labels, merged = block_by_block(pixel_codes, grid, RULE, tmp_path)
     assert merged.objects == 2
     assert labels[0, 15, 15] == 1
     assert labels[0, 16, 16] == 2
@@ -153,18 +153,18 @@ def test_nuclei_that_meet_at_a_corner_of_four_blocks_stay_two(tmp_path):
 
 
 def test_a_seed_too_small_in_each_block_may_be_large_enough_together(tmp_path):
-    classes = np.zeros((1, 16, 32), np.uint8)
-    classes[0, 4, 14:18] = 3
-    classes[0, 9, 15:18] = 3
+    pixel_codes = np.zeros((1, 16, 32), np.uint8)
+    pixel_codes[0, 4, 14:18] = 3
+    pixel_codes[0, 9, 15:18] = 3
     grid = BlockGrid(Lattice((16, 32), (16, 16), 0), (1, 1), 1)
-    labels, merged = block_by_block(classes, grid, RULE, tmp_path)
+    labels, merged = block_by_block(pixel_codes, grid, RULE, tmp_path)
     assert merged.objects == 1
     np.testing.assert_array_equal(np.flatnonzero(labels[0, 4]), [14, 15, 16, 17])
     assert not labels[0, 9].any()
 
 
 def test_ids_that_32_bits_cannot_hold_get_64():
-    few, many = (Merged(np.array([n]), np.array([1]), *[np.zeros(0, np.int64)] * 3) for n in (2**32 - 3, 2**32 - 2))
+    few, many = (FinalIds(np.array([n]), np.array([1]), *[np.zeros(0, np.int64)] * 3) for n in (2**32 - 3, 2**32 - 2))
     assert few.dtype == "uint32"
     assert many.dtype == "uint64"
 
@@ -176,12 +176,14 @@ def test_ids_above_32_bits_reach_labels_pyramid_and_tables(tmp_path, monkeypatch
     def merged_late(*given):
         """The objects of a slide before which 2 ** 32 others came."""
         few = merge_seeds(*given)
-        return replace(few, firsts=few.firsts + offset, targets=np.where(few.targets > 0, few.targets + offset, 0))
+        return replace(
+            few, first_ids=few.first_ids + offset, targets=np.where(few.targets > 0, few.targets + offset, 0)
+        )
 
     path = write_ome_zarr(tmp_path / "a.zarr", pixels, levels=3, version=version)
     expected = labels_of(segment(path, name="few", instances=True, model=model, block=64))
     monkeypatch.setattr(instances, "merge_seeds", merged_late)
-    monkeypatch.setattr(Merged, "dtype", "uint64")
+    monkeypatch.setattr(FinalIds, "dtype", "uint64")
     report = segment(path, name="late", objects=True, model=model, block=64)
     labels = labels_of(report)
     assert labels.dtype == np.uint64
@@ -297,10 +299,10 @@ def test_labels_and_scratch_that_a_run_leaves(tmp_path, segment, pixels, bundle,
     opened = [level.shape for node in ome_zarr.reader.Reader(location)() for level in node.data]
     assert (300, 260) in opened
     assert "invalid" not in caplog.text
-    account = group.attrs[OUTPUT_MARK]
-    assert account["kind"] == "instances"
-    assert account["model"]["sha256"] == bundle.shrunk(2).sha256
-    assert account["instances"] == {"objects": "seeds", **vars(bundle.card.instances)}
+    provenance = group.attrs[OUTPUT_MARK]
+    assert provenance["kind"] == "instances"
+    assert provenance["model"]["sha256"] == bundle.shrunk(2).sha256
+    assert provenance["instances"] == {"objects": "seeds", **vars(bundle.card.instances)}
     skipped = segment(path, instances=True, model=model, downscale=2)
     assert (skipped.status, skipped.slides[0].objects) == ("skipped", report.slides[0].objects)
     assert "instances was" in segment(path, downscale=2, model=model).slides[0].reason
@@ -334,8 +336,8 @@ def test_a_model_without_distance_gives_components_of_its_mask(tmp_path, segment
     large = np.bincount(components.ravel())[components] >= 4
     np.testing.assert_array_equal(labels_of(report) > 0, large & (mask > 0))
     assert report.slides[0].objects == len(np.unique(components[large & (mask > 0)]))
-    account = zarr.open_group(report.slides[0].labels, mode="r").attrs[OUTPUT_MARK]
-    assert account["instances"]["objects"] == "components of the foreground"
+    provenance = zarr.open_group(report.slides[0].labels, mode="r").attrs[OUTPUT_MARK]
+    assert provenance["instances"]["objects"] == "components of the foreground"
 
 
 def test_a_killed_run_goes_on_in_either_pass(tmp_path, model, segment):

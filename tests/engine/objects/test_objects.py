@@ -5,9 +5,11 @@ import pytest
 
 from cellseg_batch.engine.errors import OutputError, ReadError
 from cellseg_batch.engine.objects import moment_files as objects
+from cellseg_batch.engine.objects.columns import Origin
 from cellseg_batch.engine.objects.moment_files import merge_parts, whole_file, write_part
-from cellseg_batch.engine.objects.table import Origin, read_account, read_batches, write_table
+from cellseg_batch.engine.objects.table import read_batches, read_provenance, write_table
 from cellseg_batch.kernels import moments_columns as columns
+from tests.support.tables import PROVENANCE
 
 
 def row(area, top=0, left=0):
@@ -23,8 +25,8 @@ def test_parts_merge_into_ascending_ids_of_bounded_pieces(tmp_path, monkeypatch)
     areas = {}
     for number in range(1100):
         ids = np.unique(rng.integers(number, number + 30, 6)).astype(np.uint64) + np.uint64(number // 500 * 10**12)
-        for one in ids.tolist():
-            areas[one] = areas.get(one, 0) + 1
+        for number_of_object in ids.tolist():
+            areas[number_of_object] = areas.get(number_of_object, 0) + 1
         write_part(tmp_path, number, number // 500, ids, np.array([row(1, left=number)] * len(ids), float))
     write_part(tmp_path, 5000, 0, np.zeros(0, np.uint64), np.zeros((0, 18)))
     pieces = list(merge_parts(tmp_path))
@@ -58,12 +60,12 @@ def table(tmp_path):
     origin = Origin("plate/B/03/1", "B03", "1", (2, 3, 50, 40), "tz", 0.5, ("DAPI",))
     ids = np.array([3, 2**40], np.uint64)
     piece = objects.Objects(ids, np.array([0, 5]), np.array([row(4, 7, 9), row(31, 0, 9)], float))
-    assert write_table(tmp_path / "objects.parquet", origin, [piece, piece], {"model": "tiny"}) == 4
+    assert write_table(tmp_path / "objects.parquet", origin, [piece, piece], PROVENANCE) == 4
     return tmp_path / "objects.parquet"
 
 
 def test_a_table_holds_places_sizes_and_intensities(table):
-    first, second, *_ = [one for batch in read_batches(table) for one in batch.to_pylist()]
+    first, second, *_ = [values for batch in read_batches(table) for values in batch.to_pylist()]
     assert (first["slide"], first["well"], first["field"]) == ("plate/B/03/1", "B03", "1")
     assert (first["id"], first["t"], first["z"]) == (3, 0, 0)
     assert (second["id"], second["t"], second["z"]) == (2**40, 1, 2)
@@ -74,13 +76,13 @@ def test_a_table_holds_places_sizes_and_intensities(table):
     assert [first[f"intensity_{name}_DAPI"] for name in ("mean", "min", "max", "std", "sum")] == [2, 2, 2, 0, 8]
     assert first["mean_probability"] == pytest.approx(0.2)
     assert (first["touches_border"], second["touches_border"]) == (False, True)
-    assert read_account(table) == {"model": "tiny"}
+    assert read_provenance(table) == PROVENANCE
 
 
 def test_what_is_not_known_is_null(tmp_path):
     origin = Origin("a.png", "", "", (50, 40), "", None, ("0",))
     piece = objects.Objects(np.array([1], np.uint64), np.array([0]), np.array([row(4)], float))
-    write_table(tmp_path / "x.parquet", origin, [piece], {})
+    write_table(tmp_path / "x.parquet", origin, [piece], PROVENANCE)
     (only,) = next(read_batches(tmp_path / "x.parquet")).to_pylist()
     assert [name for name, value in only.items() if value is None and not name.endswith("_um")] == ["area_um2"]
     assert only["bbox_y0_um"] is None
@@ -96,6 +98,6 @@ def test_other_libraries_open_a_table(table, package):
 
 def test_what_is_no_table_is_refused(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"no such thing")
-    for read in (read_account, lambda path: list(read_batches(path))):
+    for read in (read_provenance, lambda path: list(read_batches(path))):
         with pytest.raises(ReadError, match="expected a table of objects"):
             read(tmp_path / "x.parquet")

@@ -171,7 +171,7 @@ def test_a_copy_of_a_compressed_plain_array_has_its_codecs(tmp_path, zarr_format
 
 
 def test_a_profile_does_not_write_to_an_object_store(tmp_path, profiled):
-    with pytest.raises(UsageError, match="--output"):
+    with pytest.raises(UsageError, match="`output`"):
         profiled(write_ome_zarr(tmp_path / "a.zarr", blobs(96, 96, 1)), output=RemotePath("s3://bucket/there"))
 
 

@@ -1,18 +1,21 @@
 """Summaries of plates: rows per well and field, and heat maps."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from cellseg_batch.engine.objects.columns import Origin
 from cellseg_batch.engine.objects.moment_files import Objects
-from cellseg_batch.engine.objects.table import Origin, write_table
+from cellseg_batch.engine.objects.table import ChannelQuality, write_table
 from cellseg_batch.engine.reports import plate_heatmap as heatmap
 from cellseg_batch.engine.reports.plates import FieldResult, summarise_plate
 from cellseg_batch.engine.slides.plate import PlatePosition
 from tests.support.images import write_plate
+from tests.support.tables import PROVENANCE
 
 
 def field(folder, plate, row, column, name, areas, quality=(2.0, 0.0)):
@@ -21,15 +24,10 @@ def field(folder, plate, row, column, name, areas, quality=(2.0, 0.0)):
     lines = [[5 * y, 5, 5 * y + 1, 5 + area, area, *[0] * 9, 1, 3, 2 * area, 4 * area] for y, area in enumerate(areas)]
     rows = np.array(lines, float).reshape(-1, 18)
     origin = Origin("s", position.well, name, (100, 50), "", 0.5, ("DAPI",))
-    account = {
-        "shape": [100, 50],
-        "pixel_size_um": 0.5,
-        "labelled_fraction": sum(areas) / 5000,
-        "segmented_channels": ["DAPI"],
-        "quality": {"DAPI": dict(zip(("focus", "saturation"), quality, strict=True))},
-    }
+    provenance = replace(PROVENANCE, labelled_fraction=sum(areas) / 5000, quality={"DAPI": ChannelQuality(*quality)})
     path = folder / f"{position.well}-{name}.parquet"
-    write_table(path, origin, [Objects(np.arange(1, len(areas) + 1).astype(np.uint64), rows[:, 0] * 0, rows)], account)
+    objects = Objects(np.arange(1, len(areas) + 1).astype(np.uint64), rows[:, 0] * 0, rows)
+    write_table(path, origin, [objects], provenance)
     return FieldResult(position, "done", "", path)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,16 +12,18 @@ from skimage.draw import polygon2mask
 from skimage.measure import label as components
 from skimage.measure import regionprops_table
 
+from cellseg_batch.engine.objects import columns
+from cellseg_batch.engine.objects.columns import Column
 from cellseg_batch.engine.objects.scratch import Scratch
-from cellseg_batch.engine.objects.table import read_account
+from cellseg_batch.engine.objects.table import read_provenance
 from cellseg_batch.engine.run.measure_pass import measure_block, measured_channels, write_objects
-from cellseg_batch.engine.run.output_paths import place_output
-from cellseg_batch.engine.run.records import TableRecord
+from cellseg_batch.engine.run.output_paths import output_paths
 from cellseg_batch.engine.run.slide_plan import plan_slide
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.kernels.moments import HALO
+from cellseg_batch.kernels.moments_columns import BOTTOM, HIGH, LOW, TOP
 from tests.support.images import blobs, check_table, fill_ome_zarr, write_ome_zarr
 
 
@@ -33,24 +36,24 @@ def measured(tmp_path, tiny_bundle):
         channels = [{"label": "a"}, {"label": "b"}]
         write_ome_zarr(path, pixels, axes=axes, levels=2, um=0.25, channels=channels)
         (slide,) = find_images(path)
-        place = place_output(slide, "cellseg", None)
-        group = zarr.open_group(str(place.store), mode="r+").require_group(place.labels)
+        paths = output_paths(slide, "cellseg", None)
+        group = zarr.open_group(str(paths.store), mode="r+").require_group(paths.labels)
         fill_ome_zarr(group, path, labels, axes=axes.replace("c", ""), levels=1)
         group.attrs["cellseg-batch-output"] = {"model": "tiny"}
         settings = Settings(tile=96, block=block, level=0)
-        plan = plan_slide(slide, place, settings, tiny_bundle.card)
+        plan = plan_slide(slide, paths, settings, tiny_bundle.card)
         records = []
-        certainty = Scratch(place.journal, "certainty", "uint8", frame=0)
-        certainty.create()
+        probability = Scratch(paths.journal, "probability", "uint8", frame=0)
+        probability.create()
         planes = np.pad(np.atleast_3d(labels.T).T, ((0, 0), (HALO, HALO), (HALO, HALO)))
         with SlideReader(slide, 0, measured_channels(slide)) as reader:
             for block in plan.grid:
-                certainty.write(block, probability_of(labels.shape[-2:])[block.box.slices()])
+                probability.write(block, probability_of(labels.shape[-2:])[block.box.slices()])
                 around = planes[block.plane][block.box.shifted((HALO, HALO)).grown(HALO).slices()]
-                records.append(measure_block(plan, block, around, reader, certainty))
+                records.append(measure_block(plan, block, around, reader, probability))
         assert len(plan.grid) > 1
-        assert write_objects(plan, certainty.objects, records) == TableRecord(len(np.unique(labels)) - 1)
-        return place.objects
+        assert write_objects(plan, probability.objects, records) == len(np.unique(labels)) - 1
+        return paths.table
 
     return call
 
@@ -82,10 +85,10 @@ def test_the_table_does_not_depend_on_blocks(measured):
     small, large = (measured(pixels, labels, block=block, name=f"{block}.zarr") for block in (96, 300))
     kept = [name for name in pq.read_schema(small).names if name != "slide"]
     assert pq.read_table(small, columns=kept).equals(pq.read_table(large, columns=kept))
-    first, second = read_account(small), read_account(large)
+    first, second = read_provenance(small), read_provenance(large)
     for channel in "ab":
-        assert first["quality"][channel] == pytest.approx(second["quality"][channel])
-    assert first["labelled_fraction"] == second["labelled_fraction"] == (labels > 0).mean()
+        assert vars(first.quality[channel]) == pytest.approx(vars(second.quality[channel]))
+    assert first.labelled_fraction == second.labelled_fraction == (labels > 0).mean()
 
 
 def test_every_plane_has_its_objects(measured):
@@ -97,6 +100,42 @@ def test_every_plane_has_its_objects(measured):
     assert table["z"].to_pylist() == [0] * half + [2] * half
     assert table["id"].to_pylist() == list(range(1, 2 * half + 1))
     assert table["area"].to_pylist()[:half] == table["area"].to_pylist()[half:]
+
+
+def test_fields_of_a_table_name_their_units(measured):
+    schema = pq.read_schema(measured(*example()))
+    names = ("id", "centroid_x", "bbox_y0", "bbox_y0_um", "area_um2", "perimeter_um", "intensity_mean_a")
+    assert [schema.field(name).metadata[b"unit"].decode() for name in names] == ["", "px", "px", "µm", "µm²", "µm", ""]
+
+
+def test_a_new_entry_is_a_column_of_tables_and_exports(measured, command, tmp_path, monkeypatch):
+    added = [
+        Column("thickness", "px", columns.INT, lambda some: some.moment(BOTTOM) - some.moment(TOP)),
+        Column("intensity_range", "", columns.FLOAT, contrast, per_channel=True),
+        Column("quadrant", "", columns.INT, lambda some: some.objects.ids % 4, is_measurement=False),
+    ]
+    monkeypatch.setattr(columns, "COLUMNS", (*columns.COLUMNS, *added))
+    pixels, labels = example()
+    path = measured(pixels, labels)
+    table = pq.read_table(path)
+    assert table.column_names[-4:] == ["thickness", "intensity_range_a", "intensity_range_b", "quadrant"]
+    assert pq.read_schema(path).field("thickness").metadata == {b"unit": b"px"}
+    heights = np.array(table["bbox_y1"]) - np.array(table["bbox_y0"])
+    np.testing.assert_array_equal(table["thickness"], heights)
+    spans = np.array(table["intensity_max_b"]) - np.array(table["intensity_min_b"])
+    np.testing.assert_array_equal(table["intensity_range_b"], spans)
+    command("export-objects", tmp_path / "a.zarr", "--format", "geojson", "--out", tmp_path / "x.json")
+    first, *_ = json.loads((tmp_path / "x.json").read_text())["features"]
+    exported = first["properties"]["measurements"]
+    assert exported["thickness"] == heights[int(first["properties"]["name"]) - 1]
+    sides = [f"bbox_{side}" for side in ("y0", "x0", "y1", "x1")]
+    places = [f"{name}{unit}" for name in ("centroid_y", "centroid_x", *sides) for unit in ("", "_um")]
+    described = {"id", "slide", "well", "field", "t", "z", *places, "touches_border", "quadrant"}
+    assert exported.keys() == set(table.column_names) - described
+
+
+def contrast(some):
+    return some.channel_moment(HIGH) - some.channel_moment(LOW)
 
 
 def test_no_object_is_an_empty_table(measured):
@@ -118,12 +157,12 @@ def test_an_empty_table_can_be_exported(measured, command, tmp_path):
 
 def test_tables_tell_where_they_come_from(measured):
     path = measured(*example())
-    account = read_account(path)
-    assert account["provenance"] == {"model": "tiny"}
-    assert account["shape"] == [300, 340]
-    assert account["level0_scale"] == [1, 1]
-    assert account["quality"]["a"]["focus"] > 0
-    assert account["image"].endswith("a.zarr")
+    provenance = read_provenance(path)
+    assert provenance.provenance == {"model": "tiny"}
+    assert provenance.shape == (300, 340)
+    assert provenance.level0_scale == (1, 1)
+    assert provenance.quality["a"].focus > 0
+    assert provenance.image.endswith("a.zarr")
 
 
 def test_csv_holds_every_object_of_every_image(measured, command, tmp_path):
@@ -172,9 +211,9 @@ def test_geojson_polygons_are_the_labels(measured, command, tmp_path):
 def test_geojson_is_in_pixels_of_the_full_resolution(measured, command, tmp_path):
     pixels, _ = example()
     table = measured(pixels, components(pixels[0] > 90, connectivity=1).astype(np.uint32))
-    account = read_account(table)
+    provenance = asdict(read_provenance(table))
     whole = pq.read_table(table)
-    meta = {b"cellseg-batch": json.dumps({**account, "level0_scale": [2.0, 4.0]})}
+    meta = {b"cellseg-batch": json.dumps({**provenance, "level0_scale": [2.0, 4.0]})}
     pq.write_table(whole.replace_schema_metadata(meta), table)
     command("export-objects", tmp_path / "a.zarr", "--format", "geojson", "--out", tmp_path / "x.json")
     first, *_ = json.loads((tmp_path / "x.json").read_text())["features"]

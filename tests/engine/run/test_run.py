@@ -17,7 +17,7 @@ import zarr
 from PIL import Image
 
 from cellseg_batch.engine.errors import NoImageError, UsageError
-from cellseg_batch.engine.inference.cpu_runner import Runner
+from cellseg_batch.engine.inference.cpu_predictor import CpuPredictor
 from cellseg_batch.engine.reports import doctor
 from cellseg_batch.engine.run import worker
 from cellseg_batch.engine.run.memory_model import RUN_OVERHEAD_BYTES
@@ -68,13 +68,13 @@ def test_labels_lie_in_place_and_are_listed(tmp_path, segment, version):
 
 
 def test_the_middle_tile_warms_the_model_up_and_blocks_follow_in_order(tmp_path, segment, monkeypatch):
-    computed, compute = [], Runner.segment
+    computed, compute = [], CpuPredictor.predict
 
     def counting(self, pixels, block):
         computed.append(block.index)
         return compute(self, pixels, block)
 
-    monkeypatch.setattr(Runner, "segment", counting)
+    monkeypatch.setattr(CpuPredictor, "predict", counting)
     whole = segment(write_ome_zarr(tmp_path / "a.zarr", blobs(200, 300)), tile=128, block=1, workers=1)
     assert computed == [4, 0, 1, 2, 3, 4, 5], "the middle one of 2 x 3 tiles, then every block"
     computed.clear()
@@ -251,6 +251,7 @@ def test_nan_pixels_are_counted_once(tmp_path, segment):
     image[0, 90:100, 90:110] = np.nan
     report = segment(write_ome_zarr(tmp_path / "a.zarr", image, levels=1), block=64)
     assert report.slides[0].missing_pixels == 200
+    assert report.slides[0].notes == ("200 NaN pixels taken as 0",)
     assert report.status == "done"
 
 
@@ -353,10 +354,13 @@ def test_the_report_as_json(slide, command, tiny_model, tmp_path):
     report = json.loads(file.read_text())
     assert code == 0, output
     run = "status seconds mpx_per_s engine_mpx_per_s backend precision tile margin batch block workers peak_rss_bytes"
-    slides = "path labels shape level pixel_size_um blocks tiles foreground_fraction objects status reason"
+    slides = (
+        "path labels shape level pixel_size_um blocks tiles foreground_fraction objects status reason channels notes"
+    )
     assert {*run.split(), "stages", "compile_seconds"} <= {*report}
     assert 0 < report["starting_seconds"] < report["seconds"]
     assert {*slides.split()} <= {*report["slides"][0]}
+    assert report["slides"][0]["channels"] == ["R", "G", "B"]
     assert report["stages"]["model"] > 0
     assert "Mpx/s" in output
 

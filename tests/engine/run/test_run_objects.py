@@ -14,7 +14,7 @@ import zarr
 
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.objects import table as object_table
-from cellseg_batch.engine.objects.table import read_account
+from cellseg_batch.engine.objects.table import read_provenance
 from cellseg_batch.engine.reports import plates
 from cellseg_batch.engine.reports.plates import summarise_plate
 from cellseg_batch.engine.reports.verify import verify
@@ -44,9 +44,9 @@ def test_a_run_measures_what_it_writes(tmp_path, measure, version):
     assert len(table) == slide.objects == labels.max() > 20
     check_table(table, labels, pixels, ("red", "green", "blue"))
     assert 0.5 < np.mean(table["mean_probability"]) <= 1  # of nothing but foreground
-    account = read_account(Path(slide.table))
-    assert account["provenance"]["model"]["sha256"] == load_bundle(tmp_path / "model").sha256
-    assert account["segmented_channels"] == ["red", "green", "blue"]
+    provenance = read_provenance(Path(slide.table))
+    assert provenance.provenance["model"]["sha256"] == load_bundle(tmp_path / "model").sha256
+    assert provenance.segmented_channels == ("red", "green", "blue")
     left = {path.suffix for path in Path(slide.table).parent.rglob("*") if path.is_file()}
     assert left <= {".json", ".parquet", ".npz", ".npy"}
     assert not list(Path(slide.table).parent.glob("scratch/*"))
@@ -59,7 +59,7 @@ def test_a_slide_without_objects_has_empty_labels_and_an_empty_table(tmp_path, m
     assert (slide.status, slide.objects, slide.unreached_pixels) == ("done", 0, 0)
     assert not labels_of(report).any()
     assert len(pq.read_table(slide.table)) == 0
-    assert read_account(Path(slide.table))["labelled_fraction"] == 0
+    assert read_provenance(Path(slide.table)).labelled_fraction == 0
 
 
 def test_tables_do_not_depend_on_blocks_and_workers(tmp_path, measure):

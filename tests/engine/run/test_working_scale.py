@@ -1,4 +1,4 @@
-"""Images of large nuclei are shrunk for the model, and everything else holds as before."""
+"""Images of large nuclei are downscaled for the model, and everything else holds as before."""
 
 from dataclasses import replace
 
@@ -92,7 +92,7 @@ def test_large_nuclei_that_the_model_does_not_see_whole_are_large_nuclei():
 
 @pytest.fixture
 def shrinking_model(tiny_model, tmp_path):
-    """The small model, which wants whatever it finds shrunk by two."""
+    """The small model, which wants whatever it finds downscaled by two."""
     bundle = load_bundle(tiny_model)
     save_bundle(replace(bundle, card=replace(bundle.card, shrink={"2": 0.1})), tmp_path / "shrinking")
     return str(tmp_path / "shrinking")

@@ -28,9 +28,9 @@ def test_channel_rule(tmp_path, labels, asked, expected):
 
 def test_unknown_channels_and_levels_are_refused(tmp_path):
     slide = only(write_ome_zarr(tmp_path / "a.zarr", coordinates("cyx", (2, 16, 16))))
-    with pytest.raises(SlideError, match="--channel 7"):
+    with pytest.raises(SlideError, match="`channel=7`"):
         choose_channels(slide, "7")
-    with pytest.raises(SlideError, match="--level 5"):
+    with pytest.raises(SlideError, match="`level=5`"):
         choose_level(slide, 5, None, None)
 
 

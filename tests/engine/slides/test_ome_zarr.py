@@ -130,7 +130,7 @@ def damaged(tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("json", "cannot be read"), ("array", "--axes"), ("no-datasets", "multiscale"), ("axes", "t, c, z, y, x")],
+    [("json", "cannot be read"), ("array", "`axes=czyx`"), ("no-datasets", "multiscale"), ("axes", "t, c, z, y, x")],
 )
 def test_what_cannot_be_used_says_why(tmp_path, kind, reason):
     broken = only(damaged(tmp_path, kind))

@@ -65,6 +65,12 @@ def test_what_is_missing_is_named_in_order(tmp_path):
     assert missing == [n for n in range(3000) if n not in (3, 5, 1001, 2500)]
 
 
+def test_figures_may_be_infinite(tmp_path):
+    journal = Journal(tmp_path / "j")
+    journal.record("blocks", 1, Block(1, float("-inf")))
+    assert journal.get("blocks", 1, Block) == Block(1, float("-inf"))
+
+
 def test_a_figure_of_another_version_is_passed_over(tmp_path):
     journal = Journal(tmp_path / "j")
     journal.start(Plan(Inner(1)))
@@ -81,7 +87,7 @@ def test_a_figure_of_another_version_is_passed_over(tmp_path):
         ('{"inner": {"side": 4, "depth": 2}}', "the unknown field depth"),
         ('{"inner": {}}', "missing required field `side`"),
         ('{"inner": {"side": "4"}}', "Expected `int`, got `str`"),
-        ('{"inner": {"side"', "Input data was truncated"),
+        ('{"inner": {"side"', "Expecting"),
     ],
 )
 def test_what_decides_pixels_must_be_there_and_be_known(tmp_path, content, said):

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from cellseg_batch.engine.errors import BackendError, ModelError
-from cellseg_batch.engine.inference.backends import choose
+from cellseg_batch.engine.inference.backends import registry
 from cellseg_batch.engine.inference.backends.gate import count_matches, limits_of, logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.inference.backends.registry import candidates, make_backend, why_not
 from cellseg_batch.engine.inference.race import worst_parity
-from cellseg_batch.engine.inference.race_result import Candidate, Certificate, Request
+from cellseg_batch.engine.inference.race_result import Candidate, RaceResult, Request
 from cellseg_batch.engine.models import build_torch_network, load_model, shipped_models
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import save_bundle
@@ -110,11 +110,11 @@ def test_the_gate_refuses_a_broken_backend_and_names_its_figures(shipped, spoil)
     broken = make(bundle, "torch", "fp32")
     spoil(broken._network)
     parity = measure_parity(foreground(broken, tiles), expected, 0.5)
-    request = Request("nuclei", "auto", "auto", 512, 1, 2)
+    request = Request("nuclei", "auto", "auto", (512, 512), 1, 2)
     row = Candidate("torch", "fp32", "", 1.0, 1.0, 1.0, parity)
-    certificate = Certificate(request, bundle.sha256, (1, 3, 512, 512), "", (), {}, "", (row,))
+    race_result = RaceResult(request, bundle.sha256, (1, 3, 512, 512), "", (), {}, "", (row,))
     with pytest.raises(BackendError) as refusal:
-        certificate.pick("auto", "auto")
+        race_result.pick("auto", "auto")
     flips, objects = f"flips {parity.flipped:.1e} of the pixels", f"objects match with F1 {parity.object_f1:.4f}"
     assert f"torch fp32 {flips} (limit 5e-04), {objects} (limit 0.995)" in str(refusal.value)
     assert ("NaN among its logits" in str(refusal.value)) == (spoil is overflow)
@@ -176,8 +176,10 @@ def test_a_backend_that_is_not_there_says_why(tiny_bundle, monkeypatch):
         make(tiny_bundle, "tensorrt", "fp16")
     with pytest.raises(BackendError, match="offers fp32, bf16"):
         make(tiny_bundle, "torch", "int8")
-    monkeypatch.setitem(choose._EXTRAS, ("openvino", "int8"), ("no-such-package", "pip install it"))
-    assert why_not("openvino", "int8") == "needs no-such-package; pip install it"
+    monkeypatch.setattr(registry, "package_version", lambda name: "1.0")
+    assert why_not("openvino", "int8") == ""
+    monkeypatch.setattr(registry, "package_version", lambda name: None)
+    assert why_not("openvino", "int8") == "needs nncf; pip install 'cellseg-batch[int8]'"
     monkeypatch.setitem(sys.modules, "cellseg_batch.engine.inference.backends.openvino_cpu", None)
     assert why_not("openvino", "fp32").endswith("pip install openvino")
 

@@ -221,11 +221,11 @@ def test_the_race_goes_on_when_tensorrt_fails(pair, monkeypatch, tiny_bundle, tm
     fake_tensorrt.install(monkeypatch, pair, "enqueue")
     assert why_not("tensorrt", "fp16") == ""
     monkeypatch.setattr(racing, "candidates", lambda *_: [("tensorrt", "fp16"), ("torch", "fp32")])
-    request = racing.Request("tiny", "auto", "auto", 64, 1, 1)
-    certificate = racing.race(request, tiny_bundle, Artefacts(tmp_path))
-    assert certificate.pick("auto", "auto").name == "torch fp32"
+    request = racing.Request("tiny", "auto", "auto", (64, 64), 1, 1)
+    race_result = racing.race(request, tiny_bundle, Artefacts(tmp_path))
+    assert race_result.pick("auto", "auto").name == "torch fp32"
     with pytest.raises(BackendError, match="execute_async_v3 returned False"):
-        certificate.pick("tensorrt", "auto")
+        race_result.pick("tensorrt", "auto")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -1,51 +1,27 @@
-"""The commands that measure: profile, and bench with its comparison."""
+"""``cellseg-batch bench``: rates of this machine, and whether they have changed."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from cellseg_batch.engine.cli import options as o
-from cellseg_batch.engine.cli.console import check_json, plain_errors, write_json
-from cellseg_batch.engine.cli.flags import ENGINE, SLIDE, TILES, takes_settings
+from cellseg_batch.engine.cli.console import check_json, note_flags, plain_errors
+from cellseg_batch.engine.cli.flags import ENGINE, Debug, takes_settings
+from cellseg_batch.engine.machine import bound_heaps
 from cellseg_batch.engine.settings import Settings
+
+if TYPE_CHECKING:
+    from cellseg_batch.engine.profiling.bench_compare import Comparison, Ratio
 
 bench = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 
 
-@takes_settings(*ENGINE, *TILES, *SLIDE, "output", "instances")
-def profile(
-    slide: o.Slide,
-    settings: Settings,
-    chart: Annotated[Path | None, typer.Option("--chart", metavar="FILE", help="Write a bar chart as PNG.")] = None,
-    trace: Annotated[
-        Path | None, typer.Option("--trace", metavar="FILE", help="Write a trace that Perfetto or Chrome shows.")
-    ] = None,
-    json_file: o.Json = None,
-) -> None:
-    """Run a sample of SLIDE and say where the time goes: each stage beside its own ceiling, and the bottleneck."""
-    from cellseg_batch.engine.cli.progress import Screen
-    from cellseg_batch.engine.profiling.profile import profile_slide
-    from cellseg_batch.engine.profiling.profile_report import draw_profile, print_profile
-    from cellseg_batch.engine.profiling.timeline import chrome_trace
-
-    for flag, file in (("--json", json_file), ("--chart", chart), ("--trace", trace)):
-        check_json(file, flag)
-    with Screen(Console(), verbosity=-1) as screen:
-        found = profile_slide(slide, settings, screen)
-    print_profile(found, Console())
-    if chart is not None:
-        draw_profile(found, chart)
-    if trace is not None:
-        trace.write_text(json.dumps(chrome_trace(found.intervals)) + "\n")
-    write_json(json_file, found.to_json())
-
-
 @bench.callback()
+@note_flags
 @takes_settings(*ENGINE, "tile")
 def run_bench(
     settings: Settings,
@@ -64,6 +40,7 @@ def run_bench(
     from cellseg_batch.engine.profiling.bench_conditions import save
 
     check_json(out, "--out")
+    bound_heaps()  # as the runs do that this measures
     with tempfile.TemporaryDirectory(prefix="cellseg-bench-") as folder:
         result = run_suite(settings, rounds, side, Path(folder), Screen(Console(), verbosity=-1))
     save(out, **result)
@@ -76,13 +53,34 @@ def run_bench(
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="A result of bench.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="A later one.")],
-    debug: o.Debug = False,
+    debug: Debug = False,
 ) -> None:
     """Compare two results; exit 1 when B is slower than A beyond noise."""
-    from cellseg_batch.engine.profiling.bench_compare import compare_results, load_result, print_comparison
+    from cellseg_batch.engine.profiling.bench_compare import compare_results, load_result
 
     with plain_errors(debug):
         old, new = load_result(first), load_result(second)
         rows = compare_results(old, new)
         print_comparison(rows, old, new, Console())
     raise typer.Exit(any(row.regressed for row in rows))
+
+
+def print_comparison(rows: list[Comparison], first: dict[str, Any], second: dict[str, Any], console: Console) -> None:
+    """Print a row for each comparison, and what differs in the conditions."""
+    table = Table()
+    for heading in ("", "A Mpx/s", "B Mpx/s", "B / A", "per machine speed", ""):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for row in rows:
+        verdict = "[red]slower[/red]" if row.regressed else ""
+        scaled = "" if row.scaled is None else _text(row.scaled)
+        table.add_row(row.name, f"{row.first:.2f}", f"{row.second:.2f}", _text(row.plain), scaled, verdict)
+    console.print(table)
+    conditions = first.get("conditions", {}), second.get("conditions", {})
+    for name in ("processor", "cores", "versions"):
+        old, new = (known.get(name) for known in conditions)
+        if old != new:
+            console.print(f"not the same {name}: {old} and {new}", highlight=False, soft_wrap=True)
+
+
+def _text(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"

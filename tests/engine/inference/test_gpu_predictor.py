@@ -15,20 +15,20 @@ from cellseg_batch.engine.geometry import fit_lattice, lay_blocks
 from cellseg_batch.engine.inference import gpu_batch_queue as batch_queue
 from cellseg_batch.engine.inference.backends import cuda
 from cellseg_batch.engine.inference.backends.cuda import Device
-from cellseg_batch.engine.inference.cpu_runner import Runner
 from cellseg_batch.engine.inference.gpu_batch_queue import BatchQueue
 from cellseg_batch.engine.inference.normalise import Bounds
-from cellseg_batch.engine.inference.session import Feed
+from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.stage_clock import StageClock
 from tests.support.images import blobs, labels_of, write_ome_zarr
+from tests.support.networks import predictor_of
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: pip install 'cellseg-batch[triton]'", allow_module_level=True)
 # Before triton is first imported: its own functions are decorated then.
 with pytest.MonkeyPatch.context() as environment:
     environment.setenv("TRITON_INTERPRET", "1")
-    from cellseg_batch.engine.inference import gpu_runner as device_runner
-    from cellseg_batch.engine.inference.gpu_runner import DeviceRunner
+    from cellseg_batch.engine.inference import gpu_predictor
+    from cellseg_batch.engine.inference.gpu_predictor import GpuPredictor
 
 LATTICE = fit_lattice((100, 120), 56, 8, 8)
 BOUNDS = Bounds(10.0, 240.0)
@@ -71,24 +71,27 @@ def queue_of(batch, failures=(), device=None):
     return BatchQueue(device or Device("cpu"), compile_model, batch), made
 
 
-def runner_of(queue, probability=True, stitch="crop"):
-    return DeviceRunner(queue, LATTICE, BOUNDS, 0.4, probability, stitch, StageClock())
+def rule_of(dtype="uint8", stitch="crop"):
+    return PredictionRule(LATTICE, (3, 3, *LATTICE.tile), dtype, BOUNDS, 0.4, probability=True, stitch=stitch)
+
+
+def gpu_predictor_of(queue, stitch="crop"):
+    return GpuPredictor(lambda: queue, rule_of(stitch=stitch), StageClock())
 
 
 class OnTheCpu:
     """A backend of the CPU with the same network."""
 
     def compile(self, shape):
-        return lambda batch: network(torch.from_numpy(batch).half()).float().numpy()
+        return lambda batch, out=None: network(torch.from_numpy(batch).half()).float().numpy()
 
     def compile_bytes(self, shape):
         return None
 
 
 def expected_of(image, block, stitch="crop"):
-    """What the runner of the CPU makes of a block."""
-    feed = Feed(OnTheCpu(), (3, 3, *LATTICE.tile), image.dtype)
-    return Runner(feed, LATTICE, BOUNDS, 0.4, True, stitch, StageClock()).segment(cut(image, block), block)
+    """What the CPU's predictor makes of a block."""
+    return predictor_of(OnTheCpu(), rule_of(image.dtype, stitch)).predict(cut(image, block), block)
 
 
 def cut(image, block):
@@ -113,16 +116,16 @@ def image_of(dtype="uint8"):
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "int32"])
 def test_a_block_becomes_what_it_does_on_the_cpu(dtype, stitch):
     image, (queue, _) = image_of(dtype), queue_of(4)
-    runner = runner_of(queue, stitch=stitch)
+    predictor = gpu_predictor_of(queue, stitch)
     for block in lay_blocks(LATTICE, 90, ring=stitch == "blend"):
-        assert_same(runner.segment(cut(image, block), block), expected_of(image, block, stitch))
-    assert runner.clock.seconds["model"] > 0
+        assert_same(predictor.predict(cut(image, block), block), expected_of(image, block, stitch))
+    assert predictor.clock.seconds["model"] > 0
 
 
 def test_channels_that_are_interleaved_go_up_as_they_are():
     image, (queue, _) = np.ascontiguousarray(image_of().transpose(1, 2, 0)).transpose(2, 0, 1), queue_of(2)
     (block,) = lay_blocks(LATTICE, 999)
-    assert_same(runner_of(queue).segment(image, block), expected_of(image, block))
+    assert_same(gpu_predictor_of(queue).predict(image, block), expected_of(image, block))
 
 
 class Gated(Device):
@@ -178,10 +181,10 @@ def test_blocks_of_several_slides_fill_one_batch():
     image, device = image_of(), Gated()
     queue, models = queue_of(4, device=device)
     blocks = list(lay_blocks(LATTICE, 1))[:4]
-    runners = [runner_of(queue) for _ in blocks]  # of four slides
+    predictors = [gpu_predictor_of(queue) for _ in blocks]  # of four slides
 
     def call(number):
-        return lambda: runners[number].segment(cut(image, blocks[number]), blocks[number])
+        return lambda: predictors[number].predict(cut(image, blocks[number]), blocks[number])
 
     results, threads = run_in_threads([call(number) for number in range(4)])
     while not models or not models[0].calls:  # the fourth completes the batch and launches it
@@ -199,7 +202,7 @@ def test_what_does_not_fill_a_batch_is_launched_too(batch, launched):
     image, (queue, models) = image_of(), queue_of(batch)
     (block,) = lay_blocks(LATTICE, 999)
     assert len(block.tiles) == 9
-    assert_same(runner_of(queue).segment(image, block), expected_of(image, block))
+    assert_same(gpu_predictor_of(queue).predict(image, block), expected_of(image, block))
     assert [model.calls for model in models] == [launched]
 
 
@@ -208,7 +211,7 @@ def test_a_block_of_full_batches_waits_once_and_streams_wait_for_each_other():
     device.gate.set()
     queue, _ = queue_of(3, device=device)
     (block,) = lay_blocks(LATTICE, 999)
-    runner_of(queue).segment(image, block)
+    gpu_predictor_of(queue).predict(image, block)
     assert device.waits == 1
     assert device.log[3:] == [("computing", "waits for", "incoming")] * 3 + [("outgoing", "waits for", "computing")]
 
@@ -221,21 +224,21 @@ def test_when_memory_runs_out_the_rest_goes_on_in_smaller_batches(when, monkeypa
     said = []
     monkeypatch.setattr(batch_queue._log, "warning", lambda text, *values: said.append(text % values))
     image, (queue, models) = image_of(), queue_of(4, [None] * when + [FULL])
-    runner = runner_of(queue)
+    predictor = gpu_predictor_of(queue)
     (block,) = lay_blocks(LATTICE, 999)
-    assert_same(runner.segment(image, block), expected_of(image, block))
+    assert_same(predictor.predict(image, block), expected_of(image, block))
     done = 4 * when
     assert [(len(model.pixels), model.calls) for model in models] == [(4, when + 1), (2, -(-(9 - done) // 2))]
     assert queue.batch == 2
     assert "batches of 2 tiles from now on" in said[0]
-    assert_same(runner.segment(image, block), expected_of(image, block))
+    assert_same(predictor.predict(image, block), expected_of(image, block))
 
 
 def test_memory_that_runs_out_between_two_blocks_of_a_batch_counts_nothing_twice(monkeypatch):
     """The first block's part of the batch is stitched, the second one's fails, and the batch is done again."""
     image, (queue, _) = image_of(), queue_of(18)
     (block,) = lay_blocks(LATTICE, 999)
-    real, parts = device_runner._BlockOnDevice.stitch, []
+    real, parts = gpu_predictor._BlockOnDevice.stitch, []
 
     def stitch(self, first, last, logits):
         parts.append(self)
@@ -243,8 +246,8 @@ def test_memory_that_runs_out_between_two_blocks_of_a_batch_counts_nothing_twice
             raise FULL
         real(self, first, last, logits)
 
-    monkeypatch.setattr(device_runner._BlockOnDevice, "stitch", stitch)
-    first, second = (device_runner._BlockOnDevice(runner_of(queue), image, block) for _ in range(2))
+    monkeypatch.setattr(gpu_predictor._BlockOnDevice, "stitch", stitch)
+    first, second = (gpu_predictor._BlockOnDevice(queue, rule_of(), StageClock(), image, block) for _ in range(2))
     with queue._lock:
         thread = threading.Thread(target=queue.run, args=(first,))
     thread.start()
@@ -260,15 +263,15 @@ def test_memory_that_runs_out_between_two_blocks_of_a_batch_counts_nothing_twice
 def test_memory_that_a_block_cannot_have_makes_smaller_batches(monkeypatch):
     image, (queue, _) = image_of(), queue_of(4)
     (block,) = lay_blocks(LATTICE, 999)
-    real, failures = device_runner._BlockOnDevice._empty, [FULL]
+    real, failures = gpu_predictor._BlockOnDevice._empty, [FULL]
 
     def empty(self, shape, dtype):
         if failures:
             raise failures.pop()
         return real(self, shape, dtype)
 
-    monkeypatch.setattr(device_runner._BlockOnDevice, "_empty", empty)
-    assert_same(runner_of(queue).segment(image, block), expected_of(image, block))
+    monkeypatch.setattr(gpu_predictor._BlockOnDevice, "_empty", empty)
+    assert_same(gpu_predictor_of(queue).predict(image, block), expected_of(image, block))
     assert queue.batch == 2
 
 
@@ -276,16 +279,16 @@ def test_a_device_too_small_for_one_tile_is_named_and_the_queue_lives_on():
     image, (queue, _) = image_of(), queue_of(1, [FULL])
     (block,) = lay_blocks(LATTICE, 999)
     with pytest.raises(ComputeError, match=r"memory is full.*smaller --tile or --block"):
-        runner_of(queue).segment(image, block)
-    assert_same(runner_of(queue).segment(image, block), expected_of(image, block))
+        gpu_predictor_of(queue).predict(image, block)
+    assert_same(gpu_predictor_of(queue).predict(image, block), expected_of(image, block))
 
 
 def test_an_error_of_the_network_reaches_its_block_and_no_later_one():
     image, (queue, _) = image_of(), queue_of(4, [None, RuntimeError("an illegal memory access")])
     (block,) = lay_blocks(LATTICE, 999)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        runner_of(queue).segment(image, block)
-    assert_same(runner_of(queue).segment(image, block), expected_of(image, block))
+        gpu_predictor_of(queue).predict(image, block)
+    assert_same(gpu_predictor_of(queue).predict(image, block), expected_of(image, block))
 
 
 def test_nan_is_refused(monkeypatch):
@@ -293,7 +296,7 @@ def test_nan_is_refused(monkeypatch):
     monkeypatch.setattr(Model, "enqueue", lambda self: self.logits.fill_(torch.nan))
     (block,) = lay_blocks(LATTICE, 999)
     with pytest.raises(ComputeError, match=r"12000 NaN.*overflow"):
-        runner_of(queue).segment(image, block)
+        gpu_predictor_of(queue).predict(image, block)
 
 
 @pytest.mark.parametrize("stitch", ["crop", "blend"])

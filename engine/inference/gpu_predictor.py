@@ -4,8 +4,8 @@
     computing   gather -> network -> stitch, in batches that other blocks fill too (`gpu_batch_queue`)
     outgoing    mask, probability and counts -> pinned host memory
 
-The same interface as `cpu_runner.Runner`, for several threads at a time; each waits once, for its own
-result.  Pinned memory is torch's: it keeps what was freed for the next block.  Masks come back as bytes, because the
+The same interface as `cpu_predictor.CpuPredictor`; each thread waits once, for its own result.  Pinned memory
+is torch's: it keeps what was freed for the next block.  Masks come back as bytes, because the
 writer takes bytes, and to unpack bits costs the host more than it saves the bus.
 
 It has not run on a GPU yet; tests run it on the CPU, with the Triton kernels in their interpreter.
@@ -13,6 +13,7 @@ It has not run on a GPU yet; tests run it on the CPU, with the Triton kernels in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,11 +23,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cellseg_batch.engine.geometry import Block, Lattice
+from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.inference.backends.cuda import is_out_of_memory
-from cellseg_batch.engine.inference.cpu_runner import BlockResult, count_missing, refuse_nan, source_tables
 from cellseg_batch.engine.inference.gpu_batch_queue import BatchQueue
-from cellseg_batch.engine.inference.normalise import Bounds
+from cellseg_batch.engine.inference.prediction import (
+    BlockResult,
+    PredictionRule,
+    count_missing,
+    no_foreground,
+    refuse_nan,
+    source_tables,
+)
 from cellseg_batch.engine.inference.stitching import make_stitch
 from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.kernels import blend_triton, gather_triton, stitch_triton
@@ -34,44 +41,39 @@ from cellseg_batch.kernels.stitch import logit_threshold
 
 
 @dataclass(frozen=True)
-class DeviceRunner:
-    """Segments blocks of one slide on a GPU.
+class GpuPredictor:
+    """Predicts blocks of one slide on GPUs.
 
     Attributes:
-        queue: of the GPU, for tiles of the lattice's size.
-        lattice: of the slide.
-        bounds: of the slide.
-        threshold: probability above which a pixel is foreground.
-        probability: also make the probability.
-        stitch: crop or blend.
+        queue: gives the queue of the GPU that one block goes to, for tiles of the rule's shape.
+        rule: of the slide.
         clock: counts the stages; as the model's, what the GPU took for whole batches.
     """
 
-    queue: BatchQueue
-    lattice: Lattice
-    bounds: Bounds
-    threshold: float
-    probability: bool
-    stitch: str
+    queue: Callable[[], BatchQueue]
+    rule: PredictionRule
     clock: StageClock
 
-    def segment(self, pixels: NDArray[Any], block: Block) -> BlockResult:
-        """Segment ``block`` from the pixels (C, h, w) of its read box.
+    def predict(self, pixels: NDArray[Any], block: Block) -> BlockResult:
+        """As `Predictor.predict`.
 
         Raises:
             ComputeError: the model returned NaN, or not even single tiles fit into the GPU's memory.
         """
+        if not block.tiles:
+            return no_foreground(pixels, block, self.rule.probability)
+        queue = self.queue()
         while True:
             try:
-                tiles = _BlockOnDevice(self, pixels, block)
-                self.queue.run(tiles)
+                tiles = _BlockOnDevice(queue, self.rule, self.clock, pixels, block)
+                queue.run(tiles)
                 break
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                self.queue.make_room()
+                queue.make_room()
         mask, probability, (foreground, undefined) = tiles.fetch()
-        self.clock.worked("model", self.queue.busy_seconds())
+        self.clock.worked("model", queue.busy_seconds())
         refuse_nan(block, undefined)
         return BlockResult(mask, probability, foreground, count_missing(pixels, block))
 
@@ -82,41 +84,43 @@ class _BlockOnDevice:
     Everything is held until the results are on the host, so no stream can be given memory that another still reads.
     """
 
-    def __init__(self, runner: DeviceRunner, pixels: NDArray[Any], block: Block) -> None:
+    def __init__(
+        self, queue: BatchQueue, rule: PredictionRule, clock: StageClock, pixels: NDArray[Any], block: Block
+    ) -> None:
         self.count = len(block.tiles)
-        self._runner = runner
+        self._rule = rule
         self._block = block
-        self._queue, self._device = runner.queue, runner.queue.device
-        with runner.clock.stage("upload"):
+        self._queue, self._device = queue, queue.device
+        with clock.stage("upload"):
             source = torch.from_numpy(_as_the_kernel_reads(pixels))
             self._sent = torch.empty_like(source, pin_memory=self._device.is_gpu).copy_(source)
         with self._device.on(self._queue.incoming):
-            self._pixels = self._sent.to(self._device.place, non_blocking=True)
+            self._pixels = self._sent.to(self._device.torch_device, non_blocking=True)
             self.arrived = self._device.event()
             self.arrived.record(self._queue.incoming)
         with self._device.on(self._queue.computing):
             # What no tile covers is background.
             self._mask = self._empty(block.box.shape, torch.uint8).zero_()
-            self._probability = self._empty(block.box.shape, torch.uint8).zero_() if runner.probability else None
+            self._probability = self._empty(block.box.shape, torch.uint8).zero_() if rule.probability else None
             self._stitch = make_stitch(
-                runner.stitch,
+                rule.stitch,
                 block,
-                runner.lattice,
-                logit_threshold(runner.threshold),
+                rule.lattice,
+                logit_threshold(rule.threshold),
                 self._mask,
                 self._probability,
-                kernels=stitch_triton if runner.stitch == "crop" else blend_triton,
+                kernels=stitch_triton if rule.stitch == "crop" else blend_triton,
                 empty=partial(self._empty, dtype=torch.half),
             )
         self._counts: Tensor | None = None
         self._finished = self._device.event()
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self._device.place)
+        return torch.empty(shape, dtype=dtype, device=self._device.torch_device)
 
     def gather(self, first: int, last: int, pixels: Tensor) -> None:
         """As `Tiles.gather`."""
-        lattice, bounds = self._runner.lattice, self._runner.bounds
+        lattice, bounds = self._rule.lattice, self._rule.bounds
         tables = source_tables(self._block.tiles[first:last], lattice.shape, self._block.read_box)
         gather_triton.gather(self._pixels, *tables, bounds.low, bounds.scale, pixels)
 

@@ -1,5 +1,7 @@
 """Laws 2 and 3: a tiled result does not depend on blocks or batches, and equals the untiled one."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -7,23 +9,25 @@ from hypothesis import strategies as st
 
 from cellseg_batch.engine.geometry import fit_lattice, lay_blocks
 from cellseg_batch.engine.inference.backends.torch_cpu import TorchBackend
-from cellseg_batch.engine.inference.cpu_runner import Runner
+from cellseg_batch.engine.inference.cpu_predictor import tile_logits
 from cellseg_batch.engine.inference.normalise import Bounds
-from cellseg_batch.engine.inference.session import Feed
+from cellseg_batch.engine.inference.prediction import PredictionRule
+from cellseg_batch.engine.inference.session import Session, compile_network
 from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.trainer.footprint import measure_footprint
-from tests.support.networks import Filter, feed_of
+from tests.support.networks import Alone, Filter, predictor_of
 
 
 def run_blocks(image, lattice, block, batch, reach, stitch="crop"):
     """The mask of a whole image, block by block."""
     mask = np.full(image.shape[1:], 9, np.uint8)
     shape = (batch, 3, *lattice.tile)
-    runner = Runner(feed_of(Filter(reach), shape), lattice, Bounds(0.0, 255.0), 0.51, False, stitch, StageClock())
-    for one in lay_blocks(lattice, block, ring=stitch == "blend"):
-        pixels = image[(slice(None), *one.read_box.slices())]
-        result = runner.segment(pixels, one)
-        mask[one.box.slices()] = result.mask
+    rule = PredictionRule(lattice, shape, "uint8", Bounds(0.0, 255.0), 0.51, stitch=stitch)
+    predictor = predictor_of(Alone(Filter(reach)), rule)
+    for part in lay_blocks(lattice, block, ring=stitch == "blend"):
+        pixels = image[(slice(None), *part.read_box.slices())]
+        result = predictor.predict(pixels, part)
+        mask[part.box.slices()] = result.mask
         assert result.foreground == result.mask.sum()
     return mask
 
@@ -68,7 +72,7 @@ class Constant:
     def __init__(self):
         self.calls = 0
 
-    def __call__(self, batch):
+    def __call__(self, batch, out=None):
         self.calls += 1
         return np.full_like(batch[:, :1], self.calls)
 
@@ -78,21 +82,27 @@ def test_a_blend_fades_from_tile_to_tile_around_the_edge_of_their_cores():
     assert (lattice.core, lattice.overlap) == ((48, 48), 32)
     thresholds = []
     for level in range(1, 32):
-        runner = Runner(
-            feed_of(Constant(), (1, 1, *lattice.tile)),
-            lattice,
-            Bounds(0.0, 255.0),
-            1 / (1 + np.exp(-(1 + (level - 0.5) / 32))),
-            False,
-            "blend",
-            StageClock(),
-        )
+        threshold = 1 / (1 + np.exp(-(1 + (level - 0.5) / 32)))
+        rule = PredictionRule(lattice, (1, 1, *lattice.tile), "uint8", Bounds(0.0, 255.0), threshold, stitch="blend")
         (block,) = lay_blocks(lattice, 999, ring=1)
-        mask = runner.segment(np.zeros((1, 48, 96), np.uint8), block).mask
+        mask = predictor_of(Alone(Constant()), rule).predict(np.zeros((1, 48, 96), np.uint8), block).mask
         np.testing.assert_array_equal(mask, np.broadcast_to(mask[0], mask.shape))
         thresholds.append(int(np.argmax(mask[0])))
     # Tile 1 says 1, tile 2 says 2; between them the logit rises by 1/32 per px, centred on the edge at 48.
     assert thresholds == list(range(33, 64))
+
+
+def test_a_block_without_tiles_is_background_and_its_nan_are_counted():
+    lattice = fit_lattice((40, 50), 48, 8, 8)
+    (block,) = lay_blocks(lattice, 999)
+    pixels = np.ones((1, 40, 50), np.float32)
+    pixels[0, 3, :7] = np.nan
+    rule = PredictionRule(lattice, (1, 1, *lattice.tile), "float32", Bounds(0.0, 1.0), 0.5, probability=True)
+    result = predictor_of(Alone(Constant()), rule).predict(pixels, replace(block, tiles=()))
+    assert (result.foreground, result.missing) == (0, 7)
+    assert result.mask.shape == result.probability.shape == (40, 50)
+    assert not result.mask.any()
+    assert not result.probability.any()
 
 
 def test_exact_margin_and_the_overlap_make_crop_and_blend_the_same():
@@ -111,7 +121,8 @@ def test_exact_margin_makes_a_real_network_seamless(tiny_bundle, height, width, 
     backend = TorchBackend(tiny_bundle, "fp32", threads=1)
     image = np.random.default_rng(width).integers(0, 256, (3, height, width), dtype=np.uint8)
     shape = (1, 3, *lattice.tile)
-    runner = Runner(Feed(backend, shape, image.dtype), lattice, Bounds(0, 255), 0.5, False, "crop", StageClock())
+    rule = PredictionRule(lattice, shape, image.dtype, Bounds(0, 255), 0.5)
+    session = Session(compile_network(backend, shape, image.dtype))
     grid = lay_blocks(lattice, 10**6)
     margin, (rows, columns) = card.exact_margin, lattice.grid
     reach = [(margin, rows * lattice.core[0] - height + margin), (margin, columns * lattice.core[1] - width + margin)]
@@ -120,7 +131,7 @@ def test_exact_margin_makes_a_real_network_seamless(tiny_bundle, height, width, 
     expected = untiled[margin : margin + height, margin : margin + width]
     tiled = np.empty((height, width), np.float32)
     for tile in grid[0].tiles:
-        logits = runner.logits(image, grid[0].read_box, [tile])[0, 0]
+        logits = tile_logits(session, rule, image, grid[0].read_box, [tile], StageClock())[0, 0]
         h, w = tile.core.shape
         tiled[tile.core.slices()] = logits[margin : margin + h, margin : margin + w]
     np.testing.assert_allclose(tiled, expected, atol=2e-5)

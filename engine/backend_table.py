@@ -1,0 +1,113 @@
+"""Every backend and precision that this version knows, one entry each: the only place that lists their names.
+
+Nothing is imported to read it, so whoever checks what the user asked for needs no library.  The module of a backend and
+its entry are all that may know its name; `cellseg_batch.engine.inference.backends.registry` makes backends from both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Package:
+    """A Python package, and how to get it."""
+
+    name: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class BackendEntry:
+    """A library that can run a network.
+
+    Attributes:
+        package: the library.
+        module: of the backend, in `cellseg_batch.engine.inference.backends`.
+        precisions: that it may offer.
+        on_gpu: whether it runs on a GPU, or on the CPU.
+        extras: precision -> the package that it needs besides.
+        decisive: names of other packages that may decide its speed or its results.
+        preload: whether worker processes may share its module, loaded before they fork.
+        proof: the command that proves it where it has not run on hardware yet; "" where it has.
+    """
+
+    package: Package
+    module: str
+    precisions: tuple[str, ...]
+    on_gpu: bool = False
+    extras: Mapping[str, Package] = field(default_factory=dict)
+    decisive: tuple[str, ...] = ()
+    preload: bool = False
+    proof: str = ""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Most flipped pixels and least object F1 with which a backend may be used."""
+
+    flipped: float
+    object_f1: float
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a network is computed in.
+
+    Attributes:
+        limits: what the gate demands.
+        on_request: whether it wins a race only if it was asked for by name.
+    """
+
+    limits: Limits = Limits(5e-4, 0.995)
+    on_request: bool = False
+
+
+_TORCH = Package("torch", "pip install torch")
+_CUDA_TORCH = Package("torch", "install the CUDA build of torch")
+_TORCH_GPU_PROOF = "bash benchmarks/gpu.sh"
+
+KNOWN_BACKENDS: Mapping[str, BackendEntry] = {
+    "torch": BackendEntry(_TORCH, "torch_cpu", ("fp32", "bf16"), preload=True),
+    "openvino": BackendEntry(
+        Package("openvino", "pip install openvino"),
+        "openvino_cpu",
+        ("fp32", "bf16", "int8"),
+        extras={"int8": Package("nncf", "pip install 'cellseg-batch[int8]'")},
+    ),
+    "torch-cuda": BackendEntry(
+        _CUDA_TORCH,
+        "torch_cuda",
+        ("fp16",),
+        on_gpu=True,
+        decisive=("triton",),
+        preload=True,
+        proof=_TORCH_GPU_PROOF,
+    ),
+    "torch-compile": BackendEntry(
+        _CUDA_TORCH,
+        "torch_cuda",
+        ("fp16",),
+        on_gpu=True,
+        decisive=("triton",),
+        preload=True,
+        proof=_TORCH_GPU_PROOF,
+    ),
+    "tensorrt": BackendEntry(
+        Package("tensorrt", "pip install 'cellseg-batch[tensorrt]'"),
+        "tensorrt_gpu",
+        ("fp16",),
+        on_gpu=True,
+        decisive=("torch-tensorrt", "triton"),
+        proof="pytest -m tensorrt",
+    ),
+}
+
+KNOWN_PRECISIONS: Mapping[str, Precision] = {
+    "fp32": Precision(),
+    "bf16": Precision(),
+    "fp16": Precision(),
+    # It flips 2e-4 more than bf16 does; who asks for it by name takes that for its speed.
+    "int8": Precision(Limits(6e-4, 0.99), on_request=True),
+}

@@ -1,0 +1,23 @@
+"""``cellseg-batch demo``: images to try things on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cellseg_batch.engine.cli.console import plain_errors
+from cellseg_batch.engine.cli.flags import Debug
+
+
+def demo(
+    out: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("slides.zarr"), debug: Debug = False
+) -> None:
+    """Write a small OME-Zarr store of real microscopy images to try things on."""
+    from cellseg_batch.engine.slides.demo import write_demo
+
+    with plain_errors(debug):
+        names = write_demo(out)
+        Console().print(f"{out}: {', '.join(names)}\nnow: cellseg-batch run {out}", highlight=False)

@@ -1,0 +1,32 @@
+"""``cellseg-batch export-objects``: tables of objects for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cellseg_batch.engine.cli.console import plain_errors, print_line
+from cellseg_batch.engine.cli.flags import Axes, Debug, Name, Output, Slides, to_path
+from cellseg_batch.engine.settings import Settings
+
+
+def export_objects(
+    slides: Slides,
+    kind: Annotated[str, typer.Option("--format", help="csv, anndata or geojson (one image, for QuPath).")],
+    out: Annotated[Path, typer.Option("--out", parser=to_path, metavar="FILE", help="The file to write.")],
+    name: Name = Settings.name,
+    output: Output = None,
+    axes: Axes = None,
+    debug: Debug = False,
+) -> None:
+    """Write the table of objects that run --objects made of SLIDES as a file for other programs."""
+    from cellseg_batch.engine.reports.export_objects import export_objects
+
+    with plain_errors(debug):
+        done = export_objects(slides, kind, out, name, output, axes)
+        Console().print(f"{out}: {done.objects} objects of {done.images} images", highlight=False)
+        for path in done.without:
+            print_line(Console(stderr=True), "note", "yellow", f"{path}: no table of objects")

@@ -1,0 +1,61 @@
+"""``cellseg-batch info``: what images there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from cellseg_batch.engine.cli.console import check_json, print_line, write_json
+from cellseg_batch.engine.cli.flags import Json, Slides, takes_settings
+from cellseg_batch.engine.settings import Settings
+
+if TYPE_CHECKING:
+    from cellseg_batch.engine.reports.info import Cut, Info
+
+
+@takes_settings("model", "tile", "margin", "block", "level", "pixel_size", "channel", "axes")
+def info(slides: Slides, settings: Settings, json_file: Json = None) -> None:
+    """List the images that SLIDES hold, and how each would be cut into blocks and tiles."""
+    from cellseg_batch.engine.reports.info import list_images
+
+    check_json(json_file)
+    listed = list_images(slides, settings)
+    print_info(listed, Console())
+    write_json(json_file, listed.to_json())
+    raise typer.Exit(bool(listed.broken))
+
+
+def print_info(info: Info, console: Console) -> None:
+    """Print what each image is and how it would be cut, and each image that cannot be used with its reason."""
+    for image in info.images:
+        if image.cut is not None:
+            console.print(Text(image.cut.slide.name, "bold"), soft_wrap=True)
+            rows = Table.grid(padding=(0, 2))
+            for heading, text in _rows(image.cut):
+                rows.add_row(heading, Text(text))
+            console.print(Padding(rows, (0, 0, 0, 2)))
+    for image in info.broken:
+        print_line(console, "broken", "red", f"{image.path}: {image.reason}")
+
+
+def _rows(cut: Cut) -> Iterator[tuple[str, str]]:
+    slide, level, channels = cut.slide, cut.level, cut.channels
+    size = slide.pixel_size_um(0)
+    shapes = (slide.plane_shape(number) for number in range(len(slide.levels)))
+    yield "format", f"{slide.format}, {slide.dtype}, chunks of {' x '.join(map(str, slide.levels[0].chunks))}"
+    yield "axes", f"{slide.axes}, {' x '.join(map(str, slide.levels[0].shape))}"
+    yield "levels", ", ".join(f"{height} x {width}" for height, width in shapes)
+    yield "pixel size", f"{size:.3g} µm/px" if size else "unknown"
+    yield "channels", ", ".join(slide.channels) or f"{slide.extent('c', 0)} without names"
+    yield "would run", f"level {level.level} ({level.reason}), channel {_numbers(channels.indices)} ({channels.reason})"
+    yield "", f"{cut.blocks} blocks, {cut.tiles} tiles of {cut.tile[0]} x {cut.tile[1]}"
+
+
+def _numbers(indices: tuple[int, ...]) -> str:
+    return ",".join(map(str, indices))

@@ -1,0 +1,75 @@
+"""``cellseg-batch plan``: what a run would take."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cellseg_batch.engine.cli.console import check_json, print_line, write_json
+from cellseg_batch.engine.cli.flags import ENGINE, SLIDE, TILES, Json, Slides, takes_settings
+from cellseg_batch.engine.machine import bound_heaps
+from cellseg_batch.engine.settings import Settings
+
+if TYPE_CHECKING:
+    from cellseg_batch.engine.reports.plan import Estimate
+
+_MOST_ROWS = 20
+_COUNTS = ("blocks", "tiles", "bytes_in", "bytes_out", "files")
+
+
+@takes_settings(*ENGINE, *TILES, "max_memory", *SLIDE, "output", "name", "instances", "probability")
+def plan(
+    slides: Slides,
+    settings: Settings,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Worker processes that share the work.")] = 1,
+    json_file: Json = None,
+) -> None:
+    """Say what segmenting SLIDES would take: blocks, bytes, files, memory and time; exit 1 if an image is refused."""
+    from cellseg_batch.engine.reports.plan import estimate
+
+    check_json(json_file)
+    bound_heaps()  # as a run does, whose memory this foretells
+    console = Console()
+    estimated = estimate(slides, settings, processes, lambda: console.print("racing the backends, once ..."))
+    print_estimate(estimated, console)
+    write_json(json_file, estimated.to_json())
+    raise typer.Exit(bool(estimated.refused))
+
+
+def print_estimate(estimate: Estimate, console: Console) -> None:
+    """Print the figures of the whole, the largest images, and what is refused."""
+    table = Table(title="cellseg-batch plan", title_justify="left")
+    for heading in ("image", "blocks", "tiles", "in", "out", "files", "time"):
+        table.add_column(heading, overflow="fold", justify="left" if heading == "image" else "right")
+    shown = sorted((slide for slide in estimate.slides if not slide.reason), key=lambda slide: -slide.pixels)
+    for slide in shown[:_MOST_ROWS]:
+        table.add_row(Text(slide.path), *_figures([getattr(slide, name) for name in _COUNTS], slide.seconds))
+    table.add_section()
+    totals = [estimate.total(name) for name in _COUNTS]
+    table.add_row(f"{len(shown)} images", *_figures(totals, estimate.seconds))
+    console.print(table)
+    for slide in estimate.refused:
+        print_line(console, "refused", "red", f"{slide.path}: {slide.reason}")
+    if estimate.mpx_per_s:
+        console.print(
+            f"{estimate.processes} worker process{'es' * (estimate.processes > 1)}, each at most "
+            f"{estimate.peak_bytes / 1e6:.0f} MB and {estimate.mpx_per_s:.2f} Mpx/s (measured on "
+            f"{estimate.measured_mpx:.1f} Mpx with {estimate.backend} {estimate.precision}); bytes are before "
+            "compression, files at most",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _figures(counts: list[int], seconds: float) -> tuple[str, ...]:
+    from dask.utils import format_bytes
+
+    blocks, tiles, bytes_in, bytes_out, files = counts
+    duration = str(timedelta(seconds=math.ceil(seconds))) if seconds else "?"
+    return f"{blocks:,}", f"{tiles:,}", format_bytes(bytes_in), format_bytes(bytes_out), f"{files:,}", duration

@@ -1,0 +1,46 @@
+"""``cellseg-batch preview``: a picture of an image and its labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cellseg_batch.engine.cli.console import plain_errors
+from cellseg_batch.engine.cli.flags import Axes, Channel, Debug, Name, Output, Slide
+from cellseg_batch.engine.settings import Settings
+
+
+def preview(
+    slide: Slide,
+    out: Annotated[Path, typer.Option("--out", help="The PNG to write.")],
+    box: Annotated[
+        str | None,
+        typer.Option("--box", metavar="Y0,X0,Y1,X1", help="What to show, in px of the labels; default: everything."),
+    ] = None,
+    name: Name = Settings.name,
+    output: Output = None,
+    channel: Channel = None,
+    axes: Axes = None,
+    debug: Debug = False,
+) -> None:
+    """Write a picture of SLIDE with the outlines of its labels."""
+    from cellseg_batch.engine.reports.preview import write_preview
+
+    with plain_errors(debug):
+        seen = write_preview(slide, out, _sides(box), name, output, channel, axes)
+        Console().print(
+            f"{out}: {seen.shape[1]} x {seen.shape[0]} px, {seen.zoom:.3g} px for each px of the labels",
+            highlight=False,
+        )
+
+
+def _sides(text: str | None) -> tuple[int, int, int, int] | None:
+    """What ``--box`` names."""
+    try:
+        y0, x0, y1, x1 = map(int, (text or "0,0,0,0").split(","))
+    except ValueError:
+        raise typer.BadParameter(f"expected four numbers of px, Y0,X0,Y1,X1, found {text!r}") from None
+    return None if text is None else (y0, x0, y1, x1)

@@ -1,0 +1,28 @@
+"""``cellseg-batch report``: a run as an HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cellseg_batch.engine.cli.console import plain_errors
+from cellseg_batch.engine.cli.flags import Debug, Name, Output, RunOf
+from cellseg_batch.engine.settings import Settings
+
+
+def report(
+    slides: RunOf,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The page to write.")] = Path("report.html"),
+    output: Output = None,
+    name: Name = Settings.name,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML page about the run over SLIDES, which may still go on: figures, charts, failures, pictures."""
+    from cellseg_batch.engine.reports.report import write_page
+
+    with plain_errors(debug):
+        status = write_page(slides, out, name, output)
+        Console().print(f"{out}: {len(status.slides)} images", highlight=False, soft_wrap=True)

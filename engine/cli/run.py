@@ -1,0 +1,119 @@
+"""``cellseg-batch run``: segment, with progress while it goes on and figures at the end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cellseg_batch.engine import IMPORTED_AT
+from cellseg_batch.engine.cli.console import as_flags, check_json, print_line, write_json
+from cellseg_batch.engine.cli.flags import EVERY, Json, Quiet, Slides, Verbose, takes_settings
+from cellseg_batch.engine.machine import bound_heaps
+from cellseg_batch.engine.settings import Settings
+
+if TYPE_CHECKING:
+    from cellseg_batch.engine.run.results import PlateReport, RunReport, SlideReport
+
+_MEGA = 1e6
+_STATES = ("done", "skipped", "held", "failed")
+_COLOURS = {"held": "yellow", "failed": "red"}
+
+
+@takes_settings(*EVERY)
+def run(
+    slides: Slides,
+    settings: Settings,
+    json_file: Json = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Segment every image that SLIDES hold; an unfinished run goes on where it stopped."""
+    from cellseg_batch.engine.cli.progress import Screen
+    from cellseg_batch.engine.run.campaign import run as run_campaign
+    from cellseg_batch.engine.scheduling.signals import Stop
+
+    check_json(json_file)
+    bound_heaps()
+    stop = Stop()
+    with stop.on_signals(), Screen(Console(), verbosity=verbose - quiet) as screen:
+        report = run_campaign(slides, settings, screen, IMPORTED_AT, stop)
+        if settings.objects:
+            from cellseg_batch.engine.reports.plates import summarise_plates  # and with it pyarrow
+
+            report = summarise_plates(report, settings)
+    print_failures(report, Console(stderr=True))
+    if not quiet:
+        print_report(report, Console())
+    write_json(json_file, report.to_json())
+    raise typer.Exit(report.status == "failed")
+
+
+def print_failures(report: RunReport, console: Console) -> None:
+    """Print each image that failed or is held, by name, and what else a user should know of."""
+    for slide in report.slides:
+        if slide.status in _COLOURS:
+            print_line(console, slide.status, _COLOURS[slide.status], f"{slide.path}: {slide.reason}")
+        for note in slide.notes:
+            print_line(console, "note", "yellow", f"{slide.path}: {note}")
+
+
+def print_report(report: RunReport, console: Console) -> None:
+    """Print the figures of the run."""
+    counts = {state: sum(slide.status == state for slide in report.slides) for state in _STATES}
+    table = Table(title=f"cellseg-batch run: {report.status}", show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
+    shares = [slide.foreground_fraction for slide in report.slides if slide.foreground_fraction is not None]
+    stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items() if seconds)
+    for name, value in (
+        ("images", ", ".join(f"{count} {state}" for state, count in counts.items() if count)),
+        ("blocks, tiles", f"{sum(slide.blocks for slide in report.slides)}, {_tiles(report.slides)}"),
+        ("model", f"{report.backend} {report.precision}, tile {_sides(report.tile)}, margin {report.margin} px"),
+        ("time", f"{report.seconds:.1f} s, and {report.compile_seconds:.1f} s to compile"),
+        ("rate", f"{report.mpx_per_s:.2f} Mpx/s end to end, {report.engine_mpx_per_s:.2f} Mpx/s in the model"),
+        ("busy seconds", stages),
+        ("objects", _objects(report.slides)),
+        ("foreground", f"{100 * sum(shares) / len(shares):.1f} % (mean over images)" if shares else "-"),
+        (
+            "peak memory",
+            f"{report.peak_rss_bytes / _MEGA:.0f} MB (announced: at most {report.planned_peak_bytes / _MEGA:.0f} MB)",
+        ),
+        ("labels", _labels(report.slides)),
+        *(("plate", _plate(plate)) for plate in report.plates),
+    ):
+        table.add_row(name, Text(as_flags(value)))
+    console.print(table)
+
+
+def _tiles(slides: list[SlideReport]) -> str:
+    skipped = sum(slide.skipped_tiles for slide in slides)
+    return f"{sum(slide.tiles for slide in slides)}" + f" ({skipped} empty ones were left out)" * bool(skipped)
+
+
+def _objects(slides: list[SlideReport]) -> str:
+    counts = [slide.objects for slide in slides if slide.objects is not None]
+    if not counts:
+        return "not counted; --instances does"
+    unreached = sum(slide.unreached_pixels for slide in slides)
+    note = f", and {unreached} px of foreground that belong to none" if unreached else ""
+    return f"{sum(counts)}{note}"
+
+
+def _sides(shape: tuple[int, int]) -> str:
+    return f"{shape[0]} x {shape[1]}"
+
+
+def _labels(slides: list[SlideReport]) -> str:
+    written = [slide.labels for slide in slides if slide.labels and slide.status != "failed"]
+    if not written:
+        return "-"
+    return written[0] if len(written) == 1 else f"{written[0]} and {len(written) - 1} more"
+
+
+def _plate(plate: PlateReport) -> str:
+    counts = f"{plate.wells} wells, {plate.fields} fields, {plate.failed} of them failed"
+    return f"{plate.folder}: {counts}" if plate.folder else f"{plate.plate}: {counts}; no summary: {plate.reason}"

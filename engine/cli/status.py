@@ -1,0 +1,61 @@
+"""``cellseg-batch status``: how far a run is."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cellseg_batch.engine.cli.console import check_json, plain_errors, print_line, write_json
+from cellseg_batch.engine.cli.flags import Debug, Json, Name, Output, RunOf
+from cellseg_batch.engine.settings import Settings
+
+if TYPE_CHECKING:
+    from cellseg_batch.engine.reports.status import Status
+
+_MOST_ROWS = 30
+_COLOURS = {"done": "green", "running": "cyan", "failed": "red", "stopped": "yellow"}
+
+
+def status(
+    slides: RunOf,
+    output: Output = None,
+    name: Name = Settings.name,
+    json_file: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Say how far the run over SLIDES is, on whatever machine it runs; exit 1 if an image failed."""
+    from cellseg_batch.engine.reports.status import read_status
+
+    with plain_errors(debug):
+        check_json(json_file)
+        status = read_status(slides, name, output)
+        print_status(status, Console())
+        write_json(json_file, status.to_json())
+    raise typer.Exit(bool(status.counts["failed"]))
+
+
+def print_status(status: Status, console: Console) -> None:
+    """Print a row for each image that is not simply done or waiting, the counts, rate and time left."""
+    table = Table(title="cellseg-batch status", title_justify="left")
+    for heading in ("image", "state", "blocks", "done"):
+        table.add_column(heading, overflow="fold")
+    telling = [slide for slide in status.slides if slide.state not in ("done", "waiting")] or status.slides
+    for slide in telling[:_MOST_ROWS]:
+        share = f"{100 * slide.tasks_done / slide.tasks:.0f} %" if slide.tasks else ""
+        counted = f"{slide.blocks_done:,} of {slide.blocks:,}" if slide.blocks else ""
+        table.add_row(Text(slide.path), Text(slide.state, _COLOURS.get(slide.state, "")), counted, share)
+    console.print(table)
+    for slide in status.slides:
+        if slide.state == "failed":
+            print_line(console, "failed", "red", f"{slide.path}: {slide.reason}")
+    counts = ", ".join(f"{count} {state}" for state, count in status.counts.most_common())
+    left = status.seconds_left
+    rate = f"; {status.mpx_per_s:.2f} Mpx/s" if status.mpx_per_s else ""
+    eta = f", about {timedelta(seconds=math.ceil(left))} left" if left is not None else ""
+    console.print(f"{len(status.slides)} images: {counts}{rate}{eta}", highlight=False, soft_wrap=True)

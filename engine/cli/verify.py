@@ -1,0 +1,49 @@
+"""``cellseg-batch verify``: whether what a run wrote is still there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from cellseg_batch.engine.cli.console import check_json, plain_errors, print_line, write_json
+from cellseg_batch.engine.cli.flags import Debug, Json, Name, Output, RunOf
+from cellseg_batch.engine.settings import Settings
+
+if TYPE_CHECKING:
+    from cellseg_batch.engine.reports.verify import Verdict
+
+
+def verify(
+    slides: RunOf,
+    output: Output = None,
+    name: Name = Settings.name,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Blocks that are read at a time.")
+    ] = Settings.workers,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Let the next run make damaged blocks again; of finished instances, all.")
+    ] = False,
+    json_file: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Read back every block of a run and compare it with its checksum; exit 1 if one is damaged."""
+    from cellseg_batch.engine.reports.verify import verify as verify_output
+
+    with plain_errors(debug):
+        check_json(json_file)
+        verdict = verify_output(slides, name, output, workers, forget)
+        print_verdict(verdict, Console())
+        write_json(json_file, verdict.to_json())
+    raise typer.Exit(bool(verdict.damages))
+
+
+def print_verdict(verdict: Verdict, console: Console) -> None:
+    """Print each damaged block by name, and the count of all."""
+    for damage in verdict.damages:
+        line = f"{damage.journal}: {damage.part} {damage.number}: {damage.reason}"
+        print_line(console, "damaged", "red", line)
+    for journal in verdict.unfinished:
+        print_line(console, "unfinished", "yellow", journal)
+    console.print(f"{verdict.checked} blocks read back, {len(verdict.damages)} damaged", highlight=False)

@@ -1,0 +1,103 @@
+"""Run the tiles of a block through the compiled network: gather, model, stitch, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellseg_batch.engine.geometry import Block, Box, Tile
+from cellseg_batch.engine.inference.backends.protocol import Logits
+from cellseg_batch.engine.inference.prediction import (
+    BlockResult,
+    PredictionRule,
+    count_missing,
+    no_foreground,
+    refuse_nan,
+    source_tables,
+)
+from cellseg_batch.engine.inference.session import Session
+from cellseg_batch.engine.inference.stitching import make_stitch
+from cellseg_batch.engine.stage_clock import StageClock
+from cellseg_batch.kernels import stitch
+from cellseg_batch.kernels.stitch import logit_threshold
+
+
+@dataclass(frozen=True)
+class CpuPredictor:
+    """Predicts blocks of one slide; the host cuts and stitches, wherever the network runs.
+
+    Attributes:
+        session: gives the calling thread a session for one block, for batches of the rule's shape.
+        rule: of the slide.
+        clock: counts the stages.
+    """
+
+    session: Callable[[], AbstractContextManager[Session]]
+    rule: PredictionRule
+    clock: StageClock
+
+    def predict(self, pixels: NDArray[Any], block: Block) -> BlockResult:
+        """As `Predictor.predict`.
+
+        Raises:
+            ComputeError: the model returned NaN.
+        """
+        rule = self.rule
+        if not block.tiles:
+            return no_foreground(pixels, block, rule.probability)
+        # What no tile covers is background.
+        mask = np.zeros(block.box.shape, np.uint8)
+        probability = np.zeros(block.box.shape, np.uint8) if rule.probability else None
+        stitching = make_stitch(
+            rule.stitch,
+            block,
+            rule.lattice,
+            logit_threshold(rule.threshold),
+            mask,
+            probability,
+            kernels=stitch,
+            empty=partial(np.empty, dtype=np.float32),
+            classify=None if rule.instances is None else rule.instances.classifier(rule.threshold),
+        )
+        count = rule.shape[0]
+        with self.session() as session:
+            for first in range(0, len(block.tiles), count):
+                batch = block.tiles[first : first + count]
+                logits = tile_logits(session, rule, pixels, block.read_box, batch, self.clock)
+                with self.clock.stage("stitch"):
+                    stitching.add(first, logits[: len(batch)])
+        with self.clock.stage("stitch"):
+            foreground, undefined = (sum(counts) for counts in zip(*stitching.finish(), strict=True))
+        refuse_nan(block, undefined)
+        return BlockResult(mask, probability, foreground, count_missing(pixels, block))
+
+
+def tile_logits(
+    session: Session,
+    rule: PredictionRule,
+    pixels: NDArray[Any],
+    read_box: Box,
+    tiles: Sequence[Tile],
+    clock: StageClock,
+) -> Logits:
+    """Logits (N, K, T_y, T_x) of a batch, valid until the session's next call.
+
+    Args:
+        session: for batches of N tiles.
+        rule: of the slide.
+        pixels: (C, h, w) of ``read_box``.
+        read_box: holds every pixel of the tiles that lies in the slide.
+        tiles: up to N; what the logits behind them are does not matter.
+        clock: counts the stages.
+    """
+    with clock.stage("gather"):
+        rows, columns = source_tables(tiles, rule.lattice.shape, read_box)
+        session.fill(pixels, rows, columns, rule.bounds)
+    with session.run_lock, clock.stage("model"):  # to wait for the lock is no work of the model
+        return session.logits()

@@ -1,0 +1,67 @@
+"""Have the kernels compiled, or loaded from their cache, before blocks are under way: each is called on a few pixels.
+
+A kernel is compiled for the types that it is called with, so the calls here are those of a run.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from cellseg_batch.kernels.gather import gather
+from cellseg_batch.kernels.instances import grow, label_seeds, reach, renumber
+from cellseg_batch.kernels.moments import HALO, measure
+from cellseg_batch.kernels.quality import survey
+from cellseg_batch.kernels.stitch import blend_mask, stitch_probability
+from cellseg_batch.kernels.tiling import TileGrid
+
+_SIDE = 8
+
+
+def compile_kernels(dtype: DTypeLike, *, probability: bool, blend: bool, instances: bool, objects: bool) -> None:
+    """Compile what a run will call; a mask of bytes needs nothing, and Numba is not imported for it.
+
+    Args:
+        dtype: of the pixels as they are read, of native byte order.
+        probability: the probability is made.
+        blend: tiles are blended.
+        instances: instances are made.
+        objects: objects are measured.
+    """
+    if np.dtype(dtype) != np.uint8:
+        _gather(dtype)
+    if probability:
+        stitch_probability(_logits(), np.zeros((1, 6), np.int64), np.zeros((_SIDE, _SIDE), np.uint8))
+    if blend:
+        blend_mask(_logits(), TileGrid(1, 1, 2, 1, 1, 2, 2), 0.0, np.zeros((2, 2), np.uint8))
+    if instances:
+        _number_and_grow()
+    if objects:
+        _measure(dtype)
+
+
+def _logits() -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    return np.zeros((1, 1, _SIDE, _SIDE), np.float32)
+
+
+def _gather(dtype: DTypeLike) -> None:
+    indices = np.arange(_SIDE)[None]
+    gather(np.zeros((1, _SIDE, _SIDE), dtype), indices, indices, 0.0, 1.0, _logits())
+
+
+def _number_and_grow() -> None:
+    pixel_codes, codes, steps = np.zeros((_SIDE, _SIDE), np.uint8), np.empty((_SIDE, _SIDE), np.uint32), 1
+    label_seeds(pixel_codes, (_SIDE, _SIDE), 1, (False, False, False, False), codes)
+    frame = reach(steps)
+    around = np.pad(codes, frame)
+    stored = codes.view()
+    stored.flags.writeable = False  # as they come from a file; another type to Numba than an array to be written
+    renumber(stored, np.arange(codes.max() + 1, dtype=np.uint32), around[frame:-frame, frame:-frame])
+    grow(around, steps, codes)
+
+
+def _measure(dtype: DTypeLike) -> None:
+    labels = np.ones((_SIDE + 2 * HALO, _SIDE + 2 * HALO), np.uint32)
+    pixels = np.zeros((1, _SIDE, _SIDE), dtype)
+    measure(labels, pixels, np.zeros((_SIDE, _SIDE), np.uint8), (0, 0))
+    survey(pixels[0], (slice(0, _SIDE), slice(0, _SIDE)))

@@ -1,0 +1,55 @@
+"""Texts of the engine speak of settings, the command line of flags; errors are one line unless --debug is given."""
+
+import json
+import re
+from dataclasses import fields
+
+import pytest
+from typer.main import get_command
+
+from cellseg_batch.engine.cli.console import as_flags, note_flags, write_json
+from cellseg_batch.engine.cli.main import app
+from cellseg_batch.engine.cli.train import train, with_recipe_flags
+from cellseg_batch.engine.errors import ModelError
+from cellseg_batch.engine.settings import ClusterSettings, Settings
+from cellseg_batch.trainer.recipe import Recipe
+from tests.support.images import blobs, write_ome_zarr
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("a smaller `tile` or `max_memory=800MB`", "a smaller --tile or --max-memory 800MB"),
+        ("`margin=exact`", "--margin exact"),
+        ("`gate=False` or `gate`", "--no-gate or --gate"),
+        ("`overwrite=True`", "--overwrite"),
+        ("`output`, `kind=csv` and `config=slurm.yaml`", "--output, --format csv and --cluster-config slurm.yaml"),
+        ("use --tile; `zarr` says `nothing=1`, `a b` and `", "use --tile; `zarr` says `nothing=1`, `a b` and `"),
+    ],
+)
+def test_settings_in_backticks_become_flags(text, flags):
+    assert as_flags(text) == flags
+
+
+def test_every_setting_and_every_field_of_a_recipe_has_a_flag_that_its_command_takes():
+    note_flags(with_recipe_flags(train))
+    run = " ".join(option for param in get_command(app).commands["run"].params for option in param.opts).split()
+    for field in (*fields(Settings), *fields(ClusterSettings)):
+        if field.name != "cluster":
+            assert as_flags(f"`{field.name}`") in run
+    for field in fields(Recipe):
+        assert as_flags(f"`{field.name}=0.1`") == f"--{field.name.replace('_', '-')} 0.1"
+
+
+def test_reasons_in_json_speak_of_flags(tmp_path):
+    write_json(tmp_path / "report.json", {"slides": [{"reason": 'use `tile=96`, not "`block`"'}]})
+    assert json.loads((tmp_path / "report.json").read_text())["slides"][0]["reason"] == 'use --tile 96, not "--block"'
+
+
+def test_debug_shows_where_an_error_of_ours_comes_from(tmp_path, command):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(60, 60))
+    code, output = command("run", path, "--model", "nothing")
+    assert code == 2
+    assert re.match(r"error --model nothing: expected a shipped model", output)
+    with pytest.raises(ModelError, match="`model=nothing`"):
+        command("run", path, "--model", "nothing", "--debug")

@@ -1,0 +1,52 @@
+"""Images as JSON: every key, what is unknown as null, and indices as names of channels that have none."""
+
+import json
+
+import numpy as np
+import tifffile
+import zarr
+
+from tests.support.images import blobs, write_ome_zarr
+
+KEYS = ["path", "series", "axes", "shape", "levels", "dtype", "channels", "rgb", "pixel_size_um", "reason"]
+
+
+def listed(command, tmp_path, *arguments):
+    code, output = command("info", *arguments, "--json", tmp_path / "info.json")
+    return code, json.loads((tmp_path / "info.json").read_text())["images"], output
+
+
+def test_an_image_is_described_with_its_levels(tmp_path, command):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(64, 48), levels=2)
+    code, (image,), output = listed(command, tmp_path, path)
+    assert code == 0
+    assert list(image) == KEYS
+    assert image["path"] == str(path)
+    assert image["series"] is None
+    assert (image["axes"], image["shape"]) == ("cyx", [3, 64, 48])
+    assert image["levels"] == [[3, 64, 48], [3, 32, 24]]
+    assert image["dtype"] == "uint8"
+    assert "64 x 48, 32 x 24" in output
+
+
+def test_series_of_a_tiff_are_counted(tmp_path, command):
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif", ome=True) as file:
+        for side in (40, 50):
+            file.write(np.zeros((side, side), np.uint8), photometric="minisblack")
+    code, images, _ = listed(command, tmp_path, tmp_path / "a.ome.tif")
+    assert code == 0
+    assert [(image["series"], image["shape"]) for image in images] == [(0, [40, 40]), (1, [50, 50])]
+    assert images[0]["channels"] == ["0"]
+    assert images[0]["pixel_size_um"] is None
+
+
+def test_what_cannot_be_used_has_a_reason_in_flags(tmp_path, command):
+    zarr.create_array(str(tmp_path / "a.zarr"), shape=(2, 3, 9, 9), dtype="uint8")
+    path = write_ome_zarr(tmp_path / "b.zarr", blobs(64, 48), levels=1)
+    code, (unusable, usable), output = listed(command, tmp_path, tmp_path / "a.zarr", path, "--level", 3)
+    assert code == 1
+    assert unusable == {**dict.fromkeys(KEYS), "path": str(tmp_path / "a.zarr"), "reason": unusable["reason"]}
+    assert "--axes czyx" in unusable["reason"]
+    assert usable["shape"] == [3, 64, 48]
+    assert "found --level 3" in usable["reason"]
+    assert "found --level 3" in output
