@@ -31,7 +31,7 @@ from rich.console import Console
 from cellseg_batch.engine.cli.progress import Screen
 from cellseg_batch.engine.profiling.bench_slides import Form, write_slide
 from cellseg_batch.engine.run.campaign import run
-from cellseg_batch.engine.run.open_slide import BLOCKS
+from cellseg_batch.engine.run.records import BLOCKS, BlockRecord, TaskRecord
 from cellseg_batch.engine.scheduling.dask_pools import THREADS_PER_PROCESS, DaskPool, open_pool
 from cellseg_batch.engine.scheduling.scheduler import Pool
 from cellseg_batch.engine.settings import Settings
@@ -79,7 +79,7 @@ def dask(workers: int) -> dict[str, Any]:
     return {"name": "dask", "per_s": _CALLS / found["seconds"], "growth_mb": found["growth_mb"]}
 
 
-def journal(folder: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
+def journal(folder: Path, record: TaskRecord[BlockRecord]) -> list[dict[str, Any]]:
     kept = Journal(folder / "journal")
     start = time.perf_counter()
     with ThreadPoolExecutor(8) as threads:
@@ -114,7 +114,7 @@ class Opened:
         counting = False
 
 
-def store(folder: Path, precision: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def store(folder: Path, precision: str) -> tuple[dict[str, Any], TaskRecord[BlockRecord]]:
     """A row, and the record of a block."""
     slide, out = write_slide(folder / "slide.zarr", Form(_SIDE), pieces_of(None)), folder / "out"
     usual = {"backend": "openvino", "precision": precision, "gate": False, "downscale": 1, "skip_background": "off"}
@@ -127,7 +127,7 @@ def store(folder: Path, precision: str) -> tuple[dict[str, Any], dict[str, Any]]
             report = run([slide], settings, screen)
         after = process.io_counters()
     (one,) = report.slides
-    kept = Journal(next(out.glob("slide.zarr.cellseg/**/manifest.json")).parent).get(BLOCKS, 0)
+    kept = Journal(next(out.glob("slide.zarr.cellseg/**/manifest.json")).parent).get(BLOCKS, 0, TaskRecord[BlockRecord])
     assert kept is not None
     figures = {
         "seconds_per_block": report.seconds / one.blocks,

@@ -19,7 +19,8 @@ _INTRODUCTION = """# Benchmarks
 
 Written by `python benchmarks/report.py` from `results/*.json`; nothing here was typed. Each file holds its conditions,
 the rate of every round and the median that is shown; what is compared took turns, on slides composed of real pictures
-(`cellseg_batch.engine.profiling.bench_slides`).
+(`cellseg_batch.engine.profiling.bench_slides`). Trials are in [NOTES.md](NOTES.md), decisions in
+[DESIGN.md](../engine/DESIGN.md).
 
 | script | what it measures |
 |---|---|
@@ -27,6 +28,7 @@ the rate of every round and the median that is shown; what is compared took turn
 | `bench_pipeline.py PART...` | a run, one factor at a time; `--help` lists the parts |
 | `bench_model.py` | every backend at one tile |
 | `bench_stitch.py` | the steps around the network |
+| `compare_versions.py same\|speed` | two installed versions: are labels and tables bit-identical, and which is faster |
 | `bench_scheduler.py PART...` | no-op blocks through every pool; worker processes against one and against threads |
 | `bench_limits.py` | what 1,000 workers and a million blocks would saturate first |
 | `bench_instances.py PART...` | objects against the truth, the same however a slide is cut, and what they cost |

@@ -1,6 +1,6 @@
 """The engine: slides in, masks out, at the speed of the machine.
 
-DESIGN.md says which rooms there are and which may use which.
+DESIGN.md says which folders there are and which may import from which.
 """
 
 import time
