@@ -68,7 +68,7 @@ def print_profile(profile: Profile, console: Console) -> None:
             f"{use.share:.0%}",
             f"{use.mpx_per_s:.1f}",
             "" if use.alone_mpx_per_s is None else f"{use.alone_mpx_per_s:.1f}",
-            "" if use.of_ceiling is None else f"{use.of_ceiling:.0%}",
+            "" if use.share_of_alone is None else f"{use.share_of_alone:.0%}",
             "" if use.gb_per_s is None else f"{use.gb_per_s:.2f}",
         )
     table.add_row(IDLE, "", "", f"{profile.shares.get(IDLE, 0):.0%}", "", "", "", "")
