@@ -1,4 +1,4 @@
-"""``cellseg-batch profile``: where the time of a run goes."""
+"""``cellseg-batch profile``: measure where the time of a run goes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def profile(
 
     for flag, file in (("--json", json_file), ("--chart", chart), ("--trace", trace)):
         check_json(file, flag)
-    bound_heaps()  # as a run does, which this measures
+    bound_heaps()  # as `run` does, which this measures
     with Screen(Console(), verbosity=-1) as screen:
         measured = profile_slide(slide, settings, screen)
     print_profile(measured, Console())
