@@ -28,7 +28,7 @@ the rate of every round and the median that is shown; what is compared took turn
 | `bench_pipeline.py PART...` | a run, one factor at a time; `--help` lists the parts |
 | `bench_model.py` | every backend at one tile |
 | `bench_stitch.py` | the steps around the network |
-| `compare_versions.py same\|speed` | two installed versions: are labels and tables bit-identical, and which is faster |
+| `compare_versions.py PART` | two installed versions: are labels and tables bit-identical, and which is faster |
 | `bench_scheduler.py PART...` | no-op blocks through every pool; worker processes against one and against threads |
 | `bench_limits.py` | what 1,000 workers and a million blocks would saturate first |
 | `bench_instances.py PART...` | objects against the truth, the same however a slide is cut, and what they cost |

@@ -1,5 +1,5 @@
-"""What a person types and sees: commands, their flags, progress, and everything that is printed.
+"""The command line: commands, their flags, progress, and everything that is printed.
 
-It turns flags into one call of another folder and prints what comes back. It must not touch pixels, files or models
-itself, and it alone imports typer and rich.
+A command turns its flags into one call of another folder and prints the result. This folder must not touch pixels,
+files or models itself, and it alone imports typer and rich.
 """

@@ -1,4 +1,4 @@
-"""``python -m cellseg_batch.engine.cli`` is ``cellseg-batch``."""
+"""Run ``cellseg-batch`` as ``python -m cellseg_batch.engine.cli``."""
 
 from cellseg_batch.engine.cli.main import main
 

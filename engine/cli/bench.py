@@ -1,4 +1,4 @@
-"""``cellseg-batch bench``: rates of this machine, and whether they have changed."""
+"""``cellseg-batch bench``: measure this machine, and compare two results."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def run_bench(
     settings: Settings,
     context: typer.Context,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the result goes.")] = Path("bench.json"),
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Of every measurement.")] = 5,
-    side: Annotated[int, typer.Option("--side", min=256, help="Of the slide in px.")] = 4096,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of every measurement.")] = 5,
+    side: Annotated[int, typer.Option("--side", min=256, help="Side of the slide in px.")] = 4096,
 ) -> None:
     """Measure this machine on slides that are the same everywhere, and write rates and conditions as JSON."""
     if context.invoked_subcommand is not None:
@@ -40,7 +40,7 @@ def run_bench(
     from cellseg_batch.engine.profiling.bench_conditions import save
 
     check_json(out, "--out")
-    bound_heaps()  # as the runs do that this measures
+    bound_heaps()  # as `run` does, which this measures
     with tempfile.TemporaryDirectory(prefix="cellseg-bench-") as folder:
         result = run_suite(settings, rounds, side, Path(folder), Screen(Console(), verbosity=-1))
     save(out, **result)
@@ -66,7 +66,7 @@ def compare(
 
 
 def print_comparison(rows: list[Comparison], first: dict[str, Any], second: dict[str, Any], console: Console) -> None:
-    """Print a row for each comparison, and what differs in the conditions."""
+    """Print a row for each comparison, and the conditions that differ."""
     table = Table()
     for heading in ("", "A Mpx/s", "B Mpx/s", "B / A", "per machine speed", ""):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -77,7 +77,7 @@ def print_comparison(rows: list[Comparison], first: dict[str, Any], second: dict
     console.print(table)
     conditions = first.get("conditions", {}), second.get("conditions", {})
     for name in ("processor", "cores", "versions"):
-        old, new = (known.get(name) for known in conditions)
+        old, new = (by_name.get(name) for by_name in conditions)
         if old != new:
             console.print(f"not the same {name}: {old} and {new}", highlight=False, soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""``cellseg-batch compile``: the race as a table, and what is kept on disk."""
+"""``cellseg-batch compile``: race the backends and print a table; list or clear the cache of compiled networks."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def compile_model(
         with console.status("racing the backends"):
             race_result = race_every_precision(settings, tile, again)
         print_race(race_result, settings, console)
-        race_result.pick(settings.backend, settings.precision, settings.gate)  # or say why there is no winner
+        race_result.pick(settings.backend, settings.precision, settings.gate)  # raises an error if there is no winner
         write_json(json_file, race_result.to_json())
 
 
 def print_race(race_result: RaceResult, settings: Settings, console: Console) -> None:
-    """Print a row for each candidate, the fastest first; a candidate that ``settings`` may take is the winner."""
+    """Print a row for each candidate, the fastest first; the winner is the candidate that ``settings`` picks."""
     count, _, height, width = race_result.shape
     table = Table(
         title=f"{race_result.request.model}: {count} x {height} x {width} px, {race_result.request.threads} threads, "
@@ -90,7 +90,7 @@ def _row(candidate: Candidate, wins: bool) -> tuple[str, ...]:
 
 
 def print_compiled(folder: Path, entries: list[CompiledEntry], console: Console) -> None:
-    """Print a row for each entry that is kept."""
+    """Print a row for each entry of the cache."""
     table = Table(title=str(folder), title_justify="left")
     for heading in ("what", "model", "MB", "state", "made for"):
         table.add_column(heading, overflow="fold")

@@ -1,4 +1,4 @@
-"""What every command shares: errors on one line, reports as JSON files, settings in texts as flags."""
+"""Share what all commands need: errors on one line, reports as JSON files, settings in texts as flags."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from cellseg_batch.engine.scheduling.signals import Stopped
 _INTERRUPTED = 130
 _SETTING = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")
 _flags: dict[str, tuple[str, str]] = {}
-"""Parameter of a command -> its flag, and the flag that says no to it ("" where there is none)."""
+"""Parameter of a command -> its flag, and the opposite flag ("" if there is none)."""
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def note_flags(command: Command) -> Command:
-    """Let `as_flags` know the flags of a command, which is returned."""
+    """Register the flags of a command for `as_flags`; returns the command."""
     for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
         for option in get_args(parameter.annotation)[1:]:
             # An option in an annotation has its first flag where others have their default.
@@ -39,9 +39,9 @@ def note_flags(command: Command) -> Command:
 
 
 def as_flags(text: str) -> str:
-    """A text whose settings in backticks are written as flags: `tile` as --tile, `precision=fp32` as --precision fp32.
+    """Write the settings in backticks of a text as flags: `tile` as --tile, `precision=fp32` as --precision fp32.
 
-    What no command has a flag for is left as it is.
+    A setting without a flag stays as it is.
     """
     return _SETTING.sub(_as_flag, text)
 
@@ -57,7 +57,11 @@ def _as_flag(setting: re.Match[str]) -> str:
 
 
 def check_json(file: Path | None, flag: str = "--json") -> None:
-    """Refuse a report that could not be written, before the work rather than after it."""
+    """Refuse a file that cannot be written, before the work rather than after it.
+
+    Raises:
+        UsageError: the folder of the file does not exist, or the file is a folder.
+    """
     if file is not None and not file.resolve().parent.is_dir():
         raise UsageError(
             f"{flag} {file}",
@@ -75,7 +79,7 @@ def check_json(file: Path | None, flag: str = "--json") -> None:
 
 
 def write_json(file: Path | None, content: dict[str, Any]) -> None:
-    """Write the report where it was asked for; reasons in it speak of flags, like those on the screen."""
+    """Write a report as JSON, with settings as flags; None writes nothing."""
     if file is not None:
         file.write_text(as_flags(json.dumps(content, indent=2)) + "\n")
 
@@ -87,7 +91,11 @@ def print_line(console: Console, state: str, colour: str, text: str) -> None:
 
 @contextmanager
 def plain_errors(debug: bool) -> Iterator[None]:
-    """Print an error of ours on one line and exit with its code; everything else is a bug and keeps its traceback."""
+    """Print a `CellsegError` on one line and exit with its code; any other error is a bug and keeps its traceback.
+
+    Args:
+        debug: keep the traceback of every error, and show the log.
+    """
     if debug:
         logging.basicConfig()
         logging.getLogger("cellseg_batch").setLevel(logging.DEBUG)
@@ -99,14 +107,14 @@ def plain_errors(debug: bool) -> Iterator[None]:
         print_line(Console(stderr=True), "error", "red", str(error))
         raise typer.Exit(error.exit_code) from None
     except Stopped as stopped:
-        _say(f"stopped by {stopped}; the same command goes on where this one stopped")
+        _print_error(f"stopped by {stopped}; the same command goes on where this one stopped")
         if not stopped.clean:  # threads that are still at work would keep the process alive
             os._exit(stopped.exit_code)
         raise typer.Exit(stopped.exit_code) from None
     except KeyboardInterrupt:
-        _say("interrupted; the same command goes on where this one stopped")
+        _print_error("interrupted; the same command goes on where this one stopped")
         raise typer.Exit(_INTERRUPTED) from None
 
 
-def _say(line: str) -> None:
+def _print_error(line: str) -> None:
     Console(stderr=True).print(line, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``cellseg-batch convert``: any image as OME-Zarr."""
+"""``cellseg-batch convert``: write any readable image as OME-Zarr."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def convert(
 
 
 def print_conversion(conversion: Conversion, console: Console) -> None:
-    """Print a line about an image: where it went, and its levels or why it has none."""
+    """Print a line about an image: its source, its target, and the shapes of its levels or why it was not written."""
     sizes = ", ".join(" x ".join(map(str, shape)) for shape in conversion.shapes)
     line = f"{conversion.source} -> {conversion.target}: {conversion.reason or sizes}"
     print_line(console, conversion.status, _COLOURS.get(conversion.status, "green"), line)

@@ -1,4 +1,4 @@
-"""``cellseg-batch demo``: images to try things on."""
+"""``cellseg-batch demo``: write a small store of images to try things on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``cellseg-batch doctor``: what this machine has and lacks."""
+"""``cellseg-batch doctor``: print what this machine has and lacks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def doctor(json_file: Json = None, debug: Debug = False) -> None:
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
-    """Print a row for each thing that this machine has or lacks."""
+    """Print a row for each part of the machine, backend, model and library, with the remedy for what is missing."""
     table = Table(title=f"cellseg-batch {diagnosis.version}", title_justify="left")
     for heading in ("what", "found", "remedy"):
         table.add_column(heading, overflow="fold")
@@ -37,10 +37,10 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     table.add_row("memory", f"{memory:.1f} GB, {free:.1f} GB free", "")
     table.add_row("GPUs", Text("; ".join(diagnosis.gpus) or "none of NVIDIA's that has a driver"), "")
     for state in diagnosis.backends:
-        there = state.reason or f"{state.version or 'missing'} on the {state.device}"
-        table.add_row(f"backend {state.backend} {state.precision}", Text(there), Text(state.remedy))
-    kept = f"{diagnosis.compiled_entries} entries in {diagnosis.compiled_folder}"
-    table.add_row("compiled", Text(kept), "compile --list")
+        availability = state.reason or f"{state.version or 'missing'} on the {state.device}"
+        table.add_row(f"backend {state.backend} {state.precision}", Text(availability), Text(state.remedy))
+    compiled = f"{diagnosis.compiled_entries} entries in {diagnosis.compiled_folder}"
+    table.add_row("compiled", Text(compiled), "compile --list")
     table.add_row("models", ", ".join(diagnosis.models) or "none", "")
     for library in diagnosis.libraries:
         table.add_row(library.name, library.version or "missing", Text(library.remedy))

@@ -1,4 +1,4 @@
-"""``cellseg-batch evaluate``: models on annotated images."""
+"""``cellseg-batch evaluate``: score models on annotated images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``cellseg-batch export``: a model for other tools."""
+"""``cellseg-batch export``: write a model for other tools."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="The file to write.")],
     bundle: Annotated[str, typer.Argument(help="A shipped model's name, or a bundle's folder.")] = Settings.model,
     kind: Annotated[str, typer.Option("--format", help="torch (a .pt2 program) or onnx.")] = "torch",
-    tile: Annotated[int, typer.Option("--tile", min=1, help="Side of its input in px.")] = 512,
+    tile: Annotated[int, typer.Option("--tile", min=1, help="Side of the model's input in px.")] = 512,
     debug: Debug = False,
 ) -> None:
     """Write a model's network as a file for other tools, with a batch of 1 to 64 tiles."""

@@ -1,4 +1,4 @@
-"""``cellseg-batch export-objects``: tables of objects for other programs."""
+"""``cellseg-batch export-objects``: write tables of objects for other programs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def export_objects(
     from cellseg_batch.engine.reports.export_objects import export_objects
 
     with plain_errors(debug):
-        done = export_objects(slides, kind, out, name, output, axes)
-        Console().print(f"{out}: {done.objects} objects of {done.images} images", highlight=False)
-        for path in done.without:
+        exported = export_objects(slides, kind, out, name, output, axes)
+        Console().print(f"{out}: {exported.objects} objects of {exported.images} images", highlight=False)
+        for path in exported.without:
             print_line(Console(stderr=True), "note", "yellow", f"{path}: no table of objects")

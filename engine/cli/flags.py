@@ -1,7 +1,7 @@
-"""The flags of the command line, each written once, and commands that take them.
+"""Define the flags of the command line, each once, and give commands the flags that they name.
 
 A command that takes `Settings` gets a flag for each field that it names; the field's default is in `Settings`.
-Knows no command.
+This module knows no command.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _bytes(text: str) -> int:
 
 
 def to_path(text: str) -> Path:
-    """What a path or a URL names."""
+    """Turn a path or a URL into a `Path`, local or remote."""
     try:
         return locate(text)
     except UsageError as error:
@@ -50,7 +50,7 @@ def to_path(text: str) -> Path:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    """The names in a list that commas separate."""
+    """Split a list of names at its commas."""
     return tuple(name for name in text.replace(" ", "").split(",") if name)
 
 
@@ -67,7 +67,7 @@ Slide = Annotated[
         parser=to_path, metavar="SLIDE", help="One image, or a path that holds images (the first is taken)."
     ),
 ]
-RunOf = Annotated[
+RunInputs = Annotated[
     list[Path],
     typer.Argument(parser=to_path, metavar="SLIDES", help="The inputs of a run, or its output folder."),
 ]
@@ -113,13 +113,13 @@ def _flag(kind: Any, flag: str, panel: str, text: str, **more: Any) -> Any:
     return Annotated[kind, typer.Option(flag, help=text, rich_help_panel=panel, **more)]
 
 
-_OF_SETTINGS: dict[str, Any] = {
+_SETTINGS_FLAGS: dict[str, Any] = {
     "output": Output,
     "name": Name,
     "model": _flag(str, "--model", _MODEL, "A shipped model's name, or a bundle's folder."),
     "backend": _flag(str, "--backend", _MODEL, _choice(BACKENDS)),
     "precision": _flag(str, "--precision", _MODEL, _choice(PRECISIONS)),
-    "device": _flag(str, "--device", _MODEL, "auto, cpu, cuda or cuda:0,1 (one engine per GPU)."),
+    "device": _flag(str, "--device", _MODEL, "auto, cpu, cuda or cuda:0,1 (one model per GPU)."),
     "gate": _flag(bool, "--gate/--no-gate", _MODEL, "Refuse a backend that disagrees with torch fp32."),
     "threshold": _flag(float | None, "--threshold", _MODEL, "Probability of a foreground pixel; default: the model's."),
     "threads": Threads,
@@ -169,10 +169,10 @@ _OF_SETTINGS: dict[str, Any] = {
     "overwrite": _flag(bool, "--overwrite", _OUTPUT, "Replace labels of that name."),
     "retry_failed": _flag(bool, "--retry-failed", _OUTPUT, "Take up only the images that failed before."),
 }
-_OF_CLUSTER: dict[str, Any] = {
+_CLUSTER_FLAGS: dict[str, Any] = {
     "queue": _flag(str | None, "--queue", _CLUSTER, "SLURM partition."),
     "account": _flag(str | None, "--account", _CLUSTER, "SLURM account."),
-    "walltime": _flag(str | None, "--walltime", _CLUSTER, "Of each job, such as 04:00:00."),
+    "walltime": _flag(str | None, "--walltime", _CLUSTER, "Time limit of each job, such as 04:00:00."),
     "gres": _flag(str | None, "--gres", _CLUSTER, "Resources of each job, such as gpu:1."),
     "cores": _flag(int | None, "--cores", _CLUSTER, "Cores of each job."),
     "memory": _flag(str | None, "--memory", _CLUSTER, "Memory of each job, such as 16GB."),
@@ -182,23 +182,25 @@ _OF_CLUSTER: dict[str, Any] = {
 ENGINE = ("model", "backend", "precision", "device", "gate", "threads")
 TILES = ("tile", "stitch", "margin", "batch", "block", "workers")
 SLIDE = ("level", "pixel_size", "downscale", "skip_background", "channel", "axes")
-EVERY = (*_OF_SETTINGS, "cluster")
+EVERY = (*_SETTINGS_FLAGS, "cluster")
 
 Command = Callable[..., None]
 
 
 def takes_settings(*names: str) -> Callable[[Command], Command]:
-    """Give a command the flags of these fields of `Settings`, and hand it what they say as ``settings``.
+    """Give a command the flags of some fields of `Settings`; it gets their values as its parameter ``settings``.
 
-    ``cluster`` stands for all fields of `ClusterSettings`.  The command gets --debug too, and an error of ours ends
-    it on one line.
+    The command also gets --debug, and a `CellsegError` ends it on one line.
+
+    Args:
+        names: names of the fields; ``cluster`` stands for all fields of `ClusterSettings`.
     """
-    cluster = tuple(_OF_CLUSTER) if "cluster" in names else ()
+    cluster = tuple(_CLUSTER_FLAGS) if "cluster" in names else ()
     plain = tuple(name for name in names if name != "cluster")
     flags = [
-        # Nothing is said by default for what is empty, and the help shows none.
-        *(parameter_of(name, _OF_SETTINGS[name], getattr(Settings, name) or None) for name in plain),
-        *(parameter_of(name, _OF_CLUSTER[name], None) for name in cluster),
+        # An empty default becomes None: the help shows no default, and `Settings` fills it in.
+        *(parameter_of(name, _SETTINGS_FLAGS[name], getattr(Settings, name) or None) for name in plain),
+        *(parameter_of(name, _CLUSTER_FLAGS[name], None) for name in cluster),
         parameter_of("debug", Debug, False),
     ]
 
@@ -206,26 +208,29 @@ def takes_settings(*names: str) -> Callable[[Command], Command]:
         @functools.wraps(command)
         def filled(**given: Any) -> None:
             with plain_errors(given.pop("debug")):
-                said = {name: value for name in plain if (value := given.pop(name)) is not None}
+                fields = {name: value for name in plain if (value := given.pop(name)) is not None}
                 if cluster:
-                    said["cluster"] = ClusterSettings(**{name: given.pop(name) for name in cluster})
-                command(**given, settings=Settings(**said))
+                    fields["cluster"] = ClusterSettings(**{name: given.pop(name) for name in cluster})
+                command(**given, settings=Settings(**fields))
 
-        written = inspect.signature(command, eval_str=True).parameters.values()
-        kept = [parameter_of(own.name, own.annotation, own.default) for own in written if own.name != "settings"]
-        arguments = [parameter for parameter in kept if parameter.default is inspect.Parameter.empty]
-        return with_parameters(filled, [*arguments, *flags, *kept[len(arguments) :]])
+        own = [
+            parameter_of(parameter.name, parameter.annotation, parameter.default)
+            for parameter in inspect.signature(command, eval_str=True).parameters.values()
+            if parameter.name != "settings"
+        ]
+        arguments = [parameter for parameter in own if parameter.default is inspect.Parameter.empty]
+        return with_parameters(filled, [*arguments, *flags, *own[len(arguments) :]])
 
     return decorate
 
 
 def with_parameters(command: Command, parameters: list[inspect.Parameter]) -> Command:
-    """The command, which takes keywords, as one that is seen to take ``parameters``."""
+    """Give a command that takes any keywords the signature that typer reads; returns the command."""
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return command
 
 
 def parameter_of(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    """A flag, or an argument of a command, as typer reads it from a signature."""
+    """Make a flag or an argument of a command, as typer reads it from a signature."""
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

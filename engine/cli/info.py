@@ -1,4 +1,4 @@
-"""``cellseg-batch info``: what images there are."""
+"""``cellseg-batch info``: list images and how a run would cut them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def info(slides: Slides, settings: Settings, json_file: Json = None) -> None:
 
 
 def print_info(info: Info, console: Console) -> None:
-    """Print what each image is and how it would be cut, and each image that cannot be used with its reason."""
+    """Print the metadata and the cut of each image, and the reason of each image that cannot be used."""
     for image in info.images:
         if image.cut is not None:
             console.print(Text(image.cut.slide.name, "bold"), soft_wrap=True)

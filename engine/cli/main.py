@@ -1,6 +1,6 @@
-"""The command line: every command, each in the module of its name.
+"""Assemble the command line from its commands, each in the module of its name.
 
-A command turns its flags into one call of another folder and prints what comes back.
+A command turns its flags into one call of another folder and prints the result.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 
 
 class _Commands(TyperGroup):
-    """The commands.  `train` gets its flags when it is called: what a recipe may say is known with torch alone."""
+    """The group of all commands.  `train` gets its flags when it is called, as the fields of a recipe need torch."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
         if name == "train":
-            made = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-            made.command(name)(note_flags(with_recipe_flags(train)))
-            command = typer.main.get_command(made)
+            train_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+            train_app.command(name)(note_flags(with_recipe_flags(train)))
+            command = typer.main.get_command(train_app)
         return name, command, rest
 
 
@@ -86,17 +86,17 @@ def _common(
     """Segment cells and nuclei in huge microscopy slides."""
 
 
-def _listed() -> None:
-    """Stands for `train` until it is called."""
+def _train_placeholder() -> None:
+    """Stand in for `train` in the list of commands."""
 
 
 for _name, _command in _COMMANDS.items():
-    app.command(_name, help=inspect.getdoc(_command))(_listed if _command is train else note_flags(_command))
+    app.command(_name, help=inspect.getdoc(_command))(_train_placeholder if _command is train else note_flags(_command))
 app.add_typer(bench, name="bench")
 
 
 def main() -> None:
-    """Entry point of ``cellseg-batch``."""
+    """Run ``cellseg-batch`` with the arguments of the process."""
     app(args=sys.argv[1:], prog_name="cellseg-batch")
 
 

@@ -1,4 +1,4 @@
-"""``cellseg-batch plan``: what a run would take."""
+"""``cellseg-batch plan``: estimate the cost of a run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plan(
     from cellseg_batch.engine.reports.plan import estimate
 
     check_json(json_file)
-    bound_heaps()  # as a run does, whose memory this foretells
+    bound_heaps()  # as `run` does, whose memory this predicts
     console = Console()
     estimated = estimate(slides, settings, processes, lambda: console.print("racing the backends, once ..."))
     print_estimate(estimated, console)
@@ -45,7 +45,7 @@ def plan(
 
 
 def print_estimate(estimate: Estimate, console: Console) -> None:
-    """Print the figures of the whole, the largest images, and what is refused."""
+    """Print the largest images, the totals, and the images that are refused."""
     table = Table(title="cellseg-batch plan", title_justify="left")
     for heading in ("image", "blocks", "tiles", "in", "out", "files", "time"):
         table.add_column(heading, overflow="fold", justify="left" if heading == "image" else "right")

@@ -1,4 +1,4 @@
-"""``cellseg-batch preview``: a picture of an image and its labels."""
+"""``cellseg-batch preview``: draw a picture of an image and its labels."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def preview(
     from cellseg_batch.engine.reports.preview import write_preview
 
     with plain_errors(debug):
-        seen = write_preview(slide, out, _sides(box), name, output, channel, axes)
+        picture = write_preview(slide, out, _sides(box), name, output, channel, axes)
         Console().print(
-            f"{out}: {seen.shape[1]} x {seen.shape[0]} px, {seen.zoom:.3g} px for each px of the labels",
+            f"{out}: {picture.shape[1]} x {picture.shape[0]} px, {picture.zoom:.3g} px for each px of the labels",
             highlight=False,
         )
 
 
 def _sides(text: str | None) -> tuple[int, int, int, int] | None:
-    """What ``--box`` names."""
+    """Read y0, x0, y1, x1 in px from the text of ``--box``."""
     try:
         y0, x0, y1, x1 = map(int, (text or "0,0,0,0").split(","))
     except ValueError:

@@ -1,4 +1,4 @@
-"""``cellseg-batch profile``: where the time of a run goes."""
+"""``cellseg-batch profile``: measure where the time of a run goes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def profile(
 
     for flag, file in (("--json", json_file), ("--chart", chart), ("--trace", trace)):
         check_json(file, flag)
-    bound_heaps()  # as a run does, which this measures
+    bound_heaps()  # as `run` does, which this measures
     with Screen(Console(), verbosity=-1) as screen:
         measured = profile_slide(slide, settings, screen)
     print_profile(measured, Console())
@@ -68,7 +68,7 @@ def print_profile(profile: Profile, console: Console) -> None:
             f"{use.share:.0%}",
             f"{use.mpx_per_s:.1f}",
             "" if use.alone_mpx_per_s is None else f"{use.alone_mpx_per_s:.1f}",
-            "" if use.of_ceiling is None else f"{use.of_ceiling:.0%}",
+            "" if use.share_of_alone is None else f"{use.share_of_alone:.0%}",
             "" if use.gb_per_s is None else f"{use.gb_per_s:.2f}",
         )
     table.add_row(IDLE, "", "", f"{profile.shares.get(IDLE, 0):.0%}", "", "", "", "")

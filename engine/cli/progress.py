@@ -1,6 +1,6 @@
-"""What a person sees while a run goes on: a line per slide and one progress bar with rate and time left.
+"""Show the progress of a run: a line per slide and one progress bar with rate and time left.
 
-Nothing moves on the screen when the output is not a terminal.
+The bar is hidden if the output is not a terminal.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FEW_IMAGES = 12
 
 
 class _Rate(ProgressColumn):
-    """Pixels per second."""
+    """Column of the progress bar with the rate in Mpx/s."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -27,11 +27,11 @@ class _Rate(ProgressColumn):
 
 
 class Screen:
-    """The observer of a run on a terminal; used as a context manager around it.
+    """Observer of a run that shows it on a terminal; a context manager around the run.
 
     Args:
-        console: where to write.
-        verbosity: -1 is silent, 0 describes the first few slides, 1 each slide.
+        console: console to print to.
+        verbosity: -1 is silent, 0 describes the first few slides, 1 describes each slide.
     """
 
     def __init__(self, console: Console, verbosity: int) -> None:
@@ -64,19 +64,19 @@ class Screen:
         self._bar.stop()
 
     def racing(self) -> None:
-        """Say why it takes a while before anything happens."""
+        """Print why the run takes a while to start."""
         if self._verbosity >= 0:
             self.console.print("racing the backends for this model on this machine, once ...", highlight=False)
 
     def found(self, images: int) -> None:
-        """So many images will be processed."""
+        """Note the number of images that will be processed."""
         self._images = images
 
     def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: float) -> None:
-        """A slide is about to start."""
+        """Describe a slide that is about to start, and extend the bar by it."""
         self._planned += 1
         self._planned_pixels += plan.pixels
-        # The images to come are taken to be as large as those so far.
+        # Each image to come is taken to be as large as the mean of those so far.
         self._bar.update(self._task, total=self._planned_pixels * self._images / self._planned)
         self._bar.advance(self._task, done)
         if self._verbosity >= 1 or (self._verbosity == 0 and self._planned <= _FEW_IMAGES):
@@ -85,11 +85,11 @@ class Screen:
             self.console.print("... (-v describes every image)")
 
     def advanced(self, pixels: float) -> None:
-        """So many more pixels are done."""
+        """Move the bar by a number of pixels that are done."""
         self._bar.advance(self._task, pixels)
 
     def ended(self, report: SlideReport) -> None:
-        """A slide is done, failed, skipped or held."""
+        """Count a slide that is done, failed, skipped or held."""
         self._ended += 1
         self._bar.update(self._task, description=f"{self._ended}/{self._images} images")
         if self._verbosity >= 1:
@@ -98,7 +98,7 @@ class Screen:
 
 
 def describe(plan: SlidePlan, peak_bytes: int) -> str:
-    """A plan in one line: what was picked, what it costs, what it will need."""
+    """Describe a plan in one line: size, level, channels, tiles and blocks, cost and peak memory."""
     lattice, level = plan.grid.lattice, plan.level
     size = f"{level.pixel_size_um:.3g} µm/px, " if level.pixel_size_um else ""
     planes = f"{plan.grid.planes} planes, " if plan.grid.planes > 1 else ""

@@ -1,4 +1,4 @@
-"""``cellseg-batch report``: a run as an HTML page."""
+"""``cellseg-batch report``: write an HTML page about a run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import typer
 from rich.console import Console
 
 from cellseg_batch.engine.cli.console import plain_errors
-from cellseg_batch.engine.cli.flags import Debug, Name, Output, RunOf
+from cellseg_batch.engine.cli.flags import Debug, Name, Output, RunInputs
 from cellseg_batch.engine.settings import Settings
 
 
 def report(
-    slides: RunOf,
+    slides: RunInputs,
     out: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The page to write.")] = Path("report.html"),
     output: Output = None,
     name: Name = Settings.name,

@@ -1,4 +1,4 @@
-"""``cellseg-batch run``: segment, with progress while it goes on and figures at the end."""
+"""``cellseg-batch run``: segment images, showing progress during the run and figures at the end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(
     with stop.on_signals(), Screen(Console(), verbosity=verbose - quiet) as screen:
         report = run_campaign(slides, settings, screen, IMPORTED_AT, stop)
         if settings.objects:
-            from cellseg_batch.engine.reports.plates import summarise_plates  # and with it pyarrow
+            from cellseg_batch.engine.reports.plates import summarise_plates  # slow, as it imports pyarrow
 
             report = summarise_plates(report, settings)
     print_failures(report, Console(stderr=True))
@@ -53,7 +53,7 @@ def run(
 
 
 def print_failures(report: RunReport, console: Console) -> None:
-    """Print each image that failed or is held, by name, and what else a user should know of."""
+    """Print each image that failed or is held with its reason, and the notes on every image."""
     for slide in report.slides:
         if slide.status in _COLOURS:
             print_line(console, slide.status, _COLOURS[slide.status], f"{slide.path}: {slide.reason}")

@@ -1,4 +1,4 @@
-"""``cellseg-batch status``: how far a run is."""
+"""``cellseg-batch status``: print the progress of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cellseg_batch.engine.cli.console import check_json, plain_errors, print_line, write_json
-from cellseg_batch.engine.cli.flags import Debug, Json, Name, Output, RunOf
+from cellseg_batch.engine.cli.flags import Debug, Json, Name, Output, RunInputs
 from cellseg_batch.engine.settings import Settings
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _COLOURS = {"done": "green", "running": "cyan", "failed": "red", "stopped": "yel
 
 
 def status(
-    slides: RunOf,
+    slides: RunInputs,
     output: Output = None,
     name: Name = Settings.name,
     json_file: Json = None,
@@ -41,15 +41,18 @@ def status(
 
 
 def print_status(status: Status, console: Console) -> None:
-    """Print a row for each image that is not simply done or waiting, the counts, rate and time left."""
+    """Print a row for each image that is neither done nor waiting, the counts, the rate and the time left.
+
+    If every image is done or waiting, these get the rows.
+    """
     table = Table(title="cellseg-batch status", title_justify="left")
     for heading in ("image", "state", "blocks", "done"):
         table.add_column(heading, overflow="fold")
-    telling = [slide for slide in status.slides if slide.state not in ("done", "waiting")] or status.slides
-    for slide in telling[:_MOST_ROWS]:
+    shown = [slide for slide in status.slides if slide.state not in ("done", "waiting")] or status.slides
+    for slide in shown[:_MOST_ROWS]:
         share = f"{100 * slide.tasks_done / slide.tasks:.0f} %" if slide.tasks else ""
-        counted = f"{slide.blocks_done:,} of {slide.blocks:,}" if slide.blocks else ""
-        table.add_row(Text(slide.path), Text(slide.state, _COLOURS.get(slide.state, "")), counted, share)
+        blocks = f"{slide.blocks_done:,} of {slide.blocks:,}" if slide.blocks else ""
+        table.add_row(Text(slide.path), Text(slide.state, _COLOURS.get(slide.state, "")), blocks, share)
     console.print(table)
     for slide in status.slides:
         if slide.state == "failed":

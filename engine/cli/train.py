@@ -1,4 +1,4 @@
-"""``cellseg-batch train``: a flag for each field of a recipe."""
+"""``cellseg-batch train``: train a model, with a flag for each field of a recipe."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ def train(
         start = load_model(fine_tune) if fine_tune is not None else None
         if threads is not None:
             torch.set_num_threads(threads)
-        with _errors_of_ours(data, out), TrainingScreen(console) as screen:
+        with _as_cellseg_errors(data, out), TrainingScreen(console) as screen:
             train_network(data, out, recipe, screen, fine_tune=start, resume=resume, max_steps=max_steps, device=device)
         console.print(f"{out}: now cellseg-batch run SLIDES --model {out}", highlight=False, soft_wrap=True)
 
 
 def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with a flag for each field of a recipe; it gets what they say as ``changes``."""
+    """Give a command a flag for each field of a recipe; it gets their values as its parameter ``changes``."""
     from cellseg_batch.trainer.recipe import Rule, rules, types
 
     def flag(name: str, rule: Rule) -> inspect.Parameter:
-        spelled = "--" + name.replace("_", "-")
+        long_name = "--" + name.replace("_", "-")
         text = f"{rule.text.removesuffix('.')}: {rule.expected}." if rule.choices else rule.text
-        names = f"{spelled}/--{rule.opposite}" if rule.opposite else spelled
+        names = f"{long_name}/--{rule.opposite}" if rule.opposite else long_name
         option = typer.Option(names, help=text, rich_help_panel=rule.group, show_default=False)
         return parameter_of(name, Annotated[types()[name] | None, option], None)
 
@@ -73,12 +73,12 @@ def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameters(command: Callable[..., None]) -> list[inspect.Parameter]:
-    written = inspect.signature(command, eval_str=True).parameters.values()
-    return [parameter_of(own.name, own.annotation, own.default) for own in written]
+    parameters = inspect.signature(command, eval_str=True).parameters.values()
+    return [parameter_of(parameter.name, parameter.annotation, parameter.default) for parameter in parameters]
 
 
 def _read_recipe(preset: str, changes: dict[str, Any]) -> Recipe:
-    """The recipe of a preset with some fields changed.
+    """Read the recipe of a preset and change some of its fields.
 
     Raises:
         UsageError: there is no such preset, or a field has an impossible value.
@@ -88,7 +88,7 @@ def _read_recipe(preset: str, changes: dict[str, Any]) -> Recipe:
     try:
         return load_preset(preset, **changes)
     except RecipeError as error:
-        raise _of_field(error) from error
+        raise _field_error(error) from error
     except ValueError as error:
         raise UsageError(
             f"--preset {preset}",
@@ -98,22 +98,22 @@ def _read_recipe(preset: str, changes: dict[str, Any]) -> Recipe:
         ) from error
 
 
-def _of_field(error: Any) -> UsageError:
-    """The error of a recipe's field as one of ours."""
+def _field_error(error: Any) -> UsageError:
+    """Turn the error of a recipe's field into a `UsageError`."""
     remedy = "see cellseg-batch train --help"
     return UsageError(f"`{error.field}`", expected=error.expected, found=repr(error.found), remedy=remedy)
 
 
 @contextmanager
-def _errors_of_ours(data: Path, out: Path) -> Iterator[None]:
-    """Turn what the trainer refuses, and a loss that is not finite, into errors of ours."""
+def _as_cellseg_errors(data: Path, out: Path) -> Iterator[None]:
+    """Turn the errors of the trainer, including a loss that is not finite, into `CellsegError`."""
     from cellseg_batch.trainer.recipe import RecipeError
 
     with trainer_errors(f"train {data}"):
         try:
             yield
         except RecipeError as error:
-            raise _of_field(error) from error
+            raise _field_error(error) from error
         except FloatingPointError as error:
             raise ComputeError(
                 f"train {data}",

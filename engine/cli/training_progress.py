@@ -1,4 +1,4 @@
-"""What a person sees while a model trains: one progress bar, and a line for each epoch."""
+"""Show the progress of a training: one progress bar, and a line for each epoch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cellseg_batch.trainer.train import Epoch
 
 
 class TrainingScreen:
-    """The observer of a training run on a terminal; used as a context manager around it."""
+    """Observer of a training that shows it on a terminal; a context manager around the training."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -44,7 +44,7 @@ class TrainingScreen:
         self._bar.stop()
 
     def planned(self, dataset: Dataset, steps: int, done: int, batch: int) -> None:
-        """Say what will be trained on, and what was left out."""
+        """Print the numbers of images and steps, and the images that cannot be used."""
         print_problems(dataset.problems, self.console)
         counts = ", ".join(f"{len(samples)} {split}" for split, samples in dataset.splits.items())
         self.console.print(f"images: {counts}; {steps} steps" + (f", {done} done" if done else ""), highlight=False)
@@ -52,14 +52,14 @@ class TrainingScreen:
         self._bar.update(self._task, total=steps, completed=done)
 
     def stepped(self, step: int, loss: float) -> None:
-        """Move the bar."""
+        """Move the bar to ``step``, and show the loss and the rate."""
         self._loss = 0.98 * self._loss + 0.02 * loss if self._loss else loss
         speed = self._bar.tasks[0].speed
         rate = f", {speed * self._images:.1f} images/s" if speed else ""
         self._bar.update(self._task, completed=step, description=f"loss {self._loss:.3f}{self._dice}{rate}")
 
     def scored(self, epoch: Epoch) -> None:
-        """One line."""
+        """Print a line about an epoch."""
         scores = epoch.validation
         self._dice = f", val Dice {scores.dice:.3f}"
         metric = "" if scores.competition != scores.competition else f", metric {scores.competition:.4f}"

@@ -1,4 +1,4 @@
-"""``cellseg-batch verify``: whether what a run wrote is still there."""
+"""``cellseg-batch verify``: check the output of a run against its checksums."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from cellseg_batch.engine.cli.console import check_json, plain_errors, print_line, write_json
-from cellseg_batch.engine.cli.flags import Debug, Json, Name, Output, RunOf
+from cellseg_batch.engine.cli.flags import Debug, Json, Name, Output, RunInputs
 from cellseg_batch.engine.settings import Settings
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def verify(
-    slides: RunOf,
+    slides: RunInputs,
     output: Output = None,
     name: Name = Settings.name,
     workers: Annotated[
@@ -40,7 +40,7 @@ def verify(
 
 
 def print_verdict(verdict: Verdict, console: Console) -> None:
-    """Print each damaged block by name, and the count of all."""
+    """Print each damaged block, each unfinished journal, and the count of all blocks."""
     for damage in verdict.damages:
         line = f"{damage.journal}: {damage.part} {damage.number}: {damage.reason}"
         print_line(console, "damaged", "red", line)

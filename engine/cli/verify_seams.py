@@ -1,4 +1,4 @@
-"""``cellseg-batch verify-seams``: the tiled result beside the untiled one."""
+"""``cellseg-batch verify-seams``: compare the tiled result with the untiled one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def verify_seams(
     slide: Slide,
     settings: Settings,
     full: Annotated[bool, typer.Option("--full", help="Compare the whole slide, not windows.")] = False,
-    windows: Annotated[int, typer.Option("--windows", min=1, help="At most so many windows of 2048 px.")] = 9,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Largest number of windows of 2048 px.")] = 9,
     bound: Annotated[float, typer.Option("--bound", min=0, help="Largest share of pixels that may flip.")] = 1e-4,
     json_file: Json = None,
 ) -> None:

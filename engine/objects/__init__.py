@@ -1,4 +1,4 @@
-"""Instances and their table: numbered seeds, the merge over blocks, moments, and `objects.parquet`.
+"""Make instances and their table: numbered seeds, the merge over blocks, moments, and `objects.parquet`.
 
-It knows boxes and arrays. It must not know models, images or runs.
+This folder knows boxes and arrays. It must not know models, images or runs.
 """

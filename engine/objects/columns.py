@@ -1,10 +1,10 @@
-"""The columns of the table of objects: one entry each, in the order of the table.
+"""Define the columns of the table of objects, one entry per column, in the order of the table.
 
-Everything that writes, exports or summarises tables takes names, units and types from here.  Figures are scikit-image's
-of the same name (``measure.regionprops``).  Lengths come in px of the segmented level and in µm, both from the corner
-of that level.
+All code that writes, exports or summarises tables takes names, units and types from this module.  A figure means the
+same as the property of that name in scikit-image (``measure.regionprops``).  Lengths come in px of the segmented level
+and in µm, both from the corner of that level.
 
-To add a column, add an entry to `COLUMNS`.  If no moment gives its value, first add one to
+To add a column, add an entry to `COLUMNS`.  If no moment gives its value, first add a moment to
 `cellseg_batch.kernels.moments_columns` and to the kernels that sum it up.
 """
 
@@ -32,13 +32,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Origin:
-    """Which image the objects of a table lie in.
+    """The image that the objects of a table lie in.
 
     Attributes:
-        slide, well, field: names; the last two are "" outside of plates.
-        shape: (..., h, w) of the label image.
-        plane_axes: which of t and z its leading axes are.
-        pixel_size_um: of the label image, None when unknown.
+        slide, well, field: names of the three; well and field are "" outside of plates.
+        shape: shape (..., h, w) of the label image.
+        plane_axes: names of its leading axes, out of t and z.
+        pixel_size_um: µm per px of the label image; None if unknown.
         channels: names of the measured channels.
     """
 
@@ -53,12 +53,12 @@ class Origin:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the values of a column are computed from.
+    """Input for computing the values of a column.
 
     Attributes:
         origin: the image.
-        objects: their moments.
-        channel: index of the channel that a column per channel is about.
+        objects: moments of the objects.
+        channel: index of the channel, for a column per channel.
     """
 
     origin: Origin
@@ -66,31 +66,31 @@ class Measured:
     channel: int = 0
 
     def moment(self, number: int) -> Floats:
-        """A moment of every object, by its number in `cellseg_batch.kernels.moments_columns`."""
+        """Values (n,) of a moment, by its number in `cellseg_batch.kernels.moments_columns`."""
         return self.objects.rows[:, number]
 
     def channel_moment(self, number: int) -> Floats:
-        """The same for a moment of the channel: LOW, HIGH, SUM or SQUARES."""
+        """Values (n,) of a moment of the channel: LOW, HIGH, SUM or SQUARES."""
         return self.moment(m.CHANNELS + m.PER_CHANNEL * self.channel + number)
 
     @cached_property
     def ellipse(self) -> tuple[Floats, Floats, Floats]:
-        """Major axis, minor axis and eccentricity of every object."""
+        """Major axis and minor axis in px, and eccentricity, each (n,)."""
         return moments.axes(self.objects.rows)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table, or one for each channel.
+    """A column of the table, or a column for each channel.
 
     Attributes:
-        name: of the column; of a column per channel, what comes before ``_<channel>``.
-        unit: "" if it has none, or that of the pixel values.
-        type: in Parquet.
-        compute: the values, one for each object, as an array that can be cast to ``type``.
-        is_measurement: it measures the object; others say which object it is and where it lies.
-        per_channel: every measured channel has one.
-        needs_pixel_size: it is null where the pixel size is unknown.
+        name: name of the column; if it is per channel, the part before ``_<channel>``.
+        unit: unit of the values; "" if they have none, or have the unit of the pixel values.
+        type: type in Parquet.
+        compute: function that gives the values, one for each object, as an array that can be cast to ``type``.
+        is_measurement: the column measures the object; the other columns identify and locate it.
+        per_channel: the table has such a column for every measured channel.
+        needs_pixel_size: the values are null if the pixel size is unknown.
     """
 
     name: str
@@ -102,11 +102,11 @@ class Column:
     needs_pixel_size: bool = False
 
     def name_for(self, channel: str) -> str:
-        """Name in the table of a column per channel."""
+        """Name in the table of this column for ``channel``."""
         return f"{self.name}_{channel}"
 
     def values(self, measured: Measured) -> pa.Array:
-        """The values, one for each object."""
+        """Compute the values, one for each object."""
         if self.needs_pixel_size and measured.origin.pixel_size_um is None:
             return pa.nulls(len(measured.objects.ids), self.type)
         return pa.array(self.compute(measured)).cast(self.type)
@@ -114,12 +114,12 @@ class Column:
 
 @dataclass(frozen=True)
 class TableField:
-    """A column as it stands in a table with certain channels.
+    """A column of a table with certain channels.
 
     Attributes:
-        name: in the table.
-        column: its entry.
-        channel: index of its channel; 0 if it is about none.
+        name: name in the table.
+        column: entry of the column.
+        channel: index of its channel; 0 if the column is not per channel.
     """
 
     name: str
@@ -128,7 +128,7 @@ class TableField:
 
 
 def table_fields(channels: Sequence[str]) -> list[TableField]:
-    """The fields of a table of objects in order; neighbouring columns per channel come channel by channel."""
+    """Fields of a table of objects in order; a group of neighbouring columns per channel is repeated per channel."""
     fields: list[TableField] = []
     for per_channel, group in groupby(COLUMNS, key=lambda column: column.per_channel):
         columns = list(group)
@@ -144,7 +144,7 @@ def table_fields(channels: Sequence[str]) -> list[TableField]:
 
 
 def table_schema(channels: Sequence[str]) -> pa.Schema:
-    """Names and types; each field's metadata hold its ``unit``."""
+    """Schema of a table of objects; the metadata of each field hold its ``unit``."""
     return pa.schema(
         pa.field(field.name, field.column.type, metadata={"unit": field.column.unit})
         for field in table_fields(channels)
@@ -152,7 +152,7 @@ def table_schema(channels: Sequence[str]) -> pa.Schema:
 
 
 def _name(attribute: str) -> Column:
-    """A name of the image."""
+    """Make the column of a name of the image, which is the same for all its objects."""
 
     def compute(measured: Measured) -> pa.Array:
         indices = np.zeros(len(measured.objects.ids), np.int32)
@@ -162,7 +162,7 @@ def _name(attribute: str) -> Column:
 
 
 def _plane_index(axis: str) -> Column:
-    """Index of the object's plane along t or z; 0 in images without this axis."""
+    """Make the column of the object's plane index along t or z; 0 in images without this axis."""
 
     def compute(measured: Measured) -> NDArray[np.int64]:
         planes, origin = measured.objects.planes, measured.origin
@@ -174,12 +174,12 @@ def _plane_index(axis: str) -> Column:
 
 
 def _bound(name: str, moment: int) -> Column:
-    """A side of the bounding box."""
+    """Make the column of a side of the bounding box."""
     return Column(name, "px", INT, lambda measured: measured.moment(moment), is_measurement=False)
 
 
 def _in_um(columns: Iterable[Column]) -> tuple[Column, ...]:
-    """The same lengths in µm."""
+    """Make columns of the same lengths in µm."""
 
     def in_um(column: Column) -> Column:
         def compute(measured: Measured) -> Floats:
@@ -198,7 +198,7 @@ def _mean(measured: Measured) -> Floats:
 
 def _standard_deviation(measured: Measured) -> Floats:
     variance = measured.channel_moment(m.SQUARES) / measured.moment(m.AREA) - _mean(measured) ** 2
-    # Rounding can take it below 0.
+    # Rounding can make the variance negative.
     return np.sqrt(np.maximum(variance, 0))
 
 

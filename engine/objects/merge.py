@@ -1,11 +1,11 @@
 """Join the seeds of all blocks into the objects of the slide and give each its final id.
 
-Seeds of neighbouring blocks that touch are one object.  Ids count from 1, by the lattice core that holds an object's
-first pixel and within it by that pixel, both in raster order, plane by plane: so they depend on the lattice alone.
-Of the seeds that touch no other block, only their number in each core is kept.  The others are nodes of a sparse graph,
-whose connected components (SciPy) are the objects.  An object whose seeds are still too small together is dropped.
+Seeds of neighbouring blocks that touch are one object.  Ids count from 1, plane by plane: objects are ordered by the
+lattice core that holds their first pixel, and within a core by that pixel, both in raster order.  So ids depend on the
+lattice alone.  Seeds that touch no other block are only counted, core by core.  The others are nodes of a sparse graph,
+whose connected components (SciPy) are the objects.  An object is dropped if its seeds together are still too small.
 
-A *cell* is a lattice core, numbered plane by plane in raster order.  A seed *moves* if it is no object of its own: it
+A *cell* is a lattice core, numbered plane by plane in raster order.  A seed *moves* if it does not begin an object: it
 is dropped, or joins an object that begins elsewhere.
 """
 
@@ -34,11 +34,11 @@ class FinalIds:
     """Final ids of every seed of a slide.
 
     Attributes:
-        seed_counts: (cells,) seeds that begin in each cell, as its block counted them.
+        seed_counts: (cells,) number of seeds that begin in each cell, as counted by its block.
         first_ids: (cells,) id of the first object of each cell.
-        block_starts: (blocks + 1,) where each block's entries begin in the next two.
+        block_starts: (blocks + 1,) index of each block's first entry in ``moved`` and ``targets``.
         moved: ids in their block of the seeds that move, ascending in each block.
-        targets: the final ids of these, 0 for a seed that is dropped.
+        targets: final ids of these seeds; 0 for a seed that is dropped.
     """
 
     seed_counts: Ids
@@ -49,16 +49,16 @@ class FinalIds:
 
     @property
     def objects(self) -> int:
-        """Number of objects, which is the highest id."""
+        """Number of objects, which is also the highest id."""
         return int(self.seed_counts.sum()) - len(self.moved)
 
     @property
     def dtype(self) -> str:
-        """Type of ids and of numbered codes, which go 2 further: uint32, or uint64 where that is too small."""
+        """Type of ids and of numbered codes (up to the highest id + 2): uint32, or uint64 if that is too small."""
         return "uint32" if self.objects + 2 < 2**32 else "uint64"
 
     def codes_of(self, block: Block, grid: BlockGrid) -> NDArray[Any]:
-        """The numbered code with the final id for each numbered code of a block."""
+        """Array that maps each numbered code of a block to the numbered code with the final id."""
         cells = cells_of(block, grid)
         counts = self.seed_counts[cells]
         block_ids = np.arange(counts.sum() + 1)
@@ -76,10 +76,10 @@ class FinalIds:
         return codes
 
     def save(self, folder: Path) -> None:
-        """Write to ``folder``, one file for each attribute.
+        """Write a file for each attribute to ``folder``.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: a file cannot be written.
         """
         for name, values in vars(self).items():
             with whole_file(folder / f"{name}.npy") as stream:
@@ -87,7 +87,7 @@ class FinalIds:
 
     @classmethod
     def load(cls, folder: Path) -> FinalIds:
-        """Open what `save` wrote: memory-mapped from a local disk, read from an object store."""
+        """Open the files of `save`: memory-mapped from a local disk, read from an object store."""
         if isinstance(folder, RemotePath):
             return cls(*(np.load(BytesIO((folder / f"{name}.npy").read_bytes())) for name in cls.__dataclass_fields__))
         return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls.__dataclass_fields__))
@@ -107,8 +107,8 @@ def merge_seeds(records: Iterable[tuple[Block, SeedRecord]], grid: BlockGrid, sm
 
     Args:
         records: every block in order, with its record from `cellseg_batch.engine.objects.seeds.number_seeds`.
-        grid: of the slide.
-        smallest: objects whose seeds have fewer px are dropped.
+        grid: block grid of the slide.
+        smallest: objects whose seeds have fewer px together are dropped.
     """
     graph = _SeedGraph(grid)
     seed_counts = np.zeros(grid.planes * int(np.prod(grid.lattice.grid)), np.int64)
@@ -119,9 +119,9 @@ def merge_seeds(records: Iterable[tuple[Block, SeedRecord]], grid: BlockGrid, sm
 
 
 class _SeedGraph:
-    """The seeds that touch an open side of their block, and which of them touch each other.
+    """Graph of the seeds that touch an open side of their block; an edge joins two seeds that touch each other.
 
-    Each seed is a node; nodes are numbered block by block and within a block by the seed's id.
+    Nodes are numbered block by block, and within a block by the id of the seed.
     """
 
     def __init__(self, grid: BlockGrid) -> None:
@@ -132,13 +132,13 @@ class _SeedGraph:
         self._first_pixels: list[Ids] = []
         self._cells: list[Ids] = []
         self._edges: list[Ids] = []
-        # Nodes along the lower side of each block of the last row, by its left edge, and along the right side of the
-        # last block; -1 where there is none.
+        # Nodes along the lower side of the latest block of each column, by its left edge in px, and along the right
+        # side of the latest block; -1 at pixels without a node.
         self._above: dict[int, Ids] = {}
         self._left: Ids | None = None
 
     def add(self, block: Block, record: SeedRecord) -> None:
-        """Add a block's nodes, and its edges to the blocks before it."""
+        """Add the nodes of a block, and their edges to earlier blocks."""
         lattice, first_node = self._grid.lattice, self._block_ends[-1]
         block_ids = np.array(record.edges.ids, np.int64)
         first_pixels = np.array(record.edges.first_pixels, np.int64)
@@ -172,7 +172,12 @@ class _SeedGraph:
         self._edges.append(np.unique(np.stack([nodes[both], neighbours[both]]), axis=1))
 
     def number(self, seed_counts: Ids, smallest: int) -> FinalIds:
-        """Give the final ids, from the number of seeds in each cell."""
+        """Compute the final ids.
+
+        Args:
+            seed_counts: (cells,) number of seeds that begin in each cell.
+            smallest: objects whose seeds have fewer px together are dropped.
+        """
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
 
@@ -186,7 +191,7 @@ class _SeedGraph:
         component = connected_components(graph, directed=False)[1] if count else block_ids
         component_areas = np.zeros(count, np.int64)
         np.add.at(component_areas, component, areas)
-        # A component lies in one plane, so the node with its lowest first pixel is where the object begins.
+        # A component lies in one plane, so its object begins at the node with the lowest first pixel.
         order = np.lexsort((first_pixels, component))
         is_first = np.ones(count, bool)
         is_first[1:] = component[order][1:] != component[order][:-1]
@@ -201,7 +206,7 @@ class _SeedGraph:
         return FinalIds(seed_counts, first_ids, block_starts, block_ids[moved], targets[moved])
 
     def _own_ids(self, block_ids: Ids, cells: Ids, moved: NDArray[np.bool_], seed_counts: Ids, first_ids: Ids) -> Ids:
-        """The final id of every node that does not move; of others, the entry means nothing."""
+        """Final id of every node that does not move; the entries of the other nodes are meaningless."""
         first_block_ids = np.empty_like(seed_counts)
         for block in self._grid:
             inside = cells_of(block, self._grid)

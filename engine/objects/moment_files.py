@@ -1,4 +1,4 @@
-"""The moments of a slide's objects: written block by block, then merged by id in bounded memory.
+"""Write the moments of a slide's objects block by block, then merge them by id in bounded memory.
 
 Each block writes one file.  Only objects that several blocks share are added up; the rest stream through.  This module
 knows moments and files; it does not know the run, the slide or the columns of the table.
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cellseg_batch.engine.storage.atomic_files import nearby, numbered, whole_file
 from cellseg_batch.kernels.moments import Ids, Rows, merge
 
-# Ids that are merged at a time; the moments of an object take some 150 bytes.
+# Number of ids that are merged at a time; the moments of an object take about 150 bytes.
 _IDS = 1 << 16
 
 
@@ -27,7 +27,7 @@ class Objects:
 
     Attributes:
         ids: (n,) ascending.
-        planes: (n,) int64, number of the t/z plane that each object lies in.
+        planes: (n,) int64, number of the t/z plane of each object.
         rows: (n, k) float64, the moments of each object, as `cellseg_batch.kernels.moments_columns` numbers them.
     """
 
@@ -51,23 +51,23 @@ def write_part(folder: Path, number: int, plane: int, ids: Ids, rows: Rows) -> N
 
 
 def merge_parts(folder: Path) -> Iterator[Objects]:
-    """Merge the parts in ``folder``: pieces in ascending order of ids, every id once."""
+    """Merge the parts in ``folder``; yields pieces in ascending order of ids, every id once."""
     with nearby(folder) as local:
         yield from _merge(sorted(local.glob("*/*.npy")))
 
 
 def _merge(paths: list[Path]) -> Iterator[Objects]:
-    read = [0] * len(paths)
+    read_rows = [0] * len(paths)
     next_ids = np.array([_open(path)["id"][0] for path in paths], np.uint64)
-    no_more = np.iinfo(np.uint64).max
-    while len(paths) and (start := next_ids.min()) < no_more:
+    end = np.iinfo(np.uint64).max
+    while len(paths) and (start := next_ids.min()) < end:
         pieces = []
         for number in np.flatnonzero(next_ids - start < _IDS):
             part = _open(paths[number])
             stop = int(np.searchsorted(part["id"], start + np.uint64(_IDS)))
-            pieces.append(np.array(part[read[number] : stop]))
-            read[number] = stop
-            next_ids[number] = part["id"][stop] if stop < len(part) else no_more
+            pieces.append(np.array(part[read_rows[number] : stop]))
+            read_rows[number] = stop
+            next_ids[number] = part["id"][stop] if stop < len(part) else end
         piece = np.concatenate(pieces)
         ids, rows = merge(piece["id"], piece["row"])
         planes = np.empty(len(ids), np.int64)

@@ -1,12 +1,12 @@
-"""Pixels kept between the two passes over a slide, in the journal's folder until the labels are done.
+"""Keep pixels between the two passes over a slide, in the journal's folder until the labels are done.
 
     <journal>/scratch/codes/         the numbered codes, a file for each block
     <journal>/scratch/probability/   the probability, a file for each block, if objects are measured
     <journal>/scratch/ids/           the final ids from the merge
     <journal>/scratch/objects/       the moments of each block's objects
 
-A block's pixels are compressed in pieces, with its frame apart from its inside: each block is read once as a whole, and
-eight times for the frame of a neighbour.
+The pixels of a block are compressed in pieces, those of its frame apart from those of its inside, because a block is
+read once as a whole and eight times for the frame of a neighbour.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.geometry import Block, Box
 from cellseg_batch.engine.storage.atomic_files import numbered, remove_tree, whole_file
 
-# Rows of a piece: few enough that the compressed piece stays in the processor's cache and the heap.
+# Rows of a piece in px: few enough that the compressed piece stays in the processor's cache and the heap.
 _ROWS = 256
-# Fast rather than small: it lives for minutes.
+# Fast rather than small, because scratch lives for minutes.
 _CODEC = Blosc("lz4", clevel=1, shuffle=Blosc.SHUFFLE)
 
 
 class Scratch:
-    """One image of all blocks in the scratch of an output; safe for any number of threads.
+    """An image in the scratch of an output, with a file for each block; safe for any number of threads.
 
     Args:
-        journal: of the output.
-        name: of its folder in the scratch.
-        dtype: of its pixels.
+        journal: folder of the output's journal.
+        name: name of the image's folder in the scratch.
+        dtype: type of its pixels.
         frame: px around a block that are read with it.
 
     Attributes:
@@ -53,10 +53,10 @@ class Scratch:
         self.objects = journal / "scratch" / "objects"
 
     def create(self) -> None:
-        """Create it, empty.
+        """Create the image, without pixels.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: the folder cannot be written.
         """
         with whole_file(self._mark):
             pass
@@ -65,7 +65,7 @@ class Scratch:
         """Write the ``pixels`` (h, w) of a block and wait until they are on disk.
 
         Raises:
-            OutputError: they cannot be written.
+            OutputError: the pixels cannot be written.
         """
         pieces = [_CODEC.encode(np.ascontiguousarray(pixels[piece.slices()])) for piece in self._pieces(block)]
         with whole_file(self._path(block)) as stream:
@@ -73,10 +73,10 @@ class Scratch:
             stream.writelines(pieces)
 
     def read(self, block: Block, box: Box) -> Iterator[tuple[Box, NDArray[Any]]]:
-        """The pixels of a block within ``box``, piece by piece: (where in the slide, pixels (h, w)).
+        """Read the pixels of a block within ``box``; yields (box of a piece in px of the slide, its pixels (h, w)).
 
         Raises:
-            OutputError: they cannot be read.
+            OutputError: the pixels cannot be read.
         """
         pieces = self._pieces(block)
         try:
@@ -89,7 +89,7 @@ class Scratch:
                 if wanted.area:
                     pixels = np.frombuffer(_CODEC.decode(content[start:stop]), self._dtype).reshape(piece.shape)
                     yield wanted, np.ascontiguousarray(pixels[wanted.seen_from(own).slices()])
-        except Exception as error:  # Blosc fails in ways of its own
+        except Exception as error:  # Blosc raises errors of its own types
             raise OutputError(
                 str(self._path(block)),
                 expected="pixels that an earlier task of this run wrote",
@@ -99,13 +99,13 @@ class Scratch:
             ) from error
 
     def exists(self) -> bool:
-        """Whether it has been created and not been removed."""
+        """Whether the image has been created and not removed."""
         return self._mark.is_file()
 
     def remove(self) -> None:
-        """Delete the whole scratch, as far as it can be."""
+        """Delete the whole scratch; what cannot be deleted stays."""
         with suppress(OSError):
-            # First, so that a half-removed scratch is never taken for a whole one.
+            # The mark goes first, so that a half-removed scratch is never taken for a whole one.
             self._mark.unlink(missing_ok=True)
             remove_tree(self._folder.parent)
 
@@ -117,7 +117,7 @@ class Scratch:
         return numbered(self._folder, block.index, ".lz4")
 
     def _pieces(self, block: Block) -> list[Box]:
-        """Boxes that make up a block, seen from its corner; the frame that neighbours read is in pieces of its own."""
+        """Boxes of a block's pieces, in px from its corner; the frame that neighbours read has pieces of its own."""
         height, width = block.box.shape
         inner = range(self._frame, height - self._frame, _ROWS)
         rows = {0, height, *inner, max(0, height - self._frame), min(height, self._frame)}

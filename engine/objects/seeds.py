@@ -1,8 +1,8 @@
-"""The seeds of one block: numbered, and what the merge over blocks must know of them.
+"""Number the seeds of a block, and record what the merge over blocks needs.
 
-A seed that touches no open side is complete: outside its block only the number of such seeds matters.  An open side is
-one beyond which the slide goes on.  This module knows pixels and geometry; it does not know files, models or other
-blocks.
+A side of a block is open if the slide goes on beyond it.  A seed that touches no open side is complete: outside its
+block only the number of such seeds matters.  This module knows pixels and geometry; it does not know files, models or
+other blocks.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from cellseg_batch.trainer.bundle import Card, Instances
 TOP, LEFT, BOTTOM, RIGHT = "top", "left", "bottom", "right"
 
 PixelClassifier = Callable[[NDArray[np.float32], NDArray[np.int64], NDArray[np.uint8]], tuple[int, int]]
-"""Writes the pixel codes of a batch of tiles: (logits, places, out) -> (foreground pixels, NaN logits)."""
+"""Function that writes pixel codes of a batch of tiles: (logits, places, out) -> (foreground pixels, NaN logits)."""
 
 
 @dataclass(frozen=True)
 class InstanceRule:
-    """How logits become instances on one slide.
+    """Rule that turns logits into instances on a slide.
 
     Attributes:
-        card: the model's own rule, in px of the image that it is shown.
+        card: the model's rule, in px of its input image.
         by_distance: seeds come from distance and border; otherwise every component of the foreground is an object.
-        downscale: by how much the slide is downscaled for the model.
+        downscale: factor by which the slide is downscaled for the model.
     """
 
     card: Instances
@@ -41,16 +41,16 @@ class InstanceRule:
 
     @property
     def smallest_seed(self) -> int:
-        """px of the slide."""
+        """Area of the smallest seed, in px of the slide."""
         return self.card.smallest_seed * self.downscale**2
 
     @property
     def steps(self) -> int:
-        """Of growth, in each of its two rounds."""
+        """Number of growth steps in each of the two rounds."""
         return self.card.growth * self.downscale
 
     def classifier(self, threshold: float) -> PixelClassifier:
-        """Classify pixels by this rule; a pixel is foreground where its probability is above ``threshold``."""
+        """Make the pixel classifier of this rule; a pixel is foreground if its probability is above ``threshold``."""
         limit = logit_threshold(threshold)
         if not self.by_distance:
             return lambda logits, places, out: classify_foreground(logits, places, limit, out)
@@ -59,12 +59,12 @@ class InstanceRule:
         return lambda logits, places, out: classify_pixels(logits, places, rule, out)
 
     def manifest(self) -> dict[str, Any]:
-        """What decides the instances, as plain JSON values."""
+        """The values that decide the instances, as plain JSON values."""
         return {"objects": "seeds" if self.by_distance else "components of the foreground", **asdict(self.card)}
 
 
 def instance_rule(card: Card) -> InstanceRule:
-    """The rule of a model."""
+    """Rule of a model without downscaling."""
     return InstanceRule(card.instances, card.outputs[:3] == ("foreground", "border", "distance"))
 
 
@@ -73,8 +73,8 @@ class EdgeSeeds:
     """The seeds of a block that touch an open side, in ascending order of ids.
 
     Attributes:
-        ids: in the block.
-        areas: px in the block.
+        ids: ids in the block.
+        areas: areas in the block, in px.
         first_pixels: index of each seed's first pixel in its plane of the slide, in raster order.
     """
 
@@ -85,10 +85,10 @@ class EdgeSeeds:
 
 @dataclass(frozen=True)
 class SideRuns:
-    """Where seeds lie along one side of a block: runs of pixels of one seed.
+    """Runs of seed pixels along one side of a block; each run belongs to one seed.
 
     Attributes:
-        ids: the seed of each run, by its id in the block.
+        ids: id in the block of each run's seed.
         starts, stops: half-open range of each run, in px from the block's corner.
     """
 
@@ -99,12 +99,12 @@ class SideRuns:
 
 @dataclass(frozen=True)
 class SeedRecord:
-    """What the merge must know of a block's seeds.
+    """Record of a block's seeds for the merge.
 
     Attributes:
-        cells: number of seeds that begin in each of its lattice cores, in raster order.
+        cells: number of seeds that begin in each lattice core of the block, in raster order.
         edges: the seeds that touch an open side.
-        sides: of each open side (`TOP`, `LEFT`, `BOTTOM`, `RIGHT`), the runs along it.
+        sides: open side (`TOP`, `LEFT`, `BOTTOM`, `RIGHT`) -> the runs along it.
     """
 
     cells: list[int]
@@ -118,13 +118,13 @@ def number_seeds(
     """Number the seeds of a block.
 
     Args:
-        pixel_codes: (h, w) of the block.
-        block: one of ``grid``.
-        grid: of the slide.
+        pixel_codes: (h, w) pixel codes of the block.
+        block: a block of ``grid``.
+        grid: block grid of the slide.
         smallest: components of fewer px are no seeds, unless they touch an open side.
 
     Returns:
-        Its numbered codes (h, w), as `cellseg_batch.kernels.instances` says, and its record.
+        Numbered codes (h, w) of the block, as defined in `cellseg_batch.kernels.instances`, and its record.
     """
     box, lattice = block.box, grid.lattice
     height, width = lattice.shape
@@ -144,7 +144,7 @@ def number_seeds(
 
 
 def _runs(line: NDArray[np.uint32]) -> SideRuns:
-    """The runs of seeds in the numbered codes along one side of a block."""
+    """Find the runs of seeds in the numbered codes along one side of a block."""
     starts = np.concatenate(([0], np.flatnonzero(np.diff(line.astype(np.int64))) + 1))
     stops = np.append(starts[1:], len(line))
     is_seed = line[starts] > 2

@@ -1,4 +1,4 @@
-"""The objects of a slide as one Parquet file: a row per object, in the order of ids, written piece by piece."""
+"""Write and read the objects of a slide as one Parquet file: a row per object, in the order of ids, piece by piece."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from cellseg_batch.engine.storage.atomic_files import whole_file
 from cellseg_batch.engine.storage.paths import readable
 
 METADATA_KEY = b"cellseg-batch"
-"""Key of the table's `Provenance` in the schema's metadata, as JSON."""
+"""Key in the schema's metadata of the table's `Provenance`, which is stored as JSON."""
 
 
 @dataclass(frozen=True)
 class ChannelQuality:
-    """How sharp and how well exposed a channel is.
+    """Sharpness and exposure of a channel.
 
     Attributes:
-        focus: variance of the Laplacian over the squared mean; None where it has none, as in a black image.
+        focus: variance of the Laplacian divided by the squared mean; None if undefined, as in a black image.
         saturation: share of pixels at the end of the camera's scale.
     """
 
@@ -37,18 +37,18 @@ class ChannelQuality:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the objects of a table come from, and what is known of the whole image.
+    """Source of the objects of a table, and figures of the whole image.
 
     Attributes:
         image: location of the image.
         labels: folder of the labels.
-        shape: (..., h, w) of the label image.
-        pixel_size_um: of the label image, None when unknown.
-        level0_scale: y and x px of the full resolution per px of the label image.
+        shape: shape (..., h, w) of the label image.
+        pixel_size_um: µm per px of the label image; None if unknown.
+        level0_scale: px of the full resolution per px of the label image, along y and x.
         labelled_fraction: share of pixels that belong to an object.
         segmented_channels: names of the channels that the model saw.
-        quality: by name of each measured channel.
-        provenance: of the labels, as their group's attributes hold it: model, settings, versions.
+        quality: name of each measured channel -> its quality.
+        provenance: provenance of the labels, from the attributes of their group: model, settings, versions.
     """
 
     image: str
@@ -68,16 +68,16 @@ class Provenance:
 
 
 def write_table(path: Path, origin: Origin, pieces: Iterable[Objects], provenance: Provenance) -> int:
-    """Write the objects of a slide; returns how many there are.
+    """Write the objects of a slide; returns their number.
 
     Args:
-        path: of the Parquet file, replaced when the new one is complete.
+        path: path of the Parquet file; an existing file is replaced when the new file is complete.
         origin: the image.
         pieces: the objects in ascending order of ids.
-        provenance: where they come from.
+        provenance: source of the objects.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     schema = table_schema(origin.channels).with_metadata({METADATA_KEY: json.dumps(asdict(provenance))})
     count = 0
@@ -89,10 +89,10 @@ def write_table(path: Path, origin: Origin, pieces: Iterable[Objects], provenanc
 
 
 def read_provenance(path: Path) -> Provenance:
-    """Where the objects of a table come from.
+    """Read the provenance of a table.
 
     Raises:
-        ReadError: it is no table of objects.
+        ReadError: the file is no table of objects.
     """
     with reading_table(path):
         content = json.loads((pq.read_schema(readable(path)).metadata or {})[METADATA_KEY])
@@ -111,10 +111,14 @@ def read_provenance(path: Path) -> Provenance:
 
 
 def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """The rows of a table, piece by piece, of which there is at least one.
+    """Read the rows of a table piece by piece; a table without rows gives one empty piece.
+
+    Args:
+        path: path of the Parquet file.
+        columns: names of the columns to read; None reads all.
 
     Raises:
-        ReadError: it is no table of objects.
+        ReadError: the file is no table of objects.
     """
     with reading_table(path), pq.ParquetFile(readable(path)) as file:
         if file.metadata.num_rows:
@@ -125,7 +129,7 @@ def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[pa.Re
 
 @contextmanager
 def reading_table(path: Path) -> Iterator[None]:
-    """Raise ReadError for whatever goes wrong while a table of objects is read."""
+    """Turn every error of reading a table of objects into a `ReadError`."""
     try:
         yield
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:

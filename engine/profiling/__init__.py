@@ -1,4 +1,4 @@
-"""Where the time goes: a sample of a slide with a clock on every stage, and benchmarks that compare machines.
+"""Measure where time goes: a profile of every stage on a sample of a slide, and benchmarks that compare machines.
 
-It runs the very code of a run and must not have a path of its own through the pixels.
+This folder measures the code that runs use. It must not have a pixel path of its own.
 """

@@ -1,4 +1,4 @@
-"""``cellseg-batch bench``: a small set of measurements on slides that are the same everywhere, taking turns."""
+"""Run the suite of ``cellseg-batch bench``: a few measurements, in turns, on slides that are the same everywhere."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def run_suite(settings: Settings, rounds: int, side: int, folder: Path, observer
     """Measure end to end and stage by stage.
 
     Args:
-        settings: model, backend and the like of the runs.
-        rounds: of every measurement, after one that does not count.
-        side: of the slide in px.
-        folder: for slides and labels.
-        observer: of the runs.
+        settings: settings of the runs, such as model and backend.
+        rounds: number of rounds of every measurement, after a first round that does not count.
+        side: side of the slide in px.
+        folder: folder for slides and labels.
+        observer: observer of the runs.
 
     Returns:
-        ``rows`` with a name and the Mpx/s of each round and their median, and ``yardstick``: the machine's own speed
-        in each round, by work that has nothing to do with ours.
+        ``backend`` and ``precision`` of the runs; ``rows``, each with a name, the Mpx/s of each round and their median;
+        and ``yardstick``, the speed of the machine in each round, measured by work unrelated to segmentation.
     """
     pieces = shipped_pieces()
     inputs = {
@@ -50,12 +50,12 @@ def run_suite(settings: Settings, rounds: int, side: int, folder: Path, observer
     rates: dict[str, list[float]] = defaultdict(list)
     yardstick = []
     with opened_alone(slide, settings, model_pool, folder / "alone") as opened:
-        for turn in range(rounds + 1):
+        for round_number in range(rounds + 1):
             measured = {name: run([path], settings, observer).mpx_per_s for name, path in inputs.items()}
             alone = measure_alone(opened, list(opened.plan.grid), first=0.0)
             measured |= {f"{stage}, alone": opened.plan.pixels / 1e6 / spent for stage, spent in alone.seconds.items()}
             speed = machine_speed()
-            if turn:  # the first one warms up
+            if round_number:  # the first round warms up
                 yardstick.append(speed)
                 for name, rate in measured.items():
                     rates[name].append(rate)
@@ -63,12 +63,12 @@ def run_suite(settings: Settings, rounds: int, side: int, folder: Path, observer
         "backend": model_pool.choice.backend,
         "precision": model_pool.choice.precision,
         "yardstick": yardstick,
-        "rows": [{"name": name, "mpx_per_s": median(every), "rounds": every} for name, every in rates.items()],
+        "rows": [{"name": name, "mpx_per_s": median(values), "rounds": values} for name, values in rates.items()],
     }
 
 
 def machine_speed() -> float:
-    """How fast the machine is just now: fixed products of matrices and copies per second."""
+    """Measure the present speed of the machine: rounds per second of a fixed set of matrix products and copies."""
     matrix = np.ones((_MATRIX, _MATRIX), np.float32)
     start = time.perf_counter()
     for _ in range(_PRODUCTS):

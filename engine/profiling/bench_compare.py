@@ -1,8 +1,8 @@
-"""``cellseg-batch bench compare``: is one result slower than another by more than noise explains?
+"""Compare two results of ``cellseg-batch bench``: is the second slower than the first by more than noise explains?
 
-The ratio of two medians has an interval by bootstrap over the rounds.  A virtual machine as a whole may be slower today
-than yesterday; where both results have a yardstick of the machine's own speed, a row counts as slower only if it is
-so with and without its rates being divided by it.
+A bootstrap over the rounds gives the interval of the ratio of two medians.  A virtual machine as a whole may be slower
+today than yesterday.  So if both results have a yardstick of the machine's speed, a row counts as slower only if it is
+slower both with and without its rates being divided by the yardstick.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cellseg_batch.engine.errors import UsageError
 
 _TOLERANCE = 0.1
-"""Share by which two runs of the same code may differ though each run's rounds agree."""
+"""Share by which two runs of the same code may differ even if the rounds of each run agree."""
 
 _DRAWS = 4000
 _INTERVAL = (2.5, 97.5)
@@ -26,11 +26,11 @@ _INTERVAL = (2.5, 97.5)
 
 @dataclass(frozen=True)
 class Ratio:
-    """How the second result's rate compares with the first's.
+    """Ratio of the second result's rate to the first's.
 
     Attributes:
-        median: second over first; below 1 is slower.
-        low, high: its 95 % interval.
+        median: ratio of the medians; below 1, the second is slower.
+        low, high: 95 % interval of the ratio.
     """
 
     median: float
@@ -39,19 +39,19 @@ class Ratio:
 
     @property
     def slower(self) -> bool:
-        """Slower by more than the tolerance, and surely so."""
+        """Whether the second is slower by more than the tolerance, and its whole interval lies below 1."""
         return self.median < 1 - _TOLERANCE and self.high < 1
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row that both results have.
+    """Comparison of a row that both results have.
 
     Attributes:
-        name: of the row.
-        first, second: medians in Mpx/s.
+        name: name of the row.
+        first, second: medians of the two results in Mpx/s.
         plain: ratio of the rates.
-        scaled: ratio of the rates per speed of the machine; None without a yardstick.
+        scaled: ratio of the rates, each divided by the speed of its machine; None without a yardstick.
     """
 
     name: str
@@ -62,15 +62,15 @@ class Comparison:
 
     @property
     def regressed(self) -> bool:
-        """Slower beyond noise."""
+        """Whether the second is slower by more than noise explains."""
         return self.plain.slower and (self.scaled is None or self.scaled.slower)
 
 
 def load_result(path: Path) -> dict[str, Any]:
-    """A result as ``bench`` or a benchmark wrote it.
+    """Read a result that ``bench`` or a benchmark wrote.
 
     Raises:
-        UsageError: it cannot be read as one.
+        UsageError: the file cannot be read, or is no such result.
     """
     try:
         content: dict[str, Any] = json.loads(path.read_text())
@@ -88,10 +88,10 @@ def load_result(path: Path) -> dict[str, Any]:
 
 
 def compare_results(first: dict[str, Any], second: dict[str, Any]) -> list[Comparison]:
-    """Every row that both results have.
+    """Compare every row that both results have.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the results have no row in common.
     """
     later = {row["name"]: row for row in second["rows"]}
     both = [(row, later[row["name"]]) for row in first["rows"] if row["name"] in later]
@@ -111,7 +111,7 @@ def _compare(
 
 
 def _ratio(before: NDArray[np.float64], after: NDArray[np.float64]) -> Ratio:
-    """Percentile bootstrap (Efron 1979) of the ratio of two medians; the draws are always the same."""
+    """Ratio of two medians with its interval by percentile bootstrap (Efron 1979); the seed of the draws is fixed."""
     rng = np.random.default_rng(0)
     drawn = [np.median(rng.choice(rates, (_DRAWS, len(rates))), axis=1) for rates in (before, after)]
     low, high = np.percentile(drawn[1] / drawn[0], _INTERVAL)

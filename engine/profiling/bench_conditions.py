@@ -1,4 +1,4 @@
-"""The conditions of a measurement, kept with its figures in one JSON file."""
+"""Write the figures of a measurement together with its conditions to one JSON file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PACKAGES = ("cellseg-batch", "torch", "openvino", "numpy", "numba", "zarr", "da
 
 
 def conditions() -> dict[str, Any]:
-    """Hardware, versions, commit of the source if it is a clone, load and date."""
+    """Hardware, load, versions, date, and the commit if the source is a clone."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
         "processor": processor(),
@@ -30,7 +30,7 @@ def conditions() -> dict[str, Any]:
 
 
 def save(path: Path, rows: list[dict[str, Any]], **about: Any) -> Path:
-    """Write ``rows`` to ``path`` with the conditions of now and whatever else is to be said about them."""
+    """Write ``rows``, the present conditions and the entries of ``about`` to ``path``; returns the path."""
     path.write_text(json.dumps({"conditions": conditions(), **about, "rows": rows}, indent=2) + "\n")
     return path
 

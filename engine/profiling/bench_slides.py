@@ -1,4 +1,4 @@
-"""Slides to measure on, laid out with real pictures of nuclei: the same pixels on every machine."""
+"""Write slides to measure on from real pictures of nuclei, with the same pixels on every machine."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ PATTERN = 4096
 _FIELD = 1080
 
 Pieces = list[tuple[NDArray[np.uint8], NDArray[np.integer[Any]] | None]]
-"""Square pictures (n, n, 3) of one size, each with its true instance map (n, n) if that is known."""
+"""Square pictures (n, n, 3) of equal size, each with its true instance map (n, n), or None if that is unknown."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a slide is stored.
+    """Size, storage and content of a square slide.
 
     Attributes:
-        side: of the square in px.
-        dtype: uint8 is three channels, red, green and blue; uint16 is one.
+        side: side of the slide in px.
+        dtype: uint8 means three channels, red, green and blue; uint16 means a single channel.
         chunk: side of a chunk in px.
-        shard: side of a shard in px; 0 is none.
-        levels: of the pyramid.
+        shard: side of a shard in px; 0 writes no shards.
+        levels: number of levels of the pyramid.
         tissue: share of the slide that shows cells, a square in its middle; the rest is background.
     """
 
@@ -43,7 +43,7 @@ class Form:
 
 
 def shipped_pieces() -> Pieces:
-    """Pieces of the fluorescence pictures that ship with the package; their truth is not known."""
+    """Pieces of the fluorescence pictures that ship with the package; their truth is unknown."""
     folder = Path(str(files("cellseg_batch.engine"))) / "assets" / "gate"
     pictures = [imread(path) for path in sorted(folder.glob("fluorescence_small_*.png"))]
     return [
@@ -57,7 +57,8 @@ def shipped_pieces() -> Pieces:
 def write_slide(path: Path, form: Form, pieces: Pieces) -> Path:
     """Write an OME-Zarr 0.5 image of ``form`` to ``path``, and its true objects, if known, to ``labels/truth``.
 
-    The pieces fill a pattern of 4096 px at random, always alike; a larger slide repeats it, with ids of its own.
+    The pieces fill a pattern of 4096 px at random, with a fixed seed. A larger slide repeats the pattern, each repeat
+    with ids of its own.
     """
     pixels, truth = _pattern(min(form.side, PATTERN), pieces)
     group = zarr.open_group(str(path), mode="w", zarr_format=3)
@@ -78,7 +79,7 @@ def write_slide(path: Path, form: Form, pieces: Pieces) -> Path:
 
 
 def write_plate(path: Path, fields: int, pieces: Pieces) -> Path:
-    """Write an HCS plate of ``fields`` uint16 fields of 1080 x 1080 px, ten a well."""
+    """Write an HCS plate of ``fields`` uint16 fields of 1080 x 1080 px, ten fields per well."""
     pixels, _ = _pattern(PATTERN, pieces)
     wells = [(chr(ord("A") + well // 10), str(well % 10 + 1)) for well in range(-(-fields // 10))]
     plate = zarr.open_group(str(path), mode="w", zarr_format=3)
@@ -109,7 +110,7 @@ def write_plate(path: Path, fields: int, pieces: Pieces) -> Path:
 
 
 def _repeat(truth: NDArray[np.uint32], out: zarr.Array[Any]) -> None:
-    """Fill ``out`` with the pattern's objects, with other ids each time."""
+    """Fill ``out`` with repeats of the pattern's objects, each repeat with ids of its own."""
     side, highest = out.shape[0], truth.max()
     for number, (y, x) in enumerate(product(range(0, side, PATTERN), repeat=2)):
         part = truth[: side - y, : side - x]
@@ -117,7 +118,7 @@ def _repeat(truth: NDArray[np.uint32], out: zarr.Array[Any]) -> None:
 
 
 def _pattern(side: int, pieces: Pieces) -> tuple[NDArray[np.uint8], NDArray[np.uint32] | None]:
-    """(3, side, side) pixels out of pieces, turned and mirrored at random, and their true objects (side, side)."""
+    """Compose pixels (3, side, side) and true objects (side, side) from pieces, turned and mirrored at random."""
     rng = np.random.default_rng(1)
     pixels = np.empty((3, side, side), np.uint8)
     truth = np.zeros((side, side), np.uint32) if all(labels is not None for _, labels in pieces) else None
@@ -141,7 +142,13 @@ def _turned(picture: NDArray[Any], turns: int, mirrored: bool) -> NDArray[Any]:
 
 
 def _clear_background(band: NDArray[np.uint8], y: int, form: Form) -> None:
-    """Everything outside the tissue becomes dark with a little noise."""
+    """Make everything outside the tissue dark, with a little noise.
+
+    Args:
+        band: (3, h, w) rows of the slide; changed in place.
+        y: first row of the band in px of the slide.
+        form: size and tissue of the slide.
+    """
     edge = round(form.side * (1 - form.tissue**0.5) / 2)
     if not edge:
         return
@@ -156,7 +163,7 @@ def _stored(band: NDArray[np.uint8], dtype: str) -> NDArray[Any]:
 
 
 def _create_levels(group: zarr.Group, form: Form) -> list[zarr.Array[Any]]:
-    """The empty arrays of an image, with its metadata."""
+    """Create the empty arrays of an image, a level each, and its metadata."""
     arrays, datasets = [], []
     for level in range(form.levels):
         side = form.side // 2**level

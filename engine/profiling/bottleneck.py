@@ -1,4 +1,4 @@
-"""The bottleneck of a run in one sentence, from figures alone."""
+"""Find the bottleneck of a run and describe it in a sentence, from figures alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cellseg_batch.engine.profiling.timeline import IDLE, on_device
 
 _ENOUGH = 0.8
-"""A device that is busy for this share of the time is the bottleneck: to free the rest gains 1.25x at most."""
+"""A device that is busy for this share of the time is the bottleneck: removing its idle time gains 1.25x at most."""
 
 _ADVICE = {
     "model": "a faster model would help: `precision=int8`, or a GPU",
@@ -19,16 +19,16 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class StageUse:
-    """One stage of the sample's run.
+    """Figures of a stage in the run of the sample.
 
     Attributes:
-        stage: its name.
-        busy: seconds, over all threads.
-        occupancy: share of the sample's time in which it is busy.
-        share: of a long run's time that it would account for; together with the scheduler's 1.
-        mpx_per_s: pixels per second in which it is busy.
-        alone_mpx_per_s: the same with nothing else going on; None where it was not measured.
-        gb_per_s: bytes that it must move at least per such second, in GB/s; None where that says nothing.
+        stage: name of the stage.
+        busy: seconds in which the stage is busy, summed over all threads.
+        occupancy: share of the sample's time in which the stage is busy on at least one thread.
+        share: share of a long run's time that the stage would account for; all shares and the scheduler's sum to 1.
+        mpx_per_s: Mpx per second of occupancy.
+        alone_mpx_per_s: Mpx/s of the stage with nothing else going on; None if it was not measured.
+        gb_per_s: least amount of data that the stage moves per second of occupancy, in GB/s; None if unknown.
     """
 
     stage: str
@@ -40,33 +40,37 @@ class StageUse:
     gb_per_s: float | None
 
     @property
-    def of_ceiling(self) -> float | None:
-        """Its speed as a share of that on its own."""
+    def share_of_alone(self) -> float | None:
+        """Speed of the stage as a share of its speed alone; None if that was not measured."""
         return None if self.alone_mpx_per_s is None else self.mpx_per_s / self.alone_mpx_per_s
 
 
 def find_bottleneck(shares: dict[str, float]) -> str:
-    """The stage that limits the run: on the device if that is rarely idle, else what it mostly waits for."""
+    """Find the stage that limits the run: the largest on the device if that is rarely idle, else the largest elsewhere.
+
+    Args:
+        shares: stage -> share of a long run's time.
+    """
     device = {stage: share for stage, share in shares.items() if on_device(stage)}
     others = {stage: share for stage, share in shares.items() if not on_device(stage)}
     limiting = device if sum(device.values()) >= _ENOUGH or not others else others
     return max(limiting, key=lambda stage: limiting[stage])
 
 
-def say(bottleneck: str, shares: dict[str, float], uses: dict[str, StageUse], remedy: str) -> str:
-    """The verdict.
+def describe_bottleneck(bottleneck: str, shares: dict[str, float], uses: dict[str, StageUse], remedy: str) -> str:
+    """Describe the bottleneck and its remedy in a sentence.
 
     Args:
-        bottleneck: what `find_bottleneck` gave.
-        shares: of a long run's time, by stage.
-        uses: of the stages, by name.
-        remedy: what was found to help, with its figures; "" for the usual advice.
+        bottleneck: stage from `find_bottleneck`.
+        shares: stage -> share of a long run's time.
+        uses: stage -> its figures.
+        remedy: a remedy that was tried, with its figures; "" gives the usual advice.
     """
     device = sum(share for stage, share in shares.items() if on_device(stage))
     remedy = remedy or _ADVICE.get(bottleneck, "")
     if on_device(bottleneck):
         use = uses[bottleneck]
-        speed = f" and runs at {use.of_ceiling:.0%} of its speed alone" if use.of_ceiling is not None else ""
+        speed = f" and runs at {use.share_of_alone:.0%} of its speed alone" if use.share_of_alone is not None else ""
         elsewhere = f"at most {1 / device:.2f}x to gain elsewhere"
         text = f"{bottleneck}-bound: the {bottleneck} stage is busy {use.share:.0%} of the time{speed}; {elsewhere}"
     else:

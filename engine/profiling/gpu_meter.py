@@ -1,4 +1,4 @@
-"""Utilisation and energy of the first NVIDIA GPU during a run, where NVML can be asked."""
+"""Measure utilisation and energy of the first NVIDIA GPU during a run, if NVML is available."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _PERIOD = 0.05
 
 
 class GpuMeter:
-    """Watches the GPU for as long as the context lasts.
+    """Meter of the GPU, at work as long as its context lasts.
 
     Attributes:
-        figures: mean and largest utilisation in %, and energy in J, as far as the GPU tells; empty where there is no
-            NVML or no GPU.
+        figures: mean and largest utilisation in %, and energy in J, as far as the GPU reports them; empty without NVML
+            or a GPU.
     """
 
     def __init__(self) -> None:
@@ -51,11 +51,11 @@ class GpuMeter:
     def _millijoules(self) -> int | None:
         try:
             return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
-        except self._nvml.NVMLError:  # GPUs before Volta do not count it
+        except self._nvml.NVMLError:  # GPUs older than Volta do not count energy
             return None
 
     def _watch(self) -> None:
-        with suppress(self._nvml.NVMLError):  # a part of a GPU (MIG) does not tell
+        with suppress(self._nvml.NVMLError):  # a part of a GPU (MIG) does not report utilisation
             while True:
                 self._samples.append(self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu)
                 if self._ended.wait(_PERIOD):
@@ -67,5 +67,5 @@ def _open_nvml() -> Any:
         nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()
         return nvml if nvml.nvmlDeviceGetCount() else None
-    except Exception:  # not installed, no driver, no GPU: there is nothing to watch
+    except Exception:  # not installed, no driver, no GPU: nothing to measure
         return None

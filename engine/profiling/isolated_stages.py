@@ -1,4 +1,4 @@
-"""Each stage of a sample on its own, with nothing else going on: what it could do at best on this machine."""
+"""Measure each stage of a sample alone, with nothing else going on: the best that it can do on this machine."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _ROUNDS = 5
 
 @dataclass(frozen=True)
 class Alone:
-    """Seconds of each stage on the blocks of a sample, one stage at a time.
+    """Seconds of each stage on the blocks of a sample, measured stage by stage.
 
     Attributes:
-        first_read: the first time that the boxes are read, on every core; slower than later where a cache was cold.
+        first_read: seconds of the first read of the boxes, on every core; longer than later reads if a cache was cold.
         seconds: stage -> seconds; reading and writing on every core, the others as in a run.
-        read_bytes, written_bytes: of the pixels, decoded.
+        read_bytes, written_bytes: bytes of the decoded pixels that were read and written.
     """
 
     first_read: float
@@ -48,37 +48,37 @@ class Alone:
 
 @contextmanager
 def opened_alone(slide: Slide, settings: Settings, model_pool: ModelPool, folder: Path) -> Iterator[OpenSlide]:
-    """A slide that no run works on, open for as long as the context lasts.
+    """Open a slide outside of any run, for as long as the context lasts.
 
     Args:
         slide: the image.
-        settings: as of a run over it.
-        model_pool: makes its network.
-        folder: new, for its labels, which are made and empty.
+        settings: settings as of a run over the slide.
+        model_pool: source of the network.
+        folder: new folder for the labels, which are created empty.
 
     Raises:
-        SlideError: it cannot be processed as asked.
+        SlideError: the slide cannot be processed as asked.
     """
     worker = Worker(settings, model_pool, StageClock())
     prepared = prepare_slide(worker, Request(slide, output_paths(slide, settings.name, folder)))
-    assert isinstance(prepared, PreparedSlide)  # nothing was there, so nothing was finished before
+    assert isinstance(prepared, PreparedSlide)  # the folder is new, so the slide cannot be finished
     with worker.slides.opened(prepared.plan, prepared.backend) as opened:
         yield opened
     worker.close()
 
 
 def first_read(slide: OpenSlide, blocks: list[Block]) -> float:
-    """Seconds to read the blocks as they are found, on every core."""
+    """Seconds to read the blocks for the first time, on every core, with caches as they are."""
     return _timed(lambda block: slide.reader.read(block.plane, block.read_box), blocks)
 
 
 def measure_alone(slide: OpenSlide, blocks: list[Block], first: float) -> Alone:
-    """Read, compute and write the blocks, one stage after the other.
+    """Read, compute and write the blocks, stage after stage.
 
     Args:
-        slide: open, its labels made and empty.
-        blocks: of it.
-        first: what `first_read` gave.
+        slide: the open slide, with empty labels.
+        blocks: blocks of the slide.
+        first: seconds from `first_read`.
     """
     sizes: list[int] = []
 
@@ -105,7 +105,7 @@ def measure_alone(slide: OpenSlide, blocks: list[Block], first: float) -> Alone:
 
 
 def memory_bandwidth() -> float:
-    """Bytes that one thread copies per second, read and written counted; the best of a few rounds."""
+    """Bytes per second that a thread copies, read and written bytes both counted; the best of a few rounds."""
     source, target = np.ones(_COPIED, np.uint8), np.zeros(_COPIED, np.uint8)
     seconds = []
     for _ in range(_ROUNDS):
@@ -116,13 +116,13 @@ def memory_bandwidth() -> float:
 
 
 def _timed(call: Callable[[Block], object], blocks: Iterable[Block]) -> float:
-    """Seconds to call for every block on every core; what comes back is dropped at once."""
+    """Seconds to call ``call`` for every block, on every core; results are dropped at once."""
     start = time.perf_counter()
     with ThreadPoolExecutor(cores()) as pool:
-        for done in [pool.submit(_dropping, call, block) for block in blocks]:
-            done.result()
+        for future in [pool.submit(_call_and_drop, call, block) for block in blocks]:
+            future.result()
     return time.perf_counter() - start
 
 
-def _dropping(call: Callable[[Block], object], block: Block) -> None:
+def _call_and_drop(call: Callable[[Block], object], block: Block) -> None:
     call(block)

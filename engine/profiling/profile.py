@@ -1,4 +1,4 @@
-"""``cellseg-batch profile``: run a sample, measure each stage alone, name the bottleneck, try what should help."""
+"""Profile a slide: run a sample, measure each stage alone, name the bottleneck, and try a remedy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import mean
 from cellseg_batch.engine.errors import SlideError, UsageError
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.profiling.bottleneck import StageUse, find_bottleneck, say
+from cellseg_batch.engine.profiling.bottleneck import StageUse, describe_bottleneck, find_bottleneck
 from cellseg_batch.engine.profiling.gpu_meter import GpuMeter
 from cellseg_batch.engine.profiling.isolated_stages import (
     Alone,
@@ -20,7 +20,7 @@ from cellseg_batch.engine.profiling.isolated_stages import (
     opened_alone,
 )
 from cellseg_batch.engine.profiling.profile_report import Profile, Trial
-from cellseg_batch.engine.profiling.read_experiment import Cure, copy_slide, find_cure
+from cellseg_batch.engine.profiling.read_experiment import ReadRemedy, copy_slide, find_read_remedy
 from cellseg_batch.engine.profiling.sample import take_sample
 from cellseg_batch.engine.profiling.timeline import busy_seconds, occupied, predict_seconds, shares, wall_seconds
 from cellseg_batch.engine.run.campaign import Observer, run_images
@@ -34,7 +34,7 @@ from cellseg_batch.engine.storage.paths import RemotePath
 
 @dataclass(frozen=True)
 class _Sampled:
-    """A run of the sample: its report, its intervals, its seconds from the first stage to the last."""
+    """Report and intervals of a run of the sample."""
 
     report: RunReport
     intervals: list[Interval]
@@ -49,9 +49,9 @@ class _Sampled:
 
 
 def profile_slide(path: Path, settings: Settings, observer: Observer) -> Profile:
-    """Profile a run of ``settings`` on a sample of what ``path`` holds; labels go to a temporary folder.
+    """Profile a run of ``settings`` on a sample of the images below ``path``; labels go to a temporary folder.
 
-    The folder lies in the output that the settings name, so that writing is measured where it would happen.
+    The temporary folder lies in the output folder of the settings, so that writes go to the disk that a run would use.
 
     Raises:
         UsageError: there is no image, the output is no local folder, or nothing can be run as asked.
@@ -78,14 +78,14 @@ def profile_slide(path: Path, settings: Settings, observer: Observer) -> Profile
             with GpuMeter() as meter:
                 run = _run(sample, replace(settings, output=folder / "run"), observer)
             alone = measure_alone(slide, list(plan.grid), first)
-        parts = shares(run.intervals, run.report.workers)
-        uses = _uses(run, parts, slide, alone)
-        bottleneck = find_bottleneck(parts)
+        stage_shares = shares(run.intervals, run.report.workers)
+        uses = _uses(run, stage_shares, slide, alone)
+        bottleneck = find_bottleneck(stage_shares)
         trial = None
         if bottleneck == "read":
-            cure = find_cure(sample[0], plan.level.level, plan.channels.indices, folder / "part")
-            if cure is not None:
-                trial = _try(cure, sample, slide, settings, run, alone, folder, observer)
+            read_remedy = find_read_remedy(sample[0], plan.level.level, plan.channels.indices, folder / "part")
+            if read_remedy is not None:
+                trial = _try(read_remedy, sample, slide, settings, run, alone, folder, observer)
     remedy = trial.text if trial is not None else ""
     report = run.report
     return Profile(
@@ -99,9 +99,9 @@ def profile_slide(path: Path, settings: Settings, observer: Observer) -> Profile
         first_read_mpx_per_s=plan.pixels / 1e6 / first,
         memory_gb_per_s=memory_bandwidth() / 1e9,
         stages=list(uses.values()),
-        shares=parts,
+        shares=stage_shares,
         bottleneck=bottleneck,
-        verdict=say(bottleneck, parts, uses, remedy),
+        verdict=describe_bottleneck(bottleneck, stage_shares, uses, remedy),
         trial=trial,
         gpu=meter.figures,
         intervals=run.intervals,
@@ -117,26 +117,26 @@ def _run(images: list[Slide], settings: Settings, observer: Observer) -> _Sample
     return _Sampled(report, clock.intervals)
 
 
-def _uses(run: _Sampled, parts: dict[str, float], slide: OpenSlide, alone: Alone) -> dict[str, StageUse]:
-    """How each stage that did anything was used."""
+def _uses(run: _Sampled, stage_shares: dict[str, float], slide: OpenSlide, alone: Alone) -> dict[str, StageUse]:
+    """Stage -> its figures, for each stage that was busy."""
     uses = {}
     for stage, seconds in busy_seconds(run.intervals).items():
-        active = occupied(one for one in run.intervals if one.stage == stage)
-        by_itself = alone.seconds.get(stage)
+        active = occupied(interval for interval in run.intervals if interval.stage == stage)
+        alone_seconds = alone.seconds.get(stage)
         uses[stage] = StageUse(
             stage=stage,
             busy=seconds,
             occupancy=active / run.seconds,
-            share=parts[stage],
+            share=stage_shares[stage],
             mpx_per_s=run.pixels / 1e6 / active,
-            alone_mpx_per_s=slide.plan.pixels / 1e6 / by_itself if by_itself else None,
+            alone_mpx_per_s=slide.plan.pixels / 1e6 / alone_seconds if alone_seconds else None,
             gb_per_s=_bytes_moved(stage, slide, alone) * run.pixels / slide.plan.pixels / 1e9 / active or None,
         )
     return uses
 
 
 def _bytes_moved(stage: str, slide: OpenSlide, alone: Alone) -> int:
-    """Bytes that a stage must move at least for the blocks that were measured alone; 0 where that says nothing."""
+    """Least number of bytes that a stage moves for the blocks that were measured alone; 0 if unknown."""
     plan = slide.plan
     tiles = plan.tiles * plan.grid.lattice.tile[0] * plan.grid.lattice.tile[1]
     return {
@@ -148,7 +148,7 @@ def _bytes_moved(stage: str, slide: OpenSlide, alone: Alone) -> int:
 
 
 def _try(
-    cure: Cure,
+    read_remedy: ReadRemedy,
     sample: list[Slide],
     slide: OpenSlide,
     settings: Settings,
@@ -157,16 +157,19 @@ def _try(
     folder: Path,
     observer: Observer,
 ) -> Trial:
-    """Predict what the cure of slow reading gains, then run a cured copy of the sample."""
-    blocks = sum(one.blocks for one in run.report.slides)
+    """Predict the gain of a remedy for slow reading, then measure it on a copy of the sample."""
+    blocks = sum(report.blocks for report in run.report.slides)
     per_block = 1 / len(slide.plan.grid)
     device = sum(seconds for stage, seconds in alone.seconds.items() if stage not in ("read", "write")) * per_block
     write = busy_seconds(run.intervals)["write"] / blocks
-    read = mean(block.read_box.area for block in slide.plan.grid) / cure.pixels_per_s
+    read = mean(block.read_box.area for block in slide.plan.grid) / read_remedy.pixels_per_s
     predicted = predict_seconds(blocks, run.report.workers, read, device, write)
-    predicted += occupied(one for one in run.intervals if one.stage == "pyramid")
+    predicted += occupied(interval for interval in run.intervals if interval.stage == "pyramid")
     level = slide.plan.level.level
-    copies = [copy_slide(one, level, folder / "cured" / f"{n}.zarr", cure.storage) for n, one in enumerate(sample)]
+    copies = [
+        copy_slide(image, level, folder / "copies" / f"{number}.zarr", read_remedy.storage)
+        for number, image in enumerate(sample)
+    ]
     # A copy begins at the level that is processed.
     measured = _run(copies, replace(settings, output=folder / "again", level=0), observer)
-    return Trial(cure.cause, cure.text, run.seconds / predicted, run.seconds / measured.seconds)
+    return Trial(read_remedy.cause, read_remedy.text, run.seconds / predicted, run.seconds / measured.seconds)

@@ -1,4 +1,4 @@
-"""What a profile found: as JSON and as a chart."""
+"""Report a profile as JSON and as a chart."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Trial:
     """A remedy that was tried on a copy of the sample.
 
     Attributes:
-        cause: what makes the slide read slowly: chunks, codec, store or format.
-        remedy: what was changed.
-        predicted: by how much the sample would run faster, from the speed of each stage alone.
-        measured: by how much it did.
+        cause: cause of slow reading: chunks, codec, store or format.
+        remedy: the change that was made, in words.
+        predicted: predicted speed-up of the sample's run, from the speed of each stage alone.
+        measured: measured speed-up.
     """
 
     cause: str
@@ -34,23 +34,23 @@ class Trial:
 
 @dataclass(frozen=True)
 class Profile:
-    """A sample's run, stage by stage.
+    """Profile of a run of the sample, stage by stage.
 
     Attributes:
-        slides: images in the sample.
-        megapixels: of them.
-        backend, precision, workers: of the run.
-        mpx_per_s: end to end, in Mpx/s.
-        engine_mpx_per_s: of the model alone while it was busy.
-        first_read_mpx_per_s: reading as the sample was found, with nothing else going on; low where a cache was cold.
-        memory_gb_per_s: that one thread copies, bytes read and written.
-        stages: that did anything, in the order in which they first ended.
-        shares: of a long run's time, by stage, and the scheduler's.
+        slides: number of images in the sample.
+        megapixels: Mpx of the sample.
+        backend, precision, workers: backend, precision and blocks in flight of the run.
+        mpx_per_s: rate of the run end to end, in Mpx/s.
+        engine_mpx_per_s: rate of the model while it was busy, in Mpx/s.
+        first_read_mpx_per_s: rate of the first read of the sample, alone, in Mpx/s; low if a cache was cold.
+        memory_gb_per_s: GB/s that a thread copies, read and written bytes both counted.
+        stages: stages that were busy, in the order in which they first ended.
+        shares: stage -> share of a long run's time, the scheduler included.
         bottleneck: the stage that limits the run.
-        verdict: one sentence.
-        trial: of what should help, where it can be tried.
+        verdict: a sentence on the bottleneck and its remedy.
+        trial: trial of a remedy; None if none was tried.
         gpu: utilisation in % and energy in J; empty without a GPU.
-        intervals: when each stage was busy.
+        intervals: times at which each stage was busy.
     """
 
     slides: int
@@ -78,7 +78,7 @@ class Profile:
 
 
 def draw_profile(profile: Profile, file: Path) -> None:
-    """Write a horizontal bar chart of the stages' occupancy as PNG, with their speed and that alone."""
+    """Write a horizontal bar chart of each stage's occupancy as PNG, with its speed in the run and alone."""
     from matplotlib.figure import Figure
 
     names = [use.stage for use in profile.stages][::-1]
@@ -99,5 +99,5 @@ def draw_profile(profile: Profile, file: Path) -> None:
 
 
 def _speed(use: StageUse) -> str:
-    alone = "" if use.of_ceiling is None else f", {use.of_ceiling:.0%} of alone"
+    alone = "" if use.share_of_alone is None else f", {use.share_of_alone:.0%} of alone"
     return f"{use.mpx_per_s:.3g} Mpx/s{alone}"

@@ -1,4 +1,4 @@
-"""Why a slide reads slowly, by experiment: a part of it is copied as it is, in larger chunks, and uncompressed.
+"""Find by experiment why a slide reads slowly: copy a part of it unchanged, in larger chunks, and uncompressed.
 
 A copy lies in a local folder and is a slide like any other.
 """
@@ -19,22 +19,22 @@ from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Level, Slide
 
 CHUNK = 512
-"""Side in px of the chunks that are tried in place of smaller ones."""
+"""Side in px of the chunks that are tried if the slide's are smaller."""
 
 _CHUNKS_TRIED = 16  # along each axis: enough to be typical, few enough to be quick
 _LARGEST_BOX = 2048
 _ROUNDS = 2
 _WORTH = 1.25
-"""A cause is named only if its cure reads this many times faster."""
+"""A cause is named only if its remedy makes reading this many times faster."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How a copy is stored.
+    """Chunks and compression of a copy.
 
     Attributes:
-        chunk: side of its chunks in px; None keeps the slide's.
-        raw: without compression; else the slide's own codecs.
+        chunk: side of the chunks in px; None keeps the slide's chunks.
+        raw: without compression; otherwise with the slide's codecs.
     """
 
     chunk: int | None = None
@@ -42,14 +42,14 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class Cure:
-    """What makes a slide read faster.
+class ReadRemedy:
+    """A remedy for slow reading.
 
     Attributes:
-        cause: of its slowness: chunks, codec or store.
-        storage: of a local copy that has it no more.
-        text: the remedy, for people.
-        pixels_per_s: that one thread reads from such a copy.
+        cause: cause of slow reading: chunks, codec, store or format.
+        storage: storage of a local copy without this cause.
+        text: the remedy in words.
+        pixels_per_s: pixels per second that a thread reads from such a copy.
     """
 
     cause: str
@@ -58,8 +58,8 @@ class Cure:
     pixels_per_s: float
 
 
-def find_cure(slide: Slide, level: int, channels: tuple[int, ...], folder: Path) -> Cure | None:
-    """Copy a corner of ``slide`` to ``folder`` in several ways and read each; None if no copy reads much faster."""
+def find_read_remedy(slide: Slide, level: int, channels: tuple[int, ...], folder: Path) -> ReadRemedy | None:
+    """Copy a corner of ``slide`` to ``folder`` in several storages and read each; None if no copy reads much faster."""
     chunk = max(_chunk(slide, level))
     side = max(CHUNK, min(_LARGEST_BOX, _CHUNKS_TRIED * chunk))
     height, width = slide.plane_shape(level)
@@ -71,22 +71,24 @@ def find_cure(slide: Slide, level: int, channels: tuple[int, ...], folder: Path)
         return _rate(copy_slide(part, 0, folder, storage), channels)
 
     if slide.zarr_format is None:
-        best = Cure("format", Storage(CHUNK), "a conversion to OME-Zarr (cellseg-batch convert)", rate(Storage(CHUNK)))
+        text = "a conversion to OME-Zarr (cellseg-batch convert)"
+        best = ReadRemedy("format", Storage(CHUNK), text, rate(Storage(CHUNK)))
         return best if best.pixels_per_s > _WORTH * own else None
     same = rate(Storage())
-    gains = [(same / own, Cure("store", Storage(), "a copy on a local disk", same))]
+    remedies = [(same / own, ReadRemedy("store", Storage(), "a copy on a local disk", same))]
     if chunk < CHUNK:
         larger = rate(Storage(CHUNK))
-        gains.append((larger / same, Cure("chunks", Storage(CHUNK), f"chunks of {CHUNK} px", larger)))
+        remedies.append((larger / same, ReadRemedy("chunks", Storage(CHUNK), f"chunks of {CHUNK} px", larger)))
     raw = rate(Storage(raw=True))
-    gains.append((raw / same, Cure("codec", Storage(raw=True), "no compression, or a codec such as lz4,", raw)))
-    gain, best = max(gains, key=lambda one: one[0])
+    codec_text = "no compression, or a codec such as lz4,"
+    remedies.append((raw / same, ReadRemedy("codec", Storage(raw=True), codec_text, raw)))
+    gain, best = max(remedies, key=lambda gain_and_remedy: gain_and_remedy[0])
     return best if gain > _WORTH else None
 
 
 def copy_slide(slide: Slide, level: int, folder: Path, storage: Storage) -> Slide:
-    """Copy ``slide`` from ``level`` on to a zarr hierarchy in ``folder``, in place of what is there."""
-    zarr_format = slide.zarr_format or 3  # the codecs of a zarr slide are known to its own format only
+    """Copy ``level`` of ``slide`` and all coarser levels to a zarr hierarchy in ``folder``, which is replaced."""
+    zarr_format = slide.zarr_format or 3  # each zarr format has codecs of its own
     group = zarr.open_group(str(folder), mode="w", zarr_format=zarr_format)
     levels = tuple(_copy_level(slide, number, group, storage) for number in range(level, len(slide.levels)))
     return as_zarr(slide, folder, levels, zarr_format)
@@ -96,21 +98,21 @@ def _copy_level(slide: Slide, number: int, group: zarr.Group, storage: Storage) 
     level = slide.levels[number]
     with SlideReader(slide, number, (0,)) as reader:
         source = reader.array
-        made: dict[str, Any] = {"shape": level.shape, "dtype": slide.dtype, "chunks": _chunks(slide, level, storage)}
+        options: dict[str, Any] = {"shape": level.shape, "dtype": slide.dtype, "chunks": _chunks(slide, level, storage)}
         if slide.zarr_format is not None:
-            made |= {"filters": source.filters, "compressors": source.compressors}
-            made |= {"shards": source.shards if storage.chunk is None else None}
+            options |= {"filters": source.filters, "compressors": source.compressors}
+            options |= {"shards": source.shards if storage.chunk is None else None}
         if storage.raw:
-            made["compressors"] = None
-        target = group.create_array(str(number), **made)
+            options["compressors"] = None
+        target = group.create_array(str(number), **options)
         height = level.shape[slide.axes.index("y")]
         for start in range(0, height, _LARGEST_BOX):
             sides = dict(zip(slide.axes, (slice(0, length) for length in level.shape), strict=True))
             sides["y"] = slice(start, min(start + _LARGEST_BOX, height))
-            there = tuple(sides.values())
+            target_index = tuple(sides.values())
             for axis, first in zip("yx", level.origin, strict=True):
                 sides[axis] = slice(sides[axis].start + first, sides[axis].stop + first)
-            target[there] = np.asarray(source[tuple(sides.values())])
+            target[target_index] = np.asarray(source[tuple(sides.values())])
     return replace(level, path=str(number), chunks=target.chunks, origin=(0, 0))
 
 
@@ -127,7 +129,7 @@ def _chunk(slide: Slide, level: int) -> tuple[int, int]:
 
 
 def _rate(slide: Slide, channels: tuple[int, ...]) -> float:
-    """Pixels of a slide of one level that one thread reads per second; the best of a few rounds."""
+    """Pixels per second that a thread reads from a slide with a single level; the best of a few rounds."""
     box = Box(0, 0, *slide.plane_shape(0))
     seconds = []
     with SlideReader(slide, 0, channels) as reader:

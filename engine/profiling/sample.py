@@ -1,4 +1,4 @@
-"""A bounded part of what is to be profiled: the middle of a large slide, or the first of many small ones."""
+"""Take a bounded sample for a profile: the middle of a large slide, or the first of many small slides."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ _PIXELS = SIDE * SIDE
 
 
 def take_sample(path: Path, settings: Settings, model_um: float | None) -> list[Slide]:
-    """Parts of the images below ``path``, about 67 Mpx in all at the level that a run would process.
+    """Take parts of the images below ``path``, about 67 Mpx in all at the level that a run would process.
+
+    Args:
+        path: a path that holds images.
+        settings: settings of the run.
+        model_um: µm per px that the model was trained at; None if unknown.
 
     Raises:
         NoImageError: there is no image.
@@ -40,7 +45,7 @@ def take_sample(path: Path, settings: Settings, model_um: float | None) -> list[
 
 
 def _middle(slide: Slide, level: int) -> Box:
-    """A box of at most `SIDE` px a side in the middle of a plane, from the edge of a chunk on."""
+    """A box of at most `SIDE` px a side in the middle of a plane, which begins at the corner of a chunk."""
     chunk = dict(zip(slide.axes, slide.levels[level].chunks, strict=True))
     height, width = slide.plane_shape(level)
     y, x = (
@@ -51,16 +56,17 @@ def _middle(slide: Slide, level: int) -> Box:
 
 
 def _first_planes(slide: Slide, level: int, pixels: int) -> Slide:
-    """As many t/z planes of ``slide`` as ``pixels`` allow, at least one."""
+    """The first t/z planes of ``slide``, as many as fit into ``pixels`` at ``level``, at least one."""
     height, width = slide.plane_shape(level)
-    kept = max(1, pixels // (height * width))
+    most_planes = max(1, pixels // (height * width))
     for axis in slide.plane_axes:
         index = slide.axes.index(axis)
-        count = min(kept, slide.extent(axis, level))
-        kept //= count
-        levels = [
-            replace(one, shape=(*one.shape[:index], min(count, one.shape[index]), *one.shape[index + 1 :]))
-            for one in slide.levels
-        ]
+        count = min(most_planes, slide.extent(axis, level))
+        most_planes //= count
+        levels = []
+        for resolution in slide.levels:
+            shape = list(resolution.shape)
+            shape[index] = min(count, shape[index])
+            levels.append(replace(resolution, shape=tuple(shape)))
         slide = replace(slide, levels=tuple(levels))
     return slide

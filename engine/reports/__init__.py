@@ -1,5 +1,5 @@
-"""What is said about images and runs: before (`info`, `plan`, `doctor`), during (`status`) and after
+"""Reports on images and runs: before a run (`info`, `plan`, `doctor`), during it (`status`) and after it
 (`verify`, `report`, `preview`, plate summaries, exported tables).
 
-It reads what a run has written and must not change pixels. It returns values and files, and prints nothing.
+This folder reads the output of runs and must not change pixels. It returns values and files, and prints nothing.
 """

@@ -1,4 +1,4 @@
-"""What this machine has (processor, memory, backends, models), what is missing and how to get it."""
+"""Diagnose this machine: processor, memory, backends and models, missing packages and their remedies."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _LIBRARIES = ("zarr", "numcodecs", "tifffile", "imagecodecs", "dask", "numba", "
 
 @dataclass(frozen=True)
 class Library:
-    """A package that is used.
+    """A package that cellseg-batch uses.
 
     Attributes:
-        name: of the package.
-        version: that is installed; None if it is missing.
-        remedy: how to get what is missing; "" if nothing is.
+        name: name of the package.
+        version: installed version; None if the package is missing.
+        remedy: command that installs the missing package; "" if nothing is missing.
     """
 
     name: str
@@ -35,14 +35,14 @@ class Library:
 
 @dataclass(frozen=True)
 class BackendState:
-    """Whether a backend can be had at a precision.
+    """Availability of a backend at a precision.
 
     Attributes:
-        backend, precision: of what.
+        backend, precision: names of the two.
         device: CPU or GPU.
-        version: of its package; None if that is missing.
-        reason: why it cannot be had; "" if it can.
-        remedy: how to get it, or to prove it where it has not run on hardware yet.
+        version: version of the backend's package; None if the package is missing.
+        reason: why the backend is unavailable; "" if it is available.
+        remedy: how to make the backend available, or how to prove it if it has not run on hardware yet.
     """
 
     backend: str
@@ -55,20 +55,20 @@ class BackendState:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What this machine has.
+    """Hardware, backends, models and packages of this machine.
 
     Attributes:
-        version: of cellseg-batch.
-        python: its version.
-        processor: its model.
-        cores: that this process may use.
-        memory_bytes, free_bytes: of the machine.
-        gpus: as the driver names them.
-        backends: every one at every precision.
-        compiled_entries: number of networks and races that are kept.
-        compiled_folder: where.
-        models: names of those that are shipped.
-        libraries: the other packages.
+        version: version of cellseg-batch.
+        python: version of Python.
+        processor: model of the processor.
+        cores: number of cores that this process may use.
+        memory_bytes, free_bytes: total and free memory of the machine.
+        gpus: names of the GPUs, from the driver.
+        backends: every backend at every precision.
+        compiled_entries: number of compiled networks and race results in the cache.
+        compiled_folder: folder of that cache.
+        models: names of the shipped models.
+        libraries: all other packages.
     """
 
     version: str
@@ -90,7 +90,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at this machine; every backend's library is loaded for it."""
+    """Diagnose this machine; this loads the library of every backend."""
     memory, artefacts = psutil.virtual_memory(), Artefacts()
     return Diagnosis(
         version=version("cellseg-batch"),
@@ -113,7 +113,7 @@ def diagnose() -> Diagnosis:
 def _backend(name: str, precision: str) -> BackendState:
     entry = KNOWN_BACKENDS[name]
     reason, _, remedy = why_not(name, precision).rpartition("; ")
-    if not reason:  # a reason alone: nothing would help
+    if not reason:  # `why_not` names no remedy, so the text is a reason alone
         reason, remedy = remedy, ""
     else:
         reason = f"missing: {reason}"

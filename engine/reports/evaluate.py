@@ -1,4 +1,4 @@
-"""The scores of models on annotated images: pixels, instances and speed, by kind of image."""
+"""Score models on annotated images: pixels, instances and speed, by kind of image."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from cellseg_batch.trainer.plots import plot_predictions
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model reached on a split.
+    """Scores of a model on a split.
 
     Attributes:
-        model: its name or folder.
+        model: name or folder of the model.
         split: train, val or test.
-        rescale: by how much images and truth were magnified.
+        rescale: factor by which images and truth were magnified.
         images: one entry per image.
-        summaries: kind of image, where there are several, and ``all`` -> its figures.
+        summaries: kind of image -> its figures; ``all`` is always there, the kinds only if there are several.
         problems: images that could not be used.
     """
 
@@ -59,13 +59,13 @@ def evaluate_model(
         model: a shipped model's name or a bundle's folder.
         data: the annotated images, in any layout that the trainer reads.
         split: train, val or test.
-        factor: magnify images and truth by this.
-        pictures: folder for a page of pictures, named as the model; None for none.
-        tracked: hands the images on one by one, so that whoever calls can count them.
+        factor: magnify images and truth by this factor.
+        pictures: folder for a page of pictures, named after the model; None writes no pictures.
+        tracked: passes the images through one by one, so that the caller can count them.
 
     Raises:
         ModelError: there is no such model.
-        UsageError: the data cannot be used, or the pictures not be written.
+        UsageError: the data cannot be used, or the pictures cannot be written.
     """
     bundle = load_model(model)
     with trainer_errors(f"evaluate {data}"):

@@ -1,4 +1,4 @@
-"""Tables of objects in the formats of other programs: CSV, AnnData, and GeoJSON for QuPath.
+"""Export tables of objects to the formats of other programs: CSV, AnnData, and GeoJSON for QuPath.
 
 CSV and GeoJSON are written piece by piece and need little memory; an AnnData file is made in memory.
 """
@@ -30,13 +30,13 @@ from cellseg_batch.engine.storage.atomic_files import whole_file
 from cellseg_batch.kernels.outline import signed_area, trace
 
 FORMATS = ("csv", "anndata", "geojson")
-# Objects whose boxes begin in one square of this side are cut out of one piece of the labels.
+# Side in px of the squares by which objects are grouped: all objects that begin in a square share one read of labels.
 _SQUARE = 2048
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported: so many objects of so many images, and images without a table."""
+    """Result of an export: number of objects and of images, and locations of the images without a table."""
 
     objects: int
     images: int
@@ -49,14 +49,15 @@ def export_objects(
     """Write the objects of every image below ``inputs`` to one file.
 
     Args:
-        inputs: the images, as they were given to the run.
+        inputs: the inputs of the run.
         kind: one of `FORMATS`.
-        out: the file.
+        out: the file to write.
         name, output, axes: as in the settings of the run.
 
     Raises:
-        UsageError: no such format, no table, tables with different columns, or several images for GeoJSON.
-        SlideError: a table or its labels cannot be read, or the file not written.
+        UsageError: there is no such format or no table, tables have different columns, or several images are asked
+            for as GeoJSON.
+        SlideError: a table or its labels cannot be read, or the file cannot be written.
     """
     if kind not in FORMATS:
         raise UsageError("`kind`", expected=f"one of {', '.join(FORMATS)}", found=kind, remedy="choose one of them")
@@ -158,10 +159,10 @@ def _write_geojson(outputs: list[OutputPaths], out: Path) -> int:
 
 
 def _all_batches(outputs: list[OutputPaths]) -> Iterator[pa.RecordBatch]:
-    """The rows of all tables, which have the same columns.
+    """Read the rows of all tables.
 
     Raises:
-        UsageError: they have not.
+        UsageError: the tables have different columns.
     """
     first = None
     for paths in outputs:
@@ -180,12 +181,12 @@ def _all_batches(outputs: list[OutputPaths]) -> Iterator[pa.RecordBatch]:
 
 
 def _fields(schema: pa.Schema, channels: tuple[str, ...]) -> list[TableField]:
-    """The fields of a table, which an earlier version may have written with fewer columns."""
+    """The fields that a table has; an earlier version may have written fewer columns."""
     return [field for field in table_fields(channels) if field.name in schema.names]
 
 
 def _features(batch: pa.RecordBatch, reader: SlideReader, provenance: Provenance) -> Iterator[dict[str, Any]]:
-    """A QuPath detection for each object of a batch, square by square of the labels."""
+    """Make a QuPath detection of each object of a batch, reading the labels square by square."""
     ids = batch[ID.name].to_numpy()
     if not len(ids):
         return
@@ -219,11 +220,17 @@ def _features(batch: pa.RecordBatch, reader: SlideReader, provenance: Provenance
 
 
 def _geometry(mask: NDArray[np.bool_], origin: tuple[int, int], scale: tuple[float, float]) -> dict[str, Any]:
-    """The object as a (Multi)Polygon in px of the image's full resolution; exact, holes included."""
+    """Outline an object as a (Multi)Polygon in px of the image's full resolution: exact, holes included.
+
+    Args:
+        mask: (h, w) pixels of the object in its bounding box.
+        origin: (y, x) of the box in px of the labels.
+        scale: (y, x) px of the full resolution per px of the labels.
+    """
     rings = trace(mask)
     parts: dict[int, list[list[list[float]]]] = {}
     components = ndimage.label(mask)[0] if len(rings) > 1 else mask.astype(np.int32)
-    # Outer rings first: they begin a polygon, to which holes are added.
+    # Outer rings come first: each begins a polygon, to which its holes are added.
     for ring, pixel in sorted(rings, key=lambda ring: signed_area(ring[0]) < 0):
         corners = (ring + origin) * scale
         closed = [[x, y] for y, x in [*corners.tolist(), corners[0].tolist()]]

@@ -1,4 +1,4 @@
-"""What images a path holds and how each would be processed; no pixel is read."""
+"""List the images that a path holds and how a run would cut each; no pixel is read."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from cellseg_batch.trainer.bundle import Card
 
 @dataclass(frozen=True)
 class Cut:
-    """How a run would take an image.
+    """The level, channels, blocks and tiles with which a run would process an image.
 
     Attributes:
         slide: the image.
-        level, channels: what would be segmented, and why.
-        blocks, tiles: how many, over all planes.
+        level, channels: level and channels to segment, with the reasons.
+        blocks, tiles: numbers of blocks and tiles, over all planes.
         tile: (height, width) of each tile in px.
     """
 
@@ -38,20 +38,20 @@ class Cut:
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """One image; None is what is not known of one that cannot be used.
+    """Metadata of one image; a field that is unknown because the image cannot be used is None.
 
     Attributes:
         path: the image, as a user would type it.
-        series: which image of its file; None for formats whose files hold one.
-        axes: of its arrays, of the letters t c z y x.
-        shape: of full resolution, in the order of the axes.
+        series: number of the image in its file; None for formats whose files hold a single image.
+        axes: order of the axes, of the letters t c z y x.
+        shape: shape of the full resolution, in the order of the axes.
         levels: shape of every resolution, full resolution first.
         dtype: numpy name of the pixel type.
-        channels: their names; indices as text where they have none.
+        channels: names of the channels; indices as text if they have no names.
         rgb: the channels are red, green, blue.
-        pixel_size_um: µm per px of full resolution along x; None when the metadata do not say.
-        reason: why it cannot be segmented as asked; "" if it can.
-        cut: how a run would take it; None if it cannot.
+        pixel_size_um: µm per px of full resolution along x; None if the metadata do not say.
+        reason: why the image cannot be segmented as asked; "" if it can.
+        cut: how a run would cut the image; None if it cannot be segmented.
     """
 
     path: str
@@ -69,23 +69,23 @@ class ImageInfo:
 
 @dataclass(frozen=True)
 class Info:
-    """Every image that was found."""
+    """Every image below the inputs."""
 
     images: tuple[ImageInfo, ...]
 
     @property
     def broken(self) -> list[ImageInfo]:
-        """Those that cannot be segmented as asked."""
+        """The images that cannot be segmented as asked."""
         return [image for image in self.images if image.reason]
 
     def to_json(self) -> dict[str, Any]:
-        """The images as plain JSON values, without how they would be cut."""
+        """The images as plain JSON values, without their `Cut`."""
         rows = [asdict(replace(image, cut=None)) for image in self.images]
         return {"images": [{name: value for name, value in row.items() if name != "cut"} for row in rows]}
 
 
 def list_images(inputs: list[Path], settings: Settings) -> Info:
-    """Every image below ``inputs``, and how a run of ``settings`` would cut it.
+    """List every image below ``inputs``, and how a run of ``settings`` would cut it.
 
     Raises:
         UsageError: there is no image, or no model of that name.

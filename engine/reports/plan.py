@@ -1,6 +1,6 @@
-"""What a run would take, before it starts: blocks, bytes, files, memory, and time from a few seconds of measurement.
+"""Estimate a run before it starts: blocks, bytes, files, memory, and time from a few seconds of measurement.
 
-Nothing is written beside the inputs: the measurement segments a few tiles of the largest slide into a temporary folder.
+The measurement segments a few tiles of the largest slide into a temporary folder. Nothing is written beside the inputs.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.storage.atomic_files import BUCKET
 from cellseg_batch.trainer.bundle import Card
 
-# Tiles along a side of what is measured.
+# Tiles along each side of the part that is measured.
 _TILES = 2
 _COUNTS = ("blocks", "tiles", "bytes_in", "bytes_out", "files")
-# The ids that the merge has settled are an array a field, in a folder of their own, beside the folder of all scratch.
+# The merge writes each field of `FinalIds` as a file, in a folder of their own beside the folder of all scratch.
 _FILES_OF_FINAL_IDS = len(FinalIds.__dataclass_fields__) + 2
-# Stages that other threads work on while the device is busy.
+# Stages that run on other threads while the device is busy.
 _BESIDE = ("read", "seeds", "growth", "measure", "write", "pyramid")
 
 
 @dataclass(frozen=True)
 class SlideEstimate:
-    """What one image would take.
+    """Estimated cost of one image.
 
     Attributes:
         path: the image, as a user would type it.
-        reason: why it cannot be segmented, "" if it can.
-        pixels: of all planes that are segmented.
-        blocks, tiles: how many.
-        bytes_in: decoded pixels that are read, halos included.
-        bytes_out: of the outputs before compression, pyramid included.
-        files: at most so many files and folders come into being, those between passes included.
-        objects: as many as the measured part has for its pixels; None for a mask.
-        peak_bytes: host memory of a worker process; 0 when nothing could be measured.
-        seconds: by the measured rate, on one worker process.
+        reason: why the image cannot be segmented; "" if it can.
+        pixels: number of pixels to segment, over all planes.
+        blocks, tiles: numbers of blocks and tiles.
+        bytes_in: bytes of decoded pixels to read, halos included.
+        bytes_out: bytes of the outputs before compression, pyramid included.
+        files: largest number of files and folders that the run makes, those between passes included.
+        objects: number of objects, at the density of the measured part; None for a mask.
+        peak_bytes: host memory of a worker process; 0 if nothing could be measured.
+        seconds: time on one worker process, at the measured rate.
     """
 
     path: str
@@ -78,13 +78,13 @@ class SlideEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would take.
+    """Estimated cost of a run.
 
     Attributes:
-        processes: worker processes, each like this one.
+        processes: number of worker processes, each taken to be as fast as this process.
         measured_mpx: Mpx that the measurement segmented.
-        mpx_per_s: rate of one process.
-        backend, precision: that would be used.
+        mpx_per_s: rate of one process in Mpx/s.
+        backend, precision: backend and precision that the run would use.
         slides: one entry per image.
     """
 
@@ -102,12 +102,12 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Of the whole run; a process that waits for the last block of another is not counted."""
+        """Seconds of the whole run, not counting processes that wait for the last block of another."""
         return sum(slide.seconds for slide in self.slides) / self.processes
 
     @property
     def peak_bytes(self) -> int:
-        """Host memory of a worker process at most."""
+        """Largest host memory of a worker process."""
         return max((slide.peak_bytes for slide in self.slides), default=0)
 
     def total(self, name: str) -> int:
@@ -119,8 +119,8 @@ class Estimate:
         content = asdict(self)
         slides = content.pop("slides")
         totals = {name: self.total(name) for name in ("pixels", *_COUNTS)}
-        whole = {"images": len(self.slides), "refused": len(self.refused), "seconds": self.seconds}
-        return {**whole, **totals, "peak_bytes": self.peak_bytes, **content, "slides": slides}
+        summary = {"images": len(self.slides), "refused": len(self.refused), "seconds": self.seconds}
+        return {**summary, **totals, "peak_bytes": self.peak_bytes, **content, "slides": slides}
 
 
 def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Callable[[], None]) -> Estimate:
@@ -128,9 +128,9 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
 
     Args:
         inputs: files, zarr stores or folders of them.
-        settings: of the run.
-        processes: worker processes that share the work.
-        racing: told when backends are raced, which happens once for a model and machine.
+        settings: settings of the run.
+        processes: number of worker processes that share the work.
+        racing: called before backends are raced, which happens once for a model and machine.
 
     Raises:
         UsageError: nothing can be run as asked.
@@ -140,33 +140,34 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
     choice = FieldChoice(settings.wells, settings.fields)
     images = (image for path in inputs for image in find_images(path, settings.axes, choice))
     entries = [_lay(image, settings, card) for image in images]
-    whole = Estimate(processes, 0.0, 0.0, "", "", [entry for entry, _ in entries])
+    run_estimate = Estimate(processes, 0.0, 0.0, "", "", [entry for entry, _ in entries])
     plans = [plan for _, plan in entries if plan is not None]
     if not plans:
-        return whole
+        return run_estimate
     largest = max(plans, key=lambda plan: plan.pixels)
     report, sample = _measure(largest, settings, racing)
-    whole = replace(whole, backend=report.backend, precision=report.precision)
+    run_estimate = replace(run_estimate, backend=report.backend, precision=report.precision)
     if sample is None or report.status == "failed":
         reason = f"a sample of it could not be segmented: {report.slides[0].reason}"
         slides = [replace(entry, reason=reason) if plan is largest else entry for entry, plan in entries]
-        return replace(whole, slides=slides)
+        return replace(run_estimate, slides=slides)
     per_pixel = _seconds_per_pixel(report, settings.workers)
     on_gpu = KNOWN_BACKENDS[report.backend].on_gpu
-    held = report.planned_peak_bytes - report.workers * block_bytes(sample, on_gpu)
+    base_bytes = report.planned_peak_bytes - report.workers * block_bytes(sample, on_gpu)
     slides = [
-        entry if plan is None else _weigh(entry, plan, settings, per_pixel, held, report) for entry, plan in entries
+        entry if plan is None else _weigh(entry, plan, settings, per_pixel, base_bytes, report)
+        for entry, plan in entries
     ]
-    return replace(whole, measured_mpx=sample.pixels / 1e6, mpx_per_s=1e-6 / per_pixel, slides=slides)
+    return replace(run_estimate, measured_mpx=sample.pixels / 1e6, mpx_per_s=1e-6 / per_pixel, slides=slides)
 
 
 def _lay(image: Slide | UnreadableImage, settings: Settings, card: Card) -> tuple[SlideEstimate, SlidePlan | None]:
-    """What can be said of an image without its pixels."""
+    """Estimate and plan of an image from its metadata alone; no plan if the image cannot be segmented."""
     if isinstance(image, UnreadableImage):
         return SlideEstimate(image.path, image.reason), None
     try:
         paths = output_paths(image, settings.name, settings.output)
-        # The bounds decide no figure here, and to sample them would take long for many slides.
+        # The bounds decide no figure here, and sampling them would take long for many slides.
         plan = plan_slide(image, paths, settings, card, Bounds(0.0, 1.0))
     except SlideError as error:
         return SlideEstimate(image.location, error.detail), None
@@ -180,20 +181,23 @@ def _lay(image: Slide | UnreadableImage, settings: Settings, card: Card) -> tupl
         bytes_in=values_read(plan) * np.dtype(image.dtype).itemsize,
         bytes_out=pixels * sum(np.dtype(layout.dtype).itemsize for layout in layouts),
         files=sum(map(most_files, layouts))
-        + most_records([each.count for each in passes_of(plan)])
+        + most_records([slide_pass.count for slide_pass in passes_of(plan)])
         + most_scratch_files(plan),
     )
     return entry, plan
 
 
 def values_read(plan: SlidePlan) -> int:
-    """Values of all channels that are read: to segment and, without the few px around blocks, to measure objects."""
+    """Number of values to read, over all channels: to segment, and to measure objects.
+
+    Measuring also reads a few px around each block; these are not counted.
+    """
     measured = len(measured_channels(plan.slide)) * plan.pixels if plan.objects else 0
     return pixels_read(plan.grid) * len(plan.channels.indices) + measured
 
 
 def pixels_read(grid: BlockGrid) -> int:
-    """Pixels of the read boxes of all blocks."""
+    """Number of pixels in the read boxes of all blocks."""
     rows, columns = grid.grid
     heights = sum(grid[row * columns].read_box.shape[0] for row in range(rows))
     widths = sum(grid[column].read_box.shape[1] for column in range(columns))
@@ -201,25 +205,28 @@ def pixels_read(grid: BlockGrid) -> int:
 
 
 def most_files(layout: Layout) -> int:
-    """Files and folders of an output image, if there is foreground in each of its shards or chunks."""
+    """Number of files and folders of an output image with foreground in each of its shards or chunks."""
     count = 0
     for level, shape in enumerate(layout.shapes):
         chunks, shards = layout.storage(level)
         sides = shards if layout.zarr_format == 3 else chunks
         grid = [-(-length // side) for length, side in zip(shape, sides, strict=True)]
-        # A folder for each index but the last; the array's own, its metadata, and the folder of its chunks.
+        # A folder for each index but the last. Three more: the array's folder, its metadata, the folder of its chunks.
         count += math.prod(grid) + sum(math.prod(grid[:axis]) for axis in range(1, len(grid))) + 3
-    # The group, the group of all labels, and the store around them where there is none yet.
+    # The image's group, the group of all labels, and the store around them if the run makes it.
     return count + 9
 
 
 def most_records(counts: list[int]) -> int:
-    """Files and folders of a journal whose parts have so many records."""
+    """Number of files and folders of a journal, from the number of records of each of its parts."""
     return sum(count + -(-count // BUCKET) + 1 for count in counts) + 12
 
 
 def most_scratch_files(plan: SlidePlan) -> int:
-    """Files and folders that lie between the passes over a slide: codes, and what objects are measured with."""
+    """Number of scratch files and folders between the passes over a slide.
+
+    These are the codes and, if objects are measured, probability and moments.
+    """
     if plan.instances is None:
         return 0
     blocks = len(plan.grid)
@@ -228,55 +235,71 @@ def most_scratch_files(plan: SlidePlan) -> int:
 
 
 def _measure(plan: SlidePlan, settings: Settings, racing: Callable[[], None]) -> tuple[RunReport, SlidePlan | None]:
-    """Segment a few tiles from the middle of a slide; the report and the plan of that run, if it came to one."""
+    """Segment a few tiles from the middle of a slide.
+
+    Returns:
+        The report of that run, and its plan; None if the run failed before it had a plan.
+    """
     lattice = plan.grid.lattice
     height, width = (min(_TILES * core, length) for core, length in zip(lattice.core, lattice.shape, strict=True))
     y, x = (lattice.shape[0] - height) // 2, (lattice.shape[1] - width) // 2
     part = plan.slide.first_plane().cropped(plan.level.level, Box(y, x, y + height, x + width))
     sample = _Sample(racing)
     with tempfile.TemporaryDirectory(prefix="cellseg-plan-") as folder:
-        asked = replace(settings, output=Path(folder), level=plan.level.level, overwrite=False)
-        report = run_images([part], asked, sample)
+        sample_settings = replace(settings, output=Path(folder), level=plan.level.level, overwrite=False)
+        report = run_images([part], sample_settings, sample)
     return report, sample.plan
 
 
 class _Sample:
-    """The observer of the measurement; it keeps its plan."""
+    """Observer of the measurement that keeps its plan."""
 
     def __init__(self, racing: Callable[[], None]) -> None:
         self.racing = racing
         self.plan: SlidePlan | None = None
 
     def found(self, images: int) -> None:
-        """It is one."""
+        """Ignored: the measurement has a single image."""
 
     def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: float) -> None:
         """Keep the plan."""
         self.plan = plan
 
     def advanced(self, pixels: float) -> None:
-        """It is over soon."""
+        """Ignored: the measurement is short."""
 
     def ended(self, report: SlideReport) -> None:
-        """The run's report says it all."""
+        """Ignored: the report of the run holds everything."""
 
 
 def _seconds_per_pixel(report: RunReport, workers: int) -> float:
-    """Of a long run: the device works all the time, unless reading and writing on the other threads take longer."""
+    """Seconds per pixel of a long run.
+
+    The device works all the time, unless reading and writing on the other threads take longer.
+    """
     beside = sum(report.stages[stage] for stage in _BESIDE)
     device = sum(report.stages.values()) - beside
     return max(device, (device + beside) / workers) / report.slides[0].pixels
 
 
 def _weigh(
-    entry: SlideEstimate, plan: SlidePlan, settings: Settings, per_pixel: float, held: int, measured: RunReport
+    entry: SlideEstimate, plan: SlidePlan, settings: Settings, per_pixel: float, base_bytes: int, measured: RunReport
 ) -> SlideEstimate:
-    """The estimate with memory and time; refused if it fits neither ``max_memory`` nor this machine."""
+    """Add memory and time to an estimate; it is refused if it fits neither ``max_memory`` nor this machine.
+
+    Args:
+        entry: estimate from the metadata alone.
+        plan: plan of the slide.
+        settings: settings of the run.
+        per_pixel: seconds per pixel.
+        base_bytes: host memory of a worker process without its blocks.
+        measured: report of the measurement.
+    """
     on_gpu = KNOWN_BACKENDS[measured.backend].on_gpu
-    peak = held + settings.workers * block_bytes(plan, on_gpu)
+    peak = base_bytes + settings.workers * block_bytes(plan, on_gpu)
     if settings.max_memory is not None:
-        # A run keeps to it with fewer and smaller blocks, down to one tile at a time.
-        least = held + block_bytes(replace(plan, grid=replace(plan.grid, cores=(1, 1))), on_gpu)
+        # A run keeps to the limit by taking fewer and smaller blocks, down to one tile at a time.
+        least = base_bytes + block_bytes(replace(plan, grid=replace(plan.grid, cores=(1, 1))), on_gpu)
         peak = max(least, min(peak, settings.max_memory))
     limit = settings.max_memory or psutil.virtual_memory().total
     reason = ""

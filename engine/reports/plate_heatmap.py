@@ -1,6 +1,6 @@
-"""A plate's figures as colours, well by well: one panel per figure, one picture per plate.
+"""Draw a plate's figures as colours, well by well: one panel per figure, one picture per plate.
 
-A run has it drawn by a process of its own: matplotlib would stay in its memory, beside what it has announced.
+A separate process draws the picture: matplotlib would stay in the memory of the run, beyond the announced peak.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.machine import run_module
 
-# Figure of a well's row -> heading; what no well has is left out, and px where there are µm.
+# Column of the wells' table -> heading. A panel is left out if no well has its figure; px is left out if µm are known.
 _PANELS = {
     "count": "objects",
     "median_area": "median area, px",
@@ -29,10 +29,10 @@ _COLUMNS = 3
 
 
 def heatmaps(title: str, wells: list[dict[str, Any]], rows: list[str], columns: list[str]) -> bytes:
-    """What `draw_heatmaps` draws, made by another process.
+    """Have another process draw the picture of `draw_heatmaps`; returns the PNG.
 
     Raises:
-        OutputError: it did not end well.
+        OutputError: the process failed.
     """
     picture, failure = run_module(__name__, given=json.dumps([title, wells, rows, columns]).encode())
     if failure:
@@ -50,10 +50,10 @@ def draw_heatmaps(title: str, wells: list[dict[str, Any]], rows: list[str], colu
     """Draw every figure of the wells, as PNG.
 
     Args:
-        title: of the picture.
+        title: title of the picture.
         wells: rows of the wells' table.
-        rows, columns: names of all rows and columns of the plate; those of the wells are added.
-        out: a binary stream.
+        rows, columns: names of all rows and columns of the plate; missing rows and columns of wells are added.
+        out: binary stream to write to.
     """
     from matplotlib.figure import Figure
 
@@ -73,7 +73,7 @@ def draw_heatmaps(title: str, wells: list[dict[str, Any]], rows: list[str], colu
                 values[rows.index(well["row"]), columns.index(well["column"])] = well[name]
         axes.set_facecolor("0.88")
         low, high = np.nanmin(values), np.nanmax(values)
-        # One value everywhere is shown on a scale from 0, not as noise around itself.
+        # If all wells have the same value, the scale begins at 0, so that rounding does not show as a pattern.
         image = axes.imshow(values, cmap="viridis", vmin=low if low < high else 0, vmax=high or 1)
         figure.colorbar(image, ax=axes, shrink=0.9, format="%.5g").ax.tick_params(labelsize=7)
         for well in wells:
@@ -90,7 +90,7 @@ def draw_heatmaps(title: str, wells: list[dict[str, Any]], rows: list[str], colu
 
 
 def _panels(wells: list[dict[str, Any]]) -> dict[str, str]:
-    """Figure -> heading, with one for each channel's intensity after the areas."""
+    """Column -> heading of each panel to draw, with a panel for each channel's intensity after the areas."""
     names = dict.fromkeys(name for well in wells for name in well if name.startswith("mean_intensity_"))
     light = {name: f"mean intensity, {name.removeprefix('mean_intensity_')}" for name in names}
     panels = list(_PANELS.items())

@@ -1,9 +1,9 @@
-"""What a run found on a plate: a row per well and per field, as Parquet and CSV, and heat maps as one picture.
+"""Summarise a plate: a row per well and per field, as Parquet and CSV, and heat maps as one picture.
 
     <store>.cellseg/<plate>/<name>.plate/wells.parquet, wells.csv, fields.parquet, fields.csv, heatmap.png
 
-Everything is taken from the fields' tables of objects; no pixel is read again.  It covers every field that is done or
-has failed, whichever run it was of, and runs that share a plate write it one after the other: the last has it whole.
+Every figure comes from the fields' tables of objects; no pixel is read again.  A summary covers every field that is
+done or has failed, in this run or another.  Runs that share a plate write the summary in turn: the last is complete.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from cellseg_batch.engine.storage.paths import locate
 
 @dataclass(frozen=True)
 class FieldResult:
-    """What became of one field.
+    """Result of one field.
 
     Attributes:
-        position: where it lies.
+        position: position on the plate.
         status: done, failed, or held by another run.
-        reason: why it is not done.
-        table: its objects, None where there are none.
+        reason: why the field is not done.
+        table: its table of objects; None if there is none.
     """
 
     position: PlatePosition
@@ -60,7 +60,7 @@ class FieldResult:
 
 @dataclass
 class _Tally:
-    """The figures of some fields, as they add up."""
+    """Running totals of the figures of some fields."""
 
     areas: list[NDArray[np.int64]] = field(default_factory=list)
     border: int = 0
@@ -90,7 +90,7 @@ class _Tally:
                 self.intensities[channel] = self.intensities.get(channel, 0.0) + total
 
     def figures(self) -> dict[str, Any]:
-        """The columns of a table; what there is no object for is None."""
+        """Column -> value; None for a figure that needs an object if there is none."""
         areas = np.concatenate(self.areas) if self.areas else np.zeros(0, np.int64)
         count = len(areas)
         area = float(np.median(areas)) if count else None
@@ -107,14 +107,14 @@ class _Tally:
 
 
 def summarise_plates(report: RunReport, settings: Settings) -> RunReport:
-    """The report with a summary of every plate of which the run had fields.
+    """Summarise every plate of which the run had fields; returns the report with the summaries.
 
     Args:
-        report: of the run.
-        settings: of the run.
+        report: report of the run.
+        settings: settings of the run.
     """
     images = list(report.images)
-    if settings.wells or settings.fields:  # a summary covers the fields that were not of this run, too
+    if settings.wells or settings.fields:  # a summary also covers the fields that this run left out
         names = dict.fromkeys(image.plate_position.plate for image in images if image.plate_position is not None)
         images = [image for name in names for image in find_images(locate(name), settings.axes)]
     run = _Run(report.slides, settings.name, settings.output)
@@ -142,7 +142,7 @@ def _summarise(run: _Run, fields: list[Slide | UnreadableImage], locks: Locks) -
 
 
 class _Run:
-    """What became of fields: in one run as its reports say, in others as the disk does."""
+    """Results of fields: from the reports of this run, and from the disk for fields of other runs."""
 
     def __init__(self, reports: list[SlideReport], name: str, output: Path | None) -> None:
         self._reports = {report.path: report for report in reports}
@@ -150,23 +150,23 @@ class _Run:
         self._paths = partial(output_paths, name=name, output=output)
 
     def had_any(self, fields: list[Slide | UnreadableImage]) -> bool:
-        """Whether a field was of this run."""
-        return any(location(one) in self._reports for one in fields)
+        """Whether this run had at least one of the fields."""
+        return any(location(image) in self._reports for image in fields)
 
     def folder(self, fields: list[Slide | UnreadableImage]) -> Path | None:
-        """Of the summary of the fields' plate; None where no field can be opened."""
-        return next((self._paths(one).plate for one in fields if isinstance(one, Slide)), None)
+        """Folder of the summary of the fields' plate; None if no field can be opened."""
+        return next((self._paths(image).plate for image in fields if isinstance(image, Slide)), None)
 
     def results(self, fields: list[Slide | UnreadableImage]) -> list[FieldResult]:
-        """What became of those that any run has worked on, as it is now."""
-        return [result for one in fields if (result := self._result(one)) is not None]
+        """Present results of the fields that any run has worked on."""
+        return [result for image in fields if (result := self._result(image)) is not None]
 
     def _result(self, image: Slide | UnreadableImage) -> FieldResult | None:
         assert image.plate_position is not None
         report = self._reports.get(location(image))
         if report is not None and report.table is not None:
             return FieldResult(image.plate_position, "done", "", locate(report.table))
-        # Of a field that failed or was held, another run may know more by now.
+        # Another run may have finished a field that failed or was held in this run.
         reason = self._failures.reason(image)
         if reason is not None:
             return FieldResult(image.plate_position, "failed", reason, None)
@@ -178,16 +178,16 @@ class _Run:
 
 
 def summarise_plate(folder: Path, results: list[FieldResult]) -> PlateReport:
-    """Write the tables and the picture of one plate; what goes wrong with them is in the report.
+    """Write the tables and the picture of one plate; an error becomes the reason in the report.
 
     Args:
-        folder: where to.
-        results: its fields, in the order of the plate.
+        folder: folder of the summary.
+        results: results of the fields, in the order of the plate.
     """
     plate = results[0].position.plate
     try:
         rows = [_well_row(members) for members in _wells(results)]
-        _write_tables(folder / "fields", [_field_row(one) for one in results], plate)
+        _write_tables(folder / "fields", [_field_row(result) for result in results], plate)
         _write_tables(folder / "wells", rows, plate)
         picture = heatmaps(Path(plate).name, rows, *plate_names(locate(plate)))
         with whole_file(folder / "heatmap.png") as stream:
@@ -198,13 +198,13 @@ def summarise_plate(folder: Path, results: list[FieldResult]) -> PlateReport:
 
 
 def _report(results: list[FieldResult], folder: Path | None, reason: str = "") -> PlateReport:
-    failed = sum(one.status == "failed" for one in results)
-    where = None if folder is None else str(folder)
-    return PlateReport(results[0].position.plate, where, len(_wells(results)), len(results), failed, reason)
+    failed = sum(result.status == "failed" for result in results)
+    folder_text = None if folder is None else str(folder)
+    return PlateReport(results[0].position.plate, folder_text, len(_wells(results)), len(results), failed, reason)
 
 
 def _wells(results: list[FieldResult]) -> list[list[FieldResult]]:
-    return [list(members) for _, members in groupby(results, key=lambda one: one.position.well)]
+    return [list(members) for _, members in groupby(results, key=lambda result: result.position.well)]
 
 
 def _field_row(result: FieldResult) -> dict[str, Any]:
@@ -214,18 +214,18 @@ def _field_row(result: FieldResult) -> dict[str, Any]:
 
 
 def _well_row(results: list[FieldResult]) -> dict[str, Any]:
-    position, missing = results[0].position, [one for one in results if one.table is None]
+    position, missing = results[0].position, [result for result in results if result.table is None]
     row = {"well": position.well, "row": position.row, "column": position.column, "fields": len(results)}
-    reasons = "; ".join(f"{one.position.field}: {one.reason}" for one in missing)
-    failed = sum(one.status == "failed" for one in missing)
+    reasons = "; ".join(f"{result.position.field}: {result.reason}" for result in missing)
+    failed = sum(result.status == "failed" for result in missing)
     return {**row, "failed_fields": failed, "reason": reasons, **_tally(results).figures()}
 
 
 def _tally(results: Iterable[FieldResult]) -> _Tally:
     tally = _Tally()
-    for one in results:
-        if one.table is not None:
-            tally.add(one.table)
+    for result in results:
+        if result.table is not None:
+            tally.add(result.table)
     return tally
 
 

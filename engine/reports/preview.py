@@ -1,6 +1,6 @@
-"""A picture of a slide with the outlines of its labels, about a screen wide whatever the slide's size.
+"""Draw a slide with the outlines of its labels as a picture about a screen wide, whatever the slide's size.
 
-The lowest resolution that is still large enough is read, strip by strip, so memory does not grow with the slide.
+It reads the lowest resolution that is still large enough, strip by strip, so memory does not grow with the slide.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from cellseg_batch.trainer.outlines import outlined
 
 _LONGEST = 1600
 _STRIP_PIXELS = 1 << 24
-# Percentiles of the pixels shown that become black and white, in images other than 8-bit RGB.
+# Percentiles of the shown pixels that become black and white, in images other than 8-bit RGB.
 _BLACK, _WHITE = 0.5, 99.8
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What a picture shows.
+    """Part and scale of the slide that a picture shows.
 
     Attributes:
-        box: in px of the labels' full resolution.
-        level: of the labels.
+        box: the part, in px of the labels' full resolution.
+        level: level of the labels that was read.
         zoom: px of the picture per px of the labels' full resolution.
-        shape: (height, width) of the picture.
+        shape: (height, width) of the picture in px.
     """
 
     box: Box
@@ -56,17 +56,17 @@ def write_preview(
     channel: str | None,
     axes: str | None,
 ) -> Preview:
-    """Draw the first image below ``path`` with its labels; of t and z, the middle plane.
+    """Draw the middle t/z plane of the first image below ``path``, with its labels.
 
     Args:
-        path: of a slide.
+        path: a path that holds a slide.
         out: the PNG to write.
-        sides: y0, x0, y1, x1 of what to show, in px of the labels' full resolution; None shows everything.
+        sides: y0, x0, y1, x1 of the part to show, in px of the labels' full resolution; None shows everything.
         name, output, channel, axes: as in the settings of the run that wrote the labels.
 
     Raises:
         UsageError: there is no image, or the box lies outside it.
-        SlideError: the image or its labels cannot be read, or the picture not written.
+        SlideError: the image or its labels cannot be read, or the picture cannot be written.
     """
     slide = first_slide(find_images(path, axes))
     paths = output_paths(slide, name, output)
@@ -92,17 +92,17 @@ def write_preview(
     steps = min(step, window.shape[0]), min(step, window.shape[1])
     channels = choose_channels(slide, channel).indices
     pixels = _read_thinned(slide, _matching_level(slide, shape), channels, window, steps, _mean)
-    found = _read_thinned(labels, level, (0,), window, steps, _nearest)[0]
-    enlarge = max(1, _LONGEST // max(found.shape))
+    ids = _read_thinned(labels, level, (0,), window, steps, _nearest)[0]
+    enlarge = max(1, _LONGEST // max(ids.shape))
     picture = np.repeat(_displayable(pixels, slide.rgb), 3 // len(pixels), axis=-1)
-    picture, found = (np.repeat(np.repeat(one, enlarge, 0), enlarge, 1) for one in (picture, found))
+    picture, ids = (np.repeat(np.repeat(array, enlarge, 0), enlarge, 1) for array in (picture, ids))
     with writing_to(out, "a picture"):
-        Image.fromarray(outlined(picture, found)).save(out, format="PNG")
-    return Preview(box, level, found.shape[1] / (box.x1 - box.x0), (found.shape[0], found.shape[1]))
+        Image.fromarray(outlined(picture, ids)).save(out, format="PNG")
+    return Preview(box, level, ids.shape[1] / (box.x1 - box.x0), (ids.shape[0], ids.shape[1]))
 
 
 def _pick_level(labels: Slide, box: Box) -> int:
-    """The lowest resolution at which ``box`` still fills the picture, the highest if none does."""
+    """The lowest resolution at which ``box`` still fills the picture; the full resolution if none does."""
     height, width = labels.plane_shape(0)
 
     def longest(level: int) -> float:
@@ -113,7 +113,11 @@ def _pick_level(labels: Slide, box: Box) -> int:
 
 
 def _matching_level(slide: Slide, shape: tuple[int, int]) -> int:
-    """The level of the image that lies pixel on pixel under labels of ``shape``."""
+    """The level of the image whose pixels match labels of ``shape`` one to one.
+
+    Raises:
+        ReadError: no level has this shape.
+    """
     for level in range(len(slide.levels)):
         if slide.plane_shape(level) == shape:
             return level
@@ -134,7 +138,7 @@ def _read_thinned(
     steps: tuple[int, int],
     thin: Callable[[NDArray[Any], tuple[int, int]], NDArray[Any]],
 ) -> NDArray[Any]:
-    """(C, h, w) of a window, a pixel for each box of ``steps``; an incomplete last row or column is left out."""
+    """Read a window (C, h, w) with a pixel for each box of ``steps`` px; incomplete last boxes are dropped."""
     height, width = (side // step * step for side, step in zip(window.shape, steps, strict=True))
     rows = max(1, _STRIP_PIXELS // (width * steps[0])) * steps[0]
     strips = []
@@ -158,7 +162,7 @@ def _nearest(pixels: NDArray[Any], steps: tuple[int, int]) -> NDArray[Any]:
 
 
 def _displayable(pixels: NDArray[Any], rgb: bool) -> NDArray[np.uint8]:
-    """(h, w, C) uint8 of (C, h, w): 8-bit RGB as it is, anything else between two of its percentiles."""
+    """Turn pixels (C, h, w) into uint8 (h, w, C): 8-bit RGB unchanged, others scaled between two percentiles."""
     pixels = np.moveaxis(np.nan_to_num(pixels.astype(np.float32)), 0, -1)
     low, high = (0.0, 255.0) if rgb and pixels.max() <= 255 else np.percentile(pixels, (_BLACK, _WHITE))
     return np.round(255 * np.clip((pixels - low) / max(high - low, 1e-9), 0, 1)).astype(np.uint8)

@@ -1,7 +1,7 @@
-"""One self-contained HTML page about a run that goes on or has ended: figures, charts, failures, pictures.
+"""Write one self-contained HTML page about a run that goes on or has ended: figures, charts, failures, pictures.
 
-Everything is in the file and nothing is fetched, so it opens offline and can be mailed.  The figures come from the
-journals, the pictures from the images and their labels where these can be read.
+The page fetches nothing, so it opens offline and can be mailed.  Figures come from the journals; pictures come from the
+images and their labels, if these can be read.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _FIELD = re.compile(r"^(?P<plate>.+)/(?P<row>[A-Z]{1,2})/0*(?P<column>\d+)/[^/]+
 
 @dataclass
 class _Facts:
-    """What the journals hold beyond the status.
+    """Figures from the journals that the status does not hold.
 
     Attributes:
-        blocks: (POSIX time, pixels) of each block on disk.
-        seconds: of each stage, over all tasks.
-        foreground: image -> share of foreground pixels, of those that are done.
-        manifests: of the images that were begun.
+        blocks: (POSIX time in seconds, pixels) of each block on disk.
+        seconds: stage -> seconds, over all tasks.
+        foreground: path of a finished image -> its share of foreground pixels.
+        manifests: manifests of the started images.
     """
 
     blocks: list[tuple[float, float]] = field(default_factory=list)
@@ -60,10 +60,10 @@ def write_page(paths: list[Path], out: Path, name: str, output: Path | None) -> 
     """Write the page about the run over ``paths`` to ``out``; returns the status that it shows.
 
     Args:
-        paths: the run's inputs, or its output folder.
+        paths: inputs of the run, or its output folder.
         out: the file to write.
-        name: of the label group.
-        output: of the run.
+        name: name of the label group.
+        output: output folder of the run; None if its labels lie in or beside the inputs.
 
     Raises:
         NoImageError: there is neither an image nor a journal.
@@ -88,27 +88,27 @@ def write_page(paths: list[Path], out: Path, name: str, output: Path | None) -> 
 
 def _gather(status: Status) -> _Facts:
     facts = _Facts()
-    for one in status.slides:
-        journal = Journal(one.journal) if one.journal is not None else None
+    for slide in status.slides:
+        journal = Journal(slide.journal) if slide.journal is not None else None
         manifest = journal.manifest(Manifest) if journal is not None else None
         if journal is None or manifest is None:
             continue
         facts.manifests.append(manifest)
-        facts.blocks += [(moment, one.pixels / one.blocks) for moment in journal.times(BLOCKS)]
+        facts.blocks += [(moment, slide.pixels / slide.blocks) for moment in journal.times(BLOCKS)]
         for name in manifest.passes:
             for _, task in journal.records(name, TaskRecord[Any]):
                 for stage, seconds in task.seconds.items():
                     facts.seconds[stage] = facts.seconds.get(stage, 0.0) + seconds
         finished = journal.finished(FinishedRecord)
         if finished is not None:
-            facts.foreground[one.path] = finished.foreground / one.pixels
+            facts.foreground[slide.path] = finished.foreground / slide.pixels
     return facts
 
 
 def _summary(status: Status, facts: _Facts) -> str:
     done = sum(pixels for _, pixels in facts.blocks)
-    begun = min((one.begun for one in status.slides if one.begun is not None), default=0.0)
-    wall = max((moment for moment, _ in facts.blocks), default=begun) - begun
+    start = min((slide.begun for slide in status.slides if slide.begun is not None), default=0.0)
+    wall = max((moment for moment, _ in facts.blocks), default=start) - start
     figures = {
         "images": f"{len(status.slides):,}",
         "segmented": f"{done / 1e6:,.1f} Mpx",
@@ -126,9 +126,9 @@ def _summary(status: Status, facts: _Facts) -> str:
         f'<div class="card"><b>{escape(value)}</b><span>{name}</span></div>' for name, value in figures.items()
     )
     models = sorted({_model(manifest) for manifest in facts.manifests})
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(begun)) if begun else "not begun"
+    start_text = time.strftime("%Y-%m-%d %H:%M", time.localtime(start)) if start else "not begun"
     return (
-        f"<header><h1>cellseg-batch</h1><p>begun {when}, page written {time.strftime('%Y-%m-%d %H:%M')}</p>"
+        f"<header><h1>cellseg-batch</h1><p>begun {start_text}, page written {time.strftime('%Y-%m-%d %H:%M')}</p>"
         f'<p class="chips">{chips}</p></header><div class="cards">{cards}</div>'
         f'<p class="note">{"; ".join(map(escape, models))}</p>'
     )
@@ -155,13 +155,15 @@ def _throughput(facts: _Facts) -> str:
 
 def _failures(status: Status) -> str:
     rows = "".join(
-        f"<tr><td>{escape(one.path)}</td><td>{escape(one.reason)}</td></tr>" for one in status.slides if one.reason
+        f"<tr><td>{escape(slide.path)}</td><td>{escape(slide.reason)}</td></tr>"
+        for slide in status.slides
+        if slide.reason
     )
     return f"<table><thead><tr><th>image</th><th>reason</th></tr></thead><tbody>{rows}</tbody></table>" if rows else ""
 
 
 def _plates(facts: _Facts) -> Iterator[tuple[str, str]]:
-    """(plate, chart) of the mean foreground of each well."""
+    """Yield (plate, chart of the mean foreground of each of its wells)."""
     plates: dict[str, dict[tuple[str, int], list[float]]] = {}
     for path, share in facts.foreground.items():
         field_path = _FIELD.match(path)
@@ -174,22 +176,22 @@ def _plates(facts: _Facts) -> Iterator[tuple[str, str]]:
 
 def _pictures(status: Status, name: str, output: Path | None) -> str:
     figures: list[str] = []
-    for one in status.slides:
-        if one.state == "done" and len(figures) < _PICTURES:
-            picture = _picture(one, name, output)
+    for slide in status.slides:
+        if slide.state == "done" and len(figures) < _PICTURES:
+            picture = _picture(slide, name, output)
             if picture:
-                caption = escape("/".join(Path(one.path).parts[-3:]))
+                caption = escape("/".join(Path(slide.path).parts[-3:]))
                 figures.append(
                     f'<figure><img alt="{caption}" src="{picture}"><figcaption>{caption}</figcaption></figure>'
                 )
     return f'<div class="pictures">{"".join(figures)}</div>' if figures else ""
 
 
-def _picture(one: SlideStatus, name: str, output: Path | None) -> str:
-    """An image with the outlines of its labels as a data URL; "" where it cannot be read."""
+def _picture(slide: SlideStatus, name: str, output: Path | None) -> str:
+    """An image with the outlines of its labels, as a data URL; "" if it cannot be read."""
     with tempfile.TemporaryDirectory() as folder, suppress(CellsegError):
         file = Path(folder) / "picture.png"
-        write_preview(locate(one.path), file, None, name, output, None, None)
+        write_preview(locate(slide.path), file, None, name, output, None, None)
         with Image.open(file) as picture:
             picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
             stream = io.BytesIO()
@@ -200,12 +202,12 @@ def _picture(one: SlideStatus, name: str, output: Path | None) -> str:
 
 def _table(status: Status, facts: _Facts) -> str:
     rows = []
-    for one in status.slides[:_MOST_ROWS]:
-        share = facts.foreground.get(one.path)
-        blocks = f"{one.blocks_done:,} / {one.blocks:,}" if one.blocks else ""
+    for slide in status.slides[:_MOST_ROWS]:
+        share = facts.foreground.get(slide.path)
+        blocks = f"{slide.blocks_done:,} / {slide.blocks:,}" if slide.blocks else ""
         rows.append(
-            f'<tr><td>{escape(one.path)}</td><td><span class="chip {one.state}">{one.state}</span></td>'
-            f'<td class="number">{blocks}</td><td class="number">{one.pixels / 1e6:,.1f}</td>'
+            f'<tr><td>{escape(slide.path)}</td><td><span class="chip {slide.state}">{slide.state}</span></td>'
+            f'<td class="number">{blocks}</td><td class="number">{slide.pixels / 1e6:,.1f}</td>'
             f'<td class="number">{"" if share is None else f"{100 * share:.1f} %"}</td></tr>'
         )
     more = len(status.slides) - _MOST_ROWS
@@ -216,7 +218,7 @@ def _table(status: Status, facts: _Facts) -> str:
 
 
 def _section(title: str, content: str) -> str:
-    """A section, nothing if it has no content."""
+    """A section of the page; "" if it has no content."""
     return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
 
 

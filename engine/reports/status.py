@@ -1,7 +1,7 @@
-"""How far a run is, from its journals alone: nothing is asked of the run itself, which may be on any machine.
+"""Read the progress of a run from its journals alone, without asking the run itself, which may be on any machine.
 
-Progress is counted in finished records, the rate comes from the times at which these came into being, and a run is at
-work on an image while its lock is being renewed.
+Finished records give the progress and their times the rate. A run is at work on an image while it renews the image's
+lock.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.engine.storage.lock import LOCK_SUFFIX, is_held
 from cellseg_batch.engine.storage.paths import RemotePath
 
-# The rate is that of the last so many seconds of work.
+# The rate is the mean over this many last seconds of work.
 _WINDOW = 600.0
 
 
 @dataclass(frozen=True)
 class SlideStatus:
-    """How far one image is.
+    """Progress of one image.
 
     Attributes:
         path: the image.
-        journal: folder of its journal; None if it could not even be opened.
-        state: done, running, failed, stopped (begun, and nobody works on it) or waiting.
-        reason: why it failed.
-        blocks, blocks_done: of its first pass; 0 when it waits.
-        tasks, tasks_done: of all passes.
-        pixels: of all planes, 0 when it waits.
-        begun: POSIX time at which it was begun, None when it waits.
+        journal: folder of its journal; None if the image could not be opened.
+        state: done, running, failed, stopped (started, but no run works on it) or waiting.
+        reason: why the image failed.
+        blocks, blocks_done: number of blocks, and of those whose first pass is done; 0 if the image waits.
+        tasks, tasks_done: number of tasks of all passes, and of those that are done.
+        pixels: number of pixels, over all planes; 0 if the image waits.
+        begun: POSIX time in seconds at which the image was started; None if it waits.
     """
 
     path: str
@@ -57,17 +57,17 @@ class SlideStatus:
 
     @property
     def pixels_left(self) -> float:
-        """Pixels of the blocks that are not on disk yet."""
+        """Number of pixels of the blocks that are not on disk yet."""
         return self.pixels * (1 - self.blocks_done / self.blocks) if self.blocks else 0.0
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
         slides: one entry per image.
-        mpx_per_s: rate of the last minutes of work, 0 when there was none.
+        mpx_per_s: rate of the last minutes of work in Mpx/s; 0 if there was no work.
     """
 
     slides: list[SlideStatus]
@@ -80,12 +80,15 @@ class Status:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the present rate, None while nothing runs; images that wait are taken to be as large as the others."""
-        begun = [slide for slide in self.slides if slide.pixels]
+        """Seconds left at the present rate; None while nothing runs.
+
+        A waiting image is taken to be as large as the mean of the others.
+        """
+        started = [slide for slide in self.slides if slide.pixels]
         if not self.mpx_per_s or not self.counts["running"]:
             return None
-        mean = sum(slide.pixels for slide in begun) / len(begun)
-        left = sum(slide.pixels_left for slide in begun) + mean * self.counts["waiting"]
+        mean = sum(slide.pixels for slide in started) / len(started)
+        left = sum(slide.pixels_left for slide in started) + mean * self.counts["waiting"]
         return left / 1e6 / self.mpx_per_s
 
     def to_json(self) -> dict[str, Any]:
@@ -96,19 +99,19 @@ class Status:
 
 
 def read_status(paths: list[Path], name: str, output: Path | None) -> Status:
-    """How far the run over ``paths`` is.
+    """Read the progress of the run over ``paths``.
 
     Args:
-        paths: the run's inputs, or its output folder.
-        name: of the label group.
-        output: of the run.
+        paths: inputs of the run, or its output folder.
+        name: name of the label group.
+        output: output folder of the run; None if its labels lie in or beside the inputs.
 
     Raises:
         NoImageError: there is neither an image nor a journal.
     """
     failures = FailedImages(name, output)
     reasons = {root: failures.reasons(root) for path in paths for root in _roots(path.resolve())}
-    known = {path: reason for found in reasons.values() for path, reason in found.items()}
+    known = {path: reason for by_path in reasons.values() for path, reason in by_path.items()}
     looks = [_look_at(folder, path, known) for folder, path in find_journals(paths, name, output).items()]
     listed = {status.path for status, _ in looks}
     lost = [SlideStatus(path, None, "failed", reason) for path, reason in known.items() if path not in listed]
@@ -116,15 +119,18 @@ def read_status(paths: list[Path], name: str, output: Path | None) -> Status:
 
 
 def find_journals(paths: list[Path], name: str, output: Path | None) -> dict[Path, str]:
-    """Journal folder -> image of every usable image below ``paths``, and of every journal there ("" as its image).
+    """Find the journals of every usable image below ``paths``, and every other journal there.
+
+    Returns:
+        Folder of the journal -> location of the image, or "" for a journal whose image is not below ``paths``.
 
     Raises:
         NoImageError: there is neither an image nor a journal.
     """
-    found: dict[Path, str] = {}
+    journals: dict[Path, str] = {}
     for path in paths:
         roots = _roots(path.resolve())
-        there = [one.parent for root in roots for one in sorted(root.rglob(f"labels/{name}/manifest.json"))]
+        folders = [file.parent for root in roots for file in sorted(root.rglob(f"labels/{name}/manifest.json"))]
         try:
             images = find_images(path)
         except NoImageError:
@@ -134,13 +140,13 @@ def find_journals(paths: list[Path], name: str, output: Path | None) -> dict[Pat
         for image in images:
             with suppress(SlideError):
                 if isinstance(image, Slide):
-                    found[output_paths(image, name, output).journal] = image.location
-        found |= {journal: found.get(journal, "") for journal in there}
-    return found
+                    journals[output_paths(image, name, output).journal] = image.location
+        journals |= {folder: journals.get(folder, "") for folder in folders}
+    return journals
 
 
 def _roots(path: Path) -> list[Path]:
-    """Folders of journals and notes of a store, of a file's companion store, or of every store below a folder."""
+    """Folders that hold the journals and failure notes of a store, a file's companion store, or a folder of stores."""
     names = {path.name + JOURNAL_SUFFIX, path.stem + OUTPUT_SUFFIX + JOURNAL_SUFFIX}
     whole_bucket = isinstance(path, RemotePath) and not path.key
     roots = [] if whole_bucket else [path.with_name(name) for name in sorted(names)]
@@ -150,7 +156,7 @@ def _roots(path: Path) -> list[Path]:
 
 
 def _journals_below(folder: Path) -> Iterator[Path]:
-    """Folders of journals at any depth; stores are not searched, as they hold pixels by the million."""
+    """Find the folders of journals at any depth; stores are not searched, as they hold very many files of pixels."""
     for path in sorted(folder.iterdir()):
         if path.name.endswith(JOURNAL_SUFFIX):
             yield path
@@ -159,7 +165,13 @@ def _journals_below(folder: Path) -> Iterator[Path]:
 
 
 def _look_at(folder: Path, path: str, failures: dict[str, str]) -> tuple[SlideStatus, list[float]]:
-    """The status of the image whose journal is ``folder``, and when its blocks came to be on disk."""
+    """Status of the image with the journal ``folder``, and the POSIX times in seconds at which blocks were finished.
+
+    Args:
+        folder: folder of the journal.
+        path: location of the image; "" takes it from the manifest.
+        failures: location -> reason of each failed image.
+    """
     journal = Journal(folder)
     manifest = journal.manifest(Manifest)
     path = path or (manifest.location if manifest is not None else str(folder))
@@ -193,12 +205,12 @@ def _look_at(folder: Path, path: str, failures: dict[str, str]) -> tuple[SlideSt
 
 
 def _rate(looks: list[tuple[SlideStatus, list[float]]]) -> float:
-    """Mpx/s of the last `_WINDOW` seconds in which there was work, from when blocks came to be on disk."""
-    blocks = sorted((moment, one.pixels / one.blocks) for one, moments in looks for moment in moments)
+    """Rate in Mpx/s over the last `_WINDOW` seconds of work, from the times at which blocks were finished."""
+    blocks = sorted((moment, slide.pixels / slide.blocks) for slide, moments in looks for moment in moments)
     if not blocks:
         return 0.0
     end = blocks[-1][0]
-    begun = min(one.begun for one, _ in looks if one.begun is not None)
-    start = max(end - _WINDOW, begun)
+    run_start = min(slide.begun for slide, _ in looks if slide.begun is not None)
+    start = max(end - _WINDOW, run_start)
     done = sum(pixels for moment, pixels in blocks if moment > start)
     return done / 1e6 / (end - start) if end > start else 0.0

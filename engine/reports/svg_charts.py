@@ -1,6 +1,6 @@
-"""Small charts as SVG text: rate over time, shares of a whole, a plate of wells.
+"""Draw small charts as SVG text: rate over time, shares of a whole, a plate of wells.
 
-They know numbers and labels only; colours are those of the page around them (CSS variables), so that they follow its
+The charts know numbers and labels only. Their colours are CSS variables of the page around them, so they follow its
 light or dark theme.
 """
 
@@ -16,12 +16,12 @@ _WELL = 26
 
 
 def rate_chart(rates: Sequence[float], labels: Sequence[str], unit: str) -> str:
-    """An area of ``rates``, one for each of as many equal stretches of time.
+    """Draw ``rates`` over time as an area.
 
     Args:
-        rates: at least one.
+        rates: at least one; each is the rate over one of equally long spans of time.
         labels: texts spread evenly below the axis, first at its start and last at its end.
-        unit: of the rates.
+        unit: unit of the rates.
     """
     top = nice_ceiling(max(rates)) or 1.0
     width, height = _WIDTH - _LEFT - 10, _HEIGHT - _BOTTOM - _TOP
@@ -51,7 +51,7 @@ def rate_chart(rates: Sequence[float], labels: Sequence[str], unit: str) -> str:
 
 
 def bars(values: Mapping[str, float], unit: str) -> str:
-    """A horizontal bar for each of ``values``, the longest first."""
+    """Draw a horizontal bar for each of ``values``, the longest first."""
     most = max(values.values(), default=0.0) or 1.0
     rows = []
     for name, value in sorted(values.items(), key=lambda item: -item[1]):
@@ -63,9 +63,13 @@ def bars(values: Mapping[str, float], unit: str) -> str:
 
 
 def plate_chart(wells: Mapping[tuple[str, int], float], unit: str) -> str:
-    """A plate of wells, (row, column) -> value, the highest darkest; rows in the order of A-Z, AA-AF.
+    """Draw a plate of wells, the highest value darkest, with rows in the order A-Z, AA-AF.
 
     Wells in between that have no value are drawn empty.
+
+    Args:
+        wells: (row, column) -> value.
+        unit: unit of the values.
     """
     rows = sorted({row for row, _ in wells}, key=lambda row: (len(row), row))
     columns = range(min(column for _, column in wells), max(column for _, column in wells) + 1)
@@ -84,9 +88,9 @@ def plate_chart(wells: Mapping[tuple[str, int], float], unit: str) -> str:
             value = wells.get((row, column))
             share = 0.0 if value is None else (value - low) / (high - low) if high > low else 1.0
             style = 'class="empty"' if value is None else f'class="well" fill-opacity="{0.12 + 0.88 * share:.2f}"'
-            said = "no value" if value is None else f"{value:,.4g} {unit}"
+            text = "no value" if value is None else f"{value:,.4g} {unit}"
             centre = f'cx="{_WELL * (j + 1.5):.0f}" cy="{_WELL * (i + 1.5):.0f}"'
-            parts.append(f'<circle {style} {centre} r="11"><title>{escape(row)}{column}: {said}</title></circle>')
+            parts.append(f'<circle {style} {centre} r="11"><title>{escape(row)}{column}: {text}</title></circle>')
     return "".join([*parts, f'</svg><p class="note">{low:,.4g} to {high:,.4g} {unit}, the highest darkest</p>'])
 
 

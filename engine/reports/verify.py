@@ -1,6 +1,6 @@
-"""Every pixel of an output against the checksums in its journal: what is damaged on disk is found and named.
+"""Check every pixel of an output against the checksums in its journal, and name the damaged blocks.
 
-It reads journals and outputs alone; the images that were segmented are not needed.
+Only journals and outputs are read; the segmented images are not needed.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from cellseg_batch.engine.storage.paths import zarr_store
 
 @dataclass(frozen=True)
 class Damage:
-    """One block, or shard of a pyramid, that is not what was written.
+    """A block, or a shard of a pyramid, whose pixels differ from those that were written.
 
     Attributes:
-        journal: whose record says what should be there.
-        part, number: of the record.
-        reason: where it lies, and how it differs.
+        journal: folder of the journal with its record.
+        part, number: part of the journal and number of the record in it.
+        reason: where the block or shard lies, and how it differs.
     """
 
     journal: str
@@ -44,12 +44,12 @@ class Damage:
 
 @dataclass
 class Verdict:
-    """What was found.
+    """Result of a verification.
 
     Attributes:
-        checked: records whose pixels were read back.
-        unfinished: journals without their closing record.
-        damages: what is not as it was written.
+        checked: number of records whose pixels were read back.
+        unfinished: folders of the journals without their closing record.
+        damages: the damaged blocks and shards.
     """
 
     checked: int = 0
@@ -62,32 +62,32 @@ class Verdict:
 
 
 def verify(paths: list[Path], name: str, output: Path | None, workers: int, forget: bool = False) -> Verdict:
-    """Read back all that the journals of a run say was written.
+    """Read back everything that the journals of a run list as written.
 
     Args:
-        paths: the run's inputs, or its output folder.
-        name: of the label group.
-        output: of the run.
-        workers: blocks that are read at a time.
-        forget: drop the records of what is damaged, so that the next run makes it again; of finished
-            instances, whose scratch is gone, it then makes all blocks again.
+        paths: inputs of the run, or its output folder.
+        name: name of the label group.
+        output: output folder of the run; None if its labels lie in or beside the inputs.
+        workers: number of blocks to read at a time.
+        forget: drop the records of damaged blocks, so that the next run computes them again. Repairing finished
+            instance labels means recomputing all blocks, because scratch is deleted.
 
     Raises:
         NoImageError: there is neither an image nor a journal.
     """
     journals = [Journal(folder) for folder in find_journals(paths, name, output)]
-    begun = [journal for journal in journals if journal.is_begun]
-    verdict = Verdict(unfinished=[str(journal.folder) for journal in begun if not journal.is_finished])
-    for _ in run_workflows((_workflow(journal, verdict, forget) for journal in begun), ThreadPool(workers)):
+    started = [journal for journal in journals if journal.is_begun]
+    verdict = Verdict(unfinished=[str(journal.folder) for journal in started if not journal.is_finished])
+    for _ in run_workflows((_workflow(journal, verdict, forget) for journal in started), ThreadPool(workers)):
         pass
     return verdict
 
 
 def _workflow(journal: Journal, verdict: Verdict, forget: bool) -> Workflow[None]:
-    """Check every record of a journal; of a finished one, also that none is missing."""
+    """Check every record of a journal; if the journal is finished, also check that no record is missing."""
     manifest = journal.manifest(Manifest)
-    assert manifest is not None  # it is begun
-    outputs = _Outputs({path: journal.folder / beside for path, beside in manifest.images.items()})
+    assert manifest is not None  # the journal is started
+    outputs = _Outputs({path: journal.folder / relative for path, relative in manifest.images.items()})
 
     def check(part: str, item: tuple[int, TaskRecord[Any]]) -> list[Damage]:
         number, record = item
@@ -110,23 +110,23 @@ def _workflow(journal: Journal, verdict: Verdict, forget: bool) -> Workflow[None
 
 
 class _Outputs:
-    """The images that a journal is about; each level is opened once."""
+    """The output images of a journal; each level is opened once."""
 
     def __init__(self, folders: dict[str, Path]) -> None:
         self._folders = folders
         self._level = cache(self._open)
 
     def read(self, path: str, level: int, plane: int, box: Box) -> NDArray[Any]:
-        """Pixels (h, w) as they are on disk.
+        """Read the pixels (h, w) of a box from disk.
 
         Raises:
-            ReadError: they cannot be read.
+            ReadError: the pixels cannot be read.
         """
         try:
             array = self._level(path, level)
             index: tuple[Any, ...] = (*unravel_plane(plane, array.shape[:-2]), *box.slices())
             return np.asarray(array[index])
-        except Exception as error:  # a damaged file can fail in any way that its library knows
+        except Exception as error:  # libraries raise errors of many types for damaged files
             raise ReadError(
                 str(self._folders[path]),
                 expected="readable pixels",

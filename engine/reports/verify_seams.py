@@ -1,7 +1,7 @@
-"""The seam proof: the tiled result against the untiled one, in windows laid over the corners of blocks and tiles.
+"""Prove seams: compare the tiled with the untiled result, in windows over the corners of blocks and tiles.
 
-The untiled result of a window is the network on the window and all the context that it can see, in one piece:
-what the network would say if the whole slide fitted into one tile.
+The untiled result of a window comes from one call of the network on the window and all context that it can see. It is
+the result that the network would give if the whole slide fitted into one tile.
 """
 
 from __future__ import annotations
@@ -37,15 +37,17 @@ _WINDOW = 2048
 
 @dataclass(frozen=True)
 class SeamReport:
-    """Tiled against untiled, over all windows.
+    """Comparison of the tiled with the untiled result, over all windows.
 
     Attributes:
-        windows: how many were compared.
-        pixels: in them.
-        max_dp: largest difference of two probabilities.
-        flipped: pixels whose mask differs.
-        objects_tiled, objects_untiled: connected components of the two masks.
-        backend, precision, tile, margin: what was proved.
+        windows: number of windows.
+        pixels: number of pixels in the windows.
+        max_dp: largest difference of the two probabilities of a pixel.
+        flipped: number of pixels whose masks differ.
+        objects_tiled, objects_untiled: numbers of connected components of the two masks.
+        backend, precision: backend and precision of the network.
+        tile: (height, width) of a tile in px.
+        margin: px cut from each side of a tile.
         cost: pixels that the network computes per pixel of the slide.
     """
 
@@ -62,7 +64,7 @@ class SeamReport:
     cost: float
 
     def holds(self, bound: float) -> bool:
-        """Whether at most a share of ``bound`` flips; logits that are NaN prove nothing."""
+        """Whether at most a share ``bound`` of the pixels flips; NaN logits prove nothing."""
         return self.flipped_fraction <= bound and bool(np.isfinite(self.max_dp))
 
     def to_json(self) -> dict[str, Any]:
@@ -71,12 +73,17 @@ class SeamReport:
 
     @property
     def flipped_fraction(self) -> float:
-        """Share of the pixels that flip."""
+        """Share of the pixels whose masks differ."""
         return self.flipped / self.pixels
 
 
 def seam_windows(plan: SlidePlan, full: bool, most: int) -> list[Box]:
-    """Up to ``most`` windows of 2048 px centred on corners, of blocks first; one of the whole slide if ``full``."""
+    """Lay the windows to compare.
+
+    Returns:
+        Up to ``most`` windows of 2048 px, centred on corners of blocks first and of tiles then. If ``full``, one window
+        over the whole slide.
+    """
     height, width = plan.grid.lattice.shape
     if full:
         return [Box(0, 0, height, width)]
@@ -94,16 +101,16 @@ def seam_windows(plan: SlidePlan, full: bool, most: int) -> list[Box]:
 
 
 def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamReport:
-    """Compare both results on the first image below ``path``, in its first plane.
+    """Compare both results on the first plane of the first image below ``path``.
 
     Args:
-        path: of a slide.
-        settings: of the run whose seams are to be proved.
-        full: compare the whole slide in one piece, which needs memory for it.
-        most: at most so many windows otherwise.
+        path: a path that holds a slide.
+        settings: settings of the run whose seams are to be proved.
+        full: compare the whole slide in one piece; the memory needed grows with the slide.
+        most: largest number of windows if ``full`` is False.
 
     Raises:
-        UsageError: there is no image, no model or no backend as asked.
+        UsageError: there is no image, or no model or backend as asked.
         SlideError: the slide cannot be read.
     """
     slide = first_slide(find_images(path, settings.axes))
@@ -137,7 +144,7 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
 def _compare(
     window: Box, plan: SlidePlan, card: Card, backend: Backend, reader: SlideReader, tiled_logits: _LogitsOf
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Foreground logits of ``window``, tiled and untiled."""
+    """Foreground logits (h, w) of ``window``, tiled and untiled."""
     tiled, untiled = np.empty(window.shape, np.float32), np.empty(window.shape, np.float32)
     for tile in _tiles_over(plan.grid.lattice, window):
         tiled_logits.put(tile, window, tiled)
@@ -147,7 +154,7 @@ def _compare(
 
 
 class _LogitsOf:
-    """Foreground logits of single tiles, compiled for the shape of the first one."""
+    """Foreground logits of single tiles; the network is compiled for the shape of the first tile."""
 
     def __init__(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> None:
         self._plan = plan
@@ -176,14 +183,14 @@ def _tiles_over(lattice: Lattice, window: Box) -> list[Tile]:
 
 
 def _grown(window: Box, reach: int, stride: int) -> Box:
-    """The window and its context, on the stride's grid."""
+    """The window with ``reach`` px of context, extended to multiples of ``stride`` px."""
     low = [(edge - reach) // stride * stride for edge in (window.y0, window.x0)]
     high = [-(-(edge + reach) // stride) * stride for edge in (window.y1, window.x1)]
     return Box(low[0], low[1], high[0], high[1])
 
 
 def _corners(lattice: Lattice, side: tuple[int, int]) -> list[tuple[int, int]]:
-    """Places inside the slide where four boxes of ``side`` px meet, or two along an edge-to-edge seam."""
+    """Points (y, x) inside the slide where four boxes of ``side`` px meet, or two along a seam from edge to edge."""
     height, width = lattice.shape
     rows, columns = range(side[0], height, side[0]), range(side[1], width, side[1])
     return list(product(rows or [height // 2], columns or [width // 2])) if rows or columns else []

@@ -1,4 +1,4 @@
-"""Pixels that a caller holds in memory: one image of one level, as the Python API is given them."""
+"""Present an array in memory as a slide of one level, for the Python API."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RGB = (3, 4)
 
 
 class Arrays(ImageFormat):
-    """Arrays live as long as their caller's `HeldArray`, and in this process only."""
+    """Format of arrays in memory; an array lives as long as its `HeldArray`, and in this process only."""
 
     name: ClassVar[str] = "array"
     title: ClassVar[str] = ""
@@ -37,14 +37,14 @@ class Arrays(ImageFormat):
 
 
 class HeldArray:
-    """An array that can be segmented as a slide, while the context lasts.
+    """An array that can be segmented as a slide for as long as the context lasts.
 
     Args:
         pixels: (Y, X), or (Y, X, C) with channels last; three or four channels of uint8 are red, green, blue and alpha.
-        pixel_size_um: µm per px; None if it is unknown.
+        pixel_size_um: µm per px; None if unknown.
 
     Raises:
-        UsageError: it is no image.
+        UsageError: the array is no image.
     """
 
     def __init__(self, pixels: NDArray[Any], pixel_size_um: float | None = None) -> None:

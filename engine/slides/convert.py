@@ -1,7 +1,7 @@
-"""Write any image that can be read as OME-Zarr 0.5, in memory that does not grow with it.
+"""Write any readable image as OME-Zarr 0.5, in memory that does not grow with the image.
 
-A conversion keeps a journal of its shards, like a segmentation, so a killed one goes on where it stopped. Until it is
-complete the target has a mark in place of image metadata, so that nothing takes it for a whole image.
+A conversion keeps a journal of its shards, like a segmentation, so a killed conversion goes on where it stopped. Until
+the conversion is complete, the target has a mark instead of image metadata, so that nothing takes it for a whole image.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _COLOURS = ("0000FF", "00FF00", "FF0000", "FF00FF", "00FFFF", "FFFF00")
 
 @dataclass(frozen=True)
 class Conversion:
-    """The result of converting one image.
+    """Result of converting an image.
 
     Attributes:
         source: location of the image.
-        target: group that it is written to.
-        status: done, skipped (finished already), failed or held (another process converts it).
-        reason: why it is not done, else "".
+        target: group that the image is written to.
+        status: done, skipped (finished already), failed or held (another process converts the image).
+        reason: why the image is not done; "" if it is.
         shapes: shape of each level.
     """
 
@@ -66,21 +66,23 @@ def convert(
     advanced: Callable[[int], None],
     stop: Stop | None = None,
 ) -> Iterator[Conversion]:
-    """Write every image below ``source`` to the store ``target``: one to its root, several to groups of their names.
+    """Write every image below ``source`` to the store ``target``.
+
+    A single image goes to the root of the store; several images go to groups of their names.
 
     Args:
         source: a file, a folder of files, or a zarr store of plain arrays.
         target: a store; its name ends in ``.zarr``.
         axes: order of the axes of arrays and TIFFs that do not name theirs.
         workers: number of shards in flight.
-        overwrite: replace what is in the way.
-        found: called once with the number of pixels, over all channels and planes.
-        advanced: called with the number of pixels that have come onto the disk.
+        overwrite: replace whatever lies at the target.
+        found: called once with the number of pixels of all images, over all channels and planes.
+        advanced: called with the number of pixels that have been written since the last call.
         stop: asks the conversion to end early.
 
     Raises:
-        UsageError: there is no image, or the target cannot be.
-        Stopped: it was asked to end.
+        UsageError: there is no image, or the target is no possible store.
+        Stopped: ``stop`` asked the conversion to end.
     """
     _refuse_target(source, target)
     images = find_images(source, axes)
@@ -112,7 +114,7 @@ def _workflow(
     advanced: Callable[[int], None],
     locks: Locks,
 ) -> Workflow[Conversion]:
-    """Convert one image. An error that concerns this image alone is in the result."""
+    """Convert an image. An error that concerns this image alone is in the result."""
     target = str(store / path)
     if isinstance(image, UnreadableImage):
         return Conversion(image.path, target, "failed", image.reason)
@@ -139,15 +141,15 @@ def _workflow(
 
 @dataclass(frozen=True)
 class ConversionManifest:
-    """What a conversion was begun with; one that goes on must find the same.
+    """Input and layout of a conversion; they must be the same when an unfinished conversion goes on.
 
     Attributes:
-        location: of the image.
-        bytes: size of its file.
-        changed: when the file was changed last, in ns of POSIX time.
-        shape: of its full resolution.
-        dtype: numpy name of its pixels.
-        shards: (height, width) in px of what one task writes, by level.
+        location: location of the image.
+        bytes: size of its file in bytes.
+        changed: time of the last change of the file, in ns of POSIX time.
+        shape: shape of its full resolution.
+        dtype: numpy name of the pixel type.
+        shards: (height, width) in px of the box that a task writes, by level.
     """
 
     location: str
@@ -160,12 +162,12 @@ class ConversionManifest:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished task, or a finished conversion."""
+    """Record of a finished task or conversion; it holds no figures."""
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """The conversion of one image."""
+    """Conversion of an image."""
 
     slide: Slide
     writer: ImageWriter
@@ -176,13 +178,13 @@ class _Copy:
         return self.writer.layout
 
     def begin(self, overwrite: bool) -> bool:
-        """Make the empty image or take up an unfinished one. Returns whether it is finished already.
+        """Create the empty image, or continue an unfinished one; returns whether the image is finished already.
 
         Raises:
-            OutputError: something else is in the way.
+            OutputError: something else lies at the target.
         """
         status, folder = self.slide.store.stat(), self.writer.folder
-        begun = self.journal.manifest(ConversionManifest)
+        earlier = self.journal.manifest(ConversionManifest)
         manifest = ConversionManifest(
             location=self.slide.location,
             bytes=status.st_size,
@@ -192,12 +194,11 @@ class _Copy:
             shards=self.layout.shards,
         )
         if folder.exists() and not overwrite:
-            if begun != manifest:
-                there = "something else" if begun is None else f"a conversion of {begun.location} as it was then"
+            if earlier != manifest:
                 raise OutputError(
                     str(folder),
                     expected="nothing of that name, or a conversion of the same file",
-                    found=there,
+                    found="something else" if earlier is None else f"a conversion of {earlier.location} as it was then",
                     remedy="choose another name, or `overwrite` to replace it",
                 )
             if self.journal.numbers("created"):
@@ -210,7 +211,7 @@ class _Copy:
         return False
 
     def passes(self, advanced: Callable[[int], None]) -> Workflow[None]:
-        """Copy the pixels, then build level after level."""
+        """Yield the tasks that copy the pixels, then those that build level after level."""
         with ExitStack() as stack:
             readers = [stack.enter_context(SlideReader(self.slide, 0, group)) for group in channel_groups(self.slide)]
             count = self.slide.planes(0) * self._shards_of_a_plane
@@ -222,7 +223,7 @@ class _Copy:
             )
 
     def complete(self) -> None:
-        """Replace the group's mark by the metadata of an image: its levels and channels.
+        """Replace the mark of the group by the metadata of an image: its levels and channels.
 
         Raises:
             OutputError: the store cannot be written.
@@ -243,7 +244,7 @@ class _Copy:
         return self.layout.shard_count(0) // math.prod(self.layout.shapes[0][:-2])
 
     def _copy(self, readers: list[SlideReader], number: int) -> int:
-        """Copy one shard of all channels of a t/z plane; returns the number of pixels copied."""
+        """Copy a shard of all channels of a t/z plane; returns the number of pixels copied."""
         plane, shard = divmod(number, self._shards_of_a_plane)
         box = self.layout.shard_box(0, shard)[1]
         for reader in readers:
@@ -253,7 +254,7 @@ class _Copy:
         return box.area * channel_count(self.slide)
 
     def _build_level(self, level: int, number: int) -> None:
-        """Average one shard of a level from the next finer level."""
+        """Average a shard of a level from the next finer level."""
         plane, box = self.layout.shard_box(level, number)
         finer, coarser = self.layout.shapes[level - 1][-2:], self.layout.shapes[level][-2:]
         y, x = (1 if big == small else 2 for big, small in zip(finer, coarser, strict=True))
@@ -262,13 +263,18 @@ class _Copy:
         self.journal.record(f"levels/{level}", number, Done())
 
     def _plane(self, plane: int, channel: int) -> int:
-        """Number of a plane among t, c and z, from its number among t and z and its channel."""
+        """Number of a plane among the planes over t, c and z.
+
+        Args:
+            plane: number of the plane over t and z.
+            channel: index of the channel.
+        """
         index = {**self.slide.plane_index(0, plane), "c": channel}
         leading = [index[axis] for axis in self.layout.axes[:-2]]
         return int(np.ravel_multi_index(leading, self.layout.shapes[0][:-2])) if leading else 0
 
     def _describe(self, channel: int) -> v05.OmeroChannel:
-        """Name and colour of a channel, and the range of its coarsest level as the window to show it in."""
+        """Metadata of a channel: name, colour, and the range of its coarsest level as the display window."""
         slide, level = self.slide, len(self.layout.shapes) - 1
         start, end = 0.0, 255.0
         if not (slide.rgb and slide.dtype == "uint8"):

@@ -1,6 +1,6 @@
-"""How an image is stored as OME-Zarr 0.5: axes in the specification's order, shards, levels that halve, channel groups.
+"""Lay out a converted image as OME-Zarr 0.5: axes in the specification's order, shards, halving levels, channel groups.
 
-Nothing here touches a file.
+This module touches no file.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from cellseg_batch.engine.slides.label_layout import Layout
 from cellseg_batch.engine.slides.slide import Slide
 
 _CHUNK = 512
-_MOST_CHUNKS = 8  # along a side of a shard
-_READ_BYTES = 64 << 20  # that a task reads at a time
+_MOST_CHUNKS = 8  # largest number of chunks along a side of a shard
+_READ_BYTES = 64 << 20  # bytes that a task reads at a time
 _AXES = "tczyx"  # the order that the specification asks for
 
 
 def lay_out_image(slide: Slide) -> Layout:
-    """The storage of a converted slide: levels halve until one fits into a chunk."""
+    """Lay out the storage of a converted slide; levels halve until a level fits into a chunk."""
     order = [slide.axes.index(axis) for axis in _AXES if axis in slide.axes]
     axes = "".join(slide.axes[i] for i in order)
     base = slide.levels[0]
@@ -37,13 +37,13 @@ def lay_out_image(slide: Slide) -> Layout:
         shapes.append((*leading, height, width))
         scale, translation = datasets[-1]
         factors = (1,) * len(leading) + step
-        # The centre of an averaged pixel lies between those of its sources.
+        # The centre of an averaged pixel lies between the centres of its source pixels.
         shifted = tuple(t + s * (f - 1) / 2 for t, s, f in zip(translation, scale, factors, strict=True))
         datasets.append((tuple(s * f for s, f in zip(scale, factors, strict=True)), shifted))
     chunks = min(_CHUNK, shapes[0][-2]), min(_CHUNK, shapes[0][-1])
     pixel_bytes = len(channel_groups(slide)[0]) * np.dtype(slide.dtype).itemsize
     most = max(1, min(_MOST_CHUNKS, math.isqrt(_READ_BYTES // pixel_bytes) // _CHUNK))
-    # A shard of a coarser level is made from no more than a full one.
+    # A shard of a coarser level is averaged from at most one full shard's area of the finer level.
     full, half = ((count * chunks[0], count * chunks[1]) for count in (most, max(1, most // 2)))
     return Layout(
         axes=axes,
@@ -58,25 +58,25 @@ def lay_out_image(slide: Slide) -> Layout:
 
 
 def halve(pixels: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
-    """Means of 2 x 2 pixels, or of 2 along an axis that is not halved, in the same type; integers are rounded.
+    """Average boxes of 2 x 2 pixels, or of 2 pixels if an axis is not halved, in the same type; integers are rounded.
 
     Args:
         pixels: (h, w), as long as the result or at least twice as long along each axis; an odd last pixel is dropped.
-        shape: (height, width) of the result.
+        shape: (height, width) of the result in px.
     """
-    step_y, step_x = (1 if length == had else 2 for length, had in zip(shape, pixels.shape, strict=True))
+    step_y, step_x = (1 if length == source else 2 for length, source in zip(shape, pixels.shape, strict=True))
     corners = pixels[: shape[0] * step_y, : shape[1] * step_x].reshape(shape[0], step_y, shape[1], step_x)
     means: NDArray[Any] = corners.mean(axis=(1, 3))
     return (means if pixels.dtype.kind == "f" else np.rint(means)).astype(pixels.dtype)
 
 
 def channel_count(slide: Slide) -> int:
-    """Number of channels that are converted; alpha is left out."""
+    """Number of channels to convert; alpha is left out."""
     return 3 if slide.rgb else slide.extent("c", 0)
 
 
 def channel_groups(slide: Slide) -> list[tuple[int, ...]]:
-    """Channels in groups that are read at once: those that a chunk holds together."""
+    """Group the channels that a chunk holds together; each group is read at once."""
     count = channel_count(slide)
     together = slide.levels[0].chunks[slide.axes.index("c")] if "c" in slide.axes else 1
     return [tuple(range(first, min(first + together, count))) for first in range(0, count, together)]

@@ -1,4 +1,4 @@
-"""A small ``slides.zarr`` of real microscopy images, made from pictures that ship with the package."""
+"""Write a small ``slides.zarr`` of real microscopy images, from pictures that ship with the package."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Find every image that a path holds, in any depth: folders, stores, files.
+"""Find every image below a path, at any depth: in folders, stores and files.
 
-A folder is walked; whatever looks like an image but cannot be used becomes an `UnreadableImage` with its reason, so
-that one bad file among many costs nothing but itself. What earlier runs wrote is never taken for an image.
+Whatever looks like an image but cannot be used becomes an `UnreadableImage` with its reason, so that a bad file does
+not stop the others. Outputs of earlier runs are never taken for images.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ EVERY_FIELD = FieldChoice()
 OUTPUT_SUFFIX = ".cellseg.zarr"
 JOURNAL_SUFFIX = ".cellseg"
 
-# A few bytes of metadata may claim any number of pixels, so these bounds hold for what no microscope exceeds.
+# A few bytes of metadata may claim any number of pixels. No microscope exceeds these bounds.
 # A whole slide of 15 x 15 cm at 0.25 µm per pixel.
 MOST_PLANE_PIXELS = 600_000**2
 MOST_PIXELS = 10**15
-# A chunk is decoded whole by whoever reads a single pixel of it.
+# Reading a single pixel decodes its whole chunk.
 MOST_CHUNK_BYTES = 4 << 30
 
 
 def find_images(
     path: Path, axes: str | None = None, choice: FieldChoice = EVERY_FIELD
 ) -> list[Slide | UnreadableImage]:
-    """Every image below ``path``, in sorted order.
+    """Find every image below ``path``, in sorted order.
 
     Args:
         path: a file, a zarr store, a group inside one, or a folder of any of these.
         axes: order of the axes of plain zarr arrays and of TIFFs that do not name them, such as ``cyx``.
-        choice: which wells and fields of plates are wanted.
+        choice: wells and fields of plates to take.
 
     Raises:
         NoImageError: the path does not exist or holds nothing that could be an image.
@@ -63,10 +63,10 @@ def find_images(
 
 
 def first_slide(images: Sequence[Slide | UnreadableImage]) -> Slide:
-    """The first of the images that a path holds.
+    """The first of the images below a path.
 
     Raises:
-        ReadError: it cannot be used.
+        ReadError: the first image cannot be used.
     """
     image = images[0]
     if isinstance(image, UnreadableImage):
@@ -93,18 +93,18 @@ def _visit(path: Path, name: str, search: Search) -> Iterator[Slide | Unreadable
 
 
 def _images_of(image_format: ImageFormat, path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
-    """What a format finds at ``path``, and why it finds no more."""
+    """Yield the images that a format finds at ``path``, then an `UnreadableImage` if an error ends the search."""
     try:
         yield from image_format.find(path, name, search)
     except CellsegError as error:
         yield UnreadableImage(name, str(path), error.detail)
-    except Exception as error:  # a damaged file can fail in any way that its library knows
+    except Exception as error:  # libraries raise errors of many types for damaged files
         reason = f"cannot be read: {type(error).__name__}: {error}"
         yield UnreadableImage(name, str(path), reason.splitlines()[0])
 
 
 def _usable(image: Slide | UnreadableImage) -> Slide | UnreadableImage:
-    """The image itself, or why none can be segmented that is like it."""
+    """The image itself, or an `UnreadableImage` if such an image cannot be segmented."""
     if isinstance(image, UnreadableImage):
         return image
     reason = _why_unusable(image)
@@ -128,7 +128,7 @@ def _why_unusable(slide: Slide) -> str | None:
 
 
 def _why_too_large(slide: Slide) -> str | None:
-    """Which bound a level of ``slide`` exceeds, in one line with the numbers; None if none does."""
+    """Why a level of ``slide`` is too large, in one line with the numbers; None if no level exceeds a bound."""
     itemsize = np.dtype(slide.dtype).itemsize
     for number, level in enumerate(slide.levels):
         height, width = slide.plane_shape(number)

@@ -1,4 +1,4 @@
-"""The image formats that can be read. To add one, write its module and add a line to `FORMATS`."""
+"""List the image formats that can be read. To add a format, write its module and add an entry to `FORMATS`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from cellseg_batch.engine.slides.pictures import Pictures
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.slides.tiff import Tiff
 
-# The first that can open a path gets it.
+# The first format that can open a path gets it.
 FORMATS: tuple[ImageFormat, ...] = (Zarr(), Tiff(), Pictures(), Arrays())
-# Microscopy files that people will try. Each is named as unreadable instead of being passed over in silence.
+# Microscopy files that users may try. Each is reported as unreadable instead of being skipped in silence.
 UNSUPPORTED_SUFFIXES = (".dcm", ".czi", ".nd2", ".lif", ".mrxs", ".vsi", ".oib", ".oif", ".ims", ".h5", ".jp2")
 
 
 def format_at(path: Path) -> ImageFormat | None:
-    """The format of what lies at ``path``, None if no format can open it."""
+    """The format that can open ``path``; None if no format can."""
     return next((image_format for image_format in FORMATS if image_format.can_open(path)), None)
 
 

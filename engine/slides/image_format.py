@@ -1,4 +1,4 @@
-"""What an image format does: say which paths are its own, list their images, open a level.
+"""Define the interface of an image format: recognise its paths, list their images, open a level.
 
 `formats` lists the formats. A format knows its files and their library; it does not choose levels or channels.
 """
@@ -18,19 +18,19 @@ from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 
 
 class LevelArray(Protocol):
-    """Pixels of one level, with the axes of its slide, that are decoded as they are asked for."""
+    """Pixels of a level, with the axes of its slide, that are decoded when they are sliced."""
 
     def __getitem__(self, index: tuple[slice, ...], /) -> Any:
-        """The pixels of one slice along each axis, as something that numpy takes for an array."""
+        """Decode the pixels in a slice along each axis; the result can be passed to `numpy.asarray`."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """What the user says about the images to find.
+    """The user's choices for a search for images.
 
     Attributes:
         axes: order of the axes of images that do not name theirs, such as ``cyx``.
-        fields: which wells and fields of plates are wanted.
+        fields: wells and fields of plates to take.
     """
 
     axes: str | None
@@ -38,14 +38,14 @@ class Search:
 
 
 class ImageFormat(ABC):
-    """One kind of file, folder or store that holds images.
+    """A kind of file, folder or store that holds images.
 
-    A format is one object in `formats.FORMATS`. Slides hold its name, as they travel between processes.
+    A format is an object in `formats.FORMATS`. Slides hold its name, as they travel between processes.
 
     Attributes:
-        name: what `Slide.format` holds.
+        name: value of `Slide.format`.
         title: names of the format in messages; "" if no path leads to its images.
-        suffixes: ends of the names of its files, in lower case; () if names decide nothing.
+        suffixes: suffixes of its file names, in lower case; () if names decide nothing.
     """
 
     name: ClassVar[str]
@@ -53,35 +53,35 @@ class ImageFormat(ABC):
     suffixes: ClassVar[tuple[str, ...]] = ()
 
     def can_open(self, path: Path) -> bool:
-        """Whether the file, folder or store ``path`` is of this format: by default, a file with one of the suffixes."""
+        """Whether the file, folder or store ``path`` has this format; by default, whether a file has such a suffix."""
         return path.name.lower().endswith(self.suffixes) and not path.is_dir()
 
     @abstractmethod
     def find(self, path: Path, name: str, search: Search) -> Iterable[Slide | UnreadableImage]:
-        """Every image at ``path``, from its metadata alone.
+        """Find every image at ``path``, from the metadata alone.
 
-        An error that is raised becomes an `UnreadableImage`, after the images found before it.
+        If an error is raised, the caller keeps the images before it and turns the error into an `UnreadableImage`.
 
         Args:
             path: a path that `can_open` accepts.
             name: name of the path as `Slide.name`; `name_in_series` makes one for each image of several.
-            search: what the user says about the images.
+            search: the user's choices.
         """
 
     @abstractmethod
     def open_level(self, slide: Slide, level: int) -> LevelArray:
-        """The pixels of a level, in the order of the slide's axes; threads slice them at the same time."""
+        """Open the pixels of a level, in the order of the slide's axes; several threads may slice them at once."""
 
     def close(self, array: Any) -> None:  # noqa: B027 - most formats hold no file open
         """Close the file that `open_level` opened."""
 
     def describe(self, slide: Slide) -> str:
-        """The format of ``slide`` in messages, with its version if that matters."""
+        """Name of the slide's format for messages, with the version if that matters."""
         return self.name
 
 
 def name_in_series(name: str, number: int, count: int) -> tuple[str, str]:
-    """(name, path) of image ``number`` of a file with ``count`` images; an only image is the file itself."""
+    """(name, path) of image ``number`` of a file with ``count`` images; a single image has the name of the file."""
     return (f"{name}/{number}", str(number)) if count > 1 else (name, "")
 
 
@@ -90,7 +90,7 @@ def optional_library(module: str, package: str) -> Any:
 
     Args:
         module: name of the module.
-        package: what pip installs it with, such as ``cellseg-batch[czi]``.
+        package: pip requirement that installs the library, such as ``cellseg-batch[czi]``.
 
     Raises:
         ReadError: the library is not installed.

@@ -1,6 +1,6 @@
-"""How an output image is laid out: its levels, chunks and shards, and the OME-Zarr metadata that say so.
+"""Lay out an output image: its levels, chunks and shards, and the OME-Zarr metadata that describe them.
 
-A block covers whole shards or chunks, so no two tasks ever touch one file.  Nothing here touches a file.
+A block covers whole shards or chunks, so two tasks never touch the same file.  This module touches no file.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Layout:
         axes: order of the axes, of the letters t c z y x; labels and probabilities have no c.
         shapes: shape of each level, the full resolution of the output first.
         chunks: (height, width) of a chunk in px.
-        shards: (height, width) in px of the box that one task writes, by level.
+        shards: (height, width) in px of the box that a task writes, by level.
         datasets: (scale, translation) of each level, along each axis in its unit.
-        units: unit of each axis, None where there is none.
+        units: unit of each axis; None if it has no unit.
         zarr_format: 2 for OME-Zarr 0.4, 3 for 0.5.
         dtype: numpy name of the pixel type.
     """
@@ -45,7 +45,7 @@ class Layout:
     dtype: str = "uint8"
 
     def storage(self, level: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(chunks, shards) of a level for every axis; two planes or channels are never stored together."""
+        """Shapes (chunk, shard) of a level over all axes; planes and channels are always stored apart."""
         ones = (1,) * (len(self.axes) - 2)
         return (*ones, *self.chunks), (*ones, *self.shards[level])
 
@@ -66,30 +66,38 @@ class Layout:
 
 
 def lay_out(slide: Slide, level: int, grid: BlockGrid, zarr_format: Literal[2, 3]) -> Layout:
-    """The storage of an output with ``level`` of ``slide`` and every coarser one as its levels."""
-    kept = [i for i, axis in enumerate(slide.axes) if axis != "c"]
-    # A plain array's y and x may come in any order; what is written is always t, z, y, x.
-    kept.sort(key=lambda i: "tzyx".index(slide.axes[i]))
+    """Lay out the storage of an output whose levels are ``level`` of ``slide`` and every coarser level.
+
+    Args:
+        slide: the segmented image.
+        level: number of the segmented level.
+        grid: block grid of the slide.
+        zarr_format: 2 for OME-Zarr 0.4, 3 for 0.5.
+    """
+    order = [i for i, axis in enumerate(slide.axes) if axis != "c"]
+    # A plain array may have its axes in any order; outputs always have t, z, y, x.
+    order.sort(key=lambda i: "tzyx".index(slide.axes[i]))
     levels: tuple[Level, ...] = slide.levels[level:]
     chunks = chunk_side(grid.lattice.core[0]), chunk_side(grid.lattice.core[1])
-    shapes = tuple(tuple(written.shape[i] for i in kept) for written in levels)
+    shapes = tuple(tuple(resolution.shape[i] for i in order) for resolution in levels)
     shards = [grid.block_shape]
     for finer, coarser in pairwise(shapes):
-        # A shard of a coarser level is made from no more than a block.
+        # A shard of a coarser level is made from at most a block's area of the finer level.
         fits = [
             max(1, grid.block_shape[axis] * coarser[axis - 2] // (finer[axis - 2] * chunks[axis])) * chunks[axis]
             for axis in (0, 1)
         ]
         shards.append((fits[0], fits[1]))
     return Layout(
-        axes="".join(slide.axes[i] for i in kept),
+        axes="".join(slide.axes[i] for i in order),
         shapes=shapes,
         chunks=chunks,
         shards=tuple(shards),
         datasets=tuple(
-            (tuple(written.scale[i] for i in kept), tuple(written.translation[i] for i in kept)) for written in levels
+            (tuple(resolution.scale[i] for i in order), tuple(resolution.translation[i] for i in order))
+            for resolution in levels
         ),
-        units=tuple(slide.units[i] for i in kept),
+        units=tuple(slide.units[i] for i in order),
         zarr_format=zarr_format,
     )
 
@@ -117,20 +125,20 @@ def image_metadata(layout: Layout, name: str, source: str | None, kind: Kind) ->
     Args:
         layout: shape and storage of the image.
         name: name of the image.
-        source: relative path to the segmented image, None if that is no OME-Zarr image.
-        kind: what the image holds: a probability is an intensity image, the others are labels.
+        source: relative path to the segmented image; None if that is no OME-Zarr image.
+        kind: kind of output; a probability is an intensity image, the others are labels.
     """
     version: Any = v05 if layout.zarr_format == 3 else v04
     parts: dict[str, Any] = {"multiscales": [multiscale(layout, name)]}
     if kind != "probability":
         origin = None if source is None else version.LabelSource(image=source)
-        # Viewers give every object a colour of its own.
+        # Instances need no colours: viewers give every object a colour of its own.
         colours = [version.LabelColor(**{"label-value": 1, "rgba": _MASK_COLOUR})] if kind == "mask" else None
         parts["image_label"] = version.ImageLabel(colors=colours, source=origin)
     model = version.Image if kind == "probability" else version.LabelImage
     content = model(**parts, **({"version": "0.5"} if layout.zarr_format == 3 else {}))
     dumped: dict[str, Any] = content.model_dump(mode="json", by_alias=True, exclude_none=True)
     for colour in dumped.get("image-label", {}).get("colors", ()):
-        # The specification asks for a number, its readers for an integer.
+        # The specification asks for a number, but readers expect an integer.
         colour["label-value"] = int(colour["label-value"])
     return {"ome": dumped} if layout.zarr_format == 3 else dumped

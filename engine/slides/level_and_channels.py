@@ -1,4 +1,4 @@
-"""Which level and which channels of a slide are segmented, and why: the rules in one place."""
+"""Choose the level and the channels of a slide to segment, with the reasons."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from cellseg_batch.engine.errors import SlideError
 from cellseg_batch.engine.slides.slide import Slide
 
-# A stain that binds to DNA, as people name the channel.
+# Usual names of the channel of a stain that binds to DNA.
 _NUCLEAR = re.compile(r"dapi|hoechst|\bdna\b|_dna|dna_", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class LevelChoice:
-    """A level, its pixel size in µm (None when unknown) and the reason, for the user."""
+    """A level, its pixel size in µm (None if unknown) and the reason in words for the user."""
 
     level: int
     pixel_size_um: float | None
@@ -24,20 +24,20 @@ class LevelChoice:
 
 @dataclass(frozen=True)
 class ChannelChoice:
-    """Indices of one (grey) or three (RGB) channels and the reason, for the user."""
+    """Indices of one (grey) or three (RGB) channels and the reason in words for the user."""
 
     indices: tuple[int, ...]
     reason: str
 
 
 def choose_level(slide: Slide, level: int | None, pixel_size: float | None, model_um: float | None) -> LevelChoice:
-    """The level to process: the one asked for, else the one nearest the model's pixel size, else full resolution.
+    """Choose the level: the user's, else that nearest to the model's pixel size, else the full resolution.
 
     Args:
         slide: the image.
-        level: asked for by the user.
-        pixel_size: µm per px of level 0, over the metadata's.
-        model_um: µm per px that the model was trained at.
+        level: number of the user's level; None if the user named none.
+        pixel_size: µm per px of level 0 from the user; None takes it from the metadata.
+        model_um: µm per px that the model was trained at; None if unknown.
 
     Raises:
         SlideError: the slide has no such level.
@@ -63,7 +63,11 @@ def choose_level(slide: Slide, level: int | None, pixel_size: float | None, mode
 
 
 def choose_channels(slide: Slide, channel: str | None) -> ChannelChoice:
-    """The channels to process: the one asked for; RGB if the image says so; the DNA stain by name; the first.
+    """Choose the channels: the user's, else RGB if the image says so, else the DNA stain by name, else the first.
+
+    Args:
+        slide: the image.
+        channel: index or name of the user's channel; None if the user named none.
 
     Raises:
         SlideError: the slide has no such channel.

@@ -1,7 +1,7 @@
-"""Zarr hierarchies and their images: OME-Zarr 0.4 and 0.5 multiscales, HCS plates, bioformats2raw, plain arrays.
+"""Read the images of zarr hierarchies: OME-Zarr 0.4 and 0.5 multiscales, HCS plates, bioformats2raw, plain arrays.
 
-Sources: the OME-Zarr specification 0.4 and 0.5 (ngff.openmicroscopy.org). Metadata are read leniently: what a reader
-can work with is taken, and a level whose array is missing is passed over.
+Sources: the OME-Zarr specification 0.4 and 0.5 (ngff.openmicroscopy.org). Metadata are read leniently: whatever is
+enough to read the pixels is accepted, and a level whose array is missing is skipped.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from cellseg_batch.engine.slides.plate import FieldChoice, PlatePosition
 from cellseg_batch.engine.slides.slide import NUMBERS, Level, Slide, UnreadableImage, fits_axes
 from cellseg_batch.engine.storage.paths import RemotePath, zarr_store
 
-# What people write for the specification's "micrometer".
+# Other spellings of the specification's "micrometer".
 _UNIT_NAMES = dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometre"), "micrometer")
-# An attribute of what this program writes and is neither an image nor a label.
+# Attribute of groups that this program writes, which are not taken for images.
 OUTPUT_MARK = "cellseg-batch-output"
-# Members of a group in an object store that are looked at together.
+# Number of members of a group in an object store that are read at the same time.
 _REQUESTS = 16
 _NODE_FILES = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
 
 
 class Zarr(ImageFormat):
-    """Zarr hierarchies. OME-Zarr images hold their labels themselves; the labels of plain arrays lie beside these."""
+    """Format of zarr hierarchies. OME-Zarr images hold their own labels; the labels of plain arrays lie beside them."""
 
     name: ClassVar[str] = ZARR
     title: ClassVar[str] = "OME-Zarr, zarr array"
@@ -42,12 +42,12 @@ class Zarr(ImageFormat):
         return is_zarr_node(path)
 
     def find(self, path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
-        """Every image in a node of a hierarchy and below it."""
+        """Find every image in a node of a hierarchy and below it."""
         store, inside = zarr_root(path)
         return _images_in(store, inside, name, search, None)
 
     def open_level(self, slide: Slide, level: int) -> LevelArray:
-        """The level's array."""
+        """Open the array of a level."""
         path = "/".join(part for part in (slide.path, slide.levels[level].path) if part)
         return zarr.open_array(zarr_store(slide.store), path=path, mode="r")
 
@@ -78,8 +78,8 @@ def _images_in(
         store: root of the hierarchy.
         path: path of the node in it.
         name: name of the node as `Slide.name`.
-        search: what the user says about the images.
-        position: where on a plate the node lies, None if on none.
+        search: the user's choices.
+        position: position of the node on a plate; None if it lies on no plate.
     """
     location = str(store / path)
     try:
@@ -111,7 +111,7 @@ def _images_in(
         reason = "listed in the metadata, but not in the store"
         return [UnreadableImage(f"{name}/{child}", str(store / below), reason, child_position)]
 
-    if isinstance(store, RemotePath) and position is None:  # the wells of a plate: answers take long, so ask for many
+    if isinstance(store, RemotePath) and position is None:  # remote wells: answers take long, so ask for many at once
         with ThreadPoolExecutor(_REQUESTS) as pool:
             yield from chain.from_iterable(pool.map(images_of, children))
     else:
@@ -119,15 +119,15 @@ def _images_in(
 
 
 def as_zarr(slide: Slide, store: Path, levels: tuple[Level, ...], zarr_format: Literal[2, 3]) -> Slide:
-    """``slide`` read from copies of its ``levels``, which are arrays of the zarr hierarchy ``store``."""
+    """The same slide with its pixels in copies: ``levels`` are arrays of the zarr hierarchy ``store``."""
     return replace(slide, store=store, path="", format=ZARR, levels=levels, zarr_format=zarr_format, holds_labels=True)
 
 
 def open_written(store: Path, path: str) -> Slide:
-    """The label or probability image ``path`` of ``store`` as a slide.
+    """Open the label or probability image ``path`` of ``store`` as a slide.
 
     Raises:
-        ReadError: there is none.
+        ReadError: there is no such image.
     """
     try:
         node = zarr.open_group(zarr_store(store), path=path, mode="r")
@@ -142,14 +142,14 @@ def open_written(store: Path, path: str) -> Slide:
 
 
 def plate_names(plate: Path) -> tuple[list[str], list[str]]:
-    """Names of all rows and columns of a plate, also of those without wells."""
+    """Names of all rows and columns of a plate, including those without wells."""
     metadata = _ome_metadata(zarr.open_group(zarr_store(plate), mode="r"))["plate"]
     rows, columns = ([str(entry["name"]) for entry in metadata.get(side, ())] for side in ("rows", "columns"))
     return rows, columns
 
 
 def _ome_metadata(node: zarr.Group) -> dict[str, Any]:
-    """OME attributes: under ``ome`` since 0.5, at the top before."""
+    """The OME attributes of a group: under ``ome`` in version 0.5, at the top in older versions."""
     attributes = dict(node.attrs)
     nested = attributes.get("ome")
     return nested if isinstance(nested, dict) else attributes
@@ -158,7 +158,7 @@ def _ome_metadata(node: zarr.Group) -> dict[str, Any]:
 def _children(
     node: zarr.Group, metadata: dict[str, Any], location: str, choice: FieldChoice, position: PlatePosition | None
 ) -> list[tuple[str, PlatePosition | None]]:
-    """(path, position on a plate) of what may hold images below a group: what its metadata list, else all."""
+    """(path, position on a plate) of the children of a group that may hold images: those in its metadata, else all."""
     if "plate" in metadata:
         wells = [_inside(well["path"], location) for well in metadata["plate"]["wells"]]
         positions = [PlatePosition(location, Path(well).parent.name, Path(well).name, field="") for well in wells]
@@ -171,10 +171,10 @@ def _children(
 
 
 def _inside(listed: object, location: str) -> str:
-    """A path that metadata list, which must lead to something below the node that lists it.
+    """Check that a path in the metadata of a node leads to something below the node; returns the path.
 
     Raises:
-        ReadError: it leads elsewhere.
+        ReadError: the path leads elsewhere.
     """
     parts = str(listed).replace("\\", "/").rstrip("/").split("/")
     if any(part in ("", ".", "..") for part in parts):
@@ -196,7 +196,7 @@ def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: s
     dtype = ""
     for dataset in multiscale["datasets"]:
         if not isinstance(dataset["path"], str):
-            # Readable here, but no reader of the labels would find its way back to such an image.
+            # zarr can read such an image, but readers of its labels could not find it.
             raise _not_an_image(location, "the paths of its levels as text", f"{dataset['path']!r}")
         array = node.get(_inside(dataset["path"], location))
         if not isinstance(array, zarr.Array):
@@ -205,7 +205,7 @@ def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: s
             raise _not_an_image(location, f"{len(axes)} axes as its metadata say", f"an array of shape {array.shape}")
         if not dtype or not NUMBERS.fullmatch(array.dtype.name):
             dtype = array.dtype.name
-        # Before 0.4 there were no transformations, and the shapes alone say how levels lie on each other.
+        # Versions older than 0.4 have no transformations; only the shapes tell how the levels relate.
         factors = [a / b for a, b in zip(levels[0].shape if levels else array.shape, array.shape, strict=True)]
         scale, translation = _placement(dataset, multiscale, factors)
         levels.append(Level(dataset["path"], array.shape, array.chunks, scale, translation))
@@ -249,12 +249,12 @@ def _placement(
     scale = [1.0] * len(factors) if "coordinateTransformations" in dataset else factors
     translation = [0.0] * len(factors)
     for holder in (dataset, multiscale):
-        for step in holder.get("coordinateTransformations", ()):
-            if step.get("type") == "scale":
-                scale = [a * b for a, b in zip(scale, step["scale"], strict=True)]
-                translation = [a * b for a, b in zip(translation, step["scale"], strict=True)]
-            elif step.get("type") == "translation":
-                translation = [a + b for a, b in zip(translation, step["translation"], strict=True)]
+        for transformation in holder.get("coordinateTransformations", ()):
+            if transformation.get("type") == "scale":
+                scale = [a * b for a, b in zip(scale, transformation["scale"], strict=True)]
+                translation = [a * b for a, b in zip(translation, transformation["scale"], strict=True)]
+            elif transformation.get("type") == "translation":
+                translation = [a + b for a, b in zip(translation, transformation["translation"], strict=True)]
     return tuple(scale), tuple(translation)
 
 

@@ -1,4 +1,4 @@
-"""PNG and JPEG files, which are small enough to be read whole."""
+"""Read PNG and JPEG files, which are small enough to be read whole."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _MODES_KEPT = {"L": "uint8", "RGB": "uint8", "RGBA": "uint8", "I;16": "uint16", 
 
 
 class Pictures(ImageFormat):
-    """A file holds one image of one level and without a pixel size."""
+    """Format of pictures: a file holds one image with one level and without a pixel size."""
 
     name: ClassVar[str] = "picture"
     title: ClassVar[str] = "PNG, JPEG"
     suffixes: ClassVar[tuple[str, ...]] = (".png", ".jpg", ".jpeg")
 
     def find(self, path: Path, name: str, search: Search) -> list[Slide]:
-        """The image of a file, from its header.
+        """Find the image of a file, from its header.
 
         Raises:
-            OSError: the file is not what its name says.
+            OSError: the file has not the format that its name says.
         """
         with Image.open(readable(path)) as picture:
             width, height = picture.size
@@ -42,13 +42,13 @@ class Pictures(ImageFormat):
         return [Slide(name, path, "", self.name, axes, _MODES_KEPT[mode], (level,), units, rgb=colour)]
 
     def open_level(self, slide: Slide, level: int) -> NDArray[Any]:
-        """All pixels, (H, W) or (H, W, C)."""
+        """Read all pixels, (H, W) or (H, W, C)."""
         with Image.open(readable(slide.store)) as picture:
             return np.asarray(picture.convert(_mode(picture)))
 
 
 def _mode(picture: Image.Image) -> str:
-    """The mode to read a picture in: palettes, bilevel and CMYK become RGB or grey."""
+    """Pillow's mode to read a picture in: palettes, bilevel and CMYK become RGB or grey."""
     if picture.mode in _MODES_KEPT:
         return picture.mode
     return "L" if picture.mode in ("1", "LA") else "RGB"

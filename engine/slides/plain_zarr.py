@@ -1,4 +1,4 @@
-"""Arrays in zarr hierarchies that no image metadata describe."""
+"""Read arrays of zarr hierarchies that have no image metadata."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ ZARR = "zarr"
 
 
 def describe_array(array: zarr.Array[Any], store: Path, path: str, name: str, axes: str | None) -> Slide:
-    """An array of a zarr hierarchy as a slide of one level.
+    """Describe an array of a zarr hierarchy as a slide of one level.
 
     Args:
         array: an array of at least two axes.
         store: root of the hierarchy.
         path: path of the array in it.
         name: name of the array as `Slide.name`.
-        axes: order of its axes, None to take what its metadata or its shape say.
+        axes: order of its axes; None takes it from the metadata or the shape.
 
     Raises:
-        ReadError: the axes are not known, or do not fit.
+        ReadError: the axes are unknown, or do not fit the array.
     """
     location = str(store / path)
     axes = (axes or "").lower() or _named_axes(array) or _guess_axes(array.shape)
@@ -55,13 +55,13 @@ def describe_array(array: zarr.Array[Any], store: Path, path: str, name: str, ax
 
 
 def _named_axes(array: zarr.Array[Any]) -> str | None:
-    """The dimension names of a zarr v3 array, if they are axes as we know them."""
+    """Axes from the dimension names of a zarr v3 array; None if the names are not out of `AXES`."""
     names = [str(name).lower() for name in getattr(array.metadata, "dimension_names", None) or ()]
     return "".join(names) if names and set(names) <= set(AXES) else None
 
 
 def _guess_axes(shape: tuple[int, ...]) -> str | None:
-    """Axes that a shape leaves no doubt about, else None: a channel axis is first or last and at most 4 long."""
+    """Axes of an unambiguous shape, else None; a channel axis is first or last and at most 4 long."""
     if len(shape) == 2:
         return "yx"
     if len(shape) == 3 and (shape[0] <= 4) != (shape[2] <= 4):

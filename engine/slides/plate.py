@@ -1,4 +1,4 @@
-"""Fields of screening plates: which well and field an image is, and which of them were asked for."""
+"""Locate images on screening plates, and choose wells and fields."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from fnmatch import fnmatchcase
 
 @dataclass(frozen=True)
 class PlatePosition:
-    """Where an image lies on a plate.
+    """Position of an image on a plate.
 
     Attributes:
-        plate: where the plate lies.
+        plate: location of the plate.
         row, column: names of the well's row and column, such as B and 03.
         field: name of the field.
     """
@@ -29,18 +29,18 @@ class PlatePosition:
 
 @dataclass(frozen=True)
 class FieldChoice:
-    """The wells and fields of plates that are processed; images that lie on no plate always are.
+    """Wells and fields of plates to process; images that lie on no plate are always processed.
 
     Attributes:
-        wells: names or patterns such as ``A01`` and ``B*``, in which a column may have leading zeros or not; () is all.
-        fields: names; () is all.
+        wells: names or patterns such as ``A01`` and ``B*``, with or without leading zeros in the column; () takes all.
+        fields: names of fields; () takes all.
     """
 
     wells: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
 
     def takes_well(self, position: PlatePosition) -> bool:
-        """Whether the well at ``position`` is wanted."""
+        """Whether the well at ``position`` is processed."""
         names = {
             position.row + column for column in (position.column, position.column.zfill(2), position.column.lstrip("0"))
         }
@@ -49,5 +49,5 @@ class FieldChoice:
         )
 
     def takes_field(self, field: str) -> bool:
-        """Whether fields of this name are wanted."""
+        """Whether fields of this name are processed."""
         return not self.fields or field in self.fields

@@ -1,4 +1,4 @@
-"""Pixels of one level of a slide, box by box, straight from its store; no cache."""
+"""Read pixels of a level of a slide box by box, straight from its store, without a cache."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.slides.formats import format_of
 from cellseg_batch.engine.slides.slide import Slide
 
-# More threads than cores read no faster, and each keeps freed memory of its own.
+# More threads than cores read no faster, and each thread keeps freed memory.
 zarr.config.set({"threading.max_workers": min(32, cores())})
 
-# Of codecs that zarrs leaves to zarr.
+# zarrs warns of each codec that it leaves to zarr.
 warnings.filterwarnings("ignore", message="Array is unsupported by ZarrsCodecPipeline")
 
 
 class SlideReader:
-    """Reads boxes of a level, as stored, for the chosen channels only.
+    """Reader of boxes of a level, as stored, for the chosen channels only.
 
     Args:
         slide: the image.
@@ -55,27 +55,27 @@ class SlideReader:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         format_of(self.slide).close(self.array)
 
     def of_channels(self, channels: tuple[int, ...]) -> SlideReader:
         """A reader of other channels of the same open level."""
-        other = copy(self)
-        other.channels = channels
-        return other
+        reader = copy(self)
+        reader.channels = channels
+        return reader
 
     def read(self, plane: int, box: Box) -> NDArray[Any]:
-        """Pixels of ``box`` in t/z plane number ``plane``: (C, h, w) in any memory layout.
+        """Read the pixels of ``box`` in t/z plane number ``plane``: (C, h, w) in any memory layout.
 
         Raises:
-            ReadError: a chunk is missing its data, damaged or of an unknown codec.
+            ReadError: the data of a chunk are missing, damaged or of an unknown codec.
         """
         axes = self.slide.axes
         rows, columns = box.shifted(self.slide.levels[self.level].origin).slices()
-        # Neighbouring channels are one slice, which every store can read; a list of indices is not.
+        # Neighbouring channels are read as a slice, because not every store can read a list of indices.
         channels = slice(self.channels[0], self.channels[-1] + 1)
         index = {"y": rows, "x": columns, "c": channels}
-        # A number in place of a slice would be too much for zarrs.
+        # A plane is a slice of length 1, because zarrs cannot index by a number.
         index |= {axis: slice(number, number + 1) for axis, number in self.slide.plane_index(self.level, plane).items()}
         try:
             _decode_in_rust(self.array)
@@ -84,15 +84,15 @@ class SlideReader:
             raise _unreadable(
                 self.slide, f"plane {plane}, rows {box.y0}-{box.y1}, columns {box.x0}-{box.x1}", error
             ) from error
-        kept = [axis for axis in axes if axis in "cyx"]
-        pixels = _computable(pixels).reshape([pixels.shape[axes.index(axis)] for axis in kept])
-        if "c" not in kept:
-            return pixels.transpose([kept.index(axis) for axis in "yx"])[None]
-        return pixels.transpose([kept.index(axis) for axis in "cyx"])
+        image_axes = [axis for axis in axes if axis in "cyx"]
+        pixels = _computable(pixels).reshape([pixels.shape[axes.index(axis)] for axis in image_axes])
+        if "c" not in image_axes:
+            return pixels.transpose([image_axes.index(axis) for axis in "yx"])[None]
+        return pixels.transpose([image_axes.index(axis) for axis in "cyx"])
 
 
 def _computable(pixels: NDArray[Any]) -> NDArray[Any]:
-    """The pixels in a type that kernels are compiled for: native byte order, floats of 32 or 64 bits."""
+    """Convert pixels to a type that the kernels are compiled for: native byte order, floats of 32 or 64 bits."""
     kind, size = pixels.dtype.kind, pixels.dtype.itemsize
     if kind == "f" and size not in (4, 8):
         return pixels.astype(np.float32 if size < 4 else np.float64)
@@ -100,16 +100,16 @@ def _computable(pixels: NDArray[Any]) -> NDArray[Any]:
 
 
 def _decode_in_rust(array: Any) -> None:
-    """Have the next read of a local zarr array decoded by zarrs, if zarrs knows how.
+    """Let zarrs decode the next read of a local zarr array, if zarrs supports the array.
 
-    At 8192 px with chunks of 512 px reading takes a third less time and an int8 run 4 % less, as zarrs decodes all
-    chunks of a read at once, without Python's lock.
+    For a slide of 8192 px with chunks of 512 px, reading takes a third less time and an int8 run 4 % less, because
+    zarrs decodes all chunks of a read at once, without Python's lock.
     """
     local = isinstance(array, zarr.Array) and isinstance(array.store, LocalStore)
     if local and array.dtype.isnative and array.order == "C":
-        # A pipeline keeps some 300 bytes for every chunk that it has read, so each read gets one of its own (30 µs).
+        # A pipeline keeps about 300 bytes for every chunk that it reads, so each read gets a new pipeline (30 µs).
         pipeline = ZarrsCodecPipeline.from_array_metadata_and_store(array.metadata, array.store)
-        # zarr's public way to choose a pipeline is a setting of the whole process, and other threads open other stores.
+        # zarr's public setting of the pipeline holds for the whole process, and other threads open other stores.
         object.__setattr__(array.async_array, "codec_pipeline", pipeline)
 
 

@@ -1,4 +1,4 @@
-"""What is known about one image before any of its pixels is read."""
+"""Describe an image by its metadata, before any of its pixels is read."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ def unravel_plane(plane: int, grid: tuple[int, ...]) -> tuple[int, ...]:
     """Index of t/z plane number ``plane`` along each plane axis.
 
     Args:
-        plane: counted in raster order.
-        grid: length of each plane axis, () where there is but one plane.
+        plane: number of the plane, in raster order.
+        grid: length of each plane axis; () if the image has a single plane.
     """
     return tuple(int(index) for index in np.unravel_index(plane, grid))
 
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of a slide.
+    """A resolution of a slide.
 
     Attributes:
-        path: path of a zarr array inside the slide's group; elsewhere the number of the level.
+        path: path of a zarr array inside the slide's group; in other formats the number of the level.
         shape: length of each of the slide's axes in px.
-        chunks: shape of what is decoded as a whole.
-        scale: size of a pixel along each axis, in the axis' unit (µm for y and x where ``units`` says so).
+        chunks: shape of a chunk, which is decoded as a whole.
+        scale: size of a pixel along each axis, in the unit of the axis (µm for y and x if ``units`` says so).
         translation: position of the first pixel along each axis, in the same unit.
-        origin: (y, x) of the stored pixel that is the level's first; not (0, 0) in a part of a slide only.
+        origin: (y, x) of the level's first pixel among the stored pixels; other than (0, 0) only in a part of a slide.
     """
 
     path: str
@@ -57,22 +57,22 @@ class Level:
 
 @dataclass(frozen=True)
 class Slide:
-    """One image to segment.
+    """An image to segment.
 
     Attributes:
-        name: its path below the input that the user gave, the input's own name first.
-        store: the file, or the outermost zarr hierarchy, that holds it.
-        path: path of the image inside its store, "" for the whole store.
-        format: name of its `ImageFormat`; `formats.format_of` looks that up.
+        name: path of the image below the user's input; the name of the input comes first.
+        store: the file, or the outermost zarr hierarchy, that holds the image.
+        path: path of the image inside its store; "" for the whole store.
+        format: name of its `ImageFormat`; `formats.format_of` returns the format.
         axes: order of the array's axes, of the letters t c z y x.
         dtype: numpy name of the pixel type.
-        levels: full resolution first.
-        units: unit of each axis in the metadata, None where there is none.
-        channels: names from the metadata, () when there are none.
+        levels: resolutions, the full resolution first.
+        units: unit of each axis in the metadata; None if it has no unit.
+        channels: names of the channels from the metadata; () if there are none.
         rgb: the channels are red, green, blue (and perhaps alpha).
         series: number of the image in its file; None for formats whose files hold one.
-        plate_position: where it lies on a plate, None if it does not.
-        zarr_format: version of zarr that its pixels are stored in, None if they are in no zarr array.
+        plate_position: position on a plate; None if the image lies on no plate.
+        zarr_format: zarr version of the stored pixels; None if they are in no zarr array.
         holds_labels: whether labels can be written into the image's own group.
     """
 
@@ -98,11 +98,11 @@ class Slide:
 
     @property
     def plane_axes(self) -> str:
-        """The axes that are segmented plane by plane: t and z, as far as there are any, in this order."""
+        """The plane axes, along which planes are segmented separately: those of t and z that the image has."""
         return "".join(axis for axis in "tz" if axis in self.axes)
 
     def extent(self, axis: str, level: int) -> int:
-        """Length of an axis in pixels at a level, 1 if the image does not have it."""
+        """Length of an axis in px at a level; 1 if the image does not have the axis."""
         return self.levels[level].shape[self.axes.index(axis)] if axis in self.axes else 1
 
     def plane_shape(self, level: int) -> tuple[int, int]:
@@ -110,7 +110,7 @@ class Slide:
         return self.extent("y", level), self.extent("x", level)
 
     def plane_grid(self, level: int) -> tuple[int, ...]:
-        """Length of each of the plane axes at a level."""
+        """Length of each plane axis at a level."""
         return tuple(self.extent(axis, level) for axis in self.plane_axes)
 
     def planes(self, level: int) -> int:
@@ -118,23 +118,23 @@ class Slide:
         return math.prod(self.plane_grid(level))
 
     def plane_index(self, level: int, plane: int) -> dict[str, int]:
-        """Index of t/z plane number ``plane`` along each of the plane axes."""
+        """Plane axis -> index along it of t/z plane number ``plane``."""
         return dict(zip(self.plane_axes, unravel_plane(plane, self.plane_grid(level)), strict=True))
 
     def pixel_size_um(self, level: int) -> float | None:
-        """µm per px along x, None when the metadata do not say."""
+        """µm per px along x at a level; None if the metadata do not say."""
         index = self.axes.index("x")
         factor = _UM_PER_UNIT.get(self.units[index] or "")
         return None if factor is None else self.levels[level].scale[index] * factor
 
     def channel_names(self, indices: Iterable[int]) -> tuple[str, ...]:
-        """Names of some channels; the indices as text of those that have none."""
+        """Names of the channels at ``indices``; a channel without a name gets its index as text."""
         return tuple(self.channels[index] if index < len(self.channels) else str(index) for index in indices)
 
     def cropped(self, level: int, box: Box) -> Slide:
-        """The part of this slide that ``box``, in px of ``level``, shows: a slide like any other, with every level."""
+        """The part of this slide in ``box``, given in px of ``level``: a slide like any other, with every level."""
         shape = self.plane_shape(level)
-        return replace(self, levels=tuple(self._crop(other, shape, box) for other in self.levels))
+        return replace(self, levels=tuple(self._crop(resolution, shape, box) for resolution in self.levels))
 
     def first_plane(self) -> Slide:
         """The first t/z plane of this slide: a slide like any other."""
@@ -171,10 +171,10 @@ class UnreadableImage:
     """A file or node that looks like an image but cannot be used as one.
 
     Attributes:
-        name: its name as `Slide.name`.
-        path: where it lies.
-        reason: why it cannot be used, one line.
-        plate_position: where it lies on a plate; a well that cannot be read has no field's name.
+        name: name as `Slide.name`.
+        path: location of the file or node.
+        reason: why it cannot be used, in one line.
+        plate_position: position on a plate, None if on no plate; an unreadable well has a position without a field.
     """
 
     name: str

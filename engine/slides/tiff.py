@@ -1,4 +1,4 @@
-"""Images in TIFF, OME-TIFF, SVS and other files that tifffile reads, pyramids included."""
+"""Read images in TIFF, OME-TIFF, SVS and other files that tifffile reads, pyramids included."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cellseg_batch.engine.slides.image_format import ImageFormat, Search, name_i
 from cellseg_batch.engine.slides.slide import Level, Slide, fits_axes
 from cellseg_batch.engine.storage.paths import readable
 
-# tifffile's own letters: S samples, I images in a sequence, Q an axis that it cannot name.
+# tifffile's letters of axes -> ours. S is samples, I images in a sequence; Q, an axis that it cannot name, is missing.
 _AXIS_OF = {"S": "c", "C": "c", "Y": "y", "X": "x", "Z": "z", "T": "t", "I": "t"}
 _OTHER_FILE = re.compile(r"""FileName\s*=\s*["']([^"']*)["']""")
 _CENTIMETRE, _INCH = 3, 2
@@ -23,14 +23,14 @@ _UM_PER_OME_UNIT = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
 
 
 class Tiff(ImageFormat):
-    """TIFF and its relatives; a level is opened as a zarr array that tifffile decodes."""
+    """Format of TIFF and its relatives; a level is opened as a zarr array that tifffile decodes."""
 
     name: ClassVar[str] = "tiff"
     title: ClassVar[str] = "TIFF, SVS"
     suffixes: ClassVar[tuple[str, ...]] = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif", ".qptiff")
 
     def find(self, path: Path, name: str, search: Search) -> list[Slide]:
-        """Every series of an OME-TIFF, else the main one (thumbnails are not slides).
+        """Find every series of an OME-TIFF, or the main series of other files (thumbnails are not slides).
 
         Raises:
             ReadError: an axis cannot be named.
@@ -42,7 +42,7 @@ class Tiff(ImageFormat):
             return [_slide(tiff, number, path, *name_in_series(name, number, count), search) for number in range(count)]
 
     def open_level(self, slide: Slide, level: int) -> zarr.Array[Any]:
-        """The level as a zarr array."""
+        """Open a level as a zarr array."""
         store = tifffile.imread(readable(slide.store), aszarr=True, series=slide.series, level=level)
         return zarr.open_array(store, mode="r")
 
@@ -92,7 +92,11 @@ def _slide(tiff: tifffile.TiffFile, number: int, file: Path, name: str, path: st
 
 
 def _refuse_files_elsewhere(tiff: tifffile.TiffFile, path: Path) -> None:
-    """Refuse an OME-TIFF with pixels in files that do not lie beside it; asking for its series would open these."""
+    """Refuse an OME-TIFF with pixels in files that do not lie beside it, because reading its series would open them.
+
+    Raises:
+        ReadError: the metadata name a file in another folder.
+    """
     for name in _OTHER_FILE.findall(tiff.ome_metadata or ""):
         if set(unescape(name)) & set("/\\"):
             raise ReadError(
@@ -104,7 +108,7 @@ def _refuse_files_elsewhere(tiff: tifffile.TiffFile, path: Path) -> None:
 
 
 def _pixel_size_um(tiff: tifffile.TiffFile, number: int) -> float | None:
-    """µm per px from Aperio's description, OME-XML or the resolution tags; None when none of them says."""
+    """µm per px from Aperio's description, OME-XML or the resolution tags; None if they do not say."""
     page = tiff.series[number].keyframe
     if tiff.is_svs:
         um = tifffile.tifffile.svs_description_metadata(page.description).get("MPP")
@@ -119,7 +123,7 @@ def _pixel_size_um(tiff: tifffile.TiffFile, number: int) -> float | None:
     if um_per_unit is None:
         return None
     size = um_per_unit / pixels_per_unit
-    # 72, 96 and 300 dpi are what programs write when they know nothing; no slide has pixels of 84 µm and more.
+    # Programs write 72, 96 or 300 dpi if they do not know the size; no slide has pixels of 84 µm and more.
     return size if size < 20 else None
 
 

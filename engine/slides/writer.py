@@ -1,4 +1,4 @@
-"""Labels and probabilities on disk as OME-Zarr: groups, arrays, pixels, pyramid.
+"""Write labels and probabilities as OME-Zarr: groups, arrays, pixels, pyramid.
 
 Version 0.5 is written sharded, one shard per block, with a checksum; 0.4 as zarr v2 chunks. The writer knows boxes and
 arrays; it does not know models, tiles or the journal.
@@ -29,10 +29,10 @@ from cellseg_batch.engine.storage.paths import zarr_store
 
 
 class ImageWriter:
-    """Writes one multiscale image, box by box; safe from any number of threads for boxes that do not overlap.
+    """Writer of a multiscale image, box by box; any number of threads may write boxes that do not overlap.
 
     Args:
-        store: root folder of the zarr hierarchy, made if there is none.
+        store: root folder of the zarr hierarchy, created if it does not exist.
         path: path of the image's group inside the hierarchy.
         layout: shape and storage of the image.
     """
@@ -45,16 +45,16 @@ class ImageWriter:
 
     @property
     def folder(self) -> Path:
-        """The image's group on disk."""
+        """Folder of the image's group."""
         return self.store / self.path
 
     def create(self, kind: Kind, source: str | None, provenance: dict[str, Any]) -> None:
-        """Make the groups, empty arrays and metadata, in place of what is there.
+        """Create the groups, empty arrays and metadata, replacing an existing image.
 
         Args:
-            kind: what the image holds: a probability is an intensity image, the others are labels.
-            source: relative path to the segmented image, None if that is no OME-Zarr image.
-            provenance: model, settings and versions that the image comes from, as plain JSON values.
+            kind: kind of output; a probability is an intensity image, the others are labels.
+            source: relative path to the segmented image; None if that is no OME-Zarr image.
+            provenance: model, settings and versions that made the image, as plain JSON values.
 
         Raises:
             OutputError: the store cannot be written.
@@ -63,7 +63,7 @@ class ImageWriter:
         self.create_empty({OUTPUT_MARK: {"kind": kind, **provenance}, **metadata})
 
     def create_empty(self, attributes: dict[str, Any]) -> None:
-        """Make the groups and empty arrays, in place of what is there.
+        """Create the groups and empty arrays, replacing an existing image.
 
         Raises:
             OutputError: the store cannot be written.
@@ -78,7 +78,7 @@ class ImageWriter:
                 _create_array(group, str(level), shape, layout, level)
 
     def retype(self, dtype: str) -> None:
-        """Make the arrays anew, empty, if their pixels are of another type.
+        """Create the arrays again, empty, if the type of their pixels is not ``dtype``.
 
         Raises:
             OutputError: the store cannot be written.
@@ -93,7 +93,7 @@ class ImageWriter:
         self.create_empty(attributes)
 
     def read(self, level: int, plane: int, box: Box) -> NDArray[Any]:
-        """Pixels (h, w) of ``box`` of a plane, as they are on disk.
+        """Read the pixels (h, w) of ``box`` of a plane from disk.
 
         Raises:
             OutputError: the pixels cannot be read.
@@ -111,11 +111,11 @@ class ImageWriter:
         with writing_to(self.folder, "a store"):
             array = self._array(level)
             files = [self.folder / str(level) / key for key in self._files(level, plane, box)]
-            for file in files:  # zarr would read a shard at the edge first, and stumble over a damaged one
+            for file in files:  # zarr would first read a shard at the edge, and fail if it is damaged
                 file.unlink(missing_ok=True)
-            if pixels.any():  # an array is 0 where it has no file
+            if pixels.any():  # pixels without a file read as 0
                 index: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
-                # Looking for empty chunks one by one, as zarr does, costs more than writing them.
+                # zarr's search for empty chunks costs more than writing them.
                 array.with_config({"write_empty_chunks": True})[index] = pixels
             for file in files:
                 sync_file(file)
@@ -174,13 +174,13 @@ def list_label(store: Path, labels: str, name: str, zarr_format: int) -> None:
 
 
 def consolidate_again(store: Path) -> None:
-    """Bring a store's consolidated metadata up to date, if it has any: readers see nothing else.
+    """Update a store's consolidated metadata, if it has any, because readers then see nothing else.
 
     Raises:
         OutputError: the store cannot be written.
     """
     with writing_to(store, "a store"), warnings.catch_warnings():
-        # zarr warns that consolidated metadata are no part of format 3; this store has chosen to have them.
+        # zarr warns that consolidated metadata are not part of format 3, but this store has them already.
         warnings.simplefilter("ignore")
         if zarr.open_group(zarr_store(store), mode="r").metadata.consolidated_metadata is not None:
             zarr.consolidate_metadata(zarr_store(store))
@@ -212,5 +212,13 @@ def _create_array(group: zarr.Group, name: str, shape: tuple[int, ...], layout: 
 
 
 def _nearest(target: NDArray[np.int64], finer: int, coarser: int) -> NDArray[np.int64]:
-    """Index in an axis of ``finer`` px nearest to the centre of each target pixel of one of ``coarser`` px."""
+    """Nearest source pixels along an axis.
+
+    Args:
+        target: indices of pixels on the axis of ``coarser`` px.
+        finer, coarser: lengths of the axis at the source and the target level, in px.
+
+    Returns:
+        Index on the axis of ``finer`` px nearest to the centre of each target pixel.
+    """
     return np.minimum((2 * target + 1) * finer // (2 * coarser), finer - 1)

@@ -20,7 +20,7 @@ from cellseg_batch.engine.errors import UsageError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.inference.backends.torch_cpu import TorchBackend
 from cellseg_batch.engine.profiling import gpu_meter as meters
-from cellseg_batch.engine.profiling.bottleneck import StageUse, find_bottleneck, say
+from cellseg_batch.engine.profiling.bottleneck import StageUse, describe_bottleneck, find_bottleneck
 from cellseg_batch.engine.profiling.gpu_meter import GpuMeter
 from cellseg_batch.engine.profiling.profile import profile_slide
 from cellseg_batch.engine.profiling.read_experiment import Storage, copy_slide
@@ -251,7 +251,7 @@ def test_the_verdict_follows_from_the_shares(parts, bottleneck, words):
     uses = {stage: StageUse(stage, 1, share, share, 10, 10, None) for stage, share in parts.items()}
     uses.pop("scheduler", None)
     assert find_bottleneck(parts) == bottleneck
-    assert words in say(bottleneck, parts, uses, "")
+    assert words in describe_bottleneck(bottleneck, parts, uses, "")
 
 
 def test_the_meter_reads_utilisation_and_energy_and_does_without_a_gpu(monkeypatch):
