@@ -28,7 +28,7 @@ from bench_scheduler import measure, one_a_call
 from common import pieces_of, save, work_folder
 from rich.console import Console
 
-from cellseg_batch.engine.cli.progress import Screen
+from cellseg_batch.engine.cli.progress import RunProgress
 from cellseg_batch.engine.profiling.bench_slides import Form, write_slide
 from cellseg_batch.engine.run.campaign import run
 from cellseg_batch.engine.run.records import BLOCKS, BlockRecord, TaskRecord
@@ -120,11 +120,11 @@ def store(folder: Path, precision: str) -> tuple[dict[str, Any], TaskRecord[Bloc
     usual = {"backend": "openvino", "precision": precision, "gate": False, "downscale": 1, "skip_background": "off"}
     settings = Settings(output=out, **usual)
     opened, process = Opened(slide, out), psutil.Process()
-    with Screen(Console(), verbosity=-1) as screen:
-        run([write_slide(folder / "warm.zarr", Form(512), pieces_of(None))], settings, screen)
+    with RunProgress(Console(), verbosity=-1) as progress:
+        run([write_slide(folder / "warm.zarr", Form(512), pieces_of(None))], settings, progress)
         before = process.io_counters()
         with opened.counted():
-            report = run([slide], settings, screen)
+            report = run([slide], settings, progress)
         after = process.io_counters()
     (one,) = report.slides
     kept = Journal(next(out.glob("slide.zarr.cellseg/**/manifest.json")).parent).get(BLOCKS, 0, TaskRecord[BlockRecord])

@@ -13,7 +13,7 @@ from statistics import median
 from common import engine_flags, row, segment
 from rich.console import Console
 
-from cellseg_batch.engine.cli.progress import Screen
+from cellseg_batch.engine.cli.progress import RunProgress
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.profiling.isolated_stages import measure_alone, opened_alone
@@ -34,7 +34,7 @@ def main() -> None:
         overwrite=True,
     )
     bundle = load_model(settings.model)
-    observer = Screen(Console(), verbosity=-1)
+    observer = RunProgress(Console(), verbosity=-1)
     model_pool = ModelPool(bundle, settings)
     (part,) = take_sample(slide, settings, bundle.card.pixel_size_um)
     walls, commands, models = [], [], []

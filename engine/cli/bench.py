@@ -35,14 +35,14 @@ def run_bench(
         return
     import tempfile
 
-    from cellseg_batch.engine.cli.progress import Screen
+    from cellseg_batch.engine.cli.progress import RunProgress
     from cellseg_batch.engine.profiling.bench import run_suite
     from cellseg_batch.engine.profiling.bench_conditions import save
 
     check_json(out, "--out")
     bound_heaps()  # as `run` does, which this measures
     with tempfile.TemporaryDirectory(prefix="cellseg-bench-") as folder:
-        result = run_suite(settings, rounds, side, Path(folder), Screen(Console(), verbosity=-1))
+        result = run_suite(settings, rounds, side, Path(folder), RunProgress(Console(), verbosity=-1))
     save(out, **result)
     for row in result["rows"]:
         Console().print(f"{row['mpx_per_s']:9.2f} Mpx/s  {row['name']}", highlight=False)

@@ -31,7 +31,7 @@ def profile(
     json_file: Json = None,
 ) -> None:
     """Run a sample of SLIDE and say where the time goes: each stage beside its own ceiling, and the bottleneck."""
-    from cellseg_batch.engine.cli.progress import Screen
+    from cellseg_batch.engine.cli.progress import RunProgress
     from cellseg_batch.engine.profiling.profile import profile_slide
     from cellseg_batch.engine.profiling.profile_report import draw_profile
     from cellseg_batch.engine.profiling.timeline import chrome_trace
@@ -39,8 +39,8 @@ def profile(
     for flag, file in (("--json", json_file), ("--chart", chart), ("--trace", trace)):
         check_json(file, flag)
     bound_heaps()  # as `run` does, which this measures
-    with Screen(Console(), verbosity=-1) as screen:
-        measured = profile_slide(slide, settings, screen)
+    with RunProgress(Console(), verbosity=-1) as progress:
+        measured = profile_slide(slide, settings, progress)
     print_profile(measured, Console())
     if chart is not None:
         draw_profile(measured, chart)

@@ -26,7 +26,7 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed / 1e6:.1f} Mpx/s", style="progress.data.speed")
 
 
-class Screen:
+class RunProgress:
     """Observer of a run that shows it on a terminal; a context manager around the run.
 
     Args:
@@ -54,7 +54,7 @@ class Screen:
         )
         self._task = self._bar.add_task("", total=None)
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> RunProgress:
         self._bar.start()
         return self
 

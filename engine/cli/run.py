@@ -32,15 +32,15 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Segment every image that SLIDES hold; an unfinished run goes on where it stopped."""
-    from cellseg_batch.engine.cli.progress import Screen
+    from cellseg_batch.engine.cli.progress import RunProgress
     from cellseg_batch.engine.run.campaign import run as run_campaign
     from cellseg_batch.engine.scheduling.signals import Stop
 
     check_json(json_file)
     bound_heaps()
     stop = Stop()
-    with stop.on_signals(), Screen(Console(), verbosity=verbose - quiet) as screen:
-        report = run_campaign(slides, settings, screen, IMPORTED_AT, stop)
+    with stop.on_signals(), RunProgress(Console(), verbosity=verbose - quiet) as progress:
+        report = run_campaign(slides, settings, progress, IMPORTED_AT, stop)
         if settings.objects:
             from cellseg_batch.engine.reports.plates import summarise_plates  # slow, as it imports pyarrow
 

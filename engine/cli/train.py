@@ -37,7 +37,7 @@ def train(
     """Train a model on DATA by a preset recipe; --out becomes the bundle of its best weights."""
     import torch
 
-    from cellseg_batch.engine.cli.training_progress import TrainingScreen
+    from cellseg_batch.engine.cli.training_progress import TrainingProgress
     from cellseg_batch.engine.models import load_model
     from cellseg_batch.trainer.train import train as train_network
 
@@ -47,8 +47,10 @@ def train(
         start = load_model(fine_tune) if fine_tune is not None else None
         if threads is not None:
             torch.set_num_threads(threads)
-        with _as_cellseg_errors(data, out), TrainingScreen(console) as screen:
-            train_network(data, out, recipe, screen, fine_tune=start, resume=resume, max_steps=max_steps, device=device)
+        with _as_cellseg_errors(data, out), TrainingProgress(console) as progress:
+            train_network(
+                data, out, recipe, progress, fine_tune=start, resume=resume, max_steps=max_steps, device=device
+            )
         console.print(f"{out}: now cellseg-batch run SLIDES --model {out}", highlight=False, soft_wrap=True)
 
 

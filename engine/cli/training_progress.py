@@ -13,7 +13,7 @@ from cellseg_batch.trainer.data.sample import Problem
 from cellseg_batch.trainer.train import Epoch
 
 
-class TrainingScreen:
+class TrainingProgress:
     """Observer of a training that shows it on a terminal; a context manager around the training."""
 
     def __init__(self, console: Console) -> None:
@@ -34,7 +34,7 @@ class TrainingScreen:
         self._task = self._bar.add_task("", total=None)
         self._images = 0
 
-    def __enter__(self) -> TrainingScreen:
+    def __enter__(self) -> TrainingProgress:
         self._bar.start()
         return self
 
