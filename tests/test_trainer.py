@@ -65,6 +65,7 @@ def test_aggregated_jaccard_adds_what_nothing_claims():
 def test_every_preset_is_a_recipe():
     assert set(list_presets()) == {
         "nuclei",
+        "nuclei-lite0",
         "s1-unet",
         "s1-unet-plus",
         "s2-mobilenetv2",
@@ -314,7 +315,7 @@ def test_encoder_weights_load_from_a_file_of_torchvisions_format(tmp_path, name)
     torch.save({**donor.state_dict(), **classifier}, tmp_path / "w.pth")
     load_encoder_weights(encoder, str(tmp_path / "w.pth"))
     assert all(torch.equal(value, donor.state_dict()[key]) for key, value in encoder.state_dict().items())
-    with pytest.raises(FileNotFoundError, match="encoder-weights"):
+    with pytest.raises(FileNotFoundError, match="encoder_weights"):
         load_encoder_weights(encoder, str(tmp_path / "missing.pth"))
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="is not of"):

@@ -16,7 +16,7 @@ from cellseg_batch.trainer.losses import segmentation_loss
 from cellseg_batch.trainer.predict import PRECISIONS
 from cellseg_batch.trainer.recipe import Recipe
 from cellseg_batch.trainer.schedule import build_optimiser
-from cellseg_batch.trainer.unet import EncoderUNet, build_network
+from cellseg_batch.trainer.unet import EfficientUNet, EncoderUNet, build_network
 
 _LARGEST_GRADIENT = 5.0
 
@@ -30,6 +30,7 @@ class Learner:
 
     Attributes:
         averaged: the network that is scored and saved; the trained one itself when the recipe does not average.
+        provenance: of the published weights that its encoder began with; empty for none.
 
     Raises:
         OSError: the encoder's weights are missing or cannot be downloaded.
@@ -41,10 +42,12 @@ class Learner:
         self.device = device
         torch.manual_seed(recipe.seed)
         network = build_network(recipe.architecture)
+        self.provenance = ""
         if recipe.encoder_weights != "none":
-            if not isinstance(network, EncoderUNet):
-                raise ValueError(f"{recipe.network} has no published encoder to load weights into")
+            if not isinstance(network, EncoderUNet | EfficientUNet):
+                raise ValueError(f"encoder_weights: {recipe.network} has no published encoder to load weights into")
             load_encoder_weights(network.encoder, recipe.encoder_weights)
+            self.provenance = network.encoder.provenance
         self._settle(network)
 
     def _settle(self, network: nn.Module) -> None:

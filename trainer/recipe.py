@@ -39,13 +39,14 @@ class Recipe:
         name: of the model.
         dataset: the published images it is meant for, in words.
         network: an architecture of `cellseg_batch.trainer.unet`.
-        width: channels of its first layers (networks without a published encoder).
-        depth: its number of resolutions (networks without a published encoder).
+        width: channels of its finest layers (networks without a published encoder, and unet-efficientnet-lite0).
+        depth: its number of resolutions (likewise).
         merge_convs: convolutions after each merge in the decoder (stem-unet).
         up: ``transposed`` convolutions or ``bilinear`` interpolation in the decoder.
         dropout: probability with which the deepest features are dropped.
         grey: show the network the mean of the channels (networks without a published encoder).
-        encoder_weights: ``none``, ``imagenet`` (downloads torchvision's) or a file of that format.
+        encoder_weights: ``none``, ``imagenet`` (EfficientNet's are in the extra of that name, torchvision's are
+            downloaded) or a file of that format.
         head: ``semantic`` (foreground) or ``instance`` (foreground, touching border, distance).
         framing: what a training picture is: a random ``crop``, or the whole image by ``resize``.
         size: its side in px, a multiple of the network's total stride.
