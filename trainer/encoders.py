@@ -36,7 +36,7 @@ class Encoder(nn.Module):
     widths: tuple[int, ...]
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     deviation: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    left_out: tuple[str, ...]
+    left_out: tuple[str, ...] = ("fc.", "classifier.")
     provenance: ClassVar[str]
 
     @staticmethod
@@ -75,7 +75,6 @@ class ResNet34(Encoder):
     """ResNet-34 without its classifier."""
 
     widths = (64, 64, 128, 256, 512)
-    left_out = ("fc.",)
     provenance = "ResNet-34, ImageNet-1K weights of torchvision, BSD-3-Clause"
 
     @staticmethod
@@ -139,7 +138,6 @@ class MobileNetV2(Encoder):
     """MobileNetV2 (width 1.0) without its classifier; its last 1x1 convolution included."""
 
     widths = (16, 24, 32, 96, 1280)
-    left_out = ("classifier.",)
     provenance = "MobileNetV2, ImageNet-1K weights of torchvision, BSD-3-Clause"
     # Expansion, channels, blocks, stride of the first block: table 2 of the paper.
     _STAGES = (
