@@ -12,6 +12,9 @@ import torch
 
 CHECKPOINT_FILE = "checkpoint.pt"
 
+# Fields of a recipe that may change when a run goes on: how long it is, when it is scored and its learning rate falls.
+RESCHEDULED = frozenset({"epochs", "epoch_steps", "schedule", "hold", "patience"})
+
 
 @dataclass
 class Checkpoint:
@@ -68,7 +71,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def check_same(checkpoint: Checkpoint, planned: Checkpoint) -> None:
-    """Refuse to go on with another recipe, length or set of images.
+    """Refuse to go on with another recipe or set of images; length and schedule may change.
 
     Raises:
         ValueError: naming what differs.
@@ -76,10 +79,8 @@ def check_same(checkpoint: Checkpoint, planned: Checkpoint) -> None:
     changed = [
         f"`{name}` was {checkpoint.recipe.get(name)!r}, is {value!r}"
         for name, value in planned.recipe.items()
-        if checkpoint.recipe.get(name) != value
+        if name not in RESCHEDULED and checkpoint.recipe.get(name) != value
     ]
-    if checkpoint.steps != planned.steps:
-        changed.append(f"steps were {checkpoint.steps}, are {planned.steps}")
     changed += [
         f"images of {split} differ" for split, names in planned.splits.items() if checkpoint.splits.get(split) != names
     ]

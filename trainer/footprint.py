@@ -8,10 +8,14 @@ exact and holds for any network, phase by phase of its strides, without a table 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 _LARGEST_STRIDE = 32
 _SPANS = (512, 1024, 2048, 4096)
@@ -70,6 +74,23 @@ def _sees(network: nn.Module, in_channels: int, span: int, column: int) -> tuple
     """First and last output column that sees input ``column`` of a probe ``span`` px wide."""
     probe = torch.zeros(1, in_channels, _LARGEST_STRIDE, span, dtype=torch.float64)
     probe[..., column] = torch.nan
-    with torch.inference_mode():
+    with torch.inference_mode(), _PooledDepthwise():
         hit = torch.isnan(network(probe)).any(dim=(0, 1, 2)).nonzero().flatten()
     return int(hit[0]), int(hit[-1])
+
+
+class _PooledDepthwise(TorchFunctionMode):
+    """Takes means instead of depthwise convolutions: they see the same, and in double precision are far faster."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is F.conv2d and len(args) == 7:
+            features, weight, _, stride, padding, dilation, groups = args
+            if weight.shape[:2] == (groups, 1) and groups > 1 and tuple(dilation) == (1, 1):
+                return F.avg_pool2d(features, tuple(weight.shape[2:]), stride, padding)
+        return func(*args, **(kwargs or {}))

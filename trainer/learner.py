@@ -16,7 +16,7 @@ from cellseg_batch.trainer.losses import segmentation_loss
 from cellseg_batch.trainer.predict import PRECISIONS
 from cellseg_batch.trainer.recipe import Recipe, RecipeError
 from cellseg_batch.trainer.schedule import build_optimiser
-from cellseg_batch.trainer.unet import EncoderUNet, build_network
+from cellseg_batch.trainer.unet import EfficientUNet, EncoderUNet, build_network
 
 _LARGEST_GRADIENT = 5.0
 
@@ -30,6 +30,7 @@ class Learner:
 
     Attributes:
         averaged: the network that is scored and saved; the trained one itself when the recipe does not average.
+        provenance: of the published weights that its encoder began with; empty for none.
 
     Raises:
         OSError: the encoder's weights are missing or cannot be downloaded.
@@ -41,12 +42,14 @@ class Learner:
         self.device = device
         torch.manual_seed(recipe.seed)
         network = build_network(recipe.architecture)
+        self.provenance = ""
         if recipe.encoder_weights != "none":
-            if not isinstance(network, EncoderUNet):
+            if not isinstance(network, EncoderUNet | EfficientUNet):
                 raise RecipeError(
                     "encoder_weights", f"none, as {recipe.network} has no published encoder", recipe.encoder_weights
                 )
             load_encoder_weights(network.encoder, recipe.encoder_weights)
+            self.provenance = network.encoder.provenance
         self._settle(network)
 
     def _settle(self, network: nn.Module) -> None:

@@ -22,15 +22,20 @@ def touching_border(labels: Tensor) -> Tensor:
     """True where a 5 x 5 px window holds pixels of two instances: the seam that keeps neighbours apart."""
     ids = labels.float()[:, None]
     nothing = float(ids.max()) + 1
-    largest = F.max_pool2d(ids, 5, 1, 2)
-    smallest = -F.max_pool2d(-torch.where(ids > 0, ids, nothing), 5, 1, 2)
+    largest = _largest_near(ids)
+    smallest = -_largest_near(-torch.where(ids > 0, ids, nothing))
     return ((largest > 0) & (smallest < largest))[:, 0]
 
 
 def outline(labels: Tensor) -> Tensor:
     """True where a 5 x 5 px window holds foreground and background: where masks are won or lost."""
     foreground = (labels > 0).float()[:, None]
-    return (F.max_pool2d(foreground, 5, 1, 2) + F.max_pool2d(1 - foreground, 5, 1, 2) > 1)[:, 0]
+    return (_largest_near(foreground) + _largest_near(1 - foreground) > 1)[:, 0]
+
+
+def _largest_near(values: Tensor) -> Tensor:
+    """The largest value of each 5 x 5 px window."""
+    return F.max_pool2d(F.max_pool2d(values, (5, 1), 1, (2, 0)), (1, 5), 1, (0, 2))
 
 
 def bce_loss(z: Tensor, target: Tensor, weight: Tensor) -> Tensor:

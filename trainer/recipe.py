@@ -97,7 +97,9 @@ class Recipe:
     name: str = field(metadata={_RULE: Rule(CARD, "Of the model.")})
     dataset: str = _field("", CARD, "The published training images, in words.")
     network: str = _field("unet", NETWORK, "Its architecture.", ARCHITECTURES)
-    width: int = _field(32, NETWORK, "Channels of the first layers, without a published encoder.", least=1)
+    width: int = _field(
+        32, NETWORK, "Channels of the finest layers, without a published encoder or with efficientnet-lite0.", least=1
+    )
     depth: int = _field(5, NETWORK, "Number of resolutions, without a published encoder.", least=1)
     merge_convs: int = _field(2, NETWORK, "Convolutions after each merge in the decoder of stem-unet.", least=0)
     up: str = _field("transposed", NETWORK, "How the decoder enlarges.", ("transposed", "bilinear"))
@@ -108,7 +110,9 @@ class Recipe:
         "See the mean of the channels, or each of them; without a published encoder.",
         opposite="colour",
     )
-    encoder_weights: str = _field("none", NETWORK, "none, imagenet (downloads torchvision's) or a file of that format.")
+    encoder_weights: str = _field(
+        "none", NETWORK, "none, imagenet (EfficientNet from the extra [imagenet], else downloaded) or a file."
+    )
     head: str = _field("semantic", NETWORK, "Foreground alone, or with touching borders and distance.", HEADS)
     framing: str = _field("crop", PICTURES, "Random crops, or whole images resized.", ("crop", "resize"))
     size: int = _field(256, PICTURES, "Side in px, a multiple of the network's total stride.", least=1)

@@ -96,7 +96,7 @@ def train(
         recipe: how to train.
         observer: is told how it goes.
         fine_tune: start from this bundle's weights, which must be of the recipe's architecture.
-        resume: go on from the checkpoint in ``out``.
+        resume: go on from the checkpoint in ``out``; the recipe's length and schedule may be others than before.
         max_steps: a shorter run; the schedule is fitted to it.
         device: ``auto`` (CUDA where there is any), ``cpu`` or ``cuda``.
 
@@ -120,6 +120,7 @@ def train(
         checkpoint = load_checkpoint(out)
         check_same(checkpoint, start)
         learner.restore(checkpoint)
+        checkpoint.recipe, checkpoint.steps = start.recipe, start.steps
     else:
         checkpoint = start
         if fine_tune is not None:
@@ -198,7 +199,12 @@ class _Keeper:
             pixel_size_um=recipe.pixel_size_um or None,
             normalisation=recipe.normalisation,
             shrink=recipe.shrink,
-            training={"images": len(self.dataset.splits["train"]), "step": epoch.step, **asdict(recipe)},
+            training={
+                "images": len(self.dataset.splits["train"]),
+                "step": epoch.step,
+                **asdict(recipe),
+                **({"encoder_provenance": learner.provenance} if learner.provenance else {}),
+            },
             metrics={name: value for name, value in asdict(epoch.validation).items() if not math.isnan(value)},
         )
         weights = {name: value.cpu().numpy() for name, value in learner.averaged.state_dict().items()}

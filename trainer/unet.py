@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from cellseg_batch.trainer.blocks import DenseBlock, Merge, contract, conv_block, expand, upsample
 from cellseg_batch.trainer.bundle import SHRUNK, Bundle
-from cellseg_batch.trainer.encoders import ENCODERS, IMAGENET_DEVIATION, IMAGENET_MEAN
+from cellseg_batch.trainer.encoders import ENCODERS, EfficientNetLite0, Encoder
 
 
 class StemUNet(nn.Module):
@@ -156,9 +156,9 @@ class EncoderUNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("deviation", torch.tensor(IMAGENET_DEVIATION).view(1, 3, 1, 1), persistent=False)
-        self.encoder = ENCODERS[encoder]()
+        self.encoder: Encoder = ENCODERS[encoder]()
+        self.register_buffer("mean", torch.tensor(self.encoder.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("deviation", torch.tensor(self.encoder.deviation).view(1, 3, 1, 1), persistent=False)
         self.dropout = nn.Dropout2d(dropout)
         skips = [*reversed(self.encoder.widths[:-1]), 0]
         inputs = [self.encoder.widths[-1], *widths[:-1]]
@@ -174,6 +174,52 @@ class EncoderUNet(nn.Module):
         for merge in self.merge:
             features = merge(features, *([skips.pop()] if skips else []))
         logits: Tensor = self.head(features)
+        return logits
+
+
+class EfficientUNet(nn.Module):
+    """A U-Net on the features of EfficientNet-Lite0 that ends at half resolution, as `StemUNet` does.
+
+    The decoder has one 3x3 convolution for each resolution.  The input is pixels in [0, 1]; the scaling that the
+    published weights expect is applied inside.
+
+    Args:
+        outputs: K, the number of logits per pixel.
+        width: channels of the decoder at stride 2; at strides 4, 8 and 16 there are 4/3, 2 and 8/3 times as many,
+            rounded up to multiples of 16.
+        depth: number of resolutions, 2 to 5; the total stride is ``2 ** depth``.
+        widths: channels of the decoder, those at stride 2 first, instead of the above.
+        dropout: probability with which the deepest features are dropped in training.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(
+        self, outputs: int = 1, width: int = 48, depth: int = 4, widths: Sequence[int] = (), dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        coarser = (16 * -(-width * thirds // 48) for thirds in (4, 6, 8))
+        widths = list(widths) or [width, *coarser][: depth - 1]
+        if len(widths) != depth - 1:
+            raise ValueError(f"a depth of {depth} needs {depth - 1} widths, not {len(widths)}")
+        self.encoder = EfficientNetLite0(depth)
+        self.register_buffer("mean", torch.tensor(self.encoder.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("deviation", torch.tensor(self.encoder.deviation).view(1, 3, 1, 1), persistent=False)
+        self.dropout = nn.Dropout2d(dropout)
+        inputs = [*widths[1:], self.encoder.widths[-1]]
+        self.merge = nn.ModuleList(
+            Merge(upsample(a, b, "transposed"), conv_block(b + skip, b, 1))
+            for a, b, skip in zip(inputs, widths, self.encoder.widths[:-1], strict=True)
+        )
+        self.head = nn.Conv2d(widths[0], 4 * outputs, 1)
+        self.shuffle = nn.PixelShuffle(2)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits (N, K, H, W) of ``pixels`` (N, 3, H, W)."""
+        skips = self.encoder((pixels - self.mean) / self.deviation)
+        features = expand(self.dropout(skips.pop()), skips, self.merge)
+        logits: Tensor = self.shuffle(self.head(features))
         return logits
 
 
@@ -204,6 +250,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "unet-plus": UNetPlus,
     "unet-mobilenetv2": partial(EncoderUNet, "mobilenetv2"),
     "unet-resnet34": partial(EncoderUNet, "resnet34"),
+    "unet-efficientnet-lite0": EfficientUNet,
 }
 
 

@@ -174,3 +174,19 @@ def test_what_is_no_data_set_is_refused(tmp_path):
     (tmp_path / "index.csv").write_text("id,split\na,val\n")
     with pytest.raises(ValueError, match="no usable image in train"):
         read(tmp_path)
+
+
+def test_a_folder_of_folder_pairs_is_all_of_them(tmp_path):
+    for part, kind in (("one", "fluo"), ("two", "")):
+        for name in "ab":
+            image(tmp_path / part / "images" / f"{name}.png")
+            path = tmp_path / part / "labels" / f"{name}.png"
+            path.parent.mkdir(exist_ok=True)
+            imsave(path, TRUTH.astype(np.uint16), check_contrast=False)
+        (tmp_path / part / "index.csv").write_text(f"id,split,group\na,train,{kind}\nb,val,{kind}\n")
+    (tmp_path / "two" / "images" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    dataset = load_dataset(tmp_path, Normalisation())
+    assert dataset.names == {"train": ["one/a"], "val": ["one/b", "two/b"]}
+    assert [sample.kind for sample in dataset.splits["val"]] == ["fluo", "two"]
+    assert [problem.file for problem in dataset.problems] == ["two/a"]
+    assert load_dataset(tmp_path / "one", Normalisation()).names == {"train": ["a"], "val": ["b"]}

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -165,6 +166,20 @@ def test_resume_refuses_another_recipe_or_nothing(dataset, tmp_path, command):
     code, output = command(*arguments, "--max-steps", 3, "--resume")
     assert code == 2
     assert "damaged" in output
+
+
+def test_a_resumed_run_may_be_longer_or_bring_its_learning_rate_down(dataset, tmp_path):
+    recipe = Recipe("a", **{**SMALL, "averaging": 0.9}, hold=1.0, learning_rate=0.01)
+    train(dataset, tmp_path / "b", recipe, Watch())
+    watch = Watch()
+    train(dataset, tmp_path / "b", replace(recipe, epochs=4, epoch_steps=3, hold=0.5), watch, resume=True)
+    assert watch.done == 6
+    assert watch.steps == [7, 8, 9, 10, 11, 12]
+    rates = [row["learning_rate"] for row in load_checkpoint(tmp_path / "b").history]
+    assert rates[0] == rates[1] == 0.01
+    assert 0 < rates[3] < rates[2] < 0.01
+    assert load_checkpoint(tmp_path / "b").steps == 12
+    assert load_checkpoint(tmp_path / "b").recipe["epochs"] == 4
 
 
 def test_fine_tuning_starts_from_the_bundle_and_wants_its_architecture(dataset, tmp_path, command):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cellseg_batch.trainer.bundle import Normalisation
@@ -36,6 +36,8 @@ class Dataset:
 def list_entries(folder: Path) -> list[Entry]:
     """The annotated images of ``folder``: a folder pair, COCO polygons or Data Science Bowl folders.
 
+    A folder of several folder pairs is all of them together; their images' names then begin with their folder's.
+
     Raises:
         FileNotFoundError: it is none of these, or there is no such folder.
         ValueError: an annotation file is damaged.
@@ -43,12 +45,24 @@ def list_entries(folder: Path) -> list[Entry]:
     if (folder / "images").is_dir():
         pair = (folder / "labels").is_dir() or (folder / "masks").is_dir()
         return list_folder(folder) if pair else list_coco(folder)
-    entries = list_dsb2018(folder) if folder.is_dir() else []
+    if not folder.is_dir():
+        entries = []
+    elif parts := sorted(
+        path for path in folder.iterdir() if (path / "images").is_dir() and (path / "labels").is_dir()
+    ):
+        entries = [_within(part, entry) for part in parts for entry in list_folder(part)]
+    else:
+        entries = list_dsb2018(folder)
     if not entries:
         raise FileNotFoundError(
-            f"{folder}: expected images/ with labels/, masks/ or a COCO file, or <id>/images with <id>/masks"
+            f"{folder}: expected images/ with labels/, masks/ or a COCO file, <id>/images with <id>/masks, "
+            "or folders with images/ and labels/"
         )
     return entries
+
+
+def _within(part: Path, entry: Entry) -> Entry:
+    return replace(entry, name=f"{part.name}/{entry.name}", kind=entry.kind or part.name)
 
 
 def load_dataset(folder: Path, rule: Normalisation, only: tuple[str, ...] = ("train", "val")) -> Dataset:

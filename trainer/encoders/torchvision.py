@@ -1,19 +1,13 @@
-"""Published encoders in plain torch, with the parameter names of torchvision so that its weights load strictly.
+"""ResNet-34 and MobileNetV2 with the parameter names of torchvision.
 
-ResNet: He et al. 2015, arXiv:1512.03385.  MobileNetV2: Sandler et al. 2018, arXiv:1801.04381.  An encoder returns
-its features at strides 2, 4, 8, 16 and 32.  Nothing here knows segmentation.
+ResNet: He et al. 2015, arXiv:1512.03385.  MobileNetV2: Sandler et al. 2018, arXiv:1801.04381.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
 from torch import Tensor, nn
 
-# Of the RGB pixels in [0, 1] that torchvision's weights were trained on.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
+from cellseg_batch.trainer.encoders.base import Encoder, download
 
 
 class BasicBlock(nn.Module):
@@ -38,10 +32,16 @@ class BasicBlock(nn.Module):
         return result
 
 
-class ResNet34(nn.Module):
+class ResNet34(Encoder):
     """ResNet-34 without its classifier."""
 
     widths = (64, 64, 128, 256, 512)
+    provenance = "ResNet-34, ImageNet-1K weights of torchvision, BSD-3-Clause"
+
+    @staticmethod
+    def imagenet() -> dict[str, Tensor]:
+        """torchvision's file, downloaded."""
+        return download("https://download.pytorch.org/models/resnet34-b627a593.pth")
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,10 +95,11 @@ class InvertedResidual(nn.Module):
         return features + changed if self.shortcut else changed
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(Encoder):
     """MobileNetV2 (width 1.0) without its classifier; its last 1x1 convolution included."""
 
     widths = (16, 24, 32, 96, 1280)
+    provenance = "MobileNetV2, ImageNet-1K weights of torchvision, BSD-3-Clause"
     # Expansion, channels, blocks, stride of the first block: table 2 of the paper.
     _STAGES = (
         (1, 16, 1, 1),
@@ -122,6 +123,11 @@ class MobileNetV2(nn.Module):
         layers.append(_conv_bn(inputs, 1280, 1))
         self.features = nn.Sequential(*layers)
 
+    @staticmethod
+    def imagenet() -> dict[str, Tensor]:
+        """torchvision's file, downloaded."""
+        return download("https://download.pytorch.org/models/mobilenet_v2-7ebf99e0.pth")
+
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Features at strides 2, 4, 8, 16, 32."""
         taps, current = [], pixels
@@ -130,35 +136,3 @@ class MobileNetV2(nn.Module):
             if number in self._TAPS:
                 taps.append(current)
         return taps
-
-
-ENCODERS: dict[str, type[ResNet34] | type[MobileNetV2]] = {"resnet34": ResNet34, "mobilenetv2": MobileNetV2}
-
-# torchvision's own files, for users with internet (pytorch.org/vision, ImageNet-1K weights).
-_HUB: dict[type[nn.Module], str] = {
-    ResNet34: "https://download.pytorch.org/models/resnet34-b627a593.pth",
-    MobileNetV2: "https://download.pytorch.org/models/mobilenet_v2-7ebf99e0.pth",
-}
-
-
-def load_encoder_weights(encoder: nn.Module, source: str) -> None:
-    """Load ImageNet weights: ``imagenet`` downloads torchvision's, anything else is a file of that format.
-
-    The classifier's weights, which an encoder does not have, are left out; everything else must fit.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the weights are of another network.
-        OSError: the download failed.
-    """
-    if source == "imagenet":
-        state = torch.hub.load_state_dict_from_url(_HUB[type(encoder)], map_location="cpu", weights_only=True)
-    elif not Path(source).is_file():
-        raise FileNotFoundError(f"--encoder-weights {source}: no such file; use none, imagenet or a .pth file")
-    else:
-        state = torch.load(source, map_location="cpu", weights_only=True)
-    kept = {key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))}
-    try:
-        encoder.load_state_dict(kept, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"--encoder-weights {source} is not of {type(encoder).__name__}: {error}") from error
