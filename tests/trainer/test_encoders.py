@@ -111,7 +111,7 @@ def test_weights_that_do_not_fit_name_the_recipes_field(donor, tmp_path):
             load_encoder_weights(EfficientNetLite0(), str(tmp_path / f"torn{suffix}"))
     with pytest.raises(FileNotFoundError, match=r"^encoder_weights"):
         load_encoder_weights(EfficientNetLite0(), str(tmp_path / "nowhere.pth"))
-    with pytest.raises(ValueError, match=r"^encoder_weights: unet has no published encoder"):
+    with pytest.raises(ValueError, match=r"^encoder_weights: expected none, as unet has no published encoder"):
         Learner(Recipe("a", width=4, encoder_weights="imagenet"), torch.device("cpu"))
 
 
