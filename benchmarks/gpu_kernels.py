@@ -36,7 +36,7 @@ class Case:
 
 
 def measure_kernels(bench: Bench) -> list[Row]:
-    """Measure each kernel at four block sizes, with its input in memory and, as in a run, with its input just written."""
+    """Measure each kernel at four block sizes, with its input in memory and, as in a run, just written."""
     rows = []
     for side in (64, 96) if bench.tiny else (1024, 2048, 4096, 8192):
         for case in _cases(bench, side):

@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+_MOST_CHARACTERS = 300
+
 
 class CellsegError(Exception):
     """An error with everything a user needs to act on it, on one line.
@@ -99,6 +101,11 @@ class OutputError(SlideError):
     """A slide's labels cannot be written."""
 
 
+def brief(error: BaseException) -> str:
+    """The kind of an error and the first line of its message, which a library may have made long."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:_MOST_CHARACTERS]
+
+
 @contextmanager
 def writing_to(path: Path, what: str) -> Iterator[None]:
     """Turn whatever goes wrong while ``what`` is written to ``path`` into an OutputError."""
@@ -110,7 +117,7 @@ def writing_to(path: Path, what: str) -> Iterator[None]:
         raise OutputError(
             str(path),
             expected=f"{what} that can be written",
-            found=f"{type(error).__name__}: {error}",
+            found=brief(error),
             cause="a read-only folder or a full disk",
             remedy="make room or rights, or choose another `output`; finished blocks are kept",
         ) from error

@@ -19,6 +19,7 @@ from hypothesis import settings
 from typer.testing import CliRunner
 
 from cellseg_batch.engine.cli.main import app
+from cellseg_batch.engine.reports.plates import summarise_plates
 from cellseg_batch.engine.run.campaign import run as run_campaign
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.trainer.bundle import Bundle, Card, Normalisation, load_bundle, save_bundle
@@ -95,7 +96,9 @@ def segment(tiny_model, watcher):
     def call(*inputs, **changes):
         # One thread: on tiles this small a second one only waits for the first, the longer the busier the machine.
         usual = {"model": str(tiny_model), "backend": "torch", "precision": "fp32", "threads": 1}
-        return run_campaign(list(inputs), Settings(**{**usual, "tile": 96, "block": 128, **changes}), watcher)
+        settings = Settings(**{**usual, "tile": 96, "block": 128, **changes})
+        report = run_campaign(list(inputs), settings, watcher)
+        return summarise_plates(report, settings) if settings.objects else report
 
     return call
 

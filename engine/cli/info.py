@@ -45,10 +45,13 @@ def print_info(info: Info, console: Console) -> None:
 
 
 def _rows(cut: Cut) -> Iterator[tuple[str, str]]:
+    from cellseg_batch.engine.slides.formats import format_of
+
     slide, level, channels = cut.slide, cut.level, cut.channels
     size = slide.pixel_size_um(0)
     shapes = (slide.plane_shape(number) for number in range(len(slide.levels)))
-    yield "format", f"{slide.format}, {slide.dtype}, chunks of {' x '.join(map(str, slide.levels[0].chunks))}"
+    chunks = " x ".join(map(str, slide.levels[0].chunks))
+    yield "format", f"{format_of(slide).describe(slide)}, {slide.dtype}, chunks of {chunks}"
     yield "axes", f"{slide.axes}, {' x '.join(map(str, slide.levels[0].shape))}"
     yield "levels", ", ".join(f"{height} x {width}" for height, width in shapes)
     yield "pixel size", f"{size:.3g} µm/px" if size else "unknown"

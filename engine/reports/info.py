@@ -100,7 +100,7 @@ def _describe(image: Slide | UnreadableImage, settings: Settings, card: Card) ->
         return ImageInfo(image.path, reason=image.reason)
     info = ImageInfo(
         path=image.location,
-        series=image.series if image.format == "tiff" else None,
+        series=image.series,
         axes=image.axes,
         shape=image.levels[0].shape,
         levels=tuple(level.shape for level in image.levels),

@@ -21,7 +21,7 @@ def test_help_is_whole_at_80_columns(monkeypatch, command, name):
 
 
 def test_completion_can_be_shown(monkeypatch, command):
-    monkeypatch.setenv("SHELL", "/bin/bash")
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     code, output = command("--show-completion", "bash")
     assert code == 0, output
     assert "complete" in output

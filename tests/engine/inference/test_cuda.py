@@ -96,7 +96,7 @@ def test_each_process_gets_one_of_the_visible_gpus(monkeypatch, visible, how, ex
 def test_a_gpu_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert Device("cuda:0").is_gpu
-    with pytest.raises(BackendError, match=r"--device cuda:1.*1 of them.*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(BackendError, match=r"device=cuda:1.*1 of them.*CUDA_VISIBLE_DEVICES"):
         Device("cuda:1")
 
 

@@ -278,7 +278,7 @@ def test_memory_that_a_block_cannot_have_makes_smaller_batches(monkeypatch):
 def test_a_device_too_small_for_one_tile_is_named_and_the_queue_lives_on():
     image, (queue, _) = image_of(), queue_of(1, [FULL])
     (block,) = lay_blocks(LATTICE, 999)
-    with pytest.raises(ComputeError, match=r"memory is full.*smaller --tile or --block"):
+    with pytest.raises(ComputeError, match=r"memory is full.*smaller `tile` or `block`"):
         gpu_predictor_of(queue).predict(image, block)
     assert_same(gpu_predictor_of(queue).predict(image, block), expected_of(image, block))
 

@@ -52,7 +52,7 @@ def test_the_fastest_that_passes_wins_and_int8_only_when_asked_for():
 
 def test_what_fails_the_gate_is_refused_with_its_figures_unless_the_gate_is_off():
     result = race_result(REFERENCE, BROKEN, ABSENT)
-    with pytest.raises(BackendError, match=r"flips 3.0e-03 .* F1 0.9700 .*--no-gate"):
+    with pytest.raises(BackendError, match=r"flips 3.0e-03 .* F1 0.9700 .*`gate=False`"):
         result.pick("openvino", "fp32")
     assert result.pick("openvino", "fp32", gate=False) == BROKEN
     with pytest.raises(BackendError, match="no GPU"):
@@ -67,7 +67,7 @@ def test_a_race_result_survives_its_file():
 def test_the_table_says_how_to_get_what_is_missing():
     console = Console(file=io.StringIO(), width=200)
     remedy = "pip install 'cellseg-batch[int8]'"
-    print_race(race_result(REFERENCE, Candidate("openvino", "int8", remedy)), REFERENCE, console)
+    print_race(race_result(REFERENCE, Candidate("openvino", "int8", remedy)), Settings(), console)
     assert remedy in console.file.getvalue()
 
 
@@ -196,7 +196,7 @@ def test_a_race_that_dies_says_so(asking, tiny_bundle, tmp_path, monkeypatch):
 
 def test_a_run_after_the_race_does_not_load_torch(tiny_bundle, tmp_path):
     save_bundle(
-        replace(tiny_bundle, card=replace(tiny_bundle.card, name="shrinking", downscale={"2": 15.0})),
+        replace(tiny_bundle, card=replace(tiny_bundle.card, name="shrinking", shrink={"2": 15.0})),
         tmp_path / "model",
     )
     settings = Settings(model=str(tmp_path / "model"), backend="openvino", precision="fp32", threads=1)

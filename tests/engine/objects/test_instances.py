@@ -301,8 +301,8 @@ def test_labels_and_scratch_that_a_run_leaves(tmp_path, segment, pixels, bundle,
     assert "invalid" not in caplog.text
     provenance = group.attrs[OUTPUT_MARK]
     assert provenance["kind"] == "instances"
-    assert provenance["model"]["sha256"] == bundle.shrunk(2).sha256
-    assert provenance["instances"] == {"objects": "seeds", **vars(bundle.card.instances)}
+    assert provenance["model"]["sha256"] == bundle.sha256
+    assert provenance["instances"] == {"card": vars(bundle.card.instances), "by_distance": True, "downscale": 2}
     skipped = segment(path, instances=True, model=model, downscale=2)
     assert (skipped.status, skipped.slides[0].objects) == ("skipped", report.slides[0].objects)
     assert "instances was" in segment(path, downscale=2, model=model).slides[0].reason
@@ -311,7 +311,7 @@ def test_labels_and_scratch_that_a_run_leaves(tmp_path, segment, pixels, bundle,
 def test_labels_that_are_there_already_are_kept(tmp_path, segment, pixels, model):
     path = write_ome_zarr(tmp_path / "a.zarr", pixels[:, :90, :90])
     zarr.create_group(str(path / "labels" / "cellseg"))
-    assert "choose another --name" in segment(path, instances=True, model=model).slides[0].reason
+    assert "choose another `name`" in segment(path, instances=True, model=model).slides[0].reason
     assert segment(path, instances=True, model=model, overwrite=True).slides[0].objects
 
 
@@ -337,7 +337,7 @@ def test_a_model_without_distance_gives_components_of_its_mask(tmp_path, segment
     np.testing.assert_array_equal(labels_of(report) > 0, large & (mask > 0))
     assert report.slides[0].objects == len(np.unique(components[large & (mask > 0)]))
     provenance = zarr.open_group(report.slides[0].labels, mode="r").attrs[OUTPUT_MARK]
-    assert provenance["instances"]["objects"] == "components of the foreground"
+    assert not provenance["instances"]["by_distance"]
 
 
 def test_a_killed_run_goes_on_in_either_pass(tmp_path, model, segment):

@@ -18,6 +18,7 @@ from cellseg_batch.engine.objects.scratch import Scratch
 from cellseg_batch.engine.objects.table import read_provenance
 from cellseg_batch.engine.run.measure_pass import measure_block, measured_channels, write_objects
 from cellseg_batch.engine.run.output_paths import output_paths
+from cellseg_batch.engine.run.records import TableRecord
 from cellseg_batch.engine.run.slide_plan import plan_slide
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
@@ -52,7 +53,7 @@ def measured(tmp_path, tiny_bundle):
                 around = planes[block.plane][block.box.shifted((HALO, HALO)).grown(HALO).slices()]
                 records.append(measure_block(plan, block, around, reader, probability))
         assert len(plan.grid) > 1
-        assert write_objects(plan, probability.objects, records) == len(np.unique(labels)) - 1
+        assert write_objects(plan, probability.objects, records) == TableRecord(len(np.unique(labels)) - 1)
         return paths.table
 
     return call

@@ -19,7 +19,7 @@ from PIL import Image
 from cellseg_batch.engine.errors import NoImageError, UsageError
 from cellseg_batch.engine.inference.cpu_predictor import CpuPredictor
 from cellseg_batch.engine.reports import doctor
-from cellseg_batch.engine.run import worker
+from cellseg_batch.engine.run import warm_up
 from cellseg_batch.engine.run.memory_model import RUN_OVERHEAD_BYTES
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.slide import Slide
@@ -185,7 +185,7 @@ def test_a_finished_run_is_skipped_and_a_changed_one_refused(slide, segment):
 def test_foreign_labels_are_never_touched(slide, segment):
     write_ome_zarr(slide / "labels" / "cellseg", np.ones((300, 260), np.uint8), "yx")
     report = segment(slide)
-    assert "--overwrite" in report.slides[0].reason
+    assert "`overwrite`" in report.slides[0].reason
     assert zarr.open_array(str(slide / "labels" / "cellseg" / "0"), mode="r")[...].all()
 
 
@@ -264,7 +264,7 @@ def test_two_inputs_never_write_to_one_place(tmp_path, segment):
 
 def test_memory_limit_lowers_what_is_in_flight_or_refuses(tmp_path, segment, watcher, monkeypatch):
     for measured in ("resident_bytes", "peak_resident_bytes"):
-        monkeypatch.setattr(worker, measured, lambda: 10**8)
+        monkeypatch.setattr(warm_up, measured, lambda: 10**8)
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(1200, 1200, 1), levels=1, chunk=512)
     free = segment(path, name="free", block=10**6, workers=4)
     assert len(watcher.plans[0].grid) == 1
@@ -274,7 +274,7 @@ def test_memory_limit_lowers_what_is_in_flight_or_refuses(tmp_path, segment, wat
     assert limited.planned_peak_bytes <= limit
     np.testing.assert_array_equal(labels_of(limited), labels_of(free))
     refused = segment(path, name="refused", max_memory=1000)
-    assert "--max-memory" in refused.slides[0].reason
+    assert "`max_memory`" in refused.slides[0].reason
 
 
 def test_probabilities_of_two_inputs_never_share_a_place(tmp_path, segment):
@@ -290,7 +290,7 @@ def test_a_foreign_probability_is_never_touched(tmp_path, segment):
     foreign = tmp_path / "a.cellseg.zarr" / "cellseg_probability" / "mine.txt"
     foreign.parent.mkdir(parents=True)
     foreign.write_text("precious")
-    assert "--overwrite" in segment(path, probability=True).slides[0].reason
+    assert "`overwrite`" in segment(path, probability=True).slides[0].reason
     assert foreign.read_text() == "precious"
 
 

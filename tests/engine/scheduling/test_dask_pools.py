@@ -94,7 +94,7 @@ def test_worker_processes_leave_signals_to_the_run():
 
 def test_a_scheduler_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(clusters, "_CONNECT_SECONDS", 0.2)
-    with pytest.raises(UsageError, match="--scheduler tcp"):
+    with pytest.raises(UsageError, match="scheduler=tcp"):
         clusters.open_pool(Settings(scheduler="tcp://127.0.0.1:9"))
     with pytest.raises(UsageError, match="tcp://host:8786"):
         Settings(scheduler="cloud")
@@ -102,5 +102,5 @@ def test_a_scheduler_that_is_not_there_is_named(monkeypatch):
 
 def test_slurm_says_what_it_needs():
     pytest.importorskip("dask_jobqueue")
-    with pytest.raises(UsageError, match="--cores"):
+    with pytest.raises(UsageError, match="`cores`"):
         clusters.open_pool(Settings(scheduler="slurm", cluster=ClusterSettings(queue="q")))

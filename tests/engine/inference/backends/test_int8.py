@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cellseg_batch.engine.inference.backends import rounding
+from cellseg_batch.engine.inference.backends import int8_round as rounding
 from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm, fold_upsampling
 from cellseg_batch.engine.inference.backends.int8_equalise import equalise
 from cellseg_batch.engine.inference.backends.int8_round import outputs, patches, round_weights

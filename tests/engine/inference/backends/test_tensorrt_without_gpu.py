@@ -141,11 +141,11 @@ REFUSED = {
         "to build a plan",
         "Error Code 1: Cuda Runtime (out of memory)",
         "likely a GPU that is out of memory",
-        "smaller --batch or --tile",
+        "smaller `batch` or `tile`",
     ],
     "deserialize": ["deserialize_cuda_engine returned None", "stale plan", "built anew"],
     "context": ["create_execution_context returned None", "likely a GPU that is out of memory"],
-    "enqueue": ["execute_async_v3 returned False", "another --backend"],
+    "enqueue": ["execute_async_v3 returned False", "another `backend`"],
     "fp32 types": ["expected HALF", "pixels FLOAT, output0 FLOAT"],
     "fp32 layers": ["layers in fp16", "bytes for"],
 }
@@ -177,7 +177,7 @@ def test_a_device_without_room_is_named(pair, monkeypatch, tiny_bundle, tmp_path
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     monkeypatch.setattr(cuda.Device, "zeros", full)
-    with pytest.raises(BackendError, match=r"20.00 GiB.*smaller --batch or --tile"):
+    with pytest.raises(BackendError, match=r"20.00 GiB.*smaller `batch` or `tile`"):
         backend_of(tiny_bundle, tmp_path).compile(SHAPE)
 
 
