@@ -1,9 +1,9 @@
-"""Figures of one GPU: its copies, our kernels, networks, whole runs, and MONAI's sliding window beside them.
+"""Measure a GPU: its copies, our kernels, networks, whole runs, and MONAI's sliding window beside them.
 
     python benchmarks/bench_gpu.py [--device cuda:0] [--minutes 7] [--out FILE]
 
-Every part is measured on its own and kept at once; one that cannot be measured, or for which no time is left, says why.
-``--tiny`` is for trying this script on a machine without a GPU: what it prints then means nothing.
+Every part is measured separately and saved at once; a part that cannot be measured, or for which no time is left, gets
+the reason instead of figures. ``--tiny`` tries this script on a machine without a GPU; its figures then mean nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _RUN = "from cellseg_batch.engine.cli.main import main; main()"
 
 
 def measure_networks(bench: Bench, backend: str) -> list[Row]:
-    """Tiles per second of three networks in one backend, and how near that is to the roofline."""
+    """Measure tiles per second of three networks in a backend, also as a share of the roofline."""
     reason = why_not(backend, "fp16")
     if reason and (bench.device.is_gpu or backend != "torch-cuda"):
         return [{"backend": backend, "missing": reason}]
@@ -47,11 +47,11 @@ def measure_networks(bench: Bench, backend: str) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("nuclei", *_ARCHITECTURES):
             bundle = load_model("nuclei") if name == "nuclei" else random_bundle(name)
-            made = _on(bench, bundle, backend, Artefacts(Path(folder)))
+            network_backend = _on(bench, bundle, backend, Artefacts(Path(folder)))
             # Building and tuning takes minutes; one shape is enough to compare backends.
             for shape in shapes if backend == "torch-cuda" else shapes[:1]:
                 start = time.perf_counter()
-                model = made.compile(shape)
+                model = network_backend.compile(shape)
                 compiling = time.perf_counter() - start
                 seconds = bench.seconds(model.enqueue)
                 least = least_seconds(build_torch_network(bundle), shape, bench.flops, bench.copy)
@@ -81,7 +81,7 @@ def _on(bench: Bench, bundle: Bundle, backend: str, artefacts: Artefacts) -> Any
 
 
 def random_bundle(name: str) -> Bundle:
-    """A network of one of the other architectures with random weights, which take as long as any."""
+    """Make a network of another architecture with random weights, which take as long as any."""
     torch.manual_seed(0)
     network = build_network(_ARCHITECTURES[name])
     weights = {key: value.numpy() for key, value in network.state_dict().items()}
@@ -90,7 +90,7 @@ def random_bundle(name: str) -> Bundle:
 
 
 def input_in(folder: Path, name: str, side: int) -> Path:
-    """A slide of ``side`` px, or a plate of small fields with as many pixels, written when it is first asked for."""
+    """Path of a slide of ``side`` px, or of a plate of small fields with as many pixels; the first call writes it."""
     from cellseg_batch.engine.profiling.bench_slides import Form, shipped_pieces, write_plate, write_slide
 
     path = folder / f"{name}-{side}.zarr"
@@ -104,7 +104,7 @@ def input_in(folder: Path, name: str, side: int) -> Path:
 
 
 def measure_run(bench: Bench, folder: Path, name: str, backend: str, workers: int, batch: int) -> list[Row]:
-    """A whole run, from zarr to zarr on local disk; the second of two, so that nothing is compiled in it."""
+    """Measure a whole run, from zarr to zarr on local disk; the second of two, so that it compiles nothing."""
     if not bench.device.is_gpu:
         return [{"backend": backend, "missing": "no GPU"}]
     report, path = folder / "report.json", input_in(folder, name, 16384)
@@ -133,7 +133,7 @@ def measure_run(bench: Bench, folder: Path, name: str, backend: str, workers: in
 
 
 def measure_monai(bench: Bench, folder: Path) -> list[Row]:
-    """MONAI's sliding window with the same weights in float16 on the same slide and GPU, from zarr to zarr."""
+    """Measure MONAI's sliding window with the same weights in float16, slide and GPU, from zarr to zarr."""
     import zarr
     from monai.inferers import sliding_window_inference
 
@@ -175,16 +175,16 @@ def main(arguments: list[str] | None = None) -> None:
     bench.part("ceilings", bench.measure_ceilings)
     bench.part("kernels", lambda: measure_kernels(bench))
     bench.part("networks", lambda: measure_networks(bench, "torch-cuda"))
-    others = [name for name, entry in KNOWN_BACKENDS.items() if entry.on_gpu and name != "torch-cuda"]
+    other_backends = [name for name, entry in KNOWN_BACKENDS.items() if entry.on_gpu and name != "torch-cuda"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bench.part("run", lambda: measure_run(bench, folder, "slide", "torch-cuda", 4, 1))
         bench.part("run", lambda: measure_run(bench, folder, "slide", "torch-cuda", 12, 1))
         bench.part("run", lambda: measure_run(bench, folder, "plate", "torch-cuda", 12, 4))
         bench.part("monai", lambda: measure_monai(bench, folder))
-        for other in others:
-            bench.part("networks", lambda backend=other: measure_networks(bench, backend))
-            bench.part("run", lambda backend=other: measure_run(bench, folder, "slide", backend, 12, 1))
+        for backend in other_backends:
+            bench.part("networks", lambda backend=backend: measure_networks(bench, backend))
+            bench.part("run", lambda backend=backend: measure_run(bench, folder, "slide", backend, 12, 1))
     print(out)
 
 

@@ -47,7 +47,8 @@ Labels = NDArray[np.unsignedinteger[Any]]
 def val(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     bundle = load_model("nuclei")
     network = build_torch_network(bundle)
-    samples = {one.name: one for one in load_dataset(arguments.data, Normalisation(), only=("val",)).splits["val"]}
+    dataset = load_dataset(arguments.data, Normalisation(), only=("val",))
+    samples = {sample.name: sample for sample in dataset.splits["val"]}
     pictures = folder / "pictures"
     pictures.mkdir(exist_ok=True)
     for name in samples:
@@ -57,17 +58,17 @@ def val(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     report = segment(images, folder / "val", *engine_flags("fp32"), "--instances", keep=True, downscale=True)
     precisions, alike, objects = [], 0, 0
     for number, slide in enumerate(report["slides"]):
-        found, sample = labels_of(report, number), samples[Path(slide["path"]).stem]
-        precisions.append(average_precisions(instance_overlaps(found, relabel_sequential(sample.labels)[0]).ious))
+        labels, sample = labels_of(report, number), samples[Path(slide["path"]).stem]
+        precisions.append(average_precisions(instance_overlaps(labels, relabel_sequential(sample.labels)[0]).ious))
         shrink, logits = predict_sample(network, sample, bundle)
         grown = decode_instances(logits, bundle.card.threshold, bundle.card.instances, shrink)
-        alike += matches(instance_overlaps(found, grown).ious, _ALIKE)[0]
+        alike += matches(instance_overlaps(labels, grown).ious, _ALIKE)[0]
         objects += slide["objects"]
     evaluated = summarise(evaluate(bundle, network, samples.values()))
-    engine = {"metric": float(np.mean(precisions)), "ap_50": float(np.mean(precisions, axis=0)[0])}
+    ours = {"metric": float(np.mean(precisions)), "ap_50": float(np.mean(precisions, axis=0)[0])}
     trainer = {"metric": evaluated.competition, "ap_50": evaluated.ap[0]}
     return [
-        row("run", [report["mpx_per_s"]], **engine, objects=objects, alike=alike),
+        row("run", [report["mpx_per_s"]], **ours, objects=objects, alike=alike),
         row("evaluate", [evaluated.mpx_per_s], **trainer),
     ]
 
@@ -87,30 +88,34 @@ def truth(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 def cuts(side: int, piece: int) -> NDArray[np.bool_]:
     """Which rows, or columns, of a composed slide lie at the border of a picture."""
-    place = np.arange(side) % PATTERN
-    ends = np.isin(place % piece, (0, piece - 1)) | (place == PATTERN - 1)
+    position = np.arange(side) % PATTERN
+    ends = np.isin(position % piece, (0, piece - 1)) | (position == PATTERN - 1)
     ends[-1] = True
     return ends
 
 
-def score(found: Labels, true: Labels, ends: NDArray[np.bool_]) -> dict[str, Any]:
-    """How well objects match, but for those that touch a border and those found mostly within one that does."""
-    areas_found, areas_true = np.bincount(found.ravel()), np.bincount(true.ravel())
-    areas_found[0] = areas_true[0] = 0
-    both = (found > 0) & (true > 0)
-    pairs = found[both].astype(np.int64) * len(areas_true) + true[both]
+def score(predicted: Labels, true: Labels, ends: NDArray[np.bool_]) -> dict[str, Any]:
+    """Scores of the predicted objects.
+
+    True objects that touch a border are left out, and with them predicted objects that touch a border or lie mostly
+    within such a true object.
+    """
+    areas_predicted, areas_true = np.bincount(predicted.ravel()), np.bincount(true.ravel())
+    areas_predicted[0] = areas_true[0] = 0
+    both = (predicted > 0) & (true > 0)
+    pairs = predicted[both].astype(np.int64) * len(areas_true) + true[both]
     pairs, common = np.unique(pairs, return_counts=True)
-    one, other = np.divmod(pairs, len(areas_true))
-    ious = common / (areas_found[one] + areas_true[other] - common)
-    left_out, skipped = touching(true, ends, len(areas_true)), touching(found, ends, len(areas_found))
-    skipped[one[left_out[other] & (2 * common > areas_found[one])]] = True
+    predicted_id, true_id = np.divmod(pairs, len(areas_true))
+    ious = common / (areas_predicted[predicted_id] + areas_true[true_id] - common)
+    left_out, skipped = touching(true, ends, len(areas_true)), touching(predicted, ends, len(areas_predicted))
+    skipped[predicted_id[left_out[true_id] & (2 * common > areas_predicted[predicted_id])]] = True
     nuclei = int(np.count_nonzero((areas_true > 0) & ~left_out))
-    objects = int(np.count_nonzero((areas_found > 0) & ~skipped))
+    objects = int(np.count_nonzero((areas_predicted > 0) & ~skipped))
     precisions = []
     for threshold in IOU_THRESHOLDS:
-        matched = (ious > threshold) & ~left_out[other]
-        hits, kept = np.count_nonzero(matched), np.count_nonzero(matched & ~skipped[one])
-        precisions.append(float(hits / (nuclei + objects - kept)))
+        matched = (ious > threshold) & ~left_out[true_id]
+        hits, counted = np.count_nonzero(matched), np.count_nonzero(matched & ~skipped[predicted_id])
+        precisions.append(float(hits / (nuclei + objects - counted)))
     return {"nuclei": nuclei, "f1": 2 * precisions[0] / (1 + precisions[0]), "metric": float(np.mean(precisions))}
 
 
@@ -173,25 +178,25 @@ def table_of(report: dict[str, Any]) -> pa.Table:
 
 def cost(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     slide = write_slide(folder / "cost.zarr", Form(arguments.side), pieces_of(arguments.data))
-    ways = {"mask": [], "instances and objects": _OBJECTS}
+    outputs = {"mask": [], "instances and objects": _OBJECTS}
     reports: dict[tuple[str, str], list[dict[str, Any]]] = {
-        (precision, way): [] for precision in ("bf16", "int8") for way in ways
+        (precision, output): [] for precision in ("bf16", "int8") for output in outputs
     }
     for turn in range(arguments.rounds + 1):
-        for (precision, way), every in reports.items():
-            report = segment(slide, folder / "cost", *engine_flags(precision), *ways[way])
+        for (precision, output), runs in reports.items():
+            report = segment(slide, folder / "cost", *engine_flags(precision), *outputs[output])
             if turn:  # the first run compiles
-                every.append(report)
-                print(f"round {turn}: {precision}, {way} {report['seconds']:.2f} s", flush=True)
+                runs.append(report)
+                print(f"round {turn}: {precision}, {output} {report['seconds']:.2f} s", flush=True)
     rows = []
-    for (precision, way), every in reports.items():
+    for (precision, output), runs in reports.items():
         masks = reports[precision, "mask"]
-        ratios = [one["seconds"] / mask["seconds"] for one, mask in zip(every, masks, strict=True)]
-        peaks = [max(one["peak_mb"] for one in some) for some in (every, masks)]
-        more = {"adds": median(ratios) - 1, "adds_mb": peaks[0] - peaks[1]} if every is not masks else {}
-        seconds = median(one["seconds"] for one in every)
-        rates = [one["mpx_per_s"] for one in every]
-        rows.append(row(f"{precision}, {way}", rates, seconds=seconds, peak_mb=peaks[0], **more))
+        ratios = [report["seconds"] / mask["seconds"] for report, mask in zip(runs, masks, strict=True)]
+        peaks = [max(report["peak_mb"] for report in reports_of) for reports_of in (runs, masks)]
+        more = {"adds": median(ratios) - 1, "adds_mb": peaks[0] - peaks[1]} if runs is not masks else {}
+        seconds = median(report["seconds"] for report in runs)
+        rates = [report["mpx_per_s"] for report in runs]
+        rows.append(row(f"{precision}, {output}", rates, seconds=seconds, peak_mb=peaks[0], **more))
     return rows
 
 

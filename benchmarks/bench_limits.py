@@ -31,7 +31,7 @@ from rich.console import Console
 from cellseg_batch.engine.cli.progress import RunProgress
 from cellseg_batch.engine.profiling.bench_slides import Form, write_slide
 from cellseg_batch.engine.run.campaign import run
-from cellseg_batch.engine.run.records import BLOCKS, BlockRecord, TaskRecord
+from cellseg_batch.engine.run.records import BLOCKS
 from cellseg_batch.engine.scheduling.dask_pools import THREADS_PER_PROCESS, DaskPool, open_pool
 from cellseg_batch.engine.scheduling.scheduler import Pool
 from cellseg_batch.engine.settings import Settings
@@ -43,7 +43,7 @@ _RECORDS = 20_000
 
 
 class AtOnce:
-    """A pool that has made every call when it is handed out."""
+    """Pool that makes every call at once, when it is submitted."""
 
     def submit(self, call: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -55,7 +55,7 @@ class AtOnce:
 
 @dataclass
 class Wide:
-    """A pool that is handed as many calls as one of ``processes`` worker processes."""
+    """Pool that takes as many calls at a time as a pool of ``processes`` worker processes."""
 
     pool: AtOnce | Pool
     processes: int
@@ -68,33 +68,33 @@ class Wide:
 
 
 def bookkeeping(workers: int, blocks: int) -> dict[str, Any]:
-    found = measure("bookkeeping", Wide(AtOnce(), workers), blocks, 10_000)
-    return {"name": "bookkeeping", "per_s": blocks / found["seconds"], "growth_mb": found["growth_mb"]}
+    figures = measure("bookkeeping", Wide(AtOnce(), workers), blocks, 10_000)
+    return {"name": "bookkeeping", "per_s": blocks / figures["seconds"], "growth_mb": figures["growth_mb"]}
 
 
 def dask(workers: int) -> dict[str, Any]:
     with one_a_call():
         pool = open_pool(Settings(scheduler="processes", workers=2, device="cpu"))
-        found = measure("dask", Wide(pool, workers), _CALLS, 1)
-    return {"name": "dask", "per_s": _CALLS / found["seconds"], "growth_mb": found["growth_mb"]}
+        figures = measure("dask", Wide(pool, workers), _CALLS, 1)
+    return {"name": "dask", "per_s": _CALLS / figures["seconds"], "growth_mb": figures["growth_mb"]}
 
 
 def journal(folder: Path, record: TaskRecord[BlockRecord]) -> list[dict[str, Any]]:
-    kept = Journal(folder / "journal")
+    block_journal = Journal(folder / "journal")
     start = time.perf_counter()
     with ThreadPoolExecutor(8) as threads:
-        for _ in threads.map(lambda number: kept.record(BLOCKS, number, record), range(_RECORDS)):
+        for _ in threads.map(lambda number: block_journal.record(BLOCKS, number, record), range(_RECORDS)):
             pass
     writing = _RECORDS / (time.perf_counter() - start)
     start = time.perf_counter()
-    assert not list(kept.missing(BLOCKS, _RECORDS))
+    assert not list(block_journal.missing(BLOCKS, _RECORDS))
     listing = _RECORDS / (time.perf_counter() - start)
     return [{"name": "journal, written", "per_s": writing}, {"name": "journal, listed", "per_s": listing}]
 
 
 @dataclass
 class Opened:
-    """Files opened below a slide and below an output."""
+    """Counter of the files opened below a slide and below an output."""
 
     slide: Path
     out: Path
@@ -115,7 +115,7 @@ class Opened:
 
 
 def store(folder: Path, precision: str) -> tuple[dict[str, Any], TaskRecord[BlockRecord]]:
-    """A row, and the record of a block."""
+    """Measure a run; returns its row and the record of a block."""
     slide, out = write_slide(folder / "slide.zarr", Form(_SIDE), pieces_of(None)), folder / "out"
     usual = {"backend": "openvino", "precision": precision, "gate": False, "downscale": 1, "skip_background": "off"}
     settings = Settings(output=out, **usual)
@@ -126,29 +126,32 @@ def store(folder: Path, precision: str) -> tuple[dict[str, Any], TaskRecord[Bloc
         with opened.counted():
             report = run([slide], settings, progress)
         after = process.io_counters()
-    (one,) = report.slides
-    kept = Journal(next(out.glob("slide.zarr.cellseg/**/manifest.json")).parent).get(BLOCKS, 0, TaskRecord[BlockRecord])
-    assert kept is not None
+    (slide_report,) = report.slides
+    record = Journal(next(out.glob("slide.zarr.cellseg/**/manifest.json")).parent).get(
+        BLOCKS, 0, TaskRecord[BlockRecord]
+    )
+    assert record is not None
+    blocks = slide_report.blocks
     figures = {
-        "seconds_per_block": report.seconds / one.blocks,
-        "files_read_per_block": opened.counts["slide"] / one.blocks,
-        "files_written_per_block": opened.counts["out"] / one.blocks,
-        "mb_read_per_block": (after.read_chars - before.read_chars) / 1e6 / one.blocks,
-        "mb_written_per_block": (after.write_chars - before.write_chars) / 1e6 / one.blocks,
+        "seconds_per_block": report.seconds / blocks,
+        "files_read_per_block": opened.counts["slide"] / blocks,
+        "files_written_per_block": opened.counts["out"] / blocks,
+        "mb_read_per_block": (after.read_chars - before.read_chars) / 1e6 / blocks,
+        "mb_written_per_block": (after.write_chars - before.write_chars) / 1e6 / blocks,
     }
-    return {"name": "store", "per_s": one.blocks / report.seconds, **figures}, kept
+    return {"name": "store", "per_s": blocks / report.seconds, **figures}, record
 
 
 def conclude(rows: list[dict[str, Any]], workers: int) -> str:
-    """What the figures say, in words."""
+    """Describe the figures in words."""
     *parts, _, block = rows
     rate = block["per_s"]
-    for one in parts:
-        one["workers"] = round(one["per_s"] / rate)
-    first = min(parts, key=lambda one: one["per_s"])
+    for part in parts:
+        part["workers"] = round(part["per_s"] / rate)
+    first = min(parts, key=lambda part: part["per_s"])
     asked = workers * rate
-    reads, writes = (asked * block[f"files_{way}_per_block"] for way in ("read", "written"))
-    read, written = (asked * block[f"mb_{way}_per_block"] for way in ("read", "written"))
+    reads, writes = (asked * block[f"files_{direction}_per_block"] for direction in ("read", "written"))
+    read, written = (asked * block[f"mb_{direction}_per_block"] for direction in ("read", "written"))
     return (
         f"A worker like this machine ends {rate:.2f} blocks a second, so {workers:,} end {asked:,.0f} and a million "
         f"take {1e6 / asked / 60:.0f} minutes. Of what they all share, {first['name']} is the slowest: "

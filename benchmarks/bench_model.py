@@ -1,4 +1,4 @@
-"""Mpx/s of the shipped model in every backend at one tile, with its parity beside it: the race, with its conditions.
+"""Measure the shipped model in every backend on a single tile, with its parity: the race, with its conditions.
 
 python benchmarks/bench_model.py [--tile N] [--batch 1]
 """
@@ -26,9 +26,14 @@ def main() -> None:
     request = Request("nuclei", "auto", "auto", tile, arguments.batch, cores(), complete=True)
     race_result = race(request, bundle, Artefacts())
     rows = [
-        row(one.name, [one.slowest, one.mpx_per_s, one.fastest], flipped=one.parity.flipped, max_dp=one.parity.max_dp)
-        for one in race_result.candidates
-        if one.parity is not None
+        row(
+            candidate.name,
+            [candidate.slowest, candidate.mpx_per_s, candidate.fastest],
+            flipped=candidate.parity.flipped,
+            max_dp=candidate.parity.max_dp,
+        )
+        for candidate in race_result.candidates
+        if candidate.parity is not None
     ]
     save("model", rows, tile=tile, batch=arguments.batch)
 

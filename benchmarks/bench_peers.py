@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def measure(slide: Path, folder: Path, rounds: int, slow_rounds: int) -> list[dict[str, Any]]:
-    """Rows of every engine that can be had here."""
+    """Measure every peer that is installed and every precision of ours that this machine has; returns their rows."""
     (image,) = find_images(slide, None)
     assert isinstance(image, Slide)
     bounds = settle_bounds(sample_slide(image, (0, 1, 2), 0), load_model("nuclei").card.normalisation)
@@ -85,11 +85,11 @@ def measure(slide: Path, folder: Path, rounds: int, slow_rounds: int) -> list[di
     for name, precision in ours.items():  # the first run of a precision compiles it
         masks[name] = ours_mask(segment(slide, folder / "ours", *engine_flags(precision), keep=True))
     for turn in range(rounds):
-        for name, (engine, environment) in peers.items():
+        for name, (peer, environment) in peers.items():
             if turn < slow_rounds or name not in _SLOW:
                 out = folder / "peer.zarr"
                 command = [sys.executable, str(Path(__file__).with_name("peers.py"))]
-                done = finish([*command, engine, str(slide), str(out), *low_high], **environment)
+                done = finish([*command, peer, str(slide), str(out), *low_high], **environment)
                 figures = json.loads(done.output.strip().splitlines()[-1])
                 times[name].append({**figures, "wall": done.seconds})
                 masks[name] = np.asarray(zarr.open_array(str(out), mode="r")[...]) > 0
@@ -101,31 +101,31 @@ def measure(slide: Path, folder: Path, rounds: int, slow_rounds: int) -> list[di
             times[name].append(figures | {key: report[key] for key in ("wall", "peak_mb")})
             print(f"round {turn + 1}: {name} {seconds:.1f} s", flush=True)
     megapixels = untiled.size / 1e6
-    base = median(one["seconds"] for one in times.get(_BASE) or times["cellseg-batch, fp32"])
+    base = median(turn["seconds"] for turn in times.get(_BASE) or times["cellseg-batch, fp32"])
     return [
         row(
             name,
-            [megapixels / one["seconds"] for one in rounds_of],
-            seconds=median(one["seconds"] for one in rounds_of),
-            model_seconds=median(one["model_seconds"] for one in rounds_of),
-            wall_seconds=median(one["wall"] for one in rounds_of),
-            peak_mb=max(one["peak_mb"] for one in rounds_of),
-            faster_than_monai_tuned=base / median(one["seconds"] for one in rounds_of) if _BASE in times else None,
+            [megapixels / turn["seconds"] for turn in turns],
+            seconds=median(turn["seconds"] for turn in turns),
+            model_seconds=median(turn["model_seconds"] for turn in turns),
+            wall_seconds=median(turn["wall"] for turn in turns),
+            peak_mb=max(turn["peak_mb"] for turn in turns),
+            faster_than_monai_tuned=base / median(turn["seconds"] for turn in turns) if _BASE in times else None,
             flipped=float(np.mean(masks[name] != untiled)),
             dice=dice(masks[name], truth) if truth is not None else None,
         )
-        for name, rounds_of in times.items()
-        if rounds_of
+        for name, turns in times.items()
+        if turns
     ]
 
 
 def ours_mask(report: dict[str, Any]) -> NDArray[np.bool_]:
-    """The mask that a run has left."""
+    """Read the mask that a run has written."""
     return np.asarray(zarr.open_array(f"{report['slides'][0]['labels']}/0", mode="r")[...]) > 0
 
 
 def dice(mask: NDArray[np.bool_], truth: Any) -> float:
-    """Twice the overlap over the sum of both areas."""
+    """Dice score: twice the overlap divided by the sum of both areas."""
     true = np.asarray(truth[...]) > 0
     return float(2 * np.count_nonzero(mask & true) / (np.count_nonzero(mask) + np.count_nonzero(true)))
 

@@ -40,7 +40,7 @@ Variants = dict[str, tuple[Path, list[str]]]
 
 
 class Lab:
-    """Where slides are made, once each, and variants are run in turns."""
+    """Lab that writes each slide once and runs variants in turns."""
 
     def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
         self.folder = folder
@@ -82,7 +82,7 @@ class Lab:
 
 
 def _rate_once_opened(report: dict[str, Any]) -> float:
-    """Mpx/s from opening the slide to the mask on disk, without the command's imports."""
+    """Rate in Mpx/s from opening the slide to the mask on disk, without the command's imports."""
     return float(report["mpx_per_s"] * report["seconds"] / (report["seconds"] - report["starting_seconds"]))
 
 
@@ -138,14 +138,14 @@ def plate(lab: Lab) -> list[dict[str, Any]]:
 
 def background(lab: Lab) -> list[dict[str, Any]]:
     slide = lab.slide(tissue=0.3)
-    rows = lab.measure({way: (slide, ["--skip-background", way]) for way in ("off", "auto")})
+    rows = lab.measure({skip: (slide, ["--skip-background", skip]) for skip in ("off", "auto")})
     rows[1]["faster"] = rows[1]["mpx_per_s"] / rows[0]["mpx_per_s"]
     rows[1]["faster_once_opened"] = rows[1]["opened_mpx_per_s"] / rows[0]["opened_mpx_per_s"]
-    for one in rows:
-        flags = [*lab.flags, "--skip-background", one["name"]]
+    for variant in rows:
+        flags = [*lab.flags, "--skip-background", variant["name"]]
         report = segment(slide, lab.folder / "kept", *flags, keep=True)
         mask = np.asarray(zarr.open_array(f"{report['slides'][0]['labels']}/0", mode="r")[...])
-        one |= {"objects": ndimage.label(mask)[1], "foreground": int(np.count_nonzero(mask))}
+        variant |= {"objects": ndimage.label(mask)[1], "foreground": int(np.count_nonzero(mask))}
     return rows
 
 
@@ -161,18 +161,18 @@ def memory(lab: Lab) -> list[dict[str, Any]]:
 
 def overhead(lab: Lab) -> list[dict[str, Any]]:
     script = [sys.executable, str(Path(__file__).with_name("overhead.py")), str(lab.slide()), str(lab.folder)]
-    said = finish([*script, lab.precision, str(lab.rounds)], CI="true").output
-    return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    output = finish([*script, lab.precision, str(lab.rounds)], CI="true").output
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
 
 def ceiling(lab: Lab) -> list[dict[str, Any]]:
     script = [sys.executable, str(Path(__file__).with_name("ceiling.py"))]
-    said = finish([*script, lab.precision, str(3 * lab.rounds), str(lab.side)]).output
-    return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    output = finish([*script, lab.precision, str(3 * lab.rounds), str(lab.side)]).output
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
 
 def _drop(path: Path) -> None:
-    """Have the system forget what it keeps of the files below ``path``."""
+    """Drop the files below ``path`` from the system's cache."""
     os.sync()
     for file in path.rglob("*"):
         if file.is_file():

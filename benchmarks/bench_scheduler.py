@@ -152,7 +152,7 @@ def _take_turns(
                 os.sched_setaffinity(0, sorted(every_core)[:count])
                 report = segment(path, folder / "out", *arguments.flags, *flags)
                 rates[name].append(report["mpx_per_s"])
-                blocks = sum(one["blocks"] for one in report["slides"])
+                blocks = sum(slide_report["blocks"] for slide_report in report["slides"])
                 print(f"round {turn}: {name} {report['seconds']:.2f} s", flush=True)
             order.reverse()  # a machine that gets slower does so for both
         os.sched_setaffinity(0, every_core)

@@ -67,7 +67,7 @@ def main() -> None:
     rows = [
         row(
             name,
-            [count / 1e6 / one for one in seconds[name]],
+            [count / 1e6 / duration for duration in seconds[name]],
             gb_per_s=count * size / 1e9 / float(np.median(seconds[name])),
         )
         for name, (_, count, size) in steps.items()

@@ -50,13 +50,13 @@ def main() -> None:
         for _ in range(turns):
             ours.append(_loop(session))
             theirs.append(_benchmark_app(bundle.foreground.sha256, precision, shape))
-    share = median(one / other for one, other in zip(ours, theirs, strict=True))
+    share = median(our_rate / their_rate for our_rate, their_rate in zip(ours, theirs, strict=True))
     print(json.dumps(row("the engine's session", ours, of_benchmark_app=share)))
     print(json.dumps(row("OpenVINO's benchmark_app, latency hint", theirs)))
 
 
 def _loop(session: Session) -> float:
-    """Mpx/s of a batch that is computed again and again."""
+    """Rate in Mpx/s of computing the same batch again and again."""
     session.logits()
     count, start = 0, time.perf_counter()
     while (seconds := time.perf_counter() - start) < _SECONDS:
@@ -66,7 +66,7 @@ def _loop(session: Session) -> float:
 
 
 def _benchmark_app(sha256: str, precision: str, shape: Shape) -> float:
-    """Mpx/s of OpenVINO's own loop over the kept network, one request at a time, on every core."""
+    """Rate in Mpx/s of OpenVINO's own loop over the cached network, request by request, on every core."""
     networks = [
         entry.folder
         for entry in Artefacts().entries()
@@ -80,9 +80,9 @@ def _benchmark_app(sha256: str, precision: str, shape: Shape) -> float:
     command += ["-shape", str(list(shape)).replace(" ", ""), "-infer_precision", _HINTS[precision]]
     command += ["-hint", "latency", "-api", "sync", "-t", str(_SECONDS)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = re.search(r"Throughput:\s+([\d.]+) FPS", done.stdout)
-    assert found is not None, done.stdout
-    return float(found[1]) * shape[0] * shape[2] * shape[3] / 1e6
+    throughput = re.search(r"Throughput:\s+([\d.]+) FPS", done.stdout)
+    assert throughput is not None, done.stdout
+    return float(throughput[1]) * shape[0] * shape[2] * shape[3] / 1e6
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: processes with their wall time, ours on the command line, results as files."""
+"""Share what the benchmarks need: processes with their wall time, runs of the command line, results as files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COMMAND = [sys.executable, "-m", "cellseg_batch.engine.cli"]
 
 @dataclass(frozen=True)
 class Finished:
-    """A process that has ended: its wall time, what it printed."""
+    """Wall time in seconds and output of a process that has ended."""
 
     seconds: float
     output: str
@@ -63,24 +63,24 @@ def segment(slide: Path, out: Path, *flags: str, keep: bool = False, downscale: 
     done = finish([*COMMAND, "run", str(slide), *usual, *flags])
     if not keep:
         shutil.rmtree(out)
-    told = json.loads(report.read_text())
-    return {**told, "wall": done.seconds, "peak_mb": told["peak_rss_bytes"] / 1e6}
+    content = json.loads(report.read_text())
+    return {**content, "wall": done.seconds, "peak_mb": content["peak_rss_bytes"] / 1e6}
 
 
 def engine_flags(precision: str) -> list[str]:
-    """One backend by name, without the race and the gate: what is measured here is its speed, and how it differs."""
+    """Flags that choose a backend by name, without the race and the gate, to measure its speed and its differences."""
     return ["--backend", "openvino", "--precision", precision, "--no-gate"]
 
 
 def row(name: str, rates: list[float], **figures: Any) -> dict[str, Any]:
-    """A row of a result: rates in Mpx/s, one a round, their median, and other figures."""
+    """Make a row of a result: the rate in Mpx/s of each round, their median, and other figures."""
     return {"name": name, "mpx_per_s": median(rates), "rounds": rates, **figures}
 
 
 def save(name: str, rows: list[dict[str, Any]], **about: Any) -> None:
     """Print the rows and write them to ``results/<name>.json``."""
-    for one in rows:
-        print("  ".join(f"{key} {_brief(value)}" for key, value in one.items() if key != "rounds"))
+    for figures in rows:
+        print("  ".join(f"{key} {_brief(value)}" for key, value in figures.items() if key != "rounds"))
     RESULTS.mkdir(exist_ok=True)
     print(save_rows(RESULTS / f"{name}.json", rows, **about))
 
@@ -91,7 +91,7 @@ def _brief(value: Any) -> str:
 
 @contextmanager
 def work_folder(chosen: Path | None) -> Iterator[Path]:
-    """A folder for slides and labels: the one chosen, which is kept, or a temporary one."""
+    """Provide a folder for slides and labels: ``chosen``, which stays, or a temporary folder."""
     if chosen is not None:
         chosen.mkdir(parents=True, exist_ok=True)
         yield chosen
@@ -101,17 +101,18 @@ def work_folder(chosen: Path | None) -> Iterator[Path]:
 
 
 def pieces_of(data: Path | None, kind: str = "fluo_small") -> Pieces:
-    """Held-out pictures of the kinds that begin with ``kind``, with their truth, from an annotated folder.
+    """Read held-out pictures of the kinds that begin with ``kind``, with their truth, from an annotated folder.
 
-    All are cut to the size of the smallest; without a folder they are those of the package.
+    All are cut to the size of the smallest. Without a folder, the pictures of the package are used.
     """
     if data is None:
         return shipped_pieces()
-    read = [one.read() for one in list_entries(data) if one.split == "val" and one.kind.startswith(kind)]
-    if not read:
+    entries = [entry for entry in list_entries(data) if entry.split == "val" and entry.kind.startswith(kind)]
+    if not entries:
         raise SystemExit(f"{data}: no held-out picture of a kind that begins with {kind}")
-    side = min(min(labels.shape) for _, labels in read)
-    return [(_rgb(picture)[:side, :side], labels[:side, :side]) for picture, labels in read]
+    pairs = [entry.read() for entry in entries]
+    side = min(min(labels.shape) for _, labels in pairs)
+    return [(_rgb(picture)[:side, :side], labels[:side, :side]) for picture, labels in pairs]
 
 
 def _rgb(picture: NDArray[Any]) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""What the parts of bench_gpu share: the device, its clock and its ceilings, and rows that are kept as they come."""
+"""Share what the parts of bench_gpu need: the device, its clock and its peak rates, and rows saved as they come."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Row = dict[str, Any]
 
 
 class Bench:
-    """One device, how large everything is, and what was measured so far.
+    """A device, the size of its measurements, and the rows so far.
 
     Attributes:
-        device: that is measured.
-        copy: bytes per second of a copy, read and written; 0 until it is known.
-        flops: per second of a matrix product in float16; likewise.
+        device: the device to measure.
+        copy: bytes per second of a copy, read and written bytes both counted; 0 until measured.
+        flops: operations per second of a matrix product in float16; 0 until measured.
     """
 
     def __init__(self, device: Device, tiny: bool, minutes: float, out: Path) -> None:
@@ -35,13 +35,13 @@ class Bench:
         self._rows: list[Row] = []
 
     def part(self, name: str, measure: Callable[[], list[Row]]) -> None:
-        """Measure one part and keep its rows, or the reason why there are none."""
+        """Measure a part and save its rows, or the reason why it has none."""
         if time.monotonic() > self._deadline:
             rows = [{"missing": "no time was left"}]
         else:
             try:
                 rows = measure()
-            except Exception as error:  # one part must not cost the others
+            except Exception as error:  # a part that fails must not stop the others
                 rows = [{"missing": f"{type(error).__name__}: {error}"}]
         for row in rows:
             self._rows.append({"part": name, **row})
@@ -51,22 +51,22 @@ class Bench:
         self._out.write_text(json.dumps({"conditions": about, "rows": self._rows}, indent=2) + "\n")
 
     def seconds(self, call: Callable[[], object], repeats: int = 10) -> float:
-        """Median over rounds of the device's time for a call, in which it is enqueued ``repeats`` times."""
+        """Seconds of the device for a call: the median over rounds, each with ``repeats`` calls."""
         stream, times = self.device.stream(), []
         with self.device.on(stream):
             call()
             for _ in range(2 if self.tiny else 15):
-                begun, ended = self.device.event(), self.device.event()
-                begun.record(stream)
+                start, end = self.device.event(), self.device.event()
+                start.record(stream)
                 for _ in range(repeats):
                     call()
-                ended.record(stream)
-                ended.synchronize()
-                times.append(begun.elapsed_time(ended) / 1000 / repeats)
+                end.record(stream)
+                end.synchronize()
+                times.append(start.elapsed_time(end) / 1000 / repeats)
         return median(times)
 
     def measure_ceilings(self) -> list[Row]:
-        """What the device's memory and its arithmetic reach with the plainest work there is."""
+        """Measure the peak rates of the device's memory and arithmetic, with a copy and a matrix product."""
         source = self.device.zeros(((1 << 10) if self.tiny else (1 << 30),), torch.uint8)
         target = torch.empty_like(source)
         self.copy = 2 * source.numel() / self.seconds(lambda: target.copy_(source))

@@ -1,4 +1,4 @@
-"""Gather and stitch on a GPU: GB/s of the bytes that must move, beside a plain copy."""
+"""Measure gather and stitch on a GPU: GB/s of the bytes that must move, beside a plain copy."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Call = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel on one block.
+    """A kernel on a block.
 
     Attributes:
-        name: of the function that launches it.
-        kernel: its name, as the profiler knows it.
-        moved: bytes that it must read and write.
-        inputs: that it is called with in turn; tensors.
-        launch: on input number so and so.
+        name: name of the function that launches the kernel.
+        kernel: name of the kernel in the profiler.
+        moved: bytes that the kernel must read and write.
+        inputs: tensors that the kernel is called with in turn.
+        launch: function that launches the kernel on an input, by its number.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Case:
 
 
 def measure_kernels(bench: Bench) -> list[Row]:
-    """At four block sizes, twice: from memory, and right after what is read was written, as in a run."""
+    """Measure each kernel at four block sizes, with its input in memory and, as in a run, just written."""
     rows = []
     for side in (64, 96) if bench.tiny else (1024, 2048, 4096, 8192):
         for case in _cases(bench, side):
             cold = case.moved / _seconds(bench, case, lambda number: None)
-            after = case.moved / _seconds(bench, case, lambda number, one=case: one.inputs[number].add_(0))
+            after = case.moved / _seconds(bench, case, lambda number, case=case: case.inputs[number].add_(0))
             rows.append(
                 {
                     "kernel": case.name,
@@ -64,11 +64,11 @@ def _cases(bench: Bench, side: int) -> list[Case]:
     places = np.array([[margin, margin, y, x, core, core] for y, x in corners])
     grid = TileGrid(per_row, per_row, overlap, 0, 0, side, side)
     rows, columns = (np.minimum(starts[:, None] + np.arange(tile), side - 1) for starts in corners.T)
-    # More than the cache of any GPU holds, so that each call finds its input in memory.
+    # More than the cache of any GPU holds, so that each call reads its input from memory.
     copies = 1 if bench.tiny else max(2, (1 << 28) // area)
     logits = [torch.randn(count, 1, tile, tile, device=torch_device).half() for _ in range(copies)]
     pixels = [torch.randint(0, 256, (3, side, side), device=torch_device).to(torch.uint8) for _ in range(copies)]
-    blended = [one[:, :, : core + overlap, : core + overlap] for one in logits]
+    blended = [batch_logits[:, :, : core + overlap, : core + overlap] for batch_logits in logits]
     batch = torch.empty(count, 3, tile, tile, dtype=torch.half, device=torch_device)
     mask = torch.empty(side, side, dtype=torch.uint8, device=torch_device)
 
@@ -89,10 +89,10 @@ def _cases(bench: Bench, side: int) -> list[Case]:
 
 
 def _seconds(bench: Bench, case: Case, before: Call) -> float:
-    """Median time of the kernel as the profiler sees it; ``before`` each launch, something else.
+    """Median seconds of the kernel in the profiler; ``before`` is called before each launch.
 
     Raises:
-        RuntimeError: the profiler sees no kernels here.
+        RuntimeError: the profiler sees no kernels on this machine.
     """
     case.launch(0)
     if not bench.device.is_gpu:
@@ -105,7 +105,7 @@ def _seconds(bench: Bench, case: Case, before: Call) -> float:
             before(number % len(case.inputs))
             case.launch(number % len(case.inputs))
         torch.cuda.synchronize()
-    times = [one.time_range.elapsed_us() for one in trace.events() if one.name.startswith(case.kernel)]
+    times = [event.time_range.elapsed_us() for event in trace.events() if event.name.startswith(case.kernel)]
     if not times:
         raise RuntimeError(f"the profiler saw no {case.kernel}; the modules in kernels/ time themselves without it")
     return median(times) / 1e6

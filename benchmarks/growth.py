@@ -1,4 +1,4 @@
-"""What a run's memory grows by from block to block; used by bench_pipeline.
+"""Measure the growth of a run's memory from block to block; used by bench_pipeline.
 
 python benchmarks/growth.py SLIDE FOLDER PRECISION     prints a row as JSON; the slide has to give 1,000 blocks or more
 """
@@ -23,7 +23,7 @@ _TILE, _BLOCK = 1152, 1
 
 
 class Watch:
-    """Notes the resident memory after every block."""
+    """Observer that notes the resident memory in bytes after every block."""
 
     def __init__(self) -> None:
         self.bytes: list[int] = []

@@ -1,4 +1,4 @@
-"""A run's time over that of its model alone on as many tiles, taking turns; used by bench_pipeline.
+"""Measure a run's time divided by that of its model alone on as many tiles, in turns; used by bench_pipeline.
 
 python benchmarks/overhead.py SLIDE FOLDER PRECISION ROUNDS     prints rows as JSON
 """
@@ -54,8 +54,8 @@ def main() -> None:
     about = {"model_seconds": median(models), "computed_per_px": plan.grid.lattice.cost}
     for name, times in (("run", walls), ("command, with its imports", commands)):
         over = median(time / model for time, model in zip(times, models, strict=True))
-        print(json.dumps(row(name, [megapixels / one for one in times], over_model_alone=over, **about)))
-    print(json.dumps(row("model alone, per px computed", [computed / one for one in models])))
+        print(json.dumps(row(name, [megapixels / seconds for seconds in times], over_model_alone=over, **about)))
+    print(json.dumps(row("model alone, per px computed", [computed / seconds for seconds in models])))
 
 
 if __name__ == "__main__":

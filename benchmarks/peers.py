@@ -1,9 +1,9 @@
-"""The shipped network over a slide the ways other people do it, one engine a process; used by bench_peers.
+"""Run the shipped network over a slide with the loop of a peer, in a process of its own; used by bench_peers.
 
-python benchmarks/peers.py ENGINE SLIDE OUT LOW HIGH     prints its figures as JSON
+python benchmarks/peers.py PEER SLIDE OUT LOW HIGH     prints its figures as JSON
 
-Each reads the slide from zarr, normalises with the given bounds, and writes the mask to zarr.  Only the first of the
-network's outputs is kept, which spares the others two thirds of their logits.
+Each peer reads the slide from zarr, normalises with the given bounds, and writes the mask to zarr.  Only the first of
+the network's outputs is used, which spares the peers two thirds of their logits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Predictor = Callable[[Tensor], Tensor]
 
 
 class Stopwatch:
-    """Adds up the time in the model."""
+    """Predictor that adds up its time in seconds."""
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
@@ -58,7 +58,7 @@ def bf16_predictor() -> Predictor:
 
 
 def sliding_window(slide: str, out: str, bounds: tuple[float, float], predictor: Predictor) -> float:
-    """MONAI's sliding window with its usual Gaussian blending; its seconds."""
+    """Run MONAI's sliding window with its usual Gaussian blending; returns its seconds."""
     from monai.inferers import sliding_window_inference
 
     start = time.perf_counter()
@@ -76,7 +76,7 @@ def sliding_window(slide: str, out: str, bounds: tuple[float, float], predictor:
 
 
 def map_overlap(slide: str, out: str, bounds: tuple[float, float], predictor: Predictor) -> float:
-    """The loop that most people write, dask.array.map_overlap around the model; its seconds."""
+    """Run the loop that most people write, dask.array.map_overlap around the model; returns its seconds."""
     import dask.array as da
 
     start = time.perf_counter()
@@ -100,13 +100,13 @@ def _limit() -> float:
 
 
 def main() -> None:
-    engine, slide, out, low, high = sys.argv[1:]
+    peer, slide, out, low, high = sys.argv[1:]
     bounds = float(low), float(high)
-    watched = Stopwatch(bf16_predictor() if engine == "monai-bf16" else plain_predictor())
-    run = map_overlap if engine == "map-overlap" else sliding_window
-    seconds = run(slide, out, bounds, watched)
+    stopwatch = Stopwatch(bf16_predictor() if peer == "monai-bf16" else plain_predictor())
+    run = map_overlap if peer == "map-overlap" else sliding_window
+    seconds = run(slide, out, bounds, stopwatch)
     peak = peak_resident_bytes() / 1e6
-    print(json.dumps({"seconds": seconds, "model_seconds": watched.seconds, "peak_mb": peak}))
+    print(json.dumps({"seconds": seconds, "model_seconds": stopwatch.seconds, "peak_mb": peak}))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class Slide:
         units: unit of each axis in the metadata; None if it has no unit.
         channels: names of the channels from the metadata; () if there are none.
         rgb: the channels are red, green, blue (and perhaps alpha).
-        series: number of the image in its file; None for formats whose files hold one.
+        series: number of the image in its file; None for formats whose files hold a single image.
         plate_position: position on a plate; None if the image lies on no plate.
         zarr_format: zarr version of the stored pixels; None if they are in no zarr array.
         holds_labels: whether labels can be written into the image's own group.
