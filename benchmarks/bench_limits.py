@@ -31,7 +31,7 @@ from rich.console import Console
 from cellseg_batch.engine.cli.progress import RunProgress
 from cellseg_batch.engine.profiling.bench_slides import Form, write_slide
 from cellseg_batch.engine.run.campaign import run
-from cellseg_batch.engine.run.records import BLOCKS
+from cellseg_batch.engine.run.records import BLOCKS, BlockRecord, TaskRecord
 from cellseg_batch.engine.scheduling.dask_pools import THREADS_PER_PROCESS, DaskPool, open_pool
 from cellseg_batch.engine.scheduling.scheduler import Pool
 from cellseg_batch.engine.settings import Settings
