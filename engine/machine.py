@@ -46,8 +46,8 @@ def processor() -> str:
 def gpus() -> list[str]:
     """What the NVIDIA driver says of its GPUs, and which of them are visible; [] without one.  Needs no torch."""
     models = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    found = [line.partition(":")[2].strip() for path in models for line in path.read_text().splitlines()[:1]]
-    return [*found, f"visible: {os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}"] if found else []
+    gpu_names = [line.partition(":")[2].strip() for path in models for line in path.read_text().splitlines()[:1]]
+    return [*gpu_names, f"visible: {os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}"] if gpu_names else []
 
 
 def package_version(package: str) -> str | None:

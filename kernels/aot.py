@@ -141,34 +141,34 @@ def measure(variant: Variant, capability: int) -> Resources:
 
 def _find(pattern: str, text: str) -> str:
     """The first group of ``pattern``; raises LookupError where a tool has changed what it prints."""
-    found = re.search(pattern, text)
-    if found is None:
+    match = re.search(pattern, text)
+    if match is None:
         raise LookupError(f"no {pattern} in: {text}")
-    return found[1]
+    return match[1]
 
 
 def _widest(instruction: str, ptx: str) -> int:
     """Bytes that the widest vector ``instruction`` moves per thread, as ld.global.v4.b32 moves 16."""
-    found = re.findall(instruction + r"\.global[.\w:]*\.v(\d)\.[bu](\d+)", ptx)
-    return max((int(count) * int(bits) // 8 for count, bits in found), default=0)
+    accesses = re.findall(instruction + r"\.global[.\w:]*\.v(\d)\.[bu](\d+)", ptx)
+    return max((int(count) * int(bits) // 8 for count, bits in accesses), default=0)
 
 
 def table() -> str:
     """A row for every variant, in Markdown: registers on each GPU, then the worst of all GPUs; sizes in bytes."""
     lines: list[str] = []
     for variant in variants():
-        found = [measure(variant, capability) for capability in CAPABILITIES]
+        measured = [measure(variant, capability) for capability in CAPABILITIES]
         if not lines:
-            targets = [resources.target for resources in found]
+            targets = [resources.target for resources in measured]
             header = ["kernel", *targets, "spilled", "shared", "vector load", "vector store"]
             lines = [_row(header), _row(["-"] * len(header))]
         worst = (
-            max(resources.spilled for resources in found),
-            max(resources.shared for resources in found),
-            min(resources.loads for resources in found),
-            min(resources.stores for resources in found),
+            max(resources.spilled for resources in measured),
+            max(resources.shared for resources in measured),
+            min(resources.loads for resources in measured),
+            min(resources.stores for resources in measured),
         )
-        lines.append(_row([variant.name, *(resources.registers for resources in found), *worst]))
+        lines.append(_row([variant.name, *(resources.registers for resources in measured), *worst]))
     return "\n".join(lines)
 
 

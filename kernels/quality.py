@@ -52,7 +52,7 @@ class Quality:
             curvature=self.curvature + other.curvature,
             squares=self.squares + other.squares,
             highest=highest,
-            saturated=sum(one.saturated for one in (self, other) if one.highest == highest),
+            saturated=sum(part.saturated for part in (self, other) if part.highest == highest),
         )
 
     @property
@@ -77,5 +77,5 @@ def survey(pixels: NDArray[Any], core: tuple[slice, slice]) -> Quality:
         core: the block in it.
     """
     rows, columns = core
-    found = fastest(__name__).survey(np.ascontiguousarray(pixels), rows.start, rows.stop, columns.start, columns.stop)
-    return Quality(int(found[0]), found[1], int(found[2]), found[3], found[4], found[5], int(found[6]))
+    figures = fastest(__name__).survey(np.ascontiguousarray(pixels), rows.start, rows.stop, columns.start, columns.stop)
+    return Quality(int(figures[0]), figures[1], int(figures[2]), figures[3], figures[4], figures[5], int(figures[6]))

@@ -152,18 +152,19 @@ def _limit(bundle: Bundle) -> float:
 
 def summarise(scores: Sequence[ImageScore]) -> Summary:
     """The figures of several images, at least one."""
-    found, spurious, missed = (sum(getattr(one, name) for one in scores) for name in ("found", "spurious", "missed"))
-    pooled = reduce(add, (one.pixels for one in scores))
-    ap = np.mean([one.ap for one in scores], axis=0)
+    counts = ("found", "spurious", "missed")
+    found, spurious, missed = (sum(getattr(score, name) for score in scores) for name in counts)
+    pooled = reduce(add, (score.pixels for score in scores))
+    ap = np.mean([score.ap for score in scores], axis=0)
     return Summary(
         images=len(scores),
-        mean={name: float(np.mean([getattr(one.pixels, name) for one in scores])) for name in _PIXEL_FIGURES},
+        mean={name: float(np.mean([getattr(score.pixels, name) for score in scores])) for name in _PIXEL_FIGURES},
         pooled={name: getattr(pooled, name) for name in _PIXEL_FIGURES},
         ap=ap.tolist(),
         competition=float(ap.mean()),
         f1=2 * found / max(1, 2 * found + spurious + missed),
-        aji=float(np.mean([one.aji for one in scores])),
-        mpx_per_s=sum(one.megapixels for one in scores) / sum(one.seconds for one in scores),
+        aji=float(np.mean([score.aji for score in scores])),
+        mpx_per_s=sum(score.megapixels for score in scores) / sum(score.seconds for score in scores),
     )
 
 

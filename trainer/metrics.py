@@ -96,8 +96,8 @@ def instance_overlaps(predicted: NDArray[np.integer], truth: NDArray[np.integer]
 
 def matches(ious: NDArray[np.float64], threshold: float) -> tuple[int, int, int]:
     """(TP, FP, FN) at an IoU threshold of at least 0.5, above which a match is unique."""
-    found = int(np.count_nonzero(ious > threshold))
-    return found, ious.shape[0] - found, ious.shape[1] - found
+    matched = int(np.count_nonzero(ious > threshold))
+    return matched, ious.shape[0] - matched, ious.shape[1] - matched
 
 
 def average_precisions(ious: NDArray[np.float64]) -> tuple[float, ...]:

@@ -66,11 +66,11 @@ def pick_shrink(widths: dict[str, float], masks_at: Callable[[int], Iterable[NDA
 
     factors = sorted((int(name) for name in widths), reverse=True)
     for position, factor in enumerate(factors):
-        found = at(factor)
-        if found.width >= widths[str(factor)] and not _melts(found.share, at(factor // 2).share):
+        crowd = at(factor)
+        if crowd.width >= widths[str(factor)] and not _melts(crowd.share, at(factor // 2).share):
             return factor
         # Twice as large an image shows everything twice as wide; what is still too narrow then need not be looked at.
-        if all(found.width * factor / other < widths[str(other)] for other in factors[position + 1 :]):
+        if all(crowd.width * factor / other < widths[str(other)] for other in factors[position + 1 :]):
             return 1
     return 1
 

@@ -134,7 +134,7 @@ class BatchQueue:
             failed = {entry for entry, _ in batch}
             for entry in failed:
                 entry.left, entry.error = 0, error
-            self._waiting = deque(one for one in self._waiting if one[0] not in failed)
+            self._waiting = deque(share for share in self._waiting if share[0] not in failed)
             return
         for entry, _ in batch:
             self._waiting.popleft()

@@ -84,9 +84,9 @@ class Artefacts:
 
         Of several processes that ask at once, one makes the entry and the others wait for it.
         """
-        found = self.find(key)
-        if found is not None:
-            return found
+        entry = self.find(key)
+        if entry is not None:
+            return entry
         folder = self.folder / _name(key)
         with self._locked(folder.name):
             if not _is_sound(folder):  # another process may have made it meanwhile
@@ -116,7 +116,7 @@ class Artefacts:
 
     def entries(self) -> list[Entry]:
         """Every entry, sound or not."""
-        found = []
+        entries = []
         for folder in sorted(self.folder.iterdir()):
             if _PARTIAL in folder.name or not (folder / _KEY).is_file():
                 continue
@@ -126,8 +126,8 @@ class Artefacts:
                 except ValueError:
                     key = {}
                 size = sum(path.stat().st_size for path in folder.iterdir())
-                found.append(Entry(folder, key, size, _is_sound(folder)))
-        return found
+                entries.append(Entry(folder, key, size, _is_sound(folder)))
+        return entries
 
     def clear(self) -> int:
         """Remove every entry and what a killed process left; returns the number of entries."""

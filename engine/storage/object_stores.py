@@ -53,7 +53,7 @@ def client_of(scheme: str, bucket: str, prefix: str = "") -> Any:
     endpoints = [url, *(value for name, value in os.environ.items() if name.startswith("AWS_ENDPOINT"))]
     options: dict[str, Any] = {
         "client_options": {
-            "allow_http": any(one.startswith("http://") for one in endpoints),
+            "allow_http": any(endpoint.startswith("http://") for endpoint in endpoints),
             "timeout": timedelta(seconds=_REQUEST_SECONDS),
         },
         "retry_config": {"max_retries": _MAX_RETRIES, "retry_timeout": timedelta(seconds=_RETRY_SECONDS)},

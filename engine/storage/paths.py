@@ -116,8 +116,8 @@ class RemotePath(PosixPath):
 
     def iterdir(self) -> Generator[Self, None, None]:
         """What lies directly below."""
-        found = self._list()
-        names = [*found["common_prefixes"], *(one["path"] for one in found["objects"])]
+        listing = self._list()
+        names = [*listing["common_prefixes"], *(item["path"] for item in listing["objects"])]
         return (self / posixpath.basename(name) for name in names)
 
     def glob(self, pattern: str) -> Generator[Self, None, None]:
@@ -136,7 +136,7 @@ class RemotePath(PosixPath):
         root = type(self)(*self.parts[:2])
         with self._asking():
             for objects in library().list(self.client, self.key):
-                yield from ((root / one["path"], one["last_modified"].timestamp()) for one in objects)
+                yield from ((root / item["path"], item["last_modified"].timestamp()) for item in objects)
 
     def read_bytes(self) -> bytes:
         """The object."""
@@ -190,7 +190,7 @@ class RemotePath(PosixPath):
         """Remove everything below."""
         with self._asking():
             for objects in library().list(self.client, self.key):
-                library().delete(self.client, [one["path"] for one in objects])
+                library().delete(self.client, [item["path"] for item in objects])
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: a folder is there when something is in it."""

@@ -63,7 +63,7 @@ class Augmenter:
         """One picture of each sample."""
         share = self.recipe.plain if self.recipe.augmentation == "full" else 1.0
         plain = self._chosen(share, len(samples))
-        pictures = [self._picture(sample, bool(one)) for sample, one in zip(samples, plain, strict=True)]
+        pictures = [self._picture(sample, bool(is_plain)) for sample, is_plain in zip(samples, plain, strict=True)]
         pixels, labels, distance = (torch.stack(parts) for parts in zip(*pictures, strict=True))
         if not plain.all():
             changed = ~plain
@@ -194,7 +194,7 @@ class Augmenter:
     def _each(chosen: Tensor, change: Callable[..., Tensor], pixels: Tensor, *others: Tensor) -> Tensor:
         """Pixels with those of the chosen samples changed, one after the other."""
         parts = zip(chosen, pixels, *others, strict=True)
-        return torch.stack([change(one, *rest) if pick else one for pick, one, *rest in parts])
+        return torch.stack([change(picture, *rest) if pick else picture for pick, picture, *rest in parts])
 
     def _virtual_stain(self, pixels: Tensor) -> Tensor:
         """Fluorescence shown as haematoxylin on a cloudy ground of eosin (Gareau 2009, J. Biomed. Opt. 14:034050)."""

@@ -75,7 +75,7 @@ def _read_masks(folder: Path) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
 def _read_encoded(folder: Path, runs: list[str]) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
     image = _read_image(folder)
     height, width = image.shape[:2]
-    return image, merge_masks([decode_runs(one, height, width) for one in runs], (height, width))
+    return image, merge_masks([decode_runs(mask_runs, height, width) for mask_runs in runs], (height, width))
 
 
 def _read_image(folder: Path) -> NDArray[np.generic]:

@@ -38,8 +38,8 @@ def list_coco(folder: Path) -> list[Entry]:
             raise ValueError(f"{path.name} is no COCO file: {error}") from error
         polygons: dict[int, list[Any]] = defaultdict(list)
         # LIVECell's own files hold a dictionary of annotations, COCO's a list.
-        for one in annotations.values() if isinstance(annotations, dict) else annotations:
-            polygons[one["image_id"]].append(one["segmentation"])
+        for annotation in annotations.values() if isinstance(annotations, dict) else annotations:
+            polygons[annotation["image_id"]].append(annotation["segmentation"])
         split = next((name for name in _SPLITS if name in path.stem), "")
         for image in images:
             name = image["file_name"]

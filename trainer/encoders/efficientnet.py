@@ -60,7 +60,7 @@ class _Depthwise(torch.autograd.Function):
         features, weight = ctx.saved_tensors
         stride, padding, groups = ctx.layout
         of_features, of_weight, _ = torch.ops.aten.convolution_backward(
-            *(one.float() for one in (gradient, features, weight)),
+            *(tensor.float() for tensor in (gradient, features, weight)),
             None,
             stride,
             padding,

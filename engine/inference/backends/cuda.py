@@ -42,10 +42,11 @@ def demand_gpu(library: str) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says, in any library's way, that the device's memory is full, or was raised because of it."""
-    chain = [one for one in (error, error.__context__) if one is not None]  # a capture that fails raises its own error
+    # A capture that fails raises an error of its own.
+    chain = [cause for cause in (error, error.__context__) if cause is not None]
     # TensorRT writes it as one word or as three.
-    said = ("outofmemory" in str(one).lower().replace(" ", "") for one in chain)
-    return any(isinstance(one, torch.OutOfMemoryError) for one in chain) or any(said)
+    says_so = ("outofmemory" in str(cause).lower().replace(" ", "") for cause in chain)
+    return any(isinstance(cause, torch.OutOfMemoryError) for cause in chain) or any(says_so)
 
 
 class Device:
@@ -183,7 +184,7 @@ class GraphedHalf:
             plain: enqueue once more instead of replaying the graph, to compare the two.
         """
         # The host rounds while it copies to pinned memory, which it must do anyway; half the bytes go over the bus.
-        sent, received = (self._device.pinned(tuple(one.shape), torch.half) for one in (self.pixels, self.logits))
+        sent, received = (self._device.pinned(tuple(tensor.shape), torch.half) for tensor in (self.pixels, self.logits))
         sent.copy_(torch.from_numpy(batch))
         with self._device.on(self._stream):
             self.pixels.copy_(sent, non_blocking=True)

@@ -84,19 +84,19 @@ def measure_parity(logits: NDArray[np.float32], expected: NDArray[np.float32], t
     limit = logit_threshold(threshold)
     differences = np.abs(sigmoid(logits) - sigmoid(expected))
     masks, references = logits > limit, expected > limit
-    found = wanted = matched = 0
+    objects_here = objects_expected = matched = 0
     for mask, reference in zip(masks, references, strict=True):
         labels, count = ndimage.label(mask)
         reference_labels, reference_count = ndimage.label(reference)
-        found, wanted = found + count, wanted + reference_count
+        objects_here, objects_expected = objects_here + count, objects_expected + reference_count
         matched += count_matches(labels, reference_labels)
     return Parity(
         max_dp=float(differences.max()),
         mean_dp=float(differences.mean()),
         flipped=float((masks != references).mean()),
-        object_f1=2 * matched / (found + wanted) if found + wanted else 1.0,
-        object_change=(found - wanted) / max(1, wanted),
-        objects=wanted,
+        object_f1=2 * matched / (objects_here + objects_expected) if objects_here + objects_expected else 1.0,
+        object_change=(objects_here - objects_expected) / max(1, objects_expected),
+        objects=objects_expected,
     )
 
 

@@ -52,14 +52,14 @@ def equalise(network: nn.Module, tiles: Iterable[Tensor]) -> nn.Module:
             largest.run(tile)
         for link in links:
             most = largest.seen[link.features]
-            weights = torch.stack([_of_inputs(one).abs().flatten(1).amax(1) for one in link.after]).amax(0)
+            weights = torch.stack([_of_inputs(layer).abs().flatten(1).amax(1) for layer in link.after]).amax(0)
             factors = _bounded(most) ** _MOVED / _bounded(weights) ** (1 - _MOVED)
-            for one in link.before:
-                of_outputs(one).div_(factors.view(-1, 1, 1, 1))
-                if one.bias is not None:
-                    one.bias.div_(factors)
-            for one in link.after:
-                _of_inputs(one).mul_(factors.view(-1, 1, 1, 1))
+            for layer in link.before:
+                of_outputs(layer).div_(factors.view(-1, 1, 1, 1))
+                if layer.bias is not None:
+                    layer.bias.div_(factors)
+            for layer in link.after:
+                _of_inputs(layer).mul_(factors.view(-1, 1, 1, 1))
     return network
 
 
@@ -94,23 +94,23 @@ def _before(node: fx.Node, modules: dict[str, nn.Module]) -> list[Convolution]:
     if isinstance(module, Convolution) and module.groups == 1:
         return [module]
     if isinstance(module, nn.Identity) or node.target in (operator.add, torch.add):
-        parts = [_before(one, modules) for one in node.all_input_nodes]
-        return [one for part in parts for one in part] if all(parts) else []
+        parts = [_before(source, modules) for source in node.all_input_nodes]
+        return [layer for part in parts for layer in part] if all(parts) else []
     return []
 
 
 def _after(node: fx.Node, modules: dict[str, nn.Module]) -> list[Convolution]:
     """The convolutions that look at a node's value; [] if anything else does."""
-    found = []
+    layers = []
     for user in node.users:
         module = _module(user, modules)
         if isinstance(module, Convolution) and module.groups == 1:
-            found.append(module)
+            layers.append(module)
         elif isinstance(module, _KEEPING_CHANNELS) and (behind := _after(user, modules)):
-            found += behind
+            layers += behind
         else:
             return []
-    return found
+    return layers
 
 
 def _module(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:

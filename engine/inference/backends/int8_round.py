@@ -44,7 +44,7 @@ def round_weights(network: nn.Module, tiles: Iterable[Tensor]) -> nn.Module:
             seen = patches(convolution, inputs[0])
             products[convolution] = products.get(convolution, 0) + (seen @ seen.T).double()
 
-    hooks = [one.register_forward_hook(look) for one in network.modules() if isinstance(one, Convolution)]
+    hooks = [module.register_forward_hook(look) for module in network.modules() if isinstance(module, Convolution)]
     with torch.no_grad():
         for tile in tiles:
             network(tile)
@@ -110,13 +110,13 @@ def outputs(convolution: nn.ConvTranspose2d) -> list[tuple[Tensor, Tensor]]:
     """Of each output within a stride: the columns of its weights (C * taps) and the rows of the patches they meet."""
     size, reach, window = convolution.kernel_size[0], _reach(convolution), _window(convolution)
     channels = torch.arange(convolution.in_channels)[:, None]
-    found = []
+    phases = []
     for rows, columns in product(_taps(convolution), repeat=2):
         both = list(product(rows, columns))
         taps = torch.tensor([y * size + x for (y, _), (x, _) in both])
         seen = torch.tensor([(reach + y) * window + reach + x for (_, y), (_, x) in both])
-        found.append(((channels * size**2 + taps).flatten(), (channels * window**2 + seen).flatten()))
-    return found
+        phases.append(((channels * size**2 + taps).flatten(), (channels * window**2 + seen).flatten()))
+    return phases
 
 
 def _compensated(weights: Tensor, products: Tensor, steps: Tensor) -> Tensor:

@@ -252,12 +252,12 @@ def _demand_half(tensorrt: Any, engine: Any, weights: int) -> None:
     """
     types = {name: engine.get_tensor_dtype(name) for name in _tensor_names(tensorrt, engine)}
     if any(dtype != tensorrt.DataType.HALF for dtype in types.values()):
-        found = ", ".join(f"{name} {dtype.name}" for name, dtype in types.items())
-        raise _refusal("HALF input and output", found, "a network that was exported in float32")
+        built = ", ".join(f"{name} {dtype.name}" for name, dtype in types.items())
+        raise _refusal("HALF input and output", built, "a network that was exported in float32")
     size, limit = engine.get_engine_stat(tensorrt.EngineStat.TOTAL_WEIGHTS_SIZE), _BYTES_PER_WEIGHT * weights
     if size > limit + _PADDING_BYTES:
-        found = f"{size} bytes for {weights} weights"
-        raise _refusal("layers in fp16 (2 bytes a weight)", found, "layers that TensorRT kept in fp32")
+        built = f"{size} bytes for {weights} weights"
+        raise _refusal("layers in fp16 (2 bytes a weight)", built, "layers that TensorRT kept in fp32")
 
 
 def _refusal(expected: str, found: str, cause: str) -> BackendError:
