@@ -1,4 +1,4 @@
-"""Fused array kernels: gather (cut, reflect, normalise) and stitch (crop, threshold).
+"""Process arrays in fused kernels: gather, stitch, flat, instances, moments, quality, outline.
 
-Every kernel has a plain reference that defines its meaning.  Nothing here knows slides, models or files.
+A kernel with several forms has a plain reference that defines its meaning.  It must not know slides, models or files.
 """

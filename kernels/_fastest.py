@@ -1,7 +1,7 @@
-"""The one place that chooses how a kernel is computed: by Numba where it is installed, by its reference elsewhere.
+"""Choose the form of a kernel: Numba if it is installed, otherwise the reference.
 
-Numba is imported when the first such kernel is called: with its compiler it costs half a second and 80 MB, which a run
-is spared whose kernels are all as fast in numpy.
+Numba is imported when the first such kernel is called.  With its compiler it costs half a second and 80 MB, which a run
+saves if all its kernels are as fast in numpy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from types import ModuleType
 
 @cache
 def fastest(kernel: str) -> ModuleType:
-    """The module of the fastest form of ``kernel``, a full module name; the reference is several times slower."""
+    """Return the module of the fastest form of ``kernel``, a full module name; references are several times slower."""
     try:
         return import_module(f"{kernel}_numba")
     except ImportError:

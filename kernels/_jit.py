@@ -1,7 +1,7 @@
-"""The one place that configures Numba: compiled once, cached on disk where a cache can be written.
+"""Configure Numba for all kernels: functions are compiled once and cached on disk if the cache folder is writable.
 
-The cache lies in the user's cache folder, not beside the code: there it would outlive ``pip uninstall`` and hide the
-next installation.
+The cache lies in the user's cache folder.  Beside the code it would outlive ``pip uninstall`` and hide the next
+installation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _prepare_cache() -> bool:
-    """Choose the cache folder, the user's own NUMBA_CACHE_DIR first; whether it can be written."""
+    """Choose the cache folder, the user's NUMBA_CACHE_DIR first, and return whether it is writable."""
     if not numba.config.CACHE_DIR:
         base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         numba.config.CACHE_DIR = str(base / "cellseg-batch")
@@ -32,6 +32,6 @@ _CACHE = _prepare_cache()
 
 
 def jit(function: Function) -> Function:
-    """Compile ``function``, releasing the interpreter lock while it runs, without reordered arithmetic."""
+    """Compile ``function``; it releases the interpreter lock while it runs, and its arithmetic is not reordered."""
     compiled: Function = numba.njit(nogil=True, cache=_CACHE)(function)
     return compiled

@@ -1,4 +1,4 @@
-"""What the launchers of the Triton kernels share: bringing small tables to the GPU without waiting for it."""
+"""Copy small tables to the GPU without waiting for it, for the launchers of the Triton kernels."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 
 def upload(table: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """An int64 copy of ``table`` on ``device``.
+    """Return an int64 copy of ``table`` on ``device``.
 
-    From pinned memory, because a copy from any other waits for all that the stream was given before.
+    It goes through pinned memory: a copy from other memory waits for all earlier work of the stream.
     """
     return torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -1,7 +1,7 @@
-"""Compile every Triton kernel for GPUs that are not there, and report what ptxas makes of it.
+"""Compile every Triton kernel for several GPU models without a GPU, and report the resources that ptxas assigns.
 
 ``python -m cellseg_batch.kernels.aot`` prints the table as Markdown.  It needs triton, which ships ptxas, and no GPU.
-Only for measuring: a run compiles its kernels when it first launches them.
+It is only for measuring: a run compiles its kernels at their first launch.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ TILE, OVERLAP = 512, 64
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with everything that is fixed when it is compiled.
+    """A kernel with the arguments that are fixed at compilation.
 
     Attributes:
-        name: what it computes, for people.
+        name: description for the table.
         kernel: the decorated function.
-        types: type of every argument that is not constant, as Triton spells them, in order.
-        constants: the others.
-        options: of the compiler.
+        types: type of every argument that is not constant, in order, as Triton spells it.
+        constants: constant arguments by name.
+        options: options of the compiler.
     """
 
     name: str
@@ -47,16 +47,16 @@ class Variant:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one thread of a kernel uses on one GPU.
+    """The resources that a kernel uses on a GPU model.
 
     Attributes:
-        name: of the variant.
-        target: the GPU, as ptxas names it.
-        registers: per thread.
-        spilled: bytes per thread, stored and loaded.
+        name: name of the variant.
+        target: the GPU model, as ptxas names it.
+        registers: registers per thread.
+        spilled: spilled bytes per thread, stored and loaded.
         shared: bytes of shared memory per program.
         loads: bytes of the widest vector load from global memory; 0 if all are scalar.
-        stores: likewise.
+        stores: bytes of the widest vector store to global memory; 0 if all are scalar.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Resources:
 
 
 def variants() -> Iterator[Variant]:
-    """Every kernel in every form, for the logits that a GPU network gives and for float32."""
+    """Yield every kernel in every form, for float16 logits of a GPU network and for float32."""
     block = {"BLOCK_Y": stitch_triton.BLOCK_Y, "BLOCK_X": stitch_triton.BLOCK_X}
     step = {"STEP_Y": TILE - OVERLAP, "STEP_X": TILE - OVERLAP, "OVERLAP": OVERLAP}
     forms = {"mask": stitch_triton.MASK, "probability": stitch_triton.PROBABILITY}
@@ -102,16 +102,18 @@ def variants() -> Iterator[Variant]:
 
 
 def measure(variant: Variant, capability: int) -> Resources:
-    """Compile ``variant``; pointers, sizes and strides count as multiples of 16, as they are for whole tiles.
+    """Compile ``variant`` and return its resources; pointers, sizes and strides count as multiples of 16.
+
+    For whole tiles they are.
 
     Raises:
         CalledProcessError: ptxas refused the code.
-        LookupError: ptxas printed something new.
+        LookupError: the output of ptxas has an unknown format.
     """
     names = variant.kernel.arg_names
     free = [name for name in names if name not in variant.constants]
     types = dict(zip(free, variant.types, strict=True))
-    # Counts and strides that are no multiples of 16, and floats.
+    # Counts and strides that are not multiples of 16, and floats.
     odd = {"rows", "columns", "blocks_y", "blocks_x", "threshold", "low", "scale", "column_stride"}
     source = ASTSource(
         fn=variant.kernel,
@@ -140,7 +142,7 @@ def measure(variant: Variant, capability: int) -> Resources:
 
 
 def _find(pattern: str, text: str) -> str:
-    """The first group of ``pattern``; raises LookupError where a tool has changed what it prints."""
+    """Return the first group of ``pattern`` in ``text``; raises LookupError if the pattern does not occur."""
     match = re.search(pattern, text)
     if match is None:
         raise LookupError(f"no {pattern} in: {text}")
@@ -148,13 +150,13 @@ def _find(pattern: str, text: str) -> str:
 
 
 def _widest(instruction: str, ptx: str) -> int:
-    """Bytes that the widest vector ``instruction`` moves per thread, as ld.global.v4.b32 moves 16."""
-    accesses = re.findall(instruction + r"\.global[.\w:]*\.v(\d)\.[bu](\d+)", ptx)
-    return max((int(count) * int(bits) // 8 for count, bits in accesses), default=0)
+    """Return the bytes that the widest vector ``instruction`` moves per thread; ld.global.v4.b32 moves 16."""
+    vectors = re.findall(instruction + r"\.global[.\w:]*\.v(\d)\.[bu](\d+)", ptx)
+    return max((int(count) * int(bits) // 8 for count, bits in vectors), default=0)
 
 
 def table() -> str:
-    """A row for every variant, in Markdown: registers on each GPU, then the worst of all GPUs; sizes in bytes."""
+    """Return a Markdown table: a row per variant with registers on each GPU, then the worst of all GPUs in bytes."""
     lines: list[str] = []
     for variant in variants():
         measured = [measure(variant, capability) for capability in CAPABILITIES]

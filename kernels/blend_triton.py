@@ -1,14 +1,14 @@
-"""The blend form of `stitch` on a GPU, in Triton: each output pixel reads the 1, 2 or 4 tiles that show it.
+"""Blend tiles on a GPU, in Triton: each output pixel reads the 1, 2 or 4 tiles that show it.
 
-Every output pixel is written once and nothing is accumulated in memory.  Per pixel, for float16 logits of tiles of
-T px that overlap by O:
+Every output pixel is written once, and no sum is kept in memory.  Per pixel, for float16 logits of tiles of T px that
+overlap by O px:
 
     read  2 (T / (T - O))^2 bytes of logits: 2.6 for 512 and 64
     write 1 byte of mask or probability
 
-`stitch_reference` defines the meaning; masks and counts are the same bit for bit.  The functions are those of
-`cellseg_batch.kernels.stitch`, for tensors on the current device; none of them waits for it.  Imported only where
-triton is installed.
+`stitch_reference` defines the meaning; masks and counts are the same bit for bit.  It has the blend
+functions of `cellseg_batch.kernels.stitch`, for tensors on the current device; they do not wait for the device.  Import
+it only if triton is installed.
 
 ``python -m cellseg_batch.kernels.blend_triton`` checks the kernel against the reference and times it.
 """
@@ -35,7 +35,7 @@ from cellseg_batch.kernels.tiling import TileGrid, check_grid
 
 @triton.jit
 def _term(pointers: tl.tensor, weight: tl.tensor, keep: tl.tensor) -> tl.tensor:
-    """Weighted logits of one tile; a tile of weight 0 takes no part, be it infinite."""
+    """Return the weighted logits of a tile; a logit of weight 0 is left out, even if it is infinite."""
     return tl.where(weight > 0, weight * tl.load(pointers, keep, 0).to(tl.float32), 0)
 
 
@@ -44,7 +44,7 @@ def blend_kernel(
     logits_ptr: tl.tensor,  # (N, K, T_y, T_x)
     tile_stride: tl.tensor,
     row_stride: tl.tensor,
-    rows: tl.tensor,  # of tiles
+    rows: tl.tensor,  # number of tile rows
     columns: tl.tensor,
     top: tl.tensor,  # the window, in px
     left: tl.tensor,
@@ -61,13 +61,13 @@ def blend_kernel(
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ) -> None:
-    """One block of the window per program."""
+    """Write one block of the window per program."""
     program = tl.program_id(0)
     blocks_x = tl.cdiv(width, BLOCK_X)
     y0, x0 = program // blocks_x * BLOCK_Y, program % blocks_x * BLOCK_X
     y, x = y0 + tl.arange(0, BLOCK_Y), x0 + tl.arange(0, BLOCK_X)
 
-    # The last tile that shows a pixel; the one before shows it too within the overlap.
+    # The last tile that shows a pixel; within the overlap the tile before shows it too.
     tile_y, tile_x = tl.minimum((top + y) // STEP_Y, rows - 1), tl.minimum((left + x) // STEP_X, columns - 1)
     in_y, in_x = top + y - tile_y * STEP_Y, left + x - tile_x * STEP_X
     two_y, two_x = (tile_y > 0) & (in_y < OVERLAP), (tile_x > 0) & (in_x < OVERLAP)
@@ -107,8 +107,8 @@ def blend_mask(logits: torch.Tensor, grid: TileGrid, threshold: float, out: torc
 
     Args:
         logits: (N, K, T_y, T_x) float16 or float32, contiguous along x: the tiles of ``grid`` in raster order.
-        grid: how the tiles overlap, and which window of them is written.
-        threshold: a logit.
+        grid: overlap of the tiles, and the window to write.
+        threshold: logit above which a pixel is foreground.
         out: (grid.height, grid.width) uint8, contiguous along x, on the same device.
 
     Returns:
@@ -128,7 +128,7 @@ def blend_probability(logits: torch.Tensor, grid: TileGrid, out: torch.Tensor) -
 def _blend(
     logits: torch.Tensor, grid: TileGrid, threshold: float, out: torch.Tensor, form: tl.constexpr
 ) -> torch.Tensor:
-    """Launch `blend_kernel`; the counts of each program, (programs, 2) int32, undefined for a probability."""
+    """Launch `blend_kernel`; return the counts of each program, (programs, 2) int32, undefined for a probability."""
     check_tensors(logits, out)
     check_grid(grid, tuple(logits.shape), tuple(out.shape))
     programs = triton.cdiv(grid.height, BLOCK_Y) * triton.cdiv(grid.width, BLOCK_X)
@@ -176,7 +176,7 @@ def check(device: str) -> None:
 
 
 def naive_blend(logits: torch.Tensor, grid: TileGrid, threshold: float) -> torch.Tensor:
-    """The mask of a whole grid in plain torch: every tile is weighted, added to an accumulator, then compared."""
+    """Return the mask of a whole grid in plain torch: weight every tile, add it to an accumulator, then compare."""
     height, width = logits.shape[2:]
     steps = height - grid.overlap, width - grid.overlap
     whole = torch.zeros(grid.height, grid.width, device=logits.device)  # write 4 bytes

@@ -1,7 +1,7 @@
-"""Whether the pixels of a tile show anything at all: what need not go through the network.
+"""Find flat tiles, which need not go through the network.
 
-The reference defines the meaning.  This form gives the same answer, sums bytes as small integers, and goes through a
-tile in strips until something is seen: a tile of tissue costs a strip.
+The reference defines the meaning.  This form gives the same answer.  It sums bytes as small integers and stops at the
+first strip that is not flat, so a tile of tissue costs a single strip.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-# Rows of a strip: its sums stay in the cache.
+# Height of a strip in px; its sums stay in the processor's cache.
 _STRIP = 64
-# What holds the sum of 64 values of so many bytes; others are added up as float64.
+# Dtype that holds the sum of 64 unsigned values of that many bytes; other pixels are summed as float64.
 _SUMS: dict[int, DTypeLike] = {1: np.uint16, 2: np.uint32}
 
 
 def is_flat(pixels: NDArray[Any], limit: float) -> bool:
     """Whether the means of all windows of 8 x 8 px differ by less than ``limit``, in every channel.
 
-    The windows lie 4 px apart, so that one of them shows a small object nearly alone; their mean keeps single noisy
-    pixels out of it.
+    The windows lie 4 px apart, so that some window shows a small object nearly alone; their means suppress single noisy
+    pixels.
 
     Args:
         pixels: (S, h, w), any real dtype and memory layout.
-        limit: a difference of pixel values; of 0, nothing is flat.
+        limit: difference of pixel values; if 0, no tile is flat.
 
     Returns:
-        False for pixels that are fewer than 8 along an axis, and for a NaN or an infinity among them.
+        True if flat; False if an axis has fewer than 8 px, or if a pixel is NaN or infinite.
     """
     channels, height, width = pixels.shape
     if min(height, width) < 8:
@@ -44,14 +44,14 @@ def is_flat(pixels: NDArray[Any], limit: float) -> bool:
             windows = pairs[:, 1:] + pairs[:, :-1]
             lowest[channel] = np.minimum(lowest[channel], windows.min())
             highest[channel] = np.maximum(highest[channel], windows.max())
-            with np.errstate(invalid="ignore"):  # infinity less infinity
+            with np.errstate(invalid="ignore"):  # infinity minus infinity
                 if not highest[channel] - lowest[channel] < 64 * limit:
                     return False
     return True
 
 
 def _sums_of_four(values: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
-    """The sums of every four along the first axis; the last ones reach back where its length is no multiple of 4."""
+    """Sum every four values along the first axis; the last sum takes the last four even if they overlap."""
     whole = len(values) // 4 * 4
     sums: NDArray[Any] = np.add(values[0:whole:4], values[1:whole:4], dtype=dtype)
     sums += np.add(values[2:whole:4], values[3:whole:4], dtype=dtype)

@@ -1,4 +1,4 @@
-"""Cut a batch of tiles out of a block's pixels and normalise them, or leave that to the network: the step before it.
+"""Cut a batch of tiles out of a block's pixels before the network, and normalise them unless the network does.
 
 The reference defines the meaning; the fused kernel gives the same bits.
 """
@@ -25,10 +25,10 @@ def gather(
     """Fill ``out`` with ``clip((pixel - low) * scale, 0, 1)`` of every tile, in float32; a NaN becomes 0.
 
     Args:
-        pixels: (S, h, w), any real dtype and memory layout, S channels of the pixels that a block read.
-        rows: (N, T_y) row in ``pixels`` of each row of each tile; mirrored at the slide's edge by the caller.
-        columns: (N, T_x) likewise.
-        low: the pixel value that becomes 0.
+        pixels: (S, h, w), any real dtype and memory layout; S channels of a block's read box.
+        rows: (N, T_y) row in ``pixels`` of each row of each tile; the caller mirrors them at the slide's edge.
+        columns: (N, T_x) column in ``pixels`` of each column of each tile; mirrored likewise.
+        low: pixel value that becomes 0.
         scale: 1 / (high - low).
         out: (N, C, T_y, T_x) float32, overwritten; C = S, or any C for S = 1, which is then replicated.
 
@@ -40,15 +40,16 @@ def gather(
 
 
 def cut(pixels: NDArray[Any], rows: NDArray[np.int64], columns: NDArray[np.int64], out: NDArray[Any]) -> None:
-    """Fill ``out`` with the pixels of every tile as they are.
+    """Fill ``out`` with the unchanged pixels of every tile.
 
-    A table of rows or columns is a few runs of evenly spaced indices, one where nothing is mirrored, and two of them
-    span a rectangle that numpy copies fast, channel by channel: all at once would walk through the channels of each
-    pixel, three times slower where one of the two is planar and the other is not.
+    A table of rows or columns consists of a few runs of evenly spaced indices, or of a single run if it does not
+    mirror.  A run of rows and a run of columns span a rectangle, which numpy copies fast channel by channel.  A copy of
+    all channels at once would walk through the channels of each pixel, which is three times slower if only one of the
+    two arrays is planar.
 
     Args:
-        pixels: (S, h, w) of ``out``'s type, any memory layout.
-        rows, columns: as `gather`'s.
+        pixels: (S, h, w), dtype of ``out``, any memory layout.
+        rows, columns: as in `gather`.
         out: (N, C, T_y, T_x), any memory layout, overwritten; C = S, or any C for S = 1, which is then replicated.
 
     Raises:
@@ -58,12 +59,12 @@ def cut(pixels: NDArray[Any], rows: NDArray[np.int64], columns: NDArray[np.int64
     channels = np.broadcast_to(pixels, (out.shape[1], *pixels.shape[1:]))
     for tile, tile_rows, tile_columns in zip(out, rows, columns, strict=True):
         for (y, from_y), (x, from_x) in product(_runs(tile_rows), _runs(tile_columns)):
-            for place, channel in zip(tile, channels, strict=True):
-                place[y, x] = channel[from_y, from_x]
+            for target, channel in zip(tile, channels, strict=True):
+                target[y, x] = channel[from_y, from_x]
 
 
 def _runs(indices: NDArray[np.int64]) -> list[tuple[slice, slice]]:
-    """(place in ``indices``, the indices) of each run of evenly spaced ones, as slices; equal ones are one index."""
+    """Return (positions in ``indices``, indices) of each run of evenly spaced indices, as slices."""
     runs = []
     steps, start = np.diff(indices), 0
     while start < len(indices):

@@ -1,4 +1,4 @@
-"""`gather` as one fused pass on the CPU."""
+"""Compute `gather` in a single fused pass on the CPU."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def gather(
     """Fill ``out`` with normalised tiles; arguments as `cellseg_batch.kernels.gather.gather`."""
     tiles, channels, height, width = out.shape
     sources = pixels.shape[0]
-    zero, one = np.float32(0), np.float32(1)
+    lowest, highest = np.float32(0), np.float32(1)
     for tile in range(tiles):
         for source in range(sources):
             for y in range(height):
                 row = rows[tile, y]
                 for x in range(width):
                     scaled = (np.float32(pixels[source, row, columns[tile, x]]) - low) * scale
-                    out[tile, source, y, x] = min(scaled, one) if scaled > zero else zero
+                    out[tile, source, y, x] = min(scaled, highest) if scaled > lowest else lowest
         for channel in range(sources, channels):
             out[tile, channel] = out[tile, 0]

@@ -1,4 +1,4 @@
-"""What `gather` means, in plain numpy: cut tiles, mirror the slide's edge, normalise.
+"""Define `gather` in plain numpy: cut tiles, mirror the slide's edge, normalise.
 
 Per output pixel it reads 1 pixel (1 or 2 bytes) and writes C float32 (4 C bytes); the write dominates.
 """

@@ -1,13 +1,13 @@
-"""`gather` on a GPU, in Triton: each program cuts, mirrors and normalises one block of one tile.
+"""Compute `gather` on a GPU, in Triton: each program cuts, mirrors and normalises one block of a tile.
 
 Per output pixel it reads 1 pixel of each source channel (1, 2 or 4 bytes) and writes C values (2 C bytes in float16),
 so the write dominates: 3 + 6 bytes for RGB in uint8.  The index tables cost 8 bytes per row and column of a tile.
-Where a table runs on without mirroring, neighbouring threads still read neighbouring pixels, so there is no second
-path for it.
+Where a table does not mirror, neighbouring threads still read neighbouring pixels, so there is no second code path for
+that case.
 
 `gather_reference` defines the meaning; the result is the same bit for bit, rounded once more for float16.  The function
-is that of `cellseg_batch.kernels.gather`, for tensors on the current device; it does not wait for it.  Imported only
-where triton is installed.
+`gather` is that of `cellseg_batch.kernels.gather`, for tensors on the current device; it does not wait for the device.
+Import it only if triton is installed.
 
 ``python -m cellseg_batch.kernels.gather_triton`` checks the kernel against the reference and times it.
 """
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from cellseg_batch.kernels import gather_reference
 from cellseg_batch.kernels._tensors import upload
 
-# Four warps, 8 px a thread: a 16-byte store of float16.
+# Four warps with 8 px per thread: a thread stores 16 bytes of float16 at once.
 BLOCK_Y, BLOCK_X = 8, 128
 
 
@@ -38,14 +38,14 @@ def gather_kernel(
     low: tl.tensor,
     scale: tl.tensor,
     out_ptr: tl.tensor,  # (N, C, T_y, T_x), contiguous
-    height: tl.tensor,  # of a tile
+    height: tl.tensor,  # height of a tile in px
     width: tl.tensor,
     SOURCES: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ) -> None:
-    """One block of one tile, all channels, per program."""
+    """Write one block of a tile, all channels, per program."""
     program = tl.program_id(0)
     blocks_y, blocks_x = tl.cdiv(height, BLOCK_Y), tl.cdiv(width, BLOCK_X)
     # Offsets in int64: a batch may have more than 2^31 values.
@@ -81,10 +81,10 @@ def gather(
     """Fill ``out`` with ``clip((pixel - low) * scale, 0, 1)`` of every tile, in float32; a NaN becomes 0.
 
     Args:
-        pixels: (S, h, w) uint8, uint16 or float32, any strides, S channels of the pixels that a block read.
-        rows: (N, T_y) row in ``pixels`` of each row of each tile, in the host's memory: they are checked there.
-        columns: (N, T_x) likewise.
-        low: the pixel value that becomes 0.
+        pixels: (S, h, w) uint8, uint16 or float32, any strides; S channels of a block's read box.
+        rows: (N, T_y) row in ``pixels`` of each row of each tile, in host memory, where they are checked.
+        columns: (N, T_x) column in ``pixels`` of each column of each tile, in host memory.
+        low: pixel value that becomes 0.
         scale: 1 / (high - low).
         out: (N, C, T_y, T_x) float16 or float32, contiguous, on the same device; C = S, or any C for S = 1, which is
             then replicated.

@@ -1,14 +1,14 @@
-"""From logits to instances: seeds of tiles, their components in a block, their growth into the foreground.
+"""Turn logits into instances: classify pixels of tiles, number the seeds of a block, grow seeds into the foreground.
 
-A *pixel code* (uint8) says what a pixel is: 0 background; 1 *border*, foreground where nuclei touch; 2 *inner*, the
-other foreground; 3 *seed*, where smoothed distance minus border is high.  The 4-connected components of the seeds are
-numbered, and grow by synchronous steps, into inner pixels first and into border pixels last, so that they meet where
-the model saw a border.  Each function needs only pixels near those that it decides; see `grow` for how near.
+A *pixel code* (uint8) classifies a pixel: 0 background; 1 *border*, foreground where nuclei touch; 2 *inner*, all other
+foreground; 3 *seed*, where smoothed distance minus border is high.  The 4-connected components of the seeds are
+numbered, and grow by synchronous steps, first into inner and then into border pixels, so that they meet where the model
+predicts a border.  Each function needs only pixels near those that it decides; `grow` states the distance.
 
-A *numbered code* (uint32 or uint64) also says which seed a pixel is of: 0, 1 and 2 as above, and 2 + id for the seed
+A *numbered code* (uint32 or uint64) also names the seed of a pixel: 0, 1 and 2 as above, and 2 + id for the seed
 ``id``, counted from 1.
 
-All arithmetic is in integers, so the fast form gives the bits of the reference, which defines the meaning.
+All arithmetic is in integers, so the fast form gives the same bits as the reference, which defines the meaning.
 """
 
 from __future__ import annotations
@@ -29,45 +29,45 @@ TABLE_STEPS, TABLE_RANGE = 128, 8
 
 
 class SeedRule(NamedTuple):
-    """What decides a pixel's code; made by `seed_rule`."""
+    """The rule that decides a pixel's code; made by `seed_rule`."""
 
     foreground: np.float32
     """Logit above which a pixel is foreground."""
     distance: NDArray[np.int32]
     """Probability of each quantised logit, in units of 2 ** -14."""
     border: NDArray[np.int32]
-    """The same times the border's weight."""
+    """Probability of each quantised logit times the border's weight, in units of 2 ** -14."""
     weights: NDArray[np.int32]
-    """Half of a symmetric smoothing kernel, its centre first; the whole adds up to 2 ** 14."""
+    """Half of a symmetric smoothing kernel, from the centre on; the whole kernel adds up to 2 ** 14."""
     spacing: int
     """Pixels between two taps of the kernel."""
     seed_level: int
     """Smoothed distance minus border above which a foreground pixel is a seed."""
     border_level: int
-    """The same, at or below which it is border."""
+    """Smoothed distance minus border at or below which a foreground pixel is border."""
 
 
 class Seeds(NamedTuple):
-    """The numbered seeds of a block, in order of their ids 1, 2, ..."""
+    """The numbered seeds of a block, ordered by their ids 1, 2, ..."""
 
     first: NDArray[np.int64]
     """Index of each seed's first pixel, in raster order of the block."""
     area: NDArray[np.int64]
-    """Pixels of each seed."""
+    """Area of each seed in px."""
 
 
 def seed_rule(
     foreground: float, border_weight: float, smoothing: float, spacing: int, seed_level: float, border_level: float
 ) -> SeedRule:
-    """The rule in fixed point.
+    """Return the rule in fixed point.
 
     Args:
-        foreground: a logit.
-        border_weight: how much of the border's probability is taken off the distance, at most 3.
-        smoothing: standard deviation of a Gaussian that is cut at four of them, in units of ``spacing`` px.
-        spacing: px; logits that a shrunk model interpolated are smoothed on the grid that it saw.
-        seed_level: above it a pixel is a seed.
-        border_level: at or below it a pixel is border.
+        foreground: logit above which a pixel is foreground.
+        border_weight: factor of the border's probability that is subtracted from the distance, at most 3.
+        smoothing: standard deviation of a Gaussian, cut at four of them, in units of ``spacing`` px.
+        spacing: distance between two taps in px; interpolated logits of a shrunk model are smoothed on its own grid.
+        seed_level: smoothed distance minus border above which a foreground pixel is a seed.
+        border_level: smoothed distance minus border at or below which a foreground pixel is border.
     """
     unit = 1 << ONE_BITS
     logits = np.arange(2 * TABLE_RANGE * TABLE_STEPS + 1) / TABLE_STEPS - TABLE_RANGE
@@ -101,7 +101,8 @@ def classify_pixels(
         out: (H, W) uint8.
 
     Returns:
-        (foreground pixels, NaN among their logits); a NaN in logit 0 is background, elsewhere it counts as -8.
+        (foreground pixels, pixels with a NaN among their logits); a NaN in logit 0 is background, in the others it
+        counts as -8.
 
     Raises:
         ValueError: a core is out of bounds, or there are fewer than three logits.
@@ -118,7 +119,7 @@ def classify_foreground(
 ) -> tuple[int, int]:
     """Write pixel codes for a model without distance: all foreground is seed, so its components are the objects.
 
-    Arguments and result as `classify_pixels`, but ``foreground`` is a logit.
+    Arguments and result as `classify_pixels`; ``foreground`` is the logit above which a pixel is foreground.
     """
     counts = stitch_mask(logits, places, foreground, out)
     for _, _, y, x, height, width in places:
@@ -136,29 +137,29 @@ def label_seeds(
     """Number the 4-connected components of a block's seeds and write the block's numbered codes.
 
     Ids are ordered by the cell that holds a seed's first pixel, then by that pixel, both in raster order.  A component
-    of fewer than ``smallest`` px is no seed but inner, unless it touches an open side, beyond which it may go on.
+    of fewer than ``smallest`` px becomes inner, unless it touches an open side, where it may continue.
 
     Args:
         pixel_codes: (H, W) uint8 from `classify_pixels`.
         cell: (height, width) in px of the cells, laid from the block's first pixel.
-        smallest: px.
-        open_sides: whether the slide goes on above, left, below and right of the block.
-        out: (H, W) uint32, gets the numbered codes.
+        smallest: area in px.
+        open_sides: whether the slide continues above, left of, below and right of the block.
+        out: (H, W) uint32, receives the numbered codes.
     """
     first, area = fastest(__name__).label_seeds(pixel_codes, cell, smallest, open_sides, out)
     return Seeds(first, area)
 
 
 def renumber(codes: NDArray[np.uint32], final: NDArray[Any], out: NDArray[Any]) -> None:
-    """Write ``final[codes]``, without the index of eight bytes a pixel that numpy would make.
+    """Write ``final[codes]`` without numpy's index array of 8 bytes per pixel.
 
     Args:
         codes: (H, W) numbered codes from `label_seeds`.
-        final: (2 + ids + 1,) uint32 or uint64, the numbered code with the final id for each numbered code.
+        final: (2 + ids + 1,) uint32 or uint64, for each numbered code the numbered code with its final id.
         out: (H, W) of the same dtype as ``final``.
 
     Raises:
-        ValueError: the shapes do not fit, or there is a code beyond ``final``.
+        ValueError: the shapes do not fit, or a code lies beyond ``final``.
     """
     if codes.shape != out.shape or codes.max(initial=0) >= len(final):
         raise ValueError(f"codes {codes.shape} up to {codes.max(initial=0)}, {len(final)} of which have a final one")
@@ -166,23 +167,23 @@ def renumber(codes: NDArray[np.uint32], final: NDArray[Any], out: NDArray[Any]) 
 
 
 def reach(steps: int) -> int:
-    """Width in px of the frame that `grow` needs around what it writes."""
+    """Return the width in px of the frame that `grow` needs around its output."""
     return 2 * steps + 1
 
 
 def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> None:
     """Grow every seed by ``steps`` steps into inner pixels, then by as many into inner and border pixels.
 
-    In each step every foreground pixel without an id takes that of its neighbour above, left, right or below, the
-    first of these that had one before the step.  So the result at a pixel depends on codes at most 2 * steps px away.
+    In each step every foreground pixel without an id takes the id of the first neighbour that had one before the step,
+    in the order above, left, right, below.  So the result at a pixel depends on codes at most 2 * steps px away.
 
     Args:
         codes: (H + 2 f, W + 2 f) numbered codes, uint32 or uint64, with f = ``reach(steps)``; overwritten.
-        steps: of each of the two rounds, at least 1.
-        out: (H, W) of the same dtype, gets the ids, 0 where there is none.
+        steps: number of steps in each of the two rounds, at least 1.
+        out: (H, W) of the same dtype, receives the ids; 0 where no seed grew.
 
     Raises:
-        ValueError: the shapes do not fit, or there is no step.
+        ValueError: the shapes do not fit, or ``steps`` is below 1.
     """
     if steps < 1:
         raise ValueError(f"{steps} steps; growth needs at least 1")

@@ -1,4 +1,4 @@
-"""`instances` on the CPU, in single passes: smoothing in a ring of rows, components by runs, growth by its front."""
+"""Compute `instances` on the CPU in single passes: smooth in a ring of rows, label by runs, grow by a front."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SCALE, _OFFSET, _LAST = np.float32(_STEPS), np.float32(_RANGE * _STEPS + 0.5), 
 
 @jit
 def _score_row(distance: Logits, border: Logits, rule: SeedRule, first: int, row: NDArray[np.int32]) -> None:
-    """Distance minus border of a row of logits from column ``first`` on, its ends repeated beyond the tile."""
+    """Fill ``row`` with distance minus border, from column ``first`` of the logits on; the tile's ends are repeated."""
     last = len(distance) - 1
     for i in range(len(row)):
         x = min(max(first + i, 0), last)
@@ -46,7 +46,7 @@ def _smooth_row(row: NDArray[np.int32], rule: SeedRule, out: NDArray[np.int32]) 
 
 @jit
 def _smooth_column(ring: NDArray[np.int32], y: int, rule: SeedRule, out: NDArray[np.int32]) -> None:
-    """Smooth along y row ``y``, where the ring holds row i in slot i modulo its length."""
+    """Smooth row ``y`` along y; the ring holds row i in slot i modulo its length."""
     half = np.int32(1 << (_ONE_BITS - 1))
     centre = ring[y % len(ring)]
     for x in range(len(out)):
@@ -108,10 +108,10 @@ def label_seeds(
     """Number the components; arguments as `cellseg_batch.kernels.instances.label_seeds`."""
     runs = _find_runs(pixel_codes)
     component, first, area, touching = _join_runs(runs, pixel_codes.shape, open_sides)
-    kept = np.flatnonzero(touching | (area >= smallest))
-    first_kept, width = first[kept], pixel_codes.shape[1]
-    cells = first_kept // width // cell[0] * -(-width // cell[1]) + first_kept % width // cell[1]
-    order = kept[np.lexsort((first_kept, cells))]
+    seeds = np.flatnonzero(touching | (area >= smallest))
+    seed_first, width = first[seeds], pixel_codes.shape[1]
+    cells = seed_first // width // cell[0] * -(-width // cell[1]) + seed_first % width // cell[1]
+    order = seeds[np.lexsort((seed_first, cells))]
     codes = np.full(len(first), 2, np.uint32)
     codes[order] = np.arange(3, 3 + len(order), dtype=np.uint32)
     _write_codes(pixel_codes, runs, codes[component], out)
@@ -120,7 +120,7 @@ def label_seeds(
 
 @jit
 def _find_runs(pixel_codes: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """(row, start, stop) of every run of seed pixels in a row, in raster order."""
+    """Return (row, start, stop) of every run of seed pixels in a row, in raster order."""
     height, width = pixel_codes.shape
     count = 0
     for y in range(height):
@@ -156,18 +156,18 @@ def _root(parent: NDArray[np.int64], run: int) -> int:
 def _join_runs(
     runs: NDArray[np.int64], shape: tuple[int, int], open_sides: tuple[bool, bool, bool, bool]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-    """Component of each run; first pixel, area and whether it touches an open side of each component."""
+    """Return the component of each run, and each component's first pixel, area, and whether it touches an open side."""
     parent = np.arange(len(runs))
     above = 0
     for run in range(len(runs)):
         y, start, stop = runs[run]
         while runs[above, 0] < y - 1 or (runs[above, 0] == y - 1 and runs[above, 2] <= start):
             above += 1
-        other = above
-        while runs[other, 0] == y - 1 and runs[other, 1] < stop:
-            a, b = _root(parent, run), _root(parent, other)
+        upper = above
+        while runs[upper, 0] == y - 1 and runs[upper, 1] < stop:
+            a, b = _root(parent, run), _root(parent, upper)
             parent[max(a, b)] = min(a, b)  # the root is the first run
-            other += 1
+            upper += 1
     component = np.empty(len(runs), np.int64)
     first, area = np.empty(len(runs), np.int64), np.zeros(len(runs), np.int64)
     touching = np.zeros(len(runs), np.bool_)
@@ -226,7 +226,7 @@ def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> None:
 
 @jit
 def _close(edge: NDArray[Any]) -> None:
-    """Let nothing grow into an outermost row or column."""
+    """Turn foreground without an id in an outermost row or column into background, so that no seed grows into it."""
     for i in range(len(edge)):
         if edge[i] <= 2:
             edge[i] = 0
@@ -234,7 +234,7 @@ def _close(edge: NDArray[Any]) -> None:
 
 @jit
 def _front(codes: NDArray[Any], lowest_code: int) -> NDArray[np.int64]:
-    """Index of every pixel that the first step of a round takes; a pixel in a front counts as background until then."""
+    """Return the index of every pixel that the first step of a round fills, and set these pixels to 0 until then."""
     height, width = codes.shape
     front, count = np.empty(codes.size // 16 + width, np.int64), 0
     for y in range(1, height - 1):
@@ -255,7 +255,7 @@ def _front(codes: NDArray[Any], lowest_code: int) -> NDArray[np.int64]:
 def _advance(
     flat: NDArray[Any], width: int, lowest_code: int, front: NDArray[np.int64], is_last: bool
 ) -> NDArray[np.int64]:
-    """One step: every pixel of the front takes an id; the next front, empty after the last step."""
+    """Fill every pixel of the front with an id; return the next front, which is empty after the last step."""
     around = (-width, -1, 1, width)
     taken = np.empty(len(front), flat.dtype)
     for i in range(len(front)):

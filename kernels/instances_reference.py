@@ -1,7 +1,7 @@
-"""What `instances` means, in plain numpy.
+"""Define `instances` in plain numpy.
 
-Seeds read three logits (12 bytes in float32) and write a byte per pixel; labelling reads that and writes 4 bytes;
-growth reads 4 and writes 4, or twice as much with 64-bit ids.
+Per pixel, classifying reads three logits (12 bytes in float32) and writes 1 byte; labelling reads that byte and writes
+4 bytes; growth reads 4 and writes 4 bytes, or twice as much with 64-bit ids.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def classify_pixels(
 
 def _quantised(logits: Logits) -> NDArray[np.int32]:
     steps = logits * _STEPS + (_RANGE * _STEPS + np.float32(0.5))
-    # fmax takes the number where the other one is NaN.
+    # fmax returns 0 where a logit is NaN.
     index: NDArray[np.int32] = np.fmin(np.fmax(steps, np.float32(0)), 2 * _RANGE * _STEPS).astype(np.int32)
     return index
 
@@ -67,8 +67,8 @@ def label_seeds(
     first, area = np.unique(roots[pixel_codes == 3], return_counts=True)
     sides = (roots[0], roots[:, 0], roots[-1], roots[:, -1])
     touching = np.concatenate([side for side, is_open in zip(sides, open_sides, strict=True) if is_open] or [[]])
-    kept = (area >= smallest) | np.isin(first, touching)
-    first, area = first[kept], area[kept]
+    is_seed = (area >= smallest) | np.isin(first, touching)
+    first, area = first[is_seed], area[is_seed]
     width = pixel_codes.shape[1]
     cells = first // width // cell[0] * -(-width // cell[1]) + first % width // cell[1]
     order = np.lexsort((first, cells))
@@ -79,7 +79,7 @@ def label_seeds(
 
 
 def _lowest_of_component(seeds: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The lowest raster index in each pixel's 4-connected component; the number of pixels where there is no seed."""
+    """Return the lowest raster index in each pixel's 4-connected component; outside seeds, the number of pixels."""
     lowest = np.where(seeds, np.arange(seeds.size).reshape(seeds.shape), seeds.size)
     while True:
         around = np.pad(lowest, 1, constant_values=seeds.size)
@@ -111,6 +111,6 @@ def grow(codes: NDArray[Any], steps: int, out: NDArray[Any]) -> None:
 
 
 def _shifted(framed: NDArray[Any]) -> list[NDArray[Any]]:
-    """The four neighbours of every pixel inside a frame of one, in the order in which they are asked."""
+    """Return the four neighbours of every pixel inside a frame of 1 px, in the order of precedence."""
     height, width = framed.shape[0] - 2, framed.shape[1] - 2
     return [framed[1 + y : 1 + y + height, 1 + x : 1 + x + width] for y, x in _NEIGHBOURS]

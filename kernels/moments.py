@@ -1,10 +1,10 @@
-"""Measure labelled objects: sums that can be added up over blocks, from which every figure of an object follows.
+"""Measure labelled objects as sums that can be added up over blocks; every figure of an object follows from its sums.
 
-A row holds what is known of one object in one block; `merge` adds the rows of an object that several blocks share, and
-the result is that of measuring it in one piece.  All columns are whole numbers below 2^53 for integer pixels, so sums
-in float64 are exact and do not depend on their order.
+A row holds the sums over an object in a block.  `merge` adds the rows of an object that several blocks share, which
+gives the same result as measuring it in one piece.  For integer pixels all columns are whole numbers below 2^53, so
+sums in float64 are exact and do not depend on their order.
 
-The reference defines the meaning; the fused kernel gives the same rows, bit for bit for integer pixels.
+The reference defines the meaning; the fused kernel gives the same rows, for integer pixels bit for bit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from cellseg_batch.kernels.moments_columns import (
 )
 
 HALO = 2
-"""Pixels around a block that its perimeters need."""
+"""Width in px of the surroundings of a block that its perimeters need."""
 
 Ids = NDArray[np.uint64]
 Rows = NDArray[np.float64]
@@ -49,11 +49,11 @@ def measure(
     """Measure the part of every object that lies in a block.
 
     Args:
-        labels: (h + 2 * HALO, w + 2 * HALO) unsigned integers, the block and what surrounds it; 0 is background, and
-            so is what lies outside the slide.
+        labels: (h + 2 * HALO, w + 2 * HALO) unsigned integers, the block and its surroundings; 0 is background, also
+            outside the slide.
         pixels: (C, h, w) of the block, any real dtype and memory layout, C >= 0.
         probability: (h, w) of the block, 255 is certain; None counts as 0.
-        origin: y and x of the block in the slide.
+        origin: (y, x) of the block in the slide, in px.
 
     Returns:
         (n,) ids in ascending order and (n, CHANNELS + PER_CHANNEL * C) rows, see `moments_columns`.
@@ -65,8 +65,8 @@ def measure(
     if pixels.shape[1:] != core or (probability is not None and probability.shape != core):
         shape = None if probability is None else probability.shape
         raise ValueError(f"pixels {pixels.shape} and probability {shape} do not fit labels {labels.shape}")
-    wide = pixels.dtype.kind in "iu" and pixels.dtype.itemsize > 2  # whose squares overflow
-    # One layout is one kernel to compile.
+    wide = pixels.dtype.kind in "iu" and pixels.dtype.itemsize > 2  # squares of wide integers overflow
+    # A single memory layout needs a single compiled kernel.
     labels, pixels = np.ascontiguousarray(labels), np.ascontiguousarray(pixels, np.float64 if wide else None)
     ids, rows = fastest(__name__).measure(
         labels, pixels, np.zeros((0, 0), np.uint8) if probability is None else probability
@@ -77,7 +77,7 @@ def measure(
 
 
 def merge(ids: Ids, rows: Rows) -> tuple[Ids, Rows]:
-    """Add up the rows of each id; ids ascend in the result."""
+    """Add up the rows of each id; ids are in ascending order in the result."""
     order = np.argsort(ids, kind="stable")
     ids, rows = ids[order], rows[order]
     first = np.ones(len(ids), bool)
@@ -96,12 +96,12 @@ def merge(ids: Ids, rows: Rows) -> tuple[Ids, Rows]:
 
 
 def perimeter(rows: Rows) -> NDArray[np.float64]:
-    """Perimeter of each row in px, the estimator of Benkrid and Crookes as scikit-image has it."""
+    """Return the perimeter of each row in px, by the estimator of Benkrid and Crookes as in scikit-image."""
     return rows[:, STRAIGHT] + math.sqrt(2) * rows[:, DIAGONAL] + (1 + math.sqrt(2)) / 2 * rows[:, MIXED]
 
 
 def axes(rows: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """(major axis in px, minor axis in px, eccentricity) of the ellipse with the second moments of each row."""
+    """Return (major axis in px, minor axis in px, eccentricity) of the ellipse with the second moments of each row."""
     area = rows[:, AREA]
     mean_y, mean_x = rows[:, SUM_Y] / area, rows[:, SUM_X] / area
     yy, xx = rows[:, SUM_YY] / area - mean_y**2, rows[:, SUM_XX] / area - mean_x**2
@@ -113,7 +113,7 @@ def axes(rows: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[
 
 
 def _move(rows: Rows, top: NDArray[np.float64], left: NDArray[np.float64]) -> None:
-    """Take the sums of coordinates about (top, left) instead of the corner of each row's own box."""
+    """Move the sums of coordinates, in place, from the corner of each row's box to (top, left)."""
     down, right = rows[:, TOP] - top, rows[:, LEFT] - left
     area, sum_y, sum_x = rows[:, AREA], rows[:, SUM_Y], rows[:, SUM_X]
     rows[:, SUM_YY] += (2 * sum_y + down * area) * down

@@ -1,12 +1,12 @@
-"""Columns of a row of moments: what is known of one object in one block.
+"""Name the columns of a row of moments, which holds the sums over an object in a block.
 
-TOP LEFT BOTTOM RIGHT        bounding box in the slide, half open
-AREA                         pixels
-STRAIGHT DIAGONAL MIXED      outline pixels by how the perimeter counts them: 1, sqrt(2), (1 + sqrt(2)) / 2
-SUM_Y SUM_X                  of the pixels' coordinates from the box's corner (TOP, LEFT)
-SUM_YY SUM_YX SUM_XX         of their products
-PROBABILITY                  sum of 0 ... 255
-CHANNELS + PER_CHANNEL * c   LOW, HIGH, SUM and SQUARES of channel c; NaN if one of its pixels is
+TOP LEFT BOTTOM RIGHT        bounding box in px of the slide, half open
+AREA                         area in px
+STRAIGHT DIAGONAL MIXED      outline pixels by their share of the perimeter: 1, sqrt(2), (1 + sqrt(2)) / 2 px
+SUM_Y SUM_X                  sums of the pixels' coordinates in px from the box's corner (TOP, LEFT)
+SUM_YY SUM_YX SUM_XX         sums of the products of these coordinates
+PROBABILITY                  sum of probabilities, 0 ... 255 each
+CHANNELS + PER_CHANNEL * c   LOW, HIGH, SUM and SQUARES of channel c; NaN if any of its pixels is NaN
 """
 
 (

@@ -1,7 +1,7 @@
-"""`moments` as one fused pass on the CPU, run by run: pixels of one label that follow each other in a line.
+"""Compute `moments` in a single fused pass on the CPU, run by run.
 
-A run continues the object above it.  An object with two upper ends begins two rows, which `merge` adds up like those
-of two blocks, so no table of ids is needed.
+A run is a stretch of pixels with the same label in a line; it continues the object above it.  An object with two upper
+ends begins two rows of moments, which `merge` adds up like the rows of two blocks, so no table of ids is needed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Rows = NDArray[np.float64]
 def measure(
     labels: NDArray[Any], pixels: NDArray[Any], probability: NDArray[np.uint8]
 ) -> tuple[NDArray[np.uint64], Rows]:
-    """Measure every object; as `moments_reference.measure`, but an id may come more than once."""
+    """Measure every object; as `moments_reference.measure`, but an id may occur more than once."""
     unit = np.float64(1) if pixels.dtype.kind == "f" else np.int64(1)
     return _measure(labels, pixels, unit, probability)
 
@@ -53,7 +53,7 @@ def _measure(
     ids = np.empty(256, np.uint64)
     rows = np.empty((256, CHANNELS + PER_CHANNEL * len(pixels)))
     count = 0
-    row_of = np.zeros(width, np.int64)  # of the last object in each column
+    row_of = np.zeros(width, np.int64)  # row of moments of the last object in each column
     edges = np.zeros((3, width + 4), np.bool_)
     for y in range(1, 3):
         _find_edges(labels, y, edges[y % 3])
@@ -104,14 +104,14 @@ def _begin(row: Rows, y: int) -> None:
     row[:] = 0
     row[TOP] = y
     row[LEFT] = np.inf
-    for place in range(CHANNELS, len(row), PER_CHANNEL):
-        row[place + LOW] = np.inf
-        row[place + HIGH] = -np.inf
+    for base in range(CHANNELS, len(row), PER_CHANNEL):
+        row[base + LOW] = np.inf
+        row[base + HIGH] = -np.inf
 
 
 @jit
 def _add_run(row: Rows, y: int, start: int, stop: int) -> None:
-    """Area, box and coordinates of columns [start, stop) in closed form."""
+    """Add area, box and sums of coordinates of columns [start, stop), in closed form."""
     length = stop - start
     sum_x = (start + stop - 1) * length // 2
     squares = ((stop - 1) * stop * (2 * stop - 1) - (start - 1) * start * (2 * start - 1)) // 6
@@ -151,7 +151,7 @@ def _add_outline(row: Rows, labels: NDArray[Any], edges: NDArray[np.bool_], y: i
 def _add_light(
     row: Rows, pixels: NDArray[Any], unit: Any, probability: NDArray[np.uint8], y: int, start: int, stop: int
 ) -> None:
-    """Intensities and probability of a run; ``unit`` is the 1 of the type that they are added in."""
+    """Add intensities and probability of a run; ``unit`` is a 1 of the type in which they are summed."""
     for channel in range(len(pixels)):
         low = high = pixels[channel, y, start] * unit
         total = squares = 0 * unit
@@ -161,12 +161,12 @@ def _add_light(
             squares += value * value
             low = min(low, value)
             high = max(high, value)
-        place = CHANNELS + PER_CHANNEL * channel
-        row[place + SUM] += total
-        row[place + SQUARES] += squares
+        base = CHANNELS + PER_CHANNEL * channel
+        row[base + SUM] += total
+        row[base + SQUARES] += squares
         missing = total != total
-        row[place + LOW] = np.nan if missing else min(row[place + LOW], low)
-        row[place + HIGH] = np.nan if missing else max(row[place + HIGH], high)
+        row[base + LOW] = np.nan if missing else min(row[base + LOW], low)
+        row[base + HIGH] = np.nan if missing else max(row[base + HIGH], high)
     if probability.size:
         total_probability = 0
         for x in range(start, stop):
@@ -176,7 +176,7 @@ def _add_light(
 
 @jit
 def _about_corner(row: Rows) -> None:
-    """Turn sums about the block's corner into sums about that of the object's box."""
+    """Turn sums about the block's corner into sums about the corner of the object's box."""
     top, left, area, sum_y, sum_x = row[TOP], row[LEFT], row[AREA], row[SUM_Y], row[SUM_X]
     row[SUM_YY] += top * (top * area - 2 * sum_y)
     row[SUM_XX] += left * (left * area - 2 * sum_x)

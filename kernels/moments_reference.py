@@ -1,4 +1,4 @@
-"""What `moments` means, in plain numpy: object by object.
+"""Define `moments` in plain numpy, object by object.
 
 Labels are read once (4 bytes per pixel), pixels of objects once per channel; a row of 8 * (14 + 4 * C) bytes is written
 per object.
@@ -17,9 +17,9 @@ from cellseg_batch.kernels.moments_columns import CHANNELS, PER_CHANNEL
 def measure(
     labels: NDArray[Any], pixels: NDArray[Any], probability: NDArray[np.uint8]
 ) -> tuple[NDArray[np.uint64], NDArray[np.float64]]:
-    """Measure every object; arguments as `cellseg_batch.kernels.moments.measure`, (0, 0) for no probability.
+    """Measure every object; arguments as `cellseg_batch.kernels.moments.measure`, ``probability`` is (0, 0) for none.
 
-    Boxes are counted from the block's corner; an id comes once.
+    Boxes are counted from the block's corner; an id occurs once.
     """
     core = labels[2:-2, 2:-2]
     ids = np.unique(core[core > 0])
@@ -34,13 +34,13 @@ def measure(
         row[:CHANNELS] = top, left, y.max() + 1, x.max() + 1, len(y), *outline, *sums, *products, probability_sum
         for channel, plane in enumerate(pixels):
             values = plane[y, x].astype(np.float64)
-            place = CHANNELS + PER_CHANNEL * channel
-            row[place : place + PER_CHANNEL] = values.min(), values.max(), values.sum(), (values**2).sum()
+            base = CHANNELS + PER_CHANNEL * channel
+            row[base : base + PER_CHANNEL] = values.min(), values.max(), values.sum(), (values**2).sum()
     return ids.astype(np.uint64), rows
 
 
 def _outline(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Kind of each pixel of a mask as `outline_kind` says, 0 for pixels that are not on its outline."""
+    """Return the kind of each pixel of a mask as in `_outline_kinds`; 0 for pixels off its outline."""
     inside = np.pad(mask, 1)
     cross = inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
     edge = np.pad(mask & ~cross, 1).astype(np.int64)
@@ -50,7 +50,9 @@ def _outline(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
 
 
 def _outline_kinds() -> NDArray[np.uint8]:
-    """Kind by (outline pixels beside, outline pixels at the corners): 1 straight, 2 diagonal, 3 mixed, 0 not counted.
+    """Return the kind by (outline pixels beside, outline pixels at the corners).
+
+    The kinds are 1 straight, 2 diagonal, 3 mixed, 0 not counted.
 
     scikit-image's ``measure.perimeter`` has the same table, indexed by 1 + 2 * sides + 10 * corners.
     """

@@ -1,4 +1,4 @@
-"""How sharp and how well exposed an image is: sums over its pixels that can be added up over blocks.
+"""Measure sharpness and exposure of an image as sums over its pixels, which can be added up over blocks.
 
 The reference defines the meaning; the fused kernel gives the same sums to within rounding.
 """
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from cellseg_batch.kernels._fastest import fastest
 
 HALO = 1
-"""Pixels around a block that its sharpness needs."""
+"""Width in px of the surroundings of a block that its sharpness needs."""
 
-# The brightest value of cameras of 8, 10, 12, 14 and 16 bits.
+# Brightest value of a camera with 8, 10, 12, 14 and 16 bits.
 _FULL_SCALES = (255, 1023, 4095, 16383, 65535)
 
 
@@ -25,13 +25,13 @@ class Quality:
     """Sums over the pixels of one channel.
 
     Attributes:
-        pixels: how many there are, NaN not counted.
-        total: their sum.
-        curved: pixels whose four neighbours are known too.
-        curvature: sum of the Laplacian there, the four neighbours less four times the pixel.
-        squares: sum of its square.
-        highest: the largest value, -inf when there is no pixel.
-        saturated: pixels of that value.
+        pixels: number of pixels that are not NaN.
+        total: sum of these pixels.
+        curved: number of pixels that have a Laplacian: none of the pixel and its four neighbours is NaN or missing.
+        curvature: sum of the Laplacian, which is the sum of the four neighbours minus four times the pixel.
+        squares: sum of the squared Laplacian.
+        highest: largest pixel value, -inf without pixels.
+        saturated: number of pixels of the largest value.
     """
 
     pixels: int = 0
@@ -43,7 +43,7 @@ class Quality:
     saturated: int = 0
 
     def __add__(self, other: Quality) -> Quality:
-        """The sums over both."""
+        """Return the sums over both sets of pixels."""
         highest = max(self.highest, other.highest)
         return Quality(
             pixels=self.pixels + other.pixels,
@@ -57,7 +57,7 @@ class Quality:
 
     @property
     def focus(self) -> float | None:
-        """Variance of the Laplacian over the squared mean: falls with blur, is the same at any exposure."""
+        """Variance of the Laplacian over the squared mean pixel; falls with blur, does not depend on exposure."""
         if not self.curved or not self.total:
             return None
         variance = self.squares / self.curved - (self.curvature / self.curved) ** 2
@@ -65,17 +65,17 @@ class Quality:
 
     @property
     def saturation(self) -> float:
-        """Share of pixels at the brightest value, if that is the end of a camera's scale."""
+        """Share of pixels at the largest value if that is the end of a camera's scale; otherwise 0."""
         return self.saturated / self.pixels if self.highest in _FULL_SCALES else 0.0
 
 
 def survey(pixels: NDArray[Any], core: tuple[slice, slice]) -> Quality:
-    """The sums over a block.
+    """Return the sums over a block.
 
     Args:
-        pixels: (h, w), the block and `HALO` px around it, less where the slide ends; any real dtype and layout.
-        core: the block in it.
+        pixels: (h, w), the block and `HALO` px around it, less at the slide's edges; any real dtype and layout.
+        core: (rows, columns) of the block in ``pixels``.
     """
     rows, columns = core
-    figures = fastest(__name__).survey(np.ascontiguousarray(pixels), rows.start, rows.stop, columns.start, columns.stop)
-    return Quality(int(figures[0]), figures[1], int(figures[2]), figures[3], figures[4], figures[5], int(figures[6]))
+    sums = fastest(__name__).survey(np.ascontiguousarray(pixels), rows.start, rows.stop, columns.start, columns.stop)
+    return Quality(int(sums[0]), sums[1], int(sums[2]), sums[3], sums[4], sums[5], int(sums[6]))

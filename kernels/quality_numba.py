@@ -1,4 +1,4 @@
-"""`quality` as one fused pass on the CPU, in loops that compilers turn into vector instructions."""
+"""Compute `quality` in a single fused pass on the CPU, in loops that compilers can vectorise."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Sums = tuple[float, float, float, float, float, float, float]
 
 
 def survey(pixels: NDArray[Any], top: int, bottom: int, left: int, right: int) -> Sums:
-    """The sums; arguments and result as `quality_reference.survey`."""
-    # Whole numbers of 16 bits and less are added as such: their squares fit, and sums of them may be reordered.
+    """Compute the sums; arguments and result as `quality_reference.survey`."""
+    # Integers of up to 16 bits are added as int64: their squares fit, and integer sums may be reordered.
     if pixels.dtype.kind in "iu" and pixels.dtype.itemsize <= 2:
         return _survey(pixels, np.int64(0), np.iinfo(np.int64).min, top, bottom, left, right)
     return _survey(pixels, np.float64(0), -np.inf, top, bottom, left, right)

@@ -1,4 +1,4 @@
-"""What `quality` means, in plain numpy: pixels are read once, nothing is written."""
+"""Define `quality` in plain numpy: pixels are read once, no array is written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 def survey(
     pixels: NDArray[Any], top: int, bottom: int, left: int, right: int
 ) -> tuple[float, float, float, float, float, float, float]:
-    """The fields of `cellseg_batch.kernels.quality.Quality` in their order, of rows and columns of ``pixels``."""
+    """Return the fields of `cellseg_batch.kernels.quality.Quality`, in order, over rows and columns of ``pixels``."""
     values = pixels.astype(np.float64)
     core = values[top:bottom, left:right]
     known = core[~np.isnan(core)]

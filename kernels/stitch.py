@@ -1,10 +1,9 @@
-"""Put tiles back together: the step after the network, one read and one write per pixel.
+"""Stitch tiles after the network: write mask or probability from their logits, one read and one write per pixel.
 
-Two forms: *stitch* crops the core of each tile, *blend* fades overlapping tiles into each other.  What is blended are
-logits, not probabilities.  Two outputs: the mask and the probability.  The threshold is
-applied to the logit, z > log(t / (1 - t)), so a mask needs no exponential.
+There are two forms: *stitch* crops the core of each tile, *blend* fades overlapping tiles into each other, in logits
+and not in probabilities.  The threshold applies to the logit, z > log(t / (1 - t)), so a mask needs no exponential.
 
-The reference defines the meaning; what is used gives the same mask bit for bit, and probabilities within 1/255.
+The reference defines the meaning; the fast form gives the same mask bit for bit, and probabilities within 1/255.
 `cellseg_batch.kernels.stitch_triton` has the same functions for tensors on a GPU.
 """
 
@@ -20,12 +19,12 @@ from cellseg_batch.kernels.tiling import TileGrid, check_grid
 
 
 def logit_threshold(probability: float) -> float:
-    """The logit whose sigmoid is ``probability``, which lies strictly between 0 and 1."""
+    """Return the logit whose sigmoid is ``probability``, which must lie strictly between 0 and 1."""
     return math.log(probability / (1 - probability))
 
 
 def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The probabilities of logits of any shape, for comparing them; a mask needs none."""
+    """Return the probabilities of logits of any shape; only comparisons need them, a mask does not."""
     return 0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64)))
 
 
@@ -36,9 +35,9 @@ def stitch_mask(
 
     Args:
         logits: (N, K, T_y, T_x) float32 of a batch; logit 0 is the foreground.
-        places: (M, 6) int64 with M <= N, one row per tile: y and x of the core in the tile, y and x of it in
-            ``out``, its height and width; later tiles of the batch are padding.
-        threshold: a logit, see `logit_threshold`.
+        places: (M, 6) int64 in px with M <= N, one row per tile: y and x of the core in the tile, y and x of the core
+            in ``out``, height and width of the core; later tiles of the batch are padding.
+        threshold: logit above which a pixel is foreground, see `logit_threshold`.
         out: (H, W) uint8, 1 is foreground.
 
     Returns:
@@ -50,7 +49,7 @@ def stitch_mask(
         inside = out[to_y : to_y + height, to_x : to_x + width].view(bool)
         np.greater(core, np.float32(threshold), out=inside)
         foreground += int(np.count_nonzero(inside))
-        # The largest of a tile tells for half the price whether there is a NaN to be counted.
+        # The maximum of a tile is NaN if any logit is; it takes half the time of counting.
         if core.size and np.isnan(core.max()):
             missing += int(np.count_nonzero(np.isnan(core)))
     return foreground, missing
@@ -69,13 +68,13 @@ def blend_mask(
 ) -> tuple[int, int]:
     """Write ``blended > threshold`` of a window of overlapping tiles into ``out``.
 
-    In the r-th pixel of an overlap of O, the later tile weighs r / O and the earlier one the rest; where four tiles
-    meet, the weights along y and x are multiplied.  Terms are added in raster order of the tiles.
+    In the r-th pixel of an overlap of O px, the later tile has weight r / O and the earlier tile the rest; where four
+    tiles meet, the weights along y and x are multiplied.  Terms are added in raster order of the tiles.
 
     Args:
         logits: (N, K, T_y, T_x) float32, the tiles of ``grid`` in raster order; logit 0 is the foreground.
-        grid: how the tiles overlap, and which window of them is written.
-        threshold: a logit, see `logit_threshold`.
+        grid: overlap of the tiles, and the window to write.
+        threshold: logit above which a pixel is foreground, see `logit_threshold`.
         out: (grid.height, grid.width) uint8, 1 is foreground.
 
     Returns:

@@ -1,4 +1,4 @@
-"""`stitch` as one fused pass on the CPU, row by row: a crop or a blend gives a row of logits, which is then written."""
+"""Compute `stitch` in a single fused pass on the CPU: crop or blend a row of logits, then write the row."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def stitch_probability(logits: Logits, places: NDArray[np.int64], out: Bytes) ->
 
 @jit
 def _add_tiles(logits: Logits, grid: TileGrid, tile_row: int, y: int, weight: np.float32, row: Logits) -> None:
-    """Add row ``y`` of one row of tiles to the window's ``row``, from left to right."""
+    """Add line ``y`` of a row of tiles to the window's ``row``, from left to right."""
     width = logits.shape[3]
     step = width - grid.overlap
     unit = np.float32(1 / grid.overlap)

@@ -1,7 +1,7 @@
-"""What `stitch` means, in plain numpy: crop the cores of tiles or blend their overlaps, threshold the logits.
+"""Define `stitch` in plain numpy: crop the cores of tiles or blend their overlaps, and threshold the logits.
 
 Crop reads one logit per pixel (4 bytes in float32).  Blend reads every logit once, which is (T / (T - O))^2 per pixel
-for tiles of T px that overlap by O: 1.31 logits, 5.2 bytes, for 512 and 64.  Mask and probability write 1 byte per
+for tiles of T px that overlap by O px: 1.31 logits, 5.2 bytes, for 512 and 64.  Mask and probability write 1 byte per
 pixel.
 """
 
@@ -38,10 +38,10 @@ def stitch_probability(logits: Logits, places: NDArray[np.int64], out: Bytes) ->
 
 
 def blend(logits: Logits, grid: TileGrid) -> Logits:
-    """The window's logits (H, W): the weighted sum of every tile there, added in raster order.
+    """Return the window's logits (H, W): the weighted sum of the tiles, added in raster order.
 
-    The weights at a pixel sum to 1.  A tile of weight 0 takes no part, so an infinite logit at its very edge is not
-    made a NaN.
+    The weights at a pixel sum to 1.  A tile of weight 0 is left out, so that an infinite logit at its very edge does
+    not become NaN.
     """
     height, width = logits.shape[2:]
     steps = height - grid.overlap, width - grid.overlap
@@ -51,7 +51,7 @@ def blend(logits: Logits, grid: TileGrid) -> Logits:
             weight = np.outer(
                 _ramp(row, grid.rows, height, grid.overlap), _ramp(column, grid.columns, width, grid.overlap)
             )
-            with np.errstate(invalid="ignore"):  # 0 * inf, discarded; inf - inf is NaN, and counted
+            with np.errstate(invalid="ignore"):  # 0 * inf is discarded; inf - inf is NaN and counted
                 term = np.where(weight > 0, weight * logits[row * grid.columns + column, 0], np.float32(0))
                 whole[row * steps[0] :, column * steps[1] :][:height, :width] += term
     return whole[grid.top : grid.top + grid.height, grid.left : grid.left + grid.width]
@@ -70,7 +70,7 @@ def blend_probability(logits: Logits, grid: TileGrid, out: Bytes) -> None:
 
 
 def _ramp(index: int, count: int, length: int, overlap: int) -> NDArray[np.float32]:
-    """Weight of each pixel of tile ``index`` of ``count`` along one axis."""
+    """Return the weight of each pixel of tile ``index`` of ``count`` along one axis."""
     weight = np.ones(length, np.float32)
     rise = np.arange(overlap, dtype=np.float32) / np.float32(overlap)
     if index > 0:
@@ -81,6 +81,6 @@ def _ramp(index: int, count: int, length: int, overlap: int) -> NDArray[np.float
 
 
 def _probability(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """Floor(255 * sigmoid + 0.5) in float64, 0 for NaN."""
+    """Return floor(255 * sigmoid(logits) + 0.5) in float64, 0 for NaN."""
     probability = 0.5 * (1 + np.tanh(0.5 * np.nan_to_num(logits.astype(np.float64), nan=-np.inf)))
     return np.floor(255 * probability + 0.5)

@@ -1,9 +1,9 @@
-"""The crop form of `stitch` on a GPU, in Triton: each program crops and writes one block of one tile's core.
+"""Crop and stitch tiles on a GPU, in Triton: each program writes one block of a tile's core.
 
 Per pixel it reads one logit (2 bytes in float16) and writes 1 byte of mask or probability.
-`stitch_reference` defines the meaning; masks and counts are the same bit for bit.  The functions are those of
-`cellseg_batch.kernels.stitch`, for tensors on the current device; none of them waits for it.  Imported only where
-triton is installed.
+`stitch_reference` defines the meaning; masks and counts are the same bit for bit.  It has the crop
+functions of `cellseg_batch.kernels.stitch`, for tensors on the current device; they do not wait for the device.  Import
+it only if triton is installed.
 
 ``python -m cellseg_batch.kernels.stitch_triton`` checks the kernel against the reference and times it.
 """
@@ -23,27 +23,27 @@ from cellseg_batch.kernels.tiling import check_places
 MASK = tl.constexpr(0)
 PROBABILITY = tl.constexpr(1)
 
-# Four warps, 8 px a thread: a 16-byte load of float16 logits.
+# Four warps with 8 px per thread: a thread loads 16 bytes of float16 logits at once.
 BLOCK_Y, BLOCK_X = 16, 64
 
-# Fused multiply-adds would round a float32 blend otherwise than the CPU does.
+# Fused multiply-adds would round a float32 blend differently from the CPU.
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit
 def write_block(
     logits: tl.tensor,  # (BLOCK_Y, BLOCK_X) float32
-    rows: tl.tensor,  # of the block that lie inside the output
+    rows: tl.tensor,  # number of the block's rows inside the output
     columns: tl.tensor,
     threshold: tl.tensor,
-    out_ptr: tl.tensor,  # uint8; of the block's first pixel
+    out_ptr: tl.tensor,  # uint8; address of the block's first pixel
     out_stride: tl.tensor,
     counts_ptr: tl.tensor,  # int32; foreground and NaN pixels of this program
     FORM: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ) -> None:
-    """Write a block of logits in one of the forms; whatever made them."""
+    """Write a block of logits as mask or probability; crop and blend share it."""
     y, x = tl.arange(0, BLOCK_Y)[:, None], tl.arange(0, BLOCK_X)[None, :]
     keep = (y < rows) & (x < columns)
     if FORM == PROBABILITY:
@@ -74,20 +74,20 @@ def crop_kernel(
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ) -> None:
-    """One block of one core per program."""
+    """Write one block of a core per program."""
     program = tl.program_id(0)
     tile = program // (blocks_y * blocks_x)
     place_ptr = places_ptr + tile * 6
     y0, x0 = program // blocks_x % blocks_y * BLOCK_Y, program % blocks_x * BLOCK_X
     from_y, to_y = tl.load(place_ptr) + y0, tl.load(place_ptr + 2) + y0
     rows = (tl.load(place_ptr + 4) - y0).to(tl.int32)
-    # Rounding changes nothing here; it tells the compiler that these are multiples, so that 8 px move at once.
+    # Rounding changes no value here; it tells the compiler that these are multiples, so that 8 px move at once.
     from_x = tl.load(place_ptr + 1) // ALIGN * ALIGN + x0
     to_x = tl.load(place_ptr + 3) // ALIGN * ALIGN + x0
     columns = (tl.load(place_ptr + 5) // ALIGN * ALIGN - x0).to(tl.int32)
 
     y, x = tl.arange(0, BLOCK_Y)[:, None], tl.arange(0, BLOCK_X)[None, :]
-    # Scalars carry what may pass 2^31: the places are int64.
+    # Compute offsets that may exceed 2^31 from scalars: ``places`` is int64.
     first_ptr = logits_ptr + tile.to(tl.int64) * tile_stride + from_y * row_stride + from_x
     logits = tl.load(first_ptr + y * row_stride + x, (y < rows) & (x < columns), 0).to(tl.float32)
 
@@ -100,8 +100,8 @@ def stitch_mask(logits: torch.Tensor, places: NDArray[np.int64], threshold: floa
 
     Args:
         logits: (N, K, T_y, T_x) float16 or float32, contiguous along x.
-        places: as `cellseg_batch.kernels.stitch.stitch_mask`, in the host's memory: they are checked there.
-        threshold: a logit.
+        places: as `cellseg_batch.kernels.stitch.stitch_mask`, in host memory, where they are checked.
+        threshold: logit above which a pixel is foreground.
         out: (H, W) uint8, contiguous along x, on the same device.
 
     Returns:
@@ -121,7 +121,7 @@ def stitch_probability(logits: torch.Tensor, places: NDArray[np.int64], out: tor
 def _crop(
     logits: torch.Tensor, places: NDArray[np.int64], threshold: float, out: torch.Tensor, form: tl.constexpr
 ) -> torch.Tensor:
-    """Launch `crop_kernel`; the counts of each program, (programs, 2) int32, undefined for a probability."""
+    """Launch `crop_kernel`; return the counts of each program, (programs, 2) int32, undefined for a probability."""
     check_tensors(logits, out)
     check_places(places, tuple(logits.shape), tuple(out.shape))
     height, width = places[:, 4:6].max(axis=0, initial=0).tolist()
@@ -149,7 +149,7 @@ def _crop(
 
 
 def check_tensors(logits: torch.Tensor, out: torch.Tensor) -> None:
-    """Refuse what the kernels do not read; raises ValueError."""
+    """Check that the kernels can read ``logits`` and write ``out``; raises ValueError."""
     if logits.dtype not in (torch.float16, torch.float32) or out.dtype != torch.uint8:
         raise ValueError(f"logits of {logits.dtype} and an output of {out.dtype}; expected float16 or float32, uint8")
     if logits.ndim != 4 or out.ndim != 2 or logits.stride(3) != 1 or out.stride(1) != 1:

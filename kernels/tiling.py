@@ -1,13 +1,13 @@
-"""How tiles lie in an image: the geometry that every form of `stitch` shares, and the checks that keep it in bounds.
+"""Define the geometry of tiles that every form of `stitch` shares, and check that it stays in bounds.
 
-A grid of overlapping tiles along one axis; tile t begins at t * step, step = length - overlap:
+A grid of overlapping tiles along one axis; tile t begins at t * step, step = length - overlap, in px:
 
     tile 0   |============|----|
     tile 1                |----|============|----|
     tile 2                                  |----|============|
-    its weight            0 to 1      1     1 to 0
+    weight of tile 1      0 to 1      1     1 to 0
 
-Nothing here knows where the tiles come from or what is written.
+It must not know where the tiles come from or what is written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_OVERLAP = 64
 
 
 class TileGrid(NamedTuple):
-    """Equal tiles in raster order, each overlapping the next, and the window of them that is wanted; all in px.
+    """Equally large tiles in raster order, each overlapping the next, and the window to write; sizes in px.
 
     The overlap is a power of two of at most 64, so that the product of two ramps and a float16 logit is exact in
     float32: 6 bits, 6 bits and 11.
@@ -31,7 +31,7 @@ class TileGrid(NamedTuple):
     columns: int
     """Tiles along x."""
     overlap: int
-    """Pixels that two neighbours share, along y and along x."""
+    """Pixels that two neighbours share along y or x."""
     top: int
     """First row of the window, from the top of tile 0."""
     left: int
@@ -43,11 +43,11 @@ class TileGrid(NamedTuple):
 
 
 def check_grid(grid: TileGrid, logits: tuple[int, ...], out: tuple[int, ...]) -> None:
-    """Refuse a grid that its logits (N, K, T_y, T_x) or its output (H, W) do not fit.
+    """Check that a grid fits its logits (N, K, T_y, T_x) and its output (H, W).
 
     Raises:
         ValueError: the overlap is no power of two up to 64 or more than half a tile, there are too few tiles, the
-            window leaves the grid, or the output has another shape than the window.
+            window leaves the grid, or the output and the window have different shapes.
     """
     overlap = grid.overlap
     if not 0 < overlap <= MAX_OVERLAP or overlap & (overlap - 1) or 2 * overlap > min(logits[2:]):
@@ -65,10 +65,15 @@ def check_grid(grid: TileGrid, logits: tuple[int, ...], out: tuple[int, ...]) ->
 
 
 def check_places(places: NDArray[Any], logits: tuple[int, ...], out: tuple[int, ...]) -> None:
-    """Refuse cores, rows of (from y, from x, to y, to x, height, width), outside their tiles or their output.
+    """Check that cores lie inside their tiles and their output.
+
+    Args:
+        places: (M, 6) in px, one row per core: from y, from x, to y, to x, height, width.
+        logits: shape (N, K, T_y, T_x) of the tiles.
+        out: shape (H, W) of the output.
 
     Raises:
-        ValueError: not (M, 6) with M at most the number of tiles, or a core out of bounds.
+        ValueError: ``places`` is not (M, 6) with M at most the number of tiles, or a core is out of bounds.
     """
     if places.ndim != 2 or places.shape[1] != 6 or len(places) > logits[0]:
         raise ValueError(f"places of shape {places.shape} for {logits[0]} tiles; expected (M, 6)")

@@ -1,6 +1,6 @@
-"""Have the kernels compiled, or loaded from their cache, before blocks are under way: each is called on a few pixels.
+"""Compile the kernels, or load them from their cache, before the first block, by calling each on a few pixels.
 
-A kernel is compiled for the types that it is called with, so the calls here are those of a run.
+A kernel is compiled for the types of its arguments, so the calls here use the types of a run.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _SIDE = 8
 
 
 def compile_kernels(dtype: DTypeLike, *, probability: bool, blend: bool, instances: bool, objects: bool) -> None:
-    """Compile what a run will call; a mask of bytes needs nothing, and Numba is not imported for it.
+    """Compile the kernels of a run; a plain mask of uint8 pixels needs none, so Numba is not imported for it.
 
     Args:
-        dtype: of the pixels as they are read, of native byte order.
-        probability: the probability is made.
-        blend: tiles are blended.
-        instances: instances are made.
-        objects: objects are measured.
+        dtype: dtype of the pixels as they are read, in native byte order.
+        probability: whether the run makes the probability.
+        blend: whether the run blends tiles.
+        instances: whether the run makes instances.
+        objects: whether the run measures objects.
     """
     if np.dtype(dtype) != np.uint8:
         _gather(dtype)
@@ -55,7 +55,7 @@ def _number_and_grow() -> None:
     frame = reach(steps)
     around = np.pad(codes, frame)
     stored = codes.view()
-    stored.flags.writeable = False  # as they come from a file; another type to Numba than an array to be written
+    stored.flags.writeable = False  # like codes read from a file; Numba compiles for read-only arrays separately
     renumber(stored, np.arange(codes.max() + 1, dtype=np.uint32), around[frame:-frame, frame:-frame])
     grow(around, steps, codes)
 

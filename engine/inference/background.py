@@ -1,6 +1,6 @@
-"""Tiles that need not be computed, as what they show is too flat for the model to find anything in it.
+"""Skip flat tiles, whose contrast is too low for the model to find a nucleus in them.
 
-A tile is judged by its own pixels and by one number of its slide, so masks stay independent of blocks.
+Whether a tile is flat depends on its own pixels and on one number of its slide, so masks do not depend on blocks.
 """
 
 from __future__ import annotations
@@ -15,33 +15,34 @@ from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.kernels.flat import is_flat
 from cellseg_batch.trainer.bundle import Normalisation
 
-# Share of a slide's contrast.  Real images of nuclei, dimmed until the shipped model found none, still found some at
-# 0.0139 (small ones, fluorescence); as they were, no image in which it found a nucleus had less than 0.06.
+# Share of the slide's contrast (high - low) below which a tile is flat.  In real images that were dimmed step by step,
+# the shipped model still found nuclei at 0.0139 (small ones, in fluorescence).  In the undimmed images, no image in
+# which it found a nucleus had less than 0.06.
 FLAT = 0.0125
 
 
 def flat_limit(bounds: Bounds, rule: Normalisation) -> float:
-    """Difference of pixel values below which a tile of a slide is background; 0 if there is none.
+    """Return the difference of pixel values below which a tile of a slide is background; 0 if no tile may be skipped.
 
-    Fixed bounds say nothing of the slide's own contrast, of which its nuclei may be a small part.
+    Under a fixed rule it is 0: fixed bounds do not measure the slide's contrast, so nuclei may span little of them.
     """
     return FLAT * (bounds.high - bounds.low) if rule.rule == "percentile" else 0.0
 
 
 def without_background(block: Block, pixels: NDArray[Any], lattice: Lattice, limit: float) -> Block:
-    """The block without its flat tiles.
+    """Return the block without its flat tiles.
 
     Args:
-        block: of the slide.
-        pixels: (C, h, w) of its read box.
-        lattice: of the slide.
-        limit: as `flat_limit` says; 0 leaves all tiles as they are.
+        block: block of the slide.
+        pixels: (C, h, w) of the block's read box.
+        lattice: tile lattice of the slide.
+        limit: difference of pixel values from `flat_limit`; 0 keeps all tiles.
     """
     if not limit > 0:
         return block
 
     def flat(box: Box) -> bool:
-        seen = source_box(box, lattice.shape).seen_from(block.read_box)
-        return is_flat(pixels[(slice(None), *seen.slices())], limit)
+        in_pixels = source_box(box, lattice.shape).seen_from(block.read_box)
+        return is_flat(pixels[(slice(None), *in_pixels.slices())], limit)
 
     return replace(block, tiles=tuple(tile for tile in block.tiles if not flat(tile.frame)))

@@ -1,4 +1,4 @@
-"""Which backend computes the slides of a run: the one asked for, or the winner of the race."""
+"""Choose the backend that computes the slides of a run: the requested one, or the winner of the race."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cellseg_batch.trainer.bundle import Bundle
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend of every slide that was not begun with another one.
+    """The backend of every slide of a run; a resumed slide goes on with the backend that it began with.
 
     Attributes:
-        backend, precision: its name.
-        race_result: of the race that it won; None if there was nothing to choose.
+        backend, precision: names of the backend and its precision.
+        race_result: result of the race that it won; None if there was nothing to choose.
     """
 
     backend: str
@@ -31,34 +31,34 @@ class Choice:
 
 
 def choose(settings: Settings, bundle: Bundle, racing: Callable[[], None] = lambda: None) -> Choice:
-    """The fastest backend that does what was asked and passes the gate.
+    """Choose the fastest backend that fits the settings and passes the gate.
 
     Args:
-        settings: say which model, backend, precision and threads.
+        settings: settings with model, backend, precision and threads.
         bundle: the model.
-        racing: called if no race of this model is known on this machine yet, before it is run.
+        racing: called before a race is run, which happens if this machine has no result for this model.
 
     Raises:
-        BackendError: no backend can do what was asked.
+        BackendError: no backend fits the settings.
     """
     fitting = candidates(settings.backend, settings.precision, settings.device)
     if fitting == [REFERENCE] or (len(fitting) == 1 and not settings.gate):
-        return Choice(*fitting[0], None)  # nothing to compare with anything
+        return Choice(*fitting[0], None)  # a single candidate and no gate to pass: nothing to race
     result = load_or_race(request_of(settings, bundle.card), bundle, Artefacts(), racing)
     best = result.pick(settings.backend, settings.precision, settings.gate)
     return Choice(best.backend, best.precision, result)
 
 
 def choose_backend(settings: Settings) -> Choice:
-    """`choose`, as a task for a worker process."""
+    """Run `choose` as a task in a worker process."""
     return choose(settings, load_model(settings.model))
 
 
 def settings_elsewhere(settings: Settings) -> Settings:
-    """The settings as a worker process needs them: no path depends on its folder, and workers share the cores here."""
+    """Return the settings for a worker process: the model's path is absolute, and local workers share the cores."""
     model = settings.model if settings.model in shipped_models() else str(Path(settings.model).resolve())
     if settings.scheduler != "processes":
         return replace(settings, model=model)
     threads = settings.threads or max(1, cores() // settings.workers)
-    device = "cuda" if settings.device.startswith("cuda") else settings.device  # each process sees one only
+    device = "cuda" if settings.device.startswith("cuda") else settings.device  # each process sees only one GPU
     return replace(settings, model=model, threads=threads, device=device)

@@ -1,4 +1,4 @@
-"""What ``compile`` does: a race of everything there is, and a look at what races and networks are kept on disk."""
+"""Carry out ``compile``: race every backend and precision; list or clear compiled networks and races on disk."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.storage.cache import Artefacts, Entry
 
-# Parts of a key that tell a person nothing.
-_SILENT = ("versions", "sha256", "holds")
+# Parts of a key that mean nothing to a reader.
+_HIDDEN = ("versions", "sha256", "holds")
 
 
 @dataclass(frozen=True)
 class CompiledEntry:
-    """A compiled network or a race's result that is kept.
+    """A compiled network or a race result on disk.
 
     Attributes:
         what: kind of entry.
-        model: its name.
-        size: in bytes.
-        sound: every file is there and unchanged.
+        model: name of the model.
+        size: size in bytes.
+        sound: whether every file is present and unchanged.
         made_for: everything else that it depends on, in words.
     """
 
@@ -35,12 +35,12 @@ class CompiledEntry:
 
 
 def race_every_precision(settings: Settings, tile: int | None = None, again: bool = False) -> RaceResult:
-    """Race the backends that ``settings`` ask for, with what wins only when it is asked for by name; keep the result.
+    """Race the backends that ``settings`` ask for, including those that win only if named, and keep the result.
 
     Args:
-        settings: of a run.
-        tile: side in px of the timed tiles; None takes the usual one.
-        again: race even if there is a result.
+        settings: settings of a run.
+        tile: side in px of the timed tiles; None takes the default.
+        again: race even if a result is on disk.
 
     Raises:
         BackendError: the race's process died.
@@ -53,19 +53,19 @@ def race_every_precision(settings: Settings, tile: int | None = None, again: boo
 
 
 def list_compiled() -> tuple[Path, list[CompiledEntry]]:
-    """The folder of what is kept, and every entry in it."""
+    """Return the cache folder and every entry in it."""
     artefacts = Artefacts()
     return artefacts.folder, [_describe(entry) for entry in artefacts.entries()]
 
 
 def clear_compiled() -> tuple[Path, int]:
-    """Remove everything that is kept; returns its folder and the number of entries."""
+    """Empty the cache folder; return it and the number of removed entries."""
     artefacts = Artefacts()
     return artefacts.folder, artefacts.clear()
 
 
 def _describe(entry: Entry) -> CompiledEntry:
-    made_for = {name: value for name, value in entry.key.items() if name not in ("what", "model", *_SILENT)}
+    made_for = {name: value for name, value in entry.key.items() if name not in ("what", "model", *_HIDDEN)}
     return CompiledEntry(
         what=str(entry.key.get("what", "?")),
         model=str(entry.key.get("model", "?")),

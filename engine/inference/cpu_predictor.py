@@ -1,4 +1,4 @@
-"""Run the tiles of a block through the compiled network: gather, model, stitch, batch by batch."""
+"""Predict blocks batch by batch: gather tiles on the host, run the model, stitch on the host."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from cellseg_batch.kernels.stitch import logit_threshold
 
 @dataclass(frozen=True)
 class CpuPredictor:
-    """Predicts blocks of one slide; the host cuts and stitches, wherever the network runs.
+    """Predicts blocks of one slide; the host gathers and stitches, whichever device runs the network.
 
     Attributes:
-        session: gives the calling thread a session for one block, for batches of the rule's shape.
-        rule: of the slide.
+        session: lends the calling thread a session for one block, for batches of the rule's shape.
+        rule: prediction rule of the slide.
         clock: counts the stages.
     """
 
@@ -43,7 +43,7 @@ class CpuPredictor:
     clock: StageClock
 
     def predict(self, pixels: NDArray[Any], block: Block) -> BlockResult:
-        """As `Predictor.predict`.
+        """See `Predictor.predict`.
 
         Raises:
             ComputeError: the model returned NaN.
@@ -51,7 +51,7 @@ class CpuPredictor:
         rule = self.rule
         if not block.tiles:
             return no_foreground(pixels, block, rule.probability)
-        # What no tile covers is background.
+        # Pixels outside all tiles are background.
         mask = np.zeros(block.box.shape, np.uint8)
         probability = np.zeros(block.box.shape, np.uint8) if rule.probability else None
         stitching = make_stitch(
@@ -86,18 +86,18 @@ def tile_logits(
     tiles: Sequence[Tile],
     clock: StageClock,
 ) -> Logits:
-    """Logits (N, K, T_y, T_x) of a batch, valid until the session's next call.
+    """Return the logits (N, K, T_y, T_x) of a batch, valid until the session's next call.
 
     Args:
-        session: for batches of N tiles.
-        rule: of the slide.
+        session: session for batches of N tiles.
+        rule: prediction rule of the slide.
         pixels: (C, h, w) of ``read_box``.
-        read_box: holds every pixel of the tiles that lies in the slide.
-        tiles: up to N; what the logits behind them are does not matter.
+        read_box: box in px of the slide that holds every pixel of the tiles inside the slide.
+        tiles: up to N tiles; logits behind the last tile are meaningless.
         clock: counts the stages.
     """
     with clock.stage("gather"):
         rows, columns = source_tables(tiles, rule.lattice.shape, read_box)
         session.fill(pixels, rows, columns, rule.bounds)
-    with session.run_lock, clock.stage("model"):  # to wait for the lock is no work of the model
+    with session.run_lock, clock.stage("model"):  # take the lock first, so that waiting does not count as model time
         return session.logits()

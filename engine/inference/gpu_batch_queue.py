@@ -1,9 +1,9 @@
-"""Full batches for one GPU from the tiles of many blocks: the queue in front of a compiled network.
+"""Queue the tiles of many blocks in front of a compiled network, and launch them on one GPU in full batches.
 
-Threads put the tiles of their blocks in; whoever completes a batch launches it, so that the small fields of many
-slides fill batches together.  What does not fill a batch is launched when the device has begun the last one: nothing
-that comes later could join it without letting the device wait.  Launching waits for nothing.  It must not know
-pixels, slides or kernels.
+Threads add the tiles of their blocks; the thread that completes a batch launches it, so the small fields of many slides
+fill batches together.  An incomplete batch is launched once the device has begun the batch before it: to wait longer
+for tiles would leave the device idle.  A launch does not wait for the device.  It must not know pixels, slides or
+kernels.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ class Tiles(Protocol):
     Both methods enqueue on the current stream; they may be called again for the same tiles, with the same effect.
 
     Attributes:
-        count: how many.
-        arrived: event after which they can be gathered.
+        count: number of tiles.
+        arrived: event after which the tiles can be gathered.
     """
 
     count: int
     arrived: Any
 
     def gather(self, first: int, last: int, pixels: Tensor) -> None:
-        """Fill ``pixels`` (last - first, C, T_y, T_x) with tiles ``first`` to ``last``, the latter excluded."""
+        """Fill ``pixels`` (last - first, C, T_y, T_x) with the tiles from ``first`` up to but without ``last``."""
         ...
 
     def stitch(self, first: int, last: int, logits: Tensor) -> None:
-        """Take the logits (last - first, K, T_y, T_x) of these tiles, which come in order."""
+        """Take the logits (last - first, K, T_y, T_x) of these tiles; the tiles come in order."""
         ...
 
 
 @dataclass(eq=False)
 class _Entry:
-    """A block in the queue: its tiles, how many are still to be launched, and why that failed."""
+    """A block in the queue: its tiles, the number still to be launched, and the error of a failed launch."""
 
     tiles: Tiles
     left: int
@@ -60,13 +60,13 @@ class BatchQueue:
     """The tiles that wait for one compiled network on one device.
 
     Args:
-        device: that computes.
-        compile_model: makes the network ready for batches of so many tiles.
-        batch: tiles of a batch.
+        device: the device that computes.
+        compile_model: compiles the network for a batch of the given number of tiles.
+        batch: tiles per batch.
 
     Attributes:
-        batch: tiles of a batch from now on; halved whenever the device's memory is full.
-        incoming, computing, outgoing: streams for pixels, for everything between, for results.
+        batch: tiles per batch from now on; halved whenever the device's memory is full.
+        incoming, computing, outgoing: streams for pixels, for the computation, and for results.
     """
 
     def __init__(self, device: Device, compile_model: Callable[[int], DeviceModel], batch: int) -> None:
@@ -76,12 +76,12 @@ class BatchQueue:
         self._compile = compile_model
         self._model: DeviceModel | None = None
         self._waiting: deque[tuple[_Entry, int]] = deque()
-        self._begun = device.event()
+        self._last_start = device.event()
         self._timed: deque[tuple[Any, Any]] = deque()
         self._lock = threading.Lock()
 
     def run(self, tiles: Tiles) -> None:
-        """Launch every tile of a block; by any thread, which returns when the last one is enqueued.
+        """Launch every tile of a block and return when the last tile is enqueued; any thread may call it.
 
         Raises:
             ComputeError: the device's memory is full even with single tiles.
@@ -93,34 +93,34 @@ class BatchQueue:
             while len(self._waiting) >= self.batch:
                 self._launch()
         while entry.left:
-            begun = self._begun
-            begun.synchronize()
+            last_start = self._last_start
+            last_start.synchronize()
             with self._lock:
-                if entry.left and self._begun is begun:  # nothing was launched meanwhile
+                if entry.left and self._last_start is last_start:  # no batch was launched meanwhile
                     self._launch()
         if entry.error is not None:
             raise entry.error
 
-    def make_room(self) -> None:
-        """Halve the batch, because memory for something else could not be had.
+    def halve_batch(self) -> None:
+        """Halve the batch, to free device memory that a caller could not get.
 
         Raises:
-            ComputeError: batches hold single tiles already.
+            ComputeError: batches already hold a single tile.
         """
         with self._lock:
             self._halve()
 
     def busy_seconds(self) -> float:
-        """Seconds that the device took for the batches that it finished since the last call."""
+        """Return the seconds of device time for the batches finished since the last call."""
         seconds = 0.0
         with self._lock:
             while self._timed and self._timed[0][1].query():
-                begun, ended = self._timed.popleft()
-                seconds += begun.elapsed_time(ended) / 1000
+                start, end = self._timed.popleft()
+                seconds += start.elapsed_time(end) / 1000
         return seconds
 
     def _launch(self) -> None:
-        """Launch the first batch that waits; where memory is full it stays waiting, for smaller batches."""
+        """Launch the first waiting batch; if memory is full, halve the batch and leave its tiles waiting."""
         batch = list(islice(self._waiting, self.batch))
         try:
             try:
@@ -134,7 +134,7 @@ class BatchQueue:
             failed = {entry for entry, _ in batch}
             for entry in failed:
                 entry.left, entry.error = 0, error
-            self._waiting = deque(share for share in self._waiting if share[0] not in failed)
+            self._waiting = deque(waiting for waiting in self._waiting if waiting[0] not in failed)
             return
         for entry, _ in batch:
             self._waiting.popleft()
@@ -144,23 +144,23 @@ class BatchQueue:
         if self._model is None:
             self._model = self._compile(self.batch)
         parts = list(_parts(batch))
-        begun, ended = self.device.event(), self.device.event()
+        start, end = self.device.event(), self.device.event()
         with self.device.on(self.computing):
             for tiles, *_ in parts:
                 self.computing.wait_event(tiles.arrived)
-            begun.record(self.computing)
+            start.record(self.computing)
             for tiles, first, last, span in parts:
                 tiles.gather(first, last, self._model.pixels[span])
-            # Places behind the last tile hold what they held; their logits go nowhere.
+            # The part of the buffer behind the last tile keeps old pixels; its logits are not read.
             self._model.enqueue()
             for tiles, first, last, span in parts:
                 tiles.stitch(first, last, self._model.logits[span])
-            ended.record(self.computing)
-        self._begun = begun
-        self._timed.append((begun, ended))
+            end.record(self.computing)
+        self._last_start = start
+        self._timed.append((start, end))
 
     def _halve(self) -> None:
-        """Let go of the network, once it is idle; the next launch compiles it for half as many tiles."""
+        """Wait for the network and drop it; the next launch compiles it for half as many tiles."""
         self.device.settle()
         self._model = None
         self.device.settle()
@@ -181,9 +181,9 @@ class BatchQueue:
 
 
 def _parts(batch: list[tuple[_Entry, int]]) -> Iterator[tuple[Tiles, int, int, slice[int, int, None]]]:
-    """Every block's share of a batch: (tiles, first, last, span in the batch)."""
+    """Yield each block's share of a batch: (tiles, first, last, span in the batch); ``last`` is excluded."""
     start = 0
-    for entry, share in groupby(batch, key=lambda one: one[0]):
+    for entry, share in groupby(batch, key=lambda waiting: waiting[0]):
         numbers = [number for _, number in share]
         yield entry.tiles, numbers[0], numbers[-1] + 1, slice(start, start + len(numbers))
         start += len(numbers)

@@ -1,12 +1,12 @@
-"""Run the tiles of blocks through a GPU: pixels go up as they are, masks come back, all between stays there.
+"""Predict blocks on a GPU: raw pixels go up, masks come back, and everything between stays on the device.
 
     incoming    pinned host memory -> pixels of the read box
-    computing   gather -> network -> stitch, in batches that other blocks fill too (`gpu_batch_queue`)
+    computing   gather -> network -> stitch, in batches shared with other blocks (`gpu_batch_queue`)
     outgoing    mask, probability and counts -> pinned host memory
 
-The same interface as `cpu_predictor.CpuPredictor`; each thread waits once, for its own result.  Pinned memory
-is torch's: it keeps what was freed for the next block.  Masks come back as bytes, because the
-writer takes bytes, and to unpack bits costs the host more than it saves the bus.
+It has the interface of `cpu_predictor.CpuPredictor`.  Each thread waits once, for its own result.  torch allocates the
+pinned memory and keeps freed memory for the next block.  Masks come back as bytes, because the writer takes bytes, and
+unpacking bits costs the host more than it saves on the bus.
 
 It has not run on a GPU yet; tests run it on the CPU, with the Triton kernels in their interpreter.
 """
@@ -45,9 +45,9 @@ class GpuPredictor:
     """Predicts blocks of one slide on GPUs.
 
     Attributes:
-        queue: gives the queue of the GPU that one block goes to, for tiles of the rule's shape.
-        rule: of the slide.
-        clock: counts the stages; as the model's, what the GPU took for whole batches.
+        queue: returns the queue of the GPU for the next block, for tiles of the rule's shape.
+        rule: prediction rule of the slide.
+        clock: counts the stages; the stage "model" is the GPU's time for whole batches.
     """
 
     queue: Callable[[], BatchQueue]
@@ -55,10 +55,10 @@ class GpuPredictor:
     clock: StageClock
 
     def predict(self, pixels: NDArray[Any], block: Block) -> BlockResult:
-        """As `Predictor.predict`.
+        """See `Predictor.predict`.
 
         Raises:
-            ComputeError: the model returned NaN, or not even single tiles fit into the GPU's memory.
+            ComputeError: the model returned NaN, or the GPU's memory is full even with batches of one tile.
         """
         if not block.tiles:
             return no_foreground(pixels, block, self.rule.probability)
@@ -71,7 +71,7 @@ class GpuPredictor:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                queue.make_room()
+                queue.halve_batch()
         mask, probability, (foreground, undefined) = tiles.fetch()
         self.clock.worked("model", queue.busy_seconds())
         refuse_nan(block, undefined)
@@ -79,9 +79,9 @@ class GpuPredictor:
 
 
 class _BlockOnDevice:
-    """A block's pixels, mask and probability on the device: its `Tiles` for the queue.
+    """Hold a block's pixels, mask and probability on the device; the queue takes it as the block's `Tiles`.
 
-    Everything is held until the results are on the host, so no stream can be given memory that another still reads.
+    It holds everything until the results are on the host, so no stream gets memory that another stream still reads.
     """
 
     def __init__(
@@ -92,14 +92,14 @@ class _BlockOnDevice:
         self._block = block
         self._queue, self._device = queue, queue.device
         with clock.stage("upload"):
-            source = torch.from_numpy(_as_the_kernel_reads(pixels))
+            source = torch.from_numpy(_to_kernel_dtype(pixels))
             self._sent = torch.empty_like(source, pin_memory=self._device.is_gpu).copy_(source)
         with self._device.on(self._queue.incoming):
             self._pixels = self._sent.to(self._device.torch_device, non_blocking=True)
             self.arrived = self._device.event()
             self.arrived.record(self._queue.incoming)
         with self._device.on(self._queue.computing):
-            # What no tile covers is background.
+            # Pixels outside all tiles are background.
             self._mask = self._empty(block.box.shape, torch.uint8).zero_()
             self._probability = self._empty(block.box.shape, torch.uint8).zero_() if rule.probability else None
             self._stitch = make_stitch(
@@ -119,20 +119,20 @@ class _BlockOnDevice:
         return torch.empty(shape, dtype=dtype, device=self._device.torch_device)
 
     def gather(self, first: int, last: int, pixels: Tensor) -> None:
-        """As `Tiles.gather`."""
+        """See `Tiles.gather`."""
         lattice, bounds = self._rule.lattice, self._rule.bounds
         tables = source_tables(self._block.tiles[first:last], lattice.shape, self._block.read_box)
         gather_triton.gather(self._pixels, *tables, bounds.low, bounds.scale, pixels)
 
     def stitch(self, first: int, last: int, logits: Tensor) -> None:
-        """As `Tiles.stitch`; after the last tile, the results are ready to be fetched."""
+        """See `Tiles.stitch`; after the last tile the results can be fetched."""
         self._stitch.add(first, logits)
         if last == self.count:
             self._counts = torch.stack(self._stitch.finish()).sum(0)
             self._finished.record(self._queue.computing)
 
     def fetch(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None, tuple[int, int]]:
-        """Mask, probability, and how many pixels are foreground and NaN, once they are on the host."""
+        """Wait for the results and return mask (h, w), probability (h, w), and (foreground pixels, NaN logits)."""
         assert self._counts is not None
         done = self._device.event()
         with self._device.on(self._queue.outgoing):
@@ -148,8 +148,8 @@ class _BlockOnDevice:
         return self._device.pinned(tuple(result.shape), result.dtype).copy_(result, non_blocking=True)
 
 
-def _as_the_kernel_reads(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Pixels in a type of the gather kernel; float32 is what it computes in."""
+def _to_kernel_dtype(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Return pixels in a dtype that the gather kernel reads; other dtypes become float32, in which it computes."""
     if pixels.dtype.kind == "b":
         return pixels.view(np.uint8)
     return pixels if pixels.dtype in (np.uint8, np.uint16, np.float32) else pixels.astype(np.float32)

@@ -1,4 +1,4 @@
-"""The backends and compiled networks of a process: made once, kept, run one at a time, their time counted."""
+"""Make, keep and share the backends and compiled networks of a process; one network runs at a time."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from cellseg_batch.trainer.bundle import Bundle
 if TYPE_CHECKING:
     from cellseg_batch.engine.inference.gpu_batch_queue import BatchQueue
 
-# Compiled networks are kept while their batches are no larger together than this, in px: two large tiles, or the many
+# Compiled networks are kept while the area of all their batches is at most this, in px: two large tiles, or the many
 # shapes of a folder of small images.
 _KEPT_AREA = 2 * Settings.tile**2
 
-# Of a network: one thread cuts or stitches its tiles while the other's run.
+# Sessions per network: one thread cuts or stitches its tiles while another thread's tiles run.
 _SESSIONS = 2
 
-# Tile sizes whose models stay on a GPU: of a slide, and of the next one that is being prepared.
+# Batch shapes whose models stay on a GPU: one for the current slide, one for the next slide in preparation.
 _KEPT_QUEUES = 2
 
-# What a network is compiled for.
+# (backend, batch shape, pixel dtype) that a network is compiled for.
 _Key = tuple[Backend, Shape, np.dtype[Any]]
 
 
@@ -50,19 +50,19 @@ class ModelPool:
 
     Args:
         bundle: the model.
-        settings: say which model, backend, precision and threads.
-        racing: called if no race of this model is known on this machine yet, before it is run.
-        choice: of the backend, if that is settled already.
+        settings: settings with model, backend, precision and threads.
+        racing: called before a race is run, which happens if this machine has no result for this model.
+        choice: choice of the backend, if it was made already.
 
     Attributes:
-        choice: which backend is to be used.
-        chosen: that backend.
-        probes: for windows that show how large nuclei are.
-        seconds: spent on choosing, compiling and warming up.
-        models_lock: held by the thread that makes models, or looks whether one is there.
+        choice: choice of the backend.
+        chosen: the chosen backend.
+        probes: sessions for the windows that show the size of nuclei.
+        seconds: time spent on choosing, compiling and warming up, in seconds.
+        models_lock: lock held by the thread that makes or looks up models.
 
     Raises:
-        BackendError: no backend can do what was asked.
+        BackendError: no backend fits the settings.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ModelPool:
         choice: Choice | None = None,
     ) -> None:
         self.bundle = bundle
-        # What a mask does not need costs a twentieth of the time, and twice its size in memory.
+        # A mask needs no other outputs: they take a twentieth of the time and twice the foreground's memory.
         self._outputs = bundle if settings.instances or settings.objects else bundle.foreground
         self.seconds = 0.0
         self.models_lock = threading.RLock()
@@ -100,10 +100,10 @@ class ModelPool:
             self.seconds += time.perf_counter() - start
 
     def backend(self, name: str, precision: str, downscale: int = 1, gpu: str | None = None) -> Backend:
-        """A backend by name, for images downscaled by ``downscale``; on the first GPU unless another one is named.
+        """Return a backend by name, for images downscaled by ``downscale``; on the first GPU unless ``gpu`` is named.
 
         Raises:
-            BackendError: it is not to be had here.
+            BackendError: the backend is not available on this machine.
         """
         key = (name, precision, downscale, gpu or self._gpus[0])
         with self.models_lock:
@@ -114,11 +114,11 @@ class ModelPool:
             return self._backends[key]
 
     def downscaled(self, backend: Backend, factor: int) -> Backend:
-        """The same library and precision, for images downscaled by ``factor``."""
+        """Return the backend of the same library and precision for images downscaled by ``factor``."""
         return self.backend(backend.name, backend.precision, factor)
 
     def race_result_of(self, backend: Backend) -> dict[str, Any] | None:
-        """What the race says of a backend, with its conditions; None if it was not raced."""
+        """Return the figures of a backend's race and its conditions as plain values; None without a race."""
         if self.choice.race_result is None:
             return None
         content = self.choice.race_result.to_json()
@@ -128,31 +128,31 @@ class ModelPool:
 
     @contextmanager
     def session(self, backend: Backend, shape: Shape, dtype: DTypeLike) -> Iterator[Session]:
-        """A session for batches of ``shape`` and a type of pixels, this thread's own while the context lasts.
+        """Lend a session for batches of ``shape`` and pixels of ``dtype``; no other thread has it in the context.
 
-        There are two for each network; a third thread waits.
+        Each network has two sessions; a third thread waits.
         """
         with self.models_lock:
             key = (backend, shape, np.dtype(dtype))
             sessions = self._sessions.pop(key, None)
             if sessions is None:
-                self._make_room(shape)
+                self._drop_idle_networks(shape)
                 with self.counted():
                     sessions = _Sessions(compile_network(backend, shape, dtype), self._run_lock)
-            self._sessions[key] = sessions  # the last one used comes last
+            self._sessions[key] = sessions  # most recently used last
             users = sessions.enter()
         with users as session:
             yield session
 
     def has_queue(self, backend: Backend) -> bool:
-        """Whether blocks go through a GPU as a whole, by `queue`.
+        """Whether the GPU gathers and stitches whole blocks through `queue`.
 
-        Without Triton they do not: the host cuts and stitches then, and the GPU only computes.
+        Without Triton the host gathers and stitches, and the GPU only runs the network.
         """
         return KNOWN_BACKENDS[backend.name].on_gpu and find_spec("triton") is not None
 
     def queue(self, backend: Backend, downscale: int, shape: Shape) -> BatchQueue:
-        """The queue of a GPU for batches of a shape, of every GPU in turn; for backends that have one."""
+        """Return a GPU's queue for batches of ``shape``, each GPU in turn; only for backends with `has_queue`."""
         from cellseg_batch.engine.inference.backends import cuda
         from cellseg_batch.engine.inference.gpu_batch_queue import BatchQueue
 
@@ -161,28 +161,28 @@ class ModelPool:
             if key not in self._queues:
                 queues = []
                 for gpu in self._gpus:
-                    there = self.backend(backend.name, backend.precision, downscale, gpu)
-                    queues.append(BatchQueue(cuda.Device(gpu), partial(_compile_batch, there, shape), shape[0]))
+                    gpu_backend = self.backend(backend.name, backend.precision, downscale, gpu)
+                    queues.append(BatchQueue(cuda.Device(gpu), partial(_compile_batch, gpu_backend, shape), shape[0]))
                 self._queues[key] = cycle(queues)
             self._queues.move_to_end(key)
             while len(self._queues) > _KEPT_QUEUES:
                 self._queues.popitem(last=False)
             return next(self._queues[key])
 
-    def _make_room(self, shape: Shape) -> None:
-        """Let go of the idle networks that were not used for longest: each holds memory of its own."""
+    def _drop_idle_networks(self, shape: Shape) -> None:
+        """Drop the least recently used idle networks until one for ``shape`` fits: each holds its own memory."""
         areas = {key: math.prod(key[1]) // key[1][1] for key in self._sessions}
-        room = _KEPT_AREA - math.prod(shape) // shape[1]
+        free_area = _KEPT_AREA - math.prod(shape) // shape[1]
         for key in areas:
-            if not self._sessions[key].users and sum(areas[kept] for kept in self._sessions) > room:
+            if not self._sessions[key].users and sum(areas[held] for held in self._sessions) > free_area:
                 del self._sessions[key]
 
 
 class _Sessions:
-    """The sessions on one network, each for one thread at a time.
+    """The sessions of one network, each for one thread at a time.
 
     Attributes:
-        users: threads that have one or wait for one.
+        users: number of threads that have a session or wait for one.
     """
 
     def __init__(self, network: Network, run_lock: AbstractContextManager[Any]) -> None:
@@ -193,7 +193,7 @@ class _Sessions:
             self._idle.put(Session(network, run_lock))
 
     def enter(self) -> AbstractContextManager[Session]:
-        """Count as a user from now on; the context waits for a session and gives it back."""
+        """Count the caller as a user; the returned context waits for a session and gives it back."""
         with self._lock:
             self.users += 1
         return self._use()
@@ -210,5 +210,5 @@ class _Sessions:
 
 
 def _compile_batch(backend: Backend, shape: Shape, batch: int) -> DeviceModel:
-    """The model for batches of another size on a GPU, whose backends all compile models of that kind."""
+    """Compile the model for batches of ``batch`` tiles; all GPU backends compile to a `DeviceModel`."""
     return cast("DeviceModel", backend.compile((batch, *shape[1:])))

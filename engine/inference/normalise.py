@@ -1,7 +1,7 @@
 """Settle a slide's normalisation before its first block: once per slide, never per tile.
 
-The pixels are sampled from a low level of the pyramid, or from a fixed grid of windows where there is none, so
-that the cost does not grow with the slide and the same slide always gives the same bounds.
+The pixels are sampled from a low level of the pyramid, or from a fixed grid of windows if it has none, so that
+the cost does not grow with the slide and the same slide always gives the same bounds.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.trainer.bundle import Normalisation
 
 _ENOUGH_PIXELS = 1 << 20
-_MOST_VALUES = 1 << 22
+_MAX_VALUES = 1 << 22
 _WINDOW = 128
 _PLANES = 8
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Pixel values that become 0 and 1 of a slide; ``clip((x - low) / (high - low), 0, 1)`` in float32."""
+    """Pixel values of a slide that become 0 and 1 by ``clip((x - low) / (high - low), 0, 1)`` in float32."""
 
     low: float
     high: float
 
     @property
     def scale(self) -> float:
-        """1 / (high - low); 0 for a slide of one value, which becomes all 0."""
+        """1 / (high - low); 0 if the slide has a single value, so that all its pixels become 0."""
         return 1.0 / (self.high - self.low) if self.high > self.low else 0.0
 
 
 def sample_slide(slide: Slide, channels: tuple[int, ...], level: int) -> list[NDArray[Any]]:
-    """Parts (C, h, w) of a slide that stand for it as a whole, as stored.
+    """Return parts (C, h, w) that represent the whole slide, in the stored dtype.
 
     Raises:
         ReadError: none of the sampled pixels can be read.
@@ -49,23 +49,23 @@ def sample_slide(slide: Slide, channels: tuple[int, ...], level: int) -> list[ND
     sampled = _sampling_level(slide, level)
     count = slide.planes(sampled)
     planes = sorted({round(i) for i in np.linspace(0, count - 1, min(count, _PLANES))})
-    boxes = _sample_boxes(*slide.plane_shape(sampled), most=_MOST_VALUES // (len(planes) * len(channels)))
+    boxes = _sample_boxes(*slide.plane_shape(sampled), limit=_MAX_VALUES // (len(planes) * len(channels)))
     with SlideReader(slide, sampled, channels) as reader:
         parts = [part for plane, box in product(planes, boxes) for part in _readable(reader, plane, box)]
         if not parts:
-            reader.read(planes[0], boxes[0])  # says what is wrong
+            reader.read(planes[0], boxes[0])  # raises the reason
     return parts
 
 
 def settle_bounds(sample: Sequence[NDArray[Any]], rule: Normalisation) -> Bounds:
-    """Bounds by the model card's rule, the same for all channels and planes of a slide; fixed ones need no sample."""
+    """Return bounds by the model card's rule, shared by all channels and planes; a fixed rule needs no sample."""
     if rule.rule == "fixed":
         return Bounds(rule.low, rule.high)
     return Bounds(*rule.bounds_of(np.concatenate([_finite(part) for part in sample])))
 
 
 def _readable(reader: SlideReader, plane: int, box: Box) -> Iterator[NDArray[Any]]:
-    """Pixels of ``box``, quarter by quarter where it is damaged: a bad chunk costs its block, not the slide."""
+    """Yield the pixels of ``box``; if it is damaged, read its quarters, so that a bad chunk does not fail the slide."""
     try:
         yield reader.read(plane, box)
     except ReadError:
@@ -79,19 +79,19 @@ def _readable(reader: SlideReader, plane: int, box: Box) -> Iterator[NDArray[Any
 
 
 def _sampling_level(slide: Slide, level: int) -> int:
-    """The lowest resolution at or below ``level`` that still has enough pixels."""
-    enough = [i for i in range(level, len(slide.levels)) if np.prod(slide.plane_shape(i)) >= _ENOUGH_PIXELS]
-    return max(enough, default=level)
+    """Return the lowest resolution, from ``level`` downwards, that still has enough pixels."""
+    large_enough = [i for i in range(level, len(slide.levels)) if np.prod(slide.plane_shape(i)) >= _ENOUGH_PIXELS]
+    return max(large_enough, default=level)
 
 
-def _sample_boxes(height: int, width: int, most: int) -> list[Box]:
-    """A whole plane of up to ``most`` px, or windows that are spread evenly over a larger one.
+def _sample_boxes(height: int, width: int, limit: int) -> list[Box]:
+    """Return one box for a plane of up to ``limit`` px, or windows spread evenly over a larger plane.
 
-    They begin at multiples of their side, so that each lies in one chunk of the usual sizes.
+    Windows begin at multiples of their side, so that each lies in one chunk of the usual sizes.
     """
-    if height * width <= most:
+    if height * width <= limit:
         return [Box(0, 0, height, width)]
-    count = max(2, math.isqrt(most // _WINDOW**2))
+    count = max(2, math.isqrt(limit // _WINDOW**2))
 
     def starts(length: int) -> list[int]:
         return sorted({round(i / _WINDOW) * _WINDOW for i in np.linspace(0, max(0, length - _WINDOW), count)})
@@ -102,7 +102,7 @@ def _sample_boxes(height: int, width: int, most: int) -> list[Box]:
 
 
 def _finite(pixels: NDArray[Any]) -> NDArray[Any]:
-    """The finite pixels as the model will see them; small integers need no float32 for that."""
+    """Return the finite pixels as a flat array, as float32 unless they are integers of at most 16 bits."""
     if pixels.dtype.kind in "iu" and pixels.dtype.itemsize <= 2:
         return pixels.ravel()
     values = pixels.astype(np.float32).ravel()

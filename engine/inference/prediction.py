@@ -1,4 +1,4 @@
-"""What decides a block's prediction besides its pixels, what it becomes, and what is checked of it on any device."""
+"""Define the rule and the result of a block's prediction, and the checks that every device shares."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class PredictionRule:
     """How the pixels of one slide become its masks.
 
     Attributes:
-        lattice: of the slide's tiles.
+        lattice: tile lattice of the slide.
         shape: (N, C, T_y, T_x) of every batch.
-        dtype: of the slide's pixels.
-        bounds: of the normalisation.
+        dtype: dtype of the slide's pixels.
+        bounds: pixel values that normalisation maps to 0 and 1.
         threshold: probability above which a pixel is foreground.
-        probability: also make the probability.
+        probability: whether to make the probability too.
         stitch: crop or blend.
-        downscale: by how much the slide is downscaled for the model.
-        instances: makes pixel codes instead of the mask; None for a mask.
+        downscale: factor by which the slide is downscaled for the model.
+        instances: rule that makes pixel codes instead of the mask; None for a mask.
     """
 
     lattice: Lattice
@@ -45,13 +45,13 @@ class PredictionRule:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What one block became.
+    """The prediction of one block.
 
     Attributes:
         mask: (h, w) uint8, 1 is foreground; for instances the pixel codes.
         probability: (h, w) uint8, 255 is certain; None unless asked for.
-        foreground: pixels that are foreground.
-        missing: NaN values in the block's input (each counts as 0).
+        foreground: number of foreground pixels.
+        missing: number of NaN values in the block's pixels, which the model sees as 0.
     """
 
     mask: NDArray[np.uint8]
@@ -61,7 +61,7 @@ class BlockResult:
 
 
 def no_foreground(pixels: NDArray[Any], block: Block, probability: bool) -> BlockResult:
-    """The result of a block of which no tile is computed."""
+    """Return the result of a block without tiles to compute: all background."""
     mask = np.zeros(block.box.shape, np.uint8)
     return BlockResult(mask, mask if probability else None, 0, count_missing(pixels, block))
 
@@ -69,14 +69,22 @@ def no_foreground(pixels: NDArray[Any], block: Block, probability: bool) -> Bloc
 def source_tables(
     tiles: Sequence[Tile], shape: tuple[int, int], read_box: Box
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Row and column in the pixels of ``read_box`` of each row (N, T_y) and column (N, T_x) of tiles of a slide."""
+    """Return the row in ``read_box`` of each tile row (N, T_y), and the column of each tile column (N, T_x).
+
+    Rows and columns beyond the slide's edge are mirrored.
+
+    Args:
+        tiles: N tiles of the slide.
+        shape: (height, width) of the slide in px.
+        read_box: box of the slide in px whose pixels were read.
+    """
     rows = np.stack([reflect(tile.frame.y0, tile.frame.y1, shape[0]) for tile in tiles]) - read_box.y0
     columns = np.stack([reflect(tile.frame.x0, tile.frame.x1, shape[1]) for tile in tiles]) - read_box.x0
     return rows, columns
 
 
 def refuse_nan(block: Block, undefined: int) -> None:
-    """Raise ComputeError where ``undefined`` logits of a block were NaN."""
+    """Raise ComputeError if any logits of a block were NaN; ``undefined`` is their number."""
     if undefined:
         raise ComputeError(
             f"block {block.index}",
@@ -88,7 +96,7 @@ def refuse_nan(block: Block, undefined: int) -> None:
 
 
 def count_missing(pixels: NDArray[Any], block: Block) -> int:
-    """NaN values in the core of a block, each counted by exactly one block."""
+    """Count the NaN values in the core of a block, so that each is counted by exactly one block."""
     if pixels.dtype.kind != "f":
         return 0
     top, left = block.box.y0 - block.read_box.y0, block.box.x0 - block.read_box.x0

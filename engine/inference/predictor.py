@@ -1,4 +1,4 @@
-"""What turns the pixels of one slide's blocks into masks: the same face on a CPU and on a GPU."""
+"""Turn the pixels of one slide's blocks into masks, through one interface for CPUs and GPUs."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from cellseg_batch.engine.stage_clock import StageClock
 
 
 class Predictor(Protocol):
-    """Belongs to one slide; several threads may call it at once."""
+    """Predicts the blocks of one slide; several threads may call it at once."""
 
     def predict(self, pixels: NDArray[Any], block: Block) -> BlockResult:
-        """The result of ``block`` from the pixels (C, h, w) of its read box; background where it has no tiles.
+        """Predict ``block`` from the pixels (C, h, w) of its read box; pixels outside its tiles become background.
 
         Raises:
-            ComputeError: the model gives no usable numbers.
+            ComputeError: the model returned NaN, or memory is full.
         """
         ...
 
 
 def make_predictor(model_pool: ModelPool, backend: Backend, rule: PredictionRule, clock: StageClock) -> Predictor:
-    """The predictor of one slide, which takes a session or a GPU's queue from the pool for each block.
+    """Return the predictor of one slide; for each block it takes a session or a GPU's queue from the pool.
 
     Args:
-        model_pool: of the process.
-        backend: one of the pool's, for the slide's scale.
-        rule: of the slide.
+        model_pool: model pool of the process.
+        backend: backend from the pool, for the slide's downscale factor.
+        rule: prediction rule of the slide.
         clock: counts the stages.
     """
-    # The seeds of instances are made on the host, so there a GPU only computes the logits.
+    # Instance seeds are made on the host, so a GPU computes only their logits.
     if rule.instances is None and model_pool.has_queue(backend):
-        from cellseg_batch.engine.inference.gpu_predictor import GpuPredictor  # and with it torch
+        from cellseg_batch.engine.inference.gpu_predictor import GpuPredictor  # imports torch
 
         return GpuPredictor(partial(model_pool.queue, backend, rule.downscale, rule.shape), rule, clock)
     return CpuPredictor(partial(model_pool.session, backend, rule.shape, rule.dtype), rule, clock)

@@ -1,4 +1,4 @@
-"""Networks for the windows of a slide that show how large its nuclei are, before its tiles are laid."""
+"""Run networks on sample windows of a slide, to estimate the size of its nuclei before its tiles are laid."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from cellseg_batch.engine.inference.backends.protocol import Backend, Logits, Sh
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.session import Session, compile_network
 
-_MOST_SESSIONS = 4
+_MAX_SESSIONS = 4
 
 _Key = tuple[Backend, Shape, np.dtype[Any]]
 
 
 class Probes:
-    """Sessions for windows; windows are small, so a few are kept for the next slide.
+    """Sessions for windows; windows are small, so a few sessions are kept for the next slide.
 
     Args:
-        run_lock: held while a network runs.
-        counted: counts the time spent inside as compiling.
+        run_lock: lock held while a network runs.
+        counted: context that counts the time spent inside as compiling.
     """
 
     def __init__(
@@ -44,21 +44,21 @@ class Probes:
         columns: NDArray[np.int64],
         bounds: Bounds,
     ) -> Logits:
-        """Logits (N, K, T_y, T_x) of a batch of ``shape``, the caller's own; arguments as `Session.fill`."""
+        """Return a new array of logits (N, K, T_y, T_x) of a batch of ``shape``; arguments as `Session.fill`."""
         with self._lock:
             session = self._session(backend, shape, pixels.dtype)
             session.fill(pixels, rows, columns, bounds)
             return session.logits().copy()
 
     def clear(self) -> None:
-        """Give back the memory of every session."""
+        """Free the memory of every session."""
         with self._lock:
             self._sessions.clear()
 
     def _session(self, backend: Backend, shape: Shape, dtype: np.dtype[Any]) -> Session:
         key = (backend, shape, dtype)
         if key not in self._sessions:
-            if len(self._sessions) >= _MOST_SESSIONS:
+            if len(self._sessions) >= _MAX_SESSIONS:
                 self._sessions.clear()
             with self._counted():
                 self._sessions[key] = Session(compile_network(backend, shape, dtype), self._run_lock)

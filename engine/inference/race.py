@@ -1,6 +1,6 @@
-"""The race: every backend that loads here, timed and held against torch fp32 on real tiles; the result is kept.
+"""Race the backends: time every backend that loads here, compare it with torch fp32 on real tiles, keep the result.
 
-It runs in a process of its own, so that its memory (torch, every network) does not stay in the run's.  It must not
+The race runs in its own process, so that its memory (torch and every network) does not stay in the run.  It must not
 know slides.
 """
 
@@ -38,17 +38,17 @@ from cellseg_batch.trainer.bundle import Bundle, Card
 _log = logging.getLogger(__name__)
 
 _FILE = "race_result.json"
-# (height, width) in px of the slide whose tiles a GPU is timed with: what is made for their shape is found again.
+# (height, width) in px of the slide whose tiles time a GPU: what is compiled for their shape is cached for runs.
 _LARGE_SLIDE = (8192, 8192)
-# A processor takes as long for a pixel in tiles of any size.
+# Tile that times a CPU, (height, width) in px: a CPU takes as long per pixel in tiles of any size.
 _SMALL_TILE = (1024, 1024)
 _ROUNDS = 5
-# A candidate this much slower than the fastest is timed once; it will not win.
+# A candidate that is slower than the fastest by this factor is timed once; it will not win.
 _HOPELESS = 3.0
 
 
 def request_of(settings: Settings, card: Card) -> Request:
-    """What a run of ``settings`` with the model of ``card`` needs to know; tiles are large only if a GPU may win."""
+    """Return the race for a run with ``settings`` and the model of ``card``; tiles are large only if a GPU may win."""
     device = race_device(settings.device)
     fitting = candidates(settings.backend, settings.precision, device)
     on_gpu = any(KNOWN_BACKENDS[name].on_gpu for name, _ in fitting)
@@ -57,21 +57,23 @@ def request_of(settings: Settings, card: Card) -> Request:
 
 
 def large_tile(card: Card) -> tuple[int, int]:
-    """(height, width) in px of the tiles of a large slide, with the default settings and the card's margin."""
+    """Return (height, width) in px of a large slide's tiles, with the default settings and the card's margin."""
     return fit_lattice(_LARGE_SLIDE, Settings.tile, card.margin, card.total_stride).tile
 
 
 def load_or_race(
     request: Request, bundle: Bundle, artefacts: Artefacts, started: Callable[[], None], again: bool = False
 ) -> RaceResult:
-    """The kept result of this race, or of a complete one, on this machine; run now in a process of its own if none is.
+    """Return the result of this race on this machine; race now, in a separate process, if none is on disk.
+
+    The result of a complete race serves too.
 
     Args:
-        request: what to race.
+        request: candidates and conditions.
         bundle: the model that the request names.
-        artefacts: where results and compiled networks are kept.
+        artefacts: cache of race results and compiled networks.
         started: called if a race is run.
-        again: race even if there is a result of this race, which is replaced.
+        again: race even if a result of this race is on disk, and replace it.
 
     Raises:
         BackendError: the race's process died.
@@ -88,9 +90,9 @@ def load_or_race(
 
 
 def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> RaceResult:
-    """Run the race here and now: build, gate and time every candidate, all taking turns."""
+    """Run the race in this process: build, gate and time every candidate; the candidates take turns."""
     threshold = bundle.card.threshold
-    network = bundle.foreground  # the gate looks at nothing else, and masks need nothing else
+    network = bundle.foreground  # the gate and masks need no other output
     tiles = real_tiles("gate", bundle.card.channels)
     reference = make_backend(network, *REFERENCE, request.threads, artefacts)
     expected = logits_of(reference.compile((1, *tiles.shape[1:])), tiles)
@@ -102,7 +104,7 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> RaceResult:
     parities: dict[tuple[str, str], Parity] = {}
     pixels = _lay_out(shape, tiles)
     gpu = "cuda:0" if request.device in ("auto", "cpu") else request.device
-    for name in _raced(request):
+    for name in _candidates_to_race(request):
         missing = why_not(*name)
         if not missing:
             try:
@@ -113,15 +115,15 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> RaceResult:
                     parities[name] = worst_parity(backend, tiles, expected, threshold)
                 calls[name] = _timed_call(backend, shape, pixels)
                 continue
-            except Exception as error:  # a network that this library cannot take; another one may
+            except Exception as error:  # this library cannot take the network; another library may
                 _log.debug("%s cannot run the model", name, exc_info=True)
                 missing = f"cannot run the model ({type(error).__name__}: {error})"
         rows[name] = Candidate(*name, missing=missing)
     megapixels = request.batch * height * width / 1e6
     for name, seconds in time_in_turns(calls).items():
-        rates = [megapixels / spent for spent in seconds]
+        rates = [megapixels / round_seconds for round_seconds in seconds]
         rows[name] = Candidate(*name, "", median(rates), min(rates), max(rates), parities[name])
-    calls.clear()  # and with them the memory of every network
+    calls.clear()  # frees the memory of every network
     race_result = RaceResult(
         request=request,
         model_sha256=bundle.sha256,
@@ -132,9 +134,9 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> RaceResult:
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         candidates=tuple(sorted(rows.values(), key=lambda row: -row.mpx_per_s)),
     )
-    with suppress(BackendError):  # nobody won; who asks for the result is told why
+    with suppress(BackendError):  # no candidate won; picking from the result will say why
         winner = race_result.pick(request.backend, request.precision)
-        # Made here and kept, so that a run need not load torch to show the model a slide downscaled, or for instances.
+        # Convert the winner's networks now, so that a run with a downscaled slide or instances need not load torch.
         for network in (bundle.foreground, bundle):
             for factor in (1, *map(int, bundle.card.shrink)):
                 make_backend(network.shrunk(factor), winner.backend, winner.precision, request.threads, artefacts)
@@ -142,7 +144,10 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> RaceResult:
 
 
 def time_in_turns(calls: dict[tuple[str, str], Callable[[], object]]) -> dict[tuple[str, str], list[float]]:
-    """Seconds of each call, which has been made before, in each round; the hopeless drop out after the first."""
+    """Return the seconds of each call in each round; much slower calls drop out after the first.
+
+    Each call must have run before, so that no warm-up is timed.
+    """
     seconds: dict[tuple[str, str], list[float]] = {name: [] for name in calls}
     for _ in range(_ROUNDS):
         for name, call in calls.items():
@@ -158,21 +163,21 @@ def time_in_turns(calls: dict[tuple[str, str], Callable[[], object]]) -> dict[tu
 def worst_parity(
     backend: Backend, tiles: NDArray[np.float32], expected: NDArray[np.float32], threshold: float
 ) -> Parity:
-    """The worse of the parities of the network for normalised pixels and of that for bytes, if there is one."""
+    """Return the worse parity of the backend's two networks: for normalised pixels, and for bytes if it has one."""
     models = _models(backend, (1, *tiles.shape[1:]))
     parities = [measure_parity(logits_of(model, tiles), expected, threshold) for model in models]
     return min(parities, key=lambda parity: (parity.within(limits_of(backend.precision)), -parity.flipped))
 
 
 def _models(backend: Backend, shape: Shape) -> Iterator[Callable[[NDArray[np.float32]], NDArray[np.float32]]]:
-    """The network for normalised pixels, and the one for bytes as if it took these."""
+    """Yield the network for normalised pixels, and the network for bytes, adapted to take normalised pixels."""
     yield backend.compile(shape)
     if (of_bytes := backend.compile_bytes(shape)) is not None:
         yield lambda tile: of_bytes(np.ascontiguousarray(np.moveaxis(_as_bytes(tile), 1, -1)), 0.0, 1 / 255)
 
 
 def _timed_call(backend: Backend, shape: Shape, pixels: NDArray[np.uint8]) -> Callable[[], object]:
-    """A call of the network on a batch of tiles that all show ``pixels`` (C, H, W); made once to warm up."""
+    """Return a call of the network on a batch of tiles that all show ``pixels`` (C, H, W), warmed up."""
     session = Session(compile_network(backend, shape, pixels.dtype))
     rows, columns = (np.tile(np.arange(side), (shape[0], 1)) for side in shape[2:])
     session.fill(pixels, rows, columns, Bounds(0.0, 255.0))
@@ -185,7 +190,7 @@ def _timed_call(backend: Backend, shape: Shape, pixels: NDArray[np.uint8]) -> Ca
 
 
 def _lay_out(shape: Shape, tiles: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Pixels (C, H, W) for batches of ``shape``, laid out with real tiles."""
+    """Return pixels (C, H, W) for batches of ``shape``, filled with real tiles."""
     pixels = np.empty(shape[1:], np.uint8)
     corners = [(y, x) for y in range(0, shape[2], TILE) for x in range(0, shape[3], TILE)]
     for number, (y, x) in enumerate(corners):
@@ -210,14 +215,14 @@ def _race_elsewhere(request: Request, artefacts: Artefacts, folder: Path) -> Non
         )
 
 
-def _raced(request: Request) -> list[tuple[str, str]]:
-    """(backend, precision) of all that is raced."""
+def _candidates_to_race(request: Request) -> list[tuple[str, str]]:
+    """Return (backend, precision) of each candidate."""
     fitting = candidates(request.backend, request.precision, request.device)
     return [name for name in fitting if request.complete or may_win(name[1], request.precision)]
 
 
 def _key(request: Request, bundle: Bundle) -> Key:
-    asked = {name: value for name, value in asdict(request).items() if name not in ("model", "complete")}
+    conditions = {name: value for name, value in asdict(request).items() if name not in ("model", "complete")}
     return {
         "what": "race",
         "conversion_version": CONVERSION_VERSION,
@@ -229,8 +234,8 @@ def _key(request: Request, bundle: Bundle) -> Key:
         "processor": processor(),
         "gpus": gpus(),
         "versions": _versions(),
-        "raced": [" ".join(name) for name in _raced(request)],
-        **asked,
+        "raced": [" ".join(name) for name in _candidates_to_race(request)],
+        **conditions,
     }
 
 
@@ -239,9 +244,9 @@ def _versions() -> dict[str, str | None]:
 
 
 def main() -> None:
-    """Entry point of the race's own process: request as JSON, folder of the artefacts, folder for the result."""
-    asked, cache, folder = sys.argv[1:]
-    request = Request.from_json(json.loads(asked))
+    """Run a race from the command line: request as JSON, folder of the artefacts, folder for the result."""
+    request_json, cache, folder = sys.argv[1:]
+    request = Request.from_json(json.loads(request_json))
     race_result = race(request, load_model(request.model), Artefacts(Path(cache)))
     (Path(folder) / _FILE).write_text(json.dumps(race_result.to_json(), indent=2) + "\n")
 

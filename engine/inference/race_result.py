@@ -1,4 +1,4 @@
-"""What a race of the backends came to: what was asked for, a row for each candidate, and which of them may be used."""
+"""Hold the result of a race between backends: the request, a row for each candidate, and the choice among them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from cellseg_batch.engine.inference.backends.gate import Parity, limits_of
 
 
 def may_win(precision: str, asked: str) -> bool:
-    """Whether a precision may be chosen where ``asked`` was asked for, a name or auto."""
+    """Whether ``precision`` may be chosen when the user asked for ``asked``, a name or auto."""
     return precision == asked or (asked == "auto" and not KNOWN_PRECISIONS[precision].on_request)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be raced.
+    """Candidates and conditions of a race.
 
     Attributes:
         model: a shipped model's name or a bundle's path.
@@ -25,9 +25,9 @@ class Request:
         precision: a name, or auto for all.
         tile: (height, width) in px of the timed tiles.
         batch: tiles per call.
-        threads: of the model.
+        threads: number of CPU threads that the model uses.
         device: auto, cpu or a GPU; the first of several.
-        complete: whether what cannot win without being asked for is raced as well.
+        complete: whether candidates that win only if they are asked for by name are raced too.
     """
 
     model: str
@@ -41,7 +41,7 @@ class Request:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Request:
-        """The request that `dataclasses.asdict` and JSON made plain."""
+        """The request from the plain values that `dataclasses.asdict` and JSON make of it."""
         return cls(**{**content, "tile": tuple(content["tile"])})
 
 
@@ -50,11 +50,11 @@ class Candidate:
     """One row of the race.
 
     Attributes:
-        backend, precision: what ran.
-        missing: why it did not run; "" if it did.
-        mpx_per_s: pixels of its input per second, median of the rounds, in Mpx/s; 0 if it did not run.
-        slowest, fastest: of the rounds, Mpx/s.
-        parity: against torch fp32; None if it did not run.
+        backend, precision: names of the backend and its precision.
+        missing: reason why it did not run; "" if it did.
+        mpx_per_s: input pixels per second in Mpx/s, median of the rounds; 0 if it did not run.
+        slowest, fastest: speed of the slowest and the fastest round in Mpx/s.
+        parity: agreement with torch fp32; None if it did not run.
     """
 
     backend: str
@@ -67,7 +67,7 @@ class Candidate:
 
     @property
     def passed(self) -> bool:
-        """Whether the gate lets it run slides."""
+        """Whether it passed the gate and may run slides."""
         return self.parity is not None and self.parity.within(limits_of(self.precision))
 
     @property
@@ -78,17 +78,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class RaceResult:
-    """A race's result.
+    """The result of a race and its conditions.
 
     Attributes:
-        request: what was raced.
-        model_sha256: of the bundle.
+        request: candidates and conditions asked for.
+        model_sha256: SHA-256 of the bundle.
         shape: (N, C, H, W) of the timed batches.
-        processor: of this machine.
-        gpus: of this machine, as its driver names them.
-        versions: of the packages that may decide it; None for what is not installed.
-        date: in UTC.
-        candidates: every row.
+        processor: name of this machine's processor.
+        gpus: names of this machine's GPUs, as the driver gives them.
+        versions: versions of the packages that may decide the race; None for a package that is not installed.
+        date: date and time in UTC.
+        candidates: a row for each candidate.
     """
 
     request: Request
@@ -101,22 +101,22 @@ class RaceResult:
     candidates: tuple[Candidate, ...]
 
     def pick(self, backend: str, precision: str, gate: bool = True) -> Candidate:
-        """The fastest candidate that fits what was asked for and passes the gate.
+        """Return the fastest candidate that fits the request and passes the gate.
 
         Args:
             backend: a name or auto.
             precision: a name or auto.
-            gate: False takes the fastest whatever its figures.
+            gate: False ignores the gate.
 
         Raises:
-            BackendError: there is none; the reasons and figures are in it.
+            BackendError: no candidate fits; the error lists reasons and figures.
         """
         fitting = [
             row for row in self.candidates if backend in ("auto", row.backend) and may_win(row.precision, precision)
         ]
-        able = [row for row in fitting if row.parity is not None and (row.passed or not gate)]
-        if able:
-            return max(able, key=lambda row: row.mpx_per_s)
+        eligible = [row for row in fitting if row.parity is not None and (row.passed or not gate)]
+        if eligible:
+            return max(eligible, key=lambda row: row.mpx_per_s)
         failed = [
             f"{row.name} {row.parity.text(limits_of(row.precision))}" for row in fitting if row.parity is not None
         ]
@@ -129,7 +129,7 @@ class RaceResult:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Every figure, as plain values; one candidate at most is the winner of an open race."""
+        """Return every figure as plain values, and mark the candidate that the request picks, if any, as the winner."""
         try:
             winner: Candidate | None = self.pick(self.request.backend, self.request.precision)
         except BackendError:
@@ -143,7 +143,7 @@ class RaceResult:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> RaceResult:
-        """The result that `to_json` wrote."""
+        """Return the result that `to_json` wrote."""
         rows = []
         for row in content["candidates"]:
             parity = Parity(**{name: row[name] for name in Parity.__dataclass_fields__}) if "flipped" in row else None

@@ -1,7 +1,7 @@
-"""A compiled network, and sessions on it: tiles cut out of pixels go in, logits come out.
+"""Run a compiled network through sessions: a session cuts tiles out of pixels and returns logits.
 
-Bytes go in as they are where the network normalises them itself, which moves a quarter of the memory; all else is
-normalised while it is cut.  It must not know slides or blocks.
+If the network normalises bytes itself, bytes go in unchanged, which moves a quarter of the memory; other pixels are
+normalised while they are cut.  It must not know slides or blocks.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from cellseg_batch.kernels.gather import cut, gather
 
 @dataclass(frozen=True)
 class Network:
-    """A network compiled for batches of N tiles of one type of pixels; it runs for one thread at a time.
+    """A network compiled for batches of N tiles of one pixel dtype; one thread at a time may run it.
 
     Attributes:
-        model: what was compiled, a `CompiledModel` or a `ByteModel`.
+        model: compiled network, a `CompiledModel` or a `ByteModel`.
         shape: (N, C, T_y, T_x) of every batch.
-        takes_bytes: whether the network normalises the tiles itself, so that they are only cut.
+        takes_bytes: whether the network normalises the tiles itself, so that a session only cuts them.
     """
 
     model: Callable[..., Logits]
@@ -36,7 +36,7 @@ class Network:
 
 
 def compile_network(backend: Backend, shape: Shape, dtype: DTypeLike) -> Network:
-    """The network of ``backend`` for batches of ``shape`` that are cut out of pixels of a type."""
+    """Compile the network of ``backend`` for batches of ``shape`` that are cut out of pixels of ``dtype``."""
     of_bytes = backend.compile_bytes(shape) if np.dtype(dtype) == np.uint8 else None
     return Network(of_bytes or backend.compile(shape), shape, of_bytes is not None)
 
@@ -45,12 +45,12 @@ class Session:
     """A batch and its logits, for one thread at a time; several sessions may share a network.
 
     Args:
-        network: that computes.
-        run_lock: held while the network runs, shared with all that must not run meanwhile.
+        network: the compiled network.
+        run_lock: lock held while the network runs; share it between networks that must not run at the same time.
 
     Attributes:
-        network: that computes.
-        run_lock: held while the network runs.
+        network: the compiled network.
+        run_lock: lock held while the network runs.
     """
 
     def __init__(self, network: Network, run_lock: AbstractContextManager[Any] | None = None) -> None:
@@ -62,12 +62,12 @@ class Session:
             self._tiles = np.moveaxis(self._batch, -1, 1)
         else:
             self._batch = self._tiles = np.zeros(network.shape, np.float32)
-        self._batch.fill(0)  # memory that was only promised would be missed by who measures it now
+        self._batch.fill(0)  # touch every page, so that a memory measurement from now on includes the batch
         self._constants: tuple[float, ...] = ()
         self._logits: Logits | None = None
 
     def fill(self, pixels: NDArray[Any], rows: NDArray[np.int64], columns: NDArray[np.int64], bounds: Bounds) -> None:
-        """Put up to N tiles into the batch; what those behind them show does not matter.
+        """Put up to N tiles into the batch; the rest of the batch keeps old pixels, which do not matter.
 
         Pixels, rows and columns as in `cellseg_batch.kernels.gather.gather`.
         """
@@ -79,7 +79,7 @@ class Session:
             gather(pixels, rows, columns, bounds.low, bounds.scale, tiles)
 
     def logits(self) -> Logits:
-        """Logits (N, K, T_y, T_x) of the batch, valid until this session's next call."""
+        """Return the logits (N, K, T_y, T_x) of the batch, valid until this session's next call."""
         with self.run_lock:
             self._logits = self.network.model(self._batch, *self._constants, out=self._logits)
             return self._logits

@@ -1,7 +1,7 @@
-"""How the logits of a block's tiles become its mask: each core cropped, or neighbours blended where they overlap.
+"""Turn the logits of a block's tiles into its mask: crop each core, or blend neighbours where they overlap.
 
-Both work on arrays of the host and on tensors of a GPU, with the kernels that are handed to them.  They must not know
-where logits come from.
+Both work on host arrays and on GPU tensors, with the kernels that the caller passes.  They must not know which backend
+computed the logits.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from cellseg_batch.kernels.tiling import TileGrid
 
 
 class Stitch(Protocol):
-    """Takes the logits of a block's tiles in order and writes its mask, and its probability if there is one."""
+    """Takes the logits of a block's tiles in order and writes its mask, and its probability if asked for."""
 
     def add(self, first: int, logits: Any) -> None:
-        """Take the logits (n, K, T_y, T_x) of tiles ``first``, ``first`` + 1, ...; again does no harm."""
+        """Take the logits (n, K, T_y, T_x) of tiles ``first``, ``first`` + 1, ...; a repeated call does no harm."""
         ...
 
     def finish(self) -> list[Any]:
-        """After the last tile: pairs of foreground pixels and NaN logits, which are to be added up."""
+        """Finish after the last tile; return pairs (foreground pixels, NaN logits) that the caller adds up."""
         ...
 
 
@@ -41,18 +41,18 @@ def make_stitch(
     empty: Callable[[tuple[int, ...]], Any],
     classify: PixelClassifier | None = None,
 ) -> Stitch:
-    """What stitches one block.
+    """Return the stitching of one block.
 
     Args:
         stitch: crop or blend.
-        block: that is stitched; to be blended, its tiles reach one core beyond it.
-        lattice: of the slide.
-        threshold: a logit.
+        block: the block to stitch; for blend its tiles must reach one core beyond it.
+        lattice: tile lattice of the slide.
+        threshold: logit above which a pixel is foreground.
         mask: (h, w) uint8 of the block, overwritten.
-        probability: (h, w) uint8, overwritten, or None if it is not wanted.
+        probability: (h, w) uint8 of the block, overwritten; None if it is not wanted.
         kernels: module with the functions of `cellseg_batch.kernels.stitch` for these arrays.
-        empty: makes an array of a shape for logits.
-        classify: writes pixel codes of a batch's cores instead of their mask; only to be cropped.
+        empty: makes an array for logits from its shape.
+        classify: writes pixel codes of a batch's cores instead of their mask; only for crop.
     """
     out = _Output(kernels, threshold, mask, probability, classify)
     return _Crop(out, block) if stitch == "crop" else _Blend(out, block, lattice, empty)
@@ -68,7 +68,7 @@ class _Output:
 
 
 class _Crop:
-    """Writes each tile's core: no tile beyond the block is needed, and one logit is read per pixel."""
+    """Writes each tile's core: it needs no tile beyond the block and reads one logit per pixel."""
 
     def __init__(self, out: _Output, block: Block) -> None:
         self._out = out
@@ -90,11 +90,11 @@ class _Crop:
 
 
 class _Blend:
-    """Fades overlapping tiles into each other, linearly in logit space; holds the logits of all tiles until then."""
+    """Fades overlapping tiles into each other, linearly in logit space; holds the logits of all tiles until the end."""
 
     def __init__(self, out: _Output, block: Block, lattice: Lattice, empty: Callable[[tuple[int, ...]], Any]) -> None:
         self._out = out
-        # Of a tile, its core and half of the overlap around it is blended.
+        # Blend only a tile's core and half of the overlap around it.
         reach = lattice.overlap // 2
         self._inner = slice(lattice.margin - reach, reach - lattice.margin or None)
         height, width = lattice.core
@@ -114,7 +114,7 @@ class _Blend:
 
 
 def core_places(tiles: Sequence[Tile], target: Box) -> NDArray[np.int64]:
-    """Where the cores of tiles lie in their tiles and in ``target``: rows for `stitch_mask`, (N, 6) int64."""
+    """Return where tiles' cores lie in their tiles and in ``target``, (N, 6) int64 for the kernel `stitch_mask`."""
     return np.array(
         [
             (

@@ -1,4 +1,4 @@
-"""One module for each library that can run a network, behind `protocol.Backend`; `registry` lists them.
+"""Run networks: one module per library behind `protocol.Backend`; `registry` finds the backend for a name.
 
 A backend knows a bundle and the shape of a batch. It must not know slides, tiles or other backends.
 """

@@ -1,7 +1,7 @@
-"""A CUDA device as the engine uses it: streams, events, pinned memory, and a network between two buffers as a graph.
+"""Wrap a CUDA device: streams, events, pinned memory, and a network between two buffers as a CUDA graph.
 
-A `Device` may also be the CPU: there everything that is enqueued is done when the call returns, so that the code for
-GPUs runs, and is tested, without one.  Nothing here knows which library computes, nor bundles, tiles or files.
+A `Device` may also be the CPU: enqueued work is then done when the call returns, so that tests run the code for GPUs
+without a GPU.  It must not know which library computes, nor bundles, tiles or files.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def available() -> bool:
 
 
 def demand_gpu(library: str) -> None:
-    """Refuse to go on without a GPU.
+    """Check that there is a GPU for ``library``.
 
     Raises:
-        BackendError: there is none that torch can use.
+        BackendError: torch sees no GPU that it can use.
     """
     if not available():
         raise BackendError(
@@ -41,22 +41,22 @@ def demand_gpu(library: str) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says, in any library's way, that the device's memory is full, or was raised because of it."""
-    # A capture that fails raises an error of its own.
-    chain = [cause for cause in (error, error.__context__) if cause is not None]
+    """Whether ``error``, or the error that it was raised from, reports in any library's words that memory is full."""
+    # A failed capture raises its own error in the context of the first.
+    chain = [link for link in (error, error.__context__) if link is not None]
     # TensorRT writes it as one word or as three.
-    says_so = ("outofmemory" in str(cause).lower().replace(" ", "") for cause in chain)
-    return any(isinstance(cause, torch.OutOfMemoryError) for cause in chain) or any(says_so)
+    in_text = ("outofmemory" in str(link).lower().replace(" ", "") for link in chain)
+    return any(isinstance(link, torch.OutOfMemoryError) for link in chain) or any(in_text)
 
 
 class Device:
-    """One GPU, or the CPU in its stead.
+    """A GPU, or the CPU in its stead.
 
     Args:
-        name: as torch names it, such as ``cuda:0``, counted among the visible ones.
+        name: torch's name of the device, such as ``cuda:0``, counted among the visible GPUs.
 
     Attributes:
-        torch_device: where its tensors live.
+        torch_device: torch device of its tensors.
         is_gpu: False for the CPU.
 
     Raises:
@@ -77,62 +77,63 @@ class Device:
 
     @property
     def model(self) -> str:
-        """Name and compute capability: what a compiled network is valid for."""
+        """Name and compute capability; a compiled network is valid for this model only."""
         major, minor = torch.cuda.get_device_capability(self.torch_device)
         return f"{torch.cuda.get_device_name(self.torch_device)} sm_{major}{minor}"
 
     def stream(self) -> Any:
-        """A new stream, never the default one."""
+        """Return a new stream, never the default one."""
         return torch.cuda.Stream(self.torch_device) if self.is_gpu else _HostStream()  # type: ignore[no-untyped-call]
 
     def event(self) -> Any:
-        """A new event; a thread that waits for it sleeps."""
+        """Return a new event; a thread that waits for it sleeps."""
         return torch.cuda.Event(enable_timing=True, blocking=True) if self.is_gpu else _HostEvent()  # type: ignore[no-untyped-call]
 
     def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
-        """Enqueue what is launched inside on ``stream``, and make its device the current one."""
+        """Return a context that launches work on ``stream`` and makes its device the current device."""
         return torch.cuda.stream(stream) if self.is_gpu else contextlib.nullcontext()
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Host memory that the device reads and writes without a detour; torch keeps it for the next that asks."""
+        """Return page-locked host memory, which the device copies directly; torch reuses freed memory."""
         return torch.empty(shape, dtype=dtype, pin_memory=self.is_gpu)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Memory of the device; raises torch.OutOfMemoryError."""
+        """Return zeroed memory of the device; raises torch.OutOfMemoryError."""
         return torch.zeros(shape, dtype=dtype, device=self.torch_device)
 
     def graph(self, launch: Callable[[int], None], stream: Any) -> Callable[[], None]:
-        """Capture what ``launch`` enqueues on the stream whose handle it is given; a call replays it.
+        """Capture the work that ``launch`` enqueues on the stream whose handle it gets; the returned call replays it.
 
         Raises:
-            RuntimeError: something in it cannot be captured; or whatever ``launch`` raises.
+            RuntimeError: some of the work cannot be captured.
+            Exception: whatever ``launch`` raises.
         """
         if not self.is_gpu:
             return lambda: launch(0)
         graph = torch.cuda.CUDAGraph()
-        # Threads that read and write slides may go on while this one captures.
+        # Other threads may read and write slides while this thread captures.
         with self.on(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             launch(stream.cuda_stream)
         return graph.replay
 
     def settle(self) -> None:
-        """Wait for all that was enqueued, and give back what nobody holds any more."""
+        """Wait for all enqueued work, and free the unused memory that torch still holds."""
         if self.is_gpu:
             torch.cuda.synchronize(self.torch_device)
             torch.cuda.empty_cache()
 
 
 class GraphedHalf:
-    """float16 buffers on the device that never move, and what is launched between them as one CUDA graph.
+    """float16 buffers on the device that never move, and the work between them as one CUDA graph.
 
     Args:
         pixels: shape (N, C, H, W) of every batch.
         logits: shape (N, K, H, W) of every result.
-        device: that computes.
+        device: the device that computes.
 
     Attributes:
-        pixels: the batch on the device, float16; a graph has its address baked in.
-        logits: the result on the device, float16; likewise.
+        pixels: the batch on the device, float16; the graph contains its address.
+        logits: the result on the device, float16; the graph contains its address.
 
     Raises:
         torch.OutOfMemoryError: the buffers do not fit on the device.
@@ -142,33 +143,34 @@ class GraphedHalf:
         self.pixels = device.zeros(pixels, torch.half)
         self.logits = device.zeros(logits, torch.half)
         self._device = device
-        # On the default stream TensorRT synchronises after every enqueue, and nothing can be captured.
+        # On the default stream TensorRT synchronises after every enqueue, and no graph can be captured.
         self._stream = device.stream()
-        # In this order, in which they are dropped: a graph before what it launches.
+        # Keep this order, in which Python drops them: the graph must go before the objects that it launches.
         self._replay: Callable[[], None] = lambda: _no_launch(0)
         self._launch: Callable[[int], None] = _no_launch
         # The zeros above were written on the default stream.
         device.settle()
 
     def capture(self, launch: Callable[[int], None]) -> None:
-        """Keep what ``launch`` enqueues on the stream whose handle it is given, to be replayed by every call.
+        """Capture the work that ``launch`` enqueues on the stream whose handle it gets; every call replays it.
 
         Raises:
-            RuntimeError: something in it cannot be captured; or whatever ``launch`` raises.
+            RuntimeError: some of the work cannot be captured.
+            Exception: whatever ``launch`` raises.
         """
         self._launch = launch
         with self._device.on(self._stream):
-            # Lazy initialisation, which a capture would forbid, happens here.
+            # The first launch does lazy initialisation, which a capture forbids.
             launch(self._stream.cuda_stream)
         self._stream.synchronize()
         self._replay = self._device.graph(launch, self._stream)
 
     def enqueue(self) -> None:
-        """Enqueue on the current stream: logits from what `pixels` will hold by then."""
+        """See `DeviceModel.enqueue`."""
         self._replay()
 
     def repeat(self) -> None:
-        """Compute the last batch again and wait for it: what the device takes, without the copies."""
+        """See `DeviceModel.repeat`."""
         with self._device.on(self._stream):
             self.enqueue()
         self._stream.synchronize()
@@ -176,15 +178,16 @@ class GraphedHalf:
     def __call__(
         self, batch: NDArray[np.float32], *, out: Logits | None = None, plain: bool = False
     ) -> NDArray[np.float32]:
-        """Logits (N, K, H, W) float32 of pixels (N, C, H, W) float32.
+        """Return logits (N, K, H, W) float32 of pixels (N, C, H, W) float32.
 
         Args:
-            batch: values within float16's range.
+            batch: pixels, values within float16's range.
             out: not used; the result is a new array.
-            plain: enqueue once more instead of replaying the graph, to compare the two.
+            plain: launch the work directly instead of replaying the graph, to compare the two.
         """
-        # The host rounds while it copies to pinned memory, which it must do anyway; half the bytes go over the bus.
-        sent, received = (self._device.pinned(tuple(tensor.shape), torch.half) for tensor in (self.pixels, self.logits))
+        # The host must copy to pinned memory anyway; rounding to float16 on the way halves the bytes on the bus.
+        buffers = (self.pixels, self.logits)
+        sent, received = (self._device.pinned(tuple(buffer.shape), torch.half) for buffer in buffers)
         sent.copy_(torch.from_numpy(batch))
         with self._device.on(self._stream):
             self.pixels.copy_(sent, non_blocking=True)
@@ -203,19 +206,19 @@ def _no_launch(stream: int) -> None:
 
 
 class _HostStream:
-    """Has nothing to wait for."""
+    """A stream of the CPU, where work is done at once, so there is nothing to wait for."""
 
     cuda_stream = 0
 
     def synchronize(self) -> None:
-        """Return."""
+        """Return at once."""
 
     def wait_event(self, event: _HostEvent) -> None:
-        """Return."""
+        """Return at once."""
 
 
 class _HostEvent:
-    """Remembers when it was recorded."""
+    """An event of the CPU; it keeps the time at which it was recorded."""
 
     def __init__(self) -> None:
         self._time = 0.0
@@ -225,12 +228,12 @@ class _HostEvent:
         self._time = time.perf_counter()
 
     def synchronize(self) -> None:
-        """Return."""
+        """Return at once."""
 
     def query(self) -> bool:
-        """True: it has happened."""
+        """Return True: the event has happened."""
         return True
 
     def elapsed_time(self, end: _HostEvent) -> float:
-        """Milliseconds from this event to ``end``."""
+        """Return the milliseconds from this event to ``end``."""
         return 1000 * (end._time - self._time)

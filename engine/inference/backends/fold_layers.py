@@ -1,6 +1,6 @@
-"""Rewrites a network in torch so that it computes the same with fewer operations.
+"""Rewrite a torch network so that it computes the same with fewer operations.
 
-The rewritten network is for inference only.  Nothing here knows which backend compiles it.
+The rewritten network is for inference only.  It must not know which backend compiles the network.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
 def fold_upsampling(network: nn.Module) -> nn.Module:
     """Fold every transposed convolution of a `Merge` into the 3x3 convolution behind it, in place; returns ``network``.
 
-    Both are linear and nothing stands between them, so they are one transposed convolution of 4x4 taps.  The features
-    of the finer resolution have a convolution of their own, and the two sums are added: no enlarged features and no
-    concatenation are ever held.  Per output pixel, of C channels made W and convolved to K, this takes 4 C K
-    multiplications instead of C W + 9 W K; where it would take more, a merge stays as it is, and likewise one whose
-    transposed convolution has a bias, which the padding between the two cuts off at the edges.  Batch norms are folded
-    before (`fold_batch_norm`).
+    Both are linear and adjacent, so together they are one transposed convolution of 4x4 taps.  The features of the
+    finer resolution get their own convolution, and the two results are added: neither enlarged features nor a
+    concatenation is held in memory.  For C input channels, W enlarged and K output channels this takes 4 C K
+    multiplications per output pixel instead of C W + 9 W K.  A merge that would take more stays as it is, and so does a
+    merge whose transposed convolution has a bias, because the padding between the two convolutions cuts the bias off at
+    the edges.  Fold batch norms first (`fold_batch_norm`).
     """
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Merge):
                 up, convolution = child.up, child.block[0]
-                both = isinstance(up, nn.ConvTranspose2d) and isinstance(convolution, nn.Conv2d)
-                if both and up.bias is None and _pays(up, convolution):
+                are_convolutions = isinstance(up, nn.ConvTranspose2d) and isinstance(convolution, nn.Conv2d)
+                if are_convolutions and up.bias is None and _pays(up, convolution):
                     setattr(parent, name, _FoldedMerge(up, convolution, child.block[1:]))
     return network
 
@@ -52,12 +52,12 @@ def _pays(up: nn.ConvTranspose2d, convolution: nn.Conv2d) -> bool:
 
 
 class _FoldedMerge(nn.Module):
-    """What a `Merge` computes, without enlarging the features first.
+    """Computes the same as a `Merge` without enlarging the features first.
 
     Args:
-        up: doubles height and width.
-        convolution: of the finer features, if there are any, and the enlarged ones.
-        rest: what follows.
+        up: transposed convolution that doubles height and width.
+        convolution: convolution of the finer features, if any, concatenated with the enlarged features.
+        rest: the layers that follow.
     """
 
     def __init__(self, up: nn.ConvTranspose2d, convolution: nn.Conv2d, rest: nn.Module) -> None:
@@ -72,7 +72,7 @@ class _FoldedMerge(nn.Module):
         self.rest = rest
 
     def forward(self, features: Tensor, *finer: Tensor) -> Tensor:
-        """As `Merge`."""
+        """See `Merge`."""
         merged = self.up(features)
         if self.finer is not None:
             # In this order OpenVINO needs less memory in int8.
@@ -82,11 +82,13 @@ class _FoldedMerge(nn.Module):
 
 
 def _compose(up: Tensor, convolution: Tensor) -> Tensor:
-    """Weights (C, K, 4, 4), stride 2, padding 1, of a transposed convolution and the 3x3 convolution after it.
+    """Return the weights (C, K, 4, 4) that combine a transposed convolution and the 3x3 convolution after it.
+
+    The result is a transposed convolution of stride 2 and padding 1.
 
     Args:
-        up: (C, W, 2, 2), of stride 2.
-        convolution: (K, W, 3, 3), padded by 1.
+        up: weights (C, W, 2, 2) of the transposed convolution, stride 2.
+        convolution: weights (K, W, 3, 3) of the convolution, padding 1.
     """
     weights = torch.zeros(up.shape[0], convolution.shape[0], 4, 4, dtype=torch.float64)
     for y in range(3):

@@ -1,6 +1,6 @@
-"""The gate: no fast path is used unless its masks agree with torch fp32 on real tiles that it was not tuned on.
+"""The gate: allow a fast path only if its masks agree with torch fp32 on real tiles that it was not tuned on.
 
-A run with a kept race needs nothing of it, so that what only the race needs is imported here when it is used.
+A run with a race result on disk does not call the gate, so the libraries of the gate are imported inside its functions.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ TILE = 512
 
 
 def limits_of(precision: str) -> Limits:
-    """What the gate demands at a precision."""
+    """Return the limits of the gate at a precision."""
     return KNOWN_PRECISIONS[precision].limits
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far a backend's result is from torch fp32's on the gate tiles.
+    """The difference between a backend's result and torch fp32's on the gate tiles.
 
     Attributes:
-        max_dp: largest difference of two probabilities.
-        mean_dp: mean difference.
+        max_dp: largest difference of the probabilities of a pixel.
+        mean_dp: mean difference of the probabilities.
         flipped: share of pixels whose mask changes.
-        object_f1: F1 of the mask's connected components, matched at IoU 0.5 with the reference's.
+        object_f1: F1 of the mask's connected components, matched with the reference's at IoU 0.5.
         object_change: (objects - reference objects) / reference objects.
-        objects: of the reference.
+        objects: number of objects in the reference.
     """
 
     max_dp: float
@@ -46,12 +46,12 @@ class Parity:
     objects: int
 
     def within(self, limits: Limits) -> bool:
-        """Whether the backend may be used; a NaN never passes."""
+        """Whether the backend passes ``limits``; a NaN never passes."""
         close = self.flipped <= limits.flipped and self.object_f1 >= limits.object_f1
         return close and bool(np.isfinite(self.max_dp))
 
     def text(self, limits: Limits) -> str:
-        """The figures that decide, with their limits."""
+        """Return the figures that decide, with their limits, as text."""
         undefined = "" if np.isfinite(self.max_dp) else ", NaN among its logits"
         return (
             f"flips {self.flipped:.1e} of the pixels (limit {limits.flipped:.0e}), "
@@ -60,7 +60,7 @@ class Parity:
 
 
 def real_tiles(purpose: str, channels: int) -> NDArray[np.float32]:
-    """Real tiles (N, channels, 512, 512) in [0, 1] for the ``gate`` or for ``calibration``; no image is in both."""
+    """Load real tiles (N, channels, 512, 512) in [0, 1] for ``gate`` or ``calibration``, which share no image."""
     from skimage.io import imread
 
     folder = Path(str(files("cellseg_batch.engine"))) / "assets" / purpose
@@ -73,38 +73,38 @@ def real_tiles(purpose: str, channels: int) -> NDArray[np.float32]:
 
 
 def logits_of(model: Callable[[NDArray[np.float32]], Logits], tiles: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Foreground logits (N, H, W) of tiles (N, C, H, W); ``model`` is compiled for one of them at a time."""
+    """Return foreground logits (N, H, W) of tiles (N, C, H, W); ``model`` takes batches of one tile."""
     return np.stack([model(tile[None])[0, 0].copy() for tile in tiles])
 
 
 def measure_parity(logits: NDArray[np.float32], expected: NDArray[np.float32], threshold: float) -> Parity:
-    """Compare foreground logits (N, H, W) with the reference's, at a probability ``threshold``."""
+    """Compare foreground logits (N, H, W) with the reference's ``expected`` at a probability ``threshold``."""
     from scipy import ndimage
 
     limit = logit_threshold(threshold)
     differences = np.abs(sigmoid(logits) - sigmoid(expected))
     masks, references = logits > limit, expected > limit
-    objects_here = objects_expected = matched = 0
+    objects = reference_objects = matched = 0
     for mask, reference in zip(masks, references, strict=True):
         labels, count = ndimage.label(mask)
         reference_labels, reference_count = ndimage.label(reference)
-        objects_here, objects_expected = objects_here + count, objects_expected + reference_count
+        objects, reference_objects = objects + count, reference_objects + reference_count
         matched += count_matches(labels, reference_labels)
     return Parity(
         max_dp=float(differences.max()),
         mean_dp=float(differences.mean()),
         flipped=float((masks != references).mean()),
-        object_f1=2 * matched / (objects_here + objects_expected) if objects_here + objects_expected else 1.0,
-        object_change=(objects_here - objects_expected) / max(1, objects_expected),
-        objects=objects_expected,
+        object_f1=2 * matched / (objects + reference_objects) if objects + reference_objects else 1.0,
+        object_change=(objects - reference_objects) / max(1, reference_objects),
+        objects=reference_objects,
     )
 
 
 def count_matches(labels: NDArray[np.int32], reference: NDArray[np.int32]) -> int:
-    """Objects of two label images (H, W) that overlap with an IoU above 0.5, of which each has at most one."""
+    """Count the pairs of objects in two label images (H, W) with IoU above 0.5; each object is in at most one pair."""
     width = int(reference.max()) + 1
     pairs, common = np.unique(labels.astype(np.int64) * width + reference, return_counts=True)
-    ours, theirs = pairs // width, pairs % width
+    ids, reference_ids = pairs // width, pairs % width
     sizes, reference_sizes = np.bincount(labels.ravel()), np.bincount(reference.ravel())
-    union = sizes[ours] + reference_sizes[theirs] - common
-    return int(np.count_nonzero((ours > 0) & (theirs > 0) & (common > 0.5 * union)))
+    union = sizes[ids] + reference_sizes[reference_ids] - common
+    return int(np.count_nonzero((ids > 0) & (reference_ids > 0) & (common > 0.5 * union)))

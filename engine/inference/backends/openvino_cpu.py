@@ -1,7 +1,7 @@
-"""OpenVINO on the CPU: the fastest there, with bf16 where the processor has it, and int8.
+"""Run networks in OpenVINO on the CPU, where it is the fastest: fp32, int8, and bf16 if the processor has it.
 
-The network goes from ``torch.export`` straight into OpenVINO with dynamic batch and size and is kept on disk, so that
-only the first run needs torch; each batch shape is then compiled on its own, which takes a fraction of a second.
+The network goes from ``torch.export`` straight into OpenVINO with dynamic batch and size, and is cached on disk, so
+that only the first run needs torch.  Each batch shape is then compiled separately, which takes a fraction of a second.
 int8 is post-training quantisation by NNCF (explicit fake-quantise nodes, calibrated on real tiles).
 """
 
@@ -30,14 +30,14 @@ from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import Bundle
 
-# OpenVINO's telemetry looks up a host and writes files when it is imported.  Without its package OpenVINO falls
-# back to a stub of its own, so that no run ever leaves the machine.
+# OpenVINO's telemetry looks up a host and writes files when it is imported.  If its package is missing, OpenVINO uses
+# its own stub, so that no run contacts another machine.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 import openvino  # noqa: E402
 from openvino import opset13 as op  # noqa: E402
 
-# A quantised network's other layers run in the fastest native precision.
+# The layers of a quantised network that stay in floats run in bf16 if it is native, otherwise in fp32.
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
 _FILE = "model.xml"
 _LARGEST_BATCH = 64
@@ -45,17 +45,17 @@ _LARGEST_SIDE = 1 << 16
 
 
 def supported_precisions() -> tuple[str, ...]:
-    """The floats that this processor computes in, and int8, which every processor can."""
+    """Return the floats that this processor runs natively, and int8, which every processor runs."""
     return ("bf16", "fp32", "int8") if "bf16" in _native() else ("fp32", "int8")
 
 
 def _native() -> set[str]:
-    """OpenVINO's names of the precisions that this processor computes in."""
+    """Return OpenVINO's names of the precisions that this processor runs natively."""
     return {name.lower() for name in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")}
 
 
 def make(bundle: Bundle, request: BackendRequest) -> OpenVinoBackend:
-    """The backend of a bundle's network."""
+    """Make the backend of a bundle's network."""
     return OpenVinoBackend(bundle, request.precision, request.threads, request.artefacts)
 
 
@@ -72,7 +72,7 @@ class OpenVinoBackend:
             "INFERENCE_PRECISION_HINT": _HINTS[precision] if _HINTS[precision] in _native() else "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
-            # Pinned, the threads of every process on a machine would share its first cores.
+            # With pinning, the threads of all processes on a machine would share its first cores.
             "ENABLE_CPU_PINNING": False,
         }
         self._model = self._core.read_model(_network(bundle, precision == "int8", artefacts) / _FILE)
@@ -82,7 +82,7 @@ class OpenVinoBackend:
         return self._ready(self._reshaped(shape))
 
     def compile_bytes(self, shape: Shape) -> ByteModel:
-        """Compile for one batch shape; the same logits bit for bit (`tests/test_feed.py`)."""
+        """Compile for one batch shape; the logits are the same bit for bit as `compile`'s (`test_session.py`)."""
         return self._ready(_normalising(self._reshaped(shape)))
 
     def _reshaped(self, shape: Shape) -> Any:
@@ -95,7 +95,7 @@ class OpenVinoBackend:
 
 
 class _Compiled:
-    """A compiled network: a `CompiledModel`, or a `ByteModel` if it is called with bounds."""
+    """A compiled network: a `CompiledModel`, or a `ByteModel` if called with ``low`` and ``scale``."""
 
     def __init__(self, network: Any) -> None:
         self._request = network.create_infer_request()
@@ -114,12 +114,12 @@ class _Compiled:
 
 
 def _normalising(model: Any) -> Any:
-    """The network with inputs (bytes (N, H, W, C), low, scale) in place of normalised pixels (N, C, H, W)."""
+    """Replace the input of normalised pixels (N, C, H, W) by three inputs: bytes (N, H, W, C), low and scale."""
     (pixels,) = model.get_parameters()
     count, channels, height, width = pixels.get_output_partial_shape(0)
-    # Channels last is the convolutions' own layout; of any other the plugin would keep a second copy of the batch.
+    # Channels last is the convolutions' own layout; for any other, the plugin would keep a second copy of the batch.
     raw = op.parameter(openvino.PartialShape([count, height, width, channels]), np.uint8, name="raw")
-    # Bounds are inputs and no constants, so that slides of one shape share one compiled network.
+    # Bounds are inputs instead of constants, so that slides of one shape share one compiled network.
     low, scale = op.parameter([1], np.float32, name="low"), op.parameter([1], np.float32, name="scale")
     normalised = op.clamp(op.multiply(op.subtract(op.convert(raw, "f32"), low), scale), 0.0, 1.0)
     for target in pixels.output(0).get_target_inputs():
@@ -131,7 +131,7 @@ def _normalising(model: Any) -> Any:
 
 
 def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
-    """Folder of the converted network; the same for every processor, shape and number of threads."""
+    """Return the folder of the converted network, which serves every processor, shape and number of threads."""
     packages = ("torch", "openvino", "nncf") if quantised else ("torch", "openvino")
     key = {
         "what": "openvino network",
@@ -144,7 +144,7 @@ def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
 
     def make(folder: Path) -> None:
         if quantised:
-            # A network that shrinks what it is shown is to see in it what the others do.
+            # Enlarge the tiles for a network that shrinks its input, so that it sees what the other networks see.
             factor = int(bundle.card.architecture.get("factor", 1))
             tiles = real_tiles("calibration", bundle.card.channels).repeat(factor, 2).repeat(factor, 3)
             model = _quantise(_convert(bundle, tiles), tiles)
@@ -156,7 +156,7 @@ def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
 
 
 def _convert(bundle: Bundle, tiles: NDArray[np.float32] | None = None) -> Any:
-    """The network in OpenVINO; made ready for int8 if there are ``tiles`` (N, C, H, W) to look at."""
+    """Convert the network to OpenVINO; with ``tiles`` (N, C, H, W), prepare its weights for int8 on these tiles."""
     import torch
     from torch.export import Dim
 
@@ -168,23 +168,23 @@ def _convert(bundle: Bundle, tiles: NDArray[np.float32] | None = None) -> Any:
     batch = Dim("batch", min=1, max=_LARGEST_BATCH)
     height = stride * Dim("height", min=1, max=_LARGEST_SIDE // stride)
     width = stride * Dim("width", min=1, max=_LARGEST_SIDE // stride)
-    # An example of batch 1 would be taken for a constant.
+    # torch.export would take a batch of 1 for a constant.
     example = torch.zeros(2, bundle.card.channels, 8 * stride, 8 * stride)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         network = fold_upsampling(fold_batch_norm(build_torch_network(bundle)))
         if tiles is not None:
-            seen = [torch.from_numpy(tile[None]) for tile in tiles]
-            network = round_weights(equalise(network, seen), seen)
+            batches = [torch.from_numpy(tile[None]) for tile in tiles]
+            network = round_weights(equalise(network, batches), batches)
         program = torch.export.export(network, (example,), dynamic_shapes=({0: batch, 2: height, 3: width},))
         return openvino.convert_model(program)
 
 
 def _quantise(model: Any, tiles: NDArray[np.float32]) -> Any:
-    """The network in int8, calibrated on ``tiles`` (N, C, H, W); its first and last convolution stay in floats.
+    """Quantise the network to int8, calibrated on ``tiles`` (N, C, H, W); first and last convolution stay in floats.
 
-    Values that one in a million exceeds are clipped.  NNCF's correction of biases made it worse: means over tiles that
-    are mostly background say little of nuclei.
+    Activations are clipped at the 1e-6 quantiles.  NNCF's bias correction is off because it makes results worse: it
+    uses means over the tiles, which are mostly background and say little about nuclei.
     """
     import nncf
     from nncf.quantization.advanced_parameters import (
@@ -207,7 +207,7 @@ def _quantise(model: Any, tiles: NDArray[np.float32]) -> Any:
     outliers = StatisticsCollectorParameters(
         statistics_type=StatisticsType.QUANTILE, aggregator_type=AggregatorType.MEAN, quantile_outlier_prob=1e-6
     )
-    # It logs its progress at length, and warns of its own dependencies.
+    # NNCF logs its progress at length, and warns about its own dependencies.
     nncf.set_log_level(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -216,10 +216,11 @@ def _quantise(model: Any, tiles: NDArray[np.float32]) -> Any:
             nncf.Dataset([tile[None] for tile in tiles]),
             preset=nncf.QuantizationPreset.MIXED,
             subset_size=len(tiles),
-            model_type=nncf.ModelType.TRANSFORMER,  # of any other type NNCF rounds sums, too
+            model_type=nncf.ModelType.TRANSFORMER,  # for any other type NNCF quantises sums too
             ignored_scope=nncf.IgnoredScope(names=[convolutions[0], convolutions[-1]]),
             advanced_parameters=AdvancedQuantizationParameters(
-                # Half the steps are for processors without VNNI, whose sums may overflow; on one they did not.
+                # The fix halves the number of steps, for processors without VNNI, whose sums may overflow; on the
+                # one that was tried they did not.
                 overflow_fix=OverflowFix.DISABLE,
                 disable_bias_correction=True,
                 activations_range_estimator_params=RangeEstimatorParameters(min=outliers, max=outliers),

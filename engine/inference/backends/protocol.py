@@ -1,4 +1,4 @@
-"""What every backend provides."""
+"""Define the interfaces of a backend, of its module and of the models that it compiles."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 Shape = tuple[int, int, int, int]
 Logits = NDArray[np.float32]
 
-# How a network is converted for OpenVINO. It is part of the cache keys of networks and races, so raise it with every
-# change to folding, equalising, rounding or quantising.
+# Version of the conversion to OpenVINO. It is part of the cache keys of networks and races: raise it with every change
+# to folding, equalising, rounding or quantising.
 CONVERSION_VERSION = 2
 
 
@@ -26,42 +26,42 @@ class CompiledModel(Protocol):
     """A network ready to run at one batch shape."""
 
     def __call__(self, batch: NDArray[np.float32], /, *, out: Logits | None = None) -> Logits:
-        """Logits (N, K, H, W) float32 of pixels (N, C, H, W) float32 in [0, 1].
+        """Return logits (N, K, H, W) float32 of pixels (N, C, H, W) float32 in [0, 1].
 
-        Not to be called from two threads at once.
+        Two threads must not call it at once.
 
         Args:
-            batch: C-contiguous.
-            out: logits of an earlier call, whose memory may be used for the result; a new array otherwise.
+            batch: pixels, C-contiguous.
+            out: logits of an earlier call, whose memory the result may reuse; None makes a new array.
         """
         ...
 
 
 class ByteModel(Protocol):
-    """A network ready to run at one batch shape, on pixels that it normalises itself."""
+    """A network ready to run at one batch shape; it takes bytes and normalises them itself."""
 
     def __call__(self, batch: NDArray[np.uint8], low: float, scale: float, /, *, out: Logits | None = None) -> Logits:
-        """Logits of ``clip((batch - low) * scale, 0, 1)`` for pixels (N, H, W, C) uint8; else as `CompiledModel`."""
+        """Return logits of ``clip((batch - low) * scale, 0, 1)`` for pixels (N, H, W, C) uint8; see `CompiledModel`."""
         ...
 
 
 class DeviceModel(CompiledModel, Protocol):
-    """A compiled model whose batch and logits lie on a GPU, for those who fill and read them there.
+    """A compiled model with its batch and logits on a GPU, for callers that fill and read them on the GPU.
 
     Attributes:
         pixels: (N, C, H, W) float16, always at the same address.
-        logits: (N, K, H, W) float16, likewise.
+        logits: (N, K, H, W) float16, always at the same address.
     """
 
     pixels: Tensor
     logits: Tensor
 
     def enqueue(self) -> None:
-        """Enqueue on the current stream: logits from what `pixels` will hold by then."""
+        """Enqueue the network on the current stream; it reads `pixels` and writes `logits` when its turn comes."""
         ...
 
     def repeat(self) -> None:
-        """Compute the last batch again and wait for it: what the device takes, without the copies."""
+        """Compute the last batch again and wait for it, without copies, to time the device alone."""
         ...
 
 
@@ -69,9 +69,9 @@ class Backend(Protocol):
     """A bundle's network in one library at one precision.
 
     Attributes:
-        name: the library.
+        name: name of the backend, such as openvino.
         precision: fp32, bf16, fp16 or int8.
-        version: of the library, for the manifest.
+        version: version of the library, for the manifest.
     """
 
     name: str
@@ -83,20 +83,20 @@ class Backend(Protocol):
         ...
 
     def compile_bytes(self, shape: Shape) -> ByteModel | None:
-        """The same for pixels in bytes; None where that would gain nothing."""
+        """Make the network ready for pixels in bytes; None if that would gain nothing."""
         ...
 
 
 @dataclass(frozen=True)
 class BackendRequest:
-    """What a backend is made for, besides the bundle.
+    """Options for making a backend, besides the bundle.
 
     Attributes:
-        name: of the backend, as several may share a module.
-        precision: one that the module supports.
-        threads: of a backend on the CPU.
-        artefacts: where it keeps what is slow to make.
-        gpu: of a backend on a GPU, as torch names it.
+        name: name of the backend, because several backends may share a module.
+        precision: a precision that the module supports.
+        threads: number of threads, for a backend on the CPU.
+        artefacts: cache for compiled networks.
+        gpu: torch's name of the GPU, for a backend on a GPU.
     """
 
     name: str
@@ -107,12 +107,16 @@ class BackendRequest:
 
 
 class BackendModule(Protocol):
-    """What the module that a backend's entry names must hold."""
+    """The functions of a backend's module, which its entry in the backend table names."""
 
     def supported_precisions(self) -> tuple[str, ...]:
-        """The precisions that this machine runs natively; raises BackendError where the library cannot run at all."""
+        """Return the precisions that this machine runs natively.
+
+        Raises:
+            BackendError: the library cannot run here.
+        """
         ...
 
     def make(self, bundle: Bundle, request: BackendRequest) -> Backend:
-        """The backend of a bundle's network; raises BackendError."""
+        """Make the backend of a bundle's network; raises BackendError."""
         ...

@@ -1,4 +1,4 @@
-"""Which backends of the table can be had on this machine, and one of them by name."""
+"""Tell which backends of the table are available on this machine, and make a backend by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REFERENCE = ("torch", "fp32")
 
 
 def why_not(backend: str, precision: str) -> str:
-    """Why a backend cannot be had here at a precision; "" if it can."""
+    """Return the reason why a backend is not available here at a precision; "" if it is."""
     entry = KNOWN_BACKENDS.get(backend)
     if entry is None:
         return "this version has no such backend"
@@ -40,7 +40,7 @@ def why_not(backend: str, precision: str) -> str:
 
 
 def candidates(backend: str, precision: str, device: str = "auto") -> list[tuple[str, str]]:
-    """(backend, precision) of everything this version knows that fits what was asked for, installed or not.
+    """Return (backend, precision) of every known backend that fits the request, installed or not.
 
     Args:
         backend: a name or auto.
@@ -59,10 +59,10 @@ def candidates(backend: str, precision: str, device: str = "auto") -> list[tuple
 def make_backend(
     bundle: Bundle, backend: str, precision: str, threads: int, artefacts: Artefacts, gpu: str = "cuda:0"
 ) -> Backend:
-    """One backend by name; those for GPUs run on ``gpu``.
+    """Make a backend by name; a backend for GPUs runs on ``gpu``.
 
     Raises:
-        BackendError: it is not installed, or does not offer this precision here.
+        BackendError: the backend is not installed, or does not offer this precision here.
     """
     reason = why_not(backend, precision)
     if reason:
@@ -76,13 +76,13 @@ def make_backend(
 
 
 def preloaded_modules(backend: str) -> list[str]:
-    """Modules of a backend, a name or auto, that worker processes may share, loaded before they fork."""
+    """Return modules of a backend, a name or auto, to load before worker processes fork, so that they share them."""
     entry = KNOWN_BACKENDS.get(backend)
     return [f"{_MODULES}.{entry.module}"] if entry is not None and entry.preload else []
 
 
 def packages() -> list[str]:
-    """Every package that may decide how fast a backend is or what it computes."""
+    """Return the name of every package that may change a backend's speed or results."""
     names: dict[str, None] = {}
     for entry in KNOWN_BACKENDS.values():
         extras = (package.name for package in entry.extras.values())

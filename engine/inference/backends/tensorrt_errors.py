@@ -1,7 +1,7 @@
-"""What TensorRT, torch-tensorrt and CUDA do when something goes wrong, turned into errors that help.
+"""Turn failures of TensorRT, torch-tensorrt and CUDA into errors that name cause and remedy.
 
-They return False or None, raise classes of no common base, or log the reason and raise something else.  It must not
-know what was asked of them.
+These libraries return False or None, raise exceptions without a common base class, or log the reason and raise another
+error.  It must not know which task they were running.
 """
 
 from __future__ import annotations
@@ -13,82 +13,82 @@ from typing import Any
 
 from cellseg_batch.engine.errors import BackendError, ModelError
 
-# Of torch-tensorrt, and of TensorRT as it passes it on.
+# Loggers of torch-tensorrt, and of TensorRT, whose log torch-tensorrt passes on.
 _LOGGERS = ("torch_tensorrt", "torch_tensorrt [TensorRT Conversion Context]")
-_LONGEST_MESSAGE = 200
+_LONGEST_MESSAGE = 200  # characters
 
 
 class RefusedError(Exception):
-    """TensorRT answered a call with False or None; why is in its log."""
+    """TensorRT returned False or None from a call; its log has the reason."""
 
 
 def demand(done: bool, call: str) -> None:
-    """Go on only if a call gave True.
+    """Check that a call returned True.
 
     Raises:
-        RefusedError: it gave False.
+        RefusedError: it returned False.
     """
     if not done:
         raise RefusedError(f"{call} returned False")
 
 
-def given(thing: Any, call: str) -> Any:
-    """What a call gave.
+def demand_result(result: Any, call: str) -> Any:
+    """Return the result of a call.
 
     Raises:
-        RefusedError: it gave None.
+        RefusedError: the result is None.
     """
-    if thing is None:
+    if result is None:
         raise RefusedError(f"{call} returned None")
-    return thing
+    return result
 
 
-class _Ear(logging.Handler):
-    """Hears the errors that the libraries log, which say more than what they raise."""
+class _ErrorCollector(logging.Handler):
+    """Collects the errors that the libraries log, which say more than the exceptions that they raise."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
-        self.heard: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the head of a message; torch-tensorrt logs whole graphs."""
-        self.heard.append(record.getMessage().strip().partition("\n")[0][:_LONGEST_MESSAGE])
+        """Keep the beginning of the first line; torch-tensorrt logs whole graphs."""
+        self.messages.append(record.getMessage().strip().partition("\n")[0][:_LONGEST_MESSAGE])
 
 
 @contextlib.contextmanager
 def explained(task: str) -> Iterator[None]:
-    """Keep the libraries' error logs off the screen, and turn a failure into an error that holds them.
+    """Collect the libraries' error logs, and raise any failure as an error that includes them.
 
     Args:
-        task: completes "expected to ...".
+        task: the task, as a verb phrase that completes "expected to ...".
 
     Raises:
-        BackendError: whatever was raised inside, as what TensorRT could not do.
-        ModelError: raised inside; no backend can run a broken model.
+        BackendError: the task failed, or raised one itself.
+        ModelError: the task raised it; no backend can run a broken model.
     """
-    ear, loggers = _Ear(), [logging.getLogger(name) for name in _LOGGERS]
+    collector, loggers = _ErrorCollector(), [logging.getLogger(name) for name in _LOGGERS]
     for logger in loggers:
-        logger.addHandler(ear)
+        logger.addHandler(collector)
     try:
         yield
     except (BackendError, ModelError):
         raise
-    except Exception as error:  # its failures share no class
-        found = "; ".join([f"{type(error).__name__.removeprefix('_')}: {error}", *ear.heard])
-        cause, remedy = _diagnosis(found)
-        raise BackendError("TensorRT", expected=f"to {task}", found=found, cause=cause, remedy=remedy) from error
+    except Exception as error:  # the libraries' exceptions share no base class
+        failure = "; ".join([f"{type(error).__name__.removeprefix('_')}: {error}", *collector.messages])
+        cause, remedy = _diagnosis(failure)
+        raise BackendError("TensorRT", expected=f"to {task}", found=failure, cause=cause, remedy=remedy) from error
     finally:
         for logger in loggers:
-            logger.removeHandler(ear)
+            logger.removeHandler(collector)
 
 
-def _diagnosis(found: str) -> tuple[str, str]:
-    """Likely cause and remedy of what TensorRT, torch-tensorrt or CUDA said."""
-    said = found.lower().replace(" ", "")
-    if "outofmemory" in said or "create_execution_context" in said:
+def _diagnosis(failure: str) -> tuple[str, str]:
+    """Return likely cause and remedy of a failure text from TensorRT, torch-tensorrt or CUDA."""
+    text = failure.lower().replace(" ", "")
+    if "outofmemory" in text or "create_execution_context" in text:
         return "a GPU that is out of memory", "choose a smaller `batch` or `tile`, or free the GPU"
-    if "nullptr" in said:
+    if "nullptr" in text:
         return "a driver older than this TensorRT", "update the NVIDIA driver, or choose another `backend`"
-    if "deserialize_cuda_engine" in said:
+    if "deserialize_cuda_engine" in text:
         return "a plan of another TensorRT or GPU model, or a damaged one", "have it built anew"
     return "", "choose another `backend`"

@@ -1,8 +1,10 @@
-"""TensorRT on an NVIDIA GPU in fp16, through torch.export and torch-tensorrt.
+"""Run networks in TensorRT on an NVIDIA GPU in fp16, built through torch.export and torch-tensorrt.
 
-Written against TensorRT 10.15 and 11.0 (torch-tensorrt 2.11 and 2.13), where a network's own types decide the
-precision: a float16 network is the only thing that is asked for.  Neither library is imported before a GPU is known
-to be there, as both fail in their own ways without one.
+Written against TensorRT 10.15 and 11.0 (torch-tensorrt 2.11 and 2.13), where the network's own dtypes decide
+the precision, so the network is exported in float16.  Neither library is imported before torch sees a GPU, because both
+fail in their own ways without one.
+
+In TensorRT's words, a plan is a serialised network, and an engine a plan that is loaded on a GPU.
 """
 
 from __future__ import annotations
@@ -22,43 +24,43 @@ from cellseg_batch.engine.inference.backends import cuda
 from cellseg_batch.engine.inference.backends.cuda import Device, GraphedHalf, demand_gpu
 from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm
 from cellseg_batch.engine.inference.backends.protocol import BackendRequest, Shape
-from cellseg_batch.engine.inference.backends.tensorrt_errors import demand, explained, given
+from cellseg_batch.engine.inference.backends.tensorrt_errors import demand, demand_result, explained
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.engine.storage.cache import Artefacts, Key
 from cellseg_batch.trainer.bundle import Bundle
 
 PRECISIONS = ("fp16",)
 _LARGEST_BATCH = 64
-# An engine in fp16 holds 2 bytes a weight and some padding, one in fp32 holds 4.
+# A TensorRT engine in fp16 takes 2 bytes per weight and some padding; in fp32 it takes 4.
 _BYTES_PER_WEIGHT = 3
 _PADDING_BYTES = 1 << 20
 _PLAN, _TIMINGS = "model.plan", "timings.bin"
 
 
 def supported_precisions() -> tuple[str, ...]:
-    """The precisions offered on this machine.
+    """Return the precisions offered on this machine.
 
     Raises:
-        BackendError: as `load_libraries`.
+        BackendError: see `load_libraries`.
     """
     load_libraries()
     return PRECISIONS
 
 
 def load_libraries() -> tuple[Any, Any]:
-    """The modules ``tensorrt`` and ``torch_tensorrt``.
+    """Import and return the modules ``tensorrt`` and ``torch_tensorrt``.
 
     Raises:
-        BackendError: there is no GPU that torch can use, or one of them cannot be imported.
+        BackendError: there is no GPU that torch can use, or a module cannot be imported.
     """
     demand_gpu("TensorRT")
     try:
         with _quiet():
-            # In this order: torch_tensorrt puts a stand-in of its own in tensorrt's place.
+            # Import in this order: torch_tensorrt registers its own stand-in for the module tensorrt.
             import torch_tensorrt
 
             import tensorrt  # isort: skip
-    except Exception as error:  # a missing library is a plain Exception there, not an ImportError
+    except Exception as error:  # torch_tensorrt raises a plain Exception for a missing library
         raise BackendError(
             "TensorRT",
             expected="torch_tensorrt and tensorrt that can be imported",
@@ -70,7 +72,7 @@ def load_libraries() -> tuple[Any, Any]:
 
 
 def make(bundle: Bundle, request: BackendRequest) -> TensorRtBackend:
-    """The backend of a bundle's network; raises BackendError as `load_libraries`."""
+    """Make the backend of a bundle's network; raises BackendError, see `load_libraries`."""
     return TensorRtBackend(bundle, request.precision, cuda.Device(request.gpu), request.artefacts)
 
 
@@ -80,11 +82,11 @@ class TensorRtBackend:
     Args:
         bundle: the model.
         precision: fp16.
-        device: that computes.
-        artefacts: where plans are kept.
+        device: the device that computes.
+        artefacts: cache of plans.
 
     Raises:
-        BackendError: as `load_libraries`.
+        BackendError: see `load_libraries`.
     """
 
     name = "tensorrt"
@@ -98,26 +100,26 @@ class TensorRtBackend:
         self._artefacts = artefacts
 
     def compile_bytes(self, shape: Shape) -> None:
-        """Not offered."""
+        """Return None: not offered."""
 
     def compile(self, shape: Shape) -> GraphedHalf:
         """Make the plan for batches of ``shape`` (N, C, H, W) ready to run.
 
         Raises:
-            BackendError: TensorRT cannot build or load it, or it would not run in fp16.
+            BackendError: TensorRT cannot build or load the plan, or would not run it in fp16.
         """
         weights = sum(array.size for array in self._bundle.weights.values())
-        # One logger a process: TensorRT keeps the first that it is given.
+        # Each process has one logger: TensorRT keeps the first that it gets.
         logger = self._torch_tensorrt.logging.TRT_LOGGER
         plan = self.plan(shape)
         with explained(f"load the plan for batches of {shape}"), self._device.on(self._device.stream()):
             return load_plan(self._tensorrt, logger, plan, shape, weights, self._device)
 
     def plan(self, shape: Shape) -> bytes:
-        """The plan for batches of ``shape``, built if none is kept for these libraries and this GPU model.
+        """Return the plan for batches of ``shape``; build it if none is cached for these libraries and this GPU.
 
         Raises:
-            BackendError: TensorRT cannot build it, or the batch is too large.
+            BackendError: TensorRT cannot build the plan, or the batch is too large.
         """
         if shape[0] > _LARGEST_BATCH:
             raise BackendError(
@@ -145,18 +147,18 @@ class TensorRtBackend:
         return (self._artefacts.get(key, make) / _PLAN).read_bytes()
 
     def _known_timings(self, key: Key) -> bytes:
-        """What these libraries timed on this GPU model for other plans; b"" if nothing."""
-        alike = [
+        """Return the timings of these libraries on this GPU model for other plans; b"" if there are none."""
+        timing_files = [
             entry.folder / _TIMINGS
             for entry in self._artefacts.entries()
             if entry.sound and all(entry.key.get(name) == key[name] for name in ("what", "gpu", "versions"))
         ]
-        # Each holds those that it began with, so that the largest holds the most.
-        return max((path.read_bytes() for path in alike), key=len, default=b"")
+        # Each file includes the timings that its build began with, so the largest file has the most.
+        return max((path.read_bytes() for path in timing_files), key=len, default=b"")
 
     def _build(self, shape: Shape, timings: Path) -> bytes:
         batch, *rest = shape
-        # One more than asked for where only one is: a profile of one shape would make the batch a constant.
+        # The largest batch is at least 2: a profile of a single shape would make the batch a constant.
         largest = (max(batch, 2), *rest)
         profile = self._torch_tensorrt.Input(min_shape=(1, *rest), opt_shape=shape, max_shape=largest, dtype=torch.half)
         program = export_half(self._bundle, (rest[1], rest[2]), self._device)
@@ -172,47 +174,47 @@ class TensorRtBackend:
 
 
 def load_plan(tensorrt: Any, logger: Any, plan: bytes, shape: Shape, weights: int, device: Device) -> GraphedHalf:
-    """A plan made ready to run at one batch shape.
+    """Load a plan and make it ready to run at one batch shape.
 
     Args:
         tensorrt: the module.
-        logger: what TensorRT tells its troubles.
-        plan: what TensorRT built.
+        logger: TensorRT's logger.
+        plan: the plan that TensorRT built.
         shape: (N, C, H, W) of every batch.
         weights: number of weights in the network, to tell fp16 from fp32.
-        device: that computes.
+        device: the device that computes.
 
     Raises:
-        BackendError: the engine is not in fp16.
-        Exception: the plan cannot be loaded or run here.
+        BackendError: the TensorRT engine is not in fp16.
+        Exception: the plan cannot be loaded or run on this machine.
     """
     runtime = tensorrt.Runtime(logger)
-    engine = given(runtime.deserialize_cuda_engine(plan), "deserialize_cuda_engine")
+    engine = demand_result(runtime.deserialize_cuda_engine(plan), "deserialize_cuda_engine")
     pixels, logits = _tensor_names(tensorrt, engine)
     _demand_half(tensorrt, engine, weights)
-    context = given(engine.create_execution_context(), "create_execution_context")
+    context = demand_result(engine.create_execution_context(), "create_execution_context")
     demand(context.set_input_shape(pixels, shape), "set_input_shape")
     n, k, height, width = context.get_tensor_shape(logits)
     buffers = GraphedHalf(shape, (n, k, height, width), device)
     demand(context.set_tensor_address(pixels, buffers.pixels.data_ptr()), "set_tensor_address")
     demand(context.set_tensor_address(logits, buffers.logits.data_ptr()), "set_tensor_address")
-    # A tuple is taken down from its end: nothing outlives what it was made from.
-    kept = (runtime, engine, context)
+    # Python frees a tuple from its end, so that no object outlives the object that made it.
+    owners = (runtime, engine, context)
 
     def launch(stream: int) -> None:
-        demand(kept[-1].execute_async_v3(stream), "execute_async_v3")
+        demand(owners[-1].execute_async_v3(stream), "execute_async_v3")
 
     buffers.capture(launch)
     return buffers
 
 
 def export_half(bundle: Bundle, sides: tuple[int, int], device: Device) -> ExportedProgram:
-    """The network in float16 on the device, batch norm folded, for batches (1 to 64, C, *sides).
+    """Export the network in float16 on the device, batch norm folded, for batches (1 to 64, C, *sides).
 
-    Its logits are not clamped: what TensorRT's clamp makes of NaN is not laid down, and NaN is how an overflow is seen.
+    Its logits are not clamped: an overflow shows as NaN, and TensorRT does not define what its clamp makes of NaN.
     """
     network = _with_plain_clamps(fold_batch_norm(build_torch_network(bundle))).half().to(device.torch_device)
-    # An example of batch 1 would be taken for a constant.
+    # torch.export would take a batch of 1 for a constant.
     example = torch.zeros(2, bundle.card.channels, *sides, dtype=torch.half, device=device.torch_device)
     batch = Dim("batch", min=1, max=_LARGEST_BATCH)
     with torch.no_grad(), _quiet():
@@ -220,10 +222,10 @@ def export_half(bundle: Bundle, sides: tuple[int, int], device: Device) -> Expor
 
 
 class _ReLU6(nn.Module):
-    """``torch.nn.ReLU6``, which torch lowers to a float32 clamp between two casts, as one clamp in any type."""
+    """``torch.nn.ReLU6`` as one clamp in any dtype; torch lowers its own to a float32 clamp between two casts."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """``features`` held between 0 and 6."""
+        """Clamp ``features`` to 0 ... 6."""
         return features.clamp(0.0, 6.0)
 
 
@@ -246,25 +248,28 @@ def _tensor_names(tensorrt: Any, engine: Any) -> tuple[str, str]:
 
 
 def _demand_half(tensorrt: Any, engine: Any, weights: int) -> None:
-    """TensorRT has built fp32 engines without a word where fp16 was asked for; so look at what was built.
+    """Raise BackendError unless the engine runs in fp16: TensorRT may silently build fp32 from a request for fp16.
 
-    Its inspector tells the types of layers only of engines built to be debugged; the size of the weights always tells.
+    TensorRT's inspector gives the dtypes of layers only for debug builds, but the size of the weights always tells.
     """
     types = {name: engine.get_tensor_dtype(name) for name in _tensor_names(tensorrt, engine)}
     if any(dtype != tensorrt.DataType.HALF for dtype in types.values()):
-        built = ", ".join(f"{name} {dtype.name}" for name, dtype in types.items())
-        raise _refusal("HALF input and output", built, "a network that was exported in float32")
+        names = ", ".join(f"{name} {dtype.name}" for name, dtype in types.items())
+        raise _refusal("HALF input and output", names, "a network that was exported in float32")
     size, limit = engine.get_engine_stat(tensorrt.EngineStat.TOTAL_WEIGHTS_SIZE), _BYTES_PER_WEIGHT * weights
     if size > limit + _PADDING_BYTES:
-        built = f"{size} bytes for {weights} weights"
-        raise _refusal("layers in fp16 (2 bytes a weight)", built, "layers that TensorRT kept in fp32")
+        raise _refusal(
+            "layers in fp16 (2 bytes a weight)",
+            f"{size} bytes for {weights} weights",
+            "layers that TensorRT kept in fp32",
+        )
 
 
-def _refusal(expected: str, found: str, cause: str) -> BackendError:
+def _refusal(expected: str, actual: str, cause: str) -> BackendError:
     return BackendError(
         "TensorRT engine",
         expected=expected,
-        found=found,
+        found=actual,
         cause=cause,
         remedy="use the versions that cellseg-batch[tensorrt] pins, or another `backend`",
     )
@@ -272,7 +277,7 @@ def _refusal(expected: str, found: str, cause: str) -> BackendError:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' warnings about their own insides from the user."""
+    """Hide the libraries' warnings about their own internals from the user."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,6 +1,6 @@
-"""PyTorch on the CPU: eager, channels-last, batch norm folded into the convolutions.
+"""Run networks in PyTorch on the CPU: eager, channels-last, batch norm folded into the convolutions.
 
-The reference that every other backend is compared with is this one in fp32.
+In fp32 it is the reference that every other backend is compared with.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def supported_precisions() -> tuple[str, ...]:
-    """The precisions that this processor computes in; any other takes torch many times as long as fp32."""
+    """Return the precisions that this processor runs natively; others take many times as long as fp32."""
     features = torch.cpu.get_capabilities()
-    native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is ARM's
+    native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # "bf16" is ARM's
     return ("fp32", "bf16") if native else ("fp32",)
 
 
 def make(bundle: Bundle, request: BackendRequest) -> TorchBackend:
-    """The backend of a bundle's network."""
+    """Make the backend of a bundle's network."""
     return TorchBackend(bundle, request.precision, request.threads)
 
 
@@ -44,11 +44,11 @@ class TorchBackend:
         self._network: nn.Module = folded.to(dtype=self._dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def compile(self, shape: Shape) -> CompiledModel:
-        """Nothing is to be made ready."""
+        """Return the model; eager torch compiles nothing."""
         return self._run
 
     def compile_bytes(self, shape: Shape) -> None:
-        """Not offered: torch would spend as much on normalising them as the engine does."""
+        """Return None: torch would normalise bytes no faster than the gather kernel."""
 
     def _run(self, batch: NDArray[np.float32], *, out: Logits | None = None) -> Logits:
         with torch.inference_mode():

@@ -1,7 +1,7 @@
-"""PyTorch on an NVIDIA GPU in fp16: channels-last, batch norm folded, the whole network one CUDA graph.
+"""Run networks in PyTorch on an NVIDIA GPU in fp16: channels-last, batch norm folded, all in one CUDA graph.
 
-Two backends: ``torch-cuda`` runs cuDNN's convolutions as they come, ``torch-compile`` lets Inductor fuse what lies
-between them.  Neither has run on hardware yet.
+It holds two backends: ``torch-cuda`` runs cuDNN's convolutions as they are; in ``torch-compile`` Inductor fuses the
+layers between them.  Neither has run on hardware yet.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from cellseg_batch.engine.inference.backends.protocol import BackendRequest, Sha
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.trainer.bundle import Bundle
 
-_MOST_SHAPES = 10_000
+_MAX_SHAPES = 10_000
 
 
 def supported_precisions() -> tuple[str, ...]:
-    """The precisions offered on this machine.
+    """Return the precisions offered on this machine.
 
     Raises:
         BackendError: there is no GPU that torch can use.
@@ -29,7 +29,7 @@ def supported_precisions() -> tuple[str, ...]:
 
 
 def make(bundle: Bundle, request: BackendRequest) -> TorchCudaBackend:
-    """The backend of a bundle's network."""
+    """Make the backend of a bundle's network."""
     return TorchCudaBackend(bundle, cuda.Device(request.gpu), compiled=request.name == "torch-compile")
 
 
@@ -38,8 +38,8 @@ class TorchCudaBackend:
 
     Args:
         bundle: the model.
-        device: that computes.
-        compiled: through ``torch.compile``.
+        device: the device that computes.
+        compiled: whether to compile the network with ``torch.compile``.
     """
 
     precision = "fp16"
@@ -55,23 +55,23 @@ class TorchCudaBackend:
         self._network = network.half().to(device.torch_device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compiled:
             self._network = torch.compile(self._network, fullgraph=True, dynamic=False)
-            # Each batch shape is compiled on its own, and a folder of small images may have many.
-            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _MOST_SHAPES
-        # Timing would choose the convolutions anew in each run, and a resumed run would round otherwise.
+            # torch compiles each batch shape separately, and a folder of small images may have many shapes.
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _MAX_SHAPES
+        # With timing, cuDNN could choose other convolutions in each run, and a resumed run would round differently.
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
 
     def compile_bytes(self, shape: Shape) -> None:
-        """Not offered."""
+        """Return None: not offered."""
 
     def compile(self, shape: Shape) -> GraphedHalf:
         """Capture the network for batches of ``shape`` (N, C, H, W).
 
         Raises:
-            torch.OutOfMemoryError: it does not fit on the device.
+            torch.OutOfMemoryError: the network and its buffers do not fit on the device.
         """
         buffers = GraphedHalf(shape, (shape[0], self._outputs, *shape[2:]), self._device)
-        # The buffers themselves, not their owner: a cycle would hold the device's memory until the collector comes.
+        # Capture the tensors, not their owner: a reference cycle would hold device memory until garbage collection.
         pixels, logits, network = buffers.pixels, buffers.logits, self._network
 
         def launch(stream: int) -> None:
