@@ -38,6 +38,7 @@ SMALL = {
     "unet-plus": {"width": 4, "depth": 3},
     "unet-mobilenetv2": {"widths": (8, 8, 8, 8, 8)},
     "unet-resnet34": {"widths": (8, 8, 8, 8, 8), "up": "bilinear"},
+    "unet-efficientnet-lite0": {},
 }
 
 
