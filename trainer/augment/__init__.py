@@ -106,9 +106,9 @@ class Augmenter:
             padding_mode="reflection",
             align_corners=False,
         )
-        warped = F.avg_pool2d(sampled, fine)[0]
+        warped = (F.avg_pool2d(sampled, fine) if fine > 1 else sampled)[0]
         ids = torch.from_numpy(sample.labels.astype(np.float32))[None, None]
-        centres = grid_at(F.avg_pool2d(positions, fine))
+        centres = grid_at(F.avg_pool2d(positions, fine) if fine > 1 else positions)
         labels = F.grid_sample(ids, centres, mode="nearest", padding_mode="reflection", align_corners=False)[0, 0]
         pixels = warped[:-1] if len(warped) == 4 else warped[:1].expand(3, -1, -1)
         if not plain and self.rng.random() < self.recipe.flat:
