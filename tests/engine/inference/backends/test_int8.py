@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cellseg_batch.engine.inference.backends import rounding
+from cellseg_batch.engine.inference.backends import int8_round as rounding
 from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm, fold_upsampling
 from cellseg_batch.engine.inference.backends.int8_equalise import equalise
 from cellseg_batch.engine.inference.backends.int8_round import outputs, patches, round_weights
@@ -130,7 +130,7 @@ def test_the_patches_of_a_transposed_convolution_are_what_its_outputs_are_made_o
 def test_of_a_large_tile_the_same_places_are_looked_at_each_time(monkeypatch):
     convolution = nn.Conv2d(3, 5, 3, padding=1)
     every = patches(convolution, TILES[0])
-    monkeypatch.setattr(rounding, "_SEEN", 27 * 100)
+    monkeypatch.setattr(rounding, "_MAX_SAMPLED", 27 * 100)
     some = patches(convolution, TILES[0])
     assert some.shape == (27, 100)
     assert torch.equal(some, patches(convolution, TILES[0]))
