@@ -1,6 +1,6 @@
 """The engine: slides in, masks out, at the speed of the machine.
 
-DESIGN.md says which rooms there are and which may use which.
+DESIGN.md lists the folders and says which may import which.
 """
 
 import time
