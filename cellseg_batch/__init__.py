@@ -9,8 +9,8 @@
     model = load_model("nuclei")
     ids = model.segment(array, pixel_size=0.25)
 
-`segment` is the run of the command line, with the same bits; a `Model` segments arrays in memory as a run would segment
-an image of these pixels.  Nothing here prints, takes signals or changes the environment; what fails raises a
+`segment` runs what ``cellseg-batch run`` runs, with the same bits; a `Model` segments arrays in memory as a run would
+segment an image of these pixels.  No function prints, takes signals or changes the environment; failures raise a
 `CellsegError` that says what was expected, what was found and what to do.  Libraries are imported when they are needed.
 """
 
@@ -60,7 +60,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """Classes that results are made of, imported when they are asked for."""
+    """Import the classes of results and settings when they are asked for."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
@@ -70,14 +70,14 @@ def __getattr__(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far `segment` is.
+    """The progress of `segment`.
 
     Attributes:
-        images: that will be processed.
-        ended: of these, done, skipped, failed or held.
-        pixels: of the slides that have begun, over all planes.
-        pixels_done: of these, a share of a pixel counting for each pass over its slide.
-        ending: the slide that has just ended, None if this is about another step.
+        images: number of images to process.
+        ended: number of these that are done, skipped, failed or held.
+        pixels: number of pixels of the slides that have begun, over all planes.
+        pixels_done: number of these that are done; each pass over a slide counts as a share of its pixels.
+        ending: report of the slide that has just ended; None if the step is another one.
     """
 
     images: int = 0
@@ -97,15 +97,15 @@ def segment(
 
     Args:
         slides: path or URL of an image, a store or a folder of them, or several.
-        progress: called from this thread with every step; an exception of it ends the run.
+        progress: called in this thread at every step; an exception that it raises ends the run.
         settings: fields of `Settings`, which are the flags of ``cellseg-batch run``: ``model``, ``output``,
             ``objects``, ``pixel_size``, ``precision`` and so on.
 
     Returns:
-        What became of each image, in `RunReport.slides`; images that failed are in it with their reasons.
+        The report of the run; `RunReport.slides` has an entry for each image, failed ones with their reasons.
 
     Raises:
-        CellsegError: nothing can be run as asked.
+        CellsegError: the run cannot start with these slides and settings.
     """
     from cellseg_batch.engine.run.campaign import run
     from cellseg_batch.engine.storage.paths import locate
@@ -121,14 +121,14 @@ def segment(
 
 
 def load_model(model: str = "nuclei", **settings: Any) -> Model:
-    """A model, compiled for this machine, that segments arrays.
+    """Load a model and compile it for this machine, to segment arrays.
 
     Args:
         model: a shipped model's name, or the folder of a bundle.
         settings: fields of `Settings`, such as ``backend``, ``precision``, ``device``, ``threshold`` and ``margin``.
 
     Raises:
-        CellsegError: there is no such model, or no backend can do what was asked.
+        CellsegError: there is no such model, or no backend fits the settings.
     """
     from cellseg_batch.engine.inference.model_pool import ModelPool
     from cellseg_batch.engine.models import load_model as load_bundle
@@ -138,15 +138,15 @@ def load_model(model: str = "nuclei", **settings: Any) -> Model:
 
 
 class Model:
-    """A compiled model; `load_model` makes one.
+    """A compiled model, as `load_model` makes it.
 
-    Arrays have axes (Y, X) or (Y, X, C), of any integer or floating type.  Three or four channels of uint8 are red,
-    green and blue (and alpha); of other channels ``channel`` names the one with the nuclei by its index.  An array is
-    cut into the tiles that a run cuts an image of its size into, and normalised as a whole.
+    Arrays have axes (Y, X) or (Y, X, C) and any integer or floating type.  Three or four channels of uint8 are red,
+    green and blue (and alpha); among other channels, ``channel`` is the index of the one with the nuclei.  An array is
+    cut into the same tiles as an image of its size in a run, and normalised as a whole.
 
     Args:
-        settings: of every call.
-        model_pool: for instances; it keeps what is compiled from call to call.
+        settings: settings of every call.
+        model_pool: model pool for instances; it keeps compiled models from call to call.
     """
 
     def __init__(self, settings: Settings, model_pool: ModelPool) -> None:
@@ -154,7 +154,7 @@ class Model:
         self._model_pools = {True: model_pool}
 
     def segment(self, array: NDArray[Any], pixel_size: float | None = None, channel: int | None = None) -> NDArray[Any]:
-        """The objects of an image.
+        """Segment the objects of an image.
 
         Args:
             array: (Y, X) or (Y, X, C).
@@ -165,28 +165,28 @@ class Model:
             (Y, X) uint32 (uint64 beyond 4 thousand million objects): 0 is background, 1, 2, ... are the objects.
 
         Raises:
-            CellsegError: the array is no image, or the model does not take it.
+            CellsegError: the array is no image, or not one for this model.
         """
         return self._run(array, pixel_size, channel, instances=True)
 
     def probability(
         self, array: NDArray[Any], pixel_size: float | None = None, channel: int | None = None
     ) -> NDArray[Any]:
-        """The probability of each pixel to be foreground.
+        """Compute the probability of each pixel to be foreground.
 
         Args:
             array, pixel_size, channel: as in `segment`.
 
         Returns:
-            (Y, X) uint8, 255 is certain.
+            (Y, X) uint8: 0 is a probability of 0, 255 of 1.
 
         Raises:
-            CellsegError: the array is no image, or the model does not take it.
+            CellsegError: the array is no image, or not one for this model.
         """
         return self._run(array, pixel_size, channel, instances=False)
 
     def _run(self, array: NDArray[Any], pixel_size: float | None, channel: int | None, instances: bool) -> NDArray[Any]:
-        """The labels of an array, or its probability, through the run of a campaign into a temporary folder."""
+        """Compute the labels of an array, or its probability, with a campaign that writes to a temporary folder."""
         import tempfile
         from dataclasses import replace
         from pathlib import Path
@@ -219,7 +219,7 @@ class Model:
             return np.asarray(zarr.open_array(group / "0", mode="r")[...])
 
     def _model_pool(self, settings: Settings) -> ModelPool:
-        """What is compiled for instances, or for the probability alone, which needs fewer outputs."""
+        """The model pool for instances, or for the probability alone, which needs fewer outputs of the network."""
         from cellseg_batch.engine.inference.model_pool import ModelPool
 
         if settings.instances not in self._model_pools:
@@ -229,14 +229,14 @@ class Model:
 
 
 def open_labels(slide: SlideReport | str | PathLike[str], level: int = 0) -> zarr.Array[Any]:
-    """The labels of a slide, read as they are sliced.
+    """Open the labels of a slide; pixels are read as the array is sliced.
 
     Args:
         slide: a slide of a report, or the path of a label group.
-        level: of the label pyramid, 0 being the resolution that was segmented.
+        level: level of the label pyramid; 0 is the resolution that was segmented.
 
     Returns:
-        An array with the slide's axes out of (T, Z, Y, X): 1 in a mask, ids of objects otherwise.
+        An array with the slide's axes out of (T, Z, Y, X).  Foreground is 1 in a mask, and ids of objects otherwise.
 
     Raises:
         CellsegError: the slide has no labels.
@@ -250,13 +250,13 @@ def open_labels(slide: SlideReport | str | PathLike[str], level: int = 0) -> zar
 
 
 def read_objects(slide: SlideReport | str | PathLike[str]) -> pyarrow.Table:
-    """The table of objects of a slide that was segmented with ``objects=True``.
+    """Read the table of objects of a slide that was segmented with ``objects=True``.
 
     Args:
         slide: a slide of a report, or the path of a table.
 
     Returns:
-        A row for each object; ``table.to_pandas()`` and ``polars.from_arrow(table)`` make data frames of it.
+        One row per object; ``table.to_pandas()`` and ``polars.from_arrow(table)`` make data frames of the table.
 
     Raises:
         CellsegError: the slide has no table.
@@ -271,6 +271,11 @@ def read_objects(slide: SlideReport | str | PathLike[str]) -> pyarrow.Table:
 
 
 def _output_of(slide: SlideReport, path: str | None, what: str) -> str:
+    """The path of a slide's output, unless the slide has no such output.
+
+    Raises:
+        SlideError: ``path`` is None; ``what`` names the output.
+    """
     from cellseg_batch.engine.errors import SlideError
 
     if path is None:
@@ -283,8 +288,8 @@ def _output_of(slide: SlideReport, path: str | None, what: str) -> str:
     return path
 
 
-def _settings(**given: Any) -> Settings:
-    """The settings that keyword arguments name.
+def _settings(**values: Any) -> Settings:
+    """Make settings from keyword arguments.
 
     Raises:
         UsageError: there is no such setting, or its value is out of range.
@@ -296,7 +301,7 @@ def _settings(**given: Any) -> Settings:
     from cellseg_batch.engine.storage.paths import locate
 
     names = [field.name for field in fields(Settings)]
-    for name in given:
+    for name in values:
         if name not in names:
             likely = get_close_matches(name, names, 1)
             raise UsageError(
@@ -305,13 +310,13 @@ def _settings(**given: Any) -> Settings:
                 found=name,
                 remedy=f"did you mean {likely[0]}?" if likely else "see cellseg_batch.Settings",
             )
-    if given.get("output") is not None:
-        given["output"] = locate(str(given["output"]))
-    return Settings(**given)
+    if values.get("output") is not None:
+        values["output"] = locate(str(values["output"]))
+    return Settings(**values)
 
 
 class _Observer:
-    """Turns what a run says into `Progress`."""
+    """Turns the events of a run into `Progress`."""
 
     def __init__(self, tell: Callable[[Progress], None] | None) -> None:
         self._tell = tell

@@ -1,6 +1,6 @@
 """The engine: slides in, masks out, at the speed of the machine.
 
-DESIGN.md says which folders there are and which may import from which.
+DESIGN.md lists the folders and says which may import which.
 """
 
 import time

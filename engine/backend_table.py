@@ -1,7 +1,7 @@
-"""Every backend and precision that this version knows, one entry each: the only place that lists their names.
+"""List every backend and precision that this version knows, one entry each; no other module lists their names.
 
-Nothing is imported to read it, so whoever checks what the user asked for needs no library.  The module of a backend and
-its entry are all that may know its name; `cellseg_batch.engine.inference.backends.registry` makes backends from both.
+The list imports no library, so settings can be checked without one.  Only the module of a backend and its entry here
+may know the backend's name; `cellseg_batch.engine.inference.backends.registry` makes backends from both.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Package:
-    """A Python package, and how to get it."""
+    """A Python package, and the command that installs it."""
 
     name: str
     remedy: str
@@ -24,13 +24,13 @@ class BackendEntry:
 
     Attributes:
         package: the library.
-        module: of the backend, in `cellseg_batch.engine.inference.backends`.
-        precisions: that it may offer.
+        module: module of the backend, in `cellseg_batch.engine.inference.backends`.
+        precisions: precisions that it may offer.
         on_gpu: whether it runs on a GPU, or on the CPU.
-        extras: precision -> the package that it needs besides.
-        decisive: names of other packages that may decide its speed or its results.
+        extras: precision -> package that it needs besides the library.
+        decisive: names of other packages that may affect its speed or its results.
         preload: whether worker processes may share its module, loaded before they fork.
-        proof: the command that proves it where it has not run on hardware yet; "" where it has.
+        proof: the command that tests it, for a backend that has not run on hardware yet; "" for the others.
     """
 
     package: Package
@@ -45,7 +45,12 @@ class BackendEntry:
 
 @dataclass(frozen=True)
 class Limits:
-    """Most flipped pixels and least object F1 with which a backend may be used."""
+    """Limits within which a backend may be used.
+
+    Attributes:
+        flipped: largest share of pixels on the other side of the threshold.
+        object_f1: smallest F1 of objects.
+    """
 
     flipped: float
     object_f1: float
@@ -53,11 +58,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Precision:
-    """What a network is computed in.
+    """A precision in which a network is computed.
 
     Attributes:
-        limits: what the gate demands.
-        on_request: whether it wins a race only if it was asked for by name.
+        limits: limits that the gate demands.
+        on_request: whether it can win a race only if the user asked for it by name.
     """
 
     limits: Limits = Limits(5e-4, 0.995)
@@ -108,6 +113,6 @@ KNOWN_PRECISIONS: Mapping[str, Precision] = {
     "fp32": Precision(),
     "bf16": Precision(),
     "fp16": Precision(),
-    # It flips 2e-4 more than bf16 does; who asks for it by name takes that for its speed.
+    # It flips 2e-4 more of the pixels than bf16; a user who asks for it by name accepts that for its speed.
     "int8": Precision(Limits(6e-4, 0.99), on_request=True),
 }

@@ -11,8 +11,8 @@ CellsegError
     ├── ComputeError    the model gives no usable numbers for it
     └── OutputError     its labels cannot be written
 
-A message is one line: what was expected, what was found, the likely cause, the remedy.  Settings, and arguments of
-other functions, are in backticks, with a value or without (`tile`, `margin=64`); the command line writes them as flags.
+A message is one line: what was expected, what was found, the likely cause, the remedy.  Settings and arguments of
+functions are in backticks, with or without a value (`tile`, `margin=64`); the command line writes them as flags.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class CellsegError(Exception):
     """An error with everything a user needs to act on it, on one line.
 
     Args:
-        subject: what the error is about (a path, a setting).
-        expected: what should have been there.
-        found: what was there instead.
-        cause: the likely cause, "" when it is plain from the rest.
-        remedy: what to do about it.
+        subject: the path or setting that the error is about.
+        expected: the state or value that was expected.
+        found: the state or value that was found instead.
+        cause: the likely cause; "" if the rest of the message makes it plain.
+        remedy: how the user can repair it.
     """
 
     exit_code = 1
@@ -47,13 +47,13 @@ class CellsegError(Exception):
 
     @classmethod
     def with_detail(cls, subject: str, detail: str) -> Self:
-        """An error whose message without its subject is known already."""
+        """Make an error from a subject and a message that is complete but for its subject."""
         error = cls.__new__(cls)
         error.args, error.detail = (f"{subject}: {detail}",), detail
         return error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Errors travel between processes; the parts of the message are not kept apart."""
+        """Pickle the error, which travels between processes, as its message and its detail."""
         return _rebuild, (type(self), str(self), self.detail)
 
 
@@ -108,12 +108,12 @@ def brief(error: BaseException) -> str:
 
 @contextmanager
 def writing_to(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever goes wrong while ``what`` is written to ``path`` into an OutputError."""
+    """Turn every exception that is raised while ``what`` is written to ``path`` into an OutputError."""
     try:
         yield
     except OutputError:
         raise
-    except Exception as error:  # a store can fail in any way that its library knows
+    except Exception as error:  # each store's library raises errors of its own
         raise OutputError(
             str(path),
             expected=f"{what} that can be written",
@@ -125,7 +125,7 @@ def writing_to(path: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def trainer_errors(subject: str) -> Iterator[None]:
-    """Turn what the trainer refuses (OSError, ValueError) into a UsageError about ``subject``."""
+    """Turn the trainer's OSError and ValueError into a UsageError about ``subject``."""
     try:
         yield
     except (OSError, ValueError) as error:

@@ -1,16 +1,16 @@
-"""Boxes, the lattice of tiles and the blocks made of it: pure integer arithmetic, all in pixels.
+"""Lay the lattice of tiles over a slide and group its cores into blocks: pure integer arithmetic, all in pixels.
 
-Coordinates are those of the level that is processed, (y, x), half-open.  Along one axis of a slide:
+Coordinates are (y, x) in px of the processed level, half-open.  Along one axis of a slide:
 
     slide       |.......................................|
     cores       |---------|---------|---------|---------|--     laid from 0, the last may stick out
     tile     <==|---------|==>                                  a core and a margin on either side
     block       |-------------------|                           k cores, what one task computes and writes
-    read box |..|-------------------|..|                        what it reads, clipped to the slide
+    read box |..|-------------------|..|                        what the task reads, clipped to the slide
 
-Pixels outside the slide are its own, mirrored at the edge again and again (numpy's ``reflect``).  The lattice
-depends on the slide's shape, the tile target, the margin and the network's stride, never on blocks, batches
-or workers, which is why results do not depend on these either.  Nothing here knows files or models.
+Pixels outside the slide are its own pixels, mirrored at its edges as often as needed (numpy's ``reflect``).  The
+lattice depends on the slide's shape, the tile target, the margin and the network's stride, never on blocks, batches or
+workers; so results do not depend on these either.  This module must not know files or models.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import UsageError
 
-# How much more than the least a lattice may compute for the sake of squarer tiles.
+# A lattice may compute this many times the least number of pixels, for squarer tiles.
 _SLACK = 1.025
-# Side in px that a chunk of an output has nearly.
+# Target side of an output's chunks in px.
 _CHUNK = 512
 
 
@@ -49,7 +49,7 @@ class Box:
         return (self.y1 - self.y0) * (self.x1 - self.x0)
 
     def shifted(self, by: tuple[int, int]) -> Box:
-        """The box moved by (y, x)."""
+        """The box moved by (y, x) px."""
         return Box(self.y0 + by[0], self.x0 + by[1], self.y1 + by[0], self.x1 + by[1])
 
     def grown(self, margin: int) -> Box:
@@ -62,7 +62,7 @@ class Box:
         return Box(y0, x0, max(y0, min(self.y1, other.y1)), max(x0, min(self.x1, other.x1)))
 
     def seen_from(self, other: Box) -> Box:
-        """The box in px from the first corner of ``other``."""
+        """The box in coordinates of ``other``, whose first corner becomes (0, 0)."""
         return Box(self.y0 - other.y0, self.x0 - other.x0, self.y1 - other.y0, self.x1 - other.x0)
 
     def slices(self) -> tuple[slice[int, int, None], slice[int, int, None]]:
@@ -73,8 +73,11 @@ class Box:
 def reflect(start: int, stop: int, length: int) -> NDArray[np.int64]:
     """Source index of each position in [start, stop) of an axis of ``length`` px that is mirrored at its edges.
 
-    The same as ``numpy.pad(..., mode="reflect")``, repeated for as long as needed; an axis of one pixel
-    repeats it.
+    The indices are those of ``numpy.pad(..., mode="reflect")``, mirrored as often as needed; an axis of one pixel
+    repeats that pixel.
+
+    Returns:
+        (stop - start,) int64.
     """
     if length == 1:
         return np.zeros(stop - start, np.int64)
@@ -84,18 +87,18 @@ def reflect(start: int, stop: int, length: int) -> NDArray[np.int64]:
 
 
 def source_box(frame: Box, shape: tuple[int, int]) -> Box:
-    """The pixels of a slide of ``shape`` that ``frame`` shows, mirrored ones included."""
+    """The smallest box of a slide of ``shape`` (height, width) that holds all pixels of ``frame``, mirrored or not."""
     rows, columns = reflect(frame.y0, frame.y1, shape[0]), reflect(frame.x0, frame.x1, shape[1])
     return Box(int(rows.min()), int(columns.min()), int(rows.max()) + 1, int(columns.max()) + 1)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile of a lattice, or what is left of it.
+    """One tile of a lattice.
 
     Attributes:
-        frame: the pixels that the network sees; it may lie partly outside the slide.
-        core: the pixels that it decides, clipped to the slide.
+        frame: the box that the network sees; it may lie partly outside the slide.
+        core: the box whose pixels the tile decides, clipped to the slide.
     """
 
     frame: Box
@@ -108,8 +111,8 @@ class Lattice:
 
     Attributes:
         shape: (height, width) of the slide's level.
-        core: (height, width) of a core, multiples of the network's total stride.
-        margin: context cut from each side of a tile, a multiple of the total stride.
+        core: (height, width) of a core in px, multiples of the network's total stride.
+        margin: px of context cut from each side of a tile, a multiple of the total stride.
     """
 
     shape: tuple[int, int]
@@ -128,7 +131,7 @@ class Lattice:
 
     @property
     def overlap(self) -> int:
-        """Pixels over which neighbouring tiles are blended: a power of two of at most 64; 0 without a margin."""
+        """Width in px of the blended strip between neighbouring tiles: a power of two up to 64; 0 for no margin."""
         return 1 << min(2 * self.margin, *self.core, 64).bit_length() - 1 if self.margin else 0
 
     def tile_at(self, row: int, column: int) -> Tile:
@@ -142,17 +145,23 @@ class Lattice:
 
     @property
     def cost(self) -> float:
-        """Pixels that the network computes per pixel of the slide."""
+        """Number of pixels that the network computes per pixel of the slide."""
         computed = self.grid[0] * self.grid[1] * self.tile[0] * self.tile[1]
         return computed / (self.shape[0] * self.shape[1])
 
 
 def fit_lattice(shape: tuple[int, int], tile: int, margin: int, total_stride: int) -> Lattice:
-    """Lay equally large cores in tiles within the area of ``tile`` x ``tile`` px that compute hardly more than need be.
+    """Choose a lattice of equal tiles of at most ``tile`` x ``tile`` px in area, with little waste on margins.
 
-    The network's memory grows with a tile's area and not with its sides, so 1216 x 2288 px may do where squares would
-    waste more on margins.  Of all that cost about as little, the one with the shortest longer side: fewer of its tiles
-    lie across the edge of what is empty.
+    The network's memory grows with a tile's area and not with its sides, so tiles of 1216 x 2288 px are taken where
+    squares would waste more on margins.  Of all lattices with nearly the least cost, the one with the shortest longer
+    side is chosen: fewer of its tiles lie across the edge of empty regions.
+
+    Args:
+        shape: (height, width) of the slide's level in px.
+        tile: side in px of the square that no tile exceeds in area.
+        margin: px of context cut from each side of a tile.
+        total_stride: px; the network takes multiples of it.
 
     Raises:
         UsageError: margin is no multiple of the stride, or leaves no core in the tile.
@@ -174,7 +183,7 @@ def fit_lattice(shape: tuple[int, int], tile: int, margin: int, total_stride: in
         )
 
     def fit(length: int, count: int) -> int:
-        """The smallest core of which ``count`` cover ``length`` px."""
+        """Side in px of the smallest core of which ``count`` cover ``length`` px."""
         return -(-length // (count * total_stride)) * total_stride
 
     height, width = shape
@@ -187,7 +196,7 @@ def fit_lattice(shape: tuple[int, int], tile: int, margin: int, total_stride: in
             fitted += [Lattice(shape, (core, fit(width, columns)), margin) for columns in (fewest, fewest + 1)]
     enough = _SLACK * min(lattice.cost for lattice in fitted)
     good = [lattice for lattice in fitted if lattice.cost <= enough]
-    # Of two alike the wider one, whose rows are longer runs of memory.
+    # Of two equally good lattices take the one with wider cores: their rows are longer runs of memory.
     return min(good, key=lambda lattice: (max(lattice.tile), lattice.cost, lattice.core[0]))
 
 
@@ -196,12 +205,12 @@ class Block:
     """A box of whole cores, computed and written by exactly one task.
 
     Attributes:
-        index: its number in the slide, plane by plane in raster order.
-        plane: index of the t/z plane, 0 when there is only one.
-        box: what it writes, clipped to the slide.
-        read_box: what it reads, clipped to the slide; every mirrored pixel comes from inside it.
-        tiles: in raster order; to blend, those around the block too.
-        tile_rows_columns: how many there are along y and x.
+        index: number of the block in the slide, plane by plane in raster order.
+        plane: index of the t/z plane; 0 if there is only one.
+        box: the box that the task writes, clipped to the slide.
+        read_box: the box that the task reads, clipped to the slide; every mirrored pixel comes from inside it.
+        tiles: its tiles in raster order; for blending, also the tiles around the block.
+        tile_rows_columns: number of tiles along y and x.
     """
 
     index: int
@@ -214,13 +223,14 @@ class Block:
 
 @dataclass(frozen=True)
 class BlockGrid:
-    """The blocks of a slide, made when asked for: nothing here grows with the slide.
+    """The blocks of a slide, made when they are asked for: memory does not grow with the slide.
 
     Attributes:
-        lattice: of every plane.
+        lattice: lattice of every plane.
         cores: number of cores along y and x of a block.
         planes: number of t/z planes.
-        ring: cores beyond a block whose tiles it needs: 1 to blend them, so that both sides of a seam see the same.
+        ring: number of cores around a block whose tiles it also needs: 1 for blending, so that the blocks on both sides
+            of a seam use the same tiles.
     """
 
     lattice: Lattice
@@ -230,7 +240,7 @@ class BlockGrid:
 
     @property
     def block_shape(self) -> tuple[int, int]:
-        """(height, width) of a full block."""
+        """(height, width) of a full block in px."""
         return self.cores[0] * self.lattice.core[0], self.cores[1] * self.lattice.core[1]
 
     @property
@@ -286,7 +296,14 @@ class BlockGrid:
 
 
 def lay_blocks(lattice: Lattice, block: int, planes: int = 1, ring: int = 0) -> BlockGrid:
-    """Blocks of about ``block`` px a side, rounded to whole cores, at least one and no more than there are."""
+    """Lay blocks of about ``block`` px a side: whole cores, at least one and at most all of the plane, along each axis.
+
+    Args:
+        lattice: lattice of every plane.
+        block: target side of a block in px.
+        planes: number of t/z planes.
+        ring: number of cores around a block whose tiles it also needs.
+    """
 
     def rounded(axis: int) -> int:
         return max(1, min(round(block / lattice.core[axis]), lattice.grid[axis]))
@@ -295,6 +312,6 @@ def lay_blocks(lattice: Lattice, block: int, planes: int = 1, ring: int = 0) -> 
 
 
 def chunk_side(core: int) -> int:
-    """Side of a chunk in px: the divisor of a core's side that is nearest to 512."""
+    """Side of a chunk in px: the divisor of the core's side in px that is nearest to 512."""
     divisors = [core // parts for parts in range(1, core + 1) if core % parts == 0]
     return min(divisors, key=lambda side: (abs(side - _CHUNK), side))

@@ -1,4 +1,4 @@
-"""What this machine is, what this process may use and has used (cores, memory), and modules run in another one."""
+"""Describe this machine and this process (cores, GPUs, memory), and run modules in processes of their own."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 
 import psutil
 
-# Of glibc's malloc.h.
+# Parameter numbers from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -35,8 +35,8 @@ def visible_gpus() -> list[str]:
 
 def processor() -> str:
     """Model of this machine's processor, with a hash of the features that the system reports."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.exists() else []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     features = hashlib.sha256(" ".join(sorted(fields.get("flags", fields.get("Features", "")).split())).encode())
     name = fields.get("model name") or platform.processor() or platform.machine()
@@ -44,14 +44,17 @@ def processor() -> str:
 
 
 def gpus() -> list[str]:
-    """What the NVIDIA driver says of its GPUs, and which of them are visible; [] without one.  Needs no torch."""
-    models = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    gpu_names = [line.partition(":")[2].strip() for path in models for line in path.read_text().splitlines()[:1]]
-    return [*gpu_names, f"visible: {os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}"] if gpu_names else []
+    """Model names of the GPUs that the NVIDIA driver lists, then a line on which are visible; [] without a GPU.
+
+    Needs no torch.
+    """
+    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    models = [line.partition(":")[2].strip() for file in files for line in file.read_text().splitlines()[:1]]
+    return [*models, f"visible: {os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}"] if models else []
 
 
 def package_version(package: str) -> str | None:
-    """Version of an installed package; None if it is not there."""
+    """Version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -59,10 +62,10 @@ def package_version(package: str) -> str | None:
 
 
 def bound_heaps() -> None:
-    """Have freed memory of this process given back: arrays of 2 MiB and more at once, smaller ones above that a heap.
+    """Have this process return freed memory: arrays of 2 MiB and more at once, of smaller ones all above 2 MiB a heap.
 
-    Left alone, glibc raises these limits to the largest array that it has seen, up to 32 and 64 MiB, and keeps as much
-    in the heap of each thread. Other C libraries are left as they are.
+    By itself glibc raises these limits to the largest array that it has seen, up to 32 and 64 MiB, and keeps as much
+    in the heap of each thread.  Other C libraries keep their settings.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 2 << 20)
@@ -70,30 +73,33 @@ def bound_heaps() -> None:
 
 
 def run_module(name: str, *arguments: str, given: bytes | None = None) -> tuple[bytes, str]:
-    """What a module prints in a process of its own, and how that failed; "" if it did not.
+    """Run a module in a process of its own.
 
     Args:
-        name: of the module.
-        arguments: of its command line.
-        given: what it reads.
+        name: full name of the module.
+        arguments: arguments of its command line.
+        given: bytes on its standard input.
+
+    Returns:
+        Its standard output, and a line on its failure; "" if it succeeded.
     """
     command = [sys.executable, "-m", name, *arguments]
-    done = subprocess.run(command, input=given, capture_output=True, check=False)
-    words = (done.stderr.decode(errors="replace").strip() or "no message").splitlines()[-1]
-    return done.stdout, f"exit {done.returncode}: {words}" if done.returncode else ""
+    process = subprocess.run(command, input=given, capture_output=True, check=False)
+    message = (process.stderr.decode(errors="replace").strip() or "no message").splitlines()[-1]
+    return process.stdout, f"exit {process.returncode}: {message}" if process.returncode else ""
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now."""
+    """Resident memory of this process now, in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_resident_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    about = Path("/proc/self/status")
-    if about.exists():
-        # What getrusage says may be the memory of the program that started this one.
-        for line in about.read_text().splitlines():
+    """Largest resident memory of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage may report the memory of the program that started this one.
+        for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

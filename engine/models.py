@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def shipped_models() -> dict[str, Path]:
-    """Name -> bundle folder of the models inside the package."""
+    """The models inside the package: name -> folder of the bundle."""
     folder = Path(str(files("cellseg_batch.engine"))) / "assets" / "models"
     return {card.parent.name: card.parent for card in sorted(folder.glob(f"*/{CARD_FILE}"))}
 
 
 def load_model(model: str) -> Bundle:
-    """The bundle that a shipped model's name or a path stands for.
+    """Load the bundle of a shipped model's name, or of a folder.
 
     Raises:
         ModelError: there is no such model, or its files are damaged.
@@ -50,10 +50,10 @@ def load_model(model: str) -> Bundle:
 
 
 def build_torch_network(bundle: Bundle) -> nn.Module:
-    """The bundle's network in float32, in evaluation mode, with its weights loaded strictly.
+    """Build the bundle's network in float32, in evaluation mode, with its weights loaded strictly.
 
     Raises:
-        ModelError: the architecture is unknown or the weights are of another one.
+        ModelError: the architecture is unknown, or the weights belong to another architecture.
     """
     from cellseg_batch.trainer.unet import ARCHITECTURES, load_network
 

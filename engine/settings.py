@@ -1,6 +1,6 @@
-"""What the user asked for: one frozen dataclass, one field per flag of ``cellseg-batch run``.
+"""Hold the settings of a run in one frozen dataclass, one field per flag of ``cellseg-batch run``.
 
-None means "not said": the model card, the machine or an unfinished run decides.
+None means that the user did not choose: the model card, the machine or an unfinished run decides.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ STITCHES = ("crop", "blend")
 
 @dataclass(frozen=True)
 class ClusterSettings:
-    """What SLURM is asked for, for each worker's job; None leaves it to dask-jobqueue's own configuration.
+    """Resources of the SLURM job of each worker; None leaves a field to dask-jobqueue's own configuration.
 
     Attributes:
         queue: partition.
-        account: that is charged.
-        walltime: such as ``04:00:00``.
+        account: account that is charged.
+        walltime: time limit of the job, such as ``04:00:00``.
         gres: generic resources, such as ``gpu:1``.
-        cores: of the job.
-        memory: of the job, such as ``16GB``.
+        cores: cores of the job.
+        memory: memory of the job, such as ``16GB``.
         config: a configuration file of dask-jobqueue.
     """
 
@@ -48,36 +48,36 @@ class Settings:
 
     Attributes:
         output: folder that mirrors the inputs; None writes beside or into each input.
-        name: of the label group.
+        name: name of the label group.
         model: a shipped model's name or a bundle's path.
         backend: one of `BACKENDS`.
         precision: one of `PRECISIONS`.
-        device: auto, cpu, or GPUs as `gpus_of` reads them; auto takes what is fastest, on one GPU at most.
-        gate: False runs what was asked for even where it does not agree with torch fp32.
-        threshold: probability above which a pixel is foreground, in (0, 1); None is the card's.
-        tile: side in px of a square that no tile is larger than; the lattice fits the real one to the slide.
+        device: auto, cpu, or GPUs as `gpus_of` reads them; auto takes the fastest device, and at most one GPU.
+        gate: False runs the chosen backend and precision even if they do not agree with torch fp32.
+        threshold: probability above which a pixel is foreground, in (0, 1); None takes the card's.
+        tile: side in px of a square whose area no tile exceeds; the lattice fits the tile to the slide.
         stitch: one of `STITCHES`.
-        margin: px cut from each side of a tile, ``exact`` for the network's own reach; None is the card's.
+        margin: px cut from each side of a tile, ``exact`` for the network's own reach; None takes the card's.
         batch: tiles per call of the model.
         block: target side in px of the box that one task writes; rounded to whole tile cores.
-        workers: blocks in flight, or worker processes where ``scheduler`` is a cluster.
+        workers: blocks in flight, or worker processes if ``scheduler`` is a cluster.
         scheduler: ``threads``, ``processes``, ``slurm`` or the address of a dask scheduler.
-        cluster: what SLURM is asked for.
-        threads: of the model; None uses every core.
-        max_memory: bytes of host memory that the run must stay under; None is no limit.
+        cluster: resources that SLURM is asked for.
+        threads: threads of the model; None uses every core.
+        max_memory: bytes of host memory that the run must stay under; None sets no limit.
         level: resolution to process; None picks the one nearest the model's pixel size.
-        pixel_size: µm per px of level 0, over the metadata's.
-        skip_background: one of `SKIPS`; auto computes no tile that shows nothing, and of others what shows something.
-        downscale: by how much images are downscaled for the model; None lets the model's card and the slide decide.
+        pixel_size: µm per px of level 0, in place of the metadata's.
+        skip_background: one of `SKIPS`; auto skips tiles without contrast.
+        downscale: factor by which images are downscaled for the model; None lets the model's card and the slide decide.
         channel: index or name of the channel with the nuclei; None picks by rule.
-        axes: of plain arrays, such as "cyx".
-        wells: names or patterns of the wells of plates that are processed, such as A01 and B*; () is all.
-        fields: names of the fields of each well that are processed; () is all.
+        axes: axes of plain arrays, such as "cyx".
+        wells: names or patterns of the wells of plates to process, such as A01 and B*; () takes all.
+        fields: names of the fields of each well to process; () takes all.
         instances: write every object with an id of its own instead of the mask.
         objects: measure every instance, and summarise plates; implies instances.
         probability: also write the probability image.
-        overwrite: replace labels of that name.
-        retry_failed: take up only the images that failed before.
+        overwrite: replace existing labels of this name.
+        retry_failed: process only the images that failed before.
     """
 
     output: Path | None = None
@@ -113,7 +113,7 @@ class Settings:
     retry_failed: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what no slide and no model could make right.
+        """Refuse values that are wrong for every slide and every model.
 
         Raises:
             UsageError: a value is out of range.
@@ -152,10 +152,10 @@ class Settings:
 def gpus_of(device: str) -> tuple[str, ...]:
     """The GPUs that ``cuda``, ``cuda:1`` or ``cuda:0,1`` names, counted among those that CUDA_VISIBLE_DEVICES shows.
 
-    ``cuda``, ``auto`` and ``cpu`` give the first one.
+    ``cuda``, ``auto`` and ``cpu`` give the first GPU.
 
     Raises:
-        UsageError: it names something else.
+        UsageError: ``device`` is none of these.
     """
     if device in ("auto", "cpu", "cuda"):
         return ("cuda:0",)
@@ -166,7 +166,7 @@ def gpus_of(device: str) -> tuple[str, ...]:
 
 
 def race_device(device: str) -> str:
-    """What the backends are raced on: of several GPUs, the first stands for all."""
+    """The device that the backends are raced on: the first GPU stands for all."""
     return device if device in ("auto", "cpu") else gpus_of(device)[0]
 
 

@@ -1,4 +1,4 @@
-"""Busy seconds of each stage of the pipeline, added up over all threads; when each was busy, if that is asked for."""
+"""Add up the busy seconds of each stage of the pipeline over all threads, and keep each interval of work on request."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from dataclasses import dataclass
 STAGES = ("read", "upload", "gather", "model", "stitch", "seeds", "growth", "measure", "write", "pyramid")
 
 
-_own: ContextVar[dict[str, float] | None] = ContextVar("own", default=None)
+_thread_seconds: ContextVar[dict[str, float] | None] = ContextVar("thread_seconds", default=None)
 
 
 @contextmanager
 def noting_seconds() -> Iterator[dict[str, float]]:
-    """Busy seconds of this thread alone in each stage, while the context lasts."""
+    """Collect the busy seconds of this thread alone in each stage, while the context lasts."""
     seconds: dict[str, float] = {}
-    token = _own.set(seconds)
+    token = _thread_seconds.set(seconds)
     try:
         yield seconds
     finally:
-        _own.reset(token)
+        _thread_seconds.reset(token)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """One stretch of work of one thread.
+    """An interval in which one thread was busy with one stage.
 
     Attributes:
         stage: one of `STAGES`.
         thread: native id of the thread.
-        start, end: seconds of ``time.perf_counter()``.
+        start, end: readings of ``time.perf_counter()``, in seconds.
     """
 
     stage: str
@@ -46,11 +46,11 @@ class StageClock:
     """Adds up the seconds that the threads of a run spend in each stage.
 
     Args:
-        keep_intervals: also note every stretch of work, which grows with the run.
+        keep_intervals: also keep every interval of work; this list grows with the run.
 
     Attributes:
         seconds: busy seconds of each stage.
-        intervals: every stretch, in the order in which they ended; empty unless asked for.
+        intervals: every interval, in the order in which they ended; empty without ``keep_intervals``.
     """
 
     def __init__(self, keep_intervals: bool = False) -> None:
@@ -61,7 +61,7 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the time spent inside as one of `STAGES`."""
+        """Count the time spent inside the context for the stage ``name``, one of `STAGES`."""
         start = time.perf_counter()
         try:
             yield
@@ -69,18 +69,18 @@ class StageClock:
             self.worked(name, time.perf_counter() - start)
 
     def worked(self, name: str, seconds: float) -> None:
-        """Count ``seconds`` of work that has just ended, perhaps on another device."""
+        """Count ``seconds`` of work that has just ended, perhaps on another device, for the stage ``name``."""
         end = time.perf_counter()
-        own = _own.get()
-        if own is not None:
-            own[name] = own.get(name, 0.0) + seconds
+        thread_seconds = _thread_seconds.get()
+        if thread_seconds is not None:
+            thread_seconds[name] = thread_seconds.get(name, 0.0) + seconds
         with self._lock:
             self.seconds[name] += seconds
             if self._keep:
                 self.intervals.append(Interval(name, threading.get_native_id(), end - seconds, end))
 
     def drain(self) -> dict[str, float]:
-        """What was added up since the last call, which then counts no more here: a worker hands it to the run."""
+        """Return the seconds added up since the last call and count from 0 again; a worker hands them to the run."""
         with self._lock:
             drained, self.seconds = self.seconds, dict.fromkeys(STAGES, 0.0)
         return drained

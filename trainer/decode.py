@@ -1,4 +1,4 @@
-"""Instances from a network's logits, for scoring: seeds from distance and border, grown by a watershed."""
+"""Decode instances from a network's logits for scoring: seeds from distance and border, grown by a watershed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from cellseg_batch.trainer.bundle import Instances
 def decode_instances(
     logits: NDArray[np.float32], threshold: float, rule: Instances, shrink: int = 1
 ) -> NDArray[np.int32]:
-    """Instance map (H, W) int32, 0 background, from logits (K, H, W).
+    """Decode the instances of one image.
 
-    With three outputs (foreground, border, distance) seeds are the high parts of the seed map; with one, every
-    connected component of the foreground is a seed.
+    With three outputs (foreground, border, distance) seeds are the high parts of the seed map; with a single output,
+    every connected component of the foreground is a seed.
 
     Args:
-        logits: of one image.
+        logits: (K, H, W) logits of the image.
         threshold: probability above which a pixel is foreground.
-        rule: the card's.
-        shrink: by how much the image was shrunk for the model.
+        rule: rule for instances in the model's card.
+        shrink: factor by which the image was shrunk for the model.
+
+    Returns:
+        (H, W) int32 ids, 0 for background.
     """
     probability = 0.5 * (1 + np.tanh(0.5 * logits))
     foreground: NDArray[np.bool_] = probability[0] > threshold
@@ -35,8 +38,8 @@ def decode_instances(
 
 
 def _number_seeds(mask: NDArray[np.bool_], smallest: int) -> NDArray[np.int32]:
-    """The 4-connected components of at least ``smallest`` px, numbered."""
+    """Number the 4-connected components of at least ``smallest`` px: (H, W) int32, 0 for background."""
     components = ndimage.label(mask)[0]
-    kept = np.where(np.bincount(components.ravel())[components] >= smallest, components, 0)
-    numbered: NDArray[np.int32] = relabel_sequential(kept)[0].astype(np.int32)
+    seeds = np.where(np.bincount(components.ravel())[components] >= smallest, components, 0)
+    numbered: NDArray[np.int32] = relabel_sequential(seeds)[0].astype(np.int32)
     return numbered

@@ -1,7 +1,7 @@
-"""Score a bundle on annotated images: pixels, instances and speed, per kind of image and overall.
+"""Score a bundle on annotated images: pixels, instances and speed of each image, and summaries of several images.
 
-It runs the plain network on whole images, mirrored at their edges as the engine does; the engine's own result on the
-same images is what ``run`` writes.
+The plain network is run on whole images, mirrored at their edges as the engine does.  To see the engine's own result on
+the same images, use ``run``.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ _PIXEL_FIGURES = ("dice", "iou", "accuracy", "precision", "recall")
 
 @dataclass(frozen=True)
 class ImageScore:
-    """What a model reached on one image.
+    """The scores of a model on one image.
 
     Attributes:
-        name: the image's id.
-        kind: the kind of image.
-        pixels: of the foreground mask.
-        ap: at IoU 0.50 ... 0.95.
+        name: id of the image.
+        kind: kind of the image.
+        pixels: score of the foreground mask.
+        ap: average precision at IoU 0.50, 0.55, ... 0.95.
         aji: aggregated Jaccard index.
-        found, spurious, missed: instances at IoU 0.5.
-        megapixels: size of the image.
-        seconds: of the network.
-        shrink: by how much the image was shrunk for the model.
+        found, spurious, missed: numbers of matched, unmatched predicted and unmatched true instances at IoU 0.5.
+        megapixels: size of the image in Mpx.
+        seconds: seconds that the network took.
+        shrink: factor by which the image was shrunk for the model.
     """
 
     name: str
@@ -67,17 +67,17 @@ class ImageScore:
 
 @dataclass(frozen=True)
 class Summary:
-    """The figures of several images.
+    """The scores of a model on several images.
 
     Attributes:
-        images: how many.
+        images: number of images.
         mean: dice, iou, accuracy, precision, recall of the masks, averaged over images.
-        pooled: the same from all pixels together.
-        ap: at IoU 0.50 ... 0.95, averaged over images.
+        pooled: the same figures from the pixels of all images together.
+        ap: average precision at IoU 0.50, 0.55, ... 0.95, averaged over images.
         competition: mean of ``ap``.
-        f1: of all instances together, at IoU 0.5.
-        aji: averaged over images.
-        mpx_per_s: of the network in torch fp32.
+        f1: F1 of the instances of all images together, at IoU 0.5.
+        aji: aggregated Jaccard index, averaged over images.
+        mpx_per_s: speed of the network in torch fp32, in Mpx/s.
     """
 
     images: int
@@ -91,13 +91,13 @@ class Summary:
 
 
 def evaluate(bundle: Bundle, network: nn.Module, samples: Iterable[Sample]) -> list[ImageScore]:
-    """Score ``network``, which is the bundle's in evaluation mode, on every sample in float32.
+    """Score the bundle's ``network`` on every sample in float32.
 
     With one output every connected component of the mask is an instance.
 
     Args:
         bundle: the model.
-        network: built from it.
+        network: the bundle's network, in evaluation mode.
         samples: annotated images.
     """
     limit = _limit(bundle)
@@ -109,7 +109,7 @@ def evaluate(bundle: Bundle, network: nn.Module, samples: Iterable[Sample]) -> l
         truth = relabel_sequential(sample.labels)[0]
         decoded = decode_instances(logits, bundle.card.threshold, bundle.card.instances, shrink)
         overlaps = instance_overlaps(decoded, truth)
-        found, spurious, missed = matches(overlaps.ious, 0.5)
+        matched, spurious, missed = matches(overlaps.ious, 0.5)
         scores.append(
             ImageScore(
                 name=sample.name,
@@ -117,7 +117,7 @@ def evaluate(bundle: Bundle, network: nn.Module, samples: Iterable[Sample]) -> l
                 pixels=pixel_score(logits[0] > limit, truth > 0),
                 ap=average_precisions(overlaps.ious),
                 aji=aggregated_jaccard(overlaps),
-                found=found,
+                found=matched,
                 spurious=spurious,
                 missed=missed,
                 megapixels=truth.size / 1e6,
@@ -129,14 +129,18 @@ def evaluate(bundle: Bundle, network: nn.Module, samples: Iterable[Sample]) -> l
 
 
 def predict_sample(network: nn.Module, sample: Sample, bundle: Bundle) -> tuple[int, NDArray[np.float32]]:
-    """By how much a sample is shrunk for ``network``, as the bundle's card wants it, and its logits (K, H, W) then."""
+    """Choose the factor by which a sample is shrunk, by the rule of the bundle's card, and predict its logits.
+
+    Returns:
+        (factor, logits (K, H, W) at the size of the sample).
+    """
     limit = _limit(bundle)
 
     @cache
     def logits_at(factor: int) -> NDArray[np.float32]:
-        shown = network if factor == 1 else Shrunk(factor, network)
+        shrinking_network = network if factor == 1 else Shrunk(factor, network)
         stride, margin = factor * bundle.card.total_stride, factor * bundle.card.margin
-        return predict_logits(shown, sample.pixels, stride, "fp32", margin).numpy()
+        return predict_logits(shrinking_network, sample.pixels, stride, "fp32", margin).numpy()
 
     def masks_at(factor: int) -> list[NDArray[np.bool_]]:
         return [logits_at(factor)[0, factor // 2 :: factor, factor // 2 :: factor] > limit]
@@ -151,9 +155,9 @@ def _limit(bundle: Bundle) -> float:
 
 
 def summarise(scores: Sequence[ImageScore]) -> Summary:
-    """The figures of several images, at least one."""
-    counts = ("found", "spurious", "missed")
-    found, spurious, missed = (sum(getattr(score, name) for score in scores) for name in counts)
+    """Summarise the scores of at least one image."""
+    true_positives = sum(score.found for score in scores)
+    errors = sum(score.spurious + score.missed for score in scores)
     pooled = reduce(add, (score.pixels for score in scores))
     ap = np.mean([score.ap for score in scores], axis=0)
     return Summary(
@@ -162,14 +166,14 @@ def summarise(scores: Sequence[ImageScore]) -> Summary:
         pooled={name: getattr(pooled, name) for name in _PIXEL_FIGURES},
         ap=ap.tolist(),
         competition=float(ap.mean()),
-        f1=2 * found / max(1, 2 * found + spurious + missed),
+        f1=2 * true_positives / max(1, 2 * true_positives + errors),
         aji=float(np.mean([score.aji for score in scores])),
         mpx_per_s=sum(score.megapixels for score in scores) / sum(score.seconds for score in scores),
     )
 
 
 def rescale(sample: Sample, factor: float) -> Sample:
-    """The sample magnified by ``factor``: image bilinearly (smoothed first when it shrinks), labels by nearest."""
+    """Magnify a sample by ``factor``: its image bilinearly (smoothed first if it shrinks), its labels by nearest."""
     height, width = (round(side * factor) for side in sample.labels.shape)
     image = resize(sample.image, (height, width), order=1, preserve_range=True, anti_aliasing=factor < 1)
     labels = resize(sample.labels, (height, width), order=0, preserve_range=True, anti_aliasing=False)

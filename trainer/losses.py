@@ -1,6 +1,6 @@
-"""Targets and losses: foreground, touching border, distance.
+"""Compute the targets and the losses of training: foreground, touching border, distance.
 
-Shapes are (N, S, S) throughout, logits (N, K, S, S) with K 1 or 3.
+All shapes are (N, S, S), except those of logits, (N, K, S, S) with K 1 or 3.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FOCUS = 2.0
 
 
 def touching_border(labels: Tensor) -> Tensor:
-    """True where a 5 x 5 px window holds pixels of two instances: the seam that keeps neighbours apart."""
+    """Where a 5 x 5 px window holds pixels of two instances: the seam that separates neighbours; bool."""
     ids = labels.float()[:, None]
     nothing = float(ids.max()) + 1
     largest = _largest_near(ids)
@@ -28,7 +28,7 @@ def touching_border(labels: Tensor) -> Tensor:
 
 
 def outline(labels: Tensor) -> Tensor:
-    """True where a 5 x 5 px window holds foreground and background: where masks are won or lost."""
+    """Where a 5 x 5 px window holds foreground and background: the pixels on which masks usually err; bool."""
     foreground = (labels > 0).float()[:, None]
     return (_largest_near(foreground) + _largest_near(1 - foreground) > 1)[:, 0]
 
@@ -50,7 +50,7 @@ def focal_loss(z: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 
 def dice_loss(z: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """One minus the soft Dice of each picture (Milletari et al. 2016, arXiv:1606.04797); takes no weights."""
+    """One minus the mean soft Dice of the pictures (Milletari et al. 2016, arXiv:1606.04797); ignores the weights."""
     probability = z.sigmoid()
     overlap = (probability * target).sum(dim=(1, 2))
     total = probability.sum(dim=(1, 2)) + target.sum(dim=(1, 2))
@@ -66,10 +66,10 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def segmentation_loss(logits: Tensor, batch: Batch, terms: Sequence[str]) -> Tensor:
-    """The sum of ``terms`` of `LOSSES` for the foreground, and of three outputs for the border and the distance too.
+    """The sum of ``terms`` of `LOSSES` for the foreground and, with three outputs, for the border; distance added.
 
-    With three outputs pixels between touching instances count five times and those along outlines three times;
-    the distance's squared error counts most where instances touch.
+    With three outputs, pixels between touching instances count five times and those along outlines three times in the
+    foreground's terms.  The distance adds a squared error, which counts most where instances touch.
     """
     z = logits.float()
     foreground = (batch.labels > 0).float()

@@ -1,4 +1,4 @@
-"""Segmentation metrics by their published definitions, on plain arrays.
+"""Compute segmentation metrics by their published definitions, on plain arrays.
 
 AP at an IoU threshold is TP / (TP + FP + FN); the competition metric is its mean over 0.50, 0.55, ... 0.95,
 averaged over images (2018 Data Science Bowl; Caicedo et al. 2019, doi 10.1038/s41592-019-0612-7).  AJI: Kumar et
@@ -17,10 +17,10 @@ IOU_THRESHOLDS = tuple(np.arange(50, 100, 5) / 100)
 
 @dataclass(frozen=True)
 class PixelScore:
-    """Agreement of two masks: pixels counted, and figures in [0, 1] from them; what is undefined counts as 1.
+    """Agreement of two masks: numbers of pixels, and figures in [0, 1] from them; an undefined figure is 1.
 
     Attributes:
-        tp, fp, fn, tn: pixels that are predicted and true, predicted only, true only, neither.
+        tp, fp, fn, tn: numbers of pixels that are predicted and true, predicted only, true only, neither.
     """
 
     tp: int
@@ -29,7 +29,7 @@ class PixelScore:
     tn: int
 
     def __add__(self, other: PixelScore) -> PixelScore:
-        """Both pooled."""
+        """The score of both pairs of masks together."""
         return PixelScore(self.tp + other.tp, self.fp + other.fp, self.fn + other.fn, self.tn + other.tn)
 
     @property
@@ -63,7 +63,7 @@ def _share(part: int, whole: int) -> float:
 
 
 def pixel_score(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> PixelScore:
-    """Compare two masks of one shape."""
+    """Compare two masks of the same shape."""
     tp = int(np.count_nonzero(predicted & truth))
     fp, fn = int(np.count_nonzero(predicted)) - tp, int(np.count_nonzero(truth)) - tp
     return PixelScore(tp, fp, fn, truth.size - tp - fp - fn)
@@ -71,10 +71,10 @@ def pixel_score(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> Pixel
 
 @dataclass(frozen=True)
 class Overlaps:
-    """How predicted and true instances of one image overlap.
+    """Overlaps of the predicted and true instances of one image.
 
     Attributes:
-        pixels: (1 + predicted, 1 + true) pixels in common, row and column 0 are background.
+        pixels: (1 + predicted, 1 + true) numbers of pixels in common; row and column 0 are background.
     """
 
     pixels: NDArray[np.int64]
@@ -88,7 +88,7 @@ class Overlaps:
 
 
 def instance_overlaps(predicted: NDArray[np.integer], truth: NDArray[np.integer]) -> Overlaps:
-    """Overlaps of two instance maps of one shape; labels are 0 and contiguous ids."""
+    """Overlaps of two instance maps of the same shape; labels are 0 and contiguous ids."""
     rows, columns = int(predicted.max(initial=0)) + 1, int(truth.max(initial=0)) + 1
     pairs = np.bincount(predicted.ravel().astype(np.int64) * columns + truth.ravel(), minlength=rows * columns)
     return Overlaps(pairs.reshape(rows, columns))
@@ -101,9 +101,9 @@ def matches(ious: NDArray[np.float64], threshold: float) -> tuple[int, int, int]
 
 
 def average_precisions(ious: NDArray[np.float64]) -> tuple[float, ...]:
-    """AP of one image at each of `IOU_THRESHOLDS`; 1 if it and its truth are empty. Their mean is the metric."""
+    """AP of one image at each of `IOU_THRESHOLDS`; 1 if prediction and truth are both empty."""
     counts = [matches(ious, threshold) for threshold in IOU_THRESHOLDS]
-    return tuple(_share(found, found + spurious + missed) for found, spurious, missed in counts)
+    return tuple(_share(matched, matched + spurious + missed) for matched, spurious, missed in counts)
 
 
 def competition_metric(ious: NDArray[np.float64]) -> float:
@@ -114,7 +114,7 @@ def competition_metric(ious: NDArray[np.float64]) -> float:
 def aggregated_jaccard(overlaps: Overlaps) -> float:
     """AJI of one image: pooled intersection over union of each true instance with its best match.
 
-    Predicted instances that are nobody's best match are added to the union.
+    Predicted instances that are no true instance's best match are added to the union.
     """
     ious, common = overlaps.ious, overlaps.pixels[1:, 1:]
     predicted, true = overlaps.pixels.sum(axis=1)[1:], overlaps.pixels.sum(axis=0)[1:]

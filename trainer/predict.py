@@ -1,4 +1,4 @@
-"""Logits of one whole image, as scoring during and after training needs them."""
+"""Predict the logits of one whole image, for scoring during and after training."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 def predict_logits(
     network: nn.Module, pixels: NDArray[np.float32], total_stride: int, precision: str, margin: int = 0
 ) -> Tensor:
-    """Logits (K, H, W) float32 on the CPU of an image (H, W, C) in [0, 1], padded by reflection to the total stride.
+    """Predict the logits of an image, padded by reflection to a multiple of the total stride.
 
     Args:
-        network: in evaluation mode, on any device.
-        pixels: the image.
+        network: network in evaluation mode, on any device.
+        pixels: (H, W, C) float32 image in [0, 1].
         total_stride: px; the network takes multiples of it.
         precision: fp32, bf16 or fp16.
-        margin: px that the image is mirrored at its edges, as the engine does.
+        margin: px by which the image is mirrored at each edge, as the engine does.
+
+    Returns:
+        (K, H, W) float32 on the CPU.
     """
     height, width = pixels.shape[:2]
     below, right = -(height + 2 * margin) % total_stride, -(width + 2 * margin) % total_stride

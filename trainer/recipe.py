@@ -1,8 +1,8 @@
-"""A recipe: everything that decides a training run except the images.  Presets are recipes in small files.
+"""Define recipes: everything that decides a training run except the images.  Presets are recipes in small files.
 
 Nothing here trains; a recipe is read, changed field by field and kept in the checkpoint and in the bundle's card.
-What a field means and may be is said once, beside it: the checks, the presets' reader and the flags of ``train`` are
-made from that.
+Each field has one rule beside it with its meaning and its allowed values; the checks, the reader of presets and the
+flags of ``train`` are made from these rules.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "tru
 
 
 class RecipeError(ValueError):
-    """A field of a recipe has a value that it cannot have.
+    """A field of a recipe has a value that is not allowed.
 
     Args:
-        field: its name.
-        expected: what it may be.
-        found: what it is.
+        field: name of the field.
+        expected: the allowed values, in words.
+        found: the value.
     """
 
     def __init__(self, field: str, expected: str, found: object) -> None:
@@ -45,15 +45,15 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class Rule:
-    """What a field of a recipe means and may be.
+    """Meaning and allowed values of a field of a recipe.
 
     Attributes:
-        group: fields of one subject.
-        text: what it means, in a line.
-        choices: what text may be; () for any.
-        summed: it is a sum of choices, such as ``bce+dice``.
-        least, most: of numbers, both included; None for no bound.
-        opposite: name of its being false; "" where that has no name of its own.
+        group: heading for fields of one subject.
+        text: meaning of the field, in one line.
+        choices: allowed texts; () allows any.
+        summed: whether the value is a sum of choices, such as ``bce+dice``.
+        least, most: bounds of a number, both included; None for no bound.
+        opposite: name of the value False; "" if it has no name of its own.
     """
 
     group: str
@@ -66,7 +66,7 @@ class Rule:
 
     @property
     def expected(self) -> str:
-        """What the field may be, in words; "" if everything of its type."""
+        """The allowed values in words; "" if every value of the type is allowed."""
         if self.choices:
             listed = ", ".join(self.choices)
             return f"a sum of {listed} such as {'+'.join(self.choices[:2])}" if self.summed else f"one of {listed}"
@@ -75,28 +75,28 @@ class Rule:
         return "" if self.least is None else f"{self.least:g} or more"
 
     def allows(self, value: Any) -> bool:
-        """Whether a value of the right type is one that the field may have."""
+        """Whether a value of the right type is allowed."""
         if self.choices:
             return all(part in self.choices for part in (value.split("+") if self.summed else (value,)))
         return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
 
 
 def _field(default: Any, group: str, text: str, choices: Iterable[str] = (), **bounds: Any) -> Any:
-    """A field of a recipe, with its rule."""
+    """Make a field of a recipe with its rule."""
     return field(default=default, metadata={_RULE: Rule(group, text, tuple(choices), **bounds)})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to train a model; `rules` says what each field means and may be.
+    """A recipe to train a model; `rules` has the meaning and the allowed values of each field.
 
     Raises:
-        RecipeError: a field has a value that it cannot have.
+        RecipeError: a field has a value that is not allowed.
     """
 
-    name: str = field(metadata={_RULE: Rule(CARD, "Of the model.")})
+    name: str = field(metadata={_RULE: Rule(CARD, "Name of the model.")})
     dataset: str = _field("", CARD, "The published training images, in words.")
-    network: str = _field("unet", NETWORK, "Its architecture.", ARCHITECTURES)
+    network: str = _field("unet", NETWORK, "Architecture of the network.", ARCHITECTURES)
     width: int = _field(
         32, NETWORK, "Channels of the finest layers, without a published encoder or with efficientnet-lite0.", least=1
     )
@@ -117,7 +117,7 @@ class Recipe:
     framing: str = _field("crop", PICTURES, "Random crops, or whole images resized.", ("crop", "resize"))
     size: int = _field(256, PICTURES, "Side in px, a multiple of the network's total stride.", least=1)
     normalise: str = _field(
-        "percentile", PICTURES, "What low and high are, of each image or of all.", ("percentile", "fixed")
+        "percentile", PICTURES, "Meaning of low and high, for each image or for all.", ("percentile", "fixed")
     )
     low: float = _field(0.1, PICTURES, "Percentile or pixel value that becomes 0.")
     high: float = _field(99.9, PICTURES, "Percentile or pixel value that becomes 1.")
@@ -130,12 +130,12 @@ class Recipe:
         0.0, PICTURES, "Share of fully augmented pictures that are only flipped and turned.", least=0, most=1
     )
     flat: float = _field(0.0, PICTURES, "Share of the others in even colours, as if over-exposed.", least=0, most=1)
-    group_power: float = _field(1.0, PICTURES, "A kind of image is drawn in proportion to its images ** this.")
-    loss: str = _field("bce+dice", OPTIMISATION, "What is minimised.", LOSSES, summed=True)
-    optimiser: str = _field("adamw", OPTIMISATION, "sgd has a momentum of 0.9.", ("adamw", "adam", "sgd"))
-    learning_rate: float = _field(1e-3, OPTIMISATION, "The schedule's peak.", least=0)
-    weight_decay: float = _field(0.01, OPTIMISATION, "The optimiser's.", least=0)
-    schedule: str = _field("cosine", OPTIMISATION, "Of the learning rate.", ("cosine", "one-cycle", "constant"))
+    group_power: float = _field(1.0, PICTURES, "Odds of a kind of image: its number of images to this power.")
+    loss: str = _field("bce+dice", OPTIMISATION, "Loss that is minimised.", LOSSES, summed=True)
+    optimiser: str = _field("adamw", OPTIMISATION, "Optimiser; sgd has a momentum of 0.9.", ("adamw", "adam", "sgd"))
+    learning_rate: float = _field(1e-3, OPTIMISATION, "Learning rate at the schedule's peak.", least=0)
+    weight_decay: float = _field(0.01, OPTIMISATION, "Weight decay of the optimiser.", least=0)
+    schedule: str = _field("cosine", OPTIMISATION, "Course of the learning rate.", ("cosine", "one-cycle", "constant"))
     warmup: int = _field(100, OPTIMISATION, "Steps of rising learning rate (cosine and constant).", least=0)
     hold: float = _field(0.0, OPTIMISATION, "Share of the run before the cosine falls.", least=0, most=1)
     averaging: float = _field(0.0, OPTIMISATION, "Decay of the weights' moving average; 0: none.", least=0, most=1)
@@ -144,8 +144,8 @@ class Recipe:
     epoch_steps: int = _field(0, OPTIMISATION, "Steps between scores; 0: each training image once.", least=0)
     patience: int = _field(0, OPTIMISATION, "Epochs without a better score before the end; 0: never.", least=0)
     metric: str = _field("dice", OPTIMISATION, "The score that keeps the best weights.", ("dice", "iou", "competition"))
-    precision: str = _field("bf16", OPTIMISATION, "Of forward and backward pass.", ("fp32", "bf16", "fp16"))
-    seed: int = _field(0, OPTIMISATION, "Of every random draw.", least=0)
+    precision: str = _field("bf16", OPTIMISATION, "Precision of forward and backward pass.", ("fp32", "bf16", "fp16"))
+    seed: int = _field(0, OPTIMISATION, "Seed of every random draw.", least=0)
     threshold: float = _field(0.5, CARD, "Probability above which a pixel is foreground.", least=0, most=1)
     margin: int = _field(64, CARD, "Default tile margin in px.", least=0)
     shrink_2: float = _field(0.0, CARD, "Width of objects in px from which images are shrunk by 2; 0: never.", least=0)
@@ -155,7 +155,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, rule in rules().items():
             value, kind = getattr(self, name), types()[name]
-            # Whole numbers are numbers, and truth is none.
+            # A whole number is also a number, but True and False are not.
             if not isinstance(value, (int, float) if kind is float else kind) or (
                 kind is not bool and isinstance(value, bool)
             ):
@@ -167,58 +167,58 @@ class Recipe:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """What each logit means."""
+        """Meaning of each logit, in the network's order."""
         return HEADS[self.head]
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
-        """The terms that the loss is a sum of."""
+        """The terms whose sum is the loss."""
         return tuple(self.loss.split("+"))
 
     @property
     def normalisation(self) -> Normalisation:
-        """How pixel values become the network's input."""
+        """The rule by which pixel values become the network's input."""
         return Normalisation(self.normalise, self.low, self.high)
 
     @property
     def shrink(self) -> dict[str, float]:
-        """The card's rule for large objects."""
+        """The card's rule for large objects: factor -> width of objects in px from which images are shrunk by it."""
         return {factor: width for factor, width in (("2", self.shrink_2), ("4", self.shrink_4)) if width}
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """``{"name": ..., **arguments}`` of `cellseg_batch.trainer.unet.build_network`."""
-        taken = inspect.signature(ARCHITECTURES[self.network]).parameters
+        """The argument ``{"name": ..., **arguments}`` of `cellseg_batch.trainer.unet.build_network`."""
+        parameters = inspect.signature(ARCHITECTURES[self.network]).parameters
         arguments = {
             field: getattr(self, field) for field in ("width", "depth", "merge_convs", "up", "dropout", "grey")
         }
-        chosen = {field: value for field, value in arguments.items() if field in taken}
+        chosen = {field: value for field, value in arguments.items() if field in parameters}
         return {"name": self.network, "outputs": len(self.outputs), **chosen}
 
 
 def rules() -> dict[str, Rule]:
-    """Field -> what it means and may be, in the order of a recipe."""
+    """Field -> its rule, in the order of a recipe."""
     return {field.name: field.metadata[_RULE] for field in fields(Recipe)}
 
 
 @cache
 def types() -> dict[str, type]:
-    """Field -> str, int, float or bool."""
+    """Field -> its type: str, int, float or bool."""
     return {name: kind for name, kind in get_type_hints(Recipe).items() if name in rules()}
 
 
 def list_presets() -> dict[str, Path]:
-    """Name -> file of the presets inside the package."""
+    """The presets inside the package: name -> file."""
     folder = Path(str(files("cellseg_batch.trainer"))) / "presets"
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def load_preset(preset: str, **changes: Any) -> Recipe:
-    """The recipe of a preset's name, or of a file like one, with some fields changed.
+    """Load the recipe of a preset's name, or of a file of the same format, with some fields changed.
 
     Raises:
-        RecipeError: a changed field has an impossible value.
-        ValueError: there is no such preset, or one of its fields is unknown or has an impossible value.
+        RecipeError: a changed field has a value that is not allowed.
+        ValueError: there is no such preset, or one of its fields is unknown or has a value that is not allowed.
     """
     path = list_presets().get(preset, Path(preset))
     if not path.is_file():

@@ -1,6 +1,6 @@
-"""The scale at which a model is shown an image: whole, or shrunk so that large nuclei are as large as it has learnt.
+"""Choose the scale at which a model sees an image: full, or shrunk so that large nuclei have the size of its training.
 
-Shared by the engine and the trainer's scores, so that both show the model the same.  It needs no torch.
+The engine and the trainer's scores share it, so that the model sees the same pixels in both.  It needs no torch.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# Large nuclei cover up to 1.3 times as much as in the image shrunk half as much, crowds that melt into one 1.7 times
-# and more (measured on the validation images).  Four times as much no crowd can: what it leaves free is too little.
+# Least and most ratio of the foreground's share to that in the image shrunk half as much, for crowds that melt into one
+# object.  On the validation images large nuclei reach up to 1.3 and crowds 1.7 and more.  No crowd can reach 4, because
+# it leaves too little background.
 _MELTING = (1.45, 4.0)
 
 
 @dataclass(frozen=True)
 class Objects:
-    """What masks show.
+    """The objects in masks.
 
     Attributes:
-        width: of their objects in px, six times the mean distance of their pixels to the outline, which is the diameter
-            of a disk; 0 if there is no foreground.
-        share: of foreground pixels.
+        width: width of the objects in px: six times the mean distance of their pixels to the outline, which is the
+            diameter of a disk; 0 if there is no foreground.
+        share: share of foreground pixels.
     """
 
     width: float
@@ -31,8 +32,8 @@ class Objects:
 
 
 def measure_objects(masks: Iterable[NDArray[np.bool_]]) -> Objects:
-    """Width and share of the foreground of masks (H, W), all taken together."""
-    from scipy import ndimage  # takes 15 MB, which a run at a given scale can do without
+    """Measure width and share of the foreground in masks (H, W), all taken together."""
+    from scipy import ndimage  # takes 15 MB, which a run at a given scale does not need
 
     distances, foreground, pixels = 0.0, 0, 0
     for mask in masks:
@@ -42,39 +43,40 @@ def measure_objects(masks: Iterable[NDArray[np.bool_]]) -> Objects:
         pixels += mask.size
     if not foreground:
         return Objects(0.0, 0.0)
-    # The transform measures to the centre of the next pixel, half a pixel beyond the outline.
+    # The transform measures to the centre of the nearest background pixel, half a pixel beyond the outline.
     return Objects(6 * (distances / foreground - 0.5), foreground / pixels)
 
 
 def pick_shrink(widths: dict[str, float], masks_at: Callable[[int], Iterable[NDArray[np.bool_]]]) -> int:
-    """By how much to shrink an image, 1 for not at all.
+    """Pick the factor by which an image is shrunk for the model; 1 does not shrink it.
 
     A factor is taken if objects are wide enough in the image shrunk by it, unless they cover far less in the image
-    shrunk half as much: then they are a crowd of small ones that melts into one.  Where that image shows next to
-    nothing they are large ones that the model does not see there.
+    shrunk half as much: then they are a crowd of small objects that melts into one.  If the latter image has next to no
+    foreground, they are large objects that the model does not see at that scale.
 
     Args:
-        widths: of the model's card: factor -> width in px of the image shrunk by it from which on it is used.
-        masks_at: the masks that the model finds in the image shrunk by a factor, at its size.
+        widths: rule of the model's card: factor -> least width of objects, in px of the image shrunk by it.
+        masks_at: returns the model's masks of the image shrunk by a factor, at the size of the shrunk image.
     """
-    seen: dict[int, Objects] = {}
+    measured: dict[int, Objects] = {}
 
-    def at(factor: int) -> Objects:
-        if factor not in seen:
-            seen[factor] = measure_objects(masks_at(factor))
-        return seen[factor]
+    def objects_at(factor: int) -> Objects:
+        if factor not in measured:
+            measured[factor] = measure_objects(masks_at(factor))
+        return measured[factor]
 
     factors = sorted((int(name) for name in widths), reverse=True)
     for position, factor in enumerate(factors):
-        crowd = at(factor)
-        if crowd.width >= widths[str(factor)] and not _melts(crowd.share, at(factor // 2).share):
+        objects = objects_at(factor)
+        if objects.width >= widths[str(factor)] and not _melts(objects.share, objects_at(factor // 2).share):
             return factor
-        # Twice as large an image shows everything twice as wide; what is still too narrow then need not be looked at.
-        if all(crowd.width * factor / other < widths[str(other)] for other in factors[position + 1 :]):
+        # Objects in an image twice as large are twice as wide; stop if that is too narrow for every smaller factor.
+        if all(objects.width * factor / smaller < widths[str(smaller)] for smaller in factors[position + 1 :]):
             return 1
     return 1
 
 
-def _melts(share: float, finer: float) -> bool:
+def _melts(share: float, finer_share: float) -> bool:
+    """Whether a crowd melts into one object: foreground's share in the image, and in the one shrunk half as much."""
     least, most = _MELTING
-    return least * finer < share < most * finer
+    return least * finer_share < share < most * finer_share

@@ -1,8 +1,8 @@
 """Train a network on annotated images and write its bundle.
 
 One loop: draw a batch, step, and after each epoch score the averaged weights on the val split, keep the best
-and write a checkpoint.  Every draw is a function of the seed and the step, so a resumed run repeats what the
-killed one would have done.  It knows nothing about slides or the engine.
+and write a checkpoint.  Every draw is a function of the seed and the step, so a resumed run takes the same steps as an
+uninterrupted one.  This module must not know slides or the engine.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Epoch:
     """Figures of one epoch.
 
     Attributes:
-        number: from 1.
-        step: steps done.
-        learning_rate: of the last step.
-        loss: mean over the epoch's batches.
-        validation: of the averaged weights.
-        best: whether they are the ones kept.
-        images_per_second: trained, scoring left out.
+        number: number of the epoch, from 1.
+        step: number of steps done.
+        learning_rate: learning rate of the last step.
+        loss: mean loss over the epoch's batches.
+        validation: scores of the averaged weights.
+        best: whether these weights are the best so far, and kept.
+        images_per_second: speed of training, without scoring.
     """
 
     number: int
@@ -65,10 +65,10 @@ class Epoch:
 
 
 class Observer(Protocol):
-    """Is told how a training run goes."""
+    """Told about a training run while it goes on."""
 
     def planned(self, dataset: Dataset, steps: int, done: int, batch: int) -> None:
-        """The data are read; ``done`` of ``steps`` steps, of ``batch`` pictures each, were taken before."""
+        """The data are read; ``done`` of ``steps`` steps, of ``batch`` pictures each, are done already."""
 
     def stepped(self, step: int, loss: float) -> None:
         """``step`` steps are done."""
@@ -88,25 +88,25 @@ def train(
     max_steps: int | None = None,
     device: str = "auto",
 ) -> Bundle:
-    """Train on the train split of ``data``; ``out`` becomes the bundle of the best weights, with log and pictures.
+    """Train on the train split of ``data``, and write the bundle of the best weights to ``out``, with log and pictures.
 
     Args:
         data: the annotated images.
         out: folder of the bundle, the checkpoint, ``log.csv``, ``curves.png`` and ``pictures.png``.
-        recipe: how to train.
-        observer: is told how it goes.
-        fine_tune: start from this bundle's weights, which must be of the recipe's architecture.
-        resume: go on from the checkpoint in ``out``; the recipe's length and schedule may be others than before.
-        max_steps: a shorter run; the schedule is fitted to it.
-        device: ``auto`` (CUDA where there is any), ``cpu`` or ``cuda``.
+        recipe: the recipe.
+        observer: told of every event.
+        fine_tune: bundle whose weights to start from; they must be of the recipe's architecture.
+        resume: whether to continue from the checkpoint in ``out``; the recipe's length and schedule may differ.
+        max_steps: number of steps of a shorter run; the schedule is fitted to it.
+        device: ``auto`` (CUDA if there is any), ``cpu`` or ``cuda``.
 
     Returns:
         The bundle of the best weights.
 
     Raises:
-        OSError, ValueError: the data cannot be read, there is nothing to resume, the run to resume was another
-            one, ``out`` holds a run already, or weights to start from do not fit or cannot be had.
-        FloatingPointError: the loss is not finite any more; best bundle and last checkpoint are kept.
+        OSError, ValueError: the data cannot be read; ``out`` holds a run already; there is no run to resume, or it has
+            another recipe, other data or another number of steps; weights to start from do not fit or cannot be read.
+        FloatingPointError: the loss is no longer finite; the best bundle and the last checkpoint are kept.
     """
     if not resume and (out / CHECKPOINT_FILE).exists():
         raise ValueError(f"{out} holds a training run already; go on with `resume`, or choose another `out`")
@@ -134,7 +134,7 @@ def train(
         return Augmenter(recipe, rng).batch(draw_samples(samples, recipe.batch, recipe.group_power, rng))
 
     losses: list[float] = []
-    since = time.perf_counter()
+    epoch_started = time.perf_counter()
     first = steps if keeper.patience_is_over else checkpoint.step
     for step, batch in _in_order(
         draw, first, steps, workers=0 if learner.device.type == "cpu" else os.cpu_count() or 1
@@ -143,11 +143,11 @@ def train(
         losses.append(learner.step(batch, step, rate))
         observer.stepped(step + 1, losses[-1])
         if (step + 1) % epoch_steps == 0 or step + 1 == steps:
-            speed = recipe.batch * len(losses) / (time.perf_counter() - since)
+            speed = recipe.batch * len(losses) / (time.perf_counter() - epoch_started)
             observer.scored(keeper.keep(learner, step + 1, -(-(step + 1) // epoch_steps), rate, losses, speed))
             if keeper.patience_is_over:
                 break
-            losses, since = [], time.perf_counter()
+            losses, epoch_started = [], time.perf_counter()
     bundle = load_bundle(out)
     plot_predictions(bundle, dataset.splits["val"], out / "pictures.png")
     return bundle
@@ -155,7 +155,7 @@ def train(
 
 @dataclass
 class _Keeper:
-    """Scores an epoch and puts what must not be lost on disk."""
+    """Scores the weights after an epoch, and writes bundle, checkpoint, log and curves."""
 
     out: Path
     recipe: Recipe
@@ -168,7 +168,16 @@ class _Keeper:
         return 0 < self.recipe.patience <= self.checkpoint.stale
 
     def keep(self, learner: Learner, step: int, number: int, rate: float, losses: list[float], speed: float) -> Epoch:
-        """Score the averaged weights; write the bundle if they are the best so far, then checkpoint, log and curves."""
+        """Score the averaged weights; write the bundle if they are the best so far, then checkpoint, log and curves.
+
+        Args:
+            learner: the network in training.
+            step: number of steps done.
+            number: number of the epoch, from 1.
+            rate: learning rate of the last step.
+            losses: losses of the epoch's batches.
+            speed: pictures per second, without scoring.
+        """
         state = self.checkpoint
         validation = validate(learner.averaged, self.dataset.splits["val"], self.recipe, self.footprint.total_stride)
         value: float = getattr(validation, self.recipe.metric)
@@ -179,7 +188,7 @@ class _Keeper:
         state.best, state.stale, state.step = max(value, state.best), 0 if best else state.stale + 1, step
         state.history.append(epoch.row)
         vars(state).update(learner.state())
-        # After the bundle: a kill in between repeats this epoch and writes the same bundle again.
+        # Write the checkpoint after the bundle: after a kill in between, a resumed run writes the same bundle again.
         save_checkpoint(state, self.out)
         write_log(state.history, self.out / "log.csv")
         plot_curves(state.history, self.out / "curves.png")
@@ -212,22 +221,29 @@ class _Keeper:
 
 
 def _footprint(recipe: Recipe) -> Footprint:
-    """Measured on a thin network where the width can be chosen, for it changes nothing but the time."""
+    """Measure stride and margin of the recipe's network, on a thin one if possible: width does not affect them."""
     thin = {"width": 2} if "width" in recipe.architecture else {}
     return measure_footprint(build_network(recipe.architecture | thin))
 
 
 def draw_samples(samples: Sequence[Sample], count: int, power: float, rng: np.random.Generator) -> list[Sample]:
-    """Draw ``count`` samples, first the kind of image, then the image."""
+    """Draw ``count`` samples: for each, first the kind of image, then the image.
+
+    Args:
+        samples: the samples.
+        count: number of draws.
+        power: the odds of a kind are its number of images to this power.
+        rng: source of random numbers.
+    """
     kinds = sorted({sample.kind for sample in samples})
     groups = [[sample for sample in samples if sample.kind == kind] for kind in kinds]
     odds = np.array([len(group) for group in groups], float) ** power
     chosen = rng.choice(len(groups), size=count, p=odds / odds.sum())
-    return [groups[i][rng.integers(len(groups[i]))] for i in chosen]
+    return [groups[kind][rng.integers(len(groups[kind]))] for kind in chosen]
 
 
 def _in_order(draw: Callable[[int], Batch], first: int, last: int, workers: int) -> Iterator[tuple[int, Batch]]:
-    """The batches of steps ``first`` to ``last``, drawn ahead by ``workers`` threads if there are any."""
+    """(step, batch) of steps [first, last) in order, drawn ahead by ``workers`` threads unless ``workers`` is 0."""
     if workers == 0:
         yield from ((step, draw(step)) for step in range(first, last))
         return

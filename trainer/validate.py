@@ -1,4 +1,4 @@
-"""Score a network on the val split during training: what decides which weights are kept."""
+"""Score a network on the val split during training; the scores decide which weights are kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ from cellseg_batch.trainer.recipe import Recipe
 
 @dataclass(frozen=True)
 class Validation:
-    """Means over images; ``competition`` is NaN unless the recipe keeps the best by it, for it takes longest."""
+    """Mean scores over images.
+
+    Attributes:
+        loss: the recipe's loss.
+        dice, iou: of the foreground masks, in [0, 1].
+        competition: the competition metric, in [0, 1]; NaN unless it is the recipe's metric, because it takes longest.
+    """
 
     loss: float
     dice: float
@@ -31,7 +37,7 @@ class Validation:
 
 
 def validate(network: nn.Module, samples: Sequence[Sample], recipe: Recipe, total_stride: int) -> Validation:
-    """Score ``network``, which is put into evaluation mode, on whole images."""
+    """Score ``network`` on whole images; puts it into evaluation mode."""
     network.eval()
     limit = np.log(recipe.threshold / (1 - recipe.threshold))
     rows = []

@@ -1,4 +1,4 @@
-"""One campaign, one slide, one block: what is done with each image, from its plan to its closing record.
+"""Carry out campaigns: everything that is done with an image, from its plan to its closing record.
 
-`pipeline.segment_block` is the path of the data. It must not print, and it knows neither terminals nor commands.
+`pipeline.segment_block` is the path of the data.  This folder must not print, and knows neither terminals nor commands.
 """

@@ -1,7 +1,7 @@
-"""A campaign: every image of every input through one pool of workers, each failing alone.
+"""Run a campaign: send every image of every input through one pool of workers, so that each can fail alone.
 
-It decides what happens to a slide (skipped, continued, refused, left to another run, done); the pixels pass
-through `pipeline`, in whatever order `scheduling.scheduler` hands out the tasks.
+The campaign decides what happens to a slide (skipped, continued, refused, left to another run, done).  The pixels pass
+through `pipeline`, in the order in which `scheduling.scheduler` hands out the tasks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Observer(Protocol):
         """The backends are raced for this model and machine, which happens once."""
 
     def found(self, images: int) -> None:
-        """So many images will be processed."""
+        """``images`` images will be processed."""
 
     def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: float) -> None:
         """Slide ``number`` is about to start, perhaps while others go on.
@@ -61,7 +61,7 @@ class Observer(Protocol):
         """
 
     def advanced(self, pixels: float) -> None:
-        """So many more pixels of the slides are done, every pass over a slide being a share of its pixels."""
+        """``pixels`` more pixels of the slides are done; each pass over a slide counts as a share of its pixels."""
 
     def ended(self, report: SlideReport) -> None:
         """A slide is done, failed, skipped or held."""
@@ -74,25 +74,25 @@ def run(
 
     Args:
         inputs: files, zarr stores or folders of them.
-        settings: what was asked for.
-        observer: told as things happen.
-        started: ``time.perf_counter()`` at the command's start; now when left out.
+        settings: settings of the run.
+        observer: told of every event.
+        started: ``time.perf_counter()`` at the command's start; None takes the present time.
         stop: asks the run to end early.
 
     Returns:
-        The report; images that failed are in it with their reasons.
+        The report; failed images are in it with their reasons.
 
     Raises:
-        UsageError: nothing can be run as asked.
-        Stopped: it was asked to end.
+        UsageError: the run cannot start with these inputs and settings.
+        Stopped: ``stop`` asked the run to end.
     """
-    begun = time.perf_counter()
-    started = begun if started is None else started
+    search_started = time.perf_counter()
+    started = search_started if started is None else started
     refuse_output_inside(settings.output, inputs)
     choice = FieldChoice(settings.wells, settings.fields)
     images = [image for path in inputs for image in find_images(path, settings.axes, choice)]
     report = run_images(images, settings, observer, started=started, stop=stop)
-    return replace(report, starting_seconds=begun - started)
+    return replace(report, starting_seconds=search_started - started)
 
 
 def run_images(
@@ -104,11 +104,19 @@ def run_images(
     stop: Stop | None = None,
     model_pool: ModelPool | None = None,
 ) -> RunReport:
-    """Segment ``images``; `run` says the rest.
+    """Segment ``images``.
 
     Args:
-        clock: counts the stages, where this process does the work.
-        model_pool: of the settings' model and backend, if there is one already.
+        images: the images, opened or refused.
+        settings, observer, started, stop: as in `run`.
+        clock: counts the busy seconds of each stage, if this process does the work.
+        model_pool: model pool of the settings' model and backend, if there is one already.
+
+    Returns:
+        The report, as in `run`.
+
+    Raises:
+        UsageError, Stopped: as in `run`.
     """
     started = time.perf_counter() if started is None else started
     bundle = load_model(settings.model) if model_pool is None else model_pool.bundle
@@ -122,14 +130,14 @@ def run_images(
 
 
 class Campaign:
-    """What the slides of one run share.
+    """The state that the slides of one run share.
 
     Args:
-        settings: of the run.
+        settings: settings of the run.
         bundle: the model.
-        observer: told as things happen.
-        clock: counts the stages, where this process does the work.
-        model_pool: of the bundle, if there is one already.
+        observer: told of every event.
+        clock: counts the busy seconds of each stage, if this process does the work.
+        model_pool: model pool of the bundle, if there is one already.
     """
 
     def __init__(
@@ -158,21 +166,21 @@ class Campaign:
     def _choose_backend(
         self, settings: Settings, bundle: Bundle, clock: StageClock, model_pool: ModelPool | None
     ) -> None:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         self._pool_seconds_before = 0.0 if model_pool is None else model_pool.seconds
         if settings.scheduler == "threads":
             model_pool = model_pool or ModelPool(bundle, settings, self.observer.racing)
             self.choice = model_pool.choice
             self.worker: AnyWorker = Worker(settings, model_pool, clock)
         else:
-            # Not on this machine, which may be a login node without the workers' devices.
+            # Choose in a worker: this machine may be a login node without the workers' devices.
             settings = settings_elsewhere(settings)
             self.choice = call_alone(self._pool, choose_backend, settings)
             self.worker = WorkerElsewhere(settings, self.choice, uuid4().hex)
-        self.compile_seconds = time.perf_counter() - begun
+        self.compile_seconds = time.perf_counter() - started
 
     def run(self, images: Sequence[Slide | UnreadableImage], stop: Stop | None) -> list[SlideReport]:
-        """Take every image through the pool; reports in the order of the images."""
+        """Process every image in the pool and return the reports, in the order of the images."""
         reports: dict[int, SlideReport] = {}
         workflows = (self._workflow(image, number, reports) for number, image in enumerate(images))
         try:
@@ -186,7 +194,7 @@ class Campaign:
         return [reports[number] for number in range(len(images))]
 
     def _workflow(self, image: Slide | UnreadableImage, number: int, reports: dict[int, SlideReport]) -> Workflow[int]:
-        """Segment one image; whatever goes wrong with it is in its report."""
+        """Segment one image and put its report into ``reports``, errors included."""
         try:
             report = yield from self._segment(image, number)
         except BusyError as error:
@@ -194,7 +202,7 @@ class Campaign:
         except CellsegError as error:
             _log.debug("%s failed", location(image), exc_info=True)
             report = SlideReport(location(image), "failed", error.detail)
-        except Exception as error:  # a campaign of thousands of slides must not die of one
+        except Exception as error:  # a campaign of thousands of slides must survive any error of one slide
             _log.debug("%s failed", location(image), exc_info=True)
             report = SlideReport(location(image), "failed", f"{type(error).__name__}: {error} (see --debug)")
         if report.status == "failed":
@@ -205,7 +213,7 @@ class Campaign:
         return number
 
     def _segment(self, image: Slide | UnreadableImage, number: int) -> Workflow[SlideReport]:
-        """Segment one image, which no other run does meanwhile."""
+        """Segment one image while this run holds the lock of its output."""
         if isinstance(image, UnreadableImage):
             return SlideReport(image.path, "failed", image.reason)
         paths = output_paths(image, self.settings.name, self.settings.output)
@@ -217,7 +225,7 @@ class Campaign:
             return (yield from self._segment_slide(image, paths, number))
 
     def _segment_slide(self, slide: Slide, paths: OutputPaths, number: int) -> Workflow[SlideReport]:
-        """The workflow of a slide: prepare it, do every pass, finish it."""
+        """Prepare a slide, do every pass over it, finish it."""
         prepared = yield from ask(partial(prepare_slide, self.worker), Request(slide, paths))
         if isinstance(prepared, SlideReport):
             return prepared
@@ -232,8 +240,8 @@ class Campaign:
                 lost=partial(_give_up, journal, slide_pass.name, failures),
             )
             if failures:
-                kept = f" [{len(failures)} of {slide_pass.count} blocks failed; the others are kept]"
-                reason = failures[min(failures)] + kept * (slide_pass.count > 1)
+                summary = f" [{len(failures)} of {slide_pass.count} blocks failed; the others are kept]"
+                reason = failures[min(failures)] + summary * (slide_pass.count > 1)
                 return SlideReport(slide.location, "failed", reason)
             self._locks.check(paths.lock)
         report = yield from ask(partial(finish_slide, self.worker), prepared)
@@ -249,10 +257,11 @@ class Campaign:
 
     def _announce(self, prepared: PreparedSlide, journal: Journal, number: int) -> None:
         if self._figures.largest is None and isinstance(self.worker, Worker):
-            # What is compiled later, while blocks are under way, is part of the run.
+            # Compiling that happens later, beside blocks in flight, counts as part of the run.
             self.compile_seconds = self.worker.model_pool.seconds - self._pool_seconds_before
         self._figures.plan(prepared)
-        done = sum(prepared.progress_of(each, len(journal.numbers(each.name))) for each in prepared.passes)
+        tasks_done = ((slide_pass, len(journal.numbers(slide_pass.name))) for slide_pass in prepared.passes)
+        done = sum(prepared.progress_of(slide_pass, tasks) for slide_pass, tasks in tasks_done)
         self.observer.planned(prepared.plan, self._figures.planned_peak_bytes, number, done)
 
     def _claim(self, paths: OutputPaths, slide: Slide) -> None:
@@ -269,7 +278,7 @@ class Campaign:
                 )
 
     def report(self, slides: list[SlideReport], seconds: float) -> RunReport:
-        """The report of the whole run, which took ``seconds`` with compiling."""
+        """The report of the whole run, which took ``seconds``, compiling included."""
         largest = self._figures.largest
         return RunReport(
             seconds=seconds - self.compile_seconds,
@@ -289,12 +298,12 @@ class Campaign:
 
 
 class _Figures:
-    """What a campaign says of all slides together.
+    """Figures of all slides of a campaign together.
 
     Attributes:
-        largest: plan of the slide with most pixels.
-        planned_peak_bytes: of host memory, of the slide that needs most.
-        workers: blocks in flight, of the slide that allows most.
+        largest: plan of the slide with most pixels; None before the first plan.
+        planned_peak_bytes: planned peak of host memory of the slide that needs most, in bytes.
+        workers: number of blocks in flight of the slide that allows most.
         stages: busy seconds of each stage, over all workers.
     """
 
@@ -305,23 +314,25 @@ class _Figures:
         self.stages = dict.fromkeys(STAGES, 0.0)
 
     def plan(self, prepared: PreparedSlide) -> None:
+        """Take in the plan of a slide."""
         if self.largest is None or prepared.plan.pixels > self.largest.pixels:
             self.largest = prepared.plan
         self.planned_peak_bytes = max(self.planned_peak_bytes, prepared.peak_bytes)
         self.workers = max(self.workers, prepared.workers)
 
-    def count(self, seconds: dict[str, float]) -> None:
-        for stage, more in seconds.items():
-            self.stages[stage] += more
+    def count(self, stages: dict[str, float]) -> None:
+        """Add busy seconds of each stage."""
+        for stage, seconds in stages.items():
+            self.stages[stage] += seconds
 
 
 def _imports(settings: Settings) -> list[str]:
-    """What every worker process needs, as far as it is known before the backend is chosen."""
+    """Modules that every worker process needs, as far as they are known before the backend is chosen."""
     return ["cellseg_batch.engine.run.worker", *preloaded_modules(settings.backend)]
 
 
 def _give_up(journal: Journal, part: str, failures: dict[int, str], number: int, loss: BaseException) -> None:
-    """Note a task that its worker processes died of."""
+    """Note a task that killed its worker processes."""
     failures[number] = (
         f"the processes that worked on it died ({type(loss).__name__}); use more memory, or see their logs"
     )
@@ -329,5 +340,5 @@ def _give_up(journal: Journal, part: str, failures: dict[int, str], number: int,
 
 
 def _refuse_margin_off_grid(settings: Settings, bundle: Bundle) -> None:
-    """Refuse before any slide is opened what would fail for every slide."""
+    """Refuse a tile and margin that would fail for every slide, before any slide is opened."""
     fit_lattice((1, 1), settings.tile, pick_margin(settings, bundle.card), bundle.card.total_stride)

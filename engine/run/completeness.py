@@ -1,7 +1,7 @@
-"""Whether what the journal says is on disk: every task of the plan, and the pixels that it wrote.
+"""Check that an output is on disk as the journal records it: every task of the plan, and the pixels that it wrote.
 
-Every record has the boxes that its task wrote, each with a checksum of its pixels, so nothing here needs to know what
-the passes do.
+Every record has the boxes that its task wrote, each with a checksum of its pixels, so this module need not know the
+work of a pass.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ Read = Callable[[str, int, int, Box], NDArray[Any]]
 
 
 def demand_complete(journal: Journal, images: list[ImageWriter], passes: Iterable[Pass]) -> None:
-    """Hold the journal against the plan and, for a few tasks of each pass, the pixels against the journal.
+    """Check the journal against the plan and, for a few tasks of each pass, the pixels against the journal.
 
     Args:
-        journal: of the output.
-        images: that are written.
-        passes: over the slide.
+        journal: journal of the output.
+        images: images that are written.
+        passes: passes over the slide.
 
     Raises:
-        OutputError: something is missing or differs.
+        OutputError: a task has no record, or pixels differ from those that a task wrote.
     """
     by_path = {image.path: image for image in images}
 
@@ -59,19 +59,19 @@ def demand_complete(journal: Journal, images: list[ImageWriter], passes: Iterabl
 
 
 def differences(read: Read, record: TaskRecord[Any]) -> Iterator[str]:
-    """What a record's task wrote and is no longer so on disk, one line each.
+    """Describe each box that a record's task wrote and whose pixels on disk differ now, one line per box.
 
     Args:
-        read: gives the pixels (h, w) of a box of a plane of a level of the image at a path in its store.
-        record: of the journal.
+        read: reads the pixels (h, w) of a box, from the path of the image in its store, the level, plane and box.
+        record: record from the journal.
     """
     for written in record.written:
         box = Box(*written.box)
-        where = f"{written.path}/{written.level}, plane {written.plane}, {box.y0}:{box.y1}, {box.x0}:{box.x1}"
+        location = f"{written.path}/{written.level}, plane {written.plane}, {box.y0}:{box.y1}, {box.x0}:{box.x1}"
         try:
             pixels = read(written.path, written.level, written.plane, box)
         except SlideError as error:
-            yield f"{where}: {error.detail}"
+            yield f"{location}: {error.detail}"
             continue
         if checksum(pixels) != written.crc32:
-            yield f"{where}: not what was written"
+            yield f"{location}: not what was written"

@@ -1,8 +1,8 @@
-"""Which images have failed, one small file each beside their store, so that ``retry_failed`` can take up just those.
+"""Note failed images in small files beside their stores, so that ``retry_failed`` can process just those.
 
     <store>.cellseg/failed/<label name>/<hash>.json     {"path": ..., "reason": ...}
 
-Also for what could not even be opened, and so has no journal.
+Images that could not even be opened, and so have no journal, have a note too.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FailureNote:
-    """Why an image failed.
+    """A note that an image failed.
 
     Attributes:
-        path: of the image, as a user would type it.
-        reason: in one line.
+        path: path of the image, as a user would type it.
+        reason: the reason, in one line.
     """
 
     path: str
@@ -40,8 +40,8 @@ class FailedImages:
     """The notes on the failed images of one label name.
 
     Args:
-        name: of the label group.
-        output: folder that mirrors the inputs; None has the notes beside the inputs.
+        name: name of the label group.
+        output: folder that mirrors the inputs; None puts the notes beside the inputs.
     """
 
     def __init__(self, name: str, output: Path | None) -> None:
@@ -49,31 +49,31 @@ class FailedImages:
         self._output = output
 
     def has(self, image: Slide | UnreadableImage) -> bool:
-        """Whether the image has failed, and not been done since."""
+        """Whether the image has failed and has not been finished since."""
         return self._file(image).is_file()
 
     def reason(self, image: Slide | UnreadableImage) -> str | None:
-        """Why the image has failed; None if it has not, or has been done since."""
+        """Reason why the image has failed; None if it has not failed, or has been finished since."""
         note = read_record(self._file(image), FailureNote)
         return None if note is None else note.reason
 
     def note(self, image: Slide | UnreadableImage, reason: str) -> None:
-        """Note a failure; where that cannot be written, the report alone has it."""
+        """Note a failure; if the note cannot be written, only the report has the failure."""
         try:
             write_record(self._file(image), FailureNote(location(image), reason))
         except OutputError:
             _log.warning("%s: the failure could not be noted", location(image))
 
     def forget(self, image: Slide | UnreadableImage) -> None:
-        """The image is done."""
+        """Remove the note on an image, because it is finished."""
         file = self._file(image)
         with suppress(OSError):
             file.unlink(missing_ok=True)
             for folder in list(file.parents)[:3]:
-                folder.rmdir()  # as long as they are empty
+                folder.rmdir()  # raises OSError at the first folder that is not empty
 
     def reasons(self, folder: Path) -> dict[str, str]:
-        """Path -> reason of every failed image noted in the ``<store>.cellseg`` folder."""
+        """Path -> reason of every failed image that is noted in ``folder``, a ``<store>.cellseg``."""
         files = sorted((folder / "failed" / self._name).glob("*.json"))
         notes = (read_record(file, FailureNote) for file in files)
         return {note.path: note.reason for note in notes if note is not None}

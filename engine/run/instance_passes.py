@@ -1,11 +1,11 @@
-"""Instances in two passes over a slide's blocks; no tile is computed twice.
+"""Make instances in two passes over a slide's blocks, without computing a tile twice.
 
     pass 1   model -> pixel codes -> numbered seeds, into scratch           (with the mask's own reading and computing)
-    merge    seeds that touch across blocks are one; final ids
+    merge    seeds that touch across blocks become one; final ids
     pass 2   scratch with a frame -> final ids -> growth -> labels
 
-A label depends on the scratch within the growth's reach and on nothing else, so it does not matter which block it lies
-in.  Each task can be done again.
+A label depends only on the scratch within the growth's reach, so it does not depend on the blocks.  Each task can be
+repeated.
 """
 
 from __future__ import annotations
@@ -36,7 +36,13 @@ from cellseg_batch.kernels.moments import HALO
 
 
 def keep_seeds(slide: OpenSlide, block: Block, pixel_codes: NDArray[np.uint8]) -> SeedRecord:
-    """Number the seeds of a block and put its codes into scratch; what the merge has to know of them."""
+    """Number the seeds of a block, put its codes into the scratch, and return the seeds' record for the merge.
+
+    Args:
+        slide: the open slide.
+        block: block of the slide.
+        pixel_codes: (h, w) uint8, as the kernels classify the block's pixels.
+    """
     with slide.clock.stage("seeds"):
         codes, record = number_seeds(pixel_codes, block, slide.plan.grid, _rule(slide).smallest_seed)
     with slide.clock.stage("write"):
@@ -45,7 +51,7 @@ def keep_seeds(slide: OpenSlide, block: Block, pixel_codes: NDArray[np.uint8]) -
 
 
 def merge_blocks(slide: OpenSlide, _: int) -> MergeRecord:
-    """Make objects of the seeds of all blocks."""
+    """Merge the seeds of all blocks into objects with final ids."""
     grid, journal = slide.plan.grid, slide.journal
     with slide.clock.stage("seeds"):
         records = ((block, _seeds_of(journal, block)) for block in grid)
@@ -56,30 +62,30 @@ def merge_blocks(slide: OpenSlide, _: int) -> MergeRecord:
 
 
 def grow_block(slide: OpenSlide, number: int) -> GrowthRecord:
-    """Write the final labels of one block, and measure what lies in it if that was asked for."""
+    """Write the final labels of one block, and measure its objects if the plan says so."""
     plan, block = slide.plan, slide.plan.grid[number]
     halo = HALO if plan.objects else 0
-    around = final_labels(slide, block, halo)
+    with_halo = final_labels(slide, block, halo)
     height, width = block.box.shape
-    labels = around[halo : halo + height, halo : halo + width]
+    labels = with_halo[halo : halo + height, halo : halo + width]
     with slide.clock.stage("write"):
         slide.labels.write(0, block.plane, block.box, labels)
     if slide.scratch_probability is None:
         return GrowthRecord(int(np.count_nonzero(labels)))
     with slide.clock.stage("measure"):
         pixels = slide.reader.of_channels(measured_channels(plan.slide))
-        return measure_block(plan, block, around, pixels, slide.scratch_probability)
+        return measure_block(plan, block, with_halo, pixels, slide.scratch_probability)
 
 
 def tabulate(slide: OpenSlide, _: int) -> TableRecord:
-    """Make the table of objects."""
+    """Write the table of objects."""
     with slide.clock.stage("measure"):
         records = (task.result for _, task in slide.journal.records(INSTANCES, TaskRecord[GrowthRecord]))
         return write_objects(slide.plan, _scratch(slide).objects, records)
 
 
 def _seeds_of(journal: Journal, block: Block) -> SeedRecord:
-    """What the merge has to know of a block."""
+    """The seeds' record of a block."""
     task = journal.get(BLOCKS, block.index, TaskRecord[BlockRecord])
     assert task is not None  # the merge comes after all blocks
     assert task.result.seeds is not None
@@ -87,7 +93,7 @@ def _seeds_of(journal: Journal, block: Block) -> SeedRecord:
 
 
 def final_labels(slide: OpenSlide, block: Block, halo: int = 0) -> NDArray[Any]:
-    """The labels of a block and ``halo`` px around it, 0 outside the slide."""
+    """The labels (h + 2 * halo, w + 2 * halo) of a block and ``halo`` px around it, 0 outside the slide."""
     target, steps = block.box.grown(halo), _rule(slide).steps
     with slide.clock.stage("read"):
         codes = _final_codes(slide, block, target.grown(reach(steps)))
@@ -98,13 +104,13 @@ def final_labels(slide: OpenSlide, block: Block, halo: int = 0) -> NDArray[Any]:
 
 
 def _final_codes(slide: OpenSlide, block: Block, window: Box) -> NDArray[Any]:
-    """The codes of a window around a block with final ids, 0 outside the slide."""
+    """The codes (height, width) of a window around a block with final ids, 0 outside the slide."""
     grid, merged = slide.plan.grid, FinalIds.load(_scratch(slide).ids)
     codes = np.zeros(window.shape, merged.dtype)
-    for other in grid.touching(block.plane, window):
-        final = merged.codes_of(other, grid)
-        for part, own in _scratch(slide).read(other, window):
-            renumber(own, final, codes[part.seen_from(window).slices()])
+    for touching in grid.touching(block.plane, window):
+        final_codes = merged.codes_of(touching, grid)
+        for part, block_codes in _scratch(slide).read(touching, window):
+            renumber(block_codes, final_codes, codes[part.seen_from(window).slices()])
     return codes
 
 

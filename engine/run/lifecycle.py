@@ -1,8 +1,9 @@
-"""Before a slide's first block and after its last one: what is there already, plan, outputs; and the closing record.
+"""Prepare a slide before its first block, and finish it after its last one.
 
-Both are tasks for any worker, as blocks are.  A run that goes on with what an earlier one has begun must decide all
-that decides pixels as that one did, or is refused with the difference: another machine, another model or other settings
-cannot change a half-finished output.
+Preparing checks for earlier work, plans the slide and creates its outputs; finishing writes the closing record.  Both
+are tasks for any worker, as blocks are.  A run that continues the output of an earlier run must make the same decisions
+on its pixels, or is refused with the difference: another machine, another model or other settings cannot change a
+half-finished output.
 """
 
 from __future__ import annotations
@@ -53,29 +54,34 @@ _CREATED = "created"
 
 @dataclass(frozen=True)
 class Request:
-    """A slide, and where its output goes."""
+    """A slide to prepare, and the paths of its output."""
 
     slide: Slide
     paths: OutputPaths
 
 
 def prepare_slide(worker: AnyWorker, request: Request) -> PreparedSlide | SlideReport:
-    """Settle all that decides a slide's pixels and make its output; a report if it was finished before.
+    """Settle all decisions on a slide's pixels and create its output.
+
+    Returns:
+        The prepared slide, or the report of a slide that was finished before.
 
     Raises:
-        SlideError: it cannot be processed as asked.
+        SlideError: the slide cannot be processed with these settings.
     """
-    here = worker.here()
+    own_worker = worker.here()
     journal = Journal(request.paths.journal)
-    manifest = _manifest_to_go_on_with(request.paths, here.settings, journal)
-    return _begin(here, request, journal) if manifest is None else _go_on(here, request, journal, manifest)
+    manifest = _manifest_to_continue(request.paths, own_worker.settings, journal)
+    if manifest is None:
+        return _begin(own_worker, request, journal)
+    return _continue(own_worker, request, journal, manifest)
 
 
 def finish_slide(worker: AnyWorker, prepared: PreparedSlide) -> SlideReport:
-    """List the label, after a look whether it is complete, and close the journal.
+    """Check that the output is complete, list it among the image's labels, and close the journal.
 
     Raises:
-        OutputError: it is not.
+        OutputError: the output is incomplete.
     """
     plan = prepared.plan
     paths, journal = plan.paths, Journal(plan.paths.journal)
@@ -94,10 +100,10 @@ def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str 
     """The report of a slide whose blocks are all on disk.
 
     Args:
-        plan: of the slide.
+        plan: plan of the slide.
         status: done or skipped.
-        figures: of the slide.
-        reason: why it was skipped.
+        figures: figures of the slide.
+        reason: reason why the slide was skipped; "" if it was not.
     """
     slide, level = plan.slide, plan.level.level
     return SlideReport(
@@ -122,11 +128,11 @@ def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str 
     )
 
 
-def _manifest_to_go_on_with(paths: OutputPaths, settings: Settings, journal: Journal) -> Manifest | None:
-    """The manifest of this run's own earlier work, None when there is nothing to go on with.
+def _manifest_to_continue(paths: OutputPaths, settings: Settings, journal: Journal) -> Manifest | None:
+    """The manifest of an earlier run with this output; None if there is nothing to continue.
 
     Raises:
-        OutputError: something of that name is there and is not this run's own.
+        OutputError: an image without a journal has the output's name.
     """
     folders = paths.folders(settings.probability)
     present = [folder for folder in folders if folder.exists()]
@@ -141,13 +147,13 @@ def _manifest_to_go_on_with(paths: OutputPaths, settings: Settings, journal: Jou
             cause="it was written by something else",
             remedy="choose another `name`, or `overwrite` to replace it",
         )
-    # Begun with another `probability`, other folders are there, and it is refused when decisions are compared.
-    as_begun = present == folders or manifest.decisions.probability != settings.probability
-    return manifest if as_begun and journal.numbers(_CREATED) else None
+    # With another `probability` other folders exist; the comparison of decisions refuses such a manifest later.
+    folders_match = present == folders or manifest.decisions.probability != settings.probability
+    return manifest if folders_match and journal.numbers(_CREATED) else None
 
 
 def _begin(worker: Worker, request: Request, journal: Journal) -> PreparedSlide:
-    """Prepare a slide of which nothing is there."""
+    """Prepare a slide that has no output to continue."""
     settings, model_pool = worker.settings, worker.model_pool
     plan = plan_slide(request.slide, request.paths, settings, model_pool.bundle.card)
     with _reader_of(plan) as reader:
@@ -161,17 +167,17 @@ def _begin(worker: Worker, request: Request, journal: Journal) -> PreparedSlide:
     return prepared
 
 
-def _go_on(worker: Worker, request: Request, journal: Journal, manifest: Manifest) -> PreparedSlide | SlideReport:
-    """Prepare a slide that was begun, or finished, before."""
-    settings, model_pool, begun = worker.settings, worker.model_pool, manifest.decisions
-    plan = plan_slide(request.slide, request.paths, settings, model_pool.bundle.card, begun.normalisation)
-    plan = downscale_plan(plan, settings, model_pool.bundle, settings.downscale or begun.downscale)
-    backend = _backend_as_begun(begun.backend, settings, model_pool, plan.downscale)
+def _continue(worker: Worker, request: Request, journal: Journal, manifest: Manifest) -> PreparedSlide | SlideReport:
+    """Prepare a slide that an earlier run has begun; if it is finished, return its report."""
+    settings, model_pool, earlier = worker.settings, worker.model_pool, manifest.decisions
+    plan = plan_slide(request.slide, request.paths, settings, model_pool.bundle.card, earlier.normalisation)
+    plan = downscale_plan(plan, settings, model_pool.bundle, settings.downscale or earlier.downscale)
+    backend = _earlier_backend(earlier.backend, settings, model_pool, plan.downscale)
     finished = journal.finished(FinishedRecord)
     decisions = plan.decisions(_identity_of_model(model_pool), _identity_of(backend))
     if finished is not None:  # nothing is left to compute, so the library's version does not matter
-        decisions = replace(decisions, backend=replace(decisions.backend, version=begun.backend.version))
-    _refuse_changes(plan, begun, decisions)
+        decisions = replace(decisions, backend=replace(decisions.backend, version=earlier.backend.version))
+    _refuse_changes(plan, earlier, decisions)
     plan = replace(plan, grid=replace(plan.grid, cores=manifest.blocks))
     if finished is not None:
         return describe(plan, "skipped", finished, "finished before")
@@ -180,7 +186,8 @@ def _go_on(worker: Worker, request: Request, journal: Journal, manifest: Manifes
         prepared = _fit_memory(plan, backend, settings, worker.warm_up.held_bytes, keeps_blocks=True)
         for folder in (journal.folder, *request.paths.folders(plan.probability)):
             sweep_partials(folder)
-        if _lacks_scratch(plan, prepared.passes, journal):  # a label needs codes of other blocks too
+        # Labels need codes of other blocks too, so without scratch all blocks are computed again.
+        if _lacks_scratch(plan, prepared.passes, journal):
             journal.start(manifest)
             _create_scratch(plan, journal)
         pixels_done = sum(plan.grid[index].box.area for index in journal.numbers(BLOCKS))
@@ -191,7 +198,7 @@ def _go_on(worker: Worker, request: Request, journal: Journal, manifest: Manifes
 
 @contextmanager
 def _reader_of(plan: SlidePlan) -> Iterator[SlideReader]:
-    """A reader of the slide, closed if preparing fails."""
+    """Open a reader of the slide, and close it if the context ends with an error."""
     reader = SlideReader(plan.slide, plan.level.level, plan.channels.indices)
     try:
         yield reader
@@ -205,12 +212,12 @@ def _keep_open(worker: Worker, prepared: PreparedSlide, reader: SlideReader) -> 
         pass
 
 
-def _backend_as_begun(begun: BackendIdentity, settings: Settings, model_pool: ModelPool, downscale: int) -> Backend:
-    """The backend that an earlier run was begun with, as far as the user did not ask for another one."""
+def _earlier_backend(earlier: BackendIdentity, settings: Settings, model_pool: ModelPool, downscale: int) -> Backend:
+    """The backend and precision of an earlier run, unless the user asks for others."""
     chosen = model_pool.chosen
     return model_pool.backend(
-        begun.name if settings.backend == "auto" else chosen.name,
-        begun.precision if settings.precision == "auto" else chosen.precision,
+        earlier.name if settings.backend == "auto" else chosen.name,
+        earlier.precision if settings.precision == "auto" else chosen.precision,
         downscale,
     )
 
@@ -223,13 +230,13 @@ def _identity_of_model(model_pool: ModelPool) -> ModelIdentity:
     return ModelIdentity(model_pool.bundle.card.name, model_pool.bundle.sha256)
 
 
-def _refuse_changes(plan: SlidePlan, begun: Decisions, decisions: Decisions) -> None:
-    """Refuse to go on with other pixels than those of an earlier run.
+def _refuse_changes(plan: SlidePlan, earlier: Decisions, decisions: Decisions) -> None:
+    """Refuse to continue an earlier run with decisions that give other pixels.
 
     Raises:
         OutputError: the decisions differ.
     """
-    if changes := begun.changes(decisions):
+    if changes := earlier.changes(decisions):
         raise OutputError(
             str(plan.paths.labels_folder),
             expected="the settings that these labels were begun with",
@@ -239,8 +246,9 @@ def _refuse_changes(plan: SlidePlan, begun: Decisions, decisions: Decisions) -> 
 
 
 def _create_outputs(prepared: PreparedSlide, model_pool: ModelPool, backend: Backend, journal: Journal) -> None:
+    """Begin the journal with a manifest, and create the output images and the scratch."""
     plan, paths = prepared.plan, prepared.plan.paths
-    # For whoever reads the journal alone, wherever it and the stores beside it may have been moved to together.
+    # Relative paths, so that the journal leads to its images even after both were moved together.
     folders = {paths.labels: paths.labels_folder, paths.probability: paths.probability_folder}
     manifest = Manifest(
         decisions=plan.decisions(_identity_of_model(model_pool), prepared.backend),
@@ -265,18 +273,18 @@ def _create_outputs(prepared: PreparedSlide, model_pool: ModelPool, backend: Bac
 
 
 def _create_scratch(plan: SlidePlan, journal: Journal) -> None:
-    """Make what lies between the passes, after all else that tasks find there."""
+    """Create the scratch, then record that all outputs exist; call it last."""
     for scratch in filter(None, scratch_of(plan)):
         scratch.create()
     journal.record(_CREATED, 0, Created())
 
 
 def _lacks_scratch(plan: SlidePlan, passes: tuple[Pass, ...], journal: Journal) -> bool:
-    """Whether a task is left that needs the scratch and there is none, as it goes when a slide is finished."""
+    """Whether a missing task needs the scratch although there is none: it is deleted once a slide is finished."""
     scratch, _ = scratch_of(plan)
-    needing = (slide_pass for slide_pass in passes if slide_pass.scratch)
-    left = chain.from_iterable(journal.missing(slide_pass.name, slide_pass.count) for slide_pass in needing)
-    return scratch is not None and not scratch.exists() and next(left, None) is not None
+    scratch_passes = (slide_pass for slide_pass in passes if slide_pass.scratch)
+    missing = chain.from_iterable(journal.missing(slide_pass.name, slide_pass.count) for slide_pass in scratch_passes)
+    return scratch is not None and not scratch.exists() and next(missing, None) is not None
 
 
 def block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
@@ -290,10 +298,17 @@ def block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
 def _fit_memory(
     plan: SlidePlan, backend: Backend, settings: Settings, held_bytes: int, keeps_blocks: bool
 ) -> PreparedSlide:
-    """The slide with blocks that stay under `max_memory` beside ``held_bytes``; it may have to keep its blocks.
+    """Halve the blocks of a slide until a run stays under the setting `max_memory`.
+
+    Args:
+        plan: plan of the slide.
+        backend: backend that computes it.
+        settings: settings of the run.
+        held_bytes: host memory in bytes that the process holds besides blocks.
+        keeps_blocks: whether the blocks must stay as they are.
 
     Raises:
-        OutputError: not even one small block at a time does.
+        OutputError: even one block at a time, as small as allowed, needs more memory.
     """
     limit = settings.max_memory
     while True:
@@ -319,4 +334,5 @@ def _fit_memory(
 
 @cache
 def _software() -> dict[str, str]:
+    """Versions of packages for the manifest, by name."""
     return {name: version(name) for name in ("cellseg-batch", "zarr", "numpy")}

@@ -1,7 +1,7 @@
-"""Measure the objects of a slide: a pass over its blocks once the labels are final, and the table at its end.
+"""Measure the objects of a slide block by block once labels are final, and write the table of objects.
 
-Each block is measured in rows of tile cores, so that little of it is in memory at a time; the sums are the same however
-it is cut.  This module does not know how labels come about.
+A block is measured in rows of tile cores, so that little of it is in memory at a time; the sums do not depend on these
+rows.  This module must not know how labels are made.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def measure_block(
     """Measure the objects in a block and write their moments into the scratch.
 
     Args:
-        plan: of the slide.
-        block: of it.
-        labels: (h + 2 * HALO, w + 2 * HALO), final, of the block and what surrounds it; 0 outside the slide.
+        plan: plan of the slide.
+        block: block of the slide.
+        labels: (h + 2 * HALO, w + 2 * HALO) final labels of the block and HALO px around it; 0 outside the slide.
         pixels: reads every channel that is measured.
-        probability: of every pixel, 255 is certain.
+        probability: scratch with the probability of every pixel, uint8; 255 is a probability of 1.
 
     Raises:
-        SlideError: pixels cannot be read, or the objects not written.
+        SlideError: pixels cannot be read, or the moments cannot be written.
     """
     quality = [Quality()] * len(pixels.channels)
     parts = []
@@ -57,12 +57,12 @@ def measure_block(
         probabilities[box.seen_from(block.box).slices()] = values
     for strip in _strips(block):
         window = strip.grown(HALO).within(slide)
-        light = np.ascontiguousarray(pixels.read(block.plane, window))
+        channels = np.ascontiguousarray(pixels.read(block.plane, window))
         core = strip.seen_from(window).slices()
-        around = labels[strip.y0 - block.box.y0 :][: strip.shape[0] + 2 * HALO]
-        own = probabilities[strip.seen_from(block.box).slices()]
-        parts.append(measure(around, light[:, *core], own, (strip.y0, strip.x0)))
-        quality = [sums + survey(channel, core) for sums, channel in zip(quality, light, strict=True)]
+        strip_labels = labels[strip.y0 - block.box.y0 :][: strip.shape[0] + 2 * HALO]
+        strip_probabilities = probabilities[strip.seen_from(block.box).slices()]
+        parts.append(measure(strip_labels, channels[:, *core], strip_probabilities, (strip.y0, strip.x0)))
+        quality = [sums + survey(channel, core) for sums, channel in zip(quality, channels, strict=True)]
     ids, rows = merge(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     write_part(probability.objects, block.index, block.plane, ids, rows)
     return GrowthRecord(int(rows[:, AREA].sum()), tuple(quality))
@@ -72,14 +72,14 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord])
     """Merge the blocks' objects into the table of the slide.
 
     Args:
-        plan: of the slide.
+        plan: plan of the slide.
         parts: folder of the moments that `measure_block` wrote.
-        records: of all its blocks, in any order.
+        records: records of all its blocks, in any order.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the table cannot be written.
     """
-    # pyarrow takes 30 MB, which a run of masks can do without.
+    # pyarrow takes 30 MB, which a run of masks does not need.
     from cellseg_batch.engine.objects.columns import Origin
     from cellseg_batch.engine.objects.table import ChannelQuality, Provenance, write_table
 
@@ -87,7 +87,7 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord])
     labelled, quality = 0, [Quality()] * len(measured_channels(slide))
     for record in records:
         labelled += record.labelled
-        quality = [sums + more for sums, more in zip(quality, record.quality, strict=True)]
+        quality = [sums + block_sums for sums, block_sums in zip(quality, record.quality, strict=True)]
     names = channel_names(slide)
     full, shape = slide.plane_shape(0), plan.grid.lattice.shape
     manifest: Any = zarr.open_group(zarr_store(paths.store), path=paths.labels, mode="r").attrs[OUTPUT_MARK]
@@ -115,12 +115,12 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord])
 
 
 def measured_channels(slide: Slide) -> tuple[int, ...]:
-    """Indices of the channels whose intensities are measured: all of them but alpha."""
+    """Indices of the channels whose intensities are measured: all but alpha."""
     return tuple(range(min(slide.extent("c", 0), len(_RGB)) if slide.rgb else slide.extent("c", 0)))
 
 
 def channel_names(slide: Slide) -> tuple[str, ...]:
-    """Names of the measured channels; a number where the image has no name of its own for each."""
+    """Names of the measured channels; their indices as text unless each has a name of its own."""
     indices = measured_channels(slide)
     names = _RGB if slide.rgb and not slide.channels else slide.channels
     if len(set(names[: len(indices)])) == len(indices) and all(names[: len(indices)]):
@@ -129,6 +129,6 @@ def channel_names(slide: Slide) -> tuple[str, ...]:
 
 
 def _strips(block: Block) -> Iterator[Box]:
-    """The block's rows of tile cores."""
+    """The block's rows of tile cores, one box each."""
     for y0, y1 in sorted({(tile.core.y0, tile.core.y1) for tile in block.tiles}):
         yield Box(y0, block.box.x0, y1, block.box.x1)

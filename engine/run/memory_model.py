@@ -1,4 +1,4 @@
-"""What a plan will need of host memory at most, and blocks that wait until there is room for them."""
+"""Estimate the most host memory that a block needs, and have blocks wait until they fit into the memory budget."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from cellseg_batch.engine.slides.slide import Slide
 
 # zarr decodes ten chunks of one read at a time (zarr.config async.concurrency), zarrs one a core.
 _CHUNKS_IN_FLIGHT = max(10, cores())
-# What the event loop of zarr, dask, thread stacks and the allocator's slack add to the blocks themselves.
+# Memory that zarr's event loop, dask, thread stacks and the allocator's slack need beside the blocks.
 RUN_OVERHEAD_BYTES = 96 << 20
 
 
 def block_memory(
     slide: Slide, level: int, channels: int, grid: BlockGrid, probability: bool, on_gpu: bool, frame: int | None = None
 ) -> int:
-    """Bytes of the host that a block of ``grid`` holds at most while it is read, computed and written.
+    """Host memory in bytes that a block of ``grid`` holds at most while it is read, computed and written.
 
     Args:
         slide: the image.
-        level: that is processed.
-        channels: that are read.
-        grid: its blocks.
-        probability: it is written too.
-        on_gpu: a GPU computes it.
-        frame: px around a block that instances need; None for a mask.
+        level: level that is processed.
+        channels: number of channels that are read.
+        grid: blocks of the slide.
+        probability: whether the probability is computed too.
+        on_gpu: whether a GPU computes the block.
+        frame: width in px of the frame around a block that instances need; None for a mask.
     """
     itemsize = np.dtype(slide.dtype).itemsize
     sides = {"c": channels}
@@ -43,19 +43,19 @@ def block_memory(
     decoding = min(_CHUNKS_IN_FLIGHT, touched) * math.prod(chunk.values()) * itemsize
     written = math.prod(grid.block_shape) * (2 if probability else 1)
     read = math.prod(sides.values()) * itemsize
-    # What goes to a GPU and comes from it is copied through pinned memory, of which torch takes powers of two.
+    # Data to and from a GPU pass through pinned memory, which torch allocates in powers of two.
     computing = 2 * (read + written) if on_gpu else _blended_logits(grid)
-    # The encoder holds its input, the chunks that it cut out of it and the shard that it builds.
+    # The encoder holds its input, the chunks that it cuts from it and the shard that it builds.
     return read + decoding + computing + 3 * written + _codes(grid, frame)
 
 
 def _codes(grid: BlockGrid, frame: int | None) -> int:
-    """Bytes of a block's codes while seeds are numbered, or grown: codes, ids, and the encoder's copies of them."""
+    """Bytes of a block's codes while seeds are numbered or grown: codes, ids, and the encoder's copies of them."""
     return 0 if frame is None else 4 * 4 * math.prod(side + 2 * frame for side in grid.block_shape)
 
 
 def _blended_logits(grid: BlockGrid) -> int:
-    """Bytes of the logits of a block that are held until all of its tiles can be blended."""
+    """Bytes of the logits of a block that are held until all of its tiles are blended."""
     tiles = math.prod(cores + 2 for cores in grid.cores)
     return 4 * tiles * math.prod(core + grid.lattice.overlap for core in grid.lattice.core) if grid.ring else 0
 
@@ -69,7 +69,10 @@ class MemoryBudget:
 
     @contextmanager
     def take(self, nbytes: int, limit: int | None) -> Iterator[None]:
-        """Hold ``nbytes``, once they fit below ``limit`` together with what others hold; alone they always do."""
+        """Wait until ``nbytes`` fit below ``limit`` bytes with those of other blocks, and hold them in the context.
+
+        If no other block holds memory, ``nbytes`` always fit; a limit of None never makes a block wait.
+        """
         with self._changed:
             self._changed.wait_for(lambda: limit is None or not self.taken or self.taken + nbytes <= limit)
             self.taken += nbytes

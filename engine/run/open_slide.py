@@ -1,4 +1,4 @@
-"""Slides that are open in one process: what the tasks of a pass work with, kept while they come and go."""
+"""Keep slides open in one process from task to task: reader, predictor, writers, scratch and journal."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from cellseg_batch.engine.slides.writer import ImageWriter
 from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.engine.storage.journal import Journal
 
-# Slides that nothing works on stay open, as their next block is often on its way.
+# This many slides without a task stay open, because their next task often follows soon.
 _IDLE_SLIDES = 2
 
 
 @dataclass(frozen=True)
 class OpenSlide:
-    """What one slide's pixels pass through, open in this process.
+    """The open objects that one slide's pixels pass through in this process.
 
     Attributes:
-        plan: how the slide is processed.
-        reader: of the image.
+        plan: plan of the slide.
+        reader: reader of the image.
         predictor: the network and its stitching, for several blocks at a time.
-        labels, probability: what is written; no probability unless asked for.
+        labels, probability: writers of the output images; probability is None unless the plan has it.
         scratch: codes between the two passes that instances take; None for a mask.
         scratch_probability: the probability between these passes; None if objects are not measured.
-        journal: of the output.
-        clock: of the process.
+        journal: journal of the output.
+        clock: clock of the process.
     """
 
     plan: SlidePlan
@@ -53,7 +53,7 @@ class OpenSlide:
 
     @property
     def images(self) -> Iterator[ImageWriter]:
-        """Everything that is written."""
+        """The writers of all output images."""
         return (image for image in (self.labels, self.probability) if image is not None)
 
 
@@ -61,8 +61,8 @@ class OpenSlides:
     """The slides that are open in a process, shared by its threads.
 
     Args:
-        model_pool: makes the predictors.
-        clock: of the process.
+        model_pool: model pool of the process, for predictors.
+        clock: clock of the process.
     """
 
     def __init__(self, model_pool: ModelPool, clock: StageClock) -> None:
@@ -75,16 +75,16 @@ class OpenSlides:
     def opened(
         self, plan: SlidePlan, backend: BackendIdentity, reader: SlideReader | None = None
     ) -> Iterator[OpenSlide]:
-        """A slide, open for as long as the context lasts.
+        """Keep a slide open for as long as the context lasts.
 
         Args:
-            plan: of the slide.
-            backend: that computes it.
-            reader: of the slide, if it is open already; it is taken over.
+            plan: plan of the slide.
+            backend: backend that computes it.
+            reader: reader of the slide, if there is one already; it is closed with the slide.
 
         Raises:
             ReadError: the image cannot be opened.
-            OutputError: the backend is of another version here.
+            OutputError: the backend in this process is of another version.
         """
         with self._lock:
             entry = self._entries.setdefault(plan, _Entry())
@@ -102,7 +102,7 @@ class OpenSlides:
                 self._close_idle(_IDLE_SLIDES)
 
     def close(self) -> None:
-        """Close every slide that nothing works on."""
+        """Close every slide without a running task."""
         with self._lock:
             self._close_idle(0)
 
@@ -115,7 +115,7 @@ class OpenSlides:
 
 
 class _Entry:
-    """A slide that is open, or is being opened, and how many threads use it."""
+    """A slide that is open, or is being opened, and the number of threads that use it."""
 
     def __init__(self) -> None:
         self.slide: OpenSlide | None = None
@@ -126,17 +126,17 @@ class _Entry:
 def open_slide(
     plan: SlidePlan, backend: BackendIdentity, reader: SlideReader, model_pool: ModelPool, clock: StageClock
 ) -> OpenSlide:
-    """Put together what a slide's tasks work with.
+    """Open a slide's predictor, writers, scratch and journal.
 
     Raises:
-        OutputError: the backend is of another version here than these labels were begun with.
+        OutputError: the backend in this process has another version than the one that began these labels.
     """
-    here = model_pool.backend(backend.name, backend.precision, plan.downscale)
-    if here.version != backend.version:
+    own_backend = model_pool.backend(backend.name, backend.precision, plan.downscale)
+    if own_backend.version != backend.version:
         raise OutputError(
             str(plan.paths.labels_folder),
             expected=f"{backend.name} {backend.version} in every worker, as these labels were begun with it",
-            found=here.version,
+            found=own_backend.version,
             remedy="install one version everywhere",
         )
     labels, probability = output_images(plan)
@@ -144,7 +144,7 @@ def open_slide(
     return OpenSlide(
         plan=plan,
         reader=reader,
-        predictor=make_predictor(model_pool, here, plan.prediction, clock),
+        predictor=make_predictor(model_pool, own_backend, plan.prediction, clock),
         labels=labels,
         probability=probability,
         scratch=scratch,
@@ -155,7 +155,7 @@ def open_slide(
 
 
 def output_images(plan: SlidePlan) -> tuple[ImageWriter, ImageWriter | None]:
-    """The labels and, if it is wanted, the probability of a slide."""
+    """The writers of a slide's labels and of its probability; None for the probability unless the plan has it."""
     paths = plan.paths
     layout = lay_out(plan.slide, plan.level.level, plan.grid, paths.zarr_format)
     ids = layout if plan.instances is None else replace(layout, dtype="uint32")
@@ -164,7 +164,7 @@ def output_images(plan: SlidePlan) -> tuple[ImageWriter, ImageWriter | None]:
 
 
 def scratch_of(plan: SlidePlan) -> tuple[Scratch | None, Scratch | None]:
-    """The codes and the probability of a slide between its passes, as far as they are needed."""
+    """The scratch of a slide's codes and of its probability; None for those that the plan does not need."""
     journal = plan.paths.journal
     codes = Scratch(journal, "codes", np.uint32, plan.frame) if plan.frame is not None else None
     return codes, Scratch(journal, "probability", np.uint8, frame=0) if plan.objects else None

@@ -1,6 +1,7 @@
-"""Where the output of a slide goes: pure path arithmetic.
+"""Choose the paths of a slide's output, by pure path arithmetic.
 
-In place for an OME-Zarr image, in a companion store beside anything else, or mirrored below ``--output``.
+Labels go into an OME-Zarr image itself, into a companion store beside any other image, or below the folder of the
+setting ``output``, which mirrors the inputs.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ class OutputPaths:
     Attributes:
         store: root of the zarr hierarchy that holds the labels.
         image: path of the image's group inside it.
-        name: of the label group.
+        name: name of the label group.
         zarr_format: 2 for OME-Zarr 0.4, 3 for 0.5.
-        source: path from the label group to the segmented image, None when that is no zarr group.
-        companion: root of the store for what is no label (the probability).
+        source: path from the label group to the segmented image; None if that is no zarr group.
+        companion: root of the store for the probability, which is no label.
     """
 
     store: Path
@@ -68,17 +69,17 @@ class OutputPaths:
 
     @property
     def table(self) -> Path:
-        """The table of objects."""
+        """File of the table of objects."""
         return self.journal / "objects.parquet"
 
     @property
     def journal(self) -> Path:
-        """Folder of the journal, beside the store: a foreign folder inside it would trouble readers."""
+        """Folder of the journal, beside the store: a foreign folder inside it could confuse readers."""
         return self._beside / self.labels
 
     @property
     def plate(self) -> Path:
-        """Folder of the summary of the plate that the image is a field of: <plate>/<row>/<column>/<field>."""
+        """Folder of the plate's summary, for an image that is a field <plate>/<row>/<column>/<field> of a plate."""
         return self._beside / PurePosixPath(self.image).parents[2] / f"{self.name}.plate"
 
     @property
@@ -87,15 +88,20 @@ class OutputPaths:
 
     @property
     def lock(self) -> Path:
-        """File that says which run is at work."""
+        """Lock file that names the run at work on the output."""
         return self.journal.with_name(self.name + LOCK_SUFFIX)
 
 
 def output_paths(slide: Slide, name: str, output: Path | None) -> OutputPaths:
-    """Where the output of ``slide`` goes.
+    """Choose the paths of a slide's output.
+
+    Args:
+        slide: the image.
+        name: name of the label group.
+        output: folder that mirrors the inputs; None writes into or beside the image.
 
     Raises:
-        OutputError: ``output`` would mirror the input onto itself, or nothing can be written there.
+        OutputError: ``output`` would mirror the input onto itself, or cannot be written to.
     """
     zarr_format: Literal[2, 3] = 2 if slide.holds_labels and slide.zarr_format == 2 else 3
     beside = slide.store.with_name(slide.store.stem + OUTPUT_SUFFIX)
@@ -116,7 +122,7 @@ def output_paths(slide: Slide, name: str, output: Path | None) -> OutputPaths:
         root, image = slide.name, ""
     elif slide.name.endswith(below):
         root, image = slide.name.removesuffix(below), slide.path
-    else:  # the input is a group deep inside its store
+    else:  # the input is a group inside its store
         root, _, image = slide.name.partition("/")
     store = output.resolve() / root
     if store == slide.store or slide.store in store.parents or store in slide.store.parents:
@@ -132,16 +138,16 @@ def output_paths(slide: Slide, name: str, output: Path | None) -> OutputPaths:
 
 
 def _source(slide: Slide, labels: Path) -> str | None:
-    """Path from the label group to the segmented image, if there is one."""
-    beside = isinstance(slide.store, RemotePath) == isinstance(labels, RemotePath)
-    return os.path.relpath(slide.location, str(labels)) if slide.holds_labels and beside else None
+    """Path from the label group to the segmented image; None if there is no relative path, or no zarr group."""
+    both_local_or_remote = isinstance(slide.store, RemotePath) == isinstance(labels, RemotePath)
+    return os.path.relpath(slide.location, str(labels)) if slide.holds_labels and both_local_or_remote else None
 
 
 def refuse_output_inside(output: Path | None, inputs: list[Path]) -> None:
-    """Refuse an output folder inside an input, where the next run would take it for one.
+    """Refuse an output folder inside an input: the next run would take its content for images.
 
     Raises:
-        UsageError: it is.
+        UsageError: the folder is inside an input.
     """
     if output is None:
         return

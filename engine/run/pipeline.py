@@ -1,7 +1,7 @@
-"""The path of the data: slide -> blocks -> tiles -> batch -> model -> stitch -> writer -> journal.
+"""Lead the data along their path: slide -> blocks -> tiles -> batch -> model -> stitch -> writer -> journal.
 
-`segment_block` is the whole story of a block, `passes_of` that of a slide; every other room is called from here or
-calls these.  What lies here runs in a worker, which may be a process on another machine.
+`segment_block` is the whole path of a block, `passes_of` that of a slide.  These functions run in a worker, which
+may be a process on another machine.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from cellseg_batch.engine.slides.label_layout import lay_out
 from cellseg_batch.engine.storage.journal import Journal
 
 _TABLE = "table"
-# Rough shares of a slide's time, for the progress that a person sees; nothing else depends on them.
+# Rough shares of a slide's time, for the progress that the user sees; nothing else depends on them.
 _SEGMENT, _GROW, _SHORT = 100.0, 12.0, 2.0
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One round over a slide: tasks that do not depend on each other, but on all of the pass before.
+    """One pass over a slide: tasks that do not depend on each other, but on all tasks of the pass before.
 
     Attributes:
-        name: part of the journal that has a record of each finished task.
+        name: part of the journal with the records of its finished tasks.
         count: number of tasks.
-        task: does task ``number`` and returns its result, a dataclass of `cellseg_batch.engine.run.records`.
-        weight: share of the slide's time, roughly, in any unit.
+        task: does the task of a number and returns its result, a dataclass of `cellseg_batch.engine.run.records`.
+        weight: rough share of the slide's time, in any unit.
         scratch: whether its tasks need the scratch, if the slide has one.
     """
 
@@ -73,8 +73,8 @@ def segment_block(slide: OpenSlide, number: int) -> BlockRecord:
     with slide.clock.stage("read"):
         pixels = slide.reader.read(block.plane, block.read_box)
     with slide.clock.stage("gather"):
-        shown = without_background(block, pixels, slide.plan.grid.lattice, slide.plan.flat)
-    result = slide.predictor.predict(pixels, shown)
+        foreground_block = without_background(block, pixels, slide.plan.grid.lattice, slide.plan.flat)
+    result = slide.predictor.predict(pixels, foreground_block)
     seeds = None if slide.plan.instances is None else keep_seeds(slide, block, result.mask)
     with slide.clock.stage("write"):
         if seeds is None:
@@ -83,11 +83,11 @@ def segment_block(slide: OpenSlide, number: int) -> BlockRecord:
             slide.probability.write(0, block.plane, block.box, result.probability)
         if slide.scratch_probability is not None and result.probability is not None:
             slide.scratch_probability.write(block, result.probability)
-    return BlockRecord(seeds, result.foreground, result.missing, len(block.tiles) - len(shown.tiles))
+    return BlockRecord(seeds, result.foreground, result.missing, len(block.tiles) - len(foreground_block.tiles))
 
 
 def build_shard(level: int, slide: OpenSlide, number: int) -> LevelRecord:
-    """Make one shard of a level of the pyramid from the level above it."""
+    """Make one shard of a level of the pyramid from the next finer level."""
     with slide.clock.stage("pyramid"):
         for image in slide.images:
             image.build_level(level, *image.layout.shard_box(level, number))
@@ -95,7 +95,7 @@ def build_shard(level: int, slide: OpenSlide, number: int) -> LevelRecord:
 
 
 def totals(plan: SlidePlan, journal: Journal) -> FinishedRecord:
-    """What the records of a finished slide add up to."""
+    """Add up the figures of all records of a finished slide."""
     foreground = missing = skipped_tiles = 0
     for _, block in journal.records(BLOCKS, TaskRecord[BlockRecord]):
         foreground += block.result.foreground

@@ -1,4 +1,4 @@
-"""A slide that is ready to be worked on: its plan, its passes, and what its blocks need of the machine."""
+"""Describe a slide that is ready for its passes: its plan, its passes, and the memory that its blocks need."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from cellseg_batch.engine.run.slide_plan import SlidePlan
 
 @dataclass(frozen=True)
 class PreparedSlide:
-    """All that any worker process needs to know to work on a slide; small, and no pixels.
+    """All that a worker process needs to know to work on a slide; it is small and holds no pixels.
 
     Attributes:
-        plan: how the slide is processed.
+        plan: plan of the slide.
         backend: the library that computes it.
-        passes: over the slide, in order.
-        block_bytes: host memory that one block holds at most.
-        budget_bytes: host memory that all blocks in flight of one process may hold; None is no limit.
-        workers: blocks in flight in one process.
-        peak_bytes: host memory that the process will need at most.
-        pixels_done: pixels that an earlier run has segmented.
+        passes: passes over the slide, in order.
+        block_bytes: host memory in bytes that one block holds at most.
+        budget_bytes: host memory in bytes that all blocks in flight of one process may hold; None sets no limit.
+        workers: number of blocks in flight in one process.
+        peak_bytes: host memory in bytes that the process will need at most.
+        pixels_done: number of pixels that an earlier run has segmented.
     """
 
     plan: SlidePlan
@@ -34,6 +34,6 @@ class PreparedSlide:
     pixels_done: int
 
     def progress_of(self, slide_pass: Pass, tasks: int = 1) -> float:
-        """Pixels of the slide that ``tasks`` of a pass stand for, if all passes together are the whole slide."""
-        whole = sum(each.weight for each in self.passes)
-        return self.plan.pixels * slide_pass.weight / whole * tasks / slide_pass.count
+        """Progress that ``tasks`` tasks of a pass are worth, in pixels; all passes together are worth the slide's."""
+        total_weight = sum(each_pass.weight for each_pass in self.passes)
+        return self.plan.pixels * slide_pass.weight / total_weight * tasks / slide_pass.count

@@ -1,7 +1,7 @@
-"""What a run keeps of a slide on disk: the manifest, a record for each finished task, the closing record.
+"""Define the records that a run keeps on disk: a slide's manifest, a record of each finished task, the closing record.
 
-Fields that decide pixels have no default and are compared before a run goes on with what an earlier one has begun.
-Figures have defaults, so one that is added later breaks no slide that was finished before.
+Fields that decide pixels have no default; they are compared before a run continues the output of an earlier run.
+Figures have defaults, so a figure that is added later breaks no finished slide.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from cellseg_batch.kernels.quality import Quality
 
 Result = TypeVar("Result")
 
-# Names of passes whose records others read.
+# Names of passes whose records other modules read.
 BLOCKS, MERGE, INSTANCES = "blocks", "merge", "instances"
 
 
 @dataclass(frozen=True)
 class InputPixels:
-    """Which pixels of the image are segmented.
+    """The pixels of the image that are segmented.
 
     Attributes:
         dtype: numpy name of their type.
-        axes: of the array.
-        level: resolution, 0 is full.
-        shape: of that level, along ``axes``.
+        axes: axes of the array.
+        level: resolution; 0 is full.
+        shape: shape of that level, along ``axes``.
         channels: indices of the channels.
     """
 
@@ -41,11 +41,11 @@ class InputPixels:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which weights.
+    """The model that computes the logits.
 
     Attributes:
-        name: of the card.
-        sha256: of the bundle.
+        name: name in the model's card.
+        sha256: hash of the bundle.
     """
 
     name: str
@@ -54,11 +54,11 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class BackendIdentity:
-    """Which library computes the logits.
+    """The library that computes the logits.
 
     Attributes:
-        name, precision: of the backend.
-        version: of the library.
+        name, precision: name and precision of the backend.
+        version: version of the library.
     """
 
     name: str
@@ -68,11 +68,11 @@ class BackendIdentity:
 
 @dataclass(frozen=True)
 class TileLattice:
-    """Where tiles lie.
+    """The lattice of tiles.
 
     Attributes:
-        core: (height, width) in px.
-        margin: in px.
+        core: (height, width) of a core in px.
+        margin: margin in px.
     """
 
     core: tuple[int, int]
@@ -81,20 +81,20 @@ class TileLattice:
 
 @dataclass(frozen=True)
 class Decisions:
-    """Everything that decides the pixels of an output.
+    """All decisions that determine the pixels of an output.
 
     Attributes:
         input: the pixels that are read.
-        model, backend: what computes them.
-        downscale: by how much the image is reduced for the model.
+        model, backend: the model and the library that compute the logits.
+        downscale: factor by which the image is downscaled for the model.
         normalisation: pixel values that become 0 and 1.
-        lattice: of the tiles.
+        lattice: lattice of the tiles.
         stitch: crop or blend.
         flat: difference of pixel values below which a tile is background; 0 computes all tiles.
         threshold: probability above which a pixel is foreground.
-        probability: the probability is written too.
-        instances: how logits become instances; None for a mask.
-        objects: the instances are measured.
+        probability: whether the probability is written too.
+        instances: rule by which logits become instances; None for a mask.
+        objects: whether the instances are measured.
     """
 
     input: InputPixels
@@ -111,21 +111,21 @@ class Decisions:
     objects: bool
 
     def changes(self, now: Decisions) -> list[str]:
-        """What differs in ``now``, a phrase for each field."""
+        """The differences between these decisions and ``now``, one phrase per field."""
         pairs = ((item.name, getattr(self, item.name), getattr(now, item.name)) for item in fields(self))
         return [f"{name} was {_brief(before)}, now {_brief(after)}" for name, before, after in pairs if before != after]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was settled before the first block of a slide.
+    """The plan of a slide, as settled before its first block.
 
     Attributes:
-        decisions: what decides the pixels.
-        blocks: cores of a block along y and x; a run that goes on takes them over.
+        decisions: decisions that determine the pixels.
+        blocks: number of cores of a block along y and x; a later run that continues takes them over.
         passes: name of each pass -> number of its tasks, in order.
-        images: path of each output image in its store -> its folder, seen from the journal's.
-        location: of the image, as a user would type it.
+        images: path of each output image in its store -> its folder, relative to the journal's.
+        location: path of the input image, as a user would type it.
         software: versions of packages that decide no pixel.
     """
 
@@ -141,7 +141,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Created:
-    """Outputs and scratch have been made, empty."""
+    """Outputs and scratch have been created, empty."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ class TaskRecord(Generic[Result]):
     """A finished task of a pass.
 
     Attributes:
-        written: what it put on disk.
-        result: what later passes and the closing record need of it.
+        written: boxes of pixels that it put on disk.
+        result: its result, for later passes and the closing record.
         seconds: busy seconds of each stage.
     """
 
@@ -165,9 +165,9 @@ class BlockRecord:
 
     Attributes:
         seeds: its seeds, for the merge; None for a mask.
-        foreground: foreground pixels.
-        missing: NaN in the input, taken as 0.
-        skipped_tiles: tiles that showed nothing and were not computed.
+        foreground: number of foreground pixels.
+        missing: number of NaN pixels in the input, taken as 0.
+        skipped_tiles: number of flat tiles, which are not computed.
     """
 
     seeds: SeedRecord | None
@@ -192,8 +192,8 @@ class GrowthRecord:
     """The final labels of a block.
 
     Attributes:
-        labelled: pixels that belong to an object.
-        quality: of each measured channel; () if objects are not measured.
+        labelled: number of pixels that belong to an object.
+        quality: quality of each measured channel; () if objects are not measured.
     """
 
     labelled: int
@@ -221,11 +221,11 @@ class FinishedRecord:
     """The figures of a finished slide.
 
     Attributes:
-        foreground: foreground pixels.
-        missing: NaN in the input, taken as 0.
-        skipped_tiles: tiles that showed nothing and were not computed.
+        foreground: number of foreground pixels.
+        missing: number of NaN pixels in the input, taken as 0.
+        skipped_tiles: number of flat tiles, which are not computed.
         objects: number of objects; None for a mask.
-        unreached: foreground pixels that belong to no object.
+        unreached: number of foreground pixels that belong to no object.
     """
 
     foreground: int = 0
@@ -236,7 +236,7 @@ class FinishedRecord:
 
 
 def _brief(value: Any) -> str:
-    """A field of `Decisions` for a message."""
+    """The text of a field of `Decisions` in a message."""
     if is_dataclass(value):
         return ", ".join(f"{item.name} {str(getattr(value, item.name))[:60]}" for item in fields(value))
     return str(value)

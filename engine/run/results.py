@@ -1,4 +1,4 @@
-"""What a run did: per slide and as a whole, as values and as JSON."""
+"""Report a run, per slide and as a whole, as typed values and as JSON."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ _MEGA = 1e6
 
 @dataclass(frozen=True)
 class SlideReport:
-    """What became of one image.
+    """The report of one image.
 
     Attributes:
-        path: the image, as a user would type it.
-        status: done, failed, skipped (was finished before) or held (another run is at work on it).
-        reason: why it is not done.
-        labels: path of the label group on disk.
+        path: path of the image, as a user would type it.
+        status: done, failed, skipped (finished by an earlier run) or held (another run is at work on it).
+        reason: reason why it is not done; "" if it is.
+        labels: path of the label group on disk; None if there is none.
         table: path of the table of objects; None if there is none.
-        shape: of the labels.
-        level: which resolution was segmented.
-        pixel_size_um: its pixel size, None when unknown.
+        shape: shape of the labels.
+        level: resolution that was segmented.
+        pixel_size_um: pixel size of that resolution in µm; None if it is unknown.
         blocks: number of blocks.
         tiles: number of tiles.
-        skipped_tiles: those that showed nothing and were not computed.
+        skipped_tiles: number of flat tiles, which are not computed.
         foreground_fraction: share of foreground pixels.
-        missing_pixels: NaN in the input, taken as 0.
+        missing_pixels: number of NaN pixels in the input, taken as 0.
         objects: number of objects; None for a mask, which has none.
-        unreached_pixels: foreground that belongs to no object: without a seed, or too far from it.
-        pixels: pixels that were segmented by this run.
-        downscale: by how much the image was downscaled for the model.
-        channels: names of those that were segmented; indices as text where they have none.
-        notes: what a user should know of an image that is done, such as pixels that are no numbers.
+        unreached_pixels: number of foreground pixels that belong to no object, without a seed or too far from it.
+        pixels: number of pixels that this run segmented.
+        downscale: factor by which the image was downscaled for the model.
+        channels: names of the segmented channels; indices as text for channels without a name.
+        notes: remarks for the user on an image that is done, such as on NaN pixels.
     """
 
     path: str
@@ -59,13 +59,13 @@ class SlideReport:
 
 @dataclass(frozen=True)
 class PlateReport:
-    """What became of a plate.
+    """The report of a plate.
 
     Attributes:
-        plate: where it lies.
-        folder: of its tables and pictures, None where they could not be made.
-        wells, fields, failed: how many there are, and how many fields of them failed.
-        reason: why there is no summary.
+        plate: path of the plate.
+        folder: folder of its tables and pictures; None if they could not be made.
+        wells, fields, failed: number of wells, of fields, and of failed fields.
+        reason: reason why there is no summary; "" if there is one.
     """
 
     plate: str
@@ -78,18 +78,19 @@ class PlateReport:
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a run did.
+    """The report of a run.
 
     Attributes:
-        seconds: from the command's start to the last journal entry, without `compile_seconds`.
-        compile_seconds: choosing, compiling and warming up the model.
-        backend, precision, tile, margin, batch, block, workers: what was used; the largest where slides differ.
+        seconds: seconds from the command's start to the last journal entry, without `compile_seconds`.
+        compile_seconds: seconds in which the model was chosen, compiled and warmed up.
+        backend, precision, tile, margin, batch, block, workers: the values that were used; where slides differ, those
+            of the largest.
         peak_rss_bytes: largest resident memory of the process.
-        planned_peak_bytes: what was announced before the first block.
+        planned_peak_bytes: host memory that was announced as the most that the run would need.
         stages: busy seconds of each stage, over all threads.
         slides: one entry per image.
         plates: one entry per plate, if objects were measured.
-        starting_seconds: of all seconds, those before images were looked for: importing libraries.
+        starting_seconds: part of ``seconds`` before the search for images: importing libraries.
         images: the images themselves, in the order of ``slides``.
     """
 
@@ -112,18 +113,18 @@ class RunReport:
 
     @property
     def status(self) -> str:
-        """``failed`` or ``held`` if any image is, in this order; ``skipped`` if all were done before; else ``done``."""
+        """``failed``, else ``held`` or ``done``, if any image is; ``skipped`` if earlier runs finished all of them."""
         states = {slide.status for slide in self.slides}
         return next((state for state in ("failed", "held", "done") if state in states), "skipped")
 
     @property
     def mpx_per_s(self) -> float:
-        """Pixels of the slides per second of the whole run, in Mpx/s."""
+        """Speed of the whole run in Mpx/s: segmented pixels per second of the run."""
         return self._pixels / _MEGA / self.seconds if self.seconds else 0.0
 
     @property
     def engine_mpx_per_s(self) -> float:
-        """Pixels of the slides per busy second of the model alone, in Mpx/s."""
+        """Speed of the model alone in Mpx/s: segmented pixels per busy second of the model."""
         busy = self.stages.get("model", 0.0)
         return self._pixels / _MEGA / busy if busy else 0.0
 

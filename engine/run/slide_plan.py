@@ -1,4 +1,4 @@
-"""Everything about one slide that is settled before its first block: resolution, channels, lattice, normalisation."""
+"""Plan a slide before its first block: settle its resolution, channels, lattice and normalisation."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from cellseg_batch.trainer.bundle import Card
 
 @dataclass(frozen=True)
 class SlidePlan:
-    """How one slide is processed.
+    """The plan by which one slide is processed.
 
     Attributes:
         slide: the image.
-        paths: where its output goes.
-        level: which resolution, and why.
-        channels: which channels, and why.
-        grid: the blocks, and through them the lattice of tiles.
-        bounds: of the normalisation.
+        paths: paths of its output.
+        level: the resolution, and why it was chosen.
+        channels: the channels, and why they were chosen.
+        grid: the blocks, with the lattice of tiles.
+        bounds: pixel values that normalisation maps to 0 and 1.
         threshold: probability above which a pixel is foreground.
         shape: (N, C, T_y, T_x) of every batch.
-        probability: also write the probability.
-        downscale: by how much the image is reduced for the model.
+        probability: whether to write the probability too.
+        downscale: factor by which the image is downscaled for the model.
         stitch: crop or blend.
         flat: difference of pixel values below which a tile is background and not computed; 0 computes all.
-        instances: how logits become instances; None for a mask.
-        objects: measure the instances.
+        instances: rule by which logits become instances; None for a mask.
+        objects: whether to measure the instances.
     """
 
     slide: Slide
@@ -59,28 +59,28 @@ class SlidePlan:
 
     @property
     def pixels(self) -> int:
-        """Pixels of all planes."""
+        """Number of pixels of all planes."""
         height, width = self.grid.lattice.shape
         return height * width * self.grid.planes
 
     @property
     def frame(self) -> int | None:
-        """px around a block that instances need; None for a mask."""
+        """Width in px of the frame around a block that instances need; None for a mask."""
         return None if self.instances is None else reach(self.instances.steps) + HALO * self.objects
 
     @property
     def needs_probability(self) -> bool:
-        """Whether blocks are to come with the probability: it is written, or objects are measured in it."""
+        """Whether blocks need the probability, to write it or to measure objects."""
         return self.probability or self.objects
 
     @property
     def tiles(self) -> int:
-        """Tiles of all planes."""
+        """Number of tiles of all planes."""
         rows, columns = self.grid.lattice.grid
         return rows * columns * self.grid.planes
 
     def decisions(self, model: ModelIdentity, backend: BackendIdentity) -> Decisions:
-        """What decides the pixels of the output."""
+        """The decisions that determine the pixels of the output."""
         slide, lattice, level = self.slide, self.grid.lattice, self.level.level
         return Decisions(
             input=InputPixels(slide.dtype, slide.axes, level, slide.levels[level].shape, self.channels.indices),
@@ -99,7 +99,7 @@ class SlidePlan:
 
     @property
     def prediction(self) -> PredictionRule:
-        """How the pixels of blocks become masks."""
+        """The rule by which the pixels of blocks become masks."""
         return PredictionRule(
             lattice=self.grid.lattice,
             shape=self.shape,
@@ -114,7 +114,7 @@ class SlidePlan:
 
 
 def pick_margin(settings: Settings, card: Card) -> int:
-    """The margin in px: the one asked for, the network's own reach for ``exact``, else the card's."""
+    """The margin in px: that of the settings, where ``exact`` means the network's own reach, else the card's."""
     if settings.margin is None:
         return card.margin
     return card.exact_margin if settings.margin == "exact" else int(settings.margin)
@@ -127,13 +127,13 @@ def plan_slide(
 
     Args:
         slide: the image.
-        paths: where its output goes.
-        settings: what was asked for.
-        card: of the model.
-        bounds: of the normalisation, if they are settled already; else the slide is sampled.
+        paths: paths of its output.
+        settings: settings of the run.
+        card: card of the model.
+        bounds: pixel values that normalisation maps to 0 and 1, if they are settled already; None samples the slide.
 
     Raises:
-        SlideError: the slide has no such level or channel, or the model does not take it, or it cannot be read.
+        SlideError: the slide has no such level or channel, cannot be read, or has channels that the model cannot take.
         UsageError: tile and margin do not go together.
     """
     level = choose_level(slide, settings.level, settings.pixel_size, card.pixel_size_um)
@@ -158,7 +158,7 @@ def plan_slide(
             remedy=f"use `margin={card.total_stride}` or more, or `stitch=crop`",
         )
     lattice = fit_lattice(slide.plane_shape(level.level), settings.tile, margin, card.total_stride)
-    # To be blended, a tile needs the logits of its neighbours.
+    # Blending a tile takes the logits of its neighbours, flat ones too.
     skips = settings.skip_background == "auto" and settings.stitch == "crop"
     flat = flat_limit(bounds, card.normalisation) if skips else 0.0
     return SlidePlan(

@@ -1,4 +1,4 @@
-"""Segment one tile of a kind before its slide's blocks, so that all is compiled and its memory can be seen."""
+"""Segment one tile before a slide's blocks, so that models and kernels are compiled and their memory is known."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from cellseg_batch.kernels.warm_up import compile_kernels
 
 
 class WarmUp:
-    """What is compiled in a process, and what the process holds since.
+    """Compiles models and kernels in a process, and notes the memory that the process then holds.
 
     Args:
-        model_pool: of the process.
-        budget: of the process's blocks, which are not counted as held.
+        model_pool: model pool of the process.
+        budget: memory budget of the process's blocks, which do not count as held memory.
 
     Attributes:
-        held_bytes: that the process holds besides what blocks need, as far as it has been seen.
+        held_bytes: host memory in bytes that the process holds besides its blocks, as observed so far.
     """
 
     def __init__(self, model_pool: ModelPool, budget: MemoryBudget) -> None:
@@ -38,9 +38,10 @@ class WarmUp:
         self._largest: dict[tuple[object, ...], int] = {}
 
     def compile_for(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> None:
-        """Segment the tile in the middle of a slide, where it seldom shows nothing, and drop the result.
+        """Segment the tile in the middle of a slide, which is seldom empty, and drop the result.
 
-        Only if no tile of its kind that was as large has been: a smaller one compiles no kernel and holds no more.
+        Do nothing after a tile of the same kind that was at least as large: a smaller tile compiles no further kernel
+        and needs no more memory.
         """
         slide = plan.slide
         kind = slide.dtype, slide.axes, plan.probability, plan.instances, plan.objects, plan.downscale
@@ -63,8 +64,8 @@ class WarmUp:
                     )
                     make_predictor(self._model_pool, backend, plan.prediction, StageClock()).predict(pixels, tile)
                     kernels.result()
-            now = resident_bytes() + RUN_OVERHEAD_BYTES - self._budget.taken
-            self.held_bytes = max(self.held_bytes, now, 0 if self._largest else peak_resident_bytes())
+            held_now = resident_bytes() + RUN_OVERHEAD_BYTES - self._budget.taken
+            self.held_bytes = max(self.held_bytes, held_now, 0 if self._largest else peak_resident_bytes())
             self._largest[kind] = size
 
 

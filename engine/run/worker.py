@@ -1,6 +1,6 @@
-"""What one process keeps while tasks pass through it: compiled models, open slides, a clock.
+"""Do the tasks of a pass in one process, which keeps compiled models, open slides and a clock for them.
 
-The threads of a run share the one of their process.  Sent to another process, a worker becomes that process's own.
+The threads of a process share one worker.  `WorkerElsewhere` travels to other processes and stands for theirs.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from cellseg_batch.engine.storage.object_stores import may_pass
 
 _log = logging.getLogger(__name__)
 
-# A task that its store fails is tried again after so many seconds each: stores have hiccups.
+# Seconds to wait before each retry of a task after an error of a disk or store, which may pass.
 _PAUSES = (0.1, 0.4)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a task of a pass.
+    """The outcome of a task of a pass.
 
     Attributes:
-        number: of the task.
-        reason: why it was given up; "" if it is done.
-        stages: busy seconds of the process since its last outcome.
+        number: number of the task.
+        reason: reason why it was given up; "" if it is done.
+        stages: busy seconds of each stage in the process since its last outcome.
     """
 
     number: int
@@ -52,15 +52,15 @@ class Worker:
     """One process's models and open slides, shared by its threads.
 
     Args:
-        settings: of the run.
+        settings: settings of the run.
         model_pool: makes and keeps the models.
-        clock: busy seconds of the process.
+        clock: adds up the busy seconds of the process.
 
     Attributes:
         settings, model_pool, clock: as given.
         budget: host memory that the process's blocks share.
-        slides: that are open.
-        warm_up: what is compiled.
+        slides: the open slides.
+        warm_up: compiles models and kernels, and notes the memory that they take.
     """
 
     def __init__(self, settings: Settings, model_pool: ModelPool, clock: StageClock) -> None:
@@ -72,14 +72,14 @@ class Worker:
         self.warm_up = WarmUp(model_pool, self.budget)
 
     def here(self) -> Worker:
-        """This worker: its tasks are calls of threads of its process."""
+        """This worker itself, as the threads of its process do its tasks."""
         return self
 
     def run(self, prepared: PreparedSlide, slide_pass: Pass, number: int) -> Outcome:
-        """Do one task of a pass and journal it, or why it was given up: that costs the task and nothing else.
+        """Do one task of a pass and journal its result; if it fails, journal the reason and give up this task alone.
 
         Raises:
-            OutputError: the output cannot be written, which no other task could do either.
+            OutputError: the output cannot be written, so other tasks would fail too.
         """
         reason = ""
         with self.budget.take(prepared.block_bytes, prepared.budget_bytes):
@@ -93,8 +93,8 @@ class Worker:
                         continue
                     if isinstance(error, OutputError):
                         raise
-                    where = prepared.plan.slide.location, slide_pass.name, number
-                    _log.debug("%s: task %s/%d failed", *where, exc_info=True)
+                    task = prepared.plan.slide.location, slide_pass.name, number
+                    _log.debug("%s: task %s/%d failed", *task, exc_info=True)
                     reason = error.detail if isinstance(error, CellsegError) else f"{type(error).__name__}: {error}"
                     Journal(prepared.plan.paths.journal).fail(slide_pass.name, number, reason)
                     break
@@ -107,7 +107,7 @@ class Worker:
     def _do(self, prepared: PreparedSlide, slide_pass: Pass, number: int) -> None:
         with self.slides.opened(prepared.plan, prepared.backend) as slide:
             if slide.journal.has(slide_pass.name, number):
-                return  # by a worker that died before it could say so
+                return  # a worker did it, but died before it could return the outcome
             with noting_writes() as written, noting_seconds() as seconds:
                 result = slide_pass.task(slide, number)
             with self.clock.stage("write"):
@@ -116,12 +116,12 @@ class Worker:
 
 @dataclass(frozen=True)
 class WorkerElsewhere:
-    """Stands for the worker of whatever process a task is sent to, and is sent with it.
+    """Stands for the worker of the process that a task is sent to, and is sent with the task.
 
     Attributes:
-        settings: of the run.
-        choice: of the backend.
-        run_id: of the run; a process keeps one worker, for the run that it works on.
+        settings: settings of the run.
+        choice: choice of the backend.
+        run_id: id of the run; a process keeps one worker, for the run that it works on.
     """
 
     settings: Settings
@@ -130,25 +130,26 @@ class WorkerElsewhere:
 
     def here(self) -> Worker:
         """The worker of this process, made when the first task of the run arrives."""
-        with _present_lock:
-            if self.run_id not in _present:
-                for other in list(_present):
-                    _present.pop(other).close()
+        with _workers_lock:
+            if self.run_id not in _workers:
+                for earlier_run in list(_workers):
+                    _workers.pop(earlier_run).close()
                 bound_heaps()
                 model_pool = ModelPool(load_model(self.settings.model), self.settings, choice=self.choice)
-                _present[self.run_id] = Worker(self.settings, model_pool, StageClock())
-            return _present[self.run_id]
+                _workers[self.run_id] = Worker(self.settings, model_pool, StageClock())
+            return _workers[self.run_id]
 
     def close(self) -> None:
-        """Processes close their slides themselves."""
+        """Do nothing: processes close their slides themselves."""
 
 
 AnyWorker = Worker | WorkerElsewhere
 
-_present: dict[str, Worker] = {}
-_present_lock = threading.Lock()
+# Id of a run -> this process's worker for it; at most one entry.
+_workers: dict[str, Worker] = {}
+_workers_lock = threading.Lock()
 
 
 def run_task(worker: AnyWorker, prepared: PreparedSlide, slide_pass: Pass, number: int) -> Outcome:
-    """Do task ``number`` of a pass in this process; as `Worker.run`."""
+    """Do task ``number`` of a pass with the worker of this process, as `Worker.run` does."""
     return worker.here().run(prepared, slide_pass, number)

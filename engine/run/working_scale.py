@@ -1,4 +1,4 @@
-"""Settle by how much a slide is downscaled for the model, from what the model finds in a few windows of it.
+"""Settle the factor by which a slide is downscaled for the model, from the model's masks of a few windows.
 
 It must not know what a mask is for, nor where results go.
 """
@@ -27,7 +27,7 @@ _WINDOWS = 3  # along each axis
 
 
 def settle_downscale(plan: SlidePlan, settings: Settings, model_pool: ModelPool, reader: SlideReader) -> int:
-    """The factor that was asked for, else the one that the model's card prefers for what the slide shows.
+    """The factor of the settings, else the one that the model's card prefers for the size of the slide's objects.
 
     Only factors that the margin and the tile allow are considered.
     """
@@ -37,13 +37,13 @@ def settle_downscale(plan: SlidePlan, settings: Settings, model_pool: ModelPool,
     widths = {name: width for name, width in card.shrink.items() if _fits(plan, settings, model_pool.bundle, int(name))}
     factor = pick_shrink(widths, lambda factor: _masks(plan, model_pool, factor, reader)) if widths else 1
     if plan.tiles > plan.grid.planes:
-        # Their memory is better given to large tiles; for small images it would cost too much to make them anew.
+        # Tiles of a large slide need the memory of the probes; for small images it costs too much to make them anew.
         model_pool.probes.clear()
     return factor
 
 
 def downscale_plan(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: int) -> SlidePlan:
-    """The plan with a lattice for ``bundle`` downscaled by ``factor``.
+    """The plan with a lattice for images that are downscaled by ``factor`` for the model.
 
     Raises:
         UsageError: tile and margin do not go together.
@@ -62,6 +62,7 @@ def downscale_plan(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: 
 
 
 def _fits(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: int) -> bool:
+    """Whether tile and margin allow the factor."""
     try:
         downscale_plan(plan, settings, bundle, factor)
     except UsageError:
@@ -70,7 +71,7 @@ def _fits(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: int) -> b
 
 
 def _masks(plan: SlidePlan, model_pool: ModelPool, factor: int, reader: SlideReader) -> Iterable[NDArray[np.bool_]]:
-    """The masks of some windows, at the size of the image downscaled by ``factor``."""
+    """The masks (H, W) of some windows, at the size of the image downscaled by ``factor``."""
     backend = model_pool.downscaled(model_pool.chosen, factor)
     stride = model_pool.bundle.card.total_stride * factor
     windows = spread_windows(plan.grid.lattice.shape)
@@ -89,11 +90,14 @@ def _masks(plan: SlidePlan, model_pool: ModelPool, factor: int, reader: SlideRea
 
 
 def spread_windows(shape: tuple[int, int]) -> list[Box]:
-    """Equal windows spread evenly over a plane, which share no more than a row: every object weighs once."""
+    """Equal windows spread evenly over a plane of ``shape`` (height, width).
+
+    They overlap by no more than a row or column, so that every object counts once.
+    """
     sides, starts = [], []
     for length in shape:
         count = min(_WINDOWS, -(-length // _WINDOW))
         side = min(_WINDOW, -(-length // count))
         sides.append(side)
-        starts.append([round(i) for i in np.linspace(0, length - side, count)])
+        starts.append([round(start) for start in np.linspace(0, length - side, count)])
     return [Box(y, x, y + sides[0], x + sides[1]) for y, x in product(*starts)]

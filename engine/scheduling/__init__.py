@@ -1,4 +1,4 @@
-"""Keeps a pool of workers busy: threads, processes of this machine, any dask cluster, SLURM; signals that end a run.
+"""Keep a pool of workers busy (threads, local processes, any dask cluster, SLURM), and end a run at a signal.
 
 It must not know what a task does.
 """

@@ -1,7 +1,7 @@
-"""Pools of worker processes: on this machine, on any dask cluster, on SLURM.
+"""Open pools of workers: threads or processes of this machine, any dask cluster, SLURM.
 
-The pool's face is `scheduler.Pool`.  Nothing here knows what the workers are given to do.  dask is
-imported only when a cluster is asked for.
+Every pool implements `scheduler.Pool`.  This module must not know what a task does.  dask is imported only for a
+cluster.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _CONNECT_SECONDS = 30
 _COUNT_SECONDS = 5
 _END_SECONDS = 5.0
 _GPU = "GPU"
-# A task whose worker died comes back to the run, which knows what to do with it.
+# dask does not repeat a task whose worker died: the run decides what to do with it.
 _QUIET = {"silence_logs": logging.ERROR}
 _SCHEDULER = {"allowed_failures": 0, "dashboard": False}
 
 
 def open_pool(settings: Settings, imports: Sequence[str] = ()) -> Pool:
-    """The pool that the setting ``scheduler`` asks for.
+    """Open the pool that the setting ``scheduler`` names.
 
     Args:
-        settings: of the run.
+        settings: settings of the run.
         imports: modules that every call needs.
 
     Raises:
-        UsageError: it cannot be had.
+        UsageError: the pool cannot be opened.
     """
     if settings.scheduler == "threads":
         return ThreadPool(settings.workers)
@@ -72,13 +72,13 @@ class DaskPool:
     """The workers of a dask cluster.
 
     Args:
-        client: connected to it.
-        close: lets go of the cluster; its argument says whether there is time.
-        gpus: whether calls need a GPU each.
-        most: workers that it may come to have; None counts those that it has.
+        client: client that is connected to the cluster.
+        close: releases the cluster; its argument says whether there is time to let workers end.
+        gpus: whether each call needs a GPU.
+        most: number of worker processes that the cluster may grow to; None counts the present threads.
     """
 
-    # A call costs scheduler and worker about 7 ms.
+    # A call costs the scheduler and the worker about 7 ms.
     seconds_per_call = 0.5
 
     def __init__(self, client: Client, close: Callable[[bool], None], gpus: bool, most: int | None = None) -> None:
@@ -88,12 +88,12 @@ class DaskPool:
         self._counted = 0.0
         self._threads = 1
         self._executor = client.get_executor(pure=False, **({"resources": {_GPU: 1}} if gpus else {}))
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self._failure: ClusterError | None = None
 
     @property
     def workers(self) -> int:
-        """Calls that run at a time."""
+        """Number of calls that run at a time."""
         if self._most is not None:
             return self._most * THREADS_PER_PROCESS
         if time.monotonic() - self._counted > _COUNT_SECONDS:
@@ -103,30 +103,30 @@ class DaskPool:
 
     @property
     def window(self) -> int:
-        """Calls to hand out at a time."""
+        """Number of calls to hand out at a time."""
         return 2 * self.workers
 
     def submit(self, call: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
         """Have a worker make the call.
 
         Raises:
-            ClusterError: there will be no worker any more.
+            ClusterError: the pool has failed.
         """
-        with self._turn:
+        with self._lock:
             if self._failure is not None:
                 raise self._failure
             future: Future[Any] = self._executor.submit(call, *arguments)
             return future
 
     def fail(self, failure: ClusterError) -> None:
-        """There will be no worker any more: cancel what waits for one, and refuse what comes."""
-        with self._turn:
+        """Cancel the calls that wait for a worker and refuse new ones, because there will be no worker any more."""
+        with self._lock:
             self._failure = failure
             self._executor.shutdown(wait=False)
 
     def close(self, wait: bool) -> None:
-        """Let the workers go; those of a cluster that is not ours stay."""
-        with suppress(Exception):  # a cluster that is gone already
+        """Release the workers; those of a cluster that the run did not start stay."""
+        with suppress(Exception):  # the cluster may have ended already
             self._client.close(timeout=_CONNECT_SECONDS if wait else 1)
         with suppress(Exception):
             self._close(wait)
@@ -134,16 +134,21 @@ class DaskPool:
 
 @dataclass(frozen=True)
 class _WorkerSlot:
-    """What a worker process of this machine is to be: whose worker, and with which GPU."""
+    """A worker process of this machine.
+
+    Attributes:
+        address: address of its dask scheduler.
+        device: the GPU that it sees, as ``CUDA_VISIBLE_DEVICES`` names it; None leaves that variable as it is.
+    """
 
     address: str
     device: str | None
 
 
 def _open_processes(devices: list[str | None], imports: Sequence[str]) -> Pool:
-    """A process for each of ``devices``, which sees only its own GPU, if any.  All listen on loopback only.
+    """Start a process for each of ``devices``, which sees only its own GPU, if any.  All listen on loopback only.
 
-    dask's own keeper of processes is not used: it closes a worker for good that is not back 15 s after its death.
+    dask's own supervisor of processes is not used: it gives up a worker that has not restarted 15 s after its death.
     """
     from distributed import Client, Scheduler, SpecCluster
 
@@ -153,20 +158,20 @@ def _open_processes(devices: list[str | None], imports: Sequence[str]) -> Pool:
         slots = [_WorkerSlot(cluster.scheduler_address, device) for device in devices]
 
         def close(wait: bool) -> None:
-            cluster.close()  # which has the workers end
+            cluster.close()  # this also ends the workers
             processes.close(_END_SECONDS if wait else 0.0)
 
         pool = DaskPool(Client(cluster), close, gpus=any(devices), most=len(devices))
-        processes = Processes(_serve, slots, ("distributed", *imports), lambda why: pool.fail(_no_process(why)))
+        processes = Processes(_serve, slots, ("distributed", *imports), lambda reason: pool.fail(_no_process(reason)))
     return pool
 
 
 def _serve(slot: _WorkerSlot, started: Callable[[], None]) -> None:
-    """Be a worker until the scheduler is gone."""
+    """Run a dask worker until the scheduler ends."""
     import dask
     from distributed import Worker
 
-    # It looks at every thread 100 times a second, which cost 6 % of the speed with small blocks.
+    # The profiler samples every thread 100 times a second, which costs 6 % of the speed with small blocks.
     dask.config.set({"distributed.worker.profile.enabled": False})
     logging.getLogger("distributed").setLevel(logging.ERROR)
     options: dict[str, Any] = {"nthreads": THREADS_PER_PROCESS, "memory_limit": 0, "host": "127.0.0.1"}
@@ -182,18 +187,18 @@ def _serve(slot: _WorkerSlot, started: Callable[[], None]) -> None:
     asyncio.run(work())
 
 
-def _no_process(why: str) -> ClusterError:
+def _no_process(reason: str) -> ClusterError:
     return ClusterError(
         "`scheduler=processes`",
         expected="worker processes that start",
-        found=why,
+        found=reason,
         cause="too little memory, or a script without if __name__ == '__main__'",
         remedy="see what they printed, or leave `scheduler` out; finished blocks are kept",
     )
 
 
-def _open_slurm(workers: int, asked: ClusterSettings) -> Pool:
-    """Up to ``workers`` SLURM jobs of one process each, started as there is work and given back when there is none."""
+def _open_slurm(workers: int, resources: ClusterSettings) -> Pool:
+    """Open a pool of up to ``workers`` SLURM jobs of one process each, which start and end with the work to do."""
     try:
         import dask_jobqueue
     except ImportError as error:
@@ -206,23 +211,24 @@ def _open_slurm(workers: int, asked: ClusterSettings) -> Pool:
     import dask
     from distributed import Client
 
-    if asked.config is not None:
-        dask.config.update(dask.config.config, dask.config.collect(paths=[str(asked.config)], env={}), priority="new")
-    worker = ["--nthreads", str(THREADS_PER_PROCESS), "--memory-limit", "0", "--no-dashboard"]
-    if asked.gres is not None:
-        worker += ["--resources", f"{_GPU}={THREADS_PER_PROCESS}"]
+    if resources.config is not None:
+        configuration = dask.config.collect(paths=[str(resources.config)], env={})
+        dask.config.update(dask.config.config, configuration, priority="new")
+    worker_arguments = ["--nthreads", str(THREADS_PER_PROCESS), "--memory-limit", "0", "--no-dashboard"]
+    if resources.gres is not None:
+        worker_arguments += ["--resources", f"{_GPU}={THREADS_PER_PROCESS}"]
     options = {
-        "queue": asked.queue,
-        "account": asked.account,
-        "walltime": asked.walltime,
-        "cores": asked.cores,
-        "memory": asked.memory,
-        "job_extra_directives": None if asked.gres is None else [f"--gres={asked.gres}"],
+        "queue": resources.queue,
+        "account": resources.account,
+        "walltime": resources.walltime,
+        "cores": resources.cores,
+        "memory": resources.memory,
+        "job_extra_directives": None if resources.gres is None else [f"--gres={resources.gres}"],
     }
-    given = {name: value for name, value in options.items() if value is not None}
+    chosen = {name: value for name, value in options.items() if value is not None}
     try:
         cluster = dask_jobqueue.SLURMCluster(
-            processes=1, worker_extra_args=worker, scheduler_options=_SCHEDULER, **given
+            processes=1, worker_extra_args=worker_arguments, scheduler_options=_SCHEDULER, **chosen
         )
     except (ValueError, OSError) as error:
         raise UsageError(
@@ -232,10 +238,15 @@ def _open_slurm(workers: int, asked: ClusterSettings) -> Pool:
             remedy="add them, or a dask-jobqueue file with `config`",
         ) from error
     cluster.adapt(minimum=0, maximum=workers)
-    return DaskPool(Client(cluster), lambda wait: cluster.close(), asked.gres is not None, most=workers)
+    return DaskPool(Client(cluster), lambda wait: cluster.close(), resources.gres is not None, most=workers)
 
 
 def _connect(address: str) -> Pool:
+    """Connect to the running dask scheduler at ``address``.
+
+    Raises:
+        UsageError: it does not answer.
+    """
     from distributed import Client
 
     try:
@@ -253,7 +264,7 @@ def _connect(address: str) -> Pool:
 
 @contextmanager
 def _signals_left_to_the_run() -> Iterator[None]:
-    """Threads and processes that begin inside never see what ends a run, though a terminal or SLURM sends it to all."""
+    """Block the signals that end a run in threads and processes that start inside: a terminal or SLURM sends to all."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

@@ -1,8 +1,8 @@
-"""Processes of this machine that are kept alive: started, watched, and started anew when they die.
+"""Keep processes of this machine alive: start them, watch them, and restart those that die.
 
-Nothing here knows what they do.  They are forked from a server that has imported what all of them need, so that the
-next one is there at once, and each ends with the process that asked for it.  Signals that end a run, which a terminal
-or SLURM sends to all of its processes, are left to the run.
+This module must not know what the processes do.  They are forked from a server that has imported the modules that all
+of them need, so a process starts at once, and each ends with the process that started it.  A terminal or SLURM sends
+the signals that end a run to all of its processes; here they are blocked, because the run alone handles them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cellseg_batch.engine.scheduling.signals import SIGNALS
 
 Task = TypeVar("Task")
 
-# Seconds to wait before each try to start a process; the first one after it had started begins anew.
+# Seconds to wait before each try to start a process; a process that has started resets the sequence.
 _WAITS = (0.0, 0.0, 1.0, 3.0, 9.0)
 
 
@@ -29,10 +29,11 @@ class Processes(Generic[Task]):
     """Keeps a process for each of ``tasks`` alive, each watched by a thread.
 
     Args:
-        serve: what a process does with its task, until it is to end; calls its second argument once it has started.
-        tasks: one for each process.
+        serve: runs in a process with its task until the process is to end; it calls its second argument once it has
+            started.
+        tasks: the task of each process.
         imports: modules that every process needs.
-        gone: told why, when the last process has been given up because none of its tries came so far as to start.
+        gone: called with the reason when the last process is given up, because none of its tries has started.
     """
 
     def __init__(
@@ -44,22 +45,22 @@ class Processes(Generic[Task]):
     ) -> None:
         self._serve = serve
         self._gone = gone
-        self._left = len(tasks)
+        self._remaining = len(tasks)
         self._running: set[BaseProcess] = set()
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self._ended = threading.Event()
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["__main__", *imports])
         self._keepers = [threading.Thread(target=self._keep, args=(task,), daemon=True) for task in tasks]
         for keeper in self._keepers:
             keeper.start()
-        # Before Python waits for the processes by itself, which may not heed the signal that it sends them.
+        # At exit Python waits for the processes, which may not heed the signal that it sends them; close them before.
         atexit.register(self.close)
 
     def close(self, seconds: float = 0.0) -> None:
-        """Start no more; give what runs so many seconds to end by itself, then kill it."""
+        """Start no more processes; wait ``seconds`` for the running ones to end by themselves, then kill them."""
         atexit.unregister(self.close)
-        with self._turn:
+        with self._lock:
             self._ended.set()
         latest = time.monotonic() + seconds
         for keeper in self._keepers:
@@ -70,6 +71,7 @@ class Processes(Generic[Task]):
             keeper.join()
 
     def _keep(self, task: Task) -> None:
+        """Run processes for the task one after the other, until `close` or until too many tries have failed."""
         failures, end = 0, ""
         while failures < len(_WAITS):
             if self._ended.wait(_WAITS[failures]):
@@ -77,15 +79,15 @@ class Processes(Generic[Task]):
             started = self._context.RawValue("b", 0)
             try:
                 end = f"exit code {self._run(task, started)}"
-            except Exception as error:  # whatever keeps a process from being made
+            except Exception as error:  # the process could not be created
                 end = f"{type(error).__name__}: {error}"
             failures = 0 if started.value else failures + 1
         self._give_up(f"{failures} tries that ended before it had started, the last with {end}")
 
     def _run(self, task: Task, started: Any) -> int | None:
-        """One process from its start to its end; its exit code."""
-        process = self._context.Process(target=_live, args=(self._serve, task, started), daemon=True)
-        with self._turn:
+        """Run one process from its start to its end and return its exit code; None after `close`."""
+        process = self._context.Process(target=_run_task, args=(self._serve, task, started), daemon=True)
+        with self._lock:
             if self._ended.is_set():
                 return None
             process.start()
@@ -94,23 +96,23 @@ class Processes(Generic[Task]):
         self._running.discard(process)
         return process.exitcode
 
-    def _give_up(self, why: str) -> None:
-        with self._turn:
-            self._left -= 1
-            last = not self._left and not self._ended.is_set()
-        if last:
-            self._gone(why)
+    def _give_up(self, reason: str) -> None:
+        with self._lock:
+            self._remaining -= 1
+            is_last = not self._remaining and not self._ended.is_set()
+        if is_last:
+            self._gone(reason)
 
 
-def _live(serve: Callable[[Task, Callable[[], None]], None], task: Task, started: Any) -> None:
-    """What a process runs."""
+def _run_task(serve: Callable[[Task, Callable[[], None]], None], task: Task, started: Any) -> None:
+    """Serve the task in a process of its own; sets the shared value ``started`` to 1 once it has started."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
-    def say() -> None:
+    def note_start() -> None:
         started.value = 1
 
-    serve(task, say)
+    serve(task, note_start)
 
 
 def _end_with_parent() -> None:

@@ -1,9 +1,9 @@
-"""Keep a pool of workers busy with the tasks of many slides, a bounded number of them known at any time.
+"""Keep a pool of workers busy with the tasks of many slides.
 
-What is done with a slide is a *workflow*: a generator that yields one `TaskGroup` after the other and goes on when all
-tasks of the present one are done.  While the last tasks of one workflow run, those of the next are handed out, so that
-no worker waits between two slides.  A task that was lost with its worker is handed out again.  Nothing here knows
-slides, and nothing grows with their number or with the tasks'.
+The work on a slide is a *workflow*: a generator that yields one `TaskGroup` after the other and goes on when all tasks
+of the present group are done.  While the last tasks of one workflow run, those of the next are handed out, so that no
+worker waits between two slides.  A task that was lost with its worker is handed out again.  Memory grows neither with
+the number of slides nor with that of tasks.  This module must not know slides.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from cellseg_batch.engine.scheduling.signals import Stop
 
 Result = TypeVar("Result")
 
-# A task is handed out so often when its worker dies, each time alone: it may not be the one that killed it.
+# A task whose workers die is handed out this many times in all, alone after the first: it may not be the culprit.
 _MOST_LOSSES = 3
-# Short tasks are handed out several at a time: so many at most, for about the seconds that the pool says.
+# Short tasks are handed out several at a time: at most this many, for about `Pool.seconds_per_call`.
 _MOST_PER_CALL = 256
 
 
@@ -33,12 +33,12 @@ class TaskGroup:
     """Calls that a workflow waits for.
 
     Attributes:
-        call: made once for each item, by a worker; an exception of it is raised in the workflow.
-        items: consumed as workers get free.
-        collect: told what each call returned, in the thread of the run.
-        lost: told of an item that keeps killing its worker, and how; where it is left out, the workflow gets a
-            ClusterError.
-        urgent: to be done before the work of other workflows, because a whole workflow waits for it.
+        call: function that workers call once for each item; its exception is raised in the workflow.
+        items: arguments of the calls, taken as workers become free.
+        collect: called with the result of each call, in the thread of the run.
+        lost: called with an item that keeps killing its worker, and with the last error; if it is None, a ClusterError
+            is raised in the workflow.
+        urgent: whether the calls come before those of other workflows, because a whole workflow waits for them.
     """
 
     call: Callable[[Any], Any]
@@ -52,10 +52,10 @@ Workflow = Generator[TaskGroup, None, Result]
 
 
 def ask(call: Callable[[Any], Result], item: Any) -> Workflow[Result]:
-    """A workflow's single call: ``answer = yield from ask(call, item)``."""
-    answers: list[Result] = []
-    yield TaskGroup(call, (item,), answers.append, urgent=True)
-    return answers[0]
+    """Make a single call in a workflow and return its result: ``result = yield from ask(call, item)``."""
+    results: list[Result] = []
+    yield TaskGroup(call, (item,), results.append, urgent=True)
+    return results[0]
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class _Task:
 
 
 class RunningWorkflow(Generic[Result]):
-    """A workflow, its present task group, and the tasks of it that are with workers.
+    """A workflow, its present task group, and the tasks of the group that workers have.
 
     Attributes:
-        group: of tasks that the workflow waits for.
-        begun: tasks beyond urgent ones have been handed out.
-        ended: the workflow has returned ``result``.
+        group: the tasks that the workflow waits for.
+        begun: whether a task that is not urgent has been handed out, or the workflow has ended.
+        ended: whether the workflow has returned ``result``.
     """
 
     group: TaskGroup
@@ -88,15 +88,15 @@ class RunningWorkflow(Generic[Result]):
 
     @property
     def suspects(self) -> bool:
-        """Whether there are tasks to hand out again whose worker died of them, or beside them."""
+        """Whether there are tasks to hand out again, because a worker died while it had them."""
         return self._error is None and bool(self._again)
 
     def offers(self, suspects: bool = True) -> bool:
-        """Whether a task can be handed out; ``suspects`` says if those count."""
+        """Whether a task can be handed out; tasks to hand out again count if ``suspects``."""
         return self._error is None and (self._next is not None or (suspects and bool(self._again)))
 
     def hand_out(self, submit: Callable[..., Future[Any]], most: int) -> Future[Any]:
-        """Submit up to ``most`` tasks to a worker, or a suspect one for 0."""
+        """Submit up to ``most`` tasks to a worker, or a single task that was lost before if ``most`` is 0."""
         self.begun = self.begun or not self.group.urgent
         if most == 0:
             tasks = [self._again.pop(0)]
@@ -109,16 +109,20 @@ class RunningWorkflow(Generic[Result]):
         return future
 
     def take(self, future: Future[Any]) -> float | None:
-        """Collect what came back and, if it was the last, go on; returns seconds per task, None for urgent ones."""
+        """Collect the results of a call and, if it was the group's last, continue the workflow.
+
+        Returns:
+            Seconds per task; None for urgent tasks and for lost ones.
+        """
         tasks, seconds = self._in_flight.pop(future), None
         loss = CancelledError() if future.cancelled() else future.exception()
         if loss is not None:
             for task in tasks:
                 self._lose(task, loss)
         else:
-            answers, spent = future.result()
-            seconds = None if self.group.urgent else spent / len(tasks)
-            for result, error in answers:
+            results, call_seconds = future.result()
+            seconds = None if self.group.urgent else call_seconds / len(tasks)
+            for result, error in results:
                 if error is None:
                     self.group.collect(result)
                 else:
@@ -128,7 +132,7 @@ class RunningWorkflow(Generic[Result]):
         return seconds
 
     def close(self) -> None:
-        """Let the workflow clean up without going on."""
+        """Close the workflow's generator, so that it cleans up."""
         self._workflow.close()
 
     def _lose(self, task: _Task, loss: BaseException) -> None:
@@ -145,11 +149,12 @@ class RunningWorkflow(Generic[Result]):
             )
 
     def _go_on(self) -> None:
-        """Run the workflow up to its next group that has a task, or to its end."""
+        """Run the workflow to its next group with a task, or to its end."""
         try:
             while not self.offers():
                 error, self._error = self._error, None
-                self._next = None  # what a failed group still had
+                # A failed group may have tasks left.
+                self._next = None
                 self._again.clear()
                 self.group = next(self._workflow) if error is None else self._workflow.throw(error)
                 self._tasks = self._list(self.group.items)
@@ -161,7 +166,7 @@ class RunningWorkflow(Generic[Result]):
         self._next = next(self._tasks, None)
 
     def _list(self, items: Iterable[Any]) -> Iterator[_Task]:
-        """The tasks of the items; if they cannot be listed, that is the workflow's own affair."""
+        """The tasks of the items; an error while they are listed is raised in the workflow."""
         try:
             yield from map(_Task, items)
         except Exception as error:
@@ -169,37 +174,37 @@ class RunningWorkflow(Generic[Result]):
 
 
 def _make_calls(call: Callable[[Any], Any], items: list[Any]) -> tuple[list[tuple[Any, Exception | None]], float]:
-    """(result, error) of every call, and the seconds that they took; this is what a worker runs."""
+    """Make the calls in a worker: (result, error) of each, and the seconds that all of them took."""
     start = time.perf_counter()
-    answers: list[tuple[Any, Exception | None]] = []
+    results: list[tuple[Any, Exception | None]] = []
     for item in items:
         try:
-            answers.append((call(item), None))
+            results.append((call(item), None))
         except Exception as error:
-            answers.append((None, error))
-    return answers, time.perf_counter() - start
+            results.append((None, error))
+    return results, time.perf_counter() - start
 
 
 class Pool(Protocol):
-    """Workers behind one face."""
+    """The interface of a pool of workers."""
 
     @property
     def workers(self) -> int:
-        """Calls that run at a time."""
+        """Number of calls that run at a time."""
         ...
 
     @property
     def window(self) -> int:
-        """Calls to hand out at a time, so that no worker ever waits for the next one."""
+        """Number of calls to hand out at a time, so that no worker ever waits for its next call."""
         ...
 
     @property
     def seconds_per_call(self) -> float:
-        """How long a call should take at least, so that handing it out costs next to nothing."""
+        """Seconds that a call should take at least, so that handing it out costs next to nothing."""
         ...
 
     def submit(self, call: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
-        """Have a worker make the call; the future fails only if the worker does, or if the call ends its process.
+        """Have a worker make the call; the future fails only if the worker fails, or if the call ends its process.
 
         Raises:
             ClusterError: there will be no worker any more.
@@ -207,12 +212,12 @@ class Pool(Protocol):
         ...
 
     def close(self, wait: bool) -> None:
-        """Let the workers go, after the calls that have begun if ``wait``."""
+        """Release the workers; if ``wait``, after the calls that have begun."""
         ...
 
 
 class ThreadPool:
-    """Threads of this process; reading, computing and writing all release the interpreter."""
+    """Threads of this process; reading, computing and writing all release the interpreter lock."""
 
     seconds_per_call = 0.1
 
@@ -226,26 +231,26 @@ class ThreadPool:
         return self._executor.submit(call, *arguments)
 
     def close(self, wait: bool) -> None:
-        """Let the threads go."""
+        """Release the threads; if ``wait``, after the calls that have begun."""
         self._executor.shutdown(wait, cancel_futures=True)
 
 
 def call_alone(pool: Pool, call: Callable[[Any], Result], item: Any) -> Result:
-    """What ``call`` returns for ``item``, made before there are workflows.
+    """Make a single call before there are workflows, and return its result.
 
     Raises:
-        ClusterError: it kills its worker.
+        ClusterError: the call kills its worker.
     """
     return next(Scheduler(iter([ask(call, item)]), pool, Stop()).run())
 
 
 def run_workflows(workflows: Iterable[Workflow[Result]], pool: Pool, stop: Stop | None = None) -> Iterator[Result]:
-    """Run every workflow to its end; what they return comes in the order in which they end.
+    """Run every workflow to its end, and yield their results in the order in which they end.
 
     An exception that a workflow does not catch ends the run.
 
     Raises:
-        Stopped: ``stop`` was asked for; the calls that had begun were given its grace to end.
+        Stopped: ``stop`` was asked to end the run; running calls were given its grace time.
     """
     stop = stop or Stop()
     scheduler = Scheduler(workflows, pool, stop)
@@ -260,8 +265,8 @@ class Scheduler(Generic[Result]):
     """Hands the tasks of workflows to a pool.
 
     Args:
-        workflows: begun one after the other, as workers get free.
-        pool: closed with the scheduler.
+        workflows: the workflows, begun one after the other as workers become free.
+        pool: the pool, closed with the scheduler.
         stop: asks the run to end early.
     """
 
@@ -276,7 +281,7 @@ class Scheduler(Generic[Result]):
         self._per_call = 1
 
     def run(self) -> Iterator[Result]:
-        """What the workflows return, in the order in which they end."""
+        """Run the workflows, and yield their results in the order in which they end."""
         while True:
             if self._stop.asked:
                 self._drain()
@@ -291,30 +296,30 @@ class Scheduler(Generic[Result]):
                 return
 
     def wake(self) -> None:
-        """Have the run look whether it is to stop; safe in a signal handler."""
+        """Make the run check whether it has to stop; safe in a signal handler."""
         self._returned.put(None)
 
     def close(self) -> None:
-        """Let pool and workflows go."""
+        """Close the pool and the workflows."""
         self._pool.close(wait=not self._stop.asked)
         for workflow in self._running:
             workflow.close()
 
     def _next_workflow(self) -> RunningWorkflow[Result] | None:
-        """The workflow whose task is handed out next: one that a single call holds up, else the oldest."""
+        """The workflow whose task is handed out next: the first with an urgent task, else the oldest."""
         while self._wants_another() and (workflow := next(self._waiting, None)) is not None:
             self._running.append(RunningWorkflow(workflow))
         offering = [workflow for workflow in self._running if workflow.offers(suspects=self._suspect is None)]
         return next((workflow for workflow in offering if workflow.group.urgent), offering[0] if offering else None)
 
     def _wants_another(self) -> bool:
-        """One workflow is always prepared in advance; several when there is nothing else to do."""
+        """Whether to begin another workflow: one is prepared in advance, several if there is nothing else to do."""
         fresh = [workflow for workflow in self._running if not workflow.begun]
         busy = len(fresh) < len(self._running)
         return len(self._running) <= self._pool.window and len(fresh) < (1 if busy else self._pool.workers)
 
     def _hand_out(self, workflow: RunningWorkflow[Result]) -> None:
-        # Only one at a time, so that a task that kills its worker cannot take an innocent one with it again and again.
+        # One lost task at a time, so that a task that kills its workers does not cause the loss of others each time.
         suspect = workflow.suspects and self._suspect is None
         future = workflow.hand_out(self._pool.submit, 0 if suspect else self._per_call)
         if suspect:
@@ -330,7 +335,7 @@ class Scheduler(Generic[Result]):
                 self._per_call = max(1, min(_MOST_PER_CALL, int(self._pool.seconds_per_call / max(seconds, 1e-6))))
 
     def _drain(self) -> None:
-        """Hand nothing more out, wait for what has begun, and end the run."""
+        """Hand out no more tasks, wait for running calls within the grace time, and end the run."""
         for future in list(self._in_flight):
             future.cancel()
         latest = time.monotonic() + self._stop.grace

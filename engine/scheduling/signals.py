@@ -1,7 +1,7 @@
-"""Ask a run to end early: SIGINT, SIGTERM, and SIGUSR1, which SLURM can be told to send before the time is up.
+"""End a run early at SIGINT, SIGTERM, or SIGUSR1, which SLURM can send before a job's time limit.
 
-The run then hands out no more work, gives what has begun a grace time, and stops; whatever is journalled by then is
-kept.  Ctrl-C once more stops at once, and loses no more than the blocks in flight either.
+The run then hands out no more work, gives running tasks a grace time, and stops; everything in the journal by then is
+kept.  A second Ctrl-C stops at once, and also loses only the blocks in flight.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# Below the 30 s that SLURM waits between SIGTERM and SIGKILL.
+# Less than the 30 s that SLURM waits between SIGTERM and SIGKILL.
 GRACE_SECONDS = 20.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(BaseException):
-    """A run was asked to end and has.
+    """Raised by a run that has ended because of a signal.
 
     Args:
-        signum: the signal.
-        clean: whether everything that had begun has ended within the grace time.
+        signum: number of the signal.
+        clean: whether all running tasks have ended within the grace time.
     """
 
     def __init__(self, signum: int, clean: bool = True) -> None:
@@ -33,11 +33,11 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """Remembers that a run is to end.
+    """Remembers that a run has to end.
 
     Attributes:
-        asked: the signal, 0 while there was none.
-        grace: seconds for what has begun.
+        asked: number of the signal; 0 until there is one.
+        grace: grace time of running tasks in seconds.
     """
 
     def __init__(self, grace: float = GRACE_SECONDS) -> None:
@@ -47,7 +47,7 @@ class Stop:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Take the signals that end a run; only a process's main thread can."""
+        """Handle the signals that end a run, while the context lasts; in other threads than the main one do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -60,7 +60,7 @@ class Stop:
 
     @contextmanager
     def wakes(self, wake: Callable[[], None]) -> Iterator[None]:
-        """While the context lasts, a signal calls ``wake``, which must be reentrant, instead of raising `Stopped`."""
+        """Have signals call ``wake``, which must be reentrant, and not raise `Stopped`, while the context lasts."""
         self._wake = wake
         try:
             yield
@@ -68,7 +68,7 @@ class Stop:
             self._wake = None
 
     def stopped(self, clean: bool) -> Stopped:
-        """What a run raises once it has ended."""
+        """The exception that a run raises once it has ended."""
         return Stopped(self.asked, clean)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

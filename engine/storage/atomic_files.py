@@ -1,4 +1,7 @@
-"""Files that are whole or absent, and the folders that keep many of them apart; what is in them is not known here."""
+"""Write files that are whole or absent, and spread many of them over folders.
+
+It must not know the content of the files.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,21 @@ from typing import IO
 from cellseg_batch.engine.errors import writing_to
 from cellseg_batch.engine.storage.paths import RemotePath
 
-# Numbered files that share a folder.
+# Number of numbered files that share a folder.
 BUCKET = 1000
-# zarr's local stores use the same one.
+# zarr's local stores use the same suffix.
 PARTIAL_SUFFIX = ".partial"
-# Objects of a store that are read at a time: each takes long to come, and little to send.
+# Number of a store's objects that are read at a time: each takes long to arrive but is small.
 _REQUESTS = 32
 
 
 def numbered(folder: Path, number: int, suffix: str) -> Path:
-    """Path of file ``number`` of many in ``folder``."""
+    """Path of file ``number`` of many in ``folder``, whose subfolders hold `BUCKET` files each."""
     return folder / str(number // BUCKET) / f"{number}{suffix}"
 
 
 def sync_file(path: Path) -> None:
-    """Wait until a file is on disk, if there is one; an object of a store is safe as soon as it is there."""
+    """Wait until a file, if it exists, is on disk; an object of a store is safe as soon as it exists."""
     with suppress(FileNotFoundError):
         if not isinstance(path, RemotePath):
             with open(path, "rb") as stream:
@@ -38,12 +41,12 @@ def sync_file(path: Path) -> None:
 
 
 def read_all(paths: Iterable[Path]) -> Iterator[tuple[Path, bytes]]:
-    """Each file that is still there, with what is in it; several objects of a store are asked for at a time."""
-    waiting = iter(paths)
+    """(path, content) of each file that still exists; several objects of a store are read at a time."""
+    remaining = iter(paths)
     with ThreadPoolExecutor(_REQUESTS) as pool:
-        while some := list(islice(waiting, _REQUESTS)):
-            asked = pool.map(_read, some) if isinstance(some[0], RemotePath) else map(_read, some)
-            yield from ((path, content) for path, content in zip(some, asked, strict=True) if content is not None)
+        while batch := list(islice(remaining, _REQUESTS)):
+            contents = pool.map(_read, batch) if isinstance(batch[0], RemotePath) else map(_read, batch)
+            yield from ((path, content) for path, content in zip(batch, contents, strict=True) if content is not None)
 
 
 def _read(path: Path) -> bytes | None:
@@ -54,7 +57,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def written_at(folder: Path, pattern: str) -> Iterator[float]:
-    """POSIX time of writing of each file in ``folder`` that matches."""
+    """POSIX time in seconds at which each file below ``folder`` that matches the glob ``pattern`` was written."""
     if isinstance(folder, RemotePath):
         return (moment for path, moment in folder.written() if path.match(pattern))
     return (path.stat().st_mtime for path in folder.glob(pattern))
@@ -62,7 +65,7 @@ def written_at(folder: Path, pattern: str) -> Iterator[float]:
 
 @contextmanager
 def nearby(folder: Path) -> Iterator[Path]:
-    """The files of ``folder`` on this machine, where libraries can map them."""
+    """A folder on this machine with the files of ``folder``, where libraries can map them: itself or a copy."""
     if not isinstance(folder, RemotePath):
         yield folder
         return
@@ -75,7 +78,7 @@ def nearby(folder: Path) -> Iterator[Path]:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder and all that is in it, if it is there."""
+    """Remove a folder and everything in it, if it exists."""
     if isinstance(folder, RemotePath):
         folder.remove_tree()
     elif folder.exists():
@@ -84,14 +87,14 @@ def remove_tree(folder: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path, what: str = "a file") -> Iterator[IO[bytes]]:
-    """A file that appears at ``path``, complete and on disk, once the context ends without an error.
+    """Open a file that appears at ``path``, complete and on disk, once the context ends without an error.
 
     Args:
-        path: of the file; its folder is made.
-        what: it is part of, for the error.
+        path: path of the file; its folder is made.
+        what: name of the thing that is written, for the error.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     if isinstance(path, RemotePath):
         with NamedTemporaryFile() as stream:
@@ -110,7 +113,7 @@ def whole_file(path: Path, what: str = "a file") -> Iterator[IO[bytes]]:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-            except OSError:  # anything else is not about the file
+            except OSError:  # other errors are not about the file
                 with writing_to(path, what):
                     raise
         with writing_to(path, what):

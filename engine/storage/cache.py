@@ -1,8 +1,8 @@
-"""A folder of compiled artefacts and race results that many processes share.
+"""Keep compiled artefacts and race results in a folder that many processes share.
 
-An entry is a folder of files named by the hash of its key.  It is made under a lock, in a folder of its own, and
-renamed into place; every file's checksum is kept and checked on each use, so a torn or damaged entry is made anew.
-It must not know what the files mean.
+An entry is a folder of files, named by the hash of its key.  It is made under a lock in a temporary folder, which is
+then renamed.  The checksum of every file is kept and checked on each use, so a torn or damaged entry is made anew.
+This module must not know what the files mean.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Key = dict[str, Any]
 
 
 def cache_folder() -> Path:
-    """Where entries are kept: ``CELLSEG_CACHE_DIR``, or below the user's cache folder."""
+    """The folder of entries: ``CELLSEG_CACHE_DIR``, or one below the user's cache folder."""
     chosen = os.environ.get("CELLSEG_CACHE_DIR")
     if chosen:
         return Path(chosen)
@@ -41,13 +41,13 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry as it lies on disk.
+    """One entry on disk.
 
     Attributes:
-        folder: of its files.
-        key: what it was made for.
-        size: bytes.
-        sound: every file is there and unchanged.
+        folder: folder of its files.
+        key: key that it was made for; {} if it cannot be read.
+        size: size of its files in bytes.
+        sound: whether every file exists unchanged.
     """
 
     folder: Path
@@ -57,9 +57,9 @@ class Entry:
 
 
 class Artefacts:
-    """The entries in ``folder``, which is made when it is first needed.
+    """The entries in ``folder``, which is made if it does not exist.
 
-    Where it cannot be written, entries go to a temporary folder of this process and are lost with it.
+    If the folder cannot be written, entries go to a temporary folder and are lost when this process ends.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -75,18 +75,18 @@ class Artefacts:
             atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
 
     def find(self, key: Key) -> Path | None:
-        """The folder of a sound entry, or None."""
+        """The folder of the sound entry of ``key``; None if there is none."""
         folder = self.folder / _name(key)
         return folder if _is_sound(folder) else None
 
     def get(self, key: Key, make: Callable[[Path], None]) -> Path:
-        """The folder of the entry of ``key``; ``make`` fills it when there is none that is sound.
+        """The folder of the entry of ``key``; if there is no sound entry, ``make`` fills its folder.
 
-        Of several processes that ask at once, one makes the entry and the others wait for it.
+        If several processes ask at once, the first makes the entry and the others wait for it.
         """
-        entry = self.find(key)
-        if entry is not None:
-            return entry
+        sound_folder = self.find(key)
+        if sound_folder is not None:
+            return sound_folder
         folder = self.folder / _name(key)
         with self._locked(folder.name):
             if not _is_sound(folder):  # another process may have made it meanwhile
@@ -94,13 +94,14 @@ class Artefacts:
         return folder
 
     def drop(self, key: Key) -> None:
-        """Remove an entry if there is one."""
+        """Remove the entry of ``key``, if there is one."""
         with self._locked(_name(key)):
             shutil.rmtree(self.folder / _name(key), ignore_errors=True)
 
     def _make(self, folder: Path, key: Key, make: Callable[[Path], None]) -> None:
-        for left in self.folder.glob(f"{folder.name}{_PARTIAL}*"):  # by a process that was killed: the lock is ours
-            shutil.rmtree(left, ignore_errors=True)
+        # This process holds the lock, so a partial folder was left by a process that was killed.
+        for orphan in self.folder.glob(f"{folder.name}{_PARTIAL}*"):
+            shutil.rmtree(orphan, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}{_PARTIAL}", dir=self.folder))
         try:
             make(partial)
@@ -130,7 +131,7 @@ class Artefacts:
         return entries
 
     def clear(self) -> int:
-        """Remove every entry and what a killed process left; returns the number of entries."""
+        """Remove every entry and the remains of killed processes; return the number of entries."""
         count = 0
         for folder in [path for path in self.folder.iterdir() if path.is_dir()]:
             with self._locked(folder.name.partition(".")[0]):

@@ -1,4 +1,4 @@
-"""Notes on what a task writes, with a checksum of the pixels, gathered while it runs; the journal keeps them."""
+"""Note the boxes that a task writes, each with a checksum of its pixels, for the task's record in the journal."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class WrittenBox:
     """Pixels that a task has put on disk.
 
     Attributes:
-        path: of the image inside its store.
-        level, plane: of the image.
+        path: path of the image inside its store.
+        level, plane: level and plane of the image.
         box: (y0, x0, y1, x1) in px of the level.
-        crc32: of the pixels, as `checksum` gives it.
+        crc32: `checksum` of the pixels.
     """
 
     path: str
@@ -38,7 +38,7 @@ _notes: ContextVar[list[WrittenBox] | None] = ContextVar("notes", default=None)
 
 @contextmanager
 def noting_writes() -> Iterator[list[WrittenBox]]:
-    """What this thread writes while the context lasts."""
+    """Collect the boxes that this thread writes while the context lasts."""
     notes: list[WrittenBox] = []
     token = _notes.set(notes)
     try:
@@ -48,7 +48,7 @@ def noting_writes() -> Iterator[list[WrittenBox]]:
 
 
 def note_write(path: str, level: int, plane: int, box: Box, pixels: NDArray[Any]) -> None:
-    """Note that ``pixels`` (h, w), in the type that is stored, are on disk; nothing unless someone takes notes."""
+    """Note that ``pixels`` (h, w), in the type that is stored, are on disk; outside `noting_writes` do nothing."""
     notes = _notes.get()
     if notes is not None:
         corners = box.y0, box.x0, box.y1, box.x1

@@ -1,15 +1,15 @@
-"""The journal: which parts of an output are safely on disk, in small files, so that a killed run can go on.
+"""Record in small files which parts of an output are safely on disk, so that a killed run can go on.
 
     <store>.cellseg/<image>/labels/<name>/
-        manifest.json              what was planned; a resumed run must agree with it
+        manifest.json              the plan; a resumed run must agree with it
         blocks/<n // 1000>/<n>.json   one record per finished block
         levels/<level>/...         one record per finished shard of the label pyramid
-        failed/<part>/...          what was given up for now, and why
+        failed/<part>/...          items given up for now, with reasons
         finished.json              written last
 
-A record is written after its pixels, to a temporary name, synced and renamed: it is whole or absent.  There is
-no database and no server, so any shared file system will do.  The journal does not know what its records mean: whoever
-reads one names the dataclass that was written.
+A record is written after its pixels, to a temporary name, then synced and renamed: it is whole or absent.  There is no
+database and no server, so any shared file system will do.  The journal does not know what its records mean: a caller
+that reads a record names the dataclass that was written.
 """
 
 from __future__ import annotations
@@ -36,19 +36,20 @@ _FAILED = "failed"
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a task was given up.
+    """A note that a task was given up.
 
     Attributes:
-        reason: in one line.
+        reason: the reason, in one line.
     """
 
     reason: str
 
 
 class Journal:
-    """The journal of one output in ``folder``; every method that writes raises OutputError when it cannot.
+    """The journal of one output, in ``folder``.
 
-    A method that reads raises OutputError where a record is damaged or of another version.
+    A method that writes raises OutputError if it cannot write.  A method that reads raises OutputError if a record is
+    damaged or of another version.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,11 +66,11 @@ class Journal:
         return self._finished.is_file()
 
     def manifest(self, kind: type[Record]) -> Record | None:
-        """What was planned, None when nothing was."""
+        """The manifest; None if there is none."""
         return read_record(self._manifest, kind)
 
     def start(self, manifest: object) -> None:
-        """Begin anew: forget every record and write the manifest."""
+        """Begin anew: remove every record and write the manifest."""
         self.clear()
         write_record(self._manifest, manifest)
 
@@ -79,7 +80,7 @@ class Journal:
         self._path(f"{_FAILED}/{part}", number).unlink(missing_ok=True)
 
     def fail(self, part: str, number: int, reason: str) -> None:
-        """Note why item ``number`` of ``part`` was given up, until it is recorded as done."""
+        """Keep the reason why item ``number`` of ``part`` was given up, until the item is recorded as done."""
         write_record(self._path(f"{_FAILED}/{part}", number), Failure(reason))
 
     def has(self, part: str, number: int) -> bool:
@@ -87,7 +88,7 @@ class Journal:
         return self._path(part, number).is_file()
 
     def get(self, part: str, number: int, kind: type[Record]) -> Record | None:
-        """The record of item ``number`` of ``part``, None while it is not on disk."""
+        """The record of item ``number`` of ``part``; None while the item is not on disk."""
         return read_record(self._path(part, number), kind)
 
     def records(self, part: str, kind: type[Record]) -> Iterator[tuple[int, Record]]:
@@ -100,21 +101,21 @@ class Journal:
         return {int(path.stem) for path in (self.folder / part).glob("*/*.json")}
 
     def begun(self) -> float:
-        """POSIX time at which the manifest was written."""
+        """POSIX time in seconds at which the manifest was written."""
         return self._manifest.stat().st_mtime
 
     def times(self, part: str) -> list[float]:
-        """POSIX time at which each item of ``part`` came to be on disk, in no particular order."""
+        """POSIX time in seconds at which each item of ``part`` was recorded, in no particular order."""
         return list(written_at(self.folder / part, "*/*.json"))
 
     def missing(self, part: str, count: int) -> Iterator[int]:
-        """Numbers below ``count`` of the items of ``part`` that are not on disk, looked up as they are asked for."""
+        """Numbers below ``count`` of the items of ``part`` that are not on disk, looked up lazily."""
         for bucket, numbers in groupby(range(count), lambda number: number // BUCKET):
             done = {int(path.stem) for path in (self.folder / part / str(bucket)).glob("*.json")}
             yield from (number for number in numbers if number not in done)
 
     def finished(self, kind: type[Record]) -> Record | None:
-        """The closing record, None while the output is incomplete."""
+        """The closing record; None while the output is incomplete."""
         return read_record(self._finished, kind)
 
     def finish(self, record: object) -> None:
@@ -122,13 +123,13 @@ class Journal:
         write_record(self._finished, record)
 
     def forget(self, part: str, number: int) -> None:
-        """Item ``number`` of ``part`` is to be made again."""
+        """Remove the record of item ``number`` of ``part`` and the closing record, so that the item is made again."""
         with writing_to(self.folder, "a journal"):
             for path in (self._path(part, number), self._finished):
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove the journal."""
         with writing_to(self.folder, "a journal"):
             remove_tree(self.folder)
 
@@ -145,9 +146,9 @@ class Journal:
 
 
 def sweep_partials(folder: Path) -> None:
-    """Remove what killed processes left half written: journal entries, and chunks that zarr had not yet renamed.
+    """Remove half-written files of killed processes: journal entries, and chunks that zarr had not yet renamed.
 
-    Only while no other process writes below ``folder``.
+    Call it only while no other process writes below ``folder``.
     """
     if isinstance(folder, RemotePath):
         return  # an object is whole or absent

@@ -1,10 +1,10 @@
-"""One run at a time on one output, even when its owner dies: a small file that says who is at work.
+"""Lock an output for one run at a time with a small file that names its owner, and take over locks of dead owners.
 
     <store>.cellseg/<image>/labels/<name>.lock
 
-A lock whose process is dead is taken over: at once if it ran on this machine, else when it has not been renewed for
-`LEASE_SECONDS`; a live owner renews it every quarter of that.  Ages are counted by the file system's own clock.  In an
-object store, locks are made, renewed and taken over by conditional requests (If-None-Match, If-Match).
+A lock whose process is dead is taken over: at once if it ran on this machine, else when the lock has not been renewed
+for `LEASE_SECONDS`; a live owner renews it every quarter of that.  Ages are counted by the file system's own clock.  In
+an object store, locks are made, renewed and taken over by conditional requests (If-None-Match, If-Match).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cellseg_batch.engine.storage.paths import RemotePath, Version
 
 LEASE_SECONDS = 120.0
 LOCK_SUFFIX = ".lock"
-# Seconds between two looks at a lock that is waited for.
+# Seconds between two attempts to take a lock that another run holds.
 _PAUSE = 0.2
 
 
@@ -40,10 +40,10 @@ class BusyError(OutputError):
 
 
 class Locks:
-    """The locks that one run holds; a thread renews them while there are any.
+    """The locks that one run holds; a thread renews them until `close`.
 
     Args:
-        lease: seconds after which a lock of another machine counts as left behind.
+        lease: seconds without renewal after which a lock of another machine counts as left behind.
     """
 
     def __init__(self, lease: float = LEASE_SECONDS) -> None:
@@ -58,7 +58,7 @@ class Locks:
 
         Raises:
             BusyError: another run holds it.
-            OutputError: it cannot be written.
+            OutputError: the lock cannot be written.
         """
         token = uuid4().hex
         with writing_to(path, "a journal"):
@@ -73,7 +73,7 @@ class Locks:
             yield
         finally:
             del self._held[path]
-            with suppress(StoreError):  # it is left behind then, and what is done is done
+            with suppress(StoreError):  # then the lock stays behind; finished work is kept all the same
                 if _owner(path).get("token") == token:
                     path.unlink(missing_ok=True)
 
@@ -82,22 +82,22 @@ class Locks:
         """Hold the lock at ``path`` as soon as no other run does.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: the lock cannot be written.
         """
-        with ExitStack() as held:
+        with ExitStack() as stack:
             while True:
                 try:
-                    held.enter_context(self.hold(path))
+                    stack.enter_context(self.hold(path))
                     break
                 except BusyError:
                     time.sleep(_PAUSE)
             yield
 
     def check(self, path: Path) -> None:
-        """Refuse to go on with a lock that was taken over, as after a long sleep of this machine.
+        """Refuse to go on if another run has taken over the lock, for example after a long sleep of this machine.
 
         Raises:
-            BusyError: it was.
+            BusyError: another run has taken it over.
         """
         owner = _owner(path)
         if owner.get("token") != self._held[path]:
@@ -114,20 +114,20 @@ class Locks:
                     _show_life(path, token)
 
     def _clear_left_behind(self, path: Path) -> Version | None:
-        """Remove a dead run's lock; in an object store, say which one may be replaced.
+        """Remove the lock of a dead run; in an object store, return the version of the lock that may be replaced.
 
         Raises:
-            BusyError: its owner is alive, or may be.
+            BusyError: the owner is alive, or may be.
         """
         if isinstance(path, RemotePath):
-            with suppress(FileNotFoundError):  # it was given back meanwhile
+            with suppress(FileNotFoundError):  # its owner has released it meanwhile
                 content, version = path.read_version()
                 owner = _parsed(content)
                 if not self._is_left_behind(path, owner):
                     raise _busy(path, owner)
                 return version
             return None
-        # One at a time, or the lock that one has just made is taken for the one that another saw.
+        # One process at a time: otherwise a lock that was just made could be mistaken for the dead one seen before.
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
@@ -142,11 +142,11 @@ class Locks:
             return
         if not self._is_left_behind(path, owner):
             raise _busy(path, owner)
-        # Another machine may not see the lock of the take-over: what was there is looked at once more.
+        # Other machines may not see this flock, so check the owner again after moving the lock aside.
         aside = path.with_name(f"{path.name}.{uuid4().hex}{PARTIAL_SUFFIX}")
         with suppress(FileNotFoundError):  # another run was quicker
             path.rename(aside)
-            if _owner(aside) != owner:  # and has its own lock there already
+            if _owner(aside) != owner:  # another run has made its own lock already
                 with suppress(FileExistsError):
                     os.link(aside, path)
             aside.unlink()
@@ -159,13 +159,13 @@ class Locks:
         try:
             return probe.stat().st_mtime - path.stat().st_mtime > self._lease
         except FileNotFoundError:
-            return False  # it was given back meanwhile; the next look will tell
+            return False  # its owner has released it meanwhile; the next attempt finds out
         finally:
             probe.unlink(missing_ok=True)
 
 
 def is_held(path: Path) -> bool:
-    """Whether the lock at ``path`` was renewed within its lease, by this machine's clock; nothing is touched."""
+    """Whether the lock at ``path`` was renewed within its lease, by this machine's clock; changes nothing."""
     try:
         return time.time() - path.stat().st_mtime < LEASE_SECONDS
     except FileNotFoundError:
@@ -173,8 +173,14 @@ def is_held(path: Path) -> bool:
 
 
 def _create(path: Path, token: str, instead_of: Version | None) -> bool:
-    """Make the lock, whole and only if there is none, or in an object store the one that it may replace."""
-    mine = path.with_name(f"{path.name}.{token}{PARTIAL_SUFFIX}")
+    """Make the lock, whole and only if there is none; whether it was made.
+
+    Args:
+        path: path of the lock.
+        token: mark of this lock, which no other lock has.
+        instead_of: version that it may replace, in an object store only; None if there must be no lock.
+    """
+    partial = path.with_name(f"{path.name}.{token}{PARTIAL_SUFFIX}")
     process = psutil.Process()
     owner = {
         "token": token,
@@ -187,20 +193,20 @@ def _create(path: Path, token: str, instead_of: Version | None) -> bool:
     if isinstance(path, RemotePath):
         return path.write_if(content, instead_of)
     try:
-        with open(mine, "wb") as stream:
+        with open(partial, "wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.link(mine, path)
-    except (FileExistsError, FileNotFoundError):  # there is one, or the run that has just made one swept ours
+        os.link(partial, path)
+    except (FileExistsError, FileNotFoundError):  # a lock exists, or the run that just made one removed this file
         return False
     finally:
-        mine.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     return True
 
 
 def _show_life(path: Path, token: str) -> None:
-    """A sign of life, unless the lock was taken over."""
+    """Renew the lock, unless another run has taken it over."""
     if not isinstance(path, RemotePath):
         if _owner(path).get("token") == token:
             os.utime(path)
@@ -208,7 +214,7 @@ def _show_life(path: Path, token: str) -> None:
     content, version = path.read_version()
     owner = _parsed(content)
     if owner.get("token") == token:
-        # With other content, so that whoever saw the lock before cannot replace it.
+        # New content gives the lock a new version, so a run that saw the old one cannot replace it.
         path.write_if(json.dumps({**owner, "renewed": time.time()}).encode(), version)
 
 
@@ -240,10 +246,10 @@ def _busy(path: Path, owner: dict[str, Any]) -> BusyError:
 
 
 def _machine() -> str:
-    """This machine since its last start, and this container's process numbers."""
-    about = (Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid"))
-    boot = about[0].read_text().strip() if about[0].exists() else ""
-    return f"{socket.gethostname()} {boot} {about[1].readlink() if about[1].exists() else ''}"
+    """Name of this machine, its present boot and this container's namespace of process numbers."""
+    boot_id, pid_namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    boot = boot_id.read_text().strip() if boot_id.exists() else ""
+    return f"{socket.gethostname()} {boot} {pid_namespace.readlink() if pid_namespace.exists() else ''}"
 
 
 def _is_alive(pid: int, started: float) -> bool:

@@ -1,6 +1,6 @@
-"""The clients of object stores, and what goes wrong with them in words; paths and what lies there are not known here.
+"""Make the clients of object stores and turn their errors into messages; it must not know paths or their content.
 
-Credentials come from the environment, as every program that speaks to such a store takes them, and stay in the client.
+Credentials come from the environment variables and files that are usual for such stores, and stay in the client.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from cellseg_batch.engine.errors import CellsegError, UsageError
 
 SCHEMES = ("s3", "gs", "http", "https")
 WEB = ("http", "https")
-# A store's hiccups are sat out for so long; then the worker's own attempts follow.
+# Limits of the client's retries when a store fails for a moment; then the worker's own retries follow.
 _MAX_RETRIES = 8
 _RETRY_SECONDS = 60
 _REQUEST_SECONDS = 120
-# Credentials are asked for again after this long, well before boto3 would let them run out.
+# Credentials are read again after this time, well before those of boto3 expire.
 _CREDENTIALS_MINUTES = 5
 _CLIENTS = 256
 
 
 class StoreError(UsageError, OSError):
-    """An object store does not answer, or refuses; rooms that expect a disk to fail take it for an OSError."""
+    """An object store does not answer, or refuses; code that handles a failing disk catches it as an OSError."""
 
 
 def may_pass(error: BaseException | None) -> bool:
-    """Whether a disk or a store had a part in an error, so that it may not come back; no library is loaded for it."""
+    """Whether a disk or a store had a part in an error, so that a retry may succeed; imports no library."""
     while error is not None:
         libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-        # zarrs has no class of its own for what the system told it.
+        # zarrs has no exception class of its own for errors of the system.
         if isinstance(error, OSError) or "obstore" in libraries or "(os error " in str(error):
             return True
         error = error.__cause__
@@ -43,13 +43,18 @@ def may_pass(error: BaseException | None) -> bool:
 
 @lru_cache(maxsize=_CLIENTS)
 def client_of(scheme: str, bucket: str, prefix: str = "") -> Any:
-    """What speaks to a bucket or a web server, as if there were only what lies below ``prefix``; threads share it.
+    """The client of a bucket or a web server, an ``obstore.store.ObjectStore``, which threads share.
+
+    Args:
+        scheme: one of `SCHEMES`.
+        bucket: the bucket, or the name and port of the web server.
+        prefix: beginning of all names that the client sees, left out of them; "" shows all.
 
     Raises:
         UsageError: the library is not installed, or there are no credentials.
     """
     stores, url = library().store, f"{scheme}://{bucket}"
-    # Only an endpoint that says so itself is spoken to without TLS.
+    # Connect without TLS only if an endpoint begins with http://.
     endpoints = [url, *(value for name, value in os.environ.items() if name.startswith("AWS_ENDPOINT"))]
     options: dict[str, Any] = {
         "client_options": {
@@ -71,7 +76,7 @@ def client_of(scheme: str, bucket: str, prefix: str = "") -> Any:
 def _credentials() -> Any:
     from obstore.auth.boto3 import Boto3CredentialProvider
 
-    # boto3 knows every place that credentials are usually kept in: variables, profiles, roles of machines.
+    # boto3 knows all usual sources of credentials: variables, profiles, roles of machines.
     return Boto3CredentialProvider(ttl=timedelta(minutes=_CREDENTIALS_MINUTES))
 
 
@@ -95,14 +100,14 @@ def library() -> Any:
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """What the library raises where a right is missing."""
+    """Exceptions that the library raises if a permission is missing."""
     exceptions = library().exceptions
     return exceptions.PermissionDeniedError, exceptions.UnauthenticatedError
 
 
 @contextmanager
 def asking(location: str) -> Iterator[None]:
-    """Name what goes wrong with ``location``; FileNotFoundError stays one where it is the object that is missing."""
+    """Turn errors of requests about ``location`` into StoreError; a missing object stays a FileNotFoundError."""
     try:
         yield
     except CellsegError:
@@ -122,12 +127,12 @@ def _failures() -> tuple[type[Exception], ...]:
 
 
 def _refused(location: str, error: Exception) -> StoreError:
-    """The error of a store, without the pages of details that its library gives."""
+    """Make a StoreError from the library's error, without its pages of details."""
     from botocore.exceptions import BotoCoreError
 
     text = str(error)
     code = re.search(r"<Code>(\w+)</Code>", text)
-    found = code[1] if code else f"{type(error).__name__}: {text.splitlines()[0] if text else ''}".partition("<?xml")[0]
+    summary = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}".partition("<?xml")[0]
     if "NoSuchBucket" in text:
         cause, remedy = "a misspelt name", "check the name of the bucket"
     elif isinstance(error, (*refusals(), BotoCoreError)) or re.search("get_credentials|status code: 40[13]", text):
@@ -138,4 +143,10 @@ def _refused(location: str, error: Exception) -> StoreError:
     else:
         cause = "no network, or a wrong AWS_ENDPOINT_URL or AWS_REGION"
         remedy = "run it again once the store answers; what is finished is kept"
-    return StoreError(location, expected="an object store that answers", found=found, cause=cause, remedy=remedy)
+    return StoreError(
+        location,
+        expected="an object store that answers",
+        found=code[1] if code else summary,
+        cause=cause,
+        remedy=remedy,
+    )

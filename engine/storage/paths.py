@@ -1,8 +1,8 @@
-"""Where things lie: on this machine, or in an object store that is asked over the network.
+"""Give paths on this machine and names in object stores the same methods.
 
-``s3://bucket/slide.zarr`` becomes a `RemotePath`, which other rooms use as they use the path of a folder.  An object is
-there whole or not at all, and safe once its store has said so; a folder is what several names begin with.  Credentials
-come from the environment and stay in the client.  Nothing here knows slides, journals or locks.
+``s3://bucket/slide.zarr`` becomes a `RemotePath`, which other folders use like the path of a local folder.  An object
+exists whole or not at all, and is safe once its store has confirmed it; a folder is a common beginning of names.
+Credentials come from the environment and stay in the client.  This module must not know slides, journals or locks.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Version = dict[str, str]
 
 
 def locate(path: str | Path) -> Path:
-    """The path that a user or a record names: a URL of an object store, a ``file://`` URL or a path of this machine.
+    """Make a path of a URL of an object store, a ``file://`` URL or a path on this machine.
 
     Raises:
-        UsageError: a URL of another kind, or with a password in it.
+        UsageError: the URL is of another kind, or has a user's name or a query in it.
     """
     text = str(path)
     if not re.match(r"[a-z][a-z0-9+.-]+://", text):
@@ -61,7 +61,7 @@ def locate(path: str | Path) -> Path:
 class RemotePath(PosixPath):
     """The name of an object, or of a folder of objects.
 
-    It has the methods of `Path` that other rooms use; one that would ask the operating system raises TypeError.
+    It has the methods of `Path` that other folders use; a method that would ask the operating system raises TypeError.
     """
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class RemotePath(PosixPath):
         raise TypeError(f"{self} does not lie on this machine")
 
     def resolve(self, strict: bool = False) -> Self:
-        """The same place without ``..`` in its name."""
+        """The same path without ``..`` in it."""
         return type(self)(posixpath.normpath("/".join(self.parts)))
 
     def is_file(self) -> bool:
@@ -84,14 +84,14 @@ class RemotePath(PosixPath):
         except FileNotFoundError:
             return False
         except StoreError as error:
-            # Stores that do not let their names be listed answer so for what is not there.
+            # A store that does not allow listing refuses requests for missing objects.
             if isinstance(error.__cause__, refusals()):
                 return False
             raise
         return True
 
     def is_dir(self) -> bool:
-        """Whether there is anything below; never on a web server."""
+        """Whether there is an object below; always False on a web server."""
         return not is_web(self) and any(self._list().values())
 
     def exists(self) -> bool:
@@ -99,14 +99,14 @@ class RemotePath(PosixPath):
         return self.is_file() or self.is_dir()
 
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
-        """Size, and when the store says that it was written; a folder has neither.
+        """Size in bytes and time of writing, by the store's clock; both are 0 for a folder.
 
         Raises:
-            FileNotFoundError: there is nothing.
+            FileNotFoundError: there is no such object or folder.
         """
         try:
-            about = self._head()
-            size, moment = about["size"], about["last_modified"].timestamp()
+            metadata = self._head()
+            size, moment = metadata["size"], metadata["last_modified"].timestamp()
         except FileNotFoundError:
             if not self.is_dir():
                 raise
@@ -115,70 +115,70 @@ class RemotePath(PosixPath):
         return os.stat_result((0, 0, 0, 0, 0, 0, size, 0, int(moment), 0), times)
 
     def iterdir(self) -> Generator[Self, None, None]:
-        """What lies directly below."""
+        """The folders and objects directly below."""
         listing = self._list()
-        names = [*listing["common_prefixes"], *(item["path"] for item in listing["objects"])]
+        names = [*listing["common_prefixes"], *(metadata["path"] for metadata in listing["objects"])]
         return (self / posixpath.basename(name) for name in names)
 
     def glob(self, pattern: str) -> Generator[Self, None, None]:
-        """The objects below whose names match; folders are not looked at."""
+        """The objects below whose names match ``pattern``; folders never match."""
         if "/" not in pattern:
             return (path for path in self.iterdir() if path.match(pattern))
         depth = len(self.parts) + pattern.count("/") + 1
         return (path for path in self.rglob(pattern) if len(path.parts) == depth)
 
     def rglob(self, pattern: str) -> Generator[Self, None, None]:
-        """The objects at any depth below whose names match; folders are not looked at."""
+        """The objects at any depth below whose names match ``pattern``; folders never match."""
         return (path for path, _ in self.written() if path.match(pattern))
 
     def written(self) -> Iterator[tuple[Self, float]]:
-        """(name, POSIX time of writing) of every object below."""
+        """(path, POSIX time of writing in seconds) of every object below."""
         root = type(self)(*self.parts[:2])
         with self._asking():
             for objects in library().list(self.client, self.key):
-                yield from ((root / item["path"], item["last_modified"].timestamp()) for item in objects)
+                yield from ((root / metadata["path"], metadata["last_modified"].timestamp()) for metadata in objects)
 
     def read_bytes(self) -> bytes:
-        """The object."""
+        """The object's content."""
         return self.read_version()[0]
 
     def read_text(self, encoding: str | None = None, errors: str | None = None) -> str:
-        """The object as text."""
+        """The object's content as text."""
         return self.read_bytes().decode(encoding or "utf-8", errors or "strict")
 
     def read_version(self) -> tuple[bytes, Version]:
-        """The object, and a mark that changes with it."""
+        """The object's content, and a mark that changes with it."""
         with self._asking():
             answer = library().get(self.client, self.key)
             return bytes(answer.bytes()), {name: mark for name in ("e_tag", "version") if (mark := answer.meta[name])}
 
     def reader(self) -> BinaryIO:
-        """The object as an open file, of which only what is asked for is fetched."""
+        """The object as an open file that fetches only the parts that are read."""
         return io.BufferedReader(_Reader(self), _READ_BYTES)
 
     def read_range(self, start: int, stop: int) -> bytes:
-        """A part of the object."""
+        """The bytes [start, stop) of the object."""
         with self._asking():
             return bytes(library().get_range(self.client, self.key, start=start, end=stop))
 
     def write(self, content: bytes | IO[bytes]) -> None:
-        """Put the object in place of what was there, and wait until it is safe."""
+        """Create or replace the object, and wait until it is safe."""
         with self._asking():
             library().put(self.client, self.key, content)
 
     def write_if(self, content: bytes, version: Version | None) -> bool:
-        """Put the object if what is there is what ``version`` marks, None being nothing; whether it was."""
+        """Write the object if its present version is ``version``, or None if there is none; whether it was written."""
         exceptions = library().exceptions
         with self._asking():
             try:
                 library().put(self.client, self.key, content, mode=version or "create")
                 return True
             except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileNotFoundError):
-                # A request that was sent again, as its answer was lost, meets its own work.
+                # A request that is repeated because its answer was lost finds the object that it has written.
                 return self._reads(content)
 
     def touch(self, mode: int = 0o666, exist_ok: bool = True) -> None:
-        """Put an empty object."""
+        """Write an empty object."""
         self.write(b"")
 
     def unlink(self, missing_ok: bool = False) -> None:
@@ -190,17 +190,17 @@ class RemotePath(PosixPath):
         """Remove everything below."""
         with self._asking():
             for objects in library().list(self.client, self.key):
-                library().delete(self.client, [item["path"] for item in objects])
+                library().delete(self.client, [metadata["path"] for metadata in objects])
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing: a folder is there when something is in it."""
+        """Do nothing: a folder exists as soon as there is an object in it."""
 
     def rmdir(self) -> None:
-        """Nothing: a folder is gone with what was in it."""
+        """Do nothing: a folder vanishes with its last object."""
 
     @property
     def scheme(self) -> str:
-        """Such as s3."""
+        """The URL's scheme, one of `SCHEMES`."""
         return self.parts[0][:-1]
 
     @property
@@ -210,12 +210,12 @@ class RemotePath(PosixPath):
 
     @property
     def key(self) -> str:
-        """Its name within the bucket or the server."""
+        """The object's name within the bucket or the server."""
         return "/".join(self.resolve().parts[2:])
 
     @property
     def client(self) -> Any:
-        """What speaks to the bucket or the server: an ``obstore.store.ObjectStore``."""
+        """The client of the bucket or the server, an ``obstore.store.ObjectStore``."""
         return client_of(self.scheme, self.bucket)
 
     def _reads(self, content: bytes) -> bool:
@@ -236,10 +236,10 @@ class RemotePath(PosixPath):
 
 
 class _Reader(io.RawIOBase):
-    """An object as a file; its place in it belongs to one thread at a time."""
+    """An object as a file, for one thread at a time."""
 
     def __init__(self, path: RemotePath) -> None:
-        self._path, self._size, self._at = path, path.stat().st_size, 0
+        self._path, self._size, self._position = path, path.stat().st_size, 0
         self.name = str(path)
 
     def readable(self) -> bool:
@@ -249,37 +249,37 @@ class _Reader(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        return self._at
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        return self._position
 
     def readinto(self, buffer: Any, /) -> int:
-        stop = min(self._at + len(buffer), self._size)
-        if self._at >= stop:
+        stop = min(self._position + len(buffer), self._size)
+        if self._position >= stop:
             return 0
-        part = self._path.read_range(self._at, stop)
+        part = self._path.read_range(self._position, stop)
         buffer[: len(part)] = part
-        self._at += len(part)
+        self._position += len(part)
         return len(part)
 
 
 def is_web(path: Path) -> bool:
-    """Whether a path lies on a web server, which can neither be listed nor written to."""
+    """Whether a path is on a web server, which allows neither listing nor writing."""
     return isinstance(path, RemotePath) and path.scheme in WEB
 
 
 def readable(path: Path) -> Path | BinaryIO:
-    """What libraries that read files take: the path of one on this machine, else an open file."""
+    """The argument for a library that reads files: the path itself on this machine, else an open file."""
     return path.reader() if isinstance(path, RemotePath) else path
 
 
 def zarr_store(path: Path) -> str | ObjectStore[Any]:
-    """What zarr opens for the hierarchy at ``path``."""
+    """The store that zarr opens for the hierarchy at ``path``."""
     if not isinstance(path, RemotePath):
         return str(path)
     from zarr.storage import ObjectStore
 
-    # A store of its own, as zarr makes groups of all that lies above in its store.
+    # The store begins at the hierarchy: zarr would turn every folder above it in the store into a group.
     return ObjectStore(client_of(path.scheme, path.bucket, path.key))

@@ -1,8 +1,8 @@
-"""Frozen dataclasses as small JSON files: one reader and one writer for all of them.
+"""Read and write frozen dataclasses as small JSON files.
 
-A field without a default must be there, and a field that is there must have its type, or the file is refused.  Figures
-have defaults, and what is not known is passed over: a figure that a later version adds breaks nothing that is on disk.
-The fields that a class names in ``STRICT`` decide pixels: in these, at any depth, an unknown field is refused too.
+A file is refused if it lacks a field without a default, or if a field has another type.  Figures have defaults and
+unknown fields are ignored, so a figure that a later version adds breaks no existing file.  The fields that a class
+names in ``STRICT`` decide pixels: inside these, at any depth, an unknown field is refused too.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ def write_record(path: Path, record: object, what: str = "a journal") -> None:
     """Write a dataclass to ``path``, whole or not at all.
 
     Args:
-        path: of the file; its folder is made.
-        record: of plain values, tuples, dicts and other dataclasses.
-        what: it is part of, for the error.
+        path: path of the file; its folder is made.
+        record: dataclass of plain values, tuples, dicts and other dataclasses.
+        what: name of the thing that the file is part of, for the error.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     with whole_file(path, what) as stream:
-        # Not by msgspec, which writes null for a number that is infinite.
+        # json, because msgspec writes null for an infinite number.
         stream.write(json.dumps(plain(record)).encode())
 
 
 def read_record(path: Path, kind: type[Record]) -> Record | None:
-    """What `write_record` wrote to ``path``; None where there is no file.
+    """Read the dataclass that `write_record` wrote to ``path``; None if there is no file.
 
     Raises:
         OutputError: the file is of another version, or damaged.
@@ -50,7 +50,7 @@ def read_record(path: Path, kind: type[Record]) -> Record | None:
 
 
 def decode_record(content: bytes, kind: type[Record], path: Path) -> Record:
-    """The dataclass in the JSON text ``content`` of the file ``path``.
+    """Decode the dataclass in the JSON text ``content`` of the file ``path``.
 
     Raises:
         OutputError: the text is of another version, or damaged.
@@ -78,7 +78,7 @@ def plain(record: object) -> dict[str, Any]:
 
 
 def _refuse_unknown(record: Any, content: Any) -> None:
-    """Raise ValueError where ``content`` has a field that the dataclass ``record`` does not know."""
+    """Raise ValueError if ``content``, at any depth, has a field that the dataclass ``record`` does not have."""
     if not is_dataclass(record) or not isinstance(content, dict):
         return
     known = {field.name for field in fields(record)}
