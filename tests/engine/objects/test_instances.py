@@ -305,7 +305,7 @@ def test_labels_and_scratch_that_a_run_leaves(tmp_path, segment, pixels, bundle,
     assert provenance["instances"] == {"card": vars(bundle.card.instances), "by_distance": True, "downscale": 2}
     skipped = segment(path, instances=True, model=model, downscale=2)
     assert (skipped.status, skipped.slides[0].objects) == ("skipped", report.slides[0].objects)
-    assert "instances was" in segment(path, downscale=2, model=model).slides[0].reason
+    assert "`instances` was on, now off" in segment(path, downscale=2, model=model).slides[0].reason
 
 
 def test_labels_that_are_there_already_are_kept(tmp_path, segment, pixels, model):

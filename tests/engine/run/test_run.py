@@ -121,8 +121,8 @@ def test_what_is_finished_is_not_touched_by_a_run_with_other_settings(tmp_path, 
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(150, 130))
     written = labels_of(segment(path, objects=True))
     for changes, reason in (
-        ({"objects": True, "probability": True}, "probability was False, now True"),
-        ({"instances": True}, "objects was True, now False"),
+        ({"objects": True, "probability": True}, "`probability` was off, now on"),
+        ({"instances": True}, "`objects` was on, now off"),
     ):
         report = segment(path, **changes)
         assert report.status == "failed"
@@ -177,7 +177,9 @@ def test_a_finished_run_is_skipped_and_a_changed_one_refused(slide, segment):
     assert again.slides[0].foreground_fraction > 0
     changed = segment(slide, threshold=0.25)
     assert changed.status == "failed"
-    assert "threshold was 0.5, now 0.25" in changed.slides[0].reason
+    assert "`threshold` was 0.5, now 0.25" in changed.slides[0].reason
+    changed = segment(slide, instances=True, margin=32)
+    assert "`margin` was 8, now 32; `instances` was off, now on; use the same" in changed.slides[0].reason
     anew = segment(slide, threshold=0.25, overwrite=True)
     assert anew.slides[0].foreground_fraction > again.slides[0].foreground_fraction
 
