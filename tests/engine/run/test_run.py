@@ -184,6 +184,22 @@ def test_a_finished_run_is_skipped_and_a_changed_one_refused(slide, segment):
     assert anew.slides[0].foreground_fraction > again.slides[0].foreground_fraction
 
 
+def test_what_is_unknown_when_all_images_failed_is_left_out(tmp_path, command, tiny_model):
+    (tmp_path / "a.png").write_text("no picture")
+    code, output = command("run", tmp_path / "a.png", "--model", tiny_model, *REFERENCE)
+    assert code == 1
+    assert [name for name in ("model", "tile", "rate", "objects", "announced") if name in output] == []
+
+
+def test_no_backend_is_raced_for_images_that_their_metadata_refuse(slide, segment, watcher):
+    report = segment(slide, backend="openvino", channel="DAPI")
+    assert "`channel=DAPI`" in report.slides[0].reason
+    assert (report.status, report.backend, report.tile) == ("failed", "", None)
+    assert watcher.reports == report.slides
+    assert not hasattr(watcher, "raced")
+    assert len(segment(slide, retry_failed=True).slides) == 1
+
+
 def test_foreign_labels_are_never_touched(slide, segment):
     write_ome_zarr(slide / "labels" / "cellseg", np.ones((300, 260), np.uint8), "yx")
     report = segment(slide)
