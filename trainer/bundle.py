@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 CARD_FILE = "card.json"
 WEIGHTS_FILE = "weights.safetensors"
-# The architecture of a bundle that works on shrunk images, which only `Bundle.shrunk` makes.
-SHRUNK = "shrunk"
+# The architecture of a bundle that works on downscaled images, which only `Bundle.downscaled` makes.
+DOWNSCALED = "downscaled"
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Card:
         threshold: probability above which a pixel is foreground by default.
         pixel_size_um: µm per px that the model was trained at; None when the data do not record it.
         normalisation: how a slide's pixels become the input.
-        shrink: factor -> width of objects in px of the image shrunk by it, from which on the model is shown that
-            image; see `cellseg_batch.trainer.scale`. Empty: always the image as it is.
+        downscale: factor -> width of objects in px of the image downscaled by it, from which on the model is shown
+            that image; see `cellseg_batch.trainer.scale`. Empty: always the image as it is.
         instances: how logits become instances.
         training: data, licence, recipe.
         metrics: what it reached, on which data.
@@ -105,7 +105,7 @@ class Card:
     threshold: float
     pixel_size_um: float | None
     normalisation: Normalisation
-    shrink: dict[str, float] = field(default_factory=dict)
+    downscale: dict[str, float] = field(default_factory=dict)
     instances: Instances = field(default_factory=Instances)
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -148,21 +148,21 @@ class Bundle:
         architecture = {**self.card.architecture, "outputs": 1}
         return Bundle(replace(self.card, architecture=architecture, outputs=self.card.outputs[:1]), weights)
 
-    def shrunk(self, factor: int) -> Bundle:
-        """The model that works on images shrunk by ``factor``; see `cellseg_batch.trainer.unet.Shrunk`.
+    def downscaled(self, factor: int) -> Bundle:
+        """The model that works on images downscaled by ``factor``; see `cellseg_batch.trainer.unet.Downscaled`.
 
-        Its stride and margins are ``factor`` times as many px; interpolating its logits adds one px of the shrunk image
-        to what it sees, for which the exact margin grows by one stride.
+        Its stride and margins are ``factor`` times as many px; interpolating its logits adds one px of the downscaled
+        image to what it sees, for which the exact margin grows by one stride.
         """
         if factor == 1:
             return self
         card = replace(
             self.card,
-            architecture={"name": SHRUNK, "factor": factor, "inner": self.card.architecture},
+            architecture={"name": DOWNSCALED, "factor": factor, "inner": self.card.architecture},
             total_stride=factor * self.card.total_stride,
             exact_margin=factor * (self.card.exact_margin + self.card.total_stride),
             margin=factor * self.card.margin,
-            shrink={},
+            downscale={},
         )
         return Bundle(card, {f"inner.{name}": array for name, array in self.weights.items()})
 

@@ -11,7 +11,7 @@ from cellseg_batch.trainer.bundle import Instances
 
 
 def decode_instances(
-    logits: NDArray[np.float32], threshold: float, rule: Instances, shrink: int = 1
+    logits: NDArray[np.float32], threshold: float, rule: Instances, downscale: int = 1
 ) -> NDArray[np.int32]:
     """Decode the instances of one image.
 
@@ -22,7 +22,7 @@ def decode_instances(
         logits: (K, H, W) logits of the image.
         threshold: probability above which a pixel is foreground.
         rule: rule for instances in the model's card.
-        shrink: factor by which the image was shrunk for the model.
+        downscale: factor by which the image was downscaled for the model.
 
     Returns:
         (H, W) int32 ids, 0 for background.
@@ -30,9 +30,9 @@ def decode_instances(
     probability = 0.5 * (1 + np.tanh(0.5 * logits))
     foreground: NDArray[np.bool_] = probability[0] > threshold
     if len(logits) == 1:
-        return _number_seeds(foreground, rule.smallest_seed * shrink**2)
-    seed_map = ndimage.gaussian_filter(probability[2] - rule.border_weight * probability[1], rule.smoothing * shrink)
-    seeds = _number_seeds(foreground & (seed_map > rule.seed_level), rule.smallest_seed * shrink**2)
+        return _number_seeds(foreground, rule.smallest_seed * downscale**2)
+    seed_map = ndimage.gaussian_filter(probability[2] - rule.border_weight * probability[1], rule.smoothing * downscale)
+    seeds = _number_seeds(foreground & (seed_map > rule.seed_level), rule.smallest_seed * downscale**2)
     labels: NDArray[np.int32] = watershed(-seed_map, seeds, mask=foreground)
     return labels
 

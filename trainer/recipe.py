@@ -148,8 +148,12 @@ class Recipe:
     seed: int = _field(0, OPTIMISATION, "Seed of every random draw.", least=0)
     threshold: float = _field(0.5, CARD, "Probability above which a pixel is foreground.", least=0, most=1)
     margin: int = _field(64, CARD, "Default tile margin in px.", least=0)
-    shrink_2: float = _field(0.0, CARD, "Width of objects in px from which images are shrunk by 2; 0: never.", least=0)
-    shrink_4: float = _field(0.0, CARD, "Width of objects in px from which images are shrunk by 4; 0: never.", least=0)
+    downscale_2: float = _field(
+        0.0, CARD, "Width of objects in px from which images are downscaled by 2; 0: never.", least=0
+    )
+    downscale_4: float = _field(
+        0.0, CARD, "Width of objects in px from which images are downscaled by 4; 0: never.", least=0
+    )
     pixel_size_um: float = _field(0.0, CARD, "µm per px of the training images; 0: not recorded.", least=0)
 
     def __post_init__(self) -> None:
@@ -181,9 +185,9 @@ class Recipe:
         return Normalisation(self.normalise, self.low, self.high)
 
     @property
-    def shrink(self) -> dict[str, float]:
-        """The card's rule for large objects: factor -> width of objects in px from which images are shrunk by it."""
-        return {factor: width for factor, width in (("2", self.shrink_2), ("4", self.shrink_4)) if width}
+    def downscale(self) -> dict[str, float]:
+        """The card's rule for large objects: factor -> their width in px from which images are downscaled by it."""
+        return {factor: width for factor, width in (("2", self.downscale_2), ("4", self.downscale_4)) if width}
 
     @property
     def architecture(self) -> dict[str, Any]:

@@ -207,7 +207,7 @@ class _Keeper:
             threshold=recipe.threshold,
             pixel_size_um=recipe.pixel_size_um or None,
             normalisation=recipe.normalisation,
-            shrink=recipe.shrink,
+            downscale=recipe.downscale,
             training={
                 "images": len(self.dataset.splits["train"]),
                 "step": epoch.step,

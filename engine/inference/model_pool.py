@@ -109,7 +109,7 @@ class ModelPool:
         with self.models_lock:
             if key not in self._backends:
                 with self.counted():
-                    bundle = self._outputs.shrunk(downscale)
+                    bundle = self._outputs.downscaled(downscale)
                     self._backends[key] = make_backend(bundle, name, precision, self._threads, self._artefacts, key[-1])
             return self._backends[key]
 

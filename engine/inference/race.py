@@ -138,8 +138,8 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> RaceResult:
         winner = race_result.pick(request.backend, request.precision)
         # Convert the winner's networks now, so that a run with a downscaled slide or instances need not load torch.
         for network in (bundle.foreground, bundle):
-            for factor in (1, *map(int, bundle.card.shrink)):
-                make_backend(network.shrunk(factor), winner.backend, winner.precision, request.threads, artefacts)
+            for factor in (1, *map(int, bundle.card.downscale)):
+                make_backend(network.downscaled(factor), winner.backend, winner.precision, request.threads, artefacts)
     return race_result
 
 
@@ -230,7 +230,7 @@ def _key(request: Request, bundle: Bundle) -> Key:
         "model": bundle.card.name,
         "sha256": bundle.sha256,
         "threshold": bundle.card.threshold,
-        "downscale": sorted(bundle.card.shrink),
+        "downscale": sorted(bundle.card.downscale),
         "processor": processor(),
         "gpus": gpus(),
         "versions": _versions(),

@@ -120,7 +120,7 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
     with SlideReader(slide, plan.level.level, plan.channels.indices) as reader:
         factor = settle_downscale(plan, settings, model_pool, reader)
         plan, backend = downscale_plan(plan, settings, bundle, factor), model_pool.downscaled(model_pool.chosen, factor)
-        card = bundle.shrunk(factor).card
+        card = bundle.downscaled(factor).card
         threshold = logit_threshold(plan.threshold)
         windows = seam_windows(plan, full, most)
         tiled_logits = _LogitsOf(plan, backend, reader)

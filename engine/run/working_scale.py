@@ -20,7 +20,7 @@ from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.kernels.stitch import logit_threshold
 from cellseg_batch.trainer.bundle import Bundle
-from cellseg_batch.trainer.scale import pick_shrink
+from cellseg_batch.trainer.scale import pick_downscale
 
 _WINDOW = 1024
 _WINDOWS = 3  # along each axis
@@ -33,9 +33,9 @@ def settle_downscale(plan: SlidePlan, settings: Settings, model_pool: ModelPool,
     """
     if settings.downscale is not None:
         return settings.downscale
-    card = model_pool.bundle.card
-    widths = {name: width for name, width in card.shrink.items() if _fits(plan, settings, model_pool.bundle, int(name))}
-    factor = pick_shrink(widths, lambda factor: _masks(plan, model_pool, factor, reader)) if widths else 1
+    bundle = model_pool.bundle
+    widths = {name: width for name, width in bundle.card.downscale.items() if _fits(plan, settings, bundle, int(name))}
+    factor = pick_downscale(widths, lambda factor: _masks(plan, model_pool, factor, reader)) if widths else 1
     if plan.tiles > plan.grid.planes:
         # Tiles of a large slide need the memory of the probes; for small images it costs too much to make them anew.
         model_pool.probes.clear()
@@ -50,7 +50,7 @@ def downscale_plan(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: 
     """
     if factor == 1:
         return plan
-    card = bundle.shrunk(factor).card
+    card = bundle.downscaled(factor).card
     lattice = fit_lattice(plan.grid.lattice.shape, settings.tile, pick_margin(settings, card), card.total_stride)
     return replace(
         plan,

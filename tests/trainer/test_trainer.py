@@ -141,16 +141,16 @@ def test_the_loss_is_the_sum_of_its_terms():
     assert segmentation_loss(-three, batch, ("bce", "dice")).item() > 10
 
 
-@pytest.mark.parametrize("shrink", [1, 2])
-def test_touching_instances_are_told_apart_by_their_distance(shrink):
+@pytest.mark.parametrize("downscale", [1, 2])
+def test_touching_instances_are_told_apart_by_their_distance(downscale):
     y, x = np.indices((48, 96)) * 1.0
     distance = np.maximum(1 - np.hypot(y - 24, x - 30) / 18, 1 - np.hypot(y - 24, x - 64) / 18)
     logits = np.stack([20 * distance, np.full_like(distance, -9), 8 * distance - 4]).astype(np.float32)
     logits[:, 2:5, 2:5] = 9  # nine px, no object
-    labels = decode_instances(logits, 0.5, Instances(), shrink)
+    labels = decode_instances(logits, 0.5, Instances(), downscale)
     assert labels.max() == 2
     assert labels[24, 30] != labels[24, 64]
-    assert decode_instances(logits[:1], 0.5, Instances(), shrink).max() == 1
+    assert decode_instances(logits[:1], 0.5, Instances(), downscale).max() == 1
 
 
 def test_learning_rates():
@@ -281,13 +281,13 @@ def test_a_grey_network_sees_the_mean_of_the_channels():
 
 
 @pytest.mark.parametrize("factor", [2, 4])
-def test_a_shrunk_network_sees_the_image_shrunk(tiny_bundle, factor):
-    shrunk = tiny_bundle.shrunk(factor)
+def test_a_downscaled_network_sees_the_image_downscaled(tiny_bundle, factor):
+    downscaled = tiny_bundle.downscaled(factor)
     small = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1))
     large = small.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     with torch.inference_mode():
         expected = load_network(tiny_bundle)(small)
-        given = load_network(shrunk)(large)
+        given = load_network(downscaled)(large)
     assert given.shape[2:] == large.shape[2:]
     torch.testing.assert_close(
         torch.nn.functional.avg_pool2d(given, factor)[..., 1:-1, 1:-1],
@@ -295,11 +295,11 @@ def test_a_shrunk_network_sees_the_image_shrunk(tiny_bundle, factor):
             torch.nn.functional.interpolate(expected, scale_factor=factor, mode="bilinear"), factor
         )[..., 1:-1, 1:-1],
     )
-    measured = measure_footprint(build_network(shrunk.card.architecture))
-    assert measured.total_stride == shrunk.card.total_stride
-    assert measured.exact_margin <= shrunk.card.exact_margin
-    assert tiny_bundle.shrunk(1) is tiny_bundle
-    assert shrunk.sha256 != tiny_bundle.sha256
+    measured = measure_footprint(build_network(downscaled.card.architecture))
+    assert measured.total_stride == downscaled.card.total_stride
+    assert measured.exact_margin <= downscaled.card.exact_margin
+    assert tiny_bundle.downscaled(1) is tiny_bundle
+    assert downscaled.sha256 != tiny_bundle.sha256
 
 
 def test_encoders_have_the_published_number_of_parameters():
