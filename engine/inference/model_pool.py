@@ -74,7 +74,7 @@ class ModelPool:
     ) -> None:
         self.bundle = bundle
         # A mask needs no other outputs: they take a twentieth of the time and twice the foreground's memory.
-        self._outputs = bundle if settings.instances or settings.objects else bundle.foreground
+        self._outputs = bundle if settings.makes_ids else bundle.foreground
         self.seconds = 0.0
         self.models_lock = threading.RLock()
         self._run_lock = threading.RLock()
