@@ -20,6 +20,8 @@ CARD_FILE = "card.json"
 WEIGHTS_FILE = "weights.safetensors"
 # The architecture of a bundle that works on downscaled images, which only `Bundle.downscaled` makes.
 DOWNSCALED = "downscaled"
+# Decoder -> meaning of the outputs that it takes, in the network's order.
+DECODER_OUTPUTS = {"mask": ("foreground",), "seeds": ("foreground", "border", "distance")}
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ class Card:
         name: the model's name.
         architecture: ``{"name": ..., **arguments}`` of `cellseg_batch.trainer.unet.build_network`.
         channels: input channels.
-        outputs: what each logit means; the first is always ``foreground``.
+        outputs: meaning of each logit, in the network's order.
+        decoder: how logits become masks and instances, a name in `DECODER_OUTPUTS`: ``mask`` makes an object of every
+            component of the foreground, ``seeds`` tells touching objects apart by border and distance.
         total_stride: px; tiles, cores and margins are multiples of it.
         exact_margin: px of context beyond which nothing changes a pixel's logits.
         margin: px of context cut from each side of a tile by default.
@@ -99,6 +103,7 @@ class Card:
     architecture: dict[str, Any]
     channels: int
     outputs: tuple[str, ...]
+    decoder: str
     total_stride: int
     exact_margin: int
     margin: int
@@ -115,16 +120,29 @@ class Card:
         """Parse a card.
 
         Raises:
-            ValueError: it is not JSON, or a field is missing or unknown.
+            ValueError: it is not JSON, a field is missing or unknown, or the outputs are not those of the decoder.
         """
         try:
             fields = json.loads(text)
             fields["outputs"] = tuple(fields["outputs"])
             fields["normalisation"] = Normalisation(**fields["normalisation"])
             fields["instances"] = Instances(**fields.get("instances", {}))
-            return cls(**fields)
+            card = cls(**fields)
+            _check_decoder(card)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a model card: {error}") from error
+        return card
+
+
+def _check_decoder(card: Card) -> None:
+    """Raise ValueError if the card's decoder is unknown, or its outputs are not those that the decoder takes."""
+    if card.decoder not in DECODER_OUTPUTS:
+        raise ValueError(f"decoder: expected one of {', '.join(DECODER_OUTPUTS)}, found {card.decoder!r}")
+    expected = DECODER_OUTPUTS[card.decoder]
+    if card.outputs != expected:
+        raise ValueError(
+            f"outputs: expected {', '.join(expected)} for the decoder {card.decoder}, found {', '.join(card.outputs)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -134,19 +152,22 @@ class Bundle:
     card: Card
     weights: dict[str, NDArray[Any]]
 
-    @property
-    def foreground(self) -> Bundle:
-        """The model with its first output alone, which is all that a mask needs; up to rounding, the same.
+    def with_outputs(self, outputs: tuple[str, ...]) -> Bundle:
+        """The model with some of its outputs alone, which it computes in less time; up to rounding, the same logits.
 
         Every architecture ends in a convolution ``head``, which holds the weights of one output after the other's.
         """
-        count = len(self.card.outputs)
-        weights = {
-            name: array[: len(array) // count] if name.startswith("head.") else array
-            for name, array in self.weights.items()
-        }
-        architecture = {**self.card.architecture, "outputs": 1}
-        return Bundle(replace(self.card, architecture=architecture, outputs=self.card.outputs[:1]), weights)
+        if outputs == self.card.outputs:
+            return self
+        kept = [self.card.outputs.index(output) for output in outputs]
+
+        def cut(array: NDArray[Any]) -> NDArray[Any]:
+            by_output = array.reshape(len(self.card.outputs), -1, *array.shape[1:])
+            return by_output[kept].reshape(-1, *array.shape[1:])
+
+        weights = {name: cut(array) if name.startswith("head.") else array for name, array in self.weights.items()}
+        architecture = {**self.card.architecture, "outputs": len(outputs)}
+        return Bundle(replace(self.card, architecture=architecture, outputs=outputs), weights)
 
     def downscaled(self, factor: int) -> Bundle:
         """The model that works on images downscaled by ``factor``; see `cellseg_batch.trainer.unet.Downscaled`.

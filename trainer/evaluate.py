@@ -20,7 +20,7 @@ from torch import nn
 
 from cellseg_batch.trainer.bundle import Bundle
 from cellseg_batch.trainer.data.sample import Sample, instance_distance
-from cellseg_batch.trainer.decode import decode_instances
+from cellseg_batch.trainer.decode import decode_instances, foreground_mask
 from cellseg_batch.trainer.metrics import (
     PixelScore,
     aggregated_jaccard,
@@ -93,28 +93,25 @@ class Summary:
 def evaluate(bundle: Bundle, network: nn.Module, samples: Iterable[Sample]) -> list[ImageScore]:
     """Score the bundle's ``network`` on every sample in float32.
 
-    With one output every connected component of the mask is an instance.
-
     Args:
         bundle: the model.
         network: the bundle's network, in evaluation mode.
         samples: annotated images.
     """
-    limit = _limit(bundle)
-    scores = []
+    card, scores = bundle.card, []
     for sample in samples:
         start = time.perf_counter()
         downscale, logits = predict_sample(network, sample, bundle)
         seconds = time.perf_counter() - start
         truth = relabel_sequential(sample.labels)[0]
-        decoded = decode_instances(logits, bundle.card.threshold, bundle.card.instances, downscale)
+        decoded = decode_instances(logits, card.decoder, card.threshold, card.instances, downscale)
         overlaps = instance_overlaps(decoded, truth)
         matched, spurious, missed = matches(overlaps.ious, 0.5)
         scores.append(
             ImageScore(
                 name=sample.name,
                 kind=sample.kind,
-                pixels=pixel_score(logits[0] > limit, truth > 0),
+                pixels=pixel_score(foreground_mask(logits, card.threshold), truth > 0),
                 ap=average_precisions(overlaps.ious),
                 aji=aggregated_jaccard(overlaps),
                 found=matched,
@@ -134,24 +131,20 @@ def predict_sample(network: nn.Module, sample: Sample, bundle: Bundle) -> tuple[
     Returns:
         (factor, logits (K, H, W) at the size of the sample).
     """
-    limit = _limit(bundle)
+    card = bundle.card
 
     @cache
     def logits_at(factor: int) -> NDArray[np.float32]:
         downscaled = network if factor == 1 else Downscaled(factor, network)
-        stride, margin = factor * bundle.card.total_stride, factor * bundle.card.margin
+        stride, margin = factor * card.total_stride, factor * card.margin
         return predict_logits(downscaled, sample.pixels, stride, "fp32", margin).numpy()
 
     def masks_at(factor: int) -> list[NDArray[np.bool_]]:
-        return [logits_at(factor)[0, factor // 2 :: factor, factor // 2 :: factor] > limit]
+        pixels = logits_at(factor)[:, factor // 2 :: factor, factor // 2 :: factor]
+        return [foreground_mask(pixels, card.threshold)]
 
-    downscale = pick_downscale(bundle.card.downscale, masks_at)
+    downscale = pick_downscale(card.downscale, masks_at)
     return downscale, logits_at(downscale)
-
-
-def _limit(bundle: Bundle) -> float:
-    """The logit above which a pixel is foreground."""
-    return float(np.log(bundle.card.threshold / (1 - bundle.card.threshold)))
 
 
 def summarise(scores: Sequence[ImageScore]) -> Summary:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from cellseg_batch.trainer.bundle import Normalisation
+from cellseg_batch.trainer.heads import HEADS
 from cellseg_batch.trainer.losses import LOSSES
 from cellseg_batch.trainer.unet import ARCHITECTURES
 
-HEADS = {"semantic": ("foreground",), "instance": ("foreground", "border", "distance")}
 NETWORK, PICTURES, OPTIMISATION, CARD = "Network", "Training pictures", "Optimisation", "The bundle's card"
 
 _RULE = "rule"
@@ -170,11 +170,6 @@ class Recipe:
             raise RecipeError("zoom_min", f"a number above 0 and up to zoom_max, {self.zoom_max:g}", self.zoom_min)
 
     @property
-    def outputs(self) -> tuple[str, ...]:
-        """Meaning of each logit, in the network's order."""
-        return HEADS[self.head]
-
-    @property
     def loss_terms(self) -> tuple[str, ...]:
         """The terms whose sum is the loss."""
         return tuple(self.loss.split("+"))
@@ -197,7 +192,7 @@ class Recipe:
             field: getattr(self, field) for field in ("width", "depth", "merge_convs", "up", "dropout", "grey")
         }
         chosen = {field: value for field, value in arguments.items() if field in parameters}
-        return {"name": self.network, "outputs": len(self.outputs), **chosen}
+        return {"name": self.network, "outputs": len(HEADS[self.head].outputs), **chosen}
 
 
 def rules() -> dict[str, Rule]:

@@ -19,6 +19,7 @@ from cellseg_batch.engine.errors import CellsegError, OutputError
 from cellseg_batch.engine.geometry import fit_lattice
 from cellseg_batch.engine.inference.backends.registry import preloaded_modules
 from cellseg_batch.engine.inference.choice import choose_backend, settings_elsewhere
+from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.machine import peak_resident_bytes
 from cellseg_batch.engine.models import load_model
@@ -218,7 +219,7 @@ class Campaign:
         if isinstance(image, UnreadableImage):
             return SlideReport(image.path, "failed", image.reason)
         paths = output_paths(image, self.settings.name, self.settings.output)
-        outputs = output_images(paths, self.settings)
+        outputs = output_images(paths, self.settings, DECODERS[self.card.decoder])
         self._claim(outputs, image)
         finished = Journal(paths.journal).is_finished and not self.settings.overwrite
         if finished and all(output.folder.exists() for output in outputs):

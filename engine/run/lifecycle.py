@@ -19,6 +19,7 @@ from itertools import chain
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.inference.backends.protocol import Backend
+from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.run.completeness import demand_complete
 from cellseg_batch.engine.run.measure_pass import measured_channels
@@ -71,8 +72,8 @@ def prepare_slide(worker: AnyWorker, request: Request) -> PreparedSlide | SlideR
     """
     own_worker = worker.here()
     journal = Journal(request.paths.journal)
-    settings = own_worker.settings
-    outputs = output_images(request.paths, settings)
+    settings, card = own_worker.settings, own_worker.model_pool.bundle.card
+    outputs = output_images(request.paths, settings, DECODERS[card.decoder])
     manifest = None if settings.overwrite else _manifest_to_continue(outputs, journal)
     if manifest is None:
         return _begin(own_worker, request, journal)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cellseg_batch.engine.inference.decoders import Decoder
 from cellseg_batch.engine.run.output_paths import OutputPaths
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.slides.pixel_meaning import INSTANCES, MASK, PROBABILITY, PixelMeaning
+from cellseg_batch.engine.slides.pixel_meaning import INSTANCES, PROBABILITY, PixelMeaning
 
 LABELS = "labels"
 
@@ -36,14 +37,15 @@ class OutputImage:
         return self.store / self.path
 
 
-def output_images(paths: OutputPaths, settings: Settings) -> tuple[OutputImage, ...]:
+def output_images(paths: OutputPaths, settings: Settings, decoder: Decoder) -> tuple[OutputImage, ...]:
     """List the images that a run writes for a slide, the labels first.
 
     Args:
         paths: paths of the slide's output.
         settings: settings of the run.
+        decoder: decoder of the model.
     """
-    labels = INSTANCES if settings.makes_ids else MASK
+    labels = INSTANCES if settings.makes_ids else decoder.mask_meaning
     images = [OutputImage(LABELS, labels, paths.store, paths.labels, paths.source)]
     if settings.probability:
         images.append(OutputImage("probability", PROBABILITY, paths.companion, paths.in_companion("probability")))

@@ -13,6 +13,7 @@ from typing import Any
 
 from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.inference.background import without_background
+from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.prediction import BlockResult
 from cellseg_batch.engine.run.instance_passes import grow_block, keep_seeds, merge_blocks, tabulate
 from cellseg_batch.engine.run.open_slide import OpenSlide
@@ -28,7 +29,7 @@ from cellseg_batch.engine.run.records import (
     TaskRecord,
 )
 from cellseg_batch.engine.run.slide_plan import SlidePlan
-from cellseg_batch.engine.slides.pixel_meaning import MASK, PROBABILITY
+from cellseg_batch.engine.slides.pixel_meaning import PROBABILITY
 from cellseg_batch.engine.storage.journal import Journal
 
 _TABLE = "table"
@@ -87,7 +88,7 @@ def segment_block(slide: OpenSlide, number: int) -> BlockRecord:
 
 def _write_outputs(slide: OpenSlide, block: Block, result: BlockResult) -> None:
     """Write the output images that come from a block's prediction alone; instances come from a later pass."""
-    made = {MASK: result.mask, PROBABILITY: result.probability}
+    made = {DECODERS[slide.plan.decoder].mask_meaning: result.mask, PROBABILITY: result.probability}
     for output in slide.plan.outputs:
         pixels = made.get(output.meaning)
         if pixels is not None:

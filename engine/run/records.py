@@ -92,8 +92,9 @@ class Decisions:
         stitch: crop or blend.
         flat: difference of pixel values below which a tile is background; 0 computes all tiles.
         threshold: probability above which a pixel is foreground.
+        decoder: name of the decoder by which logits become masks and instances.
         outputs: names of the images that are written.
-        instances: rule by which logits become instances; None for a mask.
+        instances: numbers by which logits become instances; None for a mask.
         objects: whether the instances are measured.
     """
 
@@ -106,6 +107,7 @@ class Decisions:
     stitch: str
     flat: float
     threshold: float
+    decoder: str
     outputs: tuple[str, ...]
     instances: InstanceRule | None
     objects: bool

@@ -8,9 +8,10 @@ from cellseg_batch.engine.errors import SlideError, UsageError
 from cellseg_batch.engine.geometry import BlockGrid, fit_lattice, lay_blocks
 from cellseg_batch.engine.inference.backends.protocol import Shape
 from cellseg_batch.engine.inference.background import flat_limit
+from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.normalise import Bounds, sample_slide, settle_bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
-from cellseg_batch.engine.objects.seeds import InstanceRule, instance_rule
+from cellseg_batch.engine.objects.seeds import InstanceRule
 from cellseg_batch.engine.run.output_images import OutputImage, output_images
 from cellseg_batch.engine.run.output_paths import OutputPaths
 from cellseg_batch.engine.run.records import BackendIdentity, Decisions, InputPixels, ModelIdentity, TileLattice
@@ -37,6 +38,7 @@ class SlidePlan:
         bounds: pixel values that normalisation maps to 0 and 1.
         threshold: probability above which a pixel is foreground.
         shape: (N, C, T_y, T_x) of every batch.
+        decoder: name of the model's decoder.
         outputs: the images that are written, the labels first.
         downscale: factor by which the image is downscaled for the model.
         stitch: crop or blend.
@@ -53,6 +55,7 @@ class SlidePlan:
     bounds: Bounds
     threshold: float
     shape: Shape
+    decoder: str
     outputs: tuple[OutputImage, ...]
     downscale: int = 1
     stitch: str = "crop"
@@ -100,6 +103,7 @@ class SlidePlan:
             stitch=self.stitch,
             flat=self.flat,
             threshold=self.threshold,
+            decoder=self.decoder,
             outputs=tuple(output.name for output in self.outputs),
             instances=self.instances,
             objects=self.objects,
@@ -117,6 +121,7 @@ class SlidePlan:
             probability=self.needs_probability,
             stitch=self.stitch,
             downscale=self.downscale,
+            decoder=DECODERS[self.decoder],
             instances=self.instances,
         )
 
@@ -178,9 +183,10 @@ def plan_slide(
         bounds=bounds,
         threshold=settings.threshold if settings.threshold is not None else card.threshold,
         shape=(settings.batch, card.channels, *lattice.tile),
-        outputs=output_images(paths, settings),
+        decoder=card.decoder,
+        outputs=output_images(paths, settings, DECODERS[card.decoder]),
         stitch=settings.stitch,
         flat=flat,
-        instances=instance_rule(card) if settings.makes_ids else None,
+        instances=InstanceRule(card.instances) if settings.makes_ids else None,
         objects=settings.objects,
     )
