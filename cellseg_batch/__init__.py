@@ -196,7 +196,6 @@ class Model:
 
         from cellseg_batch.engine.errors import SlideError
         from cellseg_batch.engine.run.campaign import run_images
-        from cellseg_batch.engine.run.output_paths import output_paths
         from cellseg_batch.engine.slides.arrays import HeldArray
 
         with (
@@ -214,9 +213,8 @@ class Model:
             (outcome,) = report.slides
             if outcome.status != "done":
                 raise SlideError.with_detail("array", outcome.reason)
-            paths = output_paths(slide, settings.name, settings.output)
-            group = paths.labels_folder if instances else paths.probability_folder
-            return np.asarray(zarr.open_array(group / "0", mode="r")[...])
+            group = outcome.outputs["labels" if instances else "probability"]
+            return np.asarray(zarr.open_array(f"{group}/0", mode="r")[...])
 
     def _model_pool(self, settings: Settings) -> ModelPool:
         """The model pool for instances, or for the probability alone, which needs fewer outputs of the network."""

@@ -112,6 +112,11 @@ class Settings:
     overwrite: bool = False
     retry_failed: bool = False
 
+    @property
+    def makes_ids(self) -> bool:
+        """Whether labels are ids of objects instead of a mask."""
+        return self.instances or self.objects
+
     def __post_init__(self) -> None:
         """Refuse values that are wrong for every slide and every model.
 
@@ -127,7 +132,7 @@ class Settings:
         _one_of("skip_background", self.skip_background, SKIPS)
         if self.device not in ("auto", "cpu"):
             gpus_of(self.device)
-        if (self.instances or self.objects) and self.stitch != "crop":
+        if self.makes_ids and self.stitch != "crop":
             _refuse(
                 "instances", "`stitch=crop`: seeds come from single tiles", f"`stitch={self.stitch}`", "leave it out"
             )

@@ -19,11 +19,13 @@ from cellseg_batch.engine.errors import CellsegError, OutputError
 from cellseg_batch.engine.geometry import fit_lattice
 from cellseg_batch.engine.inference.backends.registry import preloaded_modules
 from cellseg_batch.engine.inference.choice import choose_backend, settings_elsewhere
+from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.machine import peak_resident_bytes
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.failed_images import FailedImages, location
 from cellseg_batch.engine.run.lifecycle import Request, finish_slide, prepare_slide
+from cellseg_batch.engine.run.output_images import OutputImage, output_images
 from cellseg_batch.engine.run.output_paths import OutputPaths, output_paths, refuse_output_inside
 from cellseg_batch.engine.run.prepared_slide import PreparedSlide
 from cellseg_batch.engine.run.results import RunReport, SlideReport
@@ -217,9 +219,10 @@ class Campaign:
         if isinstance(image, UnreadableImage):
             return SlideReport(image.path, "failed", image.reason)
         paths = output_paths(image, self.settings.name, self.settings.output)
-        self._claim(paths, image)
+        outputs = output_images(paths, self.settings, DECODERS[self.card.decoder])
+        self._claim(outputs, image)
         finished = Journal(paths.journal).is_finished and not self.settings.overwrite
-        if finished and all(folder.exists() for folder in paths.folders(self.settings.probability)):
+        if finished and all(output.folder.exists() for output in outputs):
             return (yield from self._segment_slide(image, paths, number))  # nothing will be written
         with self._locks.hold(paths.lock):
             return (yield from self._segment_slide(image, paths, number))
@@ -245,7 +248,7 @@ class Campaign:
                 return SlideReport(slide.location, "failed", reason)
             self._locks.check(paths.lock)
         report = yield from ask(partial(finish_slide, self.worker), prepared)
-        self._written_stores.update(paths.stores(prepared.plan.probability))
+        self._written_stores.update(output.store for output in prepared.plan.outputs)
         return report
 
     def _collect(self, progress: float, failures: dict[int, str], outcome: Outcome) -> None:
@@ -264,14 +267,14 @@ class Campaign:
         done = sum(prepared.progress_of(slide_pass, tasks) for slide_pass, tasks in tasks_done)
         self.observer.planned(prepared.plan, self._figures.planned_peak_bytes, number, done)
 
-    def _claim(self, paths: OutputPaths, slide: Slide) -> None:
+    def _claim(self, outputs: tuple[OutputImage, ...], slide: Slide) -> None:
         """Keep two images of one run from writing to the same folder."""
-        for folder in paths.folders(self.settings.probability):
-            owner = self._owners.setdefault(folder, slide.location)
+        for output in outputs:
+            owner = self._owners.setdefault(output.folder, slide.location)
             if owner != slide.location:
                 raise OutputError(
-                    str(folder),
-                    expected="a folder of its own for each image's labels",
+                    str(output.folder),
+                    expected=f"a folder of its own for each image's {output.name}",
                     found=f"the folder of {owner}",
                     cause="two inputs of one name",
                     remedy="run them one by one with different `name` or `output`",

@@ -92,8 +92,9 @@ class Decisions:
         stitch: crop or blend.
         flat: difference of pixel values below which a tile is background; 0 computes all tiles.
         threshold: probability above which a pixel is foreground.
-        probability: whether the probability is written too.
-        instances: rule by which logits become instances; None for a mask.
+        decoder: name of the decoder by which logits become masks and instances.
+        outputs: names of the images that are written.
+        instances: numbers by which logits become instances; None for a mask.
         objects: whether the instances are measured.
     """
 
@@ -106,7 +107,8 @@ class Decisions:
     stitch: str
     flat: float
     threshold: float
-    probability: bool
+    decoder: str
+    outputs: tuple[str, ...]
     instances: InstanceRule | None
     objects: bool
 
@@ -239,4 +241,4 @@ def _brief(value: Any) -> str:
     """The text of a field of `Decisions` in a message."""
     if is_dataclass(value):
         return ", ".join(f"{item.name} {str(getattr(value, item.name))[:60]}" for item in fields(value))
-    return str(value)
+    return ", ".join(value) if isinstance(value, tuple) else str(value)

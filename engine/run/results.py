@@ -20,6 +20,7 @@ class SlideReport:
         reason: reason why it is not done; "" if it is.
         labels: path of the label group on disk; None if there is none.
         table: path of the table of objects; None if there is none.
+        outputs: name of each output image, such as labels and probability -> its path; {} if there are none.
         shape: shape of the labels.
         level: resolution that was segmented.
         pixel_size_um: pixel size of that resolution in µm; None if it is unknown.
@@ -41,6 +42,7 @@ class SlideReport:
     reason: str = ""
     labels: str | None = None
     table: str | None = None
+    outputs: dict[str, str] = field(default_factory=dict)
     shape: tuple[int, ...] | None = None
     level: int | None = None
     pixel_size_um: float | None = None
