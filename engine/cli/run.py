@@ -54,10 +54,10 @@ def run(
 
 def print_failures(report: RunReport, console: Console) -> None:
     """Print each image that failed or is held with its reason, and the notes on every image."""
-    for slide in report.slides:
+    for number, slide in enumerate(report.slides):
         if slide.status in _COLOURS:
             print_line(console, slide.status, _COLOURS[slide.status], f"{slide.path}: {slide.reason}")
-        for note in slide.notes:
+        for note in report.notes_on(number):
             print_line(console, "note", "yellow", f"{slide.path}: {note}")
 
 

@@ -33,7 +33,7 @@ class SlideReport:
         pixels: number of pixels that this run segmented.
         downscale: factor by which the image was downscaled for the model.
         channels: names of the segmented channels; indices as text for channels without a name.
-        notes: remarks for the user on an image that is done, such as on NaN pixels.
+        notes: remarks for the user on the segmentation, such as on NaN pixels.
     """
 
     path: str
@@ -117,6 +117,11 @@ class RunReport:
         states = {slide.status for slide in self.slides}
         return next((state for state in ("failed", "held", "done") if state in states), "skipped")
 
+    def notes_on(self, number: int) -> tuple[str, ...]:
+        """Remarks for the user on an image, by its number in ``slides``: on its metadata, then on its segmentation."""
+        image = self.images[number] if self.images else None
+        return (image.notes if isinstance(image, Slide) else ()) + self.slides[number].notes
+
     @property
     def mpx_per_s(self) -> float:
         """Speed of the whole run in Mpx/s: segmented pixels per second of the run."""
@@ -136,6 +141,6 @@ class RunReport:
         """The report as plain JSON values."""
         content = asdict(replace(self, images=()))
         del content["images"]
-        slides = content.pop("slides")
+        slides = [{**slide, "notes": self.notes_on(number)} for number, slide in enumerate(content.pop("slides"))]
         rates = {"mpx_per_s": self.mpx_per_s, "engine_mpx_per_s": self.engine_mpx_per_s}
         return {"status": self.status, **rates, **content, "slides": slides}
