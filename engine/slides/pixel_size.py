@@ -64,7 +64,8 @@ def settle_pixel_size(stated: Mapping[str, tuple[object, object]]) -> PixelSize:
         stated: axis -> (size, unit), as the metadata have them, whatever their type; a size of None is not stated.
 
     Returns:
-        The sizes that are finite and from 1 nm to 1 mm; y and x stand in for each other.
+        The sizes from 1 nm to 1 mm. A size of y or x that is not stated is that of the other; if one of these two
+        cannot be true, both are unknown.
     """
     um: dict[str, float] = {}
     doubts: dict[str, str] = {}
@@ -77,6 +78,8 @@ def settle_pixel_size(stated: Mapping[str, tuple[object, object]]) -> PixelSize:
         else:
             written = f"{size!s:.40} {unit!s:.40}"
             doubts[axis] = f"pixel size along {axis} unknown: the metadata say {written}, which is no size"
+    if "y" in doubts or "x" in doubts:
+        um = {axis: length for axis, length in um.items() if axis not in "yx"}
     for axis, other in ("yx", "xy"):
         if other in um:
             um.setdefault(axis, um[other])

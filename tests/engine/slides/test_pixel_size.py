@@ -49,6 +49,6 @@ def test_a_unit_that_is_no_length_is_noted_and_none_at_all_is_not():
         assert settle_pixel_size({"x": (1, unit)}) == settle_pixel_size({})
 
 
-def test_y_and_x_stand_in_for_each_other_and_z_for_none():
-    assert settle_pixel_size({"z": (2, "µm"), "y": ("?", "µm"), "x": (1, "µm")}).um == {"z": 2.0, "y": 1.0, "x": 1.0}
-    assert settle_pixel_size({"z": (2, "µm")}).um == {"z": 2.0}
+def test_y_and_x_stand_in_for_each_other_unless_one_is_absurd():
+    assert settle_pixel_size({"z": (2, "µm"), "y": (1, "µm")}).um == {"z": 2.0, "y": 1.0, "x": 1.0}
+    assert settle_pixel_size({"z": (2, "µm"), "y": (1, "µm"), "x": (0, "µm")}).um == {"z": 2.0}
