@@ -114,6 +114,7 @@ def _images_in(
             yield replace(slide, plate_position=position, notes=slide.notes + empty)
             return
         children = _children(node, metadata, location, search.fields, position)
+        listed_images = {child for child, _ in children} if "well" in metadata else _listed_series(node)
         aside = _overviews(store, path, node, [child for child, _ in children]) if position is None else {}
     except CellsegError as error:
         yield UnreadableImage(name, location, error.detail, position)
@@ -125,9 +126,11 @@ def _images_in(
     def images_of(listed: tuple[str, PlatePosition | None]) -> list[Slide | UnreadableImage]:
         child, child_position = listed
         below = f"{path}/{child}" if path else child
-        if is_zarr_node(store / below):
-            return [*_images_in(store, below, f"{name}/{child}", search, child_position)]
-        reason = "listed in the metadata, but not in the store"
+        is_there = is_zarr_node(store / below)
+        images = [*_images_in(store, below, f"{name}/{child}", search, child_position)] if is_there else []
+        if images or (is_there and child not in listed_images):
+            return images
+        reason = "listed in the metadata, but " + ("holds no image" if is_there else "not in the store")
         return [UnreadableImage(f"{name}/{child}", str(store / below), reason, child_position)]
 
     children = [child for child in children if child[0] not in aside]
@@ -324,7 +327,10 @@ def _place(
     axes: str,
     units: tuple[str | None, ...],
 ) -> tuple[tuple[Level, ...], tuple[str | None, ...], tuple[str, ...]]:
-    """(levels, unit of each axis, notes): an axis along which the transformations make no sense has px, and no unit."""
+    """(levels, unit of each axis, notes): an axis along which the scales make no sense has px, and no unit.
+
+    A translation that makes no sense is 0.
+    """
     # Versions older than 0.4 have no transformations; only the shapes tell how the levels relate.
     factors = [[a / b for a, b in zip(arrays[0].shape, array.shape, strict=True)] for array in arrays]
     placements = [_placement(dataset, multiscale, factor) for dataset, factor in zip(datasets, factors, strict=True)]
@@ -333,7 +339,7 @@ def _place(
     for index, axis in enumerate(axes):
         sizes = [scale[index] for scale, _ in placements]
         wrong = [size for size in sizes if not (math.isfinite(size) and size > 0)]
-        if wrong or not all(math.isfinite(translation[index]) for _, translation in placements):
+        if wrong:
             doubtful.add(axis)
         if axis in "zyx":
             stated[axis] = (wrong or sizes)[0], units[index]
@@ -343,7 +349,8 @@ def _place(
     levels = []
     for dataset, array, factor, (scale, translation) in zip(datasets, arrays, factors, placements, strict=True):
         scale = tuple(f if axis in doubtful else s for axis, s, f in zip(axes, scale, factor, strict=True))
-        start = tuple(0.0 if axis in doubtful else shift for axis, shift in zip(axes, translation, strict=True))
+        lost = [axis in doubtful or not math.isfinite(shift) for axis, shift in zip(axes, translation, strict=True)]
+        start = tuple(0.0 if is_lost else shift for is_lost, shift in zip(lost, translation, strict=True))
         levels.append(Level(dataset["path"], array.shape, array.chunks, scale, start))
     units = tuple(None if axis in doubtful else unit for axis, unit in zip(axes, units, strict=True))
     return tuple(levels), units, size.notes
@@ -380,7 +387,7 @@ def _is_rgb(count: int, dtype: str, labels: list[str], channels: list[dict[str, 
     """RGB if OMERO's labels say so, or three uint8 channels without names, in the colours red, green, blue or none."""
     if [label.lower() for label in labels] in _RGB_LABELS:
         return True
-    colours = [str(channel.get("color") or "").strip("#").upper() for channel in channels]
+    colours = [str(channel.get("color") or "").strip("#").upper()[:6] for channel in channels]
     unnamed = all(_NUMBERED.fullmatch(label) for label in labels)
     return count == 3 and dtype == "uint8" and unnamed and (not any(colours) or colours == _RGB_COLOURS)
 

@@ -6,9 +6,8 @@ Pixels are taken as stored: a rotation in the EXIF metadata is left to viewers, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 import imagecodecs
 import numpy as np
@@ -43,7 +42,8 @@ class Pictures(ImageFormat):
             OSError: the file has not the format that its name says.
             ReadError: the user names other axes.
         """
-        with _opened(path) as (picture, _, deep):
+        deep = _deep_mode(path)
+        with Image.open(readable(path)) as picture:
             width, height = picture.size
             mode = deep or _mode(picture)
             frames, is_animation = getattr(picture, "n_frames", 1), not isinstance(picture, MpoImageFile)
@@ -70,24 +70,20 @@ class Pictures(ImageFormat):
 
     def open_level(self, slide: Slide, level: int) -> NDArray[Any]:
         """Read all pixels, (H, W) or (H, W, C)."""
-        with _opened(slide.store) as (picture, stream, deep):
-            if not deep:
-                return np.asarray(picture.convert(_mode(picture)))
-            stream.seek(0)
-            pixels: NDArray[Any] = imagecodecs.png_decode(stream.read())
+        deep = _deep_mode(slide.store)
+        if deep is not None:
+            pixels: NDArray[Any] = imagecodecs.png_decode(slide.store.read_bytes())
             return pixels if len(deep) > 1 else pixels[..., 0]
+        with Image.open(readable(slide.store)) as picture:
+            return np.asarray(picture.convert(_mode(picture)))
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[Image.Image, BinaryIO, str | None]]:
-    """Open a picture: (the picture, its file, the mode if it has 16 bits that Pillow would not keep, else None)."""
+def _deep_mode(path: Path) -> str | None:
+    """Mode of a PNG's channels if it has 16 bits that Pillow would not keep, else None."""
     source = readable(path)
     with source.open("rb") if isinstance(source, Path) else source as stream:
         header = stream.read(26)
-        is_deep = header.startswith(_PNG) and header[24:25] == b"\x10"
-        stream.seek(0)
-        with Image.open(stream) as picture:
-            yield picture, stream, _DEEP_MODES.get(header[25]) if is_deep else None
+    return _DEEP_MODES.get(header[25]) if header.startswith(_PNG) and header[24:25] == b"\x10" else None
 
 
 def _mode(picture: Image.Image) -> str:

@@ -163,6 +163,15 @@ def test_a_nonsense_scale_of_another_axis_leaves_the_pixel_size_known(tmp_path):
     assert len(slide.notes) == 1
 
 
+def test_a_nonsense_translation_is_none(tmp_path):
+    path = write_ome_zarr(tmp_path / "a.zarr", coordinates("yx", (8, 9)), "yx", levels=1, um=0.25)
+    shift = {"type": "translation", "translation": [float("nan"), 3]}
+    slide = only(
+        change(path, lambda ome: ome["multiscales"][0]["datasets"][0]["coordinateTransformations"].append(shift))
+    )
+    assert (slide.pixel_size_um(0), slide.levels[0].translation) == (0.25, (0, 3))
+
+
 @pytest.mark.parametrize(
     ("unit", "size", "um"),
     [
@@ -191,6 +200,7 @@ COLOURS = ["FF0000", "00FF00", "0000FF"]
         (GENERIC, COLOURS, "uint8", True),
         (["", "", ""], COLOURS, "uint8", True),
         (["0", "1", "2"], [colour.lower() for colour in COLOURS], "uint8", True),
+        (GENERIC, [f"#{colour}FF" for colour in COLOURS], "uint8", True),
         (GENERIC, COLOURS, "uint16", False),
         (GENERIC, COLOURS[::-1], "uint8", False),
         (["DAPI", "GFP", "RFP"], COLOURS, "uint8", False),
@@ -233,6 +243,8 @@ def test_series_of_bioformats2raw_are_taken_or_named(tmp_path):
     scan, lost = find_images(tmp_path / "b.zarr")
     assert (scan.path, scan.notes) == ("0", ("left out beside the scan: label image, macro image",))
     assert (lost.name, lost.reason) == ("b.zarr/3", "listed in the metadata, but not in the store")
+    root.create_group("3")
+    assert find_images(tmp_path / "b.zarr")[1].reason == "listed in the metadata, but holds no image"
 
 
 def test_chunks_that_are_not_stored_are_ground_of_fill_null(tmp_path):
