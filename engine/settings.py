@@ -70,7 +70,7 @@ class Settings:
         skip_background: one of `SKIPS`; auto skips tiles without contrast.
         downscale: factor by which images are downscaled for the model; None lets the model's card and the slide decide.
         channel: index or name of the channel with the nuclei; None picks by rule.
-        axes: axes of plain arrays, such as "cyx".
+        axes: axes of the images, such as "cyx"; those that name others themselves are refused, but for TIFFs.
         wells: names or patterns of the wells of plates to process, such as A01 and B*; () takes all.
         fields: names of the fields of each well to process; () takes all.
         instances: write every object with an id of its own instead of the mask.

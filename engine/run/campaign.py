@@ -211,7 +211,8 @@ class Campaign:
             self.failures.note(image, report.reason)
         elif report.status != "held":
             self.failures.forget(image)
-        reports[number] = report
+        notes = image.notes if isinstance(image, Slide) else ()
+        reports[number] = replace(report, notes=notes + report.notes)
         return number
 
     def _segment(self, image: Slide | UnreadableImage, number: int) -> Workflow[SlideReport]:

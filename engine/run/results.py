@@ -34,7 +34,7 @@ class SlideReport:
         pixels: number of pixels that this run segmented.
         downscale: factor by which the image was downscaled for the model.
         channels: names of the segmented channels; indices as text for channels without a name.
-        notes: remarks for the user on an image that is done, such as on NaN pixels.
+        notes: remarks for the user on the image's metadata, then on its segmentation, such as on NaN pixels.
     """
 
     path: str

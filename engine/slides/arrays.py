@@ -61,6 +61,7 @@ class HeldArray:
         size = 1.0 if pixel_size_um is None else pixel_size_um
         scale = (size, size, 1.0)[: pixels.ndim]
         unit = None if pixel_size_um is None else "micrometer"
+        rgb = pixels.ndim == 3 and pixels.shape[-1] in _RGB and pixels.dtype == np.uint8
         self.slide = Slide(
             name="array",
             store=Path(f"array-{uuid4().hex}"),
@@ -70,7 +71,8 @@ class HeldArray:
             dtype=pixels.dtype.name,
             levels=(Level("0", pixels.shape, pixels.shape, scale, (0.0,) * pixels.ndim),),
             units=(unit, unit, None)[: pixels.ndim],
-            rgb=pixels.ndim == 3 and pixels.shape[-1] in _RGB and pixels.dtype == np.uint8,
+            rgb=rgb,
+            alpha=rgb and pixels.shape[-1] == 4,
         )
 
     def __enter__(self) -> Slide:

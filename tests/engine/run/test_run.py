@@ -257,6 +257,15 @@ def test_nan_pixels_are_counted_once(tmp_path, segment):
     assert report.status == "done"
 
 
+def test_notes_on_metadata_are_in_the_report(tmp_path, segment):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(64, 64), levels=1, um=0)
+    report = segment(path)
+    (slide,) = report.to_json()["slides"]
+    assert (slide["status"], slide["pixel_size_um"]) == ("done", None)
+    assert len(slide["notes"]) == 2
+    assert "pixel size along x unknown" in " ".join(slide["notes"])
+
+
 def test_two_inputs_never_write_to_one_place(tmp_path, segment):
     for suffix in ("png", "tif"):
         Image.fromarray(blobs(40, 40, 1)[0]).save(tmp_path / f"a.{suffix}")
