@@ -232,7 +232,6 @@ class Model:
 
         from cellseg_batch.engine.errors import CellsegWarning, SlideError
         from cellseg_batch.engine.run.campaign import run_images
-        from cellseg_batch.engine.run.output_paths import output_paths
         from cellseg_batch.engine.slides.arrays import HeldArray
 
         with HeldArray(array) as slide, tempfile.TemporaryDirectory(prefix="cellseg-array-") as folder:
@@ -250,9 +249,8 @@ class Model:
                 raise SlideError.with_detail("array", outcome.reason)
             for note in outcome.notes:
                 warnings.warn(f"array: {note}", CellsegWarning, stacklevel=3)
-            paths = output_paths(slide, settings.name, settings.output)
-            group = paths.labels_folder if instances else paths.probability_folder
-            return np.asarray(zarr.open_array(group / "0", mode="r")[...])
+            group = outcome.outputs["labels" if instances else "probability"]
+            return np.asarray(zarr.open_array(f"{group}/0", mode="r")[...])
 
     def _model_pool(self, settings: Settings) -> ModelPool:
         """The model pool for instances, or for the probability alone, which needs fewer outputs of the network."""

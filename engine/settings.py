@@ -111,7 +111,7 @@ class Settings:
         skip_background: one of `SKIPS`; auto skips tiles without contrast.
         downscale: factor by which images are downscaled for the model; None lets the model's card and the slide decide.
         channel: index or name of the channel with the nuclei; None picks by rule.
-        axes: axes of plain arrays, such as "cyx".
+        axes: axes of the images, such as "cyx"; those that name others themselves are refused, but for TIFFs.
         wells: names or patterns of the wells of plates to process, such as A01 and B*; () takes all.
         fields: names of the fields of each well to process; () takes all.
         instances: write every object with an id of its own instead of the mask.
@@ -153,6 +153,11 @@ class Settings:
     overwrite: bool = False
     retry_failed: bool = False
 
+    @property
+    def makes_ids(self) -> bool:
+        """Whether labels are ids of objects instead of a mask."""
+        return self.instances or self.objects
+
     def __post_init__(self) -> None:
         """Refuse values that are wrong for every slide and every model.
 
@@ -169,7 +174,7 @@ class Settings:
         _one_of("skip_background", self.skip_background, SKIPS)
         if self.device not in ("auto", "cpu"):
             gpus_of(self.device)
-        if (self.instances or self.objects) and self.stitch != "crop":
+        if self.makes_ids and self.stitch != "crop":
             _refuse(
                 "instances", "`stitch=crop`: seeds come from single tiles", f"`stitch={self.stitch}`", "leave it out"
             )

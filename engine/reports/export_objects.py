@@ -219,15 +219,22 @@ def _features(batch: pa.RecordBatch, reader: SlideReader, provenance: Provenance
         for row in group:
             y0, x0, y1, x1 = boxes[row]
             mask = window[y0 - hull.y0 : y1 - hull.y0, x0 - hull.x0 : x1 - hull.x0] == ids[row]
+            geometry = _geometry(mask, (int(y0), int(x0)), provenance.level0_scale)
             yield {
                 "type": "Feature",
-                "geometry": _geometry(mask, (int(y0), int(x0)), provenance.level0_scale),
+                "geometry": geometry | _plane(reader.slide, int(planes[row])),
                 "properties": {
                     "objectType": "detection",
                     "name": str(ids[row]),
                     "measurements": {key: value for key, value in measured[row].items() if value is not None},
                 },
             }
+
+
+def _plane(labels: Slide, plane: int) -> dict[str, Any]:
+    """QuPath's member of a geometry that says in which t/z plane it lies, of every channel; none for a single plane."""
+    index = labels.plane_index(0, plane)
+    return {"plane": {"c": -1, "z": index.get("z", 0), "t": index.get("t", 0)}} if index else {}
 
 
 def _geometry(mask: NDArray[np.bool_], origin: tuple[int, int], scale: tuple[float, float]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from cellseg_batch.engine.objects.merge import FinalIds
 from cellseg_batch.engine.run.campaign import run_images
 from cellseg_batch.engine.run.lifecycle import block_bytes
 from cellseg_batch.engine.run.measure_pass import measured_channels
-from cellseg_batch.engine.run.open_slide import output_images
+from cellseg_batch.engine.run.open_slide import image_writers
 from cellseg_batch.engine.run.output_paths import output_paths, refuse_output_inside
 from cellseg_batch.engine.run.pipeline import passes_of
 from cellseg_batch.engine.run.results import RunReport, SlideReport
@@ -171,7 +171,7 @@ def _lay(image: Slide | UnreadableImage, settings: Settings, card: Card) -> tupl
         plan = plan_slide(image, paths, settings, card, Bounds(0.0, 1.0))
     except SlideError as error:
         return SlideEstimate(image.location, error.detail), None
-    layouts = [image.layout for image in output_images(plan) if image is not None]
+    layouts = [writer.layout for writer in image_writers(plan).values()]
     pixels = sum(math.prod(shape) for shape in layouts[0].shapes)
     entry = SlideEstimate(
         path=image.location,

@@ -20,11 +20,13 @@ from cellseg_batch.engine.errors import CellsegError, OutputError, SlideError, b
 from cellseg_batch.engine.geometry import fit_lattice
 from cellseg_batch.engine.inference.backends.registry import preloaded_modules
 from cellseg_batch.engine.inference.choice import Choice, choose_backend, settings_elsewhere
+from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.machine import peak_resident_bytes
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.failed_images import FailedImages, location
 from cellseg_batch.engine.run.lifecycle import Request, finish_slide, prepare_slide
+from cellseg_batch.engine.run.output_images import OutputImage, output_images
 from cellseg_batch.engine.run.output_paths import OutputPaths, output_paths, refuse_output_inside
 from cellseg_batch.engine.run.prepared_slide import PreparedSlide
 from cellseg_batch.engine.run.results import RunReport, SlideReport
@@ -171,8 +173,7 @@ class Campaign:
             try:
                 slides[number] = self._usable(image)
             except Exception as error:  # a campaign of thousands of images must survive any error of one image
-                reports[number] = _failed(image, error)
-                self._note(image, reports[number])
+                reports[number] = self._noted(image, _failed(image, error))
         for report in reports.values():
             self.observer.ended(report)
         if slides:  # else no backend is needed, and none is raced
@@ -237,23 +238,24 @@ class Campaign:
             report = SlideReport(slide.location, "held", error.detail)
         except Exception as error:
             report = _failed(slide, error)
-        self._note(slide, report)
-        reports[number] = report
+        reports[number] = self._noted(slide, report)
         return number
 
-    def _note(self, image: Slide | UnreadableImage, report: SlideReport) -> None:
-        """Note for later runs whether the image has failed."""
+    def _noted(self, image: Slide | UnreadableImage, report: SlideReport) -> SlideReport:
+        """The report with the remarks on the image's metadata; notes for later runs whether the image has failed."""
         if report.status == "failed":
             self.failures.note(image, report.reason)
         elif report.status != "held":
             self.failures.forget(image)
+        return replace(report, notes=image.notes + report.notes) if isinstance(image, Slide) else report
 
     def _segment(self, slide: Slide, number: int) -> Workflow[SlideReport]:
         """Segment one slide while this run holds the lock of its output."""
         paths = output_paths(slide, self.settings.name, self.settings.output)
-        self._claim(paths, slide)
+        outputs = output_images(paths, self.settings, DECODERS[self.card.decoder])
+        self._claim(outputs, slide)
         finished = Journal(paths.journal).is_finished and not self.settings.overwrite
-        if finished and all(folder.exists() for folder in paths.folders(self.settings.probability)):
+        if finished and all(output.folder.exists() for output in outputs):
             return (yield from self._segment_slide(slide, paths, number))  # nothing will be written
         with self._locks.hold(paths.lock):
             return (yield from self._segment_slide(slide, paths, number))
@@ -279,7 +281,7 @@ class Campaign:
                 return SlideReport(slide.location, "failed", reason)
             self._locks.check(paths.lock)
         report = yield from ask(partial(finish_slide, self.worker), prepared)
-        self._written_stores.update(paths.stores(prepared.plan.probability))
+        self._written_stores.update(output.store for output in prepared.plan.outputs)
         return report
 
     def _collect(self, progress: float, failures: dict[int, str], outcome: Outcome) -> None:
@@ -298,14 +300,14 @@ class Campaign:
         self._figures.plan(prepared)
         self.observer.planned(prepared.plan, self._figures.planned_peak_bytes, number, prepared.progress_done)
 
-    def _claim(self, paths: OutputPaths, slide: Slide) -> None:
+    def _claim(self, outputs: tuple[OutputImage, ...], slide: Slide) -> None:
         """Keep two images of one run from writing to the same folder."""
-        for folder in paths.folders(self.settings.probability):
-            owner = self._owners.setdefault(folder, slide.location)
+        for output in outputs:
+            owner = self._owners.setdefault(output.folder, slide.location)
             if owner != slide.location:
                 raise OutputError(
-                    str(folder),
-                    expected="a folder of its own for each image's labels",
+                    str(output.folder),
+                    expected=f"a folder of its own for each image's {output.name}",
                     found=f"the folder of {owner}",
                     cause="two inputs of one name",
                     remedy="run them one by one with different `name` or `output`",

@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 # Names of passes whose records other modules read.
 BLOCKS, MERGE, INSTANCES = "blocks", "merge", "instances"
 # Field of a decision -> the setting that it follows from; other fields have the name of theirs, or follow from none.
-_SETTING_OF = {"channels": "channel", "core": "tile", "flat": "skip_background"}
+_SETTING_OF = {"channels": "channel", "core": "tile", "flat": "skip_background", "outputs": "probability"}
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,9 @@ class Decisions:
         stitch: crop or blend.
         flat: difference of pixel values below which a tile is background; 0 computes all tiles.
         threshold: probability above which a pixel is foreground.
-        probability: whether the probability is written too.
-        instances: rule by which logits become instances; None for a mask.
+        decoder: name of the decoder by which logits become masks and instances.
+        outputs: names of the images that are written.
+        instances: numbers by which logits become instances; None for a mask.
         objects: whether the instances are measured.
     """
 
@@ -135,7 +136,8 @@ class Decisions:
     stitch: str
     flat: float
     threshold: float
-    probability: bool
+    decoder: str
+    outputs: tuple[str, ...]
     instances: InstanceRule | None
     objects: bool
 

@@ -56,6 +56,7 @@ class HeldArray:
                 remedy="choose one plane, and move the channels last",
             )
         self._pixels = pixels
+        rgb = pixels.ndim == 3 and pixels.shape[-1] in _RGB and pixels.dtype == np.uint8
         self.slide = Slide(
             name="array",
             store=Path(f"array-{uuid4().hex}"),
@@ -65,7 +66,8 @@ class HeldArray:
             dtype=pixels.dtype.name,
             levels=(Level("0", pixels.shape, pixels.shape, (1.0,) * pixels.ndim, (0.0,) * pixels.ndim),),
             units=(None,) * pixels.ndim,
-            rgb=pixels.ndim == 3 and pixels.shape[-1] in _RGB and pixels.dtype == np.uint8,
+            rgb=rgb,
+            alpha=rgb and pixels.shape[-1] == 4,
         )
 
     def __enter__(self) -> Slide:

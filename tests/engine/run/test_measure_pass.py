@@ -251,6 +251,22 @@ def test_geojson_is_in_pixels_of_the_full_resolution(measured, command, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # between anndata and pandas
+def test_exports_say_in_which_plane_an_object_lies(measured, command, tmp_path):
+    anndata = pytest.importorskip("anndata")
+    labels = np.zeros((3, 130, 100), np.uint32)
+    labels[2, 5:9, 5:9], labels[0, 5:9, 5:9] = 1, 2
+    measured(np.zeros((2, 3, 130, 100), np.uint8), labels, axes="czyx")
+    for kind in ("geojson", "anndata"):
+        code, said = command("export-objects", tmp_path / "a.zarr", "--format", kind, "--out", tmp_path / kind)
+        assert code == 0, said
+    features = json.loads((tmp_path / "geojson").read_text())["features"]
+    planes = {feature["properties"]["name"]: feature["geometry"]["plane"] for feature in features}
+    assert planes == {"1": {"c": -1, "z": 2, "t": 0}, "2": {"c": -1, "z": 0, "t": 0}}
+    observed = anndata.read_h5ad(tmp_path / "anndata").obs
+    assert sorted(observed[["id", "t", "z"]].to_numpy().tolist()) == [[1, 0, 2], [2, 0, 0]]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # between anndata and pandas
 def test_anndata_holds_figures_and_places(measured, command, tmp_path):
     anndata = pytest.importorskip("anndata")
     pixels, labels = example()

@@ -101,7 +101,9 @@ def test_planes_are_segmented_each_on_its_own(tmp_path, segment):
         for z in (0, 1):
             path = write_ome_zarr(tmp_path / f"{t}{z}.zarr", image[t, :, z], levels=1)
             np.testing.assert_array_equal(labels_of(segment(path)), labels[t, z])
-    probability = zarr.open_array(str(tmp_path / "a.cellseg.zarr" / "cellseg_probability" / "0"), mode="r")
+    companion = tmp_path / "a.cellseg.zarr" / "cellseg_probability"
+    assert report.slides[0].outputs == {"labels": report.slides[0].labels, "probability": str(companion)}
+    probability = zarr.open_array(str(companion / "0"), mode="r")
     np.testing.assert_array_equal(probability[...] > 127, labels > 0)
 
 
@@ -121,7 +123,7 @@ def test_what_is_finished_is_not_touched_by_a_run_with_other_settings(tmp_path, 
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(150, 130))
     written = labels_of(segment(path, objects=True))
     for changes, reason in (
-        ({"objects": True, "probability": True}, "`probability` was off, now on"),
+        ({"objects": True, "probability": True}, "outputs (`probability`) was labels, now labels, probability"),
         ({"instances": True}, "`objects` was on, now off"),
     ):
         report = segment(path, **changes)
@@ -271,6 +273,15 @@ def test_nan_pixels_are_counted_once(tmp_path, segment):
     assert report.slides[0].missing_pixels == 200
     assert report.slides[0].notes == ("200 NaN pixels taken as 0",)
     assert report.status == "done"
+
+
+def test_notes_on_metadata_are_in_the_report(tmp_path, segment):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(64, 64), levels=1, um=0)
+    report = segment(path)
+    (slide,) = report.to_json()["slides"]
+    assert (slide["status"], slide["pixel_size_um"]) == ("done", None)
+    assert len(slide["notes"]) == 2
+    assert "pixel size along x unknown" in " ".join(slide["notes"])
 
 
 def test_two_inputs_never_write_to_one_place(tmp_path, segment):
