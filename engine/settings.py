@@ -5,9 +5,12 @@ None means that the user did not choose: the model card, the machine or an unfin
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS, KNOWN_PRECISIONS
 from cellseg_batch.engine.errors import UsageError
@@ -17,6 +20,36 @@ SCHEDULERS = ("threads", "processes", "slurm")
 PRECISIONS = ("auto", *KNOWN_PRECISIONS)
 SKIPS = ("auto", "off")
 STITCHES = ("crop", "blend")
+
+
+def _check_types(settings: ClusterSettings | Settings) -> None:
+    """Refuse values whose types are not those in the annotations; an int is a float too, a bool is no number.
+
+    Raises:
+        UsageError: a value has another type than its field.
+    """
+    for name, kind in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if not _has_type(value, kind):
+            _refuse(name, _type_name(kind), f"{value!r}", "see cellseg_batch.Settings")
+
+
+def _has_type(value: object, kind: Any) -> bool:
+    if get_origin(kind) is UnionType:
+        return any(_has_type(value, member) for member in get_args(kind))
+    if get_origin(kind) is tuple:  # of any length
+        return isinstance(value, tuple) and all(_has_type(item, get_args(kind)[0]) for item in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is UnionType:
+        return " or ".join(map(_type_name, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"tuple of {_type_name(get_args(kind)[0])}"
+    return "None" if kind is NoneType else str(kind.__name__)
 
 
 @dataclass(frozen=True)
@@ -40,6 +73,14 @@ class ClusterSettings:
     cores: int | None = None
     memory: str | None = None
     config: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values of other types.
+
+        Raises:
+            UsageError: a value has another type than its field.
+        """
+        _check_types(self)
 
 
 @dataclass(frozen=True)
@@ -102,7 +143,7 @@ class Settings:
     pixel_size: float | None = None
     skip_background: str = "auto"
     downscale: int | None = None
-    channel: str | None = None
+    channel: int | str | None = None
     axes: str | None = None
     wells: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
@@ -121,8 +162,9 @@ class Settings:
         """Refuse values that are wrong for every slide and every model.
 
         Raises:
-            UsageError: a value is out of range.
+            UsageError: a value is out of range, or has another type than its field.
         """
+        _check_types(self)
         _one_of("backend", self.backend, BACKENDS)
         if self.scheduler not in SCHEDULERS and "://" not in self.scheduler:
             expected = f"{', '.join(SCHEDULERS)} or an address such as tcp://host:8786"
@@ -148,8 +190,8 @@ class Settings:
                 _refuse(name, "1 or more", value, "leave it out for the default")
         if self.level is not None and self.level < 0:
             _refuse("level", "0 (full resolution) or more", self.level, "see cellseg-batch info for the levels")
-        if self.pixel_size is not None and not self.pixel_size > 0:
-            _refuse("pixel_size", "µm per px above 0", self.pixel_size, "try 0.5")
+        if self.pixel_size is not None and not 0 < self.pixel_size < math.inf:
+            _refuse("pixel_size", "a finite number of µm per px above 0", self.pixel_size, "try 0.5")
         if not self.name or set(self.name) & set("/\\") or self.name.startswith("."):
             _refuse("name", "a plain name for the label group", repr(self.name), "try `name=nuclei`")
 

@@ -197,7 +197,9 @@ def _continue(worker: Worker, request: Request, journal: Journal, manifest: Mani
             journal.start(manifest)
             _create_scratch(plan, journal)
         pixels_done = sum(plan.grid[index].box.area for index in journal.numbers(BLOCKS))
-        prepared = replace(prepared, pixels_done=pixels_done)
+        tasks_done = ((slide_pass, len(journal.numbers(slide_pass.name))) for slide_pass in prepared.passes)
+        progress_done = sum(prepared.progress_of(slide_pass, tasks) for slide_pass, tasks in tasks_done)
+        prepared = replace(prepared, pixels_done=pixels_done, progress_done=progress_done)
         _keep_open(worker, prepared, reader)
     return prepared
 
@@ -325,7 +327,7 @@ def _fit_memory(
         if limit is None or peak_bytes <= limit:
             budget = None if limit is None else limit - held_bytes
             passes, identity = tuple(passes_of(plan)), _identity_of(backend)
-            return PreparedSlide(plan, identity, passes, bytes_of_block, budget, workers, peak_bytes, pixels_done=0)
+            return PreparedSlide(plan, identity, passes, bytes_of_block, budget, workers, peak_bytes)
         rows, columns = plan.grid.cores
         if keeps_blocks or (rows, columns) == (1, 1):
             raise OutputError(

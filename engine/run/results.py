@@ -86,7 +86,8 @@ class RunReport:
         seconds: seconds from the command's start to the last journal entry, without `compile_seconds`.
         compile_seconds: seconds in which the model was chosen, compiled and warmed up.
         backend, precision, tile, margin, batch, block, workers: the values that were used; where slides differ, those
-            of the largest.
+            of the largest.  If no image could be used, backend and precision are ""; without a slide to work on, tile
+            and block are None.
         peak_rss_bytes: largest resident memory of the process.
         planned_peak_bytes: host memory that was announced as the most that the run would need.
         stages: busy seconds of each stage, over all threads.
@@ -100,10 +101,10 @@ class RunReport:
     compile_seconds: float
     backend: str
     precision: str
-    tile: tuple[int, int]
+    tile: tuple[int, int] | None
     margin: int
     batch: int
-    block: tuple[int, int]
+    block: tuple[int, int] | None
     workers: int
     peak_rss_bytes: int
     planned_peak_bytes: int

@@ -133,6 +133,24 @@ def pick_margin(settings: Settings, card: Card) -> int:
     return card.exact_margin if settings.margin == "exact" else int(settings.margin)
 
 
+def choose_input(slide: Slide, settings: Settings, card: Card) -> tuple[LevelChoice, ChannelChoice]:
+    """Choose the level and the channels of a slide by its metadata alone.
+
+    Raises:
+        SlideError: the slide has no such level or channel, or has channels that the model cannot take.
+    """
+    level = choose_level(slide, settings.level, settings.pixel_size, card.pixel_size_um)
+    channels = choose_channels(slide, settings.channel)
+    if len(channels.indices) not in (1, card.channels):
+        raise SlideError(
+            slide.location,
+            expected=f"an image of 1 or {card.channels} channels for the model {card.name}",
+            found=f"{len(channels.indices)} ({channels.reason})",
+            remedy="choose one with `channel`",
+        )
+    return level, channels
+
+
 def plan_slide(
     slide: Slide, paths: OutputPaths, settings: Settings, card: Card, bounds: Bounds | None = None
 ) -> SlidePlan:
@@ -149,15 +167,7 @@ def plan_slide(
         SlideError: the slide has no such level or channel, cannot be read, or has channels that the model cannot take.
         UsageError: tile and margin do not go together.
     """
-    level = choose_level(slide, settings.level, settings.pixel_size, card.pixel_size_um)
-    channels = choose_channels(slide, settings.channel)
-    if len(channels.indices) not in (1, card.channels):
-        raise SlideError(
-            slide.location,
-            expected=f"an image of 1 or {card.channels} channels for the model {card.name}",
-            found=f"{len(channels.indices)} ({channels.reason})",
-            remedy="choose one with `channel`",
-        )
+    level, channels = choose_input(slide, settings, card)
     if bounds is None:
         sampled = card.normalisation.rule != "fixed"
         sample = sample_slide(slide, channels.indices, level.level) if sampled else []

@@ -306,7 +306,7 @@ def test_labels_and_scratch_that_a_run_leaves(tmp_path, segment, pixels, bundle,
     assert provenance["decoder"] == "seeds"
     skipped = segment(path, instances=True, model=model, downscale=2)
     assert (skipped.status, skipped.slides[0].objects) == ("skipped", report.slides[0].objects)
-    assert "instances was" in segment(path, downscale=2, model=model).slides[0].reason
+    assert "`instances` was on, now off" in segment(path, downscale=2, model=model).slides[0].reason
 
 
 def test_labels_that_are_there_already_are_kept(tmp_path, segment, pixels, model):

@@ -32,10 +32,10 @@ from tests.support.images import blobs, check_table, fill_ome_zarr, write_ome_za
 def measured(tmp_path, tiny_bundle):
     """Write an image of two channels with labels, measure it in blocks, return the table's path."""
 
-    def call(pixels, labels, axes="cyx", block=128, name="a.zarr"):
+    def call(pixels, labels, axes="cyx", block=128, name="a.zarr", channels="ab"):
         path = tmp_path / name
-        channels = [{"label": "a"}, {"label": "b"}]
-        write_ome_zarr(path, pixels, axes=axes, levels=2, um=0.25, channels=channels)
+        described = [{"label": label} for label in channels]
+        write_ome_zarr(path, pixels, axes=axes, levels=2, um=0.25, channels=described)
         (slide,) = find_images(path)
         paths = output_paths(slide, "cellseg", None)
         group = zarr.open_group(str(paths.store), mode="r+").require_group(paths.labels)
@@ -180,6 +180,32 @@ def test_csv_holds_every_object_of_every_image(measured, command, tmp_path):
     assert [row["slide"] for row in rows] == ["a.zarr"] * labels.max() + ["b.zarr"] * labels.max()
     assert [int(row["id"]) for row in rows] == expected["label"].tolist() * 2
     assert [int(row["area"]) for row in rows] == expected["area"].tolist() * 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # between anndata and pandas
+def test_images_of_different_channels_share_a_file(measured, command, tmp_path):
+    pixels, labels = example()
+    means = {}
+    for name, channels in (("a", "ab"), ("b", "bc")):
+        table = pq.read_table(measured(pixels, labels, name=f"all/{name}.zarr", channels=channels))
+        means |= {name + channel: table[f"intensity_mean_{channel}"].to_pylist() for channel in channels}
+    count = len(means["aa"])
+    expected = {
+        "a": means["aa"] + [None] * count,
+        "b": means["ab"] + means["bb"],
+        "c": [None] * count + means["bc"],
+    }
+    assert command("export-objects", tmp_path / "all", "--format", "csv", "--out", tmp_path / "x.csv")[0] == 0
+    with open(tmp_path / "x.csv") as stream:
+        rows = list(csv.DictReader(stream))
+    for channel, values in expected.items():
+        written = [row[f"intensity_mean_{channel}"] for row in rows]
+        assert [float(text) if text else None for text in written] == values
+    anndata = pytest.importorskip("anndata")
+    assert command("export-objects", tmp_path / "all", "--format", "anndata", "--out", tmp_path / "x.h5ad")[0] == 0
+    data = anndata.read_h5ad(tmp_path / "x.h5ad")
+    for channel, values in expected.items():
+        np.testing.assert_allclose(data[:, f"intensity_mean_{channel}"].X[:, 0], np.array(values, "float32"))
 
 
 def test_geojson_polygons_are_the_labels(measured, command, tmp_path):

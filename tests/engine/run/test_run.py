@@ -123,8 +123,8 @@ def test_what_is_finished_is_not_touched_by_a_run_with_other_settings(tmp_path, 
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(150, 130))
     written = labels_of(segment(path, objects=True))
     for changes, reason in (
-        ({"objects": True, "probability": True}, "outputs was labels, now labels, probability"),
-        ({"instances": True}, "objects was True, now False"),
+        ({"objects": True, "probability": True}, "outputs (`probability`) was labels, now labels, probability"),
+        ({"instances": True}, "`objects` was on, now off"),
     ):
         report = segment(path, **changes)
         assert report.status == "failed"
@@ -179,9 +179,27 @@ def test_a_finished_run_is_skipped_and_a_changed_one_refused(slide, segment):
     assert again.slides[0].foreground_fraction > 0
     changed = segment(slide, threshold=0.25)
     assert changed.status == "failed"
-    assert "threshold was 0.5, now 0.25" in changed.slides[0].reason
+    assert "`threshold` was 0.5, now 0.25" in changed.slides[0].reason
+    changed = segment(slide, instances=True, margin=32)
+    assert "`margin` was 8, now 32; `instances` was off, now on; use the same" in changed.slides[0].reason
     anew = segment(slide, threshold=0.25, overwrite=True)
     assert anew.slides[0].foreground_fraction > again.slides[0].foreground_fraction
+
+
+def test_what_is_unknown_when_all_images_failed_is_left_out(tmp_path, command, tiny_model):
+    (tmp_path / "a.png").write_text("no picture")
+    code, output = command("run", tmp_path / "a.png", "--model", tiny_model, *REFERENCE)
+    assert code == 1
+    assert [name for name in ("model", "tile", "rate", "objects", "announced") if name in output] == []
+
+
+def test_no_backend_is_raced_for_images_that_their_metadata_refuse(slide, segment, watcher):
+    report = segment(slide, backend="openvino", channel="DAPI")
+    assert "`channel=DAPI`" in report.slides[0].reason
+    assert (report.status, report.backend, report.tile) == ("failed", "", None)
+    assert watcher.reports == report.slides
+    assert not hasattr(watcher, "raced")
+    assert len(segment(slide, retry_failed=True).slides) == 1
 
 
 def test_foreign_labels_are_never_touched(slide, segment):

@@ -126,7 +126,7 @@ def test_a_finished_run_keeps_its_scale_and_another_is_refused(tmp_path, segment
     assert (again.status, again.downscale) == ("skipped", 2)
     other = segment(path, model=downscaling_model, tile=256, downscale=1).slides[0]
     assert other.status == "failed"
-    assert "downscale was 2, now 1" in other.reason
+    assert "`downscale` was 2, now 1" in other.reason
 
 
 def test_a_tile_too_small_for_the_downscaled_margin_leaves_the_image_as_it_is(tmp_path, segment, tiny_model):
