@@ -22,6 +22,7 @@ from cellseg_batch.engine.inference.gpu_admission import Admission
 from cellseg_batch.engine.inference.gpu_batch_queue import BatchQueue
 from cellseg_batch.engine.inference.kept_by_use import KeptByUse
 from cellseg_batch.engine.inference.model_pool import ModelPool
+from cellseg_batch.engine.reports.plan import estimate
 from cellseg_batch.engine.settings import Settings
 from tests.support.fake_gpu import STREAMS, FakeGpus
 from tests.support.images import blobs, labels_of, write_ome_zarr
@@ -134,7 +135,7 @@ def test_memory_for_no_block_at_all_is_named(gpus, on_gpus, tmp_path):
     assert gpus.used[0] < 60_000 * 20
 
 
-def test_blocks_of_gpus_hold_several_cores(gpus, segment, on_gpus, tmp_path, monkeypatch):
+def test_blocks_of_gpus_hold_several_cores(gpus, segment, on_gpus, tmp_path, monkeypatch, tiny_model):
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(250, 250), levels=1)
     monkeypatch.setattr(settings, "_BLOCK", 64)
     monkeypatch.setattr(settings, "_BLOCK_ON_GPU", 128)
@@ -142,6 +143,8 @@ def test_blocks_of_gpus_hold_several_cores(gpus, segment, on_gpus, tmp_path, mon
     report = on_gpus(path, block=None)
     assert_same(report, expected)
     assert report.slides[0].blocks == 4
+    how = {"model": str(tiny_model), "backend": "torch-cuda", "gate": False, "tile": TILE, "output": tmp_path / "out"}
+    assert estimate([path], Settings(**how), 1, lambda: None).slides[0].blocks == 4
 
 
 def test_without_a_compiler_for_kernels_the_host_cuts_and_stitches(gpus, segment, on_gpus, tmp_path, monkeypatch):
