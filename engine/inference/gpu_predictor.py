@@ -88,7 +88,13 @@ class GpuPredictor:
     def _compute(self, queue: BatchQueue, pixels: NDArray[Any], block: Block) -> BlockResult:
         """Predict a block with tiles; raises an error that `is_out_of_memory` if the device's memory is full."""
         tiles = _BlockOnDevice(queue, self.rule, self.clock, pixels, block)
-        queue.run(tiles)
+        try:
+            queue.run(tiles)
+        except BaseException:
+            # Launched work still reads memory that would otherwise go to the next block.
+            queue.incoming.synchronize()
+            queue.computing.synchronize()
+            raise
         mask, probability, (foreground, undefined) = tiles.fetch()
         self.clock.worked("model", queue.busy_seconds())
         refuse_nan(block, undefined)

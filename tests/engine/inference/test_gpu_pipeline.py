@@ -135,6 +135,23 @@ def test_memory_for_no_block_at_all_is_named(gpus, on_gpus, tmp_path):
     assert gpus.used[0] < 60_000 * 20
 
 
+def test_a_block_that_fails_leaves_no_work_behind(gpus, on_gpus, tmp_path, monkeypatch):
+    """Its memory goes to the next block, while the device would still read it."""
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(150, 170), levels=1)
+    real, replays = gpus.replay, []
+
+    def replay(graph):
+        replays.append(graph)
+        if len(replays) > 2:
+            raise RuntimeError("CUDA error: an illegal instruction was encountered")
+        real(graph)
+
+    monkeypatch.setattr(gpus, "replay", replay)
+    report = on_gpus(path, block=999, device="cuda:0")
+    assert "illegal instruction" in report.slides[0].reason
+    assert [stream for stream in gpus.streams(0) if stream.done < len(stream.work)] == []
+
+
 def test_blocks_of_gpus_hold_several_cores(gpus, segment, on_gpus, tmp_path, monkeypatch, tiny_model):
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(250, 250), levels=1)
     monkeypatch.setattr(settings, "_BLOCK", 64)
