@@ -85,7 +85,7 @@ def random_bundle(name: str) -> Bundle:
     torch.manual_seed(0)
     network = build_network(_ARCHITECTURES[name])
     weights = {key: value.numpy() for key, value in network.state_dict().items()}
-    card = Card(name, _ARCHITECTURES[name], 3, ("foreground",), 32, 128, 64, 0.5, 0.5, Normalisation())
+    card = Card(name, _ARCHITECTURES[name], 3, ("foreground",), "mask", 32, 128, 64, 0.5, 0.5, Normalisation())
     return Bundle(card, weights)
 
 

@@ -46,7 +46,7 @@ Labels = NDArray[np.unsignedinteger[Any]]
 
 def val(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     bundle = load_model("nuclei")
-    network = build_torch_network(bundle)
+    network, card = build_torch_network(bundle), bundle.card
     dataset = load_dataset(arguments.data, Normalisation(), only=("val",))
     samples = {sample.name: sample for sample in dataset.splits["val"]}
     pictures = folder / "pictures"
@@ -60,8 +60,8 @@ def val(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     for number, slide in enumerate(report["slides"]):
         labels, sample = labels_of(report, number), samples[Path(slide["path"]).stem]
         precisions.append(average_precisions(instance_overlaps(labels, relabel_sequential(sample.labels)[0]).ious))
-        shrink, logits = predict_sample(network, sample, bundle)
-        grown = decode_instances(logits, bundle.card.threshold, bundle.card.instances, shrink)
+        downscale, logits = predict_sample(network, sample, bundle)
+        grown = decode_instances(logits, card.decoder, card.threshold, card.instances, downscale)
         alike += matches(instance_overlaps(labels, grown).ious, _ALIKE)[0]
         objects += slide["objects"]
     evaluated = summarise(evaluate(bundle, network, samples.values()))

@@ -22,6 +22,7 @@ from common import row
 
 from cellseg_batch.engine.geometry import fit_lattice
 from cellseg_batch.engine.inference.backends.protocol import Shape
+from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.session import Session
@@ -42,6 +43,7 @@ def main() -> None:
     lattice = fit_lattice((side, side), settings.tile, margin, bundle.card.total_stride)
     shape = (1, 3, *lattice.tile)
     model_pool = ModelPool(bundle, settings)
+    network = DECODERS[bundle.card.decoder].network(bundle, instances=False)
     ours, theirs = [], []
     pixels = np.random.default_rng(0).integers(0, 256, shape[1:], np.uint8)
     rows, columns = (np.arange(length)[None] for length in lattice.tile)
@@ -49,7 +51,7 @@ def main() -> None:
         session.fill(pixels, rows, columns, Bounds(0.0, 255.0))
         for _ in range(turns):
             ours.append(_loop(session))
-            theirs.append(_benchmark_app(bundle.foreground.sha256, precision, shape))
+            theirs.append(_benchmark_app(network.sha256, precision, shape))
     share = median(our_rate / their_rate for our_rate, their_rate in zip(ours, theirs, strict=True))
     print(json.dumps(row("the engine's session", ours, of_benchmark_app=share)))
     print(json.dumps(row("OpenVINO's benchmark_app, latency hint", theirs)))

@@ -12,12 +12,13 @@
 `segment` runs what ``cellseg-batch run`` runs, with the same bits; a `Model` segments arrays in memory as a run would
 segment an image of these pixels.  No function prints, takes signals or changes the environment; failures raise a
 `CellsegError` that says what was expected, what was found and what to do.  Libraries are imported when they are needed.
+A remark on an array, such as on its NaN pixels, is a `CellsegWarning`; those on images are `SlideReport.notes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from cellseg_batch.engine.errors import CellsegError
+    from cellseg_batch.engine.errors import CellsegError, CellsegWarning
     from cellseg_batch.engine.inference.model_pool import ModelPool
     from cellseg_batch.engine.run.results import PlateReport, RunReport, SlideReport
     from cellseg_batch.engine.run.slide_plan import SlidePlan
@@ -38,6 +39,7 @@ __path__ = extend_path(__path__, __name__)
 
 __all__ = [
     "CellsegError",
+    "CellsegWarning",
     "Model",
     "PlateReport",
     "Progress",
@@ -52,11 +54,32 @@ __all__ = [
 
 _LAZY = {
     "CellsegError": "cellseg_batch.engine.errors",
+    "CellsegWarning": "cellseg_batch.engine.errors",
     "Settings": "cellseg_batch.engine.settings",
     "PlateReport": "cellseg_batch.engine.run.results",
     "RunReport": "cellseg_batch.engine.run.results",
     "SlideReport": "cellseg_batch.engine.run.results",
 }
+
+# The settings of `load_model`.  The others say where a run reads and writes, what it writes, or where it computes.
+_ARRAY_SETTINGS = (
+    "backend",
+    "precision",
+    "device",
+    "gate",
+    "threshold",
+    "tile",
+    "margin",
+    "batch",
+    "block",
+    "workers",
+    "threads",
+    "max_memory",
+    "pixel_size",
+    "skip_background",
+    "downscale",
+    "channel",
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -97,9 +120,11 @@ def segment(
 
     Args:
         slides: path or URL of an image, a store or a folder of them, or several.
-        progress: called in this thread at every step; an exception that it raises ends the run.
+        progress: called in this thread at every step; an exception that it raises ends the run, whose
+            finished work stays.
         settings: fields of `Settings`, which are the flags of ``cellseg-batch run``: ``model``, ``output``,
-            ``objects``, ``pixel_size``, ``precision`` and so on.
+            ``objects``, ``pixel_size``, ``precision`` and so on.  A path may be text, and ``wells`` and ``fields`` a
+            single name or several.
 
     Returns:
         The report of the run; `RunReport.slides` has an entry for each image, failed ones with their reasons.
@@ -107,11 +132,15 @@ def segment(
     Raises:
         CellsegError: the run cannot start with these slides and settings.
     """
+    from cellseg_batch.engine.errors import UsageError
     from cellseg_batch.engine.run.campaign import run
+    from cellseg_batch.engine.settings import Settings
     from cellseg_batch.engine.storage.paths import locate
 
-    chosen = _settings(**settings)
+    chosen = _settings(settings, [field.name for field in fields(Settings)])
     paths = [slides] if isinstance(slides, (str, PathLike)) else list(slides)
+    if not paths:
+        raise UsageError("slides", expected="at least one path or URL", found="none", remedy="name what to segment")
     report = run([locate(str(path)) for path in paths], chosen, _Observer(progress))
     if not chosen.objects:
         return report
@@ -120,20 +149,21 @@ def segment(
     return summarise_plates(report, chosen)
 
 
-def load_model(model: str = "nuclei", **settings: Any) -> Model:
+def load_model(model: str | PathLike[str] = "nuclei", **settings: Any) -> Model:
     """Load a model and compile it for this machine, to segment arrays.
 
     Args:
         model: a shipped model's name, or the folder of a bundle.
-        settings: fields of `Settings`, such as ``backend``, ``precision``, ``device``, ``threshold`` and ``margin``.
+        settings: the fields of `Settings` that matter to arrays, such as ``backend``, ``precision``, ``device``,
+            ``threshold`` and ``margin``; ``pixel_size`` and ``channel`` hold for calls without their own.
 
     Raises:
-        CellsegError: there is no such model, or no backend fits the settings.
+        CellsegError: there is no such model, no backend fits the settings, or a setting means nothing for arrays.
     """
     from cellseg_batch.engine.inference.model_pool import ModelPool
     from cellseg_batch.engine.models import load_model as load_bundle
 
-    chosen = _settings(model=model, **settings, instances=True)
+    chosen = replace(_settings(settings, _ARRAY_SETTINGS), model=str(model), instances=True)
     return Model(chosen, ModelPool(load_bundle(chosen.model), chosen))
 
 
@@ -145,7 +175,7 @@ class Model:
     cut into the same tiles as an image of its size in a run, and normalised as a whole.
 
     Args:
-        settings: settings of every call.
+        settings: settings of every call; a call's own pixel size and channel come first.
         model_pool: model pool for instances; it keeps compiled models from call to call.
     """
 
@@ -158,14 +188,17 @@ class Model:
 
         Args:
             array: (Y, X) or (Y, X, C).
-            pixel_size: µm per px; None if it is unknown.
-            channel: index of the channel with the nuclei; None chooses as a run does.
+            pixel_size: µm per px; None takes the model's setting, and is unknown without one.
+            channel: index of the channel with the nuclei; None takes the model's setting, or chooses as a run does.
 
         Returns:
             (Y, X) uint32 (uint64 beyond 4 thousand million objects): 0 is background, 1, 2, ... are the objects.
 
         Raises:
             CellsegError: the array is no image, or not one for this model.
+
+        Warns:
+            CellsegWarning: a remark on the array, such as on NaN pixels, which are taken as 0.
         """
         return self._run(array, pixel_size, channel, instances=True)
 
@@ -182,31 +215,31 @@ class Model:
 
         Raises:
             CellsegError: the array is no image, or not one for this model.
+
+        Warns:
+            CellsegWarning: as in `segment`.
         """
         return self._run(array, pixel_size, channel, instances=False)
 
     def _run(self, array: NDArray[Any], pixel_size: float | None, channel: int | None, instances: bool) -> NDArray[Any]:
         """Compute the labels of an array, or its probability, with a campaign that writes to a temporary folder."""
         import tempfile
-        from dataclasses import replace
+        import warnings
         from pathlib import Path
 
         import numpy as np
         import zarr
 
-        from cellseg_batch.engine.errors import SlideError
+        from cellseg_batch.engine.errors import CellsegWarning, SlideError
         from cellseg_batch.engine.run.campaign import run_images
-        from cellseg_batch.engine.run.output_paths import output_paths
         from cellseg_batch.engine.slides.arrays import HeldArray
 
-        with (
-            HeldArray(array, pixel_size) as slide,
-            tempfile.TemporaryDirectory(prefix="cellseg-array-") as folder,
-        ):
+        with HeldArray(array) as slide, tempfile.TemporaryDirectory(prefix="cellseg-array-") as folder:
             settings = replace(
                 self._settings,
                 output=Path(folder),
-                channel=None if channel is None else str(channel),
+                pixel_size=self._settings.pixel_size if pixel_size is None else pixel_size,
+                channel=self._settings.channel if channel is None else channel,
                 instances=instances,
                 probability=not instances,
             )
@@ -214,9 +247,10 @@ class Model:
             (outcome,) = report.slides
             if outcome.status != "done":
                 raise SlideError.with_detail("array", outcome.reason)
-            paths = output_paths(slide, settings.name, settings.output)
-            group = paths.labels_folder if instances else paths.probability_folder
-            return np.asarray(zarr.open_array(group / "0", mode="r")[...])
+            for note in outcome.notes:
+                warnings.warn(f"array: {note}", CellsegWarning, stacklevel=3)
+            group = outcome.outputs["labels" if instances else "probability"]
+            return np.asarray(zarr.open_array(f"{group}/0", mode="r")[...])
 
     def _model_pool(self, settings: Settings) -> ModelPool:
         """The model pool for instances, or for the probability alone, which needs fewer outputs of the network."""
@@ -239,14 +273,24 @@ def open_labels(slide: SlideReport | str | PathLike[str], level: int = 0) -> zar
         An array with the slide's axes out of (T, Z, Y, X).  Foreground is 1 in a mask, and ids of objects otherwise.
 
     Raises:
-        CellsegError: the slide has no labels.
+        CellsegError: the slide has no labels, or no such level.
     """
     import zarr
 
+    from cellseg_batch.engine.errors import ReadError
+    from cellseg_batch.engine.slides.ome_zarr import open_written
     from cellseg_batch.engine.storage.paths import locate, zarr_store
 
-    path = str(slide) if isinstance(slide, (str, PathLike)) else _output_of(slide, slide.labels, "labels")
-    return zarr.open_array(zarr_store(locate(path) / str(level)), mode="r")
+    path = locate(str(slide) if isinstance(slide, (str, PathLike)) else _output_of(slide, slide.labels, "labels"))
+    levels = [written.path for written in open_written(path, "").levels]
+    if str(level) not in levels:
+        raise ReadError(
+            str(path),
+            expected=f"one of the levels {', '.join(levels)}",
+            found=f"`level={level}`",
+            remedy="choose one of these",
+        )
+    return zarr.open_array(zarr_store(path / str(level)), mode="r")
 
 
 def read_objects(slide: SlideReport | str | PathLike[str]) -> pyarrow.Table:
@@ -259,15 +303,17 @@ def read_objects(slide: SlideReport | str | PathLike[str]) -> pyarrow.Table:
         One row per object; ``table.to_pandas()`` and ``polars.from_arrow(table)`` make data frames of the table.
 
     Raises:
-        CellsegError: the slide has no table.
+        CellsegError: the slide has no table, or the file is none.
     """
     import pyarrow
 
-    from cellseg_batch.engine.objects.table import read_batches
+    from cellseg_batch.engine.objects.table import read_batches, read_provenance
     from cellseg_batch.engine.storage.paths import locate
 
-    path = str(slide) if isinstance(slide, (str, PathLike)) else _output_of(slide, slide.table, "table of objects")
-    return pyarrow.Table.from_batches(list(read_batches(locate(path))))
+    table = str(slide) if isinstance(slide, (str, PathLike)) else _output_of(slide, slide.table, "table of objects")
+    path = locate(table)
+    read_provenance(path)  # raises what is no table of objects
+    return pyarrow.Table.from_batches(list(read_batches(path)))
 
 
 def _output_of(slide: SlideReport, path: str | None, what: str) -> str:
@@ -288,11 +334,15 @@ def _output_of(slide: SlideReport, path: str | None, what: str) -> str:
     return path
 
 
-def _settings(**values: Any) -> Settings:
+def _settings(values: dict[str, Any], allowed: Sequence[str]) -> Settings:
     """Make settings from keyword arguments.
 
+    Args:
+        values: name -> value.  A path may be text, and several names may be a list or, if there is one, text.
+        allowed: names of the settings that mean something.
+
     Raises:
-        UsageError: there is no such setting, or its value is out of range.
+        UsageError: there is no such setting, it means nothing here, or its value is out of range or of another type.
     """
     from difflib import get_close_matches
 
@@ -300,18 +350,25 @@ def _settings(**values: Any) -> Settings:
     from cellseg_batch.engine.settings import Settings
     from cellseg_batch.engine.storage.paths import locate
 
-    names = [field.name for field in fields(Settings)]
     for name in values:
-        if name not in names:
-            likely = get_close_matches(name, names, 1)
+        if name not in allowed:
+            likely = get_close_matches(name, allowed, 1)
             raise UsageError(
                 name,
-                expected=f"one of the settings {', '.join(names)}",
+                expected=f"one of the settings {', '.join(allowed)}",
                 found=name,
-                remedy=f"did you mean {likely[0]}?" if likely else "see cellseg_batch.Settings",
+                remedy=f"did you mean {likely[0]}?" if likely else "leave it out",
             )
-    if values.get("output") is not None:
+    values = dict(values)
+    if isinstance(values.get("output"), (str, PathLike)):
         values["output"] = locate(str(values["output"]))
+    if isinstance(values.get("model"), PathLike):
+        values["model"] = str(values["model"])
+    for name in values.keys() & {"wells", "fields"}:
+        if isinstance(values[name], str):
+            values[name] = (values[name],)
+        elif isinstance(values[name], list):
+            values[name] = tuple(values[name])
     return Settings(**values)
 
 

@@ -69,36 +69,26 @@ class Precision:
     on_request: bool = False
 
 
-_TORCH = Package("torch", "pip install torch")
-_CUDA_TORCH = Package("torch", "install the CUDA build of torch")
-_TORCH_GPU_PROOF = "bash benchmarks/gpu.sh"
+_TORCH_ON_GPU = BackendEntry(
+    Package("torch", "install the CUDA build of torch"),
+    "torch_cuda",
+    ("fp16",),
+    on_gpu=True,
+    decisive=("triton",),
+    preload=True,
+    proof="bash benchmarks/gpu.sh",
+)
 
 KNOWN_BACKENDS: Mapping[str, BackendEntry] = {
-    "torch": BackendEntry(_TORCH, "torch_cpu", ("fp32", "bf16"), preload=True),
+    "torch": BackendEntry(Package("torch", "pip install torch"), "torch_cpu", ("fp32", "bf16"), preload=True),
     "openvino": BackendEntry(
         Package("openvino", "pip install openvino"),
         "openvino_cpu",
         ("fp32", "bf16", "int8"),
         extras={"int8": Package("nncf", "pip install 'cellseg-batch[int8]'")},
     ),
-    "torch-cuda": BackendEntry(
-        _CUDA_TORCH,
-        "torch_cuda",
-        ("fp16",),
-        on_gpu=True,
-        decisive=("triton",),
-        preload=True,
-        proof=_TORCH_GPU_PROOF,
-    ),
-    "torch-compile": BackendEntry(
-        _CUDA_TORCH,
-        "torch_cuda",
-        ("fp16",),
-        on_gpu=True,
-        decisive=("triton",),
-        preload=True,
-        proof=_TORCH_GPU_PROOF,
-    ),
+    "torch-cuda": _TORCH_ON_GPU,
+    "torch-compile": _TORCH_ON_GPU,
     "tensorrt": BackendEntry(
         Package("tensorrt", "pip install 'cellseg-batch[tensorrt]'"),
         "tensorrt_gpu",

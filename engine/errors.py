@@ -101,6 +101,10 @@ class OutputError(SlideError):
     """A slide's labels cannot be written."""
 
 
+class CellsegWarning(UserWarning):
+    """A remark on a result that is complete, such as on NaN pixels of an array."""
+
+
 def brief(error: BaseException) -> str:
     """The kind of an error and the first line of its message, which a library may have made long."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:_MOST_CHARACTERS]

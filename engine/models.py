@@ -44,8 +44,8 @@ def load_model(model: str) -> Bundle:
             f"`model={model}`",
             expected="a readable bundle",
             found=str(error),
-            cause="an incomplete copy, or a card written by hand",
-            remedy="copy the bundle again or export it anew",
+            cause="an incomplete copy, a card written by hand, or a bundle of another version",
+            remedy="copy the bundle again, or write it with this version",
         ) from error
 
 

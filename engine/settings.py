@@ -5,9 +5,12 @@ None means that the user did not choose: the model card, the machine or an unfin
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS, KNOWN_PRECISIONS
 from cellseg_batch.engine.errors import UsageError
@@ -19,6 +22,36 @@ SKIPS = ("auto", "off")
 STITCHES = ("crop", "blend")
 
 _BLOCK, _BLOCK_ON_GPU = 2048, 4096
+
+
+def _check_types(settings: ClusterSettings | Settings) -> None:
+    """Refuse values whose types are not those in the annotations; an int is a float too, a bool is no number.
+
+    Raises:
+        UsageError: a value has another type than its field.
+    """
+    for name, kind in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if not _has_type(value, kind):
+            _refuse(name, _type_name(kind), f"{value!r}", "see cellseg_batch.Settings")
+
+
+def _has_type(value: object, kind: Any) -> bool:
+    if get_origin(kind) is UnionType:
+        return any(_has_type(value, member) for member in get_args(kind))
+    if get_origin(kind) is tuple:  # of any length
+        return isinstance(value, tuple) and all(_has_type(item, get_args(kind)[0]) for item in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is UnionType:
+        return " or ".join(map(_type_name, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"tuple of {_type_name(get_args(kind)[0])}"
+    return "None" if kind is NoneType else str(kind.__name__)
 
 
 @dataclass(frozen=True)
@@ -42,6 +75,14 @@ class ClusterSettings:
     cores: int | None = None
     memory: str | None = None
     config: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values of other types.
+
+        Raises:
+            UsageError: a value has another type than its field.
+        """
+        _check_types(self)
 
 
 @dataclass(frozen=True)
@@ -72,7 +113,7 @@ class Settings:
         skip_background: one of `SKIPS`; auto skips tiles without contrast.
         downscale: factor by which images are downscaled for the model; None lets the model's card and the slide decide.
         channel: index or name of the channel with the nuclei; None picks by rule.
-        axes: axes of plain arrays, such as "cyx".
+        axes: axes of the images, such as "cyx"; those that name others themselves are refused, but for TIFFs.
         wells: names or patterns of the wells of plates to process, such as A01 and B*; () takes all.
         fields: names of the fields of each well to process; () takes all.
         instances: write every object with an id of its own instead of the mask.
@@ -104,7 +145,7 @@ class Settings:
     pixel_size: float | None = None
     skip_background: str = "auto"
     downscale: int | None = None
-    channel: str | None = None
+    channel: int | str | None = None
     axes: str | None = None
     wells: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
@@ -114,12 +155,18 @@ class Settings:
     overwrite: bool = False
     retry_failed: bool = False
 
+    @property
+    def makes_ids(self) -> bool:
+        """Whether labels are ids of objects instead of a mask."""
+        return self.instances or self.objects
+
     def __post_init__(self) -> None:
         """Refuse values that are wrong for every slide and every model.
 
         Raises:
-            UsageError: a value is out of range.
+            UsageError: a value is out of range, or has another type than its field.
         """
+        _check_types(self)
         _one_of("backend", self.backend, BACKENDS)
         if self.scheduler not in SCHEDULERS and "://" not in self.scheduler:
             expected = f"{', '.join(SCHEDULERS)} or an address such as tcp://host:8786"
@@ -129,7 +176,7 @@ class Settings:
         _one_of("skip_background", self.skip_background, SKIPS)
         if self.device not in ("auto", "cpu"):
             gpus_of(self.device)
-        if (self.instances or self.objects) and self.stitch != "crop":
+        if self.makes_ids and self.stitch != "crop":
             _refuse(
                 "instances", "`stitch=crop`: seeds come from single tiles", f"`stitch={self.stitch}`", "leave it out"
             )
@@ -145,8 +192,8 @@ class Settings:
                 _refuse(name, "1 or more", value, "leave it out for the default")
         if self.level is not None and self.level < 0:
             _refuse("level", "0 (full resolution) or more", self.level, "see cellseg-batch info for the levels")
-        if self.pixel_size is not None and not self.pixel_size > 0:
-            _refuse("pixel_size", "µm per px above 0", self.pixel_size, "try 0.5")
+        if self.pixel_size is not None and not 0 < self.pixel_size < math.inf:
+            _refuse("pixel_size", "a finite number of µm per px above 0", self.pixel_size, "try 0.5")
         if not self.name or set(self.name) & set("/\\") or self.name.startswith("."):
             _refuse("name", "a plain name for the label group", repr(self.name), "try `name=nuclei`")
 

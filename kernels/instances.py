@@ -65,7 +65,7 @@ def seed_rule(
         foreground: logit above which a pixel is foreground.
         border_weight: factor of the border's probability that is subtracted from the distance, at most 3.
         smoothing: standard deviation of a Gaussian, cut at four of them, in units of ``spacing`` px.
-        spacing: distance between two taps in px; interpolated logits of a shrunk model are smoothed on its own grid.
+        spacing: px between two taps; interpolated logits of a downscaled model are smoothed on its own grid.
         seed_level: smoothed distance minus border above which a foreground pixel is a seed.
         border_level: smoothed distance minus border at or below which a foreground pixel is border.
     """

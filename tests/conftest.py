@@ -67,6 +67,7 @@ def tiny_model(tmp_path_factory):
         architecture=TINY,
         channels=3,
         outputs=("foreground", "border", "distance"),
+        decoder="seeds",
         total_stride=footprint.total_stride,
         exact_margin=footprint.exact_margin,
         margin=footprint.total_stride,

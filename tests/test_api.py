@@ -5,16 +5,28 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zarr
 from PIL import Image
 
 import cellseg_batch
-from cellseg_batch import CellsegError, Progress, load_model, open_labels, read_objects, segment
-from tests.support.images import blobs, write_ome_zarr
+from cellseg_batch import (
+    CellsegError,
+    CellsegWarning,
+    Progress,
+    Settings,
+    load_model,
+    open_labels,
+    read_objects,
+    segment,
+)
+from tests.support.images import blobs, write_ome_zarr, write_plate
 
 ROOT = Path(__file__).parents[1]
 TINY = {"backend": "torch", "precision": "fp32", "threads": 1, "tile": 96, "block": 128}
@@ -55,10 +67,29 @@ def test_an_array_has_the_bits_of_an_image_of_its_pixels(tmp_path, tiny_model, c
     np.testing.assert_array_equal(model.probability(pixels, 0.5), zarr.open_array(str(probability), mode="r")[...])
 
 
-def test_a_channel_can_be_named_by_its_index(tiny_model):
+def test_a_channel_can_be_named_by_its_index(tmp_path, tiny_model):
     pixels = np.moveaxis(blobs(96, 96, 2), 0, -1).astype("uint16")
-    model = load_model(str(tiny_model), **TINY)
-    np.testing.assert_array_equal(model.segment(pixels, channel=1), model.segment(pixels[..., 1]))
+    first, second = (load_model(tiny_model, **TINY, channel=number) for number in (0, 1))
+    expected = first.segment(pixels[..., 1])
+    np.testing.assert_array_equal(second.segment(pixels), expected)
+    np.testing.assert_array_equal(first.segment(pixels, channel=1), expected)
+    path = write_ome_zarr(tmp_path / "a.zarr", np.moveaxis(pixels, -1, 0))
+    assert segment(path, model=tiny_model, channel=1, **TINY).slides[0].channels == ("1",)
+
+
+def test_a_lone_name_of_a_well_or_field_is_one_name(tmp_path, tiny_model):
+    plate = write_plate(tmp_path / "plate.zarr", ["A/01", "B/02"], ["0", "10"])
+    for names in ({"wells": "A01", "fields": "10"}, {"wells": ["A01"], "fields": ["10"]}):
+        report = segment(plate, model=tiny_model, **names, **TINY)
+        assert [slide.path for slide in report.slides] == [str(plate / "A" / "01" / "10")]
+
+
+def test_remarks_on_an_array_are_warnings(tiny_model):
+    pixels = blobs(96, 96, 1)[0].astype("float32")
+    pixels[:2, :5] = np.nan
+    with pytest.warns(CellsegWarning, match="array: 10 NaN pixels taken as 0") as caught:
+        load_model(tiny_model, **TINY).segment(pixels)
+    assert caught[0].filename == __file__
 
 
 def test_progress_is_told_and_ends_at_the_end(tmp_path, tiny_model):
@@ -70,6 +101,32 @@ def test_progress_is_told_and_ends_at_the_end(tmp_path, tiny_model):
     assert sorted(ends, key=lambda slide: slide.path) == report.slides
     assert (told[-1].images, told[-1].ended, told[-1].pixels) == (2, 2, 80_000)
     assert told[-1].pixels_done == pytest.approx(80_000)
+
+
+STEPS = {
+    "found": lambda step: step.images,
+    "planned": lambda step: step.pixels,
+    "advanced": lambda step: step.pixels_done,
+    "ended": lambda step: step.ending,
+}
+
+
+@pytest.mark.parametrize("event", STEPS)
+def test_an_exception_of_progress_ends_the_run_and_finished_work_stays(tmp_path, tiny_model, event):
+    paths = [write_ome_zarr(tmp_path / f"{name}.zarr", blobs(100, 100)) for name in "ab"]
+    usual = {"model": tiny_model, **TINY, "block": 64}
+
+    def end(step):
+        if STEPS[event](step):
+            raise KeyError(event)
+
+    with pytest.raises(KeyError, match=event):
+        segment(paths, progress=end, **usual)
+    assert not [path for path in tmp_path.rglob("*") if path.name == "failed" or path.suffix == ".lock"]
+    again = segment(paths, **usual)
+    assert {slide.status for slide in again.slides} <= {"done", "skipped"}
+    if event in ("advanced", "ended"):
+        assert sum(slide.pixels for slide in again.slides) < 20_000
 
 
 def test_nothing_is_printed_and_the_process_stays_as_it_was(tmp_path, tiny_model, capfd):
@@ -87,6 +144,16 @@ def test_nothing_is_printed_and_the_process_stays_as_it_was(tmp_path, tiny_model
     [
         (lambda: segment("a.zarr", magrin=3), "did you mean margin"),
         (lambda: segment("a.zarr", margin=-1), "margin"),
+        (lambda: segment("a.zarr", tile="big"), "`tile`: expected int, found 'big'"),
+        (lambda: segment("a.zarr", tile=True), "`tile`: expected int, found True"),
+        (lambda: segment("a.zarr", workers=2.5), "`workers`: expected int, found 2.5"),
+        (lambda: segment("a.zarr", objects="yes"), "`objects`: expected bool, found 'yes'"),
+        (lambda: segment("a.zarr", threshold="low"), "`threshold`: expected float or None, found 'low'"),
+        (lambda: segment("a.zarr", fields=[0]), r"`fields`: expected tuple of str, found \(0,\)"),
+        (lambda: segment("a.zarr", output=5), "`output`: expected Path or None, found 5"),
+        (lambda: segment("a.zarr", pixel_size=float("inf")), "`pixel_size`: expected a finite"),
+        (lambda: segment(""), "expected a path or a URL, found an empty text"),
+        (lambda: segment([]), "expected at least one path"),
         (lambda: segment("nowhere.zarr"), "nowhere.zarr"),
         (lambda: load_model("no-such-model"), "no-such-model"),
         (lambda: load_model(**TINY).segment(np.zeros(3)), r"\(Y, X\)"),
@@ -97,6 +164,39 @@ def test_errors_speak_of_arguments(call, said):
     with pytest.raises(CellsegError, match=said) as raised:
         call()
     assert "--" not in str(raised.value)
+
+
+def test_a_model_takes_the_settings_that_matter_to_arrays_and_refuses_the_others(tiny_model):
+    defaults = {field.name: getattr(Settings, field.name) for field in fields(Settings)}
+    for_runs = "output name stitch scheduler cluster level axes wells fields instances objects probability"
+    for name in (*for_runs.split(), "overwrite", "retry_failed"):
+        with pytest.raises(CellsegError, match=f"^{name}: .*; leave it out"):
+            load_model(tiny_model, **{name: defaults.pop(name)})
+    model = load_model(**{**defaults, **TINY, "model": tiny_model, "pixel_size": 0.5})
+    for size in (-1, 0, np.nan, np.inf, "0.5"):
+        with pytest.raises(CellsegError, match="`pixel_size`: expected"):
+            model.segment(blobs(96, 96, 1)[0], pixel_size=size)
+
+
+def test_labels_and_tables_that_cannot_be_opened_are_named(tmp_path, tiny_model):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(64, 64))
+    (slide,) = segment(path, model=tiny_model, **TINY).slides
+    (tmp_path / "text").write_text("no table")
+    pq.write_table(pa.table({"area": [1]}), tmp_path / "other")
+    for open_output, *arguments in (
+        (open_labels, slide, 7),
+        (open_labels, slide, -1),
+        (open_labels, path / "0"),
+        (open_labels, tmp_path / "text"),
+        (open_labels, tmp_path / "nowhere"),
+        (read_objects, slide),
+        (read_objects, tmp_path),
+        (read_objects, tmp_path / "text"),
+        (read_objects, tmp_path / "other"),
+        (read_objects, tmp_path / "nowhere"),
+    ):
+        with pytest.raises(CellsegError, match=r"expected .*, found .*; "):
+            open_output(*arguments)
 
 
 def test_importing_it_imports_nothing_else():

@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 
 CARD_FILE = "card.json"
 WEIGHTS_FILE = "weights.safetensors"
-# The architecture of a bundle that works on shrunk images, which only `Bundle.shrunk` makes.
-SHRUNK = "shrunk"
+# The architecture of a bundle that works on downscaled images, which only `Bundle.downscaled` makes.
+DOWNSCALED = "downscaled"
+# Decoder -> meaning of the outputs that it takes, in the network's order.
+DECODER_OUTPUTS = {"mask": ("foreground",), "seeds": ("foreground", "border", "distance")}
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,17 @@ class Card:
         name: the model's name.
         architecture: ``{"name": ..., **arguments}`` of `cellseg_batch.trainer.unet.build_network`.
         channels: input channels.
-        outputs: what each logit means; the first is always ``foreground``.
+        outputs: meaning of each logit, in the network's order.
+        decoder: how logits become masks and instances, a name in `DECODER_OUTPUTS`: ``mask`` makes an object of every
+            component of the foreground, ``seeds`` tells touching objects apart by border and distance.
         total_stride: px; tiles, cores and margins are multiples of it.
         exact_margin: px of context beyond which nothing changes a pixel's logits.
         margin: px of context cut from each side of a tile by default.
         threshold: probability above which a pixel is foreground by default.
         pixel_size_um: µm per px that the model was trained at; None when the data do not record it.
         normalisation: how a slide's pixels become the input.
-        shrink: factor -> width of objects in px of the image shrunk by it, from which on the model is shown that
-            image; see `cellseg_batch.trainer.scale`. Empty: always the image as it is.
+        downscale: factor -> width of objects in px of the image downscaled by it, from which on the model is shown
+            that image; see `cellseg_batch.trainer.scale`. Empty: always the image as it is.
         instances: how logits become instances.
         training: data, licence, recipe.
         metrics: what it reached, on which data.
@@ -99,13 +103,14 @@ class Card:
     architecture: dict[str, Any]
     channels: int
     outputs: tuple[str, ...]
+    decoder: str
     total_stride: int
     exact_margin: int
     margin: int
     threshold: float
     pixel_size_um: float | None
     normalisation: Normalisation
-    shrink: dict[str, float] = field(default_factory=dict)
+    downscale: dict[str, float] = field(default_factory=dict)
     instances: Instances = field(default_factory=Instances)
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -115,16 +120,29 @@ class Card:
         """Parse a card.
 
         Raises:
-            ValueError: it is not JSON, or a field is missing or unknown.
+            ValueError: it is not JSON, a field is missing or unknown, or the outputs are not those of the decoder.
         """
         try:
             fields = json.loads(text)
             fields["outputs"] = tuple(fields["outputs"])
             fields["normalisation"] = Normalisation(**fields["normalisation"])
             fields["instances"] = Instances(**fields.get("instances", {}))
-            return cls(**fields)
+            card = cls(**fields)
+            _check_decoder(card)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a model card: {error}") from error
+        return card
+
+
+def _check_decoder(card: Card) -> None:
+    """Raise ValueError if the card's decoder is unknown, or its outputs are not those that the decoder takes."""
+    if card.decoder not in DECODER_OUTPUTS:
+        raise ValueError(f"decoder: expected one of {', '.join(DECODER_OUTPUTS)}, found {card.decoder!r}")
+    expected = DECODER_OUTPUTS[card.decoder]
+    if card.outputs != expected:
+        raise ValueError(
+            f"outputs: expected {', '.join(expected)} for the decoder {card.decoder}, found {', '.join(card.outputs)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -134,35 +152,38 @@ class Bundle:
     card: Card
     weights: dict[str, NDArray[Any]]
 
-    @property
-    def foreground(self) -> Bundle:
-        """The model with its first output alone, which is all that a mask needs; up to rounding, the same.
+    def with_outputs(self, outputs: tuple[str, ...]) -> Bundle:
+        """The model with some of its outputs alone, which it computes in less time; up to rounding, the same logits.
 
         Every architecture ends in a convolution ``head``, which holds the weights of one output after the other's.
         """
-        count = len(self.card.outputs)
-        weights = {
-            name: array[: len(array) // count] if name.startswith("head.") else array
-            for name, array in self.weights.items()
-        }
-        architecture = {**self.card.architecture, "outputs": 1}
-        return Bundle(replace(self.card, architecture=architecture, outputs=self.card.outputs[:1]), weights)
+        if outputs == self.card.outputs:
+            return self
+        kept = [self.card.outputs.index(output) for output in outputs]
 
-    def shrunk(self, factor: int) -> Bundle:
-        """The model that works on images shrunk by ``factor``; see `cellseg_batch.trainer.unet.Shrunk`.
+        def cut(array: NDArray[Any]) -> NDArray[Any]:
+            by_output = array.reshape(len(self.card.outputs), -1, *array.shape[1:])
+            return by_output[kept].reshape(-1, *array.shape[1:])
 
-        Its stride and margins are ``factor`` times as many px; interpolating its logits adds one px of the shrunk image
-        to what it sees, for which the exact margin grows by one stride.
+        weights = {name: cut(array) if name.startswith("head.") else array for name, array in self.weights.items()}
+        architecture = {**self.card.architecture, "outputs": len(outputs)}
+        return Bundle(replace(self.card, architecture=architecture, outputs=outputs), weights)
+
+    def downscaled(self, factor: int) -> Bundle:
+        """The model that works on images downscaled by ``factor``; see `cellseg_batch.trainer.unet.Downscaled`.
+
+        Its stride and margins are ``factor`` times as many px; interpolating its logits adds one px of the downscaled
+        image to what it sees, for which the exact margin grows by one stride.
         """
         if factor == 1:
             return self
         card = replace(
             self.card,
-            architecture={"name": SHRUNK, "factor": factor, "inner": self.card.architecture},
+            architecture={"name": DOWNSCALED, "factor": factor, "inner": self.card.architecture},
             total_stride=factor * self.card.total_stride,
             exact_margin=factor * (self.card.exact_margin + self.card.total_stride),
             margin=factor * self.card.margin,
-            shrink={},
+            downscale={},
         )
         return Bundle(card, {f"inner.{name}": array for name, array in self.weights.items()})
 

@@ -1,6 +1,8 @@
-"""Decode instances from a network's logits for scoring: seeds from distance and border, grown by a watershed."""
+"""Decode masks and instances from a network's logits for scoring, by the decoder of the model's card."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,31 +12,59 @@ from skimage.segmentation import relabel_sequential, watershed
 from cellseg_batch.trainer.bundle import Instances
 
 
-def decode_instances(
-    logits: NDArray[np.float32], threshold: float, rule: Instances, shrink: int = 1
-) -> NDArray[np.int32]:
-    """Decode the instances of one image.
-
-    With three outputs (foreground, border, distance) seeds are the high parts of the seed map; with a single output,
-    every connected component of the foreground is a seed.
+def foreground_mask(logits: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]:
+    """Decode the mask (H, W) from logits (K, H, W); the foreground is the first output of every decoder.
 
     Args:
         logits: (K, H, W) logits of the image.
         threshold: probability above which a pixel is foreground.
+    """
+    mask: NDArray[np.bool_] = logits[0] > float(np.log(threshold / (1 - threshold)))
+    return mask
+
+
+def decode_instances(
+    logits: NDArray[np.float32], decoder: str, threshold: float, rule: Instances, downscale: int = 1
+) -> NDArray[np.int32]:
+    """Decode the instances of one image.
+
+    Args:
+        logits: (K, H, W) logits of the image.
+        decoder: name of the decoder in the model's card.
+        threshold: probability above which a pixel is foreground.
         rule: rule for instances in the model's card.
-        shrink: factor by which the image was shrunk for the model.
+        downscale: factor by which the image was downscaled for the model.
 
     Returns:
         (H, W) int32 ids, 0 for background.
     """
     probability = 0.5 * (1 + np.tanh(0.5 * logits))
-    foreground: NDArray[np.bool_] = probability[0] > threshold
-    if len(logits) == 1:
-        return _number_seeds(foreground, rule.smallest_seed * shrink**2)
-    seed_map = ndimage.gaussian_filter(probability[2] - rule.border_weight * probability[1], rule.smoothing * shrink)
-    seeds = _number_seeds(foreground & (seed_map > rule.seed_level), rule.smallest_seed * shrink**2)
+    return DECODERS[decoder](probability, threshold, rule, downscale)
+
+
+def _components(
+    probability: NDArray[np.float32], threshold: float, rule: Instances, downscale: int
+) -> NDArray[np.int32]:
+    """Every connected component of the foreground is an instance."""
+    return _number_seeds(probability[0] > threshold, rule.smallest_seed * downscale**2)
+
+
+def _grown_seeds(
+    probability: NDArray[np.float32], threshold: float, rule: Instances, downscale: int
+) -> NDArray[np.int32]:
+    """Seeds are the high parts of the seed map, and grow by a watershed."""
+    foreground = probability[0] > threshold
+    seed_map = ndimage.gaussian_filter(probability[2] - rule.border_weight * probability[1], rule.smoothing * downscale)
+    seeds = _number_seeds(foreground & (seed_map > rule.seed_level), rule.smallest_seed * downscale**2)
     labels: NDArray[np.int32] = watershed(-seed_map, seeds, mask=foreground)
     return labels
+
+
+DECODERS: dict[str, Callable[[NDArray[np.float32], float, Instances, int], NDArray[np.int32]]] = {
+    "mask": _components,
+    "seeds": _grown_seeds,
+}
+"""Name in a card -> function that decodes instances from probabilities (K, H, W); arguments as `decode_instances`."""
 
 
 def _number_seeds(mask: NDArray[np.bool_], smallest: int) -> NDArray[np.int32]:

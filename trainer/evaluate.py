@@ -20,7 +20,7 @@ from torch import nn
 
 from cellseg_batch.trainer.bundle import Bundle
 from cellseg_batch.trainer.data.sample import Sample, instance_distance
-from cellseg_batch.trainer.decode import decode_instances
+from cellseg_batch.trainer.decode import decode_instances, foreground_mask
 from cellseg_batch.trainer.metrics import (
     PixelScore,
     aggregated_jaccard,
@@ -30,8 +30,8 @@ from cellseg_batch.trainer.metrics import (
     pixel_score,
 )
 from cellseg_batch.trainer.predict import predict_logits
-from cellseg_batch.trainer.scale import pick_shrink
-from cellseg_batch.trainer.unet import Shrunk
+from cellseg_batch.trainer.scale import pick_downscale
+from cellseg_batch.trainer.unet import Downscaled
 
 _PIXEL_FIGURES = ("dice", "iou", "accuracy", "precision", "recall")
 
@@ -49,7 +49,7 @@ class ImageScore:
         found, spurious, missed: numbers of matched, unmatched predicted and unmatched true instances at IoU 0.5.
         megapixels: size of the image in Mpx.
         seconds: seconds that the network took.
-        shrink: factor by which the image was shrunk for the model.
+        downscale: factor by which the image was downscaled for the model.
     """
 
     name: str
@@ -62,7 +62,7 @@ class ImageScore:
     missed: int
     megapixels: float
     seconds: float
-    shrink: int = 1
+    downscale: int = 1
 
 
 @dataclass(frozen=True)
@@ -93,28 +93,25 @@ class Summary:
 def evaluate(bundle: Bundle, network: nn.Module, samples: Iterable[Sample]) -> list[ImageScore]:
     """Score the bundle's ``network`` on every sample in float32.
 
-    With one output every connected component of the mask is an instance.
-
     Args:
         bundle: the model.
         network: the bundle's network, in evaluation mode.
         samples: annotated images.
     """
-    limit = _limit(bundle)
-    scores = []
+    card, scores = bundle.card, []
     for sample in samples:
         start = time.perf_counter()
-        shrink, logits = predict_sample(network, sample, bundle)
+        downscale, logits = predict_sample(network, sample, bundle)
         seconds = time.perf_counter() - start
         truth = relabel_sequential(sample.labels)[0]
-        decoded = decode_instances(logits, bundle.card.threshold, bundle.card.instances, shrink)
+        decoded = decode_instances(logits, card.decoder, card.threshold, card.instances, downscale)
         overlaps = instance_overlaps(decoded, truth)
         matched, spurious, missed = matches(overlaps.ious, 0.5)
         scores.append(
             ImageScore(
                 name=sample.name,
                 kind=sample.kind,
-                pixels=pixel_score(logits[0] > limit, truth > 0),
+                pixels=pixel_score(foreground_mask(logits, card.threshold), truth > 0),
                 ap=average_precisions(overlaps.ious),
                 aji=aggregated_jaccard(overlaps),
                 found=matched,
@@ -122,36 +119,32 @@ def evaluate(bundle: Bundle, network: nn.Module, samples: Iterable[Sample]) -> l
                 missed=missed,
                 megapixels=truth.size / 1e6,
                 seconds=seconds,
-                shrink=shrink,
+                downscale=downscale,
             )
         )
     return scores
 
 
 def predict_sample(network: nn.Module, sample: Sample, bundle: Bundle) -> tuple[int, NDArray[np.float32]]:
-    """Choose the factor by which a sample is shrunk, by the rule of the bundle's card, and predict its logits.
+    """Choose the factor by which a sample is downscaled, by the rule of the bundle's card, and predict its logits.
 
     Returns:
         (factor, logits (K, H, W) at the size of the sample).
     """
-    limit = _limit(bundle)
+    card = bundle.card
 
     @cache
     def logits_at(factor: int) -> NDArray[np.float32]:
-        shrinking_network = network if factor == 1 else Shrunk(factor, network)
-        stride, margin = factor * bundle.card.total_stride, factor * bundle.card.margin
-        return predict_logits(shrinking_network, sample.pixels, stride, "fp32", margin).numpy()
+        downscaled = network if factor == 1 else Downscaled(factor, network)
+        stride, margin = factor * card.total_stride, factor * card.margin
+        return predict_logits(downscaled, sample.pixels, stride, "fp32", margin).numpy()
 
     def masks_at(factor: int) -> list[NDArray[np.bool_]]:
-        return [logits_at(factor)[0, factor // 2 :: factor, factor // 2 :: factor] > limit]
+        pixels = logits_at(factor)[:, factor // 2 :: factor, factor // 2 :: factor]
+        return [foreground_mask(pixels, card.threshold)]
 
-    shrink = pick_shrink(bundle.card.shrink, masks_at)
-    return shrink, logits_at(shrink)
-
-
-def _limit(bundle: Bundle) -> float:
-    """The logit above which a pixel is foreground."""
-    return float(np.log(bundle.card.threshold / (1 - bundle.card.threshold)))
+    downscale = pick_downscale(card.downscale, masks_at)
+    return downscale, logits_at(downscale)
 
 
 def summarise(scores: Sequence[ImageScore]) -> Summary:

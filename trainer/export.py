@@ -19,7 +19,7 @@ def export_network(bundle: Bundle, kind: str, tile: int, out: Path) -> None:
     """Write the network to ``out``.
 
     Its input ``pixels`` is (N, C, tile, tile) float32 in [0, 1] with N from 1 to 64, its output ``logits``
-    (N, K, tile, tile) float32; the first logit is the foreground's.
+    (N, K, tile, tile) float32; the card's ``outputs`` names the K logits in order.
 
     Args:
         bundle: the model.

@@ -12,7 +12,7 @@ from cellseg_batch.trainer.augment import Batch
 from cellseg_batch.trainer.bundle import Bundle
 from cellseg_batch.trainer.checkpoint import Checkpoint
 from cellseg_batch.trainer.encoders import load_encoder_weights
-from cellseg_batch.trainer.losses import segmentation_loss
+from cellseg_batch.trainer.heads import HEADS
 from cellseg_batch.trainer.predict import PRECISIONS
 from cellseg_batch.trainer.recipe import Recipe, RecipeError
 from cellseg_batch.trainer.schedule import build_optimiser
@@ -106,7 +106,7 @@ class Learner:
         precision = self.recipe.precision
         with torch.autocast(self.device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32"):
             logits = self.network(batch.pixels.contiguous(memory_format=torch.channels_last))
-        return segmentation_loss(logits, batch, self.recipe.loss_terms)
+        return HEADS[self.recipe.head].loss(logits, batch, self.recipe.loss_terms)
 
     def state(self) -> dict[str, dict[str, Any]]:
         """The parts of a `Checkpoint` that are the learner's."""

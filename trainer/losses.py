@@ -1,19 +1,15 @@
-"""Compute the targets and the losses of training: foreground, touching border, distance.
+"""Compute targets and terms of losses, from which a head makes its loss.
 
-All shapes are (N, S, S), except those of logits, (N, K, S, S) with K 1 or 3.
+All shapes are (N, S, S).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-if TYPE_CHECKING:
-    from cellseg_batch.trainer.augment import Batch
 
 _FOCUS = 2.0
 
@@ -65,22 +61,6 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 """Name in a recipe -> loss of (logits, target, weight of each pixel), each (N, S, S)."""
 
 
-def segmentation_loss(logits: Tensor, batch: Batch, terms: Sequence[str]) -> Tensor:
-    """The sum of ``terms`` of `LOSSES` for the foreground and, with three outputs, for the border; distance added.
-
-    With three outputs, pixels between touching instances count five times and those along outlines three times in the
-    foreground's terms.  The distance adds a squared error, which counts most where instances touch.
-    """
-    z = logits.float()
-    foreground = (batch.labels > 0).float()
-    if z.shape[1] == 1:
-        return _sum(terms, z[:, 0], foreground, torch.ones_like(foreground))
-    border = touching_border(batch.labels).float()
-    loss = _sum(terms, z[:, 0], foreground, 1 + 4 * border + 2 * outline(batch.labels).float())
-    loss = loss + _sum(terms, z[:, 1], border, 1 + 2 * border)
-    error = (z[:, 2].sigmoid() - batch.distance) ** 2
-    return loss + 4 * (error * (1 + 4 * border + 2 * foreground)).mean()
-
-
-def _sum(terms: Sequence[str], z: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+def sum_terms(terms: Sequence[str], z: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """The sum of ``terms`` of `LOSSES` for one output."""
     return torch.stack([LOSSES[term](z, target, weight) for term in terms]).sum()

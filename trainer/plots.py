@@ -52,12 +52,12 @@ def plot_predictions(bundle: Bundle, samples: Sequence[Sample], path: Path, rows
 
     In the last column white is right, red predicted but not true, blue true but missed.
     """
-    network = load_network(bundle)
+    network, card = load_network(bundle), bundle.card
     chosen = _one_of_each_kind(samples, rows)
     figure = _figure(11, 2.9 * len(chosen))
     for line, sample in zip(figure.subplots(len(chosen), 4, squeeze=False), chosen, strict=True):
-        logits = predict_logits(network, sample.pixels, bundle.card.total_stride, "fp32").numpy()
-        decoded = decode_instances(logits, bundle.card.threshold, bundle.card.instances)
+        logits = predict_logits(network, sample.pixels, card.total_stride, "fp32").numpy()
+        decoded = decode_instances(logits, card.decoder, card.threshold, card.instances)
         pictures = (
             _bytes(sample.pixels),
             outlined(_bytes(sample.pixels), sample.labels),

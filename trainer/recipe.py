@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from cellseg_batch.trainer.bundle import Normalisation
+from cellseg_batch.trainer.heads import HEADS
 from cellseg_batch.trainer.losses import LOSSES
 from cellseg_batch.trainer.unet import ARCHITECTURES
 
-HEADS = {"semantic": ("foreground",), "instance": ("foreground", "border", "distance")}
 NETWORK, PICTURES, OPTIMISATION, CARD = "Network", "Training pictures", "Optimisation", "The bundle's card"
 
 _RULE = "rule"
@@ -148,8 +148,12 @@ class Recipe:
     seed: int = _field(0, OPTIMISATION, "Seed of every random draw.", least=0)
     threshold: float = _field(0.5, CARD, "Probability above which a pixel is foreground.", least=0, most=1)
     margin: int = _field(64, CARD, "Default tile margin in px.", least=0)
-    shrink_2: float = _field(0.0, CARD, "Width of objects in px from which images are shrunk by 2; 0: never.", least=0)
-    shrink_4: float = _field(0.0, CARD, "Width of objects in px from which images are shrunk by 4; 0: never.", least=0)
+    downscale_2: float = _field(
+        0.0, CARD, "Width of objects in px from which images are downscaled by 2; 0: never.", least=0
+    )
+    downscale_4: float = _field(
+        0.0, CARD, "Width of objects in px from which images are downscaled by 4; 0: never.", least=0
+    )
     pixel_size_um: float = _field(0.0, CARD, "µm per px of the training images; 0: not recorded.", least=0)
 
     def __post_init__(self) -> None:
@@ -166,11 +170,6 @@ class Recipe:
             raise RecipeError("zoom_min", f"a number above 0 and up to zoom_max, {self.zoom_max:g}", self.zoom_min)
 
     @property
-    def outputs(self) -> tuple[str, ...]:
-        """Meaning of each logit, in the network's order."""
-        return HEADS[self.head]
-
-    @property
     def loss_terms(self) -> tuple[str, ...]:
         """The terms whose sum is the loss."""
         return tuple(self.loss.split("+"))
@@ -181,9 +180,9 @@ class Recipe:
         return Normalisation(self.normalise, self.low, self.high)
 
     @property
-    def shrink(self) -> dict[str, float]:
-        """The card's rule for large objects: factor -> width of objects in px from which images are shrunk by it."""
-        return {factor: width for factor, width in (("2", self.shrink_2), ("4", self.shrink_4)) if width}
+    def downscale(self) -> dict[str, float]:
+        """The card's rule for large objects: factor -> their width in px from which images are downscaled by it."""
+        return {factor: width for factor, width in (("2", self.downscale_2), ("4", self.downscale_4)) if width}
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -193,7 +192,7 @@ class Recipe:
             field: getattr(self, field) for field in ("width", "depth", "merge_convs", "up", "dropout", "grey")
         }
         chosen = {field: value for field, value in arguments.items() if field in parameters}
-        return {"name": self.network, "outputs": len(self.outputs), **chosen}
+        return {"name": self.network, "outputs": len(HEADS[self.head].outputs), **chosen}
 
 
 def rules() -> dict[str, Rule]:

@@ -1,4 +1,4 @@
-"""Choose the scale at which a model sees an image: full, or shrunk so that large nuclei have the size of its training.
+"""Choose the scale at which a model sees an image: full, or downscaled so that large nuclei look as in its training.
 
 The engine and the trainer's scores share it, so that the model sees the same pixels in both.  It needs no torch.
 """
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# Least and most ratio of the foreground's share to that in the image shrunk half as much, for crowds that melt into one
-# object.  On the validation images large nuclei reach up to 1.3 and crowds 1.7 and more.  No crowd can reach 4, because
-# it leaves too little background.
+# Least and most ratio of the foreground's share to that in the image downscaled half as much, for crowds that melt into
+# one object.  On the validation images large nuclei reach up to 1.3 and crowds 1.7 and more.  No crowd can reach 4,
+# because it leaves too little background.
 _MELTING = (1.45, 4.0)
 
 
@@ -47,16 +47,16 @@ def measure_objects(masks: Iterable[NDArray[np.bool_]]) -> Objects:
     return Objects(6 * (distances / foreground - 0.5), foreground / pixels)
 
 
-def pick_shrink(widths: dict[str, float], masks_at: Callable[[int], Iterable[NDArray[np.bool_]]]) -> int:
-    """Pick the factor by which an image is shrunk for the model; 1 does not shrink it.
+def pick_downscale(widths: dict[str, float], masks_at: Callable[[int], Iterable[NDArray[np.bool_]]]) -> int:
+    """Pick the factor by which an image is downscaled for the model; 1 leaves it as it is.
 
-    A factor is taken if objects are wide enough in the image shrunk by it, unless they cover far less in the image
-    shrunk half as much: then they are a crowd of small objects that melts into one.  If the latter image has next to no
-    foreground, they are large objects that the model does not see at that scale.
+    A factor is taken if objects are wide enough in the image downscaled by it, unless they cover far less in the image
+    downscaled half as much: then they are a crowd of small objects that melts into one.  If the latter image has next
+    to no foreground, they are large objects that the model does not see at that scale.
 
     Args:
-        widths: rule of the model's card: factor -> least width of objects, in px of the image shrunk by it.
-        masks_at: returns the model's masks of the image shrunk by a factor, at the size of the shrunk image.
+        widths: rule of the model's card: factor -> least width of objects, in px of the image downscaled by it.
+        masks_at: returns the model's masks of the image downscaled by a factor, at the size of the downscaled image.
     """
     measured: dict[int, Objects] = {}
 
@@ -77,6 +77,6 @@ def pick_shrink(widths: dict[str, float], masks_at: Callable[[int], Iterable[NDA
 
 
 def _melts(share: float, finer_share: float) -> bool:
-    """Whether a crowd melts into one object: foreground's share in the image, and in the one shrunk half as much."""
+    """Whether a crowd melts into one object, from foreground's share in the image and in the one twice as fine."""
     least, most = _MELTING
     return least * finer_share < share < most * finer_share

@@ -26,6 +26,7 @@ from cellseg_batch.trainer.checkpoint import CHECKPOINT_FILE, Checkpoint, check_
 from cellseg_batch.trainer.data.dataset import Dataset, load_dataset
 from cellseg_batch.trainer.data.sample import Sample
 from cellseg_batch.trainer.footprint import Footprint, measure_footprint
+from cellseg_batch.trainer.heads import HEADS
 from cellseg_batch.trainer.learner import Learner
 from cellseg_batch.trainer.plots import plot_curves, plot_predictions, write_log
 from cellseg_batch.trainer.recipe import Recipe
@@ -195,19 +196,20 @@ class _Keeper:
         return epoch
 
     def _bundle(self, learner: Learner, epoch: Epoch) -> Bundle:
-        recipe = self.recipe
+        recipe, head = self.recipe, HEADS[self.recipe.head]
         card = Card(
             name=recipe.name,
             architecture=recipe.architecture,
             channels=3,
-            outputs=recipe.outputs,
+            outputs=head.outputs,
+            decoder=head.decoder,
             total_stride=self.footprint.total_stride,
             exact_margin=self.footprint.exact_margin,
             margin=recipe.margin,
             threshold=recipe.threshold,
             pixel_size_um=recipe.pixel_size_um or None,
             normalisation=recipe.normalisation,
-            shrink=recipe.shrink,
+            downscale=recipe.downscale,
             training={
                 "images": len(self.dataset.splits["train"]),
                 "step": epoch.step,

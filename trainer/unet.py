@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cellseg_batch.trainer.blocks import DenseBlock, Merge, contract, conv_block, expand, upsample
-from cellseg_batch.trainer.bundle import SHRUNK, Bundle
+from cellseg_batch.trainer.bundle import DOWNSCALED, Bundle
 from cellseg_batch.trainer.encoders import ENCODERS, EfficientNetLite0, Encoder
 
 
@@ -223,8 +223,8 @@ class EfficientUNet(nn.Module):
         return logits
 
 
-class Shrunk(nn.Module):
-    """A network that works on an image shrunk by a whole factor: large nuclei become as large as it has learnt.
+class Downscaled(nn.Module):
+    """A network that works on an image downscaled by a whole factor: large nuclei become as large as it has learnt.
 
     Pixels are averaged, logits interpolated linearly, both around the same pixel centres.
 
@@ -262,8 +262,8 @@ def build_network(architecture: dict[str, Any]) -> nn.Module:
         TypeError: it does not take these arguments.
     """
     arguments = dict(architecture)
-    if arguments["name"] == SHRUNK:
-        return Shrunk(arguments["factor"], build_network(arguments["inner"]))
+    if arguments["name"] == DOWNSCALED:
+        return Downscaled(arguments["factor"], build_network(arguments["inner"]))
     return ARCHITECTURES[arguments.pop("name")](**arguments)
 
 

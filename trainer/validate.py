@@ -13,8 +13,8 @@ from torch import nn
 from cellseg_batch.trainer.augment import Batch
 from cellseg_batch.trainer.bundle import Instances
 from cellseg_batch.trainer.data.sample import Sample
-from cellseg_batch.trainer.decode import decode_instances
-from cellseg_batch.trainer.losses import segmentation_loss
+from cellseg_batch.trainer.decode import decode_instances, foreground_mask
+from cellseg_batch.trainer.heads import HEADS
 from cellseg_batch.trainer.metrics import competition_metric, instance_overlaps, pixel_score
 from cellseg_batch.trainer.predict import predict_logits
 from cellseg_batch.trainer.recipe import Recipe
@@ -39,17 +39,17 @@ class Validation:
 def validate(network: nn.Module, samples: Sequence[Sample], recipe: Recipe, total_stride: int) -> Validation:
     """Score ``network`` on whole images; puts it into evaluation mode."""
     network.eval()
-    limit = np.log(recipe.threshold / (1 - recipe.threshold))
+    head = HEADS[recipe.head]
     rows = []
     for sample in samples:
         logits = predict_logits(network, sample.pixels, total_stride, recipe.precision)
         labels = torch.from_numpy(sample.labels.astype(np.int64))[None]
         truth = Batch(torch.empty(0), labels, torch.from_numpy(sample.distance)[None].float() / 255)
-        loss = float(segmentation_loss(logits[None], truth, recipe.loss_terms))
-        pixels = pixel_score((logits[0] > limit).numpy(), sample.labels > 0)
+        loss = float(head.loss(logits[None], truth, recipe.loss_terms))
+        pixels = pixel_score(foreground_mask(logits.numpy(), recipe.threshold), sample.labels > 0)
         metric = np.nan
         if recipe.metric == "competition":
-            decoded = decode_instances(logits.numpy(), recipe.threshold, Instances())
+            decoded = decode_instances(logits.numpy(), head.decoder, recipe.threshold, Instances())
             metric = competition_metric(instance_overlaps(decoded, relabel_sequential(sample.labels)[0]).ious)
         rows.append((loss, pixels.dice, pixels.iou, metric))
     return Validation(*(float(mean) for mean in np.mean(rows, axis=0)))

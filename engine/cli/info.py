@@ -58,6 +58,7 @@ def _rows(cut: Cut) -> Iterator[tuple[str, str]]:
     yield "channels", ", ".join(slide.channels) or f"{slide.extent('c', 0)} without names"
     yield "would run", f"level {level.level} ({level.reason}), channel {_numbers(channels.indices)} ({channels.reason})"
     yield "", f"{cut.blocks} blocks, {cut.tiles} tiles of {cut.tile[0]} x {cut.tile[1]}"
+    yield from (("note", note) for note in slide.notes)
 
 
 def _numbers(indices: tuple[int, ...]) -> str:

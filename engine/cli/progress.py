@@ -1,17 +1,13 @@
-"""Show the progress of a run: a line per slide and one progress bar with rate and time left.
-
-The bar is hidden if the output is not a terminal.
-"""
+"""Show the progress of a run: a line per slide and one progress bar with rate and time left."""
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from cellseg_batch.engine.cli.console import as_flags
+from cellseg_batch.engine.cli.progress_bar import ProgressBar
 from cellseg_batch.engine.run.results import SlideReport
 from cellseg_batch.engine.run.slide_plan import SlidePlan
 
@@ -26,7 +22,7 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed / 1e6:.1f} Mpx/s", style="progress.data.speed")
 
 
-class RunProgress:
+class RunProgress(ProgressBar):
     """Observer of a run that shows it on a terminal; a context manager around the run.
 
     Args:
@@ -35,33 +31,21 @@ class RunProgress:
     """
 
     def __init__(self, console: Console, verbosity: int) -> None:
-        self.console = console
-        self._verbosity = verbosity
-        self._images = 0
-        self._planned = 0
-        self._planned_pixels = 0
-        self._ended = 0
-        self._bar = Progress(
+        super().__init__(
+            console,
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             _Rate(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=console,
-            disable=verbosity < 0 or not console.is_terminal,
-            transient=True,
+            hidden=verbosity < 0,
         )
-        self._task = self._bar.add_task("", total=None)
-
-    def __enter__(self) -> RunProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+        self._verbosity = verbosity
+        self._images = 0
+        self._planned = 0
+        self._planned_pixels = 0
+        self._ended = 0
 
     def racing(self) -> None:
         """Print why the run takes a while to start."""

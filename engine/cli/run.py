@@ -62,55 +62,73 @@ def print_failures(report: RunReport, console: Console) -> None:
 
 
 def print_report(report: RunReport, console: Console) -> None:
-    """Print the figures of the run."""
+    """Print the figures of the run that are known."""
     counts = {state: sum(slide.status == state for slide in report.slides) for state in _STATES}
     table = Table(title=f"cellseg-batch run: {report.status}", show_header=False, title_justify="left")
     table.add_column()
     table.add_column(overflow="fold")
-    shares = [slide.foreground_fraction for slide in report.slides if slide.foreground_fraction is not None]
     stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items() if seconds)
     for name, value in (
         ("images", ", ".join(f"{count} {state}" for state, count in counts.items() if count)),
-        ("blocks, tiles", f"{sum(slide.blocks for slide in report.slides)}, {_tiles(report.slides)}"),
-        ("model", f"{report.backend} {report.precision}, tile {_sides(report.tile)}, margin {report.margin} px"),
+        ("blocks, tiles", _tiles(report.slides)),
+        ("model", _model(report)),
         ("time", f"{report.seconds:.1f} s, and {report.compile_seconds:.1f} s to compile"),
-        ("rate", f"{report.mpx_per_s:.2f} Mpx/s end to end, {report.engine_mpx_per_s:.2f} Mpx/s in the model"),
+        ("rate", _rate(report)),
         ("busy seconds", stages),
         ("objects", _objects(report.slides)),
-        ("foreground", f"{100 * sum(shares) / len(shares):.1f} % (mean over images)" if shares else "-"),
-        (
-            "peak memory",
-            f"{report.peak_rss_bytes / _MEGA:.0f} MB (announced: at most {report.planned_peak_bytes / _MEGA:.0f} MB)",
-        ),
+        ("foreground", _foreground(report.slides)),
+        ("peak memory", _memory(report)),
         ("labels", _labels(report.slides)),
         *(("plate", _plate(plate)) for plate in report.plates),
     ):
-        table.add_row(name, Text(as_flags(value)))
+        if value:
+            table.add_row(name, Text(as_flags(value)))
     console.print(table)
 
 
 def _tiles(slides: list[SlideReport]) -> str:
+    blocks, tiles = sum(slide.blocks for slide in slides), sum(slide.tiles for slide in slides)
     skipped = sum(slide.skipped_tiles for slide in slides)
-    return f"{sum(slide.tiles for slide in slides)}" + f" ({skipped} empty ones were left out)" * bool(skipped)
+    note = f" ({skipped} empty ones were left out)" if skipped else ""
+    return f"{blocks}, {tiles}{note}" if blocks else ""
+
+
+def _model(report: RunReport) -> str:
+    if not report.backend:
+        return ""
+    tile = f"tile {report.tile[0]} x {report.tile[1]}, " if report.tile else ""
+    return f"{report.backend} {report.precision}, {tile}margin {report.margin} px"
+
+
+def _rate(report: RunReport) -> str:
+    if not report.mpx_per_s:
+        return ""
+    return f"{report.mpx_per_s:.2f} Mpx/s end to end, {report.engine_mpx_per_s:.2f} Mpx/s in the model"
+
+
+def _foreground(slides: list[SlideReport]) -> str:
+    shares = [slide.foreground_fraction for slide in slides if slide.foreground_fraction is not None]
+    return f"{100 * sum(shares) / len(shares):.1f} % (mean over images)" if shares else ""
+
+
+def _memory(report: RunReport) -> str:
+    planned = f" (announced: at most {report.planned_peak_bytes / _MEGA:.0f} MB)" if report.planned_peak_bytes else ""
+    return f"{report.peak_rss_bytes / _MEGA:.0f} MB{planned}"
 
 
 def _objects(slides: list[SlideReport]) -> str:
     counts = [slide.objects for slide in slides if slide.objects is not None]
     if not counts:
-        return "not counted; --instances does"
+        return "not counted; --instances does" if any(slide.labels for slide in slides) else ""
     unreached = sum(slide.unreached_pixels for slide in slides)
     note = f", and {unreached} px of foreground that belong to none" if unreached else ""
     return f"{sum(counts)}{note}"
 
 
-def _sides(shape: tuple[int, int]) -> str:
-    return f"{shape[0]} x {shape[1]}"
-
-
 def _labels(slides: list[SlideReport]) -> str:
     written = [slide.labels for slide in slides if slide.labels and slide.status != "failed"]
     if not written:
-        return "-"
+        return ""
     return written[0] if len(written) == 1 else f"{written[0]} and {len(written) - 1} more"
 
 

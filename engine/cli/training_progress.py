@@ -3,45 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
+from cellseg_batch.engine.cli.progress_bar import ProgressBar
 from cellseg_batch.trainer.data.dataset import Dataset
 from cellseg_batch.trainer.data.sample import Problem
 from cellseg_batch.trainer.train import Epoch
 
 
-class TrainingProgress:
+class TrainingProgress(ProgressBar):
     """Observer of a training that shows it on a terminal; a context manager around the training."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
-        self._loss = 0.0
-        self._dice = ""
-        self._bar = Progress(
+        super().__init__(
+            console,
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(),
             TextColumn("{task.description}"),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
         )
-        self._task = self._bar.add_task("", total=None)
+        self._loss = 0.0
+        self._dice = ""
         self._images = 0
-
-    def __enter__(self) -> TrainingProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def planned(self, dataset: Dataset, steps: int, done: int, batch: int) -> None:
         """Print the numbers of images and steps, and the images that cannot be used."""

@@ -36,14 +36,16 @@ def verify(
         verdict = verify_output(slides, name, output, workers, forget)
         print_verdict(verdict, Console())
         write_json(json_file, verdict.to_json())
-    raise typer.Exit(bool(verdict.damages))
+    raise typer.Exit(not verdict.is_whole)
 
 
 def print_verdict(verdict: Verdict, console: Console) -> None:
-    """Print each damaged block, each unfinished journal, and the count of all blocks."""
+    """Print each damaged block, each unreadable or unfinished journal, and the count of all blocks."""
     for damage in verdict.damages:
         line = f"{damage.journal}: {damage.part} {damage.number}: {damage.reason}"
         print_line(console, "damaged", "red", line)
+    for reason in verdict.unreadable:
+        print_line(console, "unreadable", "red", reason)
     for journal in verdict.unfinished:
         print_line(console, "unfinished", "yellow", journal)
     console.print(f"{verdict.checked} blocks read back, {len(verdict.damages)} damaged", highlight=False)

@@ -25,7 +25,6 @@ from cellseg_batch.engine.inference.session import Session
 from cellseg_batch.engine.inference.stitching import make_stitch
 from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.kernels import stitch
-from cellseg_batch.kernels.stitch import logit_threshold
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,7 @@ class CpuPredictor:
         mask = np.zeros(block.box.shape, np.uint8)
         probability = np.zeros(block.box.shape, np.uint8) if rule.probability else None
         stitching = make_stitch(
-            rule.stitch,
-            block,
-            rule.lattice,
-            logit_threshold(rule.threshold),
-            mask,
-            probability,
-            kernels=stitch,
-            empty=partial(np.empty, dtype=np.float32),
-            classify=None if rule.instances is None else rule.instances.classifier(rule.threshold),
+            rule, block, mask, probability, kernels=stitch, empty=partial(np.empty, dtype=np.float32)
         )
         count = rule.shape[0]
         with self.session() as session:

@@ -39,7 +39,6 @@ from cellseg_batch.engine.inference.prediction import (
 from cellseg_batch.engine.inference.stitching import make_stitch
 from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.kernels import blend_triton, gather_triton, stitch_triton
-from cellseg_batch.kernels.stitch import logit_threshold
 
 
 @dataclass(frozen=True)
@@ -123,10 +122,8 @@ class _BlockOnDevice:
             self._mask = self._device.zeros(block.box.shape, torch.uint8)
             self._probability = self._device.zeros(block.box.shape, torch.uint8) if rule.probability else None
             self._stitch = make_stitch(
-                rule.stitch,
+                rule,
                 block,
-                rule.lattice,
-                logit_threshold(rule.threshold),
                 self._mask,
                 self._probability,
                 kernels=stitch_triton if rule.stitch == "crop" else blend_triton,

@@ -20,6 +20,7 @@ from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.inference.backends.protocol import Backend, DeviceModel, Shape
 from cellseg_batch.engine.inference.backends.registry import make_backend
 from cellseg_batch.engine.inference.choice import Choice, choose
+from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.gpu_admission import Admission
 from cellseg_batch.engine.inference.kept_by_use import KeptByUse
 from cellseg_batch.engine.inference.probes import Probes
@@ -74,8 +75,8 @@ class ModelPool:
         choice: Choice | None = None,
     ) -> None:
         self.bundle = bundle
-        # A mask needs no other outputs: they take a twentieth of the time and twice the foreground's memory.
-        self._outputs = bundle if settings.instances or settings.objects else bundle.foreground
+        # Outputs that a mask does not need take a twentieth of the time and twice the foreground's memory.
+        self._network = DECODERS[bundle.card.decoder].network(bundle, instances=settings.makes_ids)
         self.seconds = 0.0
         self.models_lock = threading.RLock()
         self._run_lock = threading.RLock()
@@ -86,7 +87,7 @@ class ModelPool:
             self.choice = choice or choose(settings, bundle, racing)
             self._threads = settings.threads or cores()
             winner = self.choice.backend, self.choice.precision
-            self.chosen = make_backend(self._outputs, *winner, self._threads, self._artefacts, self._gpus[0])
+            self.chosen = make_backend(self._network, *winner, self._threads, self._artefacts, self._gpus[0])
         self._backends = {(self.chosen.name, self.chosen.precision, 1, self._gpus[0]): self.chosen}
         self._queues: KeptByUse[tuple[Backend, Shape], Iterator[BatchQueue]] = KeptByUse(_KEPT_AREA_ON_GPU)
         self._sessions: KeptByUse[_Key, _Sessions] = KeptByUse(_KEPT_AREA)
@@ -111,7 +112,7 @@ class ModelPool:
         with self.models_lock:
             if key not in self._backends:
                 with self.counted():
-                    bundle = self._outputs.shrunk(downscale)
+                    bundle = self._network.downscaled(downscale)
                     self._backends[key] = make_backend(bundle, name, precision, self._threads, self._artefacts, key[-1])
             return self._backends[key]
 

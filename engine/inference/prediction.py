@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 from cellseg_batch.engine.errors import ComputeError
 from cellseg_batch.engine.geometry import Block, Box, Lattice, Tile, reflect
 from cellseg_batch.engine.inference.backends.protocol import Shape
+from cellseg_batch.engine.inference.decoders import DECODERS, Decoder
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.objects.seeds import InstanceRule
 
@@ -29,6 +30,7 @@ class PredictionRule:
         probability: whether to make the probability too.
         stitch: crop or blend.
         downscale: factor by which the slide is downscaled for the model.
+        decoder: decoder of the model.
         instances: rule that makes pixel codes instead of the mask; None for a mask.
     """
 
@@ -40,6 +42,7 @@ class PredictionRule:
     probability: bool = False
     stitch: str = "crop"
     downscale: int = 1
+    decoder: Decoder = DECODERS["mask"]
     instances: InstanceRule | None = None
 
 

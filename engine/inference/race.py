@@ -26,6 +26,7 @@ from cellseg_batch.engine.geometry import fit_lattice
 from cellseg_batch.engine.inference.backends.gate import TILE, Parity, limits_of, logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.inference.backends.protocol import CONVERSION_VERSION, Backend, Shape
 from cellseg_batch.engine.inference.backends.registry import REFERENCE, candidates, make_backend, packages, why_not
+from cellseg_batch.engine.inference.decoders import DECODERS, Decoder
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.race_result import Candidate, RaceResult, Request, may_win
 from cellseg_batch.engine.inference.session import Session, compile_network
@@ -91,8 +92,8 @@ def load_or_race(
 
 def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> RaceResult:
     """Run the race in this process: build, gate and time every candidate; the candidates take turns."""
-    threshold = bundle.card.threshold
-    network = bundle.foreground  # the gate and masks need no other output
+    threshold, decoder = bundle.card.threshold, DECODERS[bundle.card.decoder]
+    network = decoder.network(bundle, instances=False)
     tiles = real_tiles("gate", bundle.card.channels)
     reference = make_backend(network, *REFERENCE, request.threads, artefacts)
     expected = logits_of(reference.compile((1, *tiles.shape[1:])), tiles)
@@ -109,10 +110,10 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> RaceResult:
         if not missing:
             try:
                 if name == REFERENCE:
-                    backend, parities[name] = reference, measure_parity(expected, expected, threshold)
+                    backend, parities[name] = reference, measure_parity(expected, expected, threshold, decoder)
                 else:
                     backend = make_backend(network, *name, request.threads, artefacts, gpu)
-                    parities[name] = worst_parity(backend, tiles, expected, threshold)
+                    parities[name] = worst_parity(backend, tiles, expected, threshold, decoder)
                 calls[name] = _timed_call(backend, shape, pixels)
                 continue
             except Exception as error:  # this library cannot take the network; another library may
@@ -137,9 +138,10 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> RaceResult:
     with suppress(BackendError):  # no candidate won; picking from the result will say why
         winner = race_result.pick(request.backend, request.precision)
         # Convert the winner's networks now, so that a run with a downscaled slide or instances need not load torch.
-        for network in (bundle.foreground, bundle):
-            for factor in (1, *map(int, bundle.card.shrink)):
-                make_backend(network.shrunk(factor), winner.backend, winner.precision, request.threads, artefacts)
+        for instances in (False, True):
+            network = decoder.network(bundle, instances=instances)
+            for factor in (1, *map(int, bundle.card.downscale)):
+                make_backend(network.downscaled(factor), winner.backend, winner.precision, request.threads, artefacts)
     return race_result
 
 
@@ -161,11 +163,11 @@ def time_in_turns(calls: dict[tuple[str, str], Callable[[], object]]) -> dict[tu
 
 
 def worst_parity(
-    backend: Backend, tiles: NDArray[np.float32], expected: NDArray[np.float32], threshold: float
+    backend: Backend, tiles: NDArray[np.float32], expected: NDArray[np.float32], threshold: float, decoder: Decoder
 ) -> Parity:
     """Return the worse parity of the backend's two networks: for normalised pixels, and for bytes if it has one."""
     models = _models(backend, (1, *tiles.shape[1:]))
-    parities = [measure_parity(logits_of(model, tiles), expected, threshold) for model in models]
+    parities = [measure_parity(logits_of(model, tiles), expected, threshold, decoder) for model in models]
     return min(parities, key=lambda parity: (parity.within(limits_of(backend.precision)), -parity.flipped))
 
 
@@ -229,8 +231,9 @@ def _key(request: Request, bundle: Bundle) -> Key:
         "holds": list(RaceResult.__dataclass_fields__),
         "model": bundle.card.name,
         "sha256": bundle.sha256,
+        "decoder": bundle.card.decoder,
         "threshold": bundle.card.threshold,
-        "downscale": sorted(bundle.card.shrink),
+        "downscale": sorted(bundle.card.downscale),
         "processor": processor(),
         "gpus": gpus(),
         "versions": _versions(),

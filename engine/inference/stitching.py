@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.geometry import Block, Box, Lattice, Tile
-from cellseg_batch.engine.objects.seeds import PixelClassifier
+from cellseg_batch.engine.geometry import Block, Box, Tile
+from cellseg_batch.engine.inference.decoders import PixelWriter
+from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.kernels.tiling import TileGrid
 
 
@@ -31,44 +32,42 @@ class Stitch(Protocol):
 
 
 def make_stitch(
-    stitch: str,
+    rule: PredictionRule,
     block: Block,
-    lattice: Lattice,
-    threshold: float,
     mask: Any,
     probability: Any,
     kernels: Any,
     empty: Callable[[tuple[int, ...]], Any],
-    classify: PixelClassifier | None = None,
 ) -> Stitch:
     """Return the stitching of one block.
 
     Args:
-        stitch: crop or blend.
+        rule: prediction rule of the slide.
         block: the block to stitch; for blend its tiles must reach one core beyond it.
-        lattice: tile lattice of the slide.
-        threshold: logit above which a pixel is foreground.
-        mask: (h, w) uint8 of the block, overwritten.
+        mask: (h, w) uint8 of the block, overwritten with its mask or pixel codes.
         probability: (h, w) uint8 of the block, overwritten; None if it is not wanted.
         kernels: module with the functions of `cellseg_batch.kernels.stitch` for these arrays.
         empty: makes an array for logits from its shape.
-        classify: writes pixel codes of a batch's cores instead of their mask; only for crop.
     """
-    out = _Output(kernels, threshold, mask, probability, classify)
-    return _Crop(out, block) if stitch == "crop" else _Blend(out, block, lattice, empty)
+    decoder, stitch = rule.decoder, rule.stitch
+    if rule.instances is None:
+        write_mask = decoder.mask_writer(stitch, rule.threshold, kernels)
+    else:
+        write_mask = decoder.code_writer(rule.instances, rule.threshold)
+    out = _Output(mask, write_mask, probability, decoder.probability_writer(stitch, kernels))
+    return _Crop(out, block) if stitch == "crop" else _Blend(out, block, rule, empty)
 
 
 @dataclass(frozen=True)
 class _Output:
-    kernels: Any
-    threshold: float
     mask: Any
+    write_mask: PixelWriter
     probability: Any
-    classify: PixelClassifier | None
+    write_probability: PixelWriter
 
 
 class _Crop:
-    """Writes each tile's core: it needs no tile beyond the block and reads one logit per pixel."""
+    """Writes each tile's core: it needs no tile beyond the block."""
 
     def __init__(self, out: _Output, block: Block) -> None:
         self._out = out
@@ -77,13 +76,10 @@ class _Crop:
 
     def add(self, first: int, logits: Any) -> None:
         places = core_places(self._block.tiles[first : first + len(logits)], self._block.box)
-        kernels, out = self._out.kernels, self._out
-        if out.classify is not None:
-            self._counts[first] = out.classify(logits, places, out.mask)
-        else:
-            self._counts[first] = kernels.stitch_mask(logits, places, out.threshold, out.mask)
+        out = self._out
+        self._counts[first] = out.write_mask(logits, places, out.mask)
         if out.probability is not None:
-            kernels.stitch_probability(logits, places, out.probability)
+            out.write_probability(logits, places, out.probability)
 
     def finish(self) -> list[Any]:
         return list(self._counts.values())
@@ -92,25 +88,29 @@ class _Crop:
 class _Blend:
     """Fades overlapping tiles into each other, linearly in logit space; holds the logits of all tiles until the end."""
 
-    def __init__(self, out: _Output, block: Block, lattice: Lattice, empty: Callable[[tuple[int, ...]], Any]) -> None:
+    def __init__(
+        self, out: _Output, block: Block, rule: PredictionRule, empty: Callable[[tuple[int, ...]], Any]
+    ) -> None:
         self._out = out
+        lattice = rule.lattice
         # Blend only a tile's core and half of the overlap around it.
         reach = lattice.overlap // 2
         self._inner = slice(lattice.margin - reach, reach - lattice.margin or None)
         height, width = lattice.core
-        self._logits = empty((len(block.tiles), 1, height + 2 * reach, width + 2 * reach))
+        self._outputs = len(rule.decoder.mask_outputs)
+        self._logits = empty((len(block.tiles), self._outputs, height + 2 * reach, width + 2 * reach))
         corner = block.tiles[0].core
         top, left = block.box.y0 - corner.y0 + reach, block.box.x0 - corner.x0 + reach
         self._grid = TileGrid(*block.tile_rows_columns, lattice.overlap, top, left, *block.box.shape)
 
     def add(self, first: int, logits: Any) -> None:
-        self._logits[first : first + len(logits)] = logits[:, :1, self._inner, self._inner]
+        self._logits[first : first + len(logits)] = logits[:, : self._outputs, self._inner, self._inner]
 
     def finish(self) -> list[Any]:
-        kernels, out = self._out.kernels, self._out
+        out = self._out
         if out.probability is not None:
-            kernels.blend_probability(self._logits, self._grid, out.probability)
-        return [kernels.blend_mask(self._logits, self._grid, out.threshold, out.mask)]
+            out.write_probability(self._logits, self._grid, out.probability)
+        return [out.write_mask(self._logits, self._grid, out.mask)]
 
 
 def core_places(tiles: Sequence[Tile], target: Box) -> NDArray[np.int64]:

@@ -7,36 +7,28 @@ other blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block, BlockGrid
-from cellseg_batch.kernels.instances import classify_foreground, classify_pixels, label_seeds, seed_rule
-from cellseg_batch.kernels.stitch import logit_threshold
-from cellseg_batch.trainer.bundle import Card, Instances
+from cellseg_batch.kernels.instances import label_seeds
+from cellseg_batch.trainer.bundle import Instances
 
 TOP, LEFT, BOTTOM, RIGHT = "top", "left", "bottom", "right"
-
-PixelClassifier = Callable[[NDArray[np.float32], NDArray[np.int64], NDArray[np.uint8]], tuple[int, int]]
-"""Function that writes pixel codes of a batch of tiles: (logits, places, out) -> (foreground pixels, NaN logits)."""
 
 
 @dataclass(frozen=True)
 class InstanceRule:
-    """Rule that turns logits into instances on a slide.
+    """Numbers by which logits become instances on a slide.
 
     Attributes:
         card: the model's rule, in px of its input image.
-        by_distance: seeds come from distance and border; otherwise every component of the foreground is an object.
         downscale: factor by which the slide is downscaled for the model.
     """
 
     card: Instances
-    by_distance: bool
     downscale: int = 1
 
     @property
@@ -48,24 +40,6 @@ class InstanceRule:
     def steps(self) -> int:
         """Number of growth steps in each of the two rounds."""
         return self.card.growth * self.downscale
-
-    def classifier(self, threshold: float) -> PixelClassifier:
-        """Make the pixel classifier of this rule; a pixel is foreground if its probability is above ``threshold``."""
-        limit = logit_threshold(threshold)
-        if not self.by_distance:
-            return lambda logits, places, out: classify_foreground(logits, places, limit, out)
-        card = self.card
-        rule = seed_rule(limit, card.border_weight, card.smoothing, self.downscale, card.seed_level, card.border_level)
-        return lambda logits, places, out: classify_pixels(logits, places, rule, out)
-
-    def manifest(self) -> dict[str, Any]:
-        """The values that decide the instances, as plain JSON values."""
-        return {"objects": "seeds" if self.by_distance else "components of the foreground", **asdict(self.card)}
-
-
-def instance_rule(card: Card) -> InstanceRule:
-    """Rule of a model without downscaling."""
-    return InstanceRule(card.instances, card.outputs[:3] == ("foreground", "border", "distance"))
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,9 @@ def read_provenance(path: Path) -> Provenance:
     Raises:
         ReadError: the file is no table of objects.
     """
+    schema = read_schema(path)
     with reading_table(path):
-        content = json.loads((pq.read_schema(readable(path)).metadata or {})[METADATA_KEY])
+        content = json.loads(schema.metadata[METADATA_KEY])
         quality = {name: ChannelQuality(**figures) for name, figures in content["quality"].items()}
         return Provenance(
             image=content["image"],
@@ -108,6 +109,19 @@ def read_provenance(path: Path) -> Provenance:
             quality=quality,
             provenance=content["provenance"],
         )
+
+
+def read_schema(path: Path) -> pa.Schema:
+    """Read the columns of a table.
+
+    Raises:
+        ReadError: the file is no table of objects.
+    """
+    with reading_table(path):
+        schema = pq.read_schema(readable(path))
+        if METADATA_KEY not in (schema.metadata or {}):
+            raise ValueError("a Parquet file of something else")
+        return schema
 
 
 def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:

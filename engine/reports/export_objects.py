@@ -20,7 +20,7 @@ from scipy import ndimage
 from cellseg_batch.engine.errors import UsageError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.objects.columns import BOX, CENTROID, CENTROID_UM, ID, NAMES, TEXT, TableField, table_fields
-from cellseg_batch.engine.objects.table import Provenance, read_batches, read_provenance
+from cellseg_batch.engine.objects.table import Provenance, read_batches, read_provenance, read_schema
 from cellseg_batch.engine.run.output_paths import OutputPaths, output_paths
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.ome_zarr import open_written
@@ -48,6 +48,9 @@ def export_objects(
 ) -> Exported:
     """Write the objects of every image below ``inputs`` to one file.
 
+    The file has the columns of all tables.  The objects of a table that lacks a column, such as one of a channel that
+    only other images have, are empty there; NaN in AnnData.
+
     Args:
         inputs: the inputs of the run.
         kind: one of `FORMATS`.
@@ -55,8 +58,8 @@ def export_objects(
         name, output, axes: as in the settings of the run.
 
     Raises:
-        UsageError: there is no such format or no table, tables have different columns, or several images are asked
-            for as GeoJSON.
+        UsageError: there is no such format or no table, a column has different types in two tables, or several
+            images are asked for as GeoJSON.
         SlideError: a table or its labels cannot be read, or the file cannot be written.
     """
     if kind not in FORMATS:
@@ -77,15 +80,13 @@ def export_objects(
 
 
 def _write_csv(outputs: list[OutputPaths], out: Path) -> int:
-    count, writer = 0, None
-    with whole_file(out) as stream:
-        for batch in _all_batches(outputs):
-            plain = pa.schema((field.name, pa.string() if field.type == TEXT else field.type) for field in batch.schema)
-            writer = writer or pa.csv.CSVWriter(stream, plain)
+    schema = _common_schema(outputs)
+    plain = pa.schema((field.name, pa.string() if field.type == TEXT else field.type) for field in schema)
+    count = 0
+    with whole_file(out) as stream, pa.csv.CSVWriter(stream, plain) as writer:
+        for batch in _all_batches(outputs, schema):
             writer.write_batch(batch.cast(plain))
             count += len(batch)
-        if writer is not None:
-            writer.close()
     return count
 
 
@@ -101,9 +102,11 @@ def _write_anndata(outputs: list[OutputPaths], out: Path) -> int:
         ) from None
     import pandas as pd
 
-    table = pa.Table.from_batches(_all_batches(outputs))
+    schema = _common_schema(outputs)
+    table = pa.Table.from_batches(_all_batches(outputs, schema), schema)
     provenances = [read_provenance(paths.table) for paths in outputs]
-    fields = _fields(table.schema, provenances[0].channels)
+    channels = dict.fromkeys(channel for provenance in provenances for channel in provenance.channels)
+    fields = _fields(schema, tuple(channels))
     figures = [
         field.name
         for field in fields
@@ -158,26 +161,34 @@ def _write_geojson(outputs: list[OutputPaths], out: Path) -> int:
     return count
 
 
-def _all_batches(outputs: list[OutputPaths]) -> Iterator[pa.RecordBatch]:
-    """Read the rows of all tables.
+def _common_schema(outputs: list[OutputPaths]) -> pa.Schema:
+    """The columns of all tables: those of the first, then those that others have besides.
 
     Raises:
-        UsageError: the tables have different columns.
+        UsageError: a column has different types in two tables.
     """
-    first = None
+    schemas = [read_schema(paths.table) for paths in outputs]
+    try:
+        return pa.unify_schemas(schemas)
+    except pa.ArrowException as error:
+        raise UsageError(
+            "tables of objects",
+            expected="columns of the same types in all of them",
+            found=str(error),
+            cause="tables of different versions",
+            remedy="export them one by one, or segment anew with `overwrite`",
+        ) from error
+
+
+def _all_batches(outputs: list[OutputPaths], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Read the rows of all tables, with the columns of ``schema``; those that a table lacks are null."""
     for paths in outputs:
         for batch in read_batches(paths.table):
-            first = first or batch.schema
-            if batch.schema != first:
-                changed = sorted(set(batch.schema.names) ^ set(first.names))
-                raise UsageError(
-                    str(paths.table),
-                    expected="the same columns in all tables",
-                    found=f"{', '.join(changed)} in some only",
-                    cause="images with different channels",
-                    remedy="export them one by one",
-                )
-            yield batch
+            names = batch.schema.names
+            columns = [
+                batch[field.name] if field.name in names else pa.nulls(len(batch), field.type) for field in schema
+            ]
+            yield pa.record_batch(columns, schema=schema)
 
 
 def _fields(schema: pa.Schema, channels: tuple[str, ...]) -> list[TableField]:
@@ -208,15 +219,22 @@ def _features(batch: pa.RecordBatch, reader: SlideReader, provenance: Provenance
         for row in group:
             y0, x0, y1, x1 = boxes[row]
             mask = window[y0 - hull.y0 : y1 - hull.y0, x0 - hull.x0 : x1 - hull.x0] == ids[row]
+            geometry = _geometry(mask, (int(y0), int(x0)), provenance.level0_scale)
             yield {
                 "type": "Feature",
-                "geometry": _geometry(mask, (int(y0), int(x0)), provenance.level0_scale),
+                "geometry": geometry | _plane(reader.slide, int(planes[row])),
                 "properties": {
                     "objectType": "detection",
                     "name": str(ids[row]),
                     "measurements": {key: value for key, value in measured[row].items() if value is not None},
                 },
             }
+
+
+def _plane(labels: Slide, plane: int) -> dict[str, Any]:
+    """QuPath's member of a geometry that says in which t/z plane it lies, of every channel; none for a single plane."""
+    index = labels.plane_index(0, plane)
+    return {"plane": {"c": -1, "z": index.get("z", 0), "t": index.get("t", 0)}} if index else {}
 
 
 def _geometry(mask: NDArray[np.bool_], origin: tuple[int, int], scale: tuple[float, float]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class ImageInfo:
         rgb: the channels are red, green, blue.
         pixel_size_um: µm per px of full resolution along x; None if the metadata do not say.
         reason: why the image cannot be segmented as asked; "" if it can.
+        notes: remarks on what the metadata say and what is left out.
         cut: how a run would cut the image; None if it cannot be segmented.
     """
 
@@ -64,6 +65,7 @@ class ImageInfo:
     rgb: bool | None = None
     pixel_size_um: float | None = None
     reason: str = ""
+    notes: tuple[str, ...] = ()
     cut: Cut | None = None
 
 
@@ -108,6 +110,7 @@ def _describe(image: Slide | UnreadableImage, settings: Settings, card: Card) ->
         channels=image.channel_names(range(image.extent("c", 0))),
         rgb=image.rgb,
         pixel_size_um=image.pixel_size_um(0),
+        notes=image.notes,
     )
     try:
         return replace(info, cut=_cut(image, settings, card))

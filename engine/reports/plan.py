@@ -24,7 +24,7 @@ from cellseg_batch.engine.objects.merge import FinalIds
 from cellseg_batch.engine.run.campaign import run_images
 from cellseg_batch.engine.run.lifecycle import block_bytes
 from cellseg_batch.engine.run.measure_pass import measured_channels
-from cellseg_batch.engine.run.open_slide import output_images
+from cellseg_batch.engine.run.open_slide import image_writers
 from cellseg_batch.engine.run.output_paths import output_paths, refuse_output_inside
 from cellseg_batch.engine.run.pipeline import passes_of
 from cellseg_batch.engine.run.results import RunReport, SlideReport
@@ -186,7 +186,7 @@ def _with_blocks(entry: SlideEstimate, plan: SlidePlan | None, side: int) -> tup
 
 def _count(plan: SlidePlan) -> SlideEstimate:
     """Estimate of a slide from its plan alone: pixels, blocks, bytes and files."""
-    layouts = [image.layout for image in output_images(plan) if image is not None]
+    layouts = [writer.layout for writer in image_writers(plan).values()]
     pixels = sum(math.prod(shape) for shape in layouts[0].shapes)
     return SlideEstimate(
         path=plan.slide.location,

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from html import escape
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 
 from PIL import Image
 
-from cellseg_batch.engine.errors import CellsegError, writing_to
+from cellseg_batch.engine.errors import CellsegError, OutputError, writing_to
 from cellseg_batch.engine.reports.preview import write_preview
 from cellseg_batch.engine.reports.status import SlideStatus, Status, read_status
 from cellseg_batch.engine.reports.svg_charts import bars, plate_chart, rate_chart
@@ -69,8 +69,9 @@ def write_page(paths: list[Path], out: Path, name: str, output: Path | None) -> 
         NoImageError: there is neither an image nor a journal.
         OutputError: the page cannot be written.
     """
+    facts = _Facts()
     status = read_status(paths, name, output)
-    facts = _gather(status)
+    status = replace(status, slides=[_gather(slide, facts) for slide in status.slides])
     sections = [
         _summary(status, facts),
         _section("Throughput", _throughput(facts)),
@@ -86,23 +87,30 @@ def write_page(paths: list[Path], out: Path, name: str, output: Path | None) -> 
     return status
 
 
-def _gather(status: Status) -> _Facts:
-    facts = _Facts()
-    for slide in status.slides:
-        journal = Journal(slide.journal) if slide.journal is not None else None
-        manifest = journal.manifest(Manifest) if journal is not None else None
-        if journal is None or manifest is None:
-            continue
-        facts.manifests.append(manifest)
-        facts.blocks += [(moment, slide.pixels / slide.blocks) for moment in journal.times(BLOCKS)]
-        for name in manifest.passes:
-            for _, task in journal.records(name, TaskRecord[Any]):
-                for stage, seconds in task.seconds.items():
-                    facts.seconds[stage] = facts.seconds.get(stage, 0.0) + seconds
-        finished = journal.finished(FinishedRecord)
-        if finished is not None:
-            facts.foreground[slide.path] = finished.foreground / slide.pixels
-    return facts
+def _gather(slide: SlideStatus, facts: _Facts) -> SlideStatus:
+    """Add an image's figures to ``facts``; returns its status, which is failed if its journal cannot be read."""
+    if slide.journal is None or not slide.blocks:
+        return slide
+    try:
+        _add(slide, Journal(slide.journal), facts)
+    except OutputError as error:  # it must not hide the other images
+        return replace(slide, state="failed", reason=str(error))
+    return slide
+
+
+def _add(slide: SlideStatus, journal: Journal, facts: _Facts) -> None:
+    manifest = journal.manifest(Manifest)
+    if manifest is None:
+        return  # removed meanwhile
+    facts.manifests.append(manifest)
+    facts.blocks += [(moment, slide.pixels / slide.blocks) for moment in journal.times(BLOCKS)]
+    for name in manifest.passes:
+        for _, task in journal.records(name, TaskRecord[Any]):
+            for stage, seconds in task.seconds.items():
+                facts.seconds[stage] = facts.seconds.get(stage, 0.0) + seconds
+    finished = journal.finished(FinishedRecord)
+    if finished is not None:
+        facts.foreground[slide.path] = finished.foreground / slide.pixels
 
 
 def _summary(status: Status, facts: _Facts) -> str:

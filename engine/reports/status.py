@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cellseg_batch.engine.errors import NoImageError, SlideError
+from cellseg_batch.engine.errors import NoImageError, OutputError, SlideError
 from cellseg_batch.engine.run.failed_images import FailedImages
 from cellseg_batch.engine.run.output_paths import output_paths
 from cellseg_batch.engine.run.records import BLOCKS, Manifest
@@ -37,7 +37,7 @@ class SlideStatus:
         path: the image.
         journal: folder of its journal; None if the image could not be opened.
         state: done, running, failed, stopped (started, but no run works on it) or waiting.
-        reason: why the image failed.
+        reason: why the image failed, or why its journal cannot be read.
         blocks, blocks_done: number of blocks, and of those whose first pass is done; 0 if the image waits.
         tasks, tasks_done: number of tasks of all passes, and of those that are done.
         pixels: number of pixels, over all planes; 0 if the image waits.
@@ -173,7 +173,10 @@ def _look_at(folder: Path, path: str, failures: dict[str, str]) -> tuple[SlideSt
         failures: location -> reason of each failed image.
     """
     journal = Journal(folder)
-    manifest = journal.manifest(Manifest)
+    try:
+        manifest = journal.manifest(Manifest)
+    except OutputError as error:  # it must not hide the other images
+        return SlideStatus(path or str(folder), folder, "failed", str(error)), []
     path = path or (manifest.location if manifest is not None else str(folder))
     reason = failures.get(path, "")
     if manifest is None:
@@ -194,11 +197,7 @@ def _look_at(folder: Path, path: str, failures: dict[str, str]) -> tuple[SlideSt
         blocks_done=len(times[BLOCKS]),
         tasks=sum(manifest.passes.values()),
         tasks_done=sum(map(len, times.values())),
-        pixels=math.prod(
-            side
-            for axis, side in zip(manifest.decisions.input.axes, manifest.decisions.input.shape, strict=True)
-            if axis != "c"
-        ),
+        pixels=manifest.decisions.input.planes * math.prod(manifest.decisions.input.plane_shape),
         begun=journal.begun(),
     )
     return status, times[BLOCKS]

@@ -15,7 +15,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.errors import ReadError
+from cellseg_batch.engine.errors import OutputError, ReadError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.reports.status import find_journals
 from cellseg_batch.engine.run.completeness import differences
@@ -50,15 +50,22 @@ class Verdict:
         checked: number of records whose pixels were read back.
         unfinished: folders of the journals without their closing record.
         damages: the damaged blocks and shards.
+        unreadable: the journals that cannot be read, and so are not checked, each with its reason.
     """
 
     checked: int = 0
     unfinished: list[str] = field(default_factory=list)
     damages: list[Damage] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that was recorded as written could be read back."""
+        return not (self.damages or self.unreadable)
 
     def to_json(self) -> dict[str, Any]:
         """The verdict as plain JSON values."""
-        return {"status": "damaged" if self.damages else "whole", **asdict(self)}
+        return {"status": "whole" if self.is_whole else "damaged", **asdict(self)}
 
 
 def verify(paths: list[Path], name: str, output: Path | None, workers: int, forget: bool = False) -> Verdict:
@@ -84,7 +91,19 @@ def verify(paths: list[Path], name: str, output: Path | None, workers: int, forg
 
 
 def _workflow(journal: Journal, verdict: Verdict, forget: bool) -> Workflow[None]:
-    """Check every record of a journal; if the journal is finished, also check that no record is missing."""
+    """Read back what a journal lists, and note the journal if it cannot be read."""
+    try:
+        yield from _read_back(journal, verdict, forget)
+    except OutputError as error:  # the other journals are checked all the same
+        verdict.unreadable.append(str(error))
+
+
+def _read_back(journal: Journal, verdict: Verdict, forget: bool) -> Workflow[None]:
+    """Check every record of a journal; if the journal is finished, also check that no record is missing.
+
+    Raises:
+        OutputError: the journal cannot be read.
+    """
     manifest = journal.manifest(Manifest)
     assert manifest is not None  # the journal is started
     outputs = _Outputs({path: journal.folder / relative for path, relative in manifest.images.items()})
@@ -128,7 +147,7 @@ class _Outputs:
             return np.asarray(array[index])
         except Exception as error:  # libraries raise errors of many types for damaged files
             raise ReadError(
-                str(self._folders[path]),
+                path,
                 expected="readable pixels",
                 found=f"{type(error).__name__}: {error}".splitlines()[0],
                 remedy="have them made again: verify with `forget`, and run once more",

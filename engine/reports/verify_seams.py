@@ -18,6 +18,7 @@ from scipy import ndimage
 from cellseg_batch.engine.geometry import Box, Lattice, Tile, source_box
 from cellseg_batch.engine.inference.backends.protocol import Backend
 from cellseg_batch.engine.inference.cpu_predictor import tile_logits
+from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.inference.session import Session, compile_network
@@ -29,7 +30,6 @@ from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images, first_slide
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.stage_clock import StageClock
-from cellseg_batch.kernels.stitch import logit_threshold, sigmoid
 from cellseg_batch.trainer.bundle import Card
 
 _WINDOW = 2048
@@ -115,21 +115,22 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
     """
     slide = first_slide(find_images(path, settings.axes))
     bundle = load_model(settings.model)
+    decoder = DECODERS[bundle.card.decoder]
     model_pool = ModelPool(bundle, settings)
     plan = plan_slide(slide, output_paths(slide, settings.name, None), settings, bundle.card)
     with SlideReader(slide, plan.level.level, plan.channels.indices) as reader:
         factor = settle_downscale(plan, settings, model_pool, reader)
         plan, backend = downscale_plan(plan, settings, bundle, factor), model_pool.downscaled(model_pool.chosen, factor)
-        card = bundle.shrunk(factor).card
-        threshold = logit_threshold(plan.threshold)
+        card = bundle.downscaled(factor).card
         windows = seam_windows(plan, full, most)
         tiled_logits = _LogitsOf(plan, backend, reader)
         compared = [_compare(window, plan, card, backend, reader, tiled_logits) for window in windows]
-    masks = [(tiled > threshold, untiled > threshold) for tiled, untiled in compared]
+    masks = [[decoder.mask(logits, plan.threshold)[0] for logits in pair] for pair in compared]
+    differences = (np.abs(decoder.probability(tiled) - decoder.probability(untiled)) for tiled, untiled in compared)
     return SeamReport(
         windows=len(windows),
         pixels=sum(window.area for window in windows),
-        max_dp=max(float(np.abs(sigmoid(tiled) - sigmoid(untiled)).max()) for tiled, untiled in compared),
+        max_dp=max(float(difference.max()) for difference in differences),
         flipped=sum(int(np.count_nonzero(tiled ^ untiled)) for tiled, untiled in masks),
         objects_tiled=sum(_count_objects(tiled) for tiled, _ in masks),
         objects_untiled=sum(_count_objects(untiled) for _, untiled in masks),
@@ -144,8 +145,9 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
 def _compare(
     window: Box, plan: SlidePlan, card: Card, backend: Backend, reader: SlideReader, tiled_logits: _LogitsOf
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Foreground logits (h, w) of ``window``, tiled and untiled."""
-    tiled, untiled = np.empty(window.shape, np.float32), np.empty(window.shape, np.float32)
+    """Logits (1, K, h, w) of the outputs that a mask needs, in ``window``, tiled and untiled."""
+    shape = (1, len(DECODERS[plan.decoder].mask_outputs), *window.shape)
+    tiled, untiled = np.empty(shape, np.float32), np.empty(shape, np.float32)
     for tile in _tiles_over(plan.grid.lattice, window):
         tiled_logits.put(tile, window, tiled)
     frame = _grown(window, card.exact_margin, card.total_stride)
@@ -154,7 +156,7 @@ def _compare(
 
 
 class _LogitsOf:
-    """Foreground logits of single tiles; the network is compiled for the shape of the first tile."""
+    """Logits of single tiles; the network is compiled for the shape of the first tile."""
 
     def __init__(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> None:
         self._plan = plan
@@ -171,9 +173,9 @@ class _LogitsOf:
         rule = PredictionRule(lattice, shape, plan.slide.dtype, plan.bounds, plan.threshold)
         read_box = source_box(tile.frame, lattice.shape)
         pixels = self._reader.read(0, read_box)
-        logits = tile_logits(self._session, rule, pixels, read_box, [tile], StageClock())[0, 0]
+        logits = tile_logits(self._session, rule, pixels, read_box, [tile], StageClock())
         part = tile.core.within(window)
-        out[part.seen_from(window).slices()] = logits[part.seen_from(tile.frame).slices()]
+        out[..., *part.seen_from(window).slices()] = logits[..., *part.seen_from(tile.frame).slices()]
 
 
 def _tiles_over(lattice: Lattice, window: Box) -> list[Tile]:

@@ -8,29 +8,32 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
 
-from cellseg_batch.engine.errors import CellsegError, OutputError
+from cellseg_batch.engine.errors import CellsegError, OutputError, SlideError, brief
 from cellseg_batch.engine.geometry import fit_lattice
 from cellseg_batch.engine.inference.backends.registry import preloaded_modules
-from cellseg_batch.engine.inference.choice import choose_backend, settings_elsewhere
+from cellseg_batch.engine.inference.choice import Choice, choose_backend, settings_elsewhere
+from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.machine import peak_resident_bytes
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.failed_images import FailedImages, location
 from cellseg_batch.engine.run.lifecycle import Request, finish_slide, prepare_slide
+from cellseg_batch.engine.run.output_images import OutputImage, output_images
 from cellseg_batch.engine.run.output_paths import OutputPaths, output_paths, refuse_output_inside
 from cellseg_batch.engine.run.prepared_slide import PreparedSlide
 from cellseg_batch.engine.run.results import RunReport, SlideReport
-from cellseg_batch.engine.run.slide_plan import SlidePlan, pick_margin
+from cellseg_batch.engine.run.slide_plan import SlidePlan, choose_input, pick_margin
 from cellseg_batch.engine.run.worker import AnyWorker, Outcome, Worker, WorkerElsewhere, run_task
 from cellseg_batch.engine.scheduling.dask_pools import open_pool, threads_per_process
-from cellseg_batch.engine.scheduling.scheduler import TaskGroup, Workflow, ask, call_alone, run_workflows
+from cellseg_batch.engine.scheduling.scheduler import Pool, TaskGroup, Workflow, ask, call_alone, run_workflows
 from cellseg_batch.engine.scheduling.signals import Stop
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
@@ -46,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
-    """Told about a run while it goes on; implemented by the command line."""
+    """Told about a run while it goes on; an exception that it raises ends the run."""
 
     def racing(self) -> None:
         """The backends are raced for this model and machine, which happens once."""
@@ -124,7 +127,6 @@ def run_images(
     campaign = Campaign(settings, bundle, observer, clock or StageClock(), model_pool)
     if settings.retry_failed:
         images = [image for image in images if campaign.failures.has(image)]
-    observer.found(len(images))
     slides = campaign.run(images, stop)
     return replace(campaign.report(slides, time.perf_counter() - started), images=tuple(images))
 
@@ -152,86 +154,120 @@ class Campaign:
         self.card = bundle.card
         self.observer = observer
         self.failures = FailedImages(settings.name, settings.output)
+        self.choice = Choice("", "", None)  # until a slide needs a backend
+        self.compile_seconds = 0.0
+        self._bundle = bundle
+        self._clock = clock
+        self._model_pool = model_pool
         self._owners: dict[Path, str] = {}
         self._written_stores: set[Path] = set()
         self._figures = _Figures()
         self._locks = Locks()
-        self._pool = open_pool(settings, _imports(settings))
-        try:
-            self._choose_backend(settings, bundle, clock, model_pool)
-        except BaseException:
-            self._pool.close(wait=False)
-            raise
-
-    def _choose_backend(
-        self, settings: Settings, bundle: Bundle, clock: StageClock, model_pool: ModelPool | None
-    ) -> None:
-        started = time.perf_counter()
-        self._pool_seconds_before = 0.0 if model_pool is None else model_pool.seconds
-        if settings.scheduler == "threads":
-            model_pool = model_pool or ModelPool(bundle, settings, self.observer.racing)
-            self.choice = model_pool.choice
-            self.worker: AnyWorker = Worker(settings, model_pool, clock)
-        else:
-            # Choose in a worker: this machine may be a login node without the workers' devices.
-            workers = max(settings.workers, threads_per_process(settings))  # blocks in flight in one process
-            settings = replace(settings_elsewhere(settings), workers=workers)
-            self.choice = call_alone(self._pool, choose_backend, settings)
-            self.worker = WorkerElsewhere(settings, self.choice, uuid4().hex)
-        self.compile_seconds = time.perf_counter() - started
 
     def run(self, images: Sequence[Slide | UnreadableImage], stop: Stop | None) -> list[SlideReport]:
-        """Process every image in the pool and return the reports, in the order of the images."""
+        """Process every image and return the reports, in the order of the images."""
+        self.observer.found(len(images))
         reports: dict[int, SlideReport] = {}
-        workflows = (self._workflow(image, number, reports) for number, image in enumerate(images))
+        slides: dict[int, Slide] = {}
+        for number, image in enumerate(images):
+            try:
+                slides[number] = self._usable(image)
+            except Exception as error:  # a campaign of thousands of images must survive any error of one image
+                reports[number] = self._noted(image, _failed(image, error))
+        for report in reports.values():
+            self.observer.ended(report)
+        if slides:  # else no backend is needed, and none is raced
+            self._segment_all(slides, reports, stop)
+        return [reports[number] for number in range(len(images))]
+
+    def _usable(self, image: Slide | UnreadableImage) -> Slide:
+        """The image itself, if its metadata allow it to be segmented with these settings.
+
+        Raises:
+            SlideError: they do not.
+        """
+        if isinstance(image, UnreadableImage):
+            raise SlideError.with_detail(image.path, image.reason)
+        choose_input(image, self.settings, self.card)
+        return image
+
+    def _segment_all(self, slides: Mapping[int, Slide], reports: dict[int, SlideReport], stop: Stop | None) -> None:
+        """Segment the slides in a pool and put a report of each under its number into ``reports``."""
+        pool = self._open_pool()
+        workflows = (self._workflow(slide, number, reports) for number, slide in slides.items())
         try:
-            for number in run_workflows(workflows, self._pool, stop):
-                self.observer.ended(reports[number])
+            with closing(run_workflows(workflows, pool, stop)) as ended:
+                for number in ended:
+                    self.observer.ended(reports[number])
         finally:
             self.worker.close()
             self._locks.close()
         for store in self._written_stores:
             consolidate_again(store)
-        return [reports[number] for number in range(len(images))]
 
-    def _workflow(self, image: Slide | UnreadableImage, number: int, reports: dict[int, SlideReport]) -> Workflow[int]:
-        """Segment one image and put its report into ``reports``, errors included."""
+    def _open_pool(self) -> Pool:
+        """Open a pool of workers and choose the backend that they use."""
+        pool = open_pool(self.settings, _imports(self.settings))
         try:
-            report = yield from self._segment(image, number)
+            self._choose_backend(pool)
+        except BaseException:
+            pool.close(wait=False)
+            raise
+        return pool
+
+    def _choose_backend(self, pool: Pool) -> None:
+        started = time.perf_counter()
+        settings, model_pool = self.settings, self._model_pool
+        self._pool_seconds_before = 0.0 if model_pool is None else model_pool.seconds
+        if settings.scheduler == "threads":
+            model_pool = model_pool or ModelPool(self._bundle, settings, self.observer.racing)
+            self.choice = model_pool.choice
+            self.worker: AnyWorker = Worker(settings, model_pool, self._clock)
+        else:
+            # Choose in a worker: this machine may be a login node without the workers' devices.
+            workers = max(settings.workers, threads_per_process(settings))  # blocks in flight in one process
+            settings = replace(settings_elsewhere(settings), workers=workers)
+            self.choice = call_alone(pool, choose_backend, settings)
+            self.worker = WorkerElsewhere(settings, self.choice, uuid4().hex)
+        self.compile_seconds = time.perf_counter() - started
+
+    def _workflow(self, slide: Slide, number: int, reports: dict[int, SlideReport]) -> Workflow[int]:
+        """Segment one slide and put its report into ``reports``, errors included."""
+        try:
+            report = yield from self._segment(slide, number)
         except BusyError as error:
-            report = SlideReport(location(image), "held", error.detail)
-        except CellsegError as error:
-            _log.debug("%s failed", location(image), exc_info=True)
-            report = SlideReport(location(image), "failed", error.detail)
-        except Exception as error:  # a campaign of thousands of slides must survive any error of one slide
-            _log.debug("%s failed", location(image), exc_info=True)
-            report = SlideReport(location(image), "failed", f"{type(error).__name__}: {error} (see --debug)")
+            report = SlideReport(slide.location, "held", error.detail)
+        except Exception as error:
+            report = _failed(slide, error)
+        reports[number] = self._noted(slide, report)
+        return number
+
+    def _noted(self, image: Slide | UnreadableImage, report: SlideReport) -> SlideReport:
+        """The report with the remarks on the image's metadata; notes for later runs whether the image has failed."""
         if report.status == "failed":
             self.failures.note(image, report.reason)
         elif report.status != "held":
             self.failures.forget(image)
-        reports[number] = report
-        return number
+        return replace(report, notes=image.notes + report.notes) if isinstance(image, Slide) else report
 
-    def _segment(self, image: Slide | UnreadableImage, number: int) -> Workflow[SlideReport]:
-        """Segment one image while this run holds the lock of its output."""
-        if isinstance(image, UnreadableImage):
-            return SlideReport(image.path, "failed", image.reason)
-        paths = output_paths(image, self.settings.name, self.settings.output)
-        self._claim(paths, image)
+    def _segment(self, slide: Slide, number: int) -> Workflow[SlideReport]:
+        """Segment one slide while this run holds the lock of its output."""
+        paths = output_paths(slide, self.settings.name, self.settings.output)
+        outputs = output_images(paths, self.settings, DECODERS[self.card.decoder])
+        self._claim(outputs, slide)
         finished = Journal(paths.journal).is_finished and not self.settings.overwrite
-        if finished and all(folder.exists() for folder in paths.folders(self.settings.probability)):
-            return (yield from self._segment_slide(image, paths, number))  # nothing will be written
+        if finished and all(output.folder.exists() for output in outputs):
+            return (yield from self._segment_slide(slide, paths, number))  # nothing will be written
         with self._locks.hold(paths.lock):
-            return (yield from self._segment_slide(image, paths, number))
+            return (yield from self._segment_slide(slide, paths, number))
 
     def _segment_slide(self, slide: Slide, paths: OutputPaths, number: int) -> Workflow[SlideReport]:
         """Prepare a slide, do every pass over it, finish it."""
-        prepared = yield from ask(partial(prepare_slide, self.worker), Request(slide, paths))
+        prepare = partial(prepare_slide, self.worker)
+        prepared = yield from ask(prepare, Request(slide, paths), partial(self._announce, number))
         if isinstance(prepared, SlideReport):
             return prepared
         journal = Journal(paths.journal)
-        self._announce(prepared, journal, number)
         for slide_pass in prepared.passes:
             failures: dict[int, str] = {}
             yield TaskGroup(
@@ -246,7 +282,7 @@ class Campaign:
                 return SlideReport(slide.location, "failed", reason)
             self._locks.check(paths.lock)
         report = yield from ask(partial(finish_slide, self.worker), prepared)
-        self._written_stores.update(paths.stores(prepared.plan.probability))
+        self._written_stores.update(output.store for output in prepared.plan.outputs)
         return report
 
     def _collect(self, progress: float, failures: dict[int, str], outcome: Outcome) -> None:
@@ -256,23 +292,23 @@ class Campaign:
             self.observer.advanced(progress)
         self._figures.count(outcome.stages)
 
-    def _announce(self, prepared: PreparedSlide, journal: Journal, number: int) -> None:
+    def _announce(self, number: int, prepared: PreparedSlide | SlideReport) -> None:
+        if isinstance(prepared, SlideReport):
+            return  # an earlier run finished it
         if self._figures.largest is None and isinstance(self.worker, Worker):
             # Compiling that happens later, beside blocks in flight, counts as part of the run.
             self.compile_seconds = self.worker.model_pool.seconds - self._pool_seconds_before
         self._figures.plan(prepared)
-        tasks_done = ((slide_pass, len(journal.numbers(slide_pass.name))) for slide_pass in prepared.passes)
-        done = sum(prepared.progress_of(slide_pass, tasks) for slide_pass, tasks in tasks_done)
-        self.observer.planned(prepared.plan, self._figures.planned_peak_bytes, number, done)
+        self.observer.planned(prepared.plan, self._figures.planned_peak_bytes, number, prepared.progress_done)
 
-    def _claim(self, paths: OutputPaths, slide: Slide) -> None:
+    def _claim(self, outputs: tuple[OutputImage, ...], slide: Slide) -> None:
         """Keep two images of one run from writing to the same folder."""
-        for folder in paths.folders(self.settings.probability):
-            owner = self._owners.setdefault(folder, slide.location)
+        for output in outputs:
+            owner = self._owners.setdefault(output.folder, slide.location)
             if owner != slide.location:
                 raise OutputError(
-                    str(folder),
-                    expected="a folder of its own for each image's labels",
+                    str(output.folder),
+                    expected=f"a folder of its own for each image's {output.name}",
                     found=f"the folder of {owner}",
                     cause="two inputs of one name",
                     remedy="run them one by one with different `name` or `output`",
@@ -286,10 +322,10 @@ class Campaign:
             compile_seconds=self.compile_seconds,
             backend=self.choice.backend,
             precision=self.choice.precision,
-            tile=largest.grid.lattice.tile if largest else (0, 0),
+            tile=largest.grid.lattice.tile if largest else None,
             margin=pick_margin(self.settings, self.card),
             batch=self.settings.batch,
-            block=largest.grid.block_shape if largest else (0, 0),
+            block=largest.grid.block_shape if largest else None,
             workers=self._figures.workers,
             peak_rss_bytes=peak_resident_bytes(),
             planned_peak_bytes=self._figures.planned_peak_bytes,
@@ -325,6 +361,12 @@ class _Figures:
         """Add busy seconds of each stage."""
         for stage, seconds in stages.items():
             self.stages[stage] += seconds
+
+
+def _failed(image: Slide | UnreadableImage, error: Exception) -> SlideReport:
+    """The report of an image that an error ended."""
+    _log.debug("%s failed", location(image), exc_info=error)
+    return SlideReport(location(image), "failed", error.detail if isinstance(error, CellsegError) else brief(error))
 
 
 def _imports(settings: Settings) -> list[str]:

@@ -73,10 +73,19 @@ class FailedImages:
                 folder.rmdir()  # raises OSError at the first folder that is not empty
 
     def reasons(self, folder: Path) -> dict[str, str]:
-        """Path -> reason of every failed image that is noted in ``folder``, a ``<store>.cellseg``."""
-        files = sorted((folder / "failed" / self._name).glob("*.json"))
-        notes = (read_record(file, FailureNote) for file in files)
-        return {note.path: note.reason for note in notes if note is not None}
+        """Path -> reason of every failed image that is noted in ``folder``, a ``<store>.cellseg``.
+
+        A note that cannot be read stands for its image, with the reason why it cannot.
+        """
+        reasons: dict[str, str] = {}
+        for file in sorted((folder / "failed" / self._name).glob("*.json")):
+            try:
+                note = read_record(file, FailureNote)
+            except OutputError as error:
+                note = FailureNote(str(file), error.detail)
+            if note is not None:
+                reasons[note.path] = note.reason
+        return reasons
 
     def _file(self, image: Slide | UnreadableImage) -> Path:
         if self._output is not None:

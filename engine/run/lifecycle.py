@@ -19,11 +19,13 @@ from itertools import chain
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.inference.backends.protocol import Backend
+from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.run.completeness import demand_complete
 from cellseg_batch.engine.run.measure_pass import measured_channels
 from cellseg_batch.engine.run.memory_model import block_memory
-from cellseg_batch.engine.run.open_slide import output_images, scratch_of
+from cellseg_batch.engine.run.open_slide import image_writers, scratch_of
+from cellseg_batch.engine.run.output_images import OutputImage, output_images
 from cellseg_batch.engine.run.output_paths import OutputPaths
 from cellseg_batch.engine.run.pipeline import Pass, passes_of, totals
 from cellseg_batch.engine.run.prepared_slide import PreparedSlide
@@ -41,7 +43,6 @@ from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
 from cellseg_batch.engine.run.worker import AnyWorker, Worker
 from cellseg_batch.engine.run.working_scale import downscale_plan, settle_downscale
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.slides.label_layout import lay_out
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.slides.writer import list_label
@@ -71,7 +72,9 @@ def prepare_slide(worker: AnyWorker, request: Request) -> PreparedSlide | SlideR
     """
     own_worker = worker.here()
     journal = Journal(request.paths.journal)
-    manifest = _manifest_to_continue(request.paths, own_worker.settings, journal)
+    settings, card = own_worker.settings, own_worker.model_pool.bundle.card
+    outputs = output_images(request.paths, settings, DECODERS[card.decoder])
+    manifest = None if settings.overwrite else _manifest_to_continue(outputs, journal)
     if manifest is None:
         return _begin(own_worker, request, journal)
     return _continue(own_worker, request, journal, manifest)
@@ -86,12 +89,15 @@ def finish_slide(worker: AnyWorker, prepared: PreparedSlide) -> SlideReport:
     plan = prepared.plan
     paths, journal = plan.paths, Journal(plan.paths.journal)
     with worker.here().slides.opened(plan, prepared.backend) as slide:
-        demand_complete(journal, list(slide.images), prepared.passes)
+        demand_complete(journal, list(slide.images.values()), prepared.passes)
     figures = totals(plan, journal)
     scratch, _ = scratch_of(plan)
     if scratch is not None:
         scratch.remove()
-    list_label(paths.store, paths.labels.rpartition("/")[0], paths.name, paths.zarr_format)
+    for output in plan.outputs:
+        if output.meaning.is_label:
+            labels, _, name = output.path.rpartition("/")
+            list_label(output.store, labels, name, paths.zarr_format)
     journal.finish(figures)
     return replace(describe(plan, "done", figures), pixels=plan.pixels - prepared.pixels_done)
 
@@ -112,7 +118,8 @@ def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str 
         reason=reason,
         labels=str(plan.paths.labels_folder),
         table=str(plan.paths.table) if plan.objects else None,
-        shape=lay_out(slide, level, plan.grid, plan.paths.zarr_format).shapes[0],
+        outputs={output.name: str(output.folder) for output in plan.outputs},
+        shape=plan.layout.shapes[0],
         level=level,
         pixel_size_um=plan.level.pixel_size_um,
         blocks=len(plan.grid),
@@ -128,15 +135,14 @@ def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str 
     )
 
 
-def _manifest_to_continue(paths: OutputPaths, settings: Settings, journal: Journal) -> Manifest | None:
-    """The manifest of an earlier run with this output; None if there is nothing to continue.
+def _manifest_to_continue(outputs: tuple[OutputImage, ...], journal: Journal) -> Manifest | None:
+    """The manifest of an earlier run with these output images; None if there is nothing to continue.
 
     Raises:
-        OutputError: an image without a journal has the output's name.
+        OutputError: an image without a journal has the name of an output image.
     """
-    folders = paths.folders(settings.probability)
-    present = [folder for folder in folders if folder.exists()]
-    if settings.overwrite or not present:
+    present = [output.folder for output in outputs if output.folder.exists()]
+    if not present:
         return None
     manifest = journal.manifest(Manifest)
     if manifest is None:
@@ -147,9 +153,9 @@ def _manifest_to_continue(paths: OutputPaths, settings: Settings, journal: Journ
             cause="it was written by something else",
             remedy="choose another `name`, or `overwrite` to replace it",
         )
-    # With another `probability` other folders exist; the comparison of decisions refuses such a manifest later.
-    folders_match = present == folders or manifest.decisions.probability != settings.probability
-    return manifest if folders_match and journal.numbers(_CREATED) else None
+    # A manifest that lists other images is refused later, by the comparison of decisions.
+    lists_others = manifest.images.keys() != {output.path for output in outputs}
+    return manifest if (lists_others or len(present) == len(outputs)) and journal.numbers(_CREATED) else None
 
 
 def _begin(worker: Worker, request: Request, journal: Journal) -> PreparedSlide:
@@ -185,14 +191,16 @@ def _continue(worker: Worker, request: Request, journal: Journal, manifest: Mani
     with _reader_of(plan) as reader:
         worker.warm_up.compile_for(plan, backend, reader)
         prepared = _fit_memory(plan, backend, settings, worker.warm_up.held_bytes, keeps_blocks=True)
-        for folder in (journal.folder, *request.paths.folders(plan.probability)):
+        for folder in (journal.folder, *(output.folder for output in plan.outputs)):
             sweep_partials(folder)
         # Labels need codes of other blocks too, so without scratch all blocks are computed again.
         if _lacks_scratch(plan, prepared.passes, journal):
             journal.start(manifest)
             _create_scratch(plan, journal)
         pixels_done = sum(plan.grid[index].box.area for index in journal.numbers(BLOCKS))
-        prepared = replace(prepared, pixels_done=pixels_done)
+        tasks_done = ((slide_pass, len(journal.numbers(slide_pass.name))) for slide_pass in prepared.passes)
+        progress_done = sum(prepared.progress_of(slide_pass, tasks) for slide_pass, tasks in tasks_done)
+        prepared = replace(prepared, pixels_done=pixels_done, progress_done=progress_done)
         _keep_open(worker, prepared, reader)
     return prepared
 
@@ -248,14 +256,14 @@ def _refuse_changes(plan: SlidePlan, earlier: Decisions, decisions: Decisions) -
 
 def _create_outputs(prepared: PreparedSlide, model_pool: ModelPool, backend: Backend, journal: Journal) -> None:
     """Begin the journal with a manifest, and create the output images and the scratch."""
-    plan, paths = prepared.plan, prepared.plan.paths
+    plan = prepared.plan
     # Relative paths, so that the journal leads to its images even after both were moved together.
-    folders = {paths.labels: paths.labels_folder, paths.probability: paths.probability_folder}
+    images = {output.path: os.path.relpath(str(output.folder), str(journal.folder)) for output in plan.outputs}
     manifest = Manifest(
         decisions=plan.decisions(_identity_of_model(model_pool), prepared.backend),
         blocks=plan.grid.cores,
         passes={slide_pass.name: slide_pass.count for slide_pass in prepared.passes},
-        images={path: os.path.relpath(str(folder), str(journal.folder)) for path, folder in folders.items()},
+        images=images,
         location=plan.slide.location,
         software=_software(),
     )
@@ -266,10 +274,9 @@ def _create_outputs(prepared: PreparedSlide, model_pool: ModelPool, backend: Bac
         "software": manifest.software,
         "race_result": model_pool.race_result_of(backend),
     }
-    labels, probability = output_images(plan)
-    labels.create("mask" if plan.instances is None else "instances", paths.source, provenance)
-    if probability is not None:
-        probability.create("probability", None, provenance)
+    writers = image_writers(plan)
+    for output in plan.outputs:
+        writers[output.name].create(output.meaning, output.source, provenance)
     _create_scratch(plan, journal)
 
 
@@ -321,7 +328,7 @@ def _fit_memory(
         if limit is None or peak_bytes <= limit:
             budget = None if limit is None else limit - held_bytes
             passes, identity = tuple(passes_of(plan)), _identity_of(backend)
-            return PreparedSlide(plan, identity, passes, bytes_of_block, budget, workers, peak_bytes, pixels_done=0)
+            return PreparedSlide(plan, identity, passes, bytes_of_block, budget, workers, peak_bytes)
         rows, columns = plan.grid.cores
         if keeps_blocks or (rows, columns) == (1, 1):
             raise OutputError(

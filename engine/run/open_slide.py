@@ -14,9 +14,9 @@ from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.inference.predictor import Predictor, make_predictor
 from cellseg_batch.engine.objects.scratch import Scratch
+from cellseg_batch.engine.run.output_images import LABELS
 from cellseg_batch.engine.run.records import BackendIdentity
 from cellseg_batch.engine.run.slide_plan import SlidePlan
-from cellseg_batch.engine.slides.label_layout import lay_out
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.writer import ImageWriter
 from cellseg_batch.engine.stage_clock import StageClock
@@ -34,7 +34,7 @@ class OpenSlide:
         plan: plan of the slide.
         reader: reader of the image.
         predictor: the network and its stitching, for several blocks at a time.
-        labels, probability: writers of the output images; probability is None unless the plan has it.
+        images: name of each output image -> its writer.
         scratch: codes between the two passes that instances take; None for a mask.
         scratch_probability: the probability between these passes; None if objects are not measured.
         journal: journal of the output.
@@ -44,17 +44,16 @@ class OpenSlide:
     plan: SlidePlan
     reader: SlideReader
     predictor: Predictor
-    labels: ImageWriter
-    probability: ImageWriter | None
+    images: dict[str, ImageWriter]
     scratch: Scratch | None
     scratch_probability: Scratch | None
     journal: Journal
     clock: StageClock
 
     @property
-    def images(self) -> Iterator[ImageWriter]:
-        """The writers of all output images."""
-        return (image for image in (self.labels, self.probability) if image is not None)
+    def labels(self) -> ImageWriter:
+        """The writer of the labels."""
+        return self.images[LABELS]
 
 
 class OpenSlides:
@@ -139,14 +138,12 @@ def open_slide(
             found=own_backend.version,
             remedy="install one version everywhere",
         )
-    labels, probability = output_images(plan)
     scratch, scratch_probability = scratch_of(plan)
     return OpenSlide(
         plan=plan,
         reader=reader,
         predictor=make_predictor(model_pool, own_backend, plan.prediction, clock),
-        labels=labels,
-        probability=probability,
+        images=image_writers(plan),
         scratch=scratch,
         scratch_probability=scratch_probability,
         journal=Journal(plan.paths.journal),
@@ -154,13 +151,13 @@ def open_slide(
     )
 
 
-def output_images(plan: SlidePlan) -> tuple[ImageWriter, ImageWriter | None]:
-    """The writers of a slide's labels and of its probability; None for the probability unless the plan has it."""
-    paths = plan.paths
-    layout = lay_out(plan.slide, plan.level.level, plan.grid, paths.zarr_format)
-    ids = layout if plan.instances is None else replace(layout, dtype="uint32")
-    probability = ImageWriter(paths.companion, paths.probability, layout) if plan.probability else None
-    return ImageWriter(paths.store, paths.labels, ids), probability
+def image_writers(plan: SlidePlan) -> dict[str, ImageWriter]:
+    """The name of each output image of a slide -> its writer."""
+    layout = plan.layout
+    return {
+        output.name: ImageWriter(output.store, output.path, replace(layout, dtype=output.meaning.dtype))
+        for output in plan.outputs
+    }
 
 
 def scratch_of(plan: SlidePlan) -> tuple[Scratch | None, Scratch | None]:

@@ -29,7 +29,7 @@ class OutputPaths:
         name: name of the label group.
         zarr_format: 2 for OME-Zarr 0.4, 3 for 0.5.
         source: path from the label group to the segmented image; None if that is no zarr group.
-        companion: root of the store for the probability, which is no label.
+        companion: root of the store for output images that are no labels.
     """
 
     store: Path
@@ -49,23 +49,9 @@ class OutputPaths:
         """The label group on disk."""
         return self.store / self.labels
 
-    @property
-    def probability(self) -> str:
-        """Path of the probability image inside the companion store."""
-        return "/".join(part for part in (self.image, f"{self.name}_probability") if part)
-
-    @property
-    def probability_folder(self) -> Path:
-        """The probability image on disk."""
-        return self.companion / self.probability
-
-    def folders(self, probability: bool) -> list[Path]:
-        """The image groups that are written, on disk."""
-        return [self.labels_folder, self.probability_folder] if probability else [self.labels_folder]
-
-    def stores(self, probability: bool) -> set[Path]:
-        """The zarr hierarchies that are written to."""
-        return {self.store, self.companion} if probability else {self.store}
+    def in_companion(self, image: str) -> str:
+        """Path of the output image ``image`` inside the companion store."""
+        return "/".join(part for part in (self.image, f"{self.name}_{image}") if part)
 
     @property
     def table(self) -> Path:

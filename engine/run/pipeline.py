@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.inference.background import without_background
+from cellseg_batch.engine.inference.decoders import DECODERS
+from cellseg_batch.engine.inference.prediction import BlockResult
 from cellseg_batch.engine.run.instance_passes import grow_block, keep_seeds, merge_blocks, tabulate
 from cellseg_batch.engine.run.open_slide import OpenSlide
 from cellseg_batch.engine.run.records import (
@@ -26,7 +29,7 @@ from cellseg_batch.engine.run.records import (
     TaskRecord,
 )
 from cellseg_batch.engine.run.slide_plan import SlidePlan
-from cellseg_batch.engine.slides.label_layout import lay_out
+from cellseg_batch.engine.slides.pixel_meaning import PROBABILITY
 from cellseg_batch.engine.storage.journal import Journal
 
 _TABLE = "table"
@@ -61,7 +64,7 @@ def passes_of(plan: SlidePlan) -> Iterator[Pass]:
         yield Pass(INSTANCES, len(plan.grid), grow_block, _GROW)
     if plan.objects:
         yield Pass(_TABLE, 1, tabulate, _SHORT)
-    layout = lay_out(plan.slide, plan.level.level, plan.grid, plan.paths.zarr_format)
+    layout = plan.layout
     for level in range(1, len(layout.shapes)):
         task = partial(build_shard, level)
         yield Pass(f"levels/{level}", layout.shard_count(level), task, _SHORT / level, scratch=False)
@@ -77,19 +80,25 @@ def segment_block(slide: OpenSlide, number: int) -> BlockRecord:
     result = slide.predictor.predict(pixels, foreground_block)
     seeds = None if slide.plan.instances is None else keep_seeds(slide, block, result.mask)
     with slide.clock.stage("write"):
-        if seeds is None:
-            slide.labels.write(0, block.plane, block.box, result.mask)
-        if slide.probability is not None and result.probability is not None:
-            slide.probability.write(0, block.plane, block.box, result.probability)
+        _write_outputs(slide, block, result)
         if slide.scratch_probability is not None and result.probability is not None:
             slide.scratch_probability.write(block, result.probability)
     return BlockRecord(seeds, result.foreground, result.missing, len(block.tiles) - len(foreground_block.tiles))
 
 
+def _write_outputs(slide: OpenSlide, block: Block, result: BlockResult) -> None:
+    """Write the output images that come from a block's prediction alone; instances come from a later pass."""
+    made = {DECODERS[slide.plan.decoder].mask_meaning: result.mask, PROBABILITY: result.probability}
+    for output in slide.plan.outputs:
+        pixels = made.get(output.meaning)
+        if pixels is not None:
+            slide.images[output.name].write(0, block.plane, block.box, pixels)
+
+
 def build_shard(level: int, slide: OpenSlide, number: int) -> LevelRecord:
     """Make one shard of a level of the pyramid from the next finer level."""
     with slide.clock.stage("pyramid"):
-        for image in slide.images:
+        for image in slide.images.values():
             image.build_level(level, *image.layout.shard_box(level, number))
     return LevelRecord()
 

@@ -22,6 +22,7 @@ class PreparedSlide:
         workers: number of blocks in flight in one process.
         peak_bytes: host memory in bytes that the process will need at most.
         pixels_done: number of pixels that an earlier run has segmented.
+        progress_done: progress that the tasks of an earlier run are worth, in pixels.
     """
 
     plan: SlidePlan
@@ -31,7 +32,8 @@ class PreparedSlide:
     budget_bytes: int | None
     workers: int
     peak_bytes: int
-    pixels_done: int
+    pixels_done: int = 0
+    progress_done: float = 0.0
 
     def progress_of(self, slide_pass: Pass, tasks: int = 1) -> float:
         """Progress that ``tasks`` tasks of a pass are worth, in pixels; all passes together are worth the slide's."""

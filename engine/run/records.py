@@ -6,18 +6,28 @@ Figures have defaults, so a figure that is added later breaks no finished slide.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
+from msgspec import Meta
+
+from cellseg_batch.engine.geometry import BlockGrid, Lattice
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.objects.seeds import InstanceRule, SeedRecord
+from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.slides.slide import fits_axes
 from cellseg_batch.engine.storage.checksums import WrittenBox
+from cellseg_batch.engine.storage.records import Count, Positive
 from cellseg_batch.kernels.quality import Quality
 
 Result = TypeVar("Result")
 
 # Names of passes whose records other modules read.
 BLOCKS, MERGE, INSTANCES = "blocks", "merge", "instances"
+# Field of a decision -> the setting that it follows from; other fields have the name of theirs, or follow from none.
+_SETTING_OF = {"channels": "channel", "core": "tile", "flat": "skip_background", "outputs": "probability"}
 
 
 @dataclass(frozen=True)
@@ -34,9 +44,28 @@ class InputPixels:
 
     dtype: str
     axes: str
-    level: int
-    shape: tuple[int, ...]
-    channels: tuple[int, ...]
+    level: Count
+    shape: tuple[Positive, ...]
+    channels: tuple[Count, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse axes that do not belong to the shape.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if not fits_axes(self.axes, len(self.shape)):
+            raise ValueError(f"axes {self.axes} of shape {self.shape}")
+
+    @property
+    def plane_shape(self) -> tuple[int, int]:
+        """(height, width) in px."""
+        return self.shape[self.axes.index("y")], self.shape[self.axes.index("x")]
+
+    @property
+    def planes(self) -> int:
+        """Number of t/z planes."""
+        return math.prod(length for axis, length in zip(self.axes, self.shape, strict=True) if axis in "tz")
 
 
 @dataclass(frozen=True)
@@ -75,8 +104,8 @@ class TileLattice:
         margin: margin in px.
     """
 
-    core: tuple[int, int]
-    margin: int
+    core: tuple[Positive, Positive]
+    margin: Count
 
 
 @dataclass(frozen=True)
@@ -92,28 +121,29 @@ class Decisions:
         stitch: crop or blend.
         flat: difference of pixel values below which a tile is background; 0 computes all tiles.
         threshold: probability above which a pixel is foreground.
-        probability: whether the probability is written too.
-        instances: rule by which logits become instances; None for a mask.
+        decoder: name of the decoder by which logits become masks and instances.
+        outputs: names of the images that are written.
+        instances: numbers by which logits become instances; None for a mask.
         objects: whether the instances are measured.
     """
 
     input: InputPixels
     model: ModelIdentity
     backend: BackendIdentity
-    downscale: int
+    downscale: Positive
     normalisation: Bounds
     lattice: TileLattice
     stitch: str
     flat: float
     threshold: float
-    probability: bool
+    decoder: str
+    outputs: tuple[str, ...]
     instances: InstanceRule | None
     objects: bool
 
     def changes(self, now: Decisions) -> list[str]:
-        """The differences between these decisions and ``now``, one phrase per field."""
-        pairs = ((item.name, getattr(self, item.name), getattr(now, item.name)) for item in fields(self))
-        return [f"{name} was {_brief(before)}, now {_brief(after)}" for name, before, after in pairs if before != after]
+        """The differences between these decisions and ``now``, one phrase each; settings are in backticks."""
+        return list(_changes(self, now))
 
 
 @dataclass(frozen=True)
@@ -132,11 +162,22 @@ class Manifest:
     STRICT: ClassVar[tuple[str, ...]] = ("decisions",)
 
     decisions: Decisions
-    blocks: tuple[int, int]
-    passes: dict[str, int]
-    images: dict[str, str]
+    blocks: tuple[Positive, Positive]
+    passes: dict[str, Positive]
+    images: Annotated[dict[str, str], Meta(min_length=1)]
     location: str = ""
     software: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse passes that do not belong to the blocks.
+
+        Raises:
+            ValueError: they do not.
+        """
+        pixels, lattice = self.decisions.input, self.decisions.lattice
+        grid = BlockGrid(Lattice(pixels.plane_shape, lattice.core, lattice.margin), self.blocks, pixels.planes)
+        if self.passes.get(BLOCKS) != len(grid):
+            raise ValueError(f"{self.passes.get(BLOCKS, 'no')} tasks of {BLOCKS} for {len(grid)} blocks")
 
 
 @dataclass(frozen=True)
@@ -171,9 +212,9 @@ class BlockRecord:
     """
 
     seeds: SeedRecord | None
-    foreground: int = 0
-    missing: int = 0
-    skipped_tiles: int = 0
+    foreground: Count = 0
+    missing: Count = 0
+    skipped_tiles: Count = 0
 
 
 @dataclass(frozen=True)
@@ -184,7 +225,7 @@ class MergeRecord:
         objects: number of objects of the slide.
     """
 
-    objects: int
+    objects: Count
 
 
 @dataclass(frozen=True)
@@ -196,7 +237,7 @@ class GrowthRecord:
         quality: quality of each measured channel; () if objects are not measured.
     """
 
-    labelled: int
+    labelled: Count
     quality: tuple[Quality, ...] = ()
 
 
@@ -208,7 +249,7 @@ class TableRecord:
         objects: number of its rows.
     """
 
-    objects: int
+    objects: Count
 
 
 @dataclass(frozen=True)
@@ -228,15 +269,35 @@ class FinishedRecord:
         unreached: number of foreground pixels that belong to no object.
     """
 
-    foreground: int = 0
-    missing: int = 0
-    skipped_tiles: int = 0
-    objects: int | None = None
-    unreached: int = 0
+    foreground: Count = 0
+    missing: Count = 0
+    skipped_tiles: Count = 0
+    objects: Count | None = None
+    unreached: Count = 0
 
 
-def _brief(value: Any) -> str:
-    """The text of a field of `Decisions` in a message."""
-    if is_dataclass(value):
-        return ", ".join(f"{item.name} {str(getattr(value, item.name))[:60]}" for item in fields(value))
-    return str(value)
+def _changes(before: Any, now: Any, *path: str) -> Iterator[str]:
+    """Describe the differences between two values, dataclasses field by field; ``path`` leads to the values."""
+    if is_dataclass(before) and type(before) is type(now):
+        for item in fields(before):
+            yield from _changes(getattr(before, item.name), getattr(now, item.name), *path, item.name)
+    elif before != now:
+        yield f"{_subject(path)} was {_words(before)}, now {_words(now)}"
+
+
+def _subject(path: tuple[str, ...]) -> str:
+    """The setting that is a decision, in backticks, or the names that lead to the decision, with its setting if any."""
+    name = path[-2] if path[-1] == "name" else path[-1]
+    if hasattr(Settings, name):
+        return f"`{name}`"
+    setting = f" (`{_SETTING_OF[name]}`)" if name in _SETTING_OF else ""
+    return " ".join(path) + setting
+
+
+def _words(value: Any) -> str:
+    """The text of a decision in a message; what may be left out, such as instances, is on or off."""
+    if value is None or value is False:
+        return "off"
+    if value is True or is_dataclass(value):
+        return "on"
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

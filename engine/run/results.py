@@ -20,6 +20,7 @@ class SlideReport:
         reason: reason why it is not done; "" if it is.
         labels: path of the label group on disk; None if there is none.
         table: path of the table of objects; None if there is none.
+        outputs: name of each output image, such as labels and probability -> its path; {} if there are none.
         shape: shape of the labels.
         level: resolution that was segmented.
         pixel_size_um: pixel size of that resolution in µm; None if it is unknown.
@@ -33,7 +34,7 @@ class SlideReport:
         pixels: number of pixels that this run segmented.
         downscale: factor by which the image was downscaled for the model.
         channels: names of the segmented channels; indices as text for channels without a name.
-        notes: remarks for the user on an image that is done, such as on NaN pixels.
+        notes: remarks for the user on the image's metadata, then on its segmentation, such as on NaN pixels.
     """
 
     path: str
@@ -41,6 +42,7 @@ class SlideReport:
     reason: str = ""
     labels: str | None = None
     table: str | None = None
+    outputs: dict[str, str] = field(default_factory=dict)
     shape: tuple[int, ...] | None = None
     level: int | None = None
     pixel_size_um: float | None = None
@@ -84,7 +86,8 @@ class RunReport:
         seconds: seconds from the command's start to the last journal entry, without `compile_seconds`.
         compile_seconds: seconds in which the model was chosen, compiled and warmed up.
         backend, precision, tile, margin, batch, block, workers: the values that were used; where slides differ, those
-            of the largest.
+            of the largest.  If no image could be used, backend and precision are ""; without a slide to work on, tile
+            and block are None.
         peak_rss_bytes: largest resident memory of the process.
         planned_peak_bytes: host memory that was announced as the most that the run would need.
         stages: busy seconds of each stage, over all threads.
@@ -98,10 +101,10 @@ class RunReport:
     compile_seconds: float
     backend: str
     precision: str
-    tile: tuple[int, int]
+    tile: tuple[int, int] | None
     margin: int
     batch: int
-    block: tuple[int, int]
+    block: tuple[int, int] | None
     workers: int
     peak_rss_bytes: int
     planned_peak_bytes: int

@@ -8,13 +8,17 @@ from cellseg_batch.engine.errors import SlideError, UsageError
 from cellseg_batch.engine.geometry import BlockGrid, fit_lattice, lay_blocks
 from cellseg_batch.engine.inference.backends.protocol import Shape
 from cellseg_batch.engine.inference.background import flat_limit
+from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.normalise import Bounds, sample_slide, settle_bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
-from cellseg_batch.engine.objects.seeds import InstanceRule, instance_rule
+from cellseg_batch.engine.objects.seeds import InstanceRule
+from cellseg_batch.engine.run.output_images import OutputImage, output_images
 from cellseg_batch.engine.run.output_paths import OutputPaths
 from cellseg_batch.engine.run.records import BackendIdentity, Decisions, InputPixels, ModelIdentity, TileLattice
 from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.slides.label_layout import Layout, lay_out
 from cellseg_batch.engine.slides.level_and_channels import ChannelChoice, LevelChoice, choose_channels, choose_level
+from cellseg_batch.engine.slides.pixel_meaning import PROBABILITY
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.kernels.instances import reach
 from cellseg_batch.kernels.moments import HALO
@@ -34,7 +38,8 @@ class SlidePlan:
         bounds: pixel values that normalisation maps to 0 and 1.
         threshold: probability above which a pixel is foreground.
         shape: (N, C, T_y, T_x) of every batch.
-        probability: whether to write the probability too.
+        decoder: name of the model's decoder.
+        outputs: the images that are written, the labels first.
         downscale: factor by which the image is downscaled for the model.
         stitch: crop or blend.
         flat: difference of pixel values below which a tile is background and not computed; 0 computes all.
@@ -50,7 +55,8 @@ class SlidePlan:
     bounds: Bounds
     threshold: float
     shape: Shape
-    probability: bool
+    decoder: str
+    outputs: tuple[OutputImage, ...]
     downscale: int = 1
     stitch: str = "crop"
     flat: float = 0.0
@@ -71,7 +77,12 @@ class SlidePlan:
     @property
     def needs_probability(self) -> bool:
         """Whether blocks need the probability, to write it or to measure objects."""
-        return self.probability or self.objects
+        return self.objects or any(output.meaning == PROBABILITY for output in self.outputs)
+
+    @property
+    def layout(self) -> Layout:
+        """Levels, chunks and shards of the output images, which differ in the type of their pixels alone."""
+        return lay_out(self.slide, self.level.level, self.grid, self.paths.zarr_format)
 
     @property
     def tiles(self) -> int:
@@ -96,7 +107,8 @@ class SlidePlan:
             stitch=self.stitch,
             flat=self.flat,
             threshold=self.threshold,
-            probability=self.probability,
+            decoder=self.decoder,
+            outputs=tuple(output.name for output in self.outputs),
             instances=self.instances,
             objects=self.objects,
         )
@@ -113,6 +125,7 @@ class SlidePlan:
             probability=self.needs_probability,
             stitch=self.stitch,
             downscale=self.downscale,
+            decoder=DECODERS[self.decoder],
             instances=self.instances,
         )
 
@@ -122,6 +135,24 @@ def pick_margin(settings: Settings, card: Card) -> int:
     if settings.margin is None:
         return card.margin
     return card.exact_margin if settings.margin == "exact" else int(settings.margin)
+
+
+def choose_input(slide: Slide, settings: Settings, card: Card) -> tuple[LevelChoice, ChannelChoice]:
+    """Choose the level and the channels of a slide by its metadata alone.
+
+    Raises:
+        SlideError: the slide has no such level or channel, or has channels that the model cannot take.
+    """
+    level = choose_level(slide, settings.level, settings.pixel_size, card.pixel_size_um)
+    channels = choose_channels(slide, settings.channel)
+    if len(channels.indices) not in (1, card.channels):
+        raise SlideError(
+            slide.location,
+            expected=f"an image of 1 or {card.channels} channels for the model {card.name}",
+            found=f"{len(channels.indices)} ({channels.reason})",
+            remedy="choose one with `channel`",
+        )
+    return level, channels
 
 
 def plan_slide(
@@ -140,15 +171,7 @@ def plan_slide(
         SlideError: the slide has no such level or channel, cannot be read, or has channels that the model cannot take.
         UsageError: tile and margin do not go together.
     """
-    level = choose_level(slide, settings.level, settings.pixel_size, card.pixel_size_um)
-    channels = choose_channels(slide, settings.channel)
-    if len(channels.indices) not in (1, card.channels):
-        raise SlideError(
-            slide.location,
-            expected=f"an image of 1 or {card.channels} channels for the model {card.name}",
-            found=f"{len(channels.indices)} ({channels.reason})",
-            remedy="choose one with `channel`",
-        )
+    level, channels = choose_input(slide, settings, card)
     if bounds is None:
         sampled = card.normalisation.rule != "fixed"
         sample = sample_slide(slide, channels.indices, level.level) if sampled else []
@@ -175,9 +198,10 @@ def plan_slide(
         bounds=bounds,
         threshold=settings.threshold if settings.threshold is not None else card.threshold,
         shape=(settings.batch, card.channels, *lattice.tile),
-        probability=settings.probability,
+        decoder=card.decoder,
+        outputs=output_images(paths, settings, DECODERS[card.decoder]),
         stitch=settings.stitch,
         flat=flat,
-        instances=instance_rule(card) if settings.instances or settings.objects else None,
+        instances=InstanceRule(card.instances) if settings.makes_ids else None,
         objects=settings.objects,
     )

@@ -47,7 +47,7 @@ class WarmUp:
         and needs no more memory.
         """
         slide = plan.slide
-        kind = slide.dtype, slide.axes, plan.probability, plan.instances, plan.objects, plan.downscale
+        kind = slide.dtype, slide.axes, plan.needs_probability, plan.instances, plan.objects, plan.downscale
         size = math.prod(plan.shape)
         with self._lock:
             if size <= self._largest.get(kind, 0):

@@ -10,7 +10,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from cellseg_batch.engine.errors import CellsegError, OutputError
+from cellseg_batch.engine.errors import CellsegError, OutputError, brief
 from cellseg_batch.engine.inference.choice import Choice
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.machine import bound_heaps
@@ -95,7 +95,7 @@ class Worker:
                         raise
                     task = prepared.plan.slide.location, slide_pass.name, number
                     _log.debug("%s: task %s/%d failed", *task, exc_info=True)
-                    reason = error.detail if isinstance(error, CellsegError) else f"{type(error).__name__}: {error}"
+                    reason = error.detail if isinstance(error, CellsegError) else brief(error)
                     Journal(prepared.plan.paths.journal).fail(slide_pass.name, number, reason)
                     break
         return Outcome(number, reason, self.clock.drain())

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import ReadError, UsageError
 from cellseg_batch.engine.geometry import Box, fit_lattice, lay_blocks, reflect
+from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.run.slide_plan import SlidePlan, pick_margin
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.reader import SlideReader
-from cellseg_batch.kernels.stitch import logit_threshold
 from cellseg_batch.trainer.bundle import Bundle
-from cellseg_batch.trainer.scale import pick_shrink
+from cellseg_batch.trainer.scale import pick_downscale
 
 _WINDOW = 1024
 _WINDOWS = 3  # along each axis
@@ -33,9 +33,9 @@ def settle_downscale(plan: SlidePlan, settings: Settings, model_pool: ModelPool,
     """
     if settings.downscale is not None:
         return settings.downscale
-    card = model_pool.bundle.card
-    widths = {name: width for name, width in card.shrink.items() if _fits(plan, settings, model_pool.bundle, int(name))}
-    factor = pick_shrink(widths, lambda factor: _masks(plan, model_pool, factor, reader)) if widths else 1
+    bundle = model_pool.bundle
+    widths = {name: width for name, width in bundle.card.downscale.items() if _fits(plan, settings, bundle, int(name))}
+    factor = pick_downscale(widths, lambda factor: _masks(plan, model_pool, factor, reader)) if widths else 1
     if plan.tiles > plan.grid.planes:
         # Tiles of a large slide need the memory of the probes; for small images it costs too much to make them anew.
         model_pool.probes.clear()
@@ -50,7 +50,7 @@ def downscale_plan(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: 
     """
     if factor == 1:
         return plan
-    card = bundle.shrunk(factor).card
+    card = bundle.downscaled(factor).card
     lattice = fit_lattice(plan.grid.lattice.shape, settings.tile, pick_margin(settings, card), card.total_stride)
     return replace(
         plan,
@@ -77,7 +77,7 @@ def _masks(plan: SlidePlan, model_pool: ModelPool, factor: int, reader: SlideRea
     windows = spread_windows(plan.grid.lattice.shape)
     height, width = (min(_WINDOW // stride, -(-length // stride)) * stride for length in windows[0].shape)
     shape = (1, plan.shape[1], height, width)
-    limit = logit_threshold(plan.threshold)
+    decoder = DECODERS[plan.decoder]
     for box in windows:
         try:
             pixels = reader.read(plan.grid.planes // 2, box)
@@ -85,8 +85,8 @@ def _masks(plan: SlidePlan, model_pool: ModelPool, factor: int, reader: SlideRea
             continue
         rows, columns = (reflect(0, side, length)[None] for side, length in zip(shape[2:], box.shape, strict=True))
         logits = model_pool.probes.logits(backend, shape, pixels, rows, columns, plan.bounds)
-        inside = logits[0, 0, : box.shape[0], : box.shape[1]]
-        yield inside[factor // 2 :: factor, factor // 2 :: factor] > limit
+        inside = logits[..., : box.shape[0], : box.shape[1]]
+        yield decoder.mask(inside[..., factor // 2 :: factor, factor // 2 :: factor], plan.threshold)[0]
 
 
 def spread_windows(shape: tuple[int, int]) -> list[Box]:

@@ -35,7 +35,7 @@ class TaskGroup:
     Attributes:
         call: function that workers call once for each item; its exception is raised in the workflow.
         items: arguments of the calls, taken as workers become free.
-        collect: called with the result of each call, in the thread of the run.
+        collect: called with the result of each call, in the thread of the run; its exception ends the run.
         lost: called with an item that keeps killing its worker, and with the last error; if it is None, a ClusterError
             is raised in the workflow.
         urgent: whether the calls come before those of other workflows, because a whole workflow waits for them.
@@ -51,10 +51,23 @@ class TaskGroup:
 Workflow = Generator[TaskGroup, None, Result]
 
 
-def ask(call: Callable[[Any], Result], item: Any) -> Workflow[Result]:
-    """Make a single call in a workflow and return its result: ``result = yield from ask(call, item)``."""
+def ask(
+    call: Callable[[Any], Result], item: Any, tell: Callable[[Result], None] = lambda result: None
+) -> Workflow[Result]:
+    """Make a single call in a workflow and return its result: ``result = yield from ask(call, item)``.
+
+    Args:
+        call: the function.
+        item: its argument.
+        tell: called with the result as `TaskGroup.collect` is: its exception ends the run, and not the workflow alone.
+    """
     results: list[Result] = []
-    yield TaskGroup(call, (item,), results.append, urgent=True)
+
+    def collect(result: Result) -> None:
+        results.append(result)
+        tell(result)
+
+    yield TaskGroup(call, (item,), collect, urgent=True)
     return results[0]
 
 
@@ -244,10 +257,12 @@ def call_alone(pool: Pool, call: Callable[[Any], Result], item: Any) -> Result:
     return next(Scheduler(iter([ask(call, item)]), pool, Stop()).run())
 
 
-def run_workflows(workflows: Iterable[Workflow[Result]], pool: Pool, stop: Stop | None = None) -> Iterator[Result]:
+def run_workflows(
+    workflows: Iterable[Workflow[Result]], pool: Pool, stop: Stop | None = None
+) -> Generator[Result, None, None]:
     """Run every workflow to its end, and yield their results in the order in which they end.
 
-    An exception that a workflow does not catch ends the run.
+    An exception that a workflow does not catch ends the run; so does closing the generator.
 
     Raises:
         Stopped: ``stop`` was asked to end the run; running calls were given its grace time.

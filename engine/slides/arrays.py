@@ -41,13 +41,12 @@ class HeldArray:
 
     Args:
         pixels: (Y, X), or (Y, X, C) with channels last; three or four channels of uint8 are red, green, blue and alpha.
-        pixel_size_um: µm per px; None if unknown.
 
     Raises:
         UsageError: the array is no image.
     """
 
-    def __init__(self, pixels: NDArray[Any], pixel_size_um: float | None = None) -> None:
+    def __init__(self, pixels: NDArray[Any]) -> None:
         pixels = np.asarray(pixels)
         if pixels.ndim not in (2, 3) or not pixels.size or not NUMBERS.fullmatch(pixels.dtype.name):
             raise UsageError(
@@ -57,20 +56,18 @@ class HeldArray:
                 remedy="choose one plane, and move the channels last",
             )
         self._pixels = pixels
-        axes = "yxc"[: pixels.ndim]
-        size = 1.0 if pixel_size_um is None else pixel_size_um
-        scale = (size, size, 1.0)[: pixels.ndim]
-        unit = None if pixel_size_um is None else "micrometer"
+        rgb = pixels.ndim == 3 and pixels.shape[-1] in _RGB and pixels.dtype == np.uint8
         self.slide = Slide(
             name="array",
             store=Path(f"array-{uuid4().hex}"),
             path="",
             format=Arrays.name,
-            axes=axes,
+            axes="yxc"[: pixels.ndim],
             dtype=pixels.dtype.name,
-            levels=(Level("0", pixels.shape, pixels.shape, scale, (0.0,) * pixels.ndim),),
-            units=(unit, unit, None)[: pixels.ndim],
-            rgb=pixels.ndim == 3 and pixels.shape[-1] in _RGB and pixels.dtype == np.uint8,
+            levels=(Level("0", pixels.shape, pixels.shape, (1.0,) * pixels.ndim, (0.0,) * pixels.ndim),),
+            units=(None,) * pixels.ndim,
+            rgb=rgb,
+            alpha=rgb and pixels.shape[-1] == 4,
         )
 
     def __enter__(self) -> Slide:

@@ -283,7 +283,7 @@ class _Copy:
             shown = pixels[np.isfinite(pixels)]
             start, end = (float(shown.min()), float(shown.max())) if shown.size else (0.0, 1.0)
         window = v05.OmeroWindow(start=start, end=end, min=start, max=end)
-        if slide.rgb:
+        if slide.rgb and channel < 3:
             return v05.OmeroChannel(label="RGB"[channel], color=("FF0000", "00FF00", "0000FF")[channel], window=window)
         label = slide.channels[channel] if channel < len(slide.channels) else f"channel {channel}"
         colour = _COLOURS[channel % len(_COLOURS)] if channel_count(slide) > 1 else "FFFFFF"

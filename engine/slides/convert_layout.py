@@ -72,7 +72,7 @@ def halve(pixels: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
 
 def channel_count(slide: Slide) -> int:
     """Number of channels to convert; alpha is left out."""
-    return 3 if slide.rgb else slide.extent("c", 0)
+    return slide.extent("c", 0) - slide.alpha
 
 
 def channel_groups(slide: Slide) -> list[tuple[int, ...]]:

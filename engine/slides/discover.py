@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cellseg_batch.engine.errors import CellsegError, NoImageError, ReadError
+from cellseg_batch.engine.errors import NoImageError, ReadError
 from cellseg_batch.engine.slides import formats
-from cellseg_batch.engine.slides.image_format import ImageFormat, Search
+from cellseg_batch.engine.slides.image_format import ImageFormat, Search, why_unreadable
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node
 from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.slide import NUMBERS, Slide, UnreadableImage
@@ -38,7 +38,8 @@ def find_images(
 
     Args:
         path: a file, a zarr store, a group inside one, or a folder of any of these.
-        axes: order of the axes of plain zarr arrays and of TIFFs that do not name them, such as ``cyx``.
+        axes: order of the axes, such as ``cyx``; images that name others themselves become an `UnreadableImage`, but
+            for TIFFs and plain zarr arrays.
         choice: wells and fields of plates to take.
 
     Raises:
@@ -78,29 +79,34 @@ def _visit(path: Path, name: str, search: Search) -> Iterator[Slide | Unreadable
     image_format = formats.format_at(path)
     if image_format is not None:
         yield from _images_of(image_format, path, name, search)
-    elif path.is_dir():
-        try:
-            children = sorted(path.iterdir())
-        except OSError as error:
-            yield UnreadableImage(name, str(path), f"the folder cannot be listed: {error.strerror or error}")
-            return
-        for child in children:
-            if not child.name.startswith(".") and not child.name.endswith((OUTPUT_SUFFIX, JOURNAL_SUFFIX)):
-                yield from _visit(child, f"{name}/{child.name}", search)
-    elif path.suffix.lower() in formats.UNSUPPORTED_SUFFIXES:
-        reason = f"{path.suffix.lower()} files are not supported; convert it to OME-Zarr or OME-TIFF (bioformats2raw)"
+        return
+    images = _visit_folder(path, name, search) if path.is_dir() else iter(())
+    image = next(images, None)
+    reason = formats.why_unsupported(path.name)
+    if image is not None:
+        yield image
+        yield from images
+    elif reason is not None:
         yield UnreadableImage(name, str(path), reason)
+
+
+def _visit_folder(path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
+    try:
+        children = sorted(path.iterdir())
+    except OSError as error:
+        yield UnreadableImage(name, str(path), f"the folder cannot be listed: {error.strerror or error}")
+        return
+    for child in children:
+        if not child.name.startswith(".") and not child.name.endswith((OUTPUT_SUFFIX, JOURNAL_SUFFIX)):
+            yield from _visit(child, f"{name}/{child.name}", search)
 
 
 def _images_of(image_format: ImageFormat, path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
     """Yield the images that a format finds at ``path``, then an `UnreadableImage` if an error ends the search."""
     try:
         yield from image_format.find(path, name, search)
-    except CellsegError as error:
-        yield UnreadableImage(name, str(path), error.detail)
     except Exception as error:  # libraries raise errors of many types for damaged files
-        reason = f"cannot be read: {type(error).__name__}: {error}"
-        yield UnreadableImage(name, str(path), reason.splitlines()[0])
+        yield UnreadableImage(name, str(path), why_unreadable(error))
 
 
 def _usable(image: Slide | UnreadableImage) -> Slide | UnreadableImage:

@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from cellseg_batch.engine.errors import ReadError
+from cellseg_batch.engine.errors import CellsegError, ReadError, brief
 from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
+
+# Names of the pictures that scanners take of a glass besides the scan.
+_OVERVIEW = re.compile(r"(slide\s*)?(label|macro|thumbnail|overview|preview|map)(\s*image)?", re.IGNORECASE)
 
 
 class LevelArray(Protocol):
@@ -29,12 +33,28 @@ class Search:
     """The user's choices for a search for images.
 
     Attributes:
-        axes: order of the axes of images that do not name theirs, such as ``cyx``.
+        axes: order of the axes, such as ``cyx``; None takes it from the images.
         fields: wells and fields of plates to take.
+        visited: files whose images are found already, for formats that lead to a file from several others.
     """
 
     axes: str | None
     fields: FieldChoice
+    visited: set[Path] = field(default_factory=set)
+
+    def demand_axes(self, named: str, location: str) -> None:
+        """Refuse an image that names its axes, if the user names others.
+
+        Raises:
+            ReadError: the user names others.
+        """
+        if self.axes is not None and self.axes.lower() != named:
+            raise ReadError(
+                location,
+                expected=f"`axes={named}`, as the image says",
+                found=f"`axes={self.axes}`",
+                remedy="leave `axes` out for this image",
+            )
 
 
 class ImageFormat(ABC):
@@ -83,6 +103,29 @@ class ImageFormat(ABC):
 def name_in_series(name: str, number: int, count: int) -> tuple[str, str]:
     """(name, path) of image ``number`` of a file with ``count`` images; a single image has the name of the file."""
     return (f"{name}/{number}", str(number)) if count > 1 else (name, "")
+
+
+def is_overview(name: str) -> bool:
+    """Whether an image of this name shows a glass and its label, and not the sample."""
+    return _OVERVIEW.fullmatch(name.strip()) is not None
+
+
+def left_out(names: Sequence[str]) -> tuple[str, ...]:
+    """The note on pictures of a file that are not taken beside its scan; none if ``names`` is empty."""
+    return (f"left out beside the scan: {', '.join(names)}",) if names else ()
+
+
+def image_or_reason(make: Callable[[], Slide], name: str, location: str) -> Slide | UnreadableImage:
+    """What ``make`` returns, or an `UnreadableImage` with the error that it raises."""
+    try:
+        return make()
+    except Exception as error:  # libraries raise errors of many types for damaged files
+        return UnreadableImage(name, location, why_unreadable(error))
+
+
+def why_unreadable(error: Exception) -> str:
+    """Why an image cannot be used, in one line, by the error that it raised."""
+    return error.detail if isinstance(error, CellsegError) else f"cannot be read: {brief(error)}"
 
 
 def optional_library(module: str, package: str) -> Any:

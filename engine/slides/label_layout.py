@@ -14,10 +14,8 @@ import numpy as np
 from yaozarrs import v04, v05
 
 from cellseg_batch.engine.geometry import BlockGrid, Box, chunk_side
+from cellseg_batch.engine.slides.pixel_meaning import PixelMeaning
 from cellseg_batch.engine.slides.slide import Level, Slide
-
-Kind = Literal["mask", "instances", "probability"]
-_MASK_COLOUR = [255, 64, 160, 160]
 
 
 @dataclass(frozen=True)
@@ -119,23 +117,22 @@ def multiscale(layout: Layout, name: str) -> Any:
     return version.Multiscale(name=name, axes=axes, datasets=datasets)
 
 
-def image_metadata(layout: Layout, name: str, source: str | None, kind: Kind) -> dict[str, Any]:
+def image_metadata(layout: Layout, name: str, source: str | None, meaning: PixelMeaning) -> dict[str, Any]:
     """The attributes of an image's group, as plain JSON values.
 
     Args:
         layout: shape and storage of the image.
         name: name of the image.
         source: relative path to the segmented image; None if that is no OME-Zarr image.
-        kind: kind of output; a probability is an intensity image, the others are labels.
+        meaning: meaning of its pixels.
     """
     version: Any = v05 if layout.zarr_format == 3 else v04
     parts: dict[str, Any] = {"multiscales": [multiscale(layout, name)]}
-    if kind != "probability":
+    if meaning.is_label:
         origin = None if source is None else version.LabelSource(image=source)
-        # Instances need no colours: viewers give every object a colour of its own.
-        colours = [version.LabelColor(**{"label-value": 1, "rgba": _MASK_COLOUR})] if kind == "mask" else None
-        parts["image_label"] = version.ImageLabel(colors=colours, source=origin)
-    model = version.Image if kind == "probability" else version.LabelImage
+        colours = [version.LabelColor(**{"label-value": value, "rgba": rgba}) for value, rgba in meaning.colours]
+        parts["image_label"] = version.ImageLabel(colors=colours or None, source=origin)
+    model = version.LabelImage if meaning.is_label else version.Image
     content = model(**parts, **({"version": "0.5"} if layout.zarr_format == 3 else {}))
     dumped: dict[str, Any] = content.model_dump(mode="json", by_alias=True, exclude_none=True)
     for colour in dumped.get("image-label", {}).get("colors", ()):

@@ -62,7 +62,7 @@ def choose_level(slide: Slide, level: int | None, pixel_size: float | None, mode
     return LevelChoice(nearest, known[nearest], f"nearest to the model's {model_um:g} µm/px")
 
 
-def choose_channels(slide: Slide, channel: str | None) -> ChannelChoice:
+def choose_channels(slide: Slide, channel: int | str | None) -> ChannelChoice:
     """Choose the channels: the user's, else RGB if the image says so, else the DNA stain by name, else the first.
 
     Args:
@@ -75,10 +75,11 @@ def choose_channels(slide: Slide, channel: str | None) -> ChannelChoice:
     count = slide.extent("c", 0)
     names = [name.lower() for name in slide.channels]
     if channel is not None:
-        if channel.isdecimal() and int(channel) < count:
-            return ChannelChoice((int(channel),), "asked for")
-        if channel.lower() in names[:count]:
-            return ChannelChoice((names.index(channel.lower()),), "asked for")
+        name = str(channel).lower()
+        if name.isdecimal() and int(name) < count:
+            return ChannelChoice((int(name),), "asked for")
+        if name in names[:count]:
+            return ChannelChoice((names.index(name),), "asked for")
         listed = ", ".join(slide.channels) if slide.channels else "no names"
         raise SlideError(
             slide.location,

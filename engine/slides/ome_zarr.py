@@ -1,13 +1,17 @@
 """Read the images of zarr hierarchies: OME-Zarr 0.4 and 0.5 multiscales, HCS plates, bioformats2raw, plain arrays.
 
 Sources: the OME-Zarr specification 0.4 and 0.5 (ngff.openmicroscopy.org). Metadata are read leniently: whatever is
-enough to read the pixels is accepted, and a level whose array is missing is skipped.
+enough to read the pixels is accepted, and a level whose array is missing is skipped and noted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -15,12 +19,14 @@ from typing import Any, ClassVar, Literal
 
 import zarr
 
-from cellseg_batch.engine.errors import CellsegError, ReadError
-from cellseg_batch.engine.slides.image_format import ImageFormat, LevelArray, Search
+from cellseg_batch.engine.errors import CellsegError, ReadError, brief
+from cellseg_batch.engine.slides.image_format import ImageFormat, LevelArray, Search, is_overview, left_out
+from cellseg_batch.engine.slides.ome_xml import read_images
+from cellseg_batch.engine.slides.pixel_size import settle_pixel_size
 from cellseg_batch.engine.slides.plain_zarr import ZARR, describe_array
 from cellseg_batch.engine.slides.plate import FieldChoice, PlatePosition
 from cellseg_batch.engine.slides.slide import NUMBERS, Level, Slide, UnreadableImage, fits_axes
-from cellseg_batch.engine.storage.paths import RemotePath, zarr_store
+from cellseg_batch.engine.storage.paths import RemotePath, is_web, zarr_store
 
 # Other spellings of the specification's "micrometer".
 _UNIT_NAMES = dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometre"), "micrometer")
@@ -29,6 +35,14 @@ OUTPUT_MARK = "cellseg-batch-output"
 # Number of members of a group in an object store that are read at the same time.
 _REQUESTS = 16
 _NODE_FILES = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
+# Attribute of groups and arrays that anndata writes: tables, and shapes and points of spatialdata.
+_TABLE_MARK = "encoding-type"
+# Attribute of groups that bioformats2raw writes, and their member that describes the others.
+_LAYOUT_MARK, _OME_GROUP = "bioformats2raw.layout", "OME"
+_RGB_LABELS = (["r", "g", "b"], ["red", "green", "blue"])
+_RGB_COLOURS = ["FF0000", "00FF00", "0000FF"]
+# What programs call a channel without a name.
+_NUMBERED = re.compile(r"(channel|ch|c)?[\s:_-]*\d*([:_-]\d+)*", re.IGNORECASE)
 
 
 class Zarr(ImageFormat):
@@ -83,39 +97,74 @@ def _images_in(
     """
     location = str(store / path)
     try:
-        node = zarr.open(zarr_store(store), path=path, mode="r")
+        node = _open_node(store, path)
+        if _TABLE_MARK in node.attrs:
+            return
         if isinstance(node, zarr.Array):
             if node.ndim >= 2:
-                yield describe_array(node, store, path, name, search.axes)
+                yield replace(describe_array(node, store, path, name, search.axes), notes=_note_if_empty(store / path))
             return
         metadata = _ome_metadata(node)
         if "image-label" in metadata or OUTPUT_MARK in node.attrs:
             return
         if "multiscales" in metadata:
-            yield replace(_multiscale(node, metadata, store, path, name), plate_position=position)
+            slide = _multiscale(node, metadata, store, path, name)
+            search.demand_axes(slide.axes, location)
+            empty = _note_if_empty(store / path / slide.levels[0].path)
+            yield replace(slide, plate_position=position, notes=slide.notes + empty)
             return
         children = _children(node, metadata, location, search.fields, position)
+        listed_images = {child for child, _ in children} if "well" in metadata else _listed_series(node)
+        aside = _overviews(store, path, node, [child for child, _ in children]) if position is None else {}
     except CellsegError as error:
         yield UnreadableImage(name, location, error.detail, position)
         return
     except Exception as error:  # damaged JSON, unknown codecs, impossible metadata
-        reason = f"its zarr metadata cannot be read: {type(error).__name__}: {error}"
-        yield UnreadableImage(name, location, reason.splitlines()[0], position)
+        yield UnreadableImage(name, location, f"its zarr metadata cannot be read: {brief(error)}", position)
         return
 
     def images_of(listed: tuple[str, PlatePosition | None]) -> list[Slide | UnreadableImage]:
         child, child_position = listed
         below = f"{path}/{child}" if path else child
-        if is_zarr_node(store / below):
-            return [*_images_in(store, below, f"{name}/{child}", search, child_position)]
-        reason = "listed in the metadata, but not in the store"
+        is_there = is_zarr_node(store / below)
+        images = [*_images_in(store, below, f"{name}/{child}", search, child_position)] if is_there else []
+        if images or (is_there and child not in listed_images):
+            return images
+        reason = "listed in the metadata, but " + ("holds no image" if is_there else "not in the store")
         return [UnreadableImage(f"{name}/{child}", str(store / below), reason, child_position)]
 
+    children = [child for child in children if child[0] not in aside]
+    notes = left_out(list(aside.values()))
     if isinstance(store, RemotePath) and position is None:  # remote wells: answers take long, so ask for many at once
         with ThreadPoolExecutor(_REQUESTS) as pool:
-            yield from chain.from_iterable(pool.map(images_of, children))
+            yield from _noted(chain.from_iterable(pool.map(images_of, children)), notes)
     else:
-        yield from chain.from_iterable(map(images_of, children))
+        yield from _noted(chain.from_iterable(map(images_of, children)), notes)
+
+
+def _noted(images: Iterable[Slide | UnreadableImage], notes: tuple[str, ...]) -> Iterator[Slide | UnreadableImage]:
+    """The images, the first slide with ``notes``."""
+    for image in images:
+        if isinstance(image, Slide) and notes:
+            yield replace(image, notes=notes + image.notes)
+            notes = ()
+        else:
+            yield image
+
+
+def _open_node(store: Path, path: str) -> zarr.Array[Any] | zarr.Group:
+    """Open a node as it is: metadata that were gathered in a group may be older. Web servers list nothing else."""
+    return zarr.open(zarr_store(store), path=path, mode="r", use_consolidated=None if is_web(store) else False)
+
+
+def _note_if_empty(array: Path) -> tuple[str, ...]:
+    """A note if no chunk of a local array is stored, which is legal for an image of nothing but its fill value."""
+    if isinstance(array, RemotePath):
+        return ()
+    with os.scandir(array) as entries:
+        if any(entry.name not in (*_NODE_FILES, ".zmetadata") for entry in entries):
+            return ()
+    return ("no chunk of its pixels is stored, so all have the fill value",)
 
 
 def as_zarr(slide: Slide, store: Path, levels: tuple[Level, ...], zarr_format: Literal[2, 3]) -> Slide:
@@ -130,7 +179,7 @@ def open_written(store: Path, path: str) -> Slide:
         ReadError: there is no such image.
     """
     try:
-        node = zarr.open_group(zarr_store(store), path=path, mode="r")
+        node = zarr.open_group(zarr_store(store), path=path, mode="r", use_consolidated=False)
         return _multiscale(node, _ome_metadata(node), store, path, path)
     except (OSError, KeyError, ValueError) as error:
         raise ReadError(
@@ -143,7 +192,7 @@ def open_written(store: Path, path: str) -> Slide:
 
 def plate_names(plate: Path) -> tuple[list[str], list[str]]:
     """Names of all rows and columns of a plate, including those without wells."""
-    metadata = _ome_metadata(zarr.open_group(zarr_store(plate), mode="r"))["plate"]
+    metadata = _ome_metadata(zarr.open_group(zarr_store(plate), mode="r", use_consolidated=False))["plate"]
     rows, columns = ([str(entry["name"]) for entry in metadata.get(side, ())] for side in ("rows", "columns"))
     return rows, columns
 
@@ -166,8 +215,30 @@ def _children(
     if "well" in metadata:
         fields = [_inside(field["path"], location) for field in metadata["well"]["images"]]
         return [(field, position and replace(position, field=field)) for field in fields if choice.takes_field(field)]
-    members = sorted((key for key in node if key not in ("labels", "tables", "OME")), key=_numbers_in_order)
-    return [(_inside(member, location), position) for member in members]
+    members = {key for key in node if key not in ("labels", "tables", _OME_GROUP)} | _listed_series(node)
+    return [(_inside(member, location), position) for member in sorted(members, key=_numbers_in_order)]
+
+
+def _listed_series(node: zarr.Group) -> set[str]:
+    """Paths of the images that a group of bioformats2raw lists; none in other groups."""
+    ome = node.get(_OME_GROUP) if _LAYOUT_MARK in _ome_metadata(node) else None
+    listed = _ome_metadata(ome).get("series") if isinstance(ome, zarr.Group) else None
+    return {str(series) for series in listed} if isinstance(listed, list) else set()
+
+
+def _overviews(store: Path, path: str, node: zarr.Group, members: list[str]) -> dict[str, str]:
+    """Member -> name of the members of a group that show a glass and not the sample; none if all would be such.
+
+    The names of images that bioformats2raw has converted are in OME-XML, in the order of the members.
+    """
+    names = {member: member for member in members}
+    xml = store / path / _OME_GROUP / "METADATA.ome.xml"
+    if _LAYOUT_MARK in _ome_metadata(node) and xml.is_file():
+        with suppress(ValueError):  # damaged names are as good as none
+            named = read_images(xml.read_text("utf-8"), None, xml.name, exists=lambda _: True)
+            names |= {member: image.name for member, image in zip(members, named, strict=True)}
+    overviews = {member: name for member, name in names.items() if is_overview(name) or is_overview(member)}
+    return overviews if len(overviews) < len(members) else {}
 
 
 def _inside(listed: object, location: str) -> str:
@@ -191,29 +262,33 @@ def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: s
     if not metadata["multiscales"]:
         raise _not_an_image(location, "one multiscale", "an empty list of multiscales")
     multiscale = metadata["multiscales"][0]
+    notes = [f"the first of its {count} multiscales is taken"] if (count := len(metadata["multiscales"])) > 1 else []
     axes, units = _axes_of(multiscale, location)
-    levels: list[Level] = []
-    dtype = ""
+    arrays: dict[str, zarr.Array[Any]] = {}
+    datasets = []
     for dataset in multiscale["datasets"]:
         if not isinstance(dataset["path"], str):
             # zarr can read such an image, but readers of its labels could not find it.
             raise _not_an_image(location, "the paths of its levels as text", f"{dataset['path']!r}")
         array = node.get(_inside(dataset["path"], location))
         if not isinstance(array, zarr.Array):
+            notes.append(f"level {dataset['path']} is listed, but not in the store")
             continue
         if array.ndim != len(axes):
             raise _not_an_image(location, f"{len(axes)} axes as its metadata say", f"an array of shape {array.shape}")
-        if not dtype or not NUMBERS.fullmatch(array.dtype.name):
-            dtype = array.dtype.name
-        # Versions older than 0.4 have no transformations; only the shapes tell how the levels relate.
-        factors = [a / b for a, b in zip(levels[0].shape if levels else array.shape, array.shape, strict=True)]
-        scale, translation = _placement(dataset, multiscale, factors)
-        levels.append(Level(dataset["path"], array.shape, array.chunks, scale, translation))
-    if not levels:
+        arrays[dataset["path"]] = array
+        datasets.append(dataset)
+    if not arrays:
         listed = ", ".join(str(dataset["path"]) for dataset in multiscale["datasets"])
         raise _not_an_image(location, f"the arrays that its metadata list ({listed})", "none of them in the store")
-    channels = _channel_names(metadata)
-    count = levels[0].shape[axes.index("c")] if "c" in axes else 1
+    full = next(iter(arrays.values()))
+    names = [array.dtype.name for array in arrays.values()]
+    levels, units, doubts = _place(datasets, multiscale, list(arrays.values()), axes, units)
+    channels = _omero_channels(metadata)
+    labels = [str(channel.get("label") or "").strip() for channel in channels]
+    count = full.shape[axes.index("c")] if "c" in axes else 1
+    alpha = count == 4 and [label.lower() for label in labels[3:]] in (["a"], ["alpha"])
+    dtype = next((name for name in names if not NUMBERS.fullmatch(name)), names[0])
     return Slide(
         name=name,
         store=store,
@@ -221,12 +296,14 @@ def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: s
         format=ZARR,
         axes=axes,
         dtype=dtype,
-        levels=tuple(levels),
+        levels=levels,
         units=units,
-        channels=channels,
-        rgb=_is_rgb(count, dtype, channels),
+        channels=tuple(labels) if any(labels) else (),
+        rgb=_is_rgb(count - alpha, dtype, labels[: count - alpha], channels),
+        alpha=alpha,
         zarr_format=node.metadata.zarr_format,
         holds_labels=True,
+        notes=(*notes, *doubts),
     )
 
 
@@ -239,36 +316,80 @@ def _axes_of(multiscale: dict[str, Any], location: str) -> tuple[str, tuple[str 
     axes = "".join(str(axis["name"]).lower() for axis in entries)
     if not fits_axes(axes, len(axes)):
         raise _not_an_image(location, "axes out of t, c, z, y, x with y and x among them", repr(axes))
-    return axes, tuple(_UNIT_NAMES.get(str(axis.get("unit")), axis.get("unit")) for axis in entries)
+    units = (axis.get("unit") for axis in entries)
+    return axes, tuple(_UNIT_NAMES.get(unit, unit) if isinstance(unit, str) else None for unit in units)
+
+
+def _place(
+    datasets: list[dict[str, Any]],
+    multiscale: dict[str, Any],
+    arrays: list[zarr.Array[Any]],
+    axes: str,
+    units: tuple[str | None, ...],
+) -> tuple[tuple[Level, ...], tuple[str | None, ...], tuple[str, ...]]:
+    """(levels, unit of each axis, notes): an axis along which the scales make no sense has px, and no unit.
+
+    A translation that makes no sense is 0.
+    """
+    # Versions older than 0.4 have no transformations; only the shapes tell how the levels relate.
+    factors = [[a / b for a, b in zip(arrays[0].shape, array.shape, strict=True)] for array in arrays]
+    placements = [_placement(dataset, multiscale, factor) for dataset, factor in zip(datasets, factors, strict=True)]
+    stated: dict[str, tuple[object, object]] = {}
+    doubtful = set()
+    for index, axis in enumerate(axes):
+        sizes = [scale[index] for scale, _ in placements]
+        wrong = [size for size in sizes if not (math.isfinite(size) and size > 0)]
+        if wrong:
+            doubtful.add(axis)
+        if axis in "zyx":
+            stated[axis] = (wrong or sizes)[0], units[index]
+    size = settle_pixel_size(stated)
+    doubtful |= set(size.doubts)
+    doubtful |= set("yx") if doubtful & set("yx") else set()
+    levels = []
+    for dataset, array, factor, (scale, translation) in zip(datasets, arrays, factors, placements, strict=True):
+        scale = tuple(f if axis in doubtful else s for axis, s, f in zip(axes, scale, factor, strict=True))
+        lost = [axis in doubtful or not math.isfinite(shift) for axis, shift in zip(axes, translation, strict=True)]
+        start = tuple(0.0 if is_lost else shift for is_lost, shift in zip(lost, translation, strict=True))
+        levels.append(Level(dataset["path"], array.shape, array.chunks, scale, start))
+    units = tuple(None if axis in doubtful else unit for axis, unit in zip(axes, units, strict=True))
+    return tuple(levels), units, size.notes
 
 
 def _placement(
     dataset: dict[str, Any], multiscale: dict[str, Any], factors: list[float]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(scale, translation) of a level: the dataset's transformations, then the whole image's."""
+    """(scale, translation) of a level: the dataset's transformations, then the whole image's; NaN if not numbers."""
     scale = [1.0] * len(factors) if "coordinateTransformations" in dataset else factors
     translation = [0.0] * len(factors)
-    for holder in (dataset, multiscale):
-        for transformation in holder.get("coordinateTransformations", ()):
-            if transformation.get("type") == "scale":
-                scale = [a * b for a, b in zip(scale, transformation["scale"], strict=True)]
-                translation = [a * b for a, b in zip(translation, transformation["scale"], strict=True)]
-            elif transformation.get("type") == "translation":
-                translation = [a + b for a, b in zip(translation, transformation["translation"], strict=True)]
+    try:
+        for holder in (dataset, multiscale):
+            for transformation in holder.get("coordinateTransformations", ()):
+                if transformation.get("type") == "scale":
+                    scale = [a * float(b) for a, b in zip(scale, transformation["scale"], strict=True)]
+                    translation = [a * float(b) for a, b in zip(translation, transformation["scale"], strict=True)]
+                elif transformation.get("type") == "translation":
+                    shift = transformation["translation"]
+                    translation = [a + float(b) for a, b in zip(translation, shift, strict=True)]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        scale = translation = [math.nan] * len(factors)
     return tuple(scale), tuple(translation)
 
 
-def _channel_names(metadata: dict[str, Any]) -> tuple[str, ...]:
-    listed = metadata.get("omero", {}).get("channels", ())
-    names = tuple(str(channel.get("label", "")) for channel in listed)
-    return names if any(names) else ()
+def _omero_channels(metadata: dict[str, Any]) -> list[dict[str, Any]]:
+    """The channels as OMERO describes them; [] if it does not."""
+    omero = metadata.get("omero")
+    listed = omero.get("channels") if isinstance(omero, dict) else None
+    return [entry if isinstance(entry, dict) else {} for entry in listed] if isinstance(listed, list) else []
 
 
-def _is_rgb(count: int, dtype: str, channels: tuple[str, ...]) -> bool:
-    """RGB if OMERO's labels say so, or three uint8 channels without names."""
-    if channels:
-        return tuple(label.lower() for label in channels) in {("r", "g", "b"), ("red", "green", "blue")}
-    return count == 3 and dtype == "uint8"
+def _is_rgb(count: int, dtype: str, labels: list[str], channels: list[dict[str, Any]]) -> bool:
+    """RGB if OMERO's labels say so, or three uint8 channels without names, in the colours red, green, blue or none."""
+    if [label.lower() for label in labels] in _RGB_LABELS:
+        return True
+    colours = [str(channel.get("color") or "").strip("#").upper()[:6] for channel in channels]
+    unnamed = all(_NUMBERED.fullmatch(label) for label in labels)
+    return count == 3 and dtype == "uint8" and unnamed and (not any(colours) or colours == _RGB_COLOURS)
 
 
 def _not_an_image(location: str, expected: str, found: str) -> ReadError:

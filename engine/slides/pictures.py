@@ -1,50 +1,89 @@
-"""Read PNG and JPEG files, which are small enough to be read whole."""
+"""Read PNG, JPEG and BMP files, which are small enough to be read whole.
+
+Pixels are taken as stored: a rotation in the EXIF metadata is left to viewers, for image and labels alike.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.MpoImagePlugin import MpoImageFile
 
 from cellseg_batch.engine.slides.image_format import ImageFormat, Search
-from cellseg_batch.engine.slides.slide import Level, Slide
+from cellseg_batch.engine.slides.slide import Level, Slide, UnreadableImage
 from cellseg_batch.engine.storage.paths import readable
 
 # Pillow refuses pictures above 179 Mpx as a possible attack; a slide may be larger.
 Image.MAX_IMAGE_PIXELS = 1 << 30
+# Pillow's modes in which pictures are read -> pixel type.
 _MODES_KEPT = {"L": "uint8", "RGB": "uint8", "RGBA": "uint8", "I;16": "uint16", "F": "float32", "I": "int32"}
+_PNG = b"\x89PNG\r\n\x1a\n"
+# Colour types of PNGs of which Pillow keeps 8 of 16 bits -> the mode of their channels, without the alpha of grey.
+_DEEP_MODES = {2: "RGB", 4: "L", 6: "RGBA"}
 
 
 class Pictures(ImageFormat):
     """Format of pictures: a file holds one image with one level and without a pixel size."""
 
     name: ClassVar[str] = "picture"
-    title: ClassVar[str] = "PNG, JPEG"
-    suffixes: ClassVar[tuple[str, ...]] = (".png", ".jpg", ".jpeg")
+    title: ClassVar[str] = "PNG, JPEG, BMP"
+    suffixes: ClassVar[tuple[str, ...]] = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp")
 
-    def find(self, path: Path, name: str, search: Search) -> list[Slide]:
-        """Find the image of a file, from its header.
+    def find(self, path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
+        """Find the image of a file, from its header, and name the other frames of an animation.
 
         Raises:
             OSError: the file has not the format that its name says.
+            ReadError: the user names other axes.
         """
+        deep = _deep_mode(path)
         with Image.open(readable(path)) as picture:
             width, height = picture.size
-            mode = _mode(picture)
+            mode = deep or _mode(picture)
+            frames, is_animation = getattr(picture, "n_frames", 1), not isinstance(picture, MpoImageFile)
         colour = mode in ("RGB", "RGBA")
         shape = (height, width, len(mode)) if colour else (height, width)
         axes = "yxc" if colour else "yx"
-        level = Level("0", shape, shape, (1.0,) * len(shape), (0.0,) * len(shape))
-        units = (None,) * len(shape)
-        return [Slide(name, path, "", self.name, axes, _MODES_KEPT[mode], (level,), units, rgb=colour)]
+        search.demand_axes(axes, str(path))
+        others = f"{frames - 1} more pictures in the file are left out" if frames > 1 else ""
+        yield Slide(
+            name=name,
+            store=path,
+            path="",
+            format=self.name,
+            axes=axes,
+            dtype="uint16" if deep else _MODES_KEPT[mode],
+            levels=(Level("0", shape, shape, (1.0,) * len(shape), (0.0,) * len(shape)),),
+            units=(None,) * len(shape),
+            rgb=colour,
+            alpha=mode == "RGBA",
+            notes=(others,) if others and not is_animation else (),
+        )
+        if others and is_animation:
+            yield UnreadableImage(f"{name}/1", str(path / "1"), f"{others}; save the animation as a TIFF")
 
     def open_level(self, slide: Slide, level: int) -> NDArray[Any]:
         """Read all pixels, (H, W) or (H, W, C)."""
+        deep = _deep_mode(slide.store)
+        if deep is not None:
+            pixels: NDArray[Any] = imagecodecs.png_decode(slide.store.read_bytes())
+            return pixels if len(deep) > 1 else pixels[..., 0]
         with Image.open(readable(slide.store)) as picture:
             return np.asarray(picture.convert(_mode(picture)))
+
+
+def _deep_mode(path: Path) -> str | None:
+    """Mode of a PNG's channels if it has 16 bits that Pillow would not keep, else None."""
+    source = readable(path)
+    with source.open("rb") if isinstance(source, Path) else source as stream:
+        header = stream.read(26)
+    return _DEEP_MODES.get(header[25]) if header.startswith(_PNG) and header[24:25] == b"\x10" else None
 
 
 def _mode(picture: Image.Image) -> str:

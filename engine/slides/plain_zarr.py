@@ -8,7 +8,7 @@ from typing import Any
 import zarr
 
 from cellseg_batch.engine.errors import ReadError
-from cellseg_batch.engine.slides.slide import AXES, Level, Slide, fits_axes
+from cellseg_batch.engine.slides.slide import Level, Slide, fits_axes
 
 ZARR = "zarr"
 """Name of the format of every image in a zarr hierarchy."""
@@ -55,9 +55,10 @@ def describe_array(array: zarr.Array[Any], store: Path, path: str, name: str, ax
 
 
 def _named_axes(array: zarr.Array[Any]) -> str | None:
-    """Axes from the dimension names of a zarr v3 array; None if the names are not out of `AXES`."""
-    names = [str(name).lower() for name in getattr(array.metadata, "dimension_names", None) or ()]
-    return "".join(names) if names and set(names) <= set(AXES) else None
+    """Axes from the dimension names of a zarr v3 array, or xarray's of a v2 array; None if these are no axes."""
+    listed = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS")
+    names = "".join(str(name).lower() for name in listed) if isinstance(listed, list | tuple) else ""
+    return names if fits_axes(names, array.ndim) else None
 
 
 def _guess_axes(shape: tuple[int, ...]) -> str | None:

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from cellseg_batch.engine.geometry import Box
+from cellseg_batch.engine.slides.pixel_size import UM_PER_UNIT
 from cellseg_batch.engine.slides.plate import PlatePosition
 
 AXES = "tczyx"
@@ -69,11 +70,13 @@ class Slide:
         levels: resolutions, the full resolution first.
         units: unit of each axis in the metadata; None if it has no unit.
         channels: names of the channels from the metadata; () if there are none.
-        rgb: the channels are red, green, blue (and perhaps alpha).
+        rgb: the first three channels are red, green, blue.
+        alpha: the last channel is the opacity, which is no part of the image.
         series: number of the image in its file; None for formats whose files hold a single image.
         plate_position: position on a plate; None if the image lies on no plate.
         zarr_format: zarr version of the stored pixels; None if they are in no zarr array.
         holds_labels: whether labels can be written into the image's own group.
+        notes: remarks for the user on what the image's metadata say and what is left out.
     """
 
     name: str
@@ -86,10 +89,12 @@ class Slide:
     units: tuple[str | None, ...]
     channels: tuple[str, ...] = ()
     rgb: bool = False
+    alpha: bool = False
     series: int | None = None
     plate_position: PlatePosition | None = None
     zarr_format: Literal[2, 3] | None = None
     holds_labels: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def location(self) -> str:
@@ -124,7 +129,7 @@ class Slide:
     def pixel_size_um(self, level: int) -> float | None:
         """µm per px along x at a level; None if the metadata do not say."""
         index = self.axes.index("x")
-        factor = _UM_PER_UNIT.get(self.units[index] or "")
+        factor = UM_PER_UNIT.get(self.units[index] or "")
         return None if factor is None else self.levels[level].scale[index] * factor
 
     def channel_names(self, indices: Iterable[int]) -> tuple[str, ...]:
@@ -154,16 +159,6 @@ class Slide:
             translation[index] += first * level.scale[index]
             origin[axis] += first
         return replace(level, shape=tuple(sides), translation=tuple(translation), origin=(origin["y"], origin["x"]))
-
-
-_UM_PER_UNIT = {
-    "micrometer": 1.0,
-    "nanometer": 1e-3,
-    "millimeter": 1e3,
-    "centimeter": 1e4,
-    "meter": 1e6,
-    "inch": 25400.0,
-}
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,14 @@
-"""Read images in TIFF, OME-TIFF, SVS and other files that tifffile reads, pyramids included."""
+"""Read images in TIFF, OME-TIFF, SVS and other files that tifffile reads, pyramids included.
+
+Every series of a file is an image, except for the label, the overview and the thumbnail beside a scan. An image of
+several files belongs to the file of its first plane, whichever of them leads to it.
+"""
 
 from __future__ import annotations
 
-import re
-from html import unescape
+import struct
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,15 +16,32 @@ import tifffile
 import zarr
 
 from cellseg_batch.engine.errors import ReadError
-from cellseg_batch.engine.slides.image_format import ImageFormat, Search, name_in_series
-from cellseg_batch.engine.slides.slide import Level, Slide, fits_axes
+from cellseg_batch.engine.slides.image_format import (
+    ImageFormat,
+    Search,
+    image_or_reason,
+    is_overview,
+    left_out,
+    name_in_series,
+)
+from cellseg_batch.engine.slides.ome_xml import SELF, OmeImage, read_header, read_images
+from cellseg_batch.engine.slides.pixel_size import settle_pixel_size
+from cellseg_batch.engine.slides.slide import Level, Slide, UnreadableImage, fits_axes
+from cellseg_batch.engine.slides.tiff_dialects import Facts, colours_of, facts_of, listed_planes
 from cellseg_batch.engine.storage.paths import readable
 
 # tifffile's letters of axes -> ours. S is samples, I images in a sequence; Q, an axis that it cannot name, is missing.
 _AXIS_OF = {"S": "c", "C": "c", "Y": "y", "X": "x", "Z": "z", "T": "t", "I": "t"}
-_OTHER_FILE = re.compile(r"""FileName\s*=\s*["']([^"']*)["']""")
-_CENTIMETRE, _INCH = 3, 2
-_UM_PER_OME_UNIT = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
+# Suffixes of files that hold OME-XML in TIFF's stead.
+_XML_SUFFIXES = (".ome", ".xml")
+# Dialects by which tifffile looks for certain pages, and passes over others.
+_CERTAIN_PAGES = ("svs", "qpi", "scn", "bif", "philips")
+# Dialects that list planes, wherever these are.
+_LISTS_PLANES = ("ome", "scn", "ndtiff", "mmstack")
+
+Series = tifffile.TiffPageSeries
+# The resolutions of an image, the full resolution first.
+Pyramid = list[Series]
 
 
 class Tiff(ImageFormat):
@@ -27,55 +49,249 @@ class Tiff(ImageFormat):
 
     name: ClassVar[str] = "tiff"
     title: ClassVar[str] = "TIFF, SVS"
-    suffixes: ClassVar[tuple[str, ...]] = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif", ".qptiff")
+    suffixes: ClassVar[tuple[str, ...]] = (
+        *(".tif", ".tiff", ".btf", ".tf2", ".tf8", ".ptif", ".ptiff", ".zif"),
+        *(".svs", ".ndpi", ".scn", ".bif", ".qptiff", ".lsm", ".stk", ".companion.ome"),
+    )
 
-    def find(self, path: Path, name: str, search: Search) -> list[Slide]:
-        """Find every series of an OME-TIFF, or the main series of other files (thumbnails are not slides).
+    def find(self, path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
+        """Find every image of a file; a part of an image leads to the file of the image's first plane.
 
         Raises:
-            ReadError: an axis cannot be named.
+            ReadError: the file has no image, or its metadata lie in a file that is missing.
+            ValueError: its OME-XML is damaged.
             tifffile.TiffFileError: the file is no TIFF.
         """
+        described = _read_ome(path)
+        if described is not None:
+            yield from _find_described(described, path, name, search)
+            return
         with tifffile.TiffFile(readable(path)) as tiff:
-            _refuse_files_elsewhere(tiff, path)
-            count = len(tiff.series) if tiff.is_ome else min(1, len(tiff.series))
-            return [_slide(tiff, number, path, *name_in_series(name, number, count), search) for number in range(count)]
+            yield from _find_series(tiff, path, name, search)
 
     def open_level(self, slide: Slide, level: int) -> zarr.Array[Any]:
         """Open a level as a zarr array."""
-        store = tifffile.imread(readable(slide.store), aszarr=True, series=slide.series, level=level)
-        return zarr.open_array(store, mode="r")
+        number, described = slide.series or 0, _read_ome(slide.store)
+        with _open(slide.store, described[number] if described else None) as tiff:
+            series = _pyramids(tiff)[0 if described else number][level]
+            squeeze = None if series.ndim == len(slide.axes) else True
+            return zarr.open_array(series.aszarr(level=0, squeeze=squeeze), mode="r")
 
     def close(self, array: zarr.Array[Any]) -> None:
         """Close the file."""
         array.store.close()
 
 
-def _slide(tiff: tifffile.TiffFile, number: int, file: Path, name: str, path: str, search: Search) -> Slide:
-    series = tiff.series[number]
-    axes = "".join(_AXIS_OF.get(letter, "?") for letter in series.axes)
-    axes = search.axes if "?" in axes and search.axes else axes
-    if not fits_axes(axes, series.ndim):
+def _find_series(tiff: tifffile.TiffFile, path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
+    """Find the images of a file without OME-XML."""
+    pyramids = _pyramids(tiff)
+    if not pyramids:
+        raise ReadError(str(path), expected="a TIFF with pixels", found="none", remedy="export it again")
+    _demand_pages(tiff, str(path))
+    facts = [facts_of(tiff, pyramid[0]) for pyramid in pyramids]
+    aside = [fact.is_overview or _is_aside(pyramid[0]) for fact, pyramid in zip(facts, pyramids, strict=True)]
+    taken = [number for number, is_aside in enumerate(aside) if not is_aside] or list(range(len(pyramids)))
+    others = [_title(pyramid[0]) for number, pyramid in enumerate(pyramids) if number not in taken]
+    notes = left_out([*others, *_pages_in_no_series(tiff, pyramids)])
+    for number in taken:
+        image_name, inside = name_in_series(name, number, len(taken))
+        slide = partial(_slide, pyramids[number], facts[number], path, image_name, inside, number, search, notes)
+        yield image_or_reason(slide, image_name, str(path / inside))
+        notes = ()
+
+
+def _find_described(images: list[OmeImage], path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
+    """Find the images that the OME-XML of a file describes, and that belong to the file.
+
+    If none belongs to it, find those of the files that it is a part of, or that it lists.
+    """
+    if not images:
+        raise ReadError(str(path), expected="images in its OME-XML", found="none", remedy="export it again")
+    holders = {image.number: _holder(image, path) for image in images}
+    own = [image for image in images if holders[image.number] == path]
+    yield from _find_own(own, path, name, search)
+    for image in images:
+        if holders[image.number] is None:
+            lost = path.with_name(image.files[0])
+            if lost not in search.visited:
+                search.visited.add(lost)
+                reason = f"listed in the OME-XML of {path.name}, but not beside it; copy it there"
+                yield UnreadableImage(_beside(name, path, lost), str(lost), reason)
+    if not own:
+        parts = [image for image in images if SELF in image.files] or images
+        for holder in dict.fromkeys(holders[image.number] for image in parts):
+            if holder is not None and holder not in search.visited:
+                yield from _find_described(_read_ome(holder) or [], holder, _beside(name, path, holder), search)
+
+
+def _find_own(images: list[OmeImage], path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
+    """Find images that belong to a file, once in a search."""
+    if path in search.visited:
+        return
+    search.visited.add(path)
+    taken = [image for image in images if not is_overview(image.name)] or images
+    notes = left_out([image.name for image in images if image not in taken])
+    for image in taken:
+        image_name, inside = name_in_series(name, image.number, len(taken))
+        slide = partial(_described_slide, image, path, image_name, inside, search, notes)
+        yield image_or_reason(slide, image_name, str(path / inside))
+        notes = ()
+
+
+def _holder(image: OmeImage, path: Path) -> Path | None:
+    """The file that an image belongs to: the first of its parts that is there; None if none is."""
+    parts = [path if file == SELF else path.with_name(file) for file in image.files or (SELF,)]
+    return next((part for part in parts if part == path or part.is_file()), None)
+
+
+def _beside(name: str, path: Path, other: Path) -> str:
+    """Name as `Slide.name` of a file beside ``path``, which has the name ``name``."""
+    return name.removesuffix(path.name) + other.name
+
+
+def _read_ome(path: Path) -> list[OmeImage] | None:
+    """The images that the OME-XML of a file describes, or that of the file to which it refers; None without OME-XML.
+
+    Raises:
+        ReadError: the file to which it refers is missing.
+        ValueError: the OME-XML is damaged.
+    """
+    xml = _ome_xml(path)
+    if xml is None:
+        return None
+    uuid, reference = read_header(xml)
+    if reference is not None:
+        described = path.with_name(reference)
+        if not described.is_file():
+            raise ReadError(
+                str(path),
+                expected=f"its metadata in {reference}, beside it",
+                found="no such file",
+                remedy="copy that file along",
+            )
+        xml = _ome_xml(described) or ""
+    return read_images(xml, uuid, path.name, lambda name: path.with_name(name).is_file())
+
+
+def _ome_xml(path: Path) -> str | None:
+    """The OME-XML in a TIFF or a companion file; None if a TIFF has none."""
+    if path.suffix.lower() in _XML_SUFFIXES:
+        return path.read_text("utf-8")
+    with tifffile.TiffFile(readable(path)) as tiff:
+        return tiff.ome_metadata
+
+
+def _open(path: Path, image: OmeImage | None) -> tifffile.TiffFile:
+    """Open a file; as the file of a single image, if OME-XML describes it."""
+    if image is None:
+        return tifffile.TiffFile(readable(path))
+    # Micro-Manager's files have an index of their own, which lists pages of other positions too.
+    return tifffile.TiffFile(readable(path), omexml=image.xml, is_mmstack=False, is_ndtiff=False)
+
+
+def _pyramids(tiff: tifffile.TiffFile) -> list[Pyramid]:
+    """The series of a file, each with its lower resolutions.
+
+    tifffile takes any page for a lower resolution that is half as large; in files of no dialect it must be stored in
+    tiles, or say that it is one.
+    """
+    pyramids: list[Pyramid] = []
+    for series in tiff.series:
+        pyramid = [series]
+        pyramids.append(pyramid)
+        for level in series.levels[1:]:
+            page = level.keyframe
+            is_level = series.kind != "generic" or page.is_tiled or page.is_reduced or page.is_subifd
+            if is_level:
+                pyramid.append(level)
+            else:
+                pyramids.append([level])
+    return pyramids
+
+
+def _pages_in_no_series(tiff: tifffile.TiffFile, pyramids: list[Pyramid]) -> list[str]:
+    """Names of the pages that tifffile passes over, as it knows no such part of the file's dialect."""
+    if pyramids[0][0].kind not in _CERTAIN_PAGES:
+        return []
+    used = {page.index for pyramid in pyramids for level in pyramid for page in level if page is not None}
+    return [f"page {number}" for number in range(len(tiff.pages)) if number not in used]
+
+
+def _is_aside(series: Series) -> bool:
+    """Whether a series is a small or otherwise derived picture of another, by its name or its first page."""
+    page = series.keyframe
+    return is_overview(series.name) or page.is_reduced or page.is_mask or page.is_subifd
+
+
+def _title(series: Series) -> str:
+    """Name of a series for messages, with its size."""
+    return f"{series.name or f'page {series.keyframe.index}'} ({' x '.join(map(str, series.shape))})"
+
+
+def _described_slide(
+    image: OmeImage, path: Path, name: str, inside: str, search: Search, notes: tuple[str, ...]
+) -> Slide:
+    """The slide of an image that OME-XML describes.
+
+    Raises:
+        ReadError: a part of the image is missing, or it cannot be segmented.
+    """
+    missing = [file for file in image.files if file != SELF and not path.with_name(file).is_file()]
+    if missing:
         raise ReadError(
-            str(file),
-            expected="axes out of time, channel, z, y, x",
-            found=f"{series.axes} of shape {series.shape}",
-            cause="a TIFF without metadata about its axes",
-            remedy="name them, for example `axes=zyx`",
+            str(path),
+            expected=f"all {len(image.files)} files of the image beside each other",
+            found=f"no {', '.join(missing)}",
+            remedy="copy what is missing along",
         )
-    pixel_size = _pixel_size_um(tiff, number)
-    sizes = {"y": pixel_size, "x": pixel_size, "z": _ome_size_um(_ome_pixels(tiff, number), "Z")}
-    levels = []
-    for index, level in enumerate(series.levels):
-        factor = series.shape[axes.index("x")] / level.shape[axes.index("x")]
-        scale = tuple((sizes.get(axis) or 1.0) * (factor if axis in "yx" else 1.0) for axis in axes)
-        page = level.keyframe
-        chunk = {"y": page.chunks[0], "x": page.chunks[1]} if len(page.chunks) >= 2 else {}
-        chunk["c"] = page.samplesperpixel if "S" in series.axes else 1
-        chunks = tuple(chunk.get(axis, 1) for axis in axes)
-        levels.append(Level(str(index), tuple(level.shape), chunks, scale, (0.0,) * len(axes)))
-    rgb = "S" in series.axes and series.keyframe.samplesperpixel >= 3
-    units = tuple("micrometer" if sizes.get(axis) else None for axis in axes)
+    with _open(path, image) as tiff:
+        pyramids = _pyramids(tiff)
+        if not pyramids or pyramids[0][0].kind != "ome":
+            raise ReadError(
+                str(path),
+                expected="the pages that its OME-XML describes",
+                found="others",
+                cause="a file that was changed after its metadata were written",
+                remedy="export it again",
+            )
+        return _slide(pyramids[0], Facts(image.stated, image.channels), path, name, inside, image.number, search, notes)
+
+
+def _slide(
+    pyramid: Pyramid,
+    facts: Facts,
+    file: Path,
+    name: str,
+    path: str,
+    number: int,
+    search: Search,
+    notes: tuple[str, ...],
+) -> Slide:
+    """The slide of a series.
+
+    Raises:
+        ReadError: its axes cannot be named, planes of it are missing, or its samples are neither grey nor RGB.
+    """
+    series, page = pyramid[0], pyramid[0].keyframe
+    letters, axes = _axes_of(series, search.axes, str(file))
+    _demand_planes(series, str(file))
+    rgb, alpha = colours_of(series, str(file))
+    samples_are_channels = dict(zip(letters, axes, strict=True)).get("S") == "c"
+    size = settle_pixel_size(facts.stated)
+    levels: list[Level] = []
+    for index, level in enumerate(pyramid):
+        shape = level.get_shape(squeeze=None if len(letters) == level.ndim else True)
+        if len(shape) != len(axes) or (level.kind in _LISTS_PLANES and None in level):
+            notes += (f"level {index} and those below it are incomplete and left out",)
+            break
+        factor = levels[0].shape[axes.index("x")] / shape[axes.index("x")] if levels else 1.0
+        scale = tuple(size.um.get(axis, 1.0) * (factor if axis in "yx" else 1.0) for axis in axes)
+        levels.append(Level(str(index), tuple(shape), _chunks(level.keyframe, letters), scale, (0.0,) * len(axes)))
+    unstored = sum(count == 0 for count in page.databytecounts)
+    if unstored:
+        notes += (f"{unstored} of {len(page.databytecounts)} tiles of its first plane are not stored and read as 0",)
+    if series.kind == "bif":
+        notes += ("its tiles are read as scanned, and not stitched",)
     return Slide(
         name=name,
         store=file,
@@ -84,66 +300,93 @@ def _slide(tiff: tifffile.TiffFile, number: int, file: Path, name: str, path: st
         axes=axes,
         dtype=series.dtype.name,
         levels=tuple(levels),
-        units=units,
-        channels=_channel_names(tiff, number),
-        rgb=rgb,
+        units=tuple("micrometer" if axis in size.um else None for axis in axes),
+        channels=facts.channels,
+        rgb=rgb and samples_are_channels,
+        alpha=alpha and samples_are_channels,
         series=number,
+        notes=(*notes, *size.notes),
     )
 
 
-def _refuse_files_elsewhere(tiff: tifffile.TiffFile, path: Path) -> None:
-    """Refuse an OME-TIFF with pixels in files that do not lie beside it, because reading its series would open them.
+def _axes_of(series: Series, asked: str | None, location: str) -> tuple[str, str]:
+    """(tifffile's letters, ours) of the axes of a series: the user's if they asked for some, else the file's.
 
     Raises:
-        ReadError: the metadata name a file in another folder.
+        ReadError: the axes cannot be named, or the user's are no axes of this series.
     """
-    for name in _OTHER_FILE.findall(tiff.ome_metadata or ""):
-        if set(unescape(name)) & set("/\\"):
-            raise ReadError(
-                str(path),
-                expected="an OME-TIFF whose parts lie beside it",
-                found=f"one in {name}",
-                remedy="put the files into one folder and write their names without folders into the metadata",
-            )
+    for letters in (series.axes, series.get_axes(squeeze=True)):
+        axes = asked.lower() if asked else "".join(_AXIS_OF.get(letter, "?") for letter in letters)
+        if fits_axes(axes, len(letters)):
+            return letters, axes
+    if asked:
+        raise ReadError(
+            location,
+            expected=f"axes for {letters} of shape {series.get_shape(squeeze=True)}",
+            found=f"`axes={asked}`",
+            remedy="leave `axes` out for this file, or name as many axes, out of t, c, z, y, x",
+        )
+    colours = "S" in letters and "C" in letters
+    example = "zyx" if len(letters) == 3 else "tzyxc" if len(letters) == 5 else "zyxc" if "S" in letters else "czyx"
+    raise ReadError(
+        location,
+        expected="axes out of t, c, z, y, x",
+        found=f"{letters} of shape {series.get_shape(squeeze=True)}",
+        cause="several channels of several samples, such as colours" if colours else "a TIFF that does not name them",
+        remedy=f"name them, for example `axes={example}`",
+    )
 
 
-def _pixel_size_um(tiff: tifffile.TiffFile, number: int) -> float | None:
-    """µm per px from Aperio's description, OME-XML or the resolution tags; None if they do not say."""
-    page = tiff.series[number].keyframe
-    if tiff.is_svs:
-        um = tifffile.tifffile.svs_description_metadata(page.description).get("MPP")
-        return float(um) if um else None
-    if tiff.is_ome:
-        return _ome_size_um(_ome_pixels(tiff, number), "X")
-    resolution, unit = page.tags.get("XResolution"), page.tags.get("ResolutionUnit")
-    if resolution is None or unit is None or not resolution.value[0]:
-        return None
-    um_per_unit = {_CENTIMETRE: 1e4, _INCH: 25.4e3}.get(int(unit.value))
-    pixels_per_unit = resolution.value[0] / resolution.value[1]
-    if um_per_unit is None:
-        return None
-    size = um_per_unit / pixels_per_unit
-    # Programs write 72, 96 or 300 dpi if they do not know the size; no slide has pixels of 84 µm and more.
-    return size if size < 20 else None
+def _demand_pages(tiff: tifffile.TiffFile, location: str) -> None:
+    """Refuse a file whose list of pages goes on behind its end, where tifffile ends the list.
+
+    Raises:
+        ReadError: it does.
+    """
+    file, place = tiff.filehandle, tiff.pages.next_page_offset
+    if place is None or tiff.is_ndpi:  # NDPI has a form of its own for offsets
+        return
+    file.seek(place)
+    (following,) = struct.unpack(tiff.tiff.offsetformat, file.read(tiff.tiff.offsetsize))
+    if following >= file.size:
+        raise ReadError(
+            location,
+            expected="all pages of the TIFF",
+            found=f"{len(tiff.pages)}, and a reference to one behind the end of the file",
+            cause="a file that was cut short",
+            remedy="copy or export it again",
+        )
 
 
-def _ome_size_um(pixels: dict[str, Any], axis: str) -> float | None:
-    factor = _UM_PER_OME_UNIT.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
-    size = pixels.get(f"PhysicalSize{axis}")
-    return float(size) * factor if size and factor else None
+def _demand_planes(series: Series, location: str) -> None:
+    """Refuse a series of which planes are missing, which tifffile would fill with zeros.
+
+    Raises:
+        ReadError: planes are missing, or its pixels have a type that tifffile does not know.
+    """
+    page = series.keyframe
+    if page.dtype is None:
+        raise ReadError(
+            location,
+            expected="integer, floating point or boolean pixels",
+            found=f"{page.bitspersample} bits of sample format {page.sampleformat}",
+            remedy="convert the image",
+        )
+    listed, there = listed_planes(series), len(series)
+    if series.kind in _LISTS_PLANES:
+        there -= sum(plane is None for plane in series)
+    if there < listed:
+        raise ReadError(
+            location,
+            expected=f"all {listed} planes that its metadata list",
+            found=f"{there}",
+            cause="a file that was cut short, or parts of it that are missing",
+            remedy="copy or export it again",
+        )
 
 
-def _ome_pixels(tiff: tifffile.TiffFile, number: int) -> dict[str, Any]:
-    if tiff.ome_metadata is None:
-        return {}
-    images = tifffile.xml2dict(tiff.ome_metadata).get("OME", {}).get("Image", [])
-    images = images if isinstance(images, list) else [images]
-    pixels: dict[str, Any] = images[number].get("Pixels", {}) if number < len(images) else {}
-    return pixels
-
-
-def _channel_names(tiff: tifffile.TiffFile, number: int) -> tuple[str, ...]:
-    channels = _ome_pixels(tiff, number).get("Channel", [])
-    channels = channels if isinstance(channels, list) else [channels]
-    names = tuple(str(channel.get("Name", "")) for channel in channels)
-    return names if any(names) else ()
+def _chunks(page: tifffile.TiffPage, letters: str) -> tuple[int, ...]:
+    """Shape of a chunk along each axis: a tile or strip of a page."""
+    chunk = {"Y": page.chunks[0], "X": page.chunks[1]} if len(page.chunks) >= 2 else {}
+    chunk["S"] = page.samplesperpixel
+    return tuple(chunk.get(letter, 1) for letter in letters)

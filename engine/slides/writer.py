@@ -20,8 +20,9 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from cellseg_batch.engine.errors import writing_to
 from cellseg_batch.engine.geometry import Box
-from cellseg_batch.engine.slides.label_layout import Kind, Layout, image_metadata
+from cellseg_batch.engine.slides.label_layout import Layout, image_metadata
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
+from cellseg_batch.engine.slides.pixel_meaning import PixelMeaning
 from cellseg_batch.engine.slides.slide import unravel_plane
 from cellseg_batch.engine.storage.atomic_files import remove_tree, sync_file
 from cellseg_batch.engine.storage.checksums import note_write
@@ -48,19 +49,19 @@ class ImageWriter:
         """Folder of the image's group."""
         return self.store / self.path
 
-    def create(self, kind: Kind, source: str | None, provenance: dict[str, Any]) -> None:
+    def create(self, meaning: PixelMeaning, source: str | None, provenance: dict[str, Any]) -> None:
         """Create the groups, empty arrays and metadata, replacing an existing image.
 
         Args:
-            kind: kind of output; a probability is an intensity image, the others are labels.
+            meaning: meaning of its pixels.
             source: relative path to the segmented image; None if that is no OME-Zarr image.
             provenance: model, settings and versions that made the image, as plain JSON values.
 
         Raises:
             OutputError: the store cannot be written.
         """
-        metadata = image_metadata(self.layout, self.path.rsplit("/", 1)[-1], source, kind)
-        self.create_empty({OUTPUT_MARK: {"kind": kind, **provenance}, **metadata})
+        metadata = image_metadata(self.layout, self.path.rsplit("/", 1)[-1], source, meaning)
+        self.create_empty({OUTPUT_MARK: {"kind": meaning.name, **provenance}, **metadata})
 
     def create_empty(self, attributes: dict[str, Any]) -> None:
         """Create the groups and empty arrays, replacing an existing image.

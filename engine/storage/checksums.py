@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Box
+from cellseg_batch.engine.storage.records import Count
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,10 @@ class WrittenBox:
     """
 
     path: str
-    level: int
-    plane: int
-    box: tuple[int, int, int, int]
-    crc32: int
+    level: Count
+    plane: Count
+    box: tuple[Count, Count, Count, Count]
+    crc32: Count
 
 
 _notes: ContextVar[list[WrittenBox] | None] = ContextVar("notes", default=None)

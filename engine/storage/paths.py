@@ -32,9 +32,16 @@ def locate(path: str | Path) -> Path:
     """Make a path of a URL of an object store, a ``file://`` URL or a path on this machine.
 
     Raises:
-        UsageError: the URL is of another kind, or has a user's name or a query in it.
+        UsageError: the text is empty, or the URL is of another kind or has a user's name or a query in it.
     """
     text = str(path)
+    if not text:  # `Path` would take it for the current folder
+        raise UsageError(
+            repr(text),
+            expected="a path or a URL",
+            found="an empty text",
+            remedy="name a file, a store or a folder; . is the current one",
+        )
     if not re.match(r"[a-z][a-z0-9+.-]+://", text):
         return Path(path)
     url = urlsplit(text)

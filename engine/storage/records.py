@@ -2,7 +2,8 @@
 
 A file is refused if it lacks a field without a default, or if a field has another type.  Figures have defaults and
 unknown fields are ignored, so a figure that a later version adds breaks no existing file.  The fields that a class
-names in ``STRICT`` decide pixels: inside these, at any depth, an unknown field is refused too.
+names in ``STRICT`` decide pixels: inside these, at any depth, an unknown field is refused too.  A class says in its
+annotations which numbers are counts, and in ``__post_init__`` which values contradict each other.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -18,6 +19,10 @@ from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.storage.atomic_files import whole_file
 
 Record = TypeVar("Record")
+
+# Whole numbers; the reader refuses smaller ones.
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
 def write_record(path: Path, record: object, what: str = "a journal") -> None:
@@ -64,7 +69,7 @@ def decode_record(content: bytes, kind: type[Record], path: Path) -> Record:
         raise OutputError(
             str(path),
             expected="a record of this version of cellseg-batch",
-            found=str(error),
+            found=str(error).replace("`", ""),  # backticks are for settings
             cause="output of another version, or a damaged file",
             remedy="go on with the version that wrote it, or begin anew with `overwrite`",
         ) from error

@@ -73,19 +73,19 @@ def lower_all() -> int:
 
     from cellseg_batch.engine.inference.backends import cuda, tensorrt_gpu
     from cellseg_batch.trainer.recipe import list_presets, load_preset
-    from cellseg_batch.trainer.unet import ARCHITECTURES, SHRUNK, build_network
+    from cellseg_batch.trainer.unet import ARCHITECTURES, DOWNSCALED, build_network
 
     logging.disable(logging.ERROR)
     tensorrt_gpu.build_torch_network = lambda bundle: build_network(bundle.card.architecture).eval()
     recipes = {preset: load_preset(preset) for preset in list_presets()}
     networks = {preset: recipe.architecture for preset, recipe in recipes.items()}
     networks |= {
-        f"{preset} shrunk": {"name": SHRUNK, "factor": int(factor), "inner": recipe.architecture}
+        f"{preset} downscaled": {"name": DOWNSCALED, "factor": int(factor), "inner": recipe.architecture}
         for preset, recipe in recipes.items()
-        for factor in list(recipe.shrink)[-1:]
+        for factor in list(recipe.downscale)[-1:]
     }
     networks |= {f"variant {number}": variant for number, variant in enumerate(VARIANTS, start=1)}
-    assert {architecture["name"] for architecture in networks.values()} == {*ARCHITECTURES, SHRUNK}
+    assert {architecture["name"] for architecture in networks.values()} == {*ARCHITECTURES, DOWNSCALED}
     settings = CompilationSettings(require_full_compilation=True)
     DYNAMO_CONVERTERS.set_compilation_settings(settings)
     print(f"torch {torch.__version__}, torch-tensorrt {torch_tensorrt.__version__}")

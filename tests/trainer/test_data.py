@@ -155,6 +155,30 @@ def test_folder_pairs_may_hold_binary_masks(tmp_path):
     assert [problem.file for problem in dataset.problems] == ["b"]
 
 
+def test_ids_in_masks_are_kept(tmp_path):
+    touching = TRUTH.copy()
+    touching[10:18, 4:12] = 3
+    image(tmp_path / "images" / "a.png")
+    (tmp_path / "masks").mkdir()
+    imsave(tmp_path / "masks" / "a.png", touching.astype(np.uint16), check_contrast=False)
+    (tmp_path / "index.csv").write_text("id,split\na,train\n")
+    (sample,) = read(tmp_path).splits["train"]
+    np.testing.assert_array_equal(sample.labels, touching)
+
+
+def test_masks_with_soft_edges_are_refused(tmp_path):
+    soft = np.where(TRUTH > 0, 255, 0)
+    soft[2, 3:9] = 120
+    for name in ("soft", "hard"):
+        image(tmp_path / "images" / f"{name}.png")
+    mask(tmp_path / "masks" / "hard.png", TRUTH > 0)
+    imsave(tmp_path / "masks" / "soft.png", soft.astype(np.uint8), check_contrast=False)
+    (tmp_path / "index.csv").write_text("id,split\nsoft,train\nhard,train\n")
+    dataset = read(tmp_path)
+    assert [sample.name for sample in dataset.splits["train"]] == ["hard"]
+    assert "masks/soft.png is a mask with soft edges" in dataset.problems[0].reason
+
+
 def test_splits_without_an_index_are_the_same_every_time(tmp_path):
     for number in range(30):
         image(tmp_path / "images" / f"{number}.png")

@@ -5,15 +5,18 @@ import openvino
 import pytest
 import torch
 
+from cellseg_batch.engine.inference import decoders
+from cellseg_batch.trainer import decode
 from cellseg_batch.trainer.augment import Augmenter, Batch, flatten
-from cellseg_batch.trainer.bundle import Instances, Normalisation, load_bundle
+from cellseg_batch.trainer.bundle import DECODER_OUTPUTS, Instances, Normalisation, load_bundle
 from cellseg_batch.trainer.data.sample import Entry, Sample, instance_distance, make_sample
 from cellseg_batch.trainer.decode import decode_instances
 from cellseg_batch.trainer.encoders import ENCODERS, load_encoder_weights
 from cellseg_batch.trainer.evaluate import ImageScore, rescale, summarise
 from cellseg_batch.trainer.export import export_network
 from cellseg_batch.trainer.footprint import measure_footprint
-from cellseg_batch.trainer.losses import bce_loss, dice_loss, focal_loss, segmentation_loss, touching_border
+from cellseg_batch.trainer.heads import HEADS
+from cellseg_batch.trainer.losses import bce_loss, dice_loss, focal_loss, touching_border
 from cellseg_batch.trainer.metrics import (
     PixelScore,
     aggregated_jaccard,
@@ -133,24 +136,25 @@ def test_the_loss_is_the_sum_of_its_terms():
     labels[0, 4:12, 4:12] = 1
     batch = Batch(torch.zeros(1, 3, 16, 16), labels, (labels > 0).float())
     logits = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(1))
-    parts = [segmentation_loss(logits, batch, (term,)) for term in ("bce", "dice", "focal")]
-    assert segmentation_loss(logits, batch, ("bce", "dice", "focal")).item() == pytest.approx(float(sum(parts)))
+    semantic, instance = HEADS["semantic"].loss, HEADS["instance"].loss
+    parts = [semantic(logits, batch, (term,)) for term in ("bce", "dice", "focal")]
+    assert semantic(logits, batch, ("bce", "dice", "focal")).item() == pytest.approx(float(sum(parts)))
     right = torch.where(labels > 0, 20.0, -20.0)[:, None]
     three = torch.cat([right, torch.full_like(right, -20.0), right], dim=1)
-    assert segmentation_loss(three, batch, ("bce", "dice")).item() < 1e-2
-    assert segmentation_loss(-three, batch, ("bce", "dice")).item() > 10
+    assert instance(three, batch, ("bce", "dice")).item() < 1e-2
+    assert instance(-three, batch, ("bce", "dice")).item() > 10
 
 
-@pytest.mark.parametrize("shrink", [1, 2])
-def test_touching_instances_are_told_apart_by_their_distance(shrink):
+@pytest.mark.parametrize("downscale", [1, 2])
+def test_touching_instances_are_told_apart_by_their_distance(downscale):
     y, x = np.indices((48, 96)) * 1.0
     distance = np.maximum(1 - np.hypot(y - 24, x - 30) / 18, 1 - np.hypot(y - 24, x - 64) / 18)
     logits = np.stack([20 * distance, np.full_like(distance, -9), 8 * distance - 4]).astype(np.float32)
     logits[:, 2:5, 2:5] = 9  # nine px, no object
-    labels = decode_instances(logits, 0.5, Instances(), shrink)
+    labels = decode_instances(logits, "seeds", 0.5, Instances(), downscale)
     assert labels.max() == 2
     assert labels[24, 30] != labels[24, 64]
-    assert decode_instances(logits[:1], 0.5, Instances(), shrink).max() == 1
+    assert decode_instances(logits[:1], "mask", 0.5, Instances(), downscale).max() == 1
 
 
 def test_learning_rates():
@@ -281,13 +285,13 @@ def test_a_grey_network_sees_the_mean_of_the_channels():
 
 
 @pytest.mark.parametrize("factor", [2, 4])
-def test_a_shrunk_network_sees_the_image_shrunk(tiny_bundle, factor):
-    shrunk = tiny_bundle.shrunk(factor)
+def test_a_downscaled_network_sees_the_image_downscaled(tiny_bundle, factor):
+    downscaled = tiny_bundle.downscaled(factor)
     small = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1))
     large = small.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     with torch.inference_mode():
         expected = load_network(tiny_bundle)(small)
-        given = load_network(shrunk)(large)
+        given = load_network(downscaled)(large)
     assert given.shape[2:] == large.shape[2:]
     torch.testing.assert_close(
         torch.nn.functional.avg_pool2d(given, factor)[..., 1:-1, 1:-1],
@@ -295,11 +299,27 @@ def test_a_shrunk_network_sees_the_image_shrunk(tiny_bundle, factor):
             torch.nn.functional.interpolate(expected, scale_factor=factor, mode="bilinear"), factor
         )[..., 1:-1, 1:-1],
     )
-    measured = measure_footprint(build_network(shrunk.card.architecture))
-    assert measured.total_stride == shrunk.card.total_stride
-    assert measured.exact_margin <= shrunk.card.exact_margin
-    assert tiny_bundle.shrunk(1) is tiny_bundle
-    assert shrunk.sha256 != tiny_bundle.sha256
+    measured = measure_footprint(build_network(downscaled.card.architecture))
+    assert measured.total_stride == downscaled.card.total_stride
+    assert measured.exact_margin <= downscaled.card.exact_margin
+    assert tiny_bundle.downscaled(1) is tiny_bundle
+    assert downscaled.sha256 != tiny_bundle.sha256
+
+
+def test_a_model_can_be_cut_down_to_some_of_its_outputs(tiny_bundle):
+    pixels = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = load_network(tiny_bundle)(pixels)[:, [2, 0]]
+        given = load_network(tiny_bundle.with_outputs(("distance", "foreground")))(pixels)
+    torch.testing.assert_close(given, expected)
+    assert tiny_bundle.with_outputs(tiny_bundle.card.outputs) is tiny_bundle
+
+
+def test_every_head_has_a_decoder_that_takes_its_outputs():
+    assert all(DECODER_OUTPUTS[head.decoder] == head.outputs for head in HEADS.values())
+    assert decode.DECODERS.keys() == decoders.DECODERS.keys() == DECODER_OUTPUTS.keys()
+    for name, decoder in decoders.DECODERS.items():
+        assert set(decoder.mask_outputs) <= set(DECODER_OUTPUTS[name])
 
 
 def test_encoders_have_the_published_number_of_parameters():

@@ -13,11 +13,11 @@ import pytest
 import torch
 from skimage.io import imsave
 
-from cellseg_batch.trainer import learner
 from cellseg_batch.trainer import train as training
 from cellseg_batch.trainer.bundle import Normalisation, load_bundle
 from cellseg_batch.trainer.checkpoint import load_checkpoint
 from cellseg_batch.trainer.data.dataset import load_dataset
+from cellseg_batch.trainer.heads import HEADS
 from cellseg_batch.trainer.recipe import Recipe
 from cellseg_batch.trainer.train import train
 from cellseg_batch.trainer.validate import Validation
@@ -105,13 +105,13 @@ def test_the_best_weights_are_kept_and_patience_ends_a_run(dataset, tmp_path, mo
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_bundle(dataset, tmp_path, monkeypatch, command):
-    honest, calls = learner.segmentation_loss, []
+    honest, calls = HEADS["semantic"], []
 
     def poisoned(*arguments):
         calls.append(1)
-        return honest(*arguments) * (torch.nan if len(calls) > 4 else 1)
+        return honest.loss(*arguments) * (torch.nan if len(calls) > 4 else 1)
 
-    monkeypatch.setattr(learner, "segmentation_loss", poisoned)
+    monkeypatch.setitem(HEADS, "semantic", replace(honest, loss=poisoned))
     arguments = ["train", dataset, "--preset", "s3-unet", "--out", tmp_path / "b", *flags(**SMALL)]
     code, output = command(*arguments)
     assert code == 1

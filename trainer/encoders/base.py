@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import ClassVar
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """What all encoders have; its input is RGB pixels less ``mean``, divided by ``deviation``.
 
     Attributes:
@@ -30,13 +31,13 @@ class Encoder(nn.Module):
     provenance: ClassVar[str]
 
     @staticmethod
+    @abstractmethod
     def imagenet() -> dict[str, Tensor]:
         """The weights that were published, by name.
 
         Raises:
             OSError: they cannot be had.
         """
-        raise NotImplementedError
 
 
 def load_encoder_weights(encoder: Encoder, source: str) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.backend_table import KNOWN_PRECISIONS, Limits
 from cellseg_batch.engine.inference.backends.protocol import Logits
-from cellseg_batch.kernels.stitch import logit_threshold, sigmoid
+from cellseg_batch.engine.inference.decoders import Decoder
 
 TILE = 512
 
@@ -73,17 +73,24 @@ def real_tiles(purpose: str, channels: int) -> NDArray[np.float32]:
 
 
 def logits_of(model: Callable[[NDArray[np.float32]], Logits], tiles: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return foreground logits (N, H, W) of tiles (N, C, H, W); ``model`` takes batches of one tile."""
-    return np.stack([model(tile[None])[0, 0].copy() for tile in tiles])
+    """Return logits (N, K, H, W) of tiles (N, C, H, W); ``model`` takes batches of one tile."""
+    return np.concatenate([model(tile[None]).copy() for tile in tiles])
 
 
-def measure_parity(logits: NDArray[np.float32], expected: NDArray[np.float32], threshold: float) -> Parity:
-    """Compare foreground logits (N, H, W) with the reference's ``expected`` at a probability ``threshold``."""
+def measure_parity(
+    logits: NDArray[np.float32], expected: NDArray[np.float32], threshold: float, decoder: Decoder
+) -> Parity:
+    """Compare what the model's decoder makes of logits (N, K, H, W) and of the reference's ``expected``.
+
+    Args:
+        logits, expected: (N, K, H, W).
+        threshold: probability above which a pixel is foreground.
+        decoder: decoder of the model.
+    """
     from scipy import ndimage
 
-    limit = logit_threshold(threshold)
-    differences = np.abs(sigmoid(logits) - sigmoid(expected))
-    masks, references = logits > limit, expected > limit
+    differences = np.abs(decoder.probability(logits) - decoder.probability(expected))
+    masks, references = decoder.mask(logits, threshold), decoder.mask(expected, threshold)
     objects = reference_objects = matched = 0
     for mask, reference in zip(masks, references, strict=True):
         labels, count = ndimage.label(mask)

@@ -144,7 +144,7 @@ def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
 
     def make(folder: Path) -> None:
         if quantised:
-            # Enlarge the tiles for a network that shrinks its input, so that it sees what the other networks see.
+            # Enlarge the tiles for a network that downscales its input, so that it sees what the other networks see.
             factor = int(bundle.card.architecture.get("factor", 1))
             tiles = real_tiles("calibration", bundle.card.channels).repeat(factor, 2).repeat(factor, 3)
             model = _quantise(_convert(bundle, tiles), tiles)

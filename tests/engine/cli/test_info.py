@@ -8,7 +8,7 @@ import zarr
 
 from tests.support.images import blobs, write_ome_zarr
 
-KEYS = ["path", "series", "axes", "shape", "levels", "dtype", "channels", "rgb", "pixel_size_um", "reason"]
+KEYS = ["path", "series", "axes", "shape", "levels", "dtype", "channels", "rgb", "pixel_size_um", "reason", "notes"]
 
 
 def listed(command, tmp_path, *arguments):
@@ -45,8 +45,24 @@ def test_what_cannot_be_used_has_a_reason_in_flags(tmp_path, command):
     path = write_ome_zarr(tmp_path / "b.zarr", blobs(64, 48), levels=1)
     code, (unusable, usable), output = listed(command, tmp_path, tmp_path / "a.zarr", path, "--level", 3)
     assert code == 1
-    assert unusable == {**dict.fromkeys(KEYS), "path": str(tmp_path / "a.zarr"), "reason": unusable["reason"]}
+    assert unusable == {
+        **dict.fromkeys(KEYS),
+        "path": str(tmp_path / "a.zarr"),
+        "reason": unusable["reason"],
+        "notes": [],
+    }
     assert "--axes czyx" in unusable["reason"]
     assert usable["shape"] == [3, 64, 48]
     assert "found --level 3" in usable["reason"]
     assert "found --level 3" in output
+
+
+def test_notes_on_metadata_are_shown(tmp_path, command):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((9, 9), "uint8"), resolution=(1, 1), resolutionunit="MICROMETER")
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as tiff:
+        tiff.pages[0].tags["XResolution"].overwrite((1, 0))
+    code, (image,), output = listed(command, tmp_path, tmp_path / "a.tif")
+    assert code == 0
+    (note,) = image["notes"]
+    assert "pixel size along x unknown" in note
+    assert note in output

@@ -15,6 +15,7 @@ from cellseg_batch.engine.geometry import fit_lattice, lay_blocks
 from cellseg_batch.engine.inference.backends.cuda import Device
 from cellseg_batch.engine.inference.backends.gate import limits_of, logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.inference.backends.registry import make_backend
+from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.gpu_admission import Admission
 from cellseg_batch.engine.inference.gpu_batch_queue import BatchQueue
 from cellseg_batch.engine.inference.normalise import Bounds
@@ -55,7 +56,7 @@ def test_masks_of_real_tiles_agree_with_torch_fp32(bundle, tiles, name):
     shape = (1, *tiles.shape[1:])
     reference = make_backend(bundle, "torch", "fp32", 4, Artefacts())
     logits, expected = (logits_of(one.compile(shape), tiles) for one in (backend_of(bundle, name), reference))
-    parity = measure_parity(logits, expected, bundle.card.threshold)
+    parity = measure_parity(logits, expected, bundle.card.threshold, DECODERS[bundle.card.decoder])
     print(name, parity)
     assert parity.within(limits_of("fp16")), parity
 

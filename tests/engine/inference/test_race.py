@@ -196,7 +196,7 @@ def test_a_race_that_dies_says_so(asking, tiny_bundle, tmp_path, monkeypatch):
 
 def test_a_run_after_the_race_does_not_load_torch(tiny_bundle, tmp_path):
     save_bundle(
-        replace(tiny_bundle, card=replace(tiny_bundle.card, name="shrinking", shrink={"2": 15.0})),
+        replace(tiny_bundle, card=replace(tiny_bundle.card, name="downscaling", downscale={"2": 15.0})),
         tmp_path / "model",
     )
     settings = Settings(model=str(tmp_path / "model"), backend="openvino", precision="fp32", threads=1)

@@ -37,7 +37,7 @@ def logits_of(session, pixels, bounds):
 @pytest.mark.parametrize("downscale", [1, 2])
 @pytest.mark.parametrize("precision", [name for name in ("fp32", "bf16") if not why_not("openvino", name)])
 def test_bytes_and_normalised_pixels_give_the_same_bits(tiny_bundle, precision, downscale):
-    backend = make_backend(tiny_bundle.shrunk(downscale), "openvino", precision, 1, Artefacts())
+    backend = make_backend(tiny_bundle.downscaled(downscale), "openvino", precision, 1, Artefacts())
     shape = (2, 3, 64, 64)
     of_bytes, of_floats = session_of(backend, shape, "uint8"), session_of(backend, shape, "uint16")
     assert of_bytes.network.takes_bytes

@@ -41,7 +41,7 @@ from cellseg_batch.trainer.bundle import Bundle, Instances, save_bundle
 from cellseg_batch.trainer.unet import load_network
 from tests.support.images import blobs, check_table, labels_of, write_ome_zarr
 
-RULE = InstanceRule(Instances(smallest_seed=4, growth=3), by_distance=True)
+RULE = InstanceRule(Instances(smallest_seed=4, growth=3))
 
 
 def in_one_piece(pixel_codes, core, rule):
@@ -302,10 +302,11 @@ def test_labels_and_scratch_that_a_run_leaves(tmp_path, segment, pixels, bundle,
     provenance = group.attrs[OUTPUT_MARK]
     assert provenance["kind"] == "instances"
     assert provenance["model"]["sha256"] == bundle.sha256
-    assert provenance["instances"] == {"card": vars(bundle.card.instances), "by_distance": True, "downscale": 2}
+    assert provenance["instances"] == {"card": vars(bundle.card.instances), "downscale": 2}
+    assert provenance["decoder"] == "seeds"
     skipped = segment(path, instances=True, model=model, downscale=2)
     assert (skipped.status, skipped.slides[0].objects) == ("skipped", report.slides[0].objects)
-    assert "instances was" in segment(path, downscale=2, model=model).slides[0].reason
+    assert "`instances` was on, now off" in segment(path, downscale=2, model=model).slides[0].reason
 
 
 def test_labels_that_are_there_already_are_kept(tmp_path, segment, pixels, model):
@@ -325,7 +326,7 @@ def test_planes_share_one_row_of_ids(tmp_path, segment, model):
 
 def test_a_model_without_distance_gives_components_of_its_mask(tmp_path, segment, pixels, bundle):
     architecture = {**bundle.card.architecture, "outputs": 1}
-    card = replace(bundle.card, outputs=("foreground",), architecture=architecture)
+    card = replace(bundle.card, outputs=("foreground",), decoder="mask", architecture=architecture)
     weights = {name: array[:4] if name.startswith("head.") else array for name, array in bundle.weights.items()}
     save_bundle(replace(bundle, card=card, weights=weights), tmp_path / "semantic")
     model = str(tmp_path / "semantic")
@@ -337,7 +338,7 @@ def test_a_model_without_distance_gives_components_of_its_mask(tmp_path, segment
     np.testing.assert_array_equal(labels_of(report) > 0, large & (mask > 0))
     assert report.slides[0].objects == len(np.unique(components[large & (mask > 0)]))
     provenance = zarr.open_group(report.slides[0].labels, mode="r").attrs[OUTPUT_MARK]
-    assert not provenance["instances"]["by_distance"]
+    assert provenance["decoder"] == "mask"
 
 
 def test_a_killed_run_goes_on_in_either_pass(tmp_path, model, segment):

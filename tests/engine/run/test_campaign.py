@@ -16,6 +16,7 @@ import zarr
 from PIL import Image
 
 from cellseg_batch.engine.errors import ComputeError, OutputError, ReadError
+from cellseg_batch.engine.run import lifecycle
 from cellseg_batch.engine.run import pipeline as pipeline_room
 from cellseg_batch.engine.run import worker as worker_room
 from cellseg_batch.engine.slides.ome_zarr import Zarr
@@ -159,6 +160,15 @@ def test_what_would_fail_again_is_not_tried_again(tmp_path, segment, monkeypatch
     (slide,) = segment(path).slides
     assert ("finite logits" if isinstance(error, ComputeError) else "KeyError") in slide.reason
     assert len(tried) == len(set(tried)) > 1
+
+
+def test_the_reason_of_an_unexpected_error_is_one_line_without_flags(tmp_path, segment, monkeypatch):
+    def fails(*arguments):
+        raise KeyError("trim")
+
+    monkeypatch.setattr(lifecycle, "plan_slide", fails)
+    (slide,) = segment(write_ome_zarr(tmp_path / "a.zarr", blobs(60, 60))).slides
+    assert slide.reason == "KeyError: 'trim'"
 
 
 @pytest.mark.parametrize(

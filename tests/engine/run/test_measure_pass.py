@@ -32,10 +32,10 @@ from tests.support.images import blobs, check_table, fill_ome_zarr, write_ome_za
 def measured(tmp_path, tiny_bundle):
     """Write an image of two channels with labels, measure it in blocks, return the table's path."""
 
-    def call(pixels, labels, axes="cyx", block=128, name="a.zarr"):
+    def call(pixels, labels, axes="cyx", block=128, name="a.zarr", channels="ab"):
         path = tmp_path / name
-        channels = [{"label": "a"}, {"label": "b"}]
-        write_ome_zarr(path, pixels, axes=axes, levels=2, um=0.25, channels=channels)
+        described = [{"label": label} for label in channels]
+        write_ome_zarr(path, pixels, axes=axes, levels=2, um=0.25, channels=described)
         (slide,) = find_images(path)
         paths = output_paths(slide, "cellseg", None)
         group = zarr.open_group(str(paths.store), mode="r+").require_group(paths.labels)
@@ -182,6 +182,32 @@ def test_csv_holds_every_object_of_every_image(measured, command, tmp_path):
     assert [int(row["area"]) for row in rows] == expected["area"].tolist() * 2
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # between anndata and pandas
+def test_images_of_different_channels_share_a_file(measured, command, tmp_path):
+    pixels, labels = example()
+    means = {}
+    for name, channels in (("a", "ab"), ("b", "bc")):
+        table = pq.read_table(measured(pixels, labels, name=f"all/{name}.zarr", channels=channels))
+        means |= {name + channel: table[f"intensity_mean_{channel}"].to_pylist() for channel in channels}
+    count = len(means["aa"])
+    expected = {
+        "a": means["aa"] + [None] * count,
+        "b": means["ab"] + means["bb"],
+        "c": [None] * count + means["bc"],
+    }
+    assert command("export-objects", tmp_path / "all", "--format", "csv", "--out", tmp_path / "x.csv")[0] == 0
+    with open(tmp_path / "x.csv") as stream:
+        rows = list(csv.DictReader(stream))
+    for channel, values in expected.items():
+        written = [row[f"intensity_mean_{channel}"] for row in rows]
+        assert [float(text) if text else None for text in written] == values
+    anndata = pytest.importorskip("anndata")
+    assert command("export-objects", tmp_path / "all", "--format", "anndata", "--out", tmp_path / "x.h5ad")[0] == 0
+    data = anndata.read_h5ad(tmp_path / "x.h5ad")
+    for channel, values in expected.items():
+        np.testing.assert_allclose(data[:, f"intensity_mean_{channel}"].X[:, 0], np.array(values, "float32"))
+
+
 def test_geojson_polygons_are_the_labels(measured, command, tmp_path):
     pixels, labels = example()
     labels[20:40, 20:40], labels[25:30, 25:30] = labels.max() + 1, 0  # a hole, which holds another object
@@ -222,6 +248,22 @@ def test_geojson_is_in_pixels_of_the_full_resolution(measured, command, tmp_path
     x, y = np.array(first["geometry"]["coordinates"][0]).T
     assert (y.min(), y.max()) == (2 * row["bbox_y0"], 2 * row["bbox_y1"])
     assert (x.min(), x.max()) == (4 * row["bbox_x0"], 4 * row["bbox_x1"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # between anndata and pandas
+def test_exports_say_in_which_plane_an_object_lies(measured, command, tmp_path):
+    anndata = pytest.importorskip("anndata")
+    labels = np.zeros((3, 130, 100), np.uint32)
+    labels[2, 5:9, 5:9], labels[0, 5:9, 5:9] = 1, 2
+    measured(np.zeros((2, 3, 130, 100), np.uint8), labels, axes="czyx")
+    for kind in ("geojson", "anndata"):
+        code, said = command("export-objects", tmp_path / "a.zarr", "--format", kind, "--out", tmp_path / kind)
+        assert code == 0, said
+    features = json.loads((tmp_path / "geojson").read_text())["features"]
+    planes = {feature["properties"]["name"]: feature["geometry"]["plane"] for feature in features}
+    assert planes == {"1": {"c": -1, "z": 2, "t": 0}, "2": {"c": -1, "z": 0, "t": 0}}
+    observed = anndata.read_h5ad(tmp_path / "anndata").obs
+    assert sorted(observed[["id", "t", "z"]].to_numpy().tolist()) == [[1, 0, 2], [2, 0, 0]]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # between anndata and pandas

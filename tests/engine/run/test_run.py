@@ -101,7 +101,9 @@ def test_planes_are_segmented_each_on_its_own(tmp_path, segment):
         for z in (0, 1):
             path = write_ome_zarr(tmp_path / f"{t}{z}.zarr", image[t, :, z], levels=1)
             np.testing.assert_array_equal(labels_of(segment(path)), labels[t, z])
-    probability = zarr.open_array(str(tmp_path / "a.cellseg.zarr" / "cellseg_probability" / "0"), mode="r")
+    companion = tmp_path / "a.cellseg.zarr" / "cellseg_probability"
+    assert report.slides[0].outputs == {"labels": report.slides[0].labels, "probability": str(companion)}
+    probability = zarr.open_array(str(companion / "0"), mode="r")
     np.testing.assert_array_equal(probability[...] > 127, labels > 0)
 
 
@@ -121,8 +123,8 @@ def test_what_is_finished_is_not_touched_by_a_run_with_other_settings(tmp_path, 
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(150, 130))
     written = labels_of(segment(path, objects=True))
     for changes, reason in (
-        ({"objects": True, "probability": True}, "probability was False, now True"),
-        ({"instances": True}, "objects was True, now False"),
+        ({"objects": True, "probability": True}, "outputs (`probability`) was labels, now labels, probability"),
+        ({"instances": True}, "`objects` was on, now off"),
     ):
         report = segment(path, **changes)
         assert report.status == "failed"
@@ -177,9 +179,27 @@ def test_a_finished_run_is_skipped_and_a_changed_one_refused(slide, segment):
     assert again.slides[0].foreground_fraction > 0
     changed = segment(slide, threshold=0.25)
     assert changed.status == "failed"
-    assert "threshold was 0.5, now 0.25" in changed.slides[0].reason
+    assert "`threshold` was 0.5, now 0.25" in changed.slides[0].reason
+    changed = segment(slide, instances=True, margin=32)
+    assert "`margin` was 8, now 32; `instances` was off, now on; use the same" in changed.slides[0].reason
     anew = segment(slide, threshold=0.25, overwrite=True)
     assert anew.slides[0].foreground_fraction > again.slides[0].foreground_fraction
+
+
+def test_what_is_unknown_when_all_images_failed_is_left_out(tmp_path, command, tiny_model):
+    (tmp_path / "a.png").write_text("no picture")
+    code, output = command("run", tmp_path / "a.png", "--model", tiny_model, *REFERENCE)
+    assert code == 1
+    assert [name for name in ("model", "tile", "rate", "objects", "announced") if name in output] == []
+
+
+def test_no_backend_is_raced_for_images_that_their_metadata_refuse(slide, segment, watcher):
+    report = segment(slide, backend="openvino", channel="DAPI")
+    assert "`channel=DAPI`" in report.slides[0].reason
+    assert (report.status, report.backend, report.tile) == ("failed", "", None)
+    assert watcher.reports == report.slides
+    assert not hasattr(watcher, "raced")
+    assert len(segment(slide, retry_failed=True).slides) == 1
 
 
 def test_foreign_labels_are_never_touched(slide, segment):
@@ -253,6 +273,15 @@ def test_nan_pixels_are_counted_once(tmp_path, segment):
     assert report.slides[0].missing_pixels == 200
     assert report.slides[0].notes == ("200 NaN pixels taken as 0",)
     assert report.status == "done"
+
+
+def test_notes_on_metadata_are_in_the_report(tmp_path, segment):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(64, 64), levels=1, um=0)
+    report = segment(path)
+    (slide,) = report.to_json()["slides"]
+    assert (slide["status"], slide["pixel_size_um"]) == ("done", None)
+    assert len(slide["notes"]) == 2
+    assert "pixel size along x unknown" in " ".join(slide["notes"])
 
 
 def test_two_inputs_never_write_to_one_place(tmp_path, segment):

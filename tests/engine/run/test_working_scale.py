@@ -9,7 +9,7 @@ from cellseg_batch.engine.reports.verify_seams import prove_seams
 from cellseg_batch.engine.run.working_scale import spread_windows
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.trainer.bundle import load_bundle, save_bundle
-from cellseg_batch.trainer.scale import measure_objects, pick_shrink
+from cellseg_batch.trainer.scale import measure_objects, pick_downscale
 from tests.support.images import blobs, labels_of, write_ome_zarr
 
 
@@ -51,13 +51,13 @@ def test_the_largest_factor_at_which_objects_are_wide_enough_is_taken():
         return masks_at
 
     rule = {"2": 15.0, "4": 29.0}
-    assert pick_shrink(rule, masks_of(160)) == 4
-    assert pick_shrink(rule, masks_of(64)) == 2
+    assert pick_downscale(rule, masks_of(160)) == 4
+    assert pick_downscale(rule, masks_of(64)) == 2
     assert looked == [4, 2, 4, 2, 1]
     looked.clear()
-    assert pick_shrink(rule, masks_of(24)) == 1
+    assert pick_downscale(rule, masks_of(24)) == 1
     assert looked == [4], "what is far too narrow is not looked at again"
-    assert pick_shrink({}, masks_of(160)) == 1
+    assert pick_downscale({}, masks_of(160)) == 1
 
 
 def test_a_crowd_that_melts_into_one_is_not_taken_for_large_nuclei():
@@ -66,7 +66,7 @@ def test_a_crowd_that_melts_into_one_is_not_taken_for_large_nuclei():
     melting[1][::2] = False
     assert measure_objects([np.pad(melting[4], 1)]).width > 29
     assert measure_objects([melting[2]]).width > 15
-    assert pick_shrink(rule, lambda factor: [np.pad(melting[factor], 1)]) == 1
+    assert pick_downscale(rule, lambda factor: [np.pad(melting[factor], 1)]) == 1
 
 
 def nuclei_image(side, radius):
@@ -77,7 +77,7 @@ def nuclei_image(side, radius):
 
 
 @pytest.mark.parametrize(("radius", "factor"), [(7, 1), (30, 2), (80, 4)])
-def test_the_shipped_model_is_shown_large_nuclei_shrunk(tmp_path, segment, radius, factor):
+def test_the_shipped_model_is_shown_large_nuclei_downscaled(tmp_path, segment, radius, factor):
     path = write_ome_zarr(tmp_path / "a.zarr", nuclei_image(512, radius), axes="cyx")
     report = segment(path, model="nuclei", tile=768)
     assert report.slides[0].downscale == factor
@@ -87,29 +87,29 @@ def test_the_shipped_model_is_shown_large_nuclei_shrunk(tmp_path, segment, radiu
 
 def test_large_nuclei_that_the_model_does_not_see_whole_are_large_nuclei():
     seen = {4: disks(120, 20), 2: disks(240, 40) & (np.arange(240) % 12 < 1), 1: np.zeros((480, 480), bool)}
-    assert pick_shrink({"2": 15.0, "4": 29.0}, lambda factor: [seen[factor]]) == 4
+    assert pick_downscale({"2": 15.0, "4": 29.0}, lambda factor: [seen[factor]]) == 4
 
 
 @pytest.fixture
-def shrinking_model(tiny_model, tmp_path):
+def downscaling_model(tiny_model, tmp_path):
     """The small model, which wants whatever it finds downscaled by two."""
     bundle = load_bundle(tiny_model)
-    save_bundle(replace(bundle, card=replace(bundle.card, shrink={"2": 0.1})), tmp_path / "shrinking")
-    return str(tmp_path / "shrinking")
+    save_bundle(replace(bundle, card=replace(bundle.card, downscale={"2": 0.1})), tmp_path / "downscaling")
+    return str(tmp_path / "downscaling")
 
 
-def test_the_rule_gives_what_asking_for_it_gives(tmp_path, segment, shrinking_model, tiny_model):
+def test_the_rule_gives_what_asking_for_it_gives(tmp_path, segment, downscaling_model, tiny_model):
     image = blobs(300, 200)
     paths = [write_ome_zarr(tmp_path / f"{name}.zarr", image) for name in "abc"]
-    chosen = segment(paths[0], model=shrinking_model, tile=256)
+    chosen = segment(paths[0], model=downscaling_model, tile=256)
     asked = segment(paths[1], model=str(tiny_model), tile=256, downscale=2)
-    plain = segment(paths[2], model=shrinking_model, tile=256, downscale=1)
+    plain = segment(paths[2], model=downscaling_model, tile=256, downscale=1)
     assert [one.slides[0].downscale for one in (chosen, asked, plain)] == [2, 2, 1]
     np.testing.assert_array_equal(labels_of(chosen), labels_of(asked))
     assert (labels_of(chosen) != labels_of(plain)).any()
 
 
-def test_a_shrunk_result_does_not_depend_on_blocks(tmp_path, segment, tiny_model):
+def test_a_downscaled_result_does_not_depend_on_blocks(tmp_path, segment, tiny_model):
     image = blobs(300, 200)
     results = []
     for number, block in enumerate((64, 128, 1024)):
@@ -119,19 +119,19 @@ def test_a_shrunk_result_does_not_depend_on_blocks(tmp_path, segment, tiny_model
         np.testing.assert_array_equal(one, results[0])
 
 
-def test_a_finished_run_keeps_its_scale_and_another_is_refused(tmp_path, segment, shrinking_model):
+def test_a_finished_run_keeps_its_scale_and_another_is_refused(tmp_path, segment, downscaling_model):
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(100, 120))
-    assert segment(path, model=shrinking_model, tile=256).slides[0].downscale == 2
-    again = segment(path, model=shrinking_model, tile=256).slides[0]
+    assert segment(path, model=downscaling_model, tile=256).slides[0].downscale == 2
+    again = segment(path, model=downscaling_model, tile=256).slides[0]
     assert (again.status, again.downscale) == ("skipped", 2)
-    other = segment(path, model=shrinking_model, tile=256, downscale=1).slides[0]
+    other = segment(path, model=downscaling_model, tile=256, downscale=1).slides[0]
     assert other.status == "failed"
-    assert "downscale was 2, now 1" in other.reason
+    assert "`downscale` was 2, now 1" in other.reason
 
 
-def test_a_tile_too_small_for_the_shrunk_margin_leaves_the_image_as_it_is(tmp_path, segment, tiny_model):
+def test_a_tile_too_small_for_the_downscaled_margin_leaves_the_image_as_it_is(tmp_path, segment, tiny_model):
     bundle = load_bundle(tiny_model)
-    card = replace(bundle.card, shrink={"2": 0.1}, margin=32)
+    card = replace(bundle.card, downscale={"2": 0.1}, margin=32)
     save_bundle(replace(bundle, card=card), tmp_path / "model")
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(100, 120))
     report = segment(path, model=str(tmp_path / "model"), tile=96)

@@ -58,3 +58,34 @@ def test_empty_and_complex_images_are_refused(tmp_path):
     zarr.create_array(str(tmp_path / "c.zarr"), shape=(5, 5), dtype="complex64")
     assert "an image with pixels" in only(tmp_path / "e.zarr").reason
     assert "complex64" in only(tmp_path / "c.zarr").reason
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a.czi", "a.ND2", "a.mrxs", "a.vsi", "a.dcm", "a.jp2", "a.gif", "a.webp", "a.h5", "a.ims", "a.nii.gz"),
+        *("a.zarr.zip", "a.ozx", "a.ome.tif.gz", "a.svs.part", "a.tiff.zip.tmp"),
+    ],
+)
+def test_what_is_named_like_an_image_is_named_with_a_hint(tmp_path, name):
+    (tmp_path / name).write_bytes(b"pixels")
+    unreadable = only(tmp_path)
+    assert unreadable.path == str(tmp_path / name)
+    assert ";" in unreadable.reason
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.json", "a.xml", "a.db", "a.zip", "a.h5ad", "readme"])
+def test_other_files_are_passed_over(tmp_path, name):
+    (tmp_path / name).write_bytes(b"no pixels")
+    Image.fromarray(np.zeros((4, 4), "uint8")).save(tmp_path / "b.png")
+    assert only(tmp_path).name.endswith("/b.png")
+
+
+def test_a_store_without_metadata_is_named_and_a_folder_of_that_name_with_images_is_a_folder(tmp_path):
+    (tmp_path / "lost.zarr" / "c" / "0").mkdir(parents=True)
+    (tmp_path / "lost.zarr" / "c" / "0" / "0").write_bytes(b"chunk")
+    (tmp_path / "many.zarr").mkdir()
+    Image.fromarray(np.zeros((4, 4), "uint8")).save(tmp_path / "many.zarr" / "a.png")
+    lost, picture = find_images(tmp_path)
+    assert "no zarr metadata" in lost.reason
+    assert picture.name.endswith("many.zarr/a.png")

@@ -16,6 +16,7 @@ from tests.support.slides import coordinates, only
         (["a", "b"], None, (0,)),
         (["a", "b"], "B", (1,)),
         (["a", "b"], "1", (1,)),
+        (["a", "b"], 1, (1,)),
         (["R", "G", "B"], None, (0, 1, 2)),
         (["R", "G", "B"], "g", (1,)),
     ],

@@ -1,6 +1,8 @@
 """OME-Zarr images of either version, plates and other hierarchies are found, and read right."""
 
 import json
+import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -109,6 +111,161 @@ def test_a_missing_full_resolution_is_passed_over(tmp_path):
         file.rmdir() if file.is_dir() else file.unlink()
     slide = only(path)
     assert [level.shape for level in slide.levels] == [(1, 16, 16)]
+    assert slide.notes == ("level 0 is listed, but not in the store",)
+
+
+def change(path, edit):
+    """Edit the OME metadata of an image in place."""
+    content = json.loads((path / "zarr.json").read_text())
+    edit(content["attributes"]["ome"])
+    (path / "zarr.json").write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_groups_are_listed_as_they_are(tmp_path, version):
+    root = zarr.open_group(str(tmp_path / "a.zarr"), mode="w", zarr_format=2 if version == "0.4" else 3)
+    for name in ("0", "1"):
+        fill_ome_zarr(root.create_group(name), None, coordinates("yx", (8, 9)), "yx", version, levels=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        zarr.consolidate_metadata(str(tmp_path / "a.zarr"))
+    shutil.rmtree(tmp_path / "a.zarr" / "0")
+    fill_ome_zarr(root.create_group("2"), None, coordinates("yx", (8, 9)), "yx", version, levels=1)
+    assert [slide.path for slide in find_images(tmp_path / "a.zarr")] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [[1, 0, 0], [1, -0.5, 0.5], [1, float("nan"), 0.5], [1, 0.5, float("inf")], [1, 1e9, 0.5], [0.5], ["?"] * 3, None],
+)
+def test_nonsense_pixel_sizes_are_unknown_and_cost_no_image(tmp_path, scale):
+    path = write_ome_zarr(tmp_path / "a.zarr", coordinates("zyx", (2, 16, 16)), "zyx", levels=2)
+
+    def edit(ome):
+        ome["multiscales"][0]["datasets"][0]["coordinateTransformations"][0]["scale"] = scale
+
+    slide = only(change(path, edit))
+    assert slide.pixel_size_um(0) is None
+    assert [level.scale[1:] for level in slide.levels] == [(1, 1), (2, 2)]
+    assert "pixel size along" in " ".join(slide.notes)
+
+
+def test_a_nonsense_scale_of_another_axis_leaves_the_pixel_size_known(tmp_path):
+    path = write_ome_zarr(tmp_path / "a.zarr", coordinates("tzyx", (1, 2, 16, 16)), "tzyx", levels=1, um=0.25)
+
+    def edit(ome):
+        ome["multiscales"][0]["datasets"][0]["coordinateTransformations"][0]["scale"][:2] = [0, -3]
+
+    slide = only(change(path, edit))
+    assert slide.pixel_size_um(0) == 0.25
+    assert slide.levels[0].scale == (1, 1, 0.25, 0.25)
+    assert len(slide.notes) == 1
+
+
+def test_a_nonsense_translation_is_none(tmp_path):
+    path = write_ome_zarr(tmp_path / "a.zarr", coordinates("yx", (8, 9)), "yx", levels=1, um=0.25)
+    shift = {"type": "translation", "translation": [float("nan"), 3]}
+    slide = only(
+        change(path, lambda ome: ome["multiscales"][0]["datasets"][0]["coordinateTransformations"].append(shift))
+    )
+    assert (slide.pixel_size_um(0), slide.levels[0].translation) == (0.25, (0, 3))
+
+
+@pytest.mark.parametrize(
+    ("unit", "size", "um"),
+    [
+        ("nanometer", 500, 0.5),
+        ("angstrom", 5000, 0.5),
+        ("millimeter", 0.0005, 0.5),
+        ("inch", 1e-5, 0.254),
+        ("nm", 500, 0.5),
+    ],
+)
+def test_units_of_length(tmp_path, unit, size, um):
+    path = write_ome_zarr(tmp_path / "a.zarr", coordinates("yx", (8, 9)), "yx", levels=1, um=size)
+    (path / "zarr.json").write_text((path / "zarr.json").read_text().replace("micrometer", unit))
+    assert only(path).pixel_size_um(0) == pytest.approx(um)
+
+
+GENERIC = ["Channel 0", "Channel 1", "Channel 2"]
+COLOURS = ["FF0000", "00FF00", "0000FF"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "colours", "dtype", "rgb"),
+    [
+        (["R", "G", "B"], None, "uint16", True),
+        (["R", "G", "B", "A"], None, "uint8", True),
+        (GENERIC, COLOURS, "uint8", True),
+        (["", "", ""], COLOURS, "uint8", True),
+        (["0", "1", "2"], [colour.lower() for colour in COLOURS], "uint8", True),
+        (GENERIC, [f"#{colour}FF" for colour in COLOURS], "uint8", True),
+        (GENERIC, COLOURS, "uint16", False),
+        (GENERIC, COLOURS[::-1], "uint8", False),
+        (["DAPI", "GFP", "RFP"], COLOURS, "uint8", False),
+        ([*GENERIC, "Channel 3", "Channel 4"], [*COLOURS, "FFFFFF", "00FFFF"], "uint8", False),
+    ],
+)
+def test_colours_are_known_by_their_labels_or_omeros_colours(tmp_path, labels, colours, dtype, rgb):
+    channels = [{"label": label, **({"color": colour} if colour else {})} for label, colour in
+                zip(labels, colours or [None] * len(labels), strict=True)]  # fmt: skip
+    pixels = coordinates("cyx", (len(labels), 8, 9), dtype)
+    slide = only(write_ome_zarr(tmp_path / "a.zarr", pixels, levels=1, channels=channels))
+    assert (slide.rgb, slide.alpha) == (rgb, len(labels) == 4)
+
+
+@pytest.mark.parametrize(
+    "omero", ["text", {"channels": "text"}, {"channels": [None, {"label": 3}]}, {"channels": None}]
+)
+def test_damaged_channel_names_cost_no_image(tmp_path, omero):
+    path = write_ome_zarr(tmp_path / "a.zarr", coordinates("cyx", (2, 8, 9)), levels=1)
+    assert only(change(path, lambda ome: ome.update(omero=omero))).axes == "cyx"
+
+
+def test_tables_are_no_images(tmp_path):
+    root = zarr.open_group(str(tmp_path / "a.zarr"), mode="w")
+    fill_ome_zarr(root.create_group("image"), None, coordinates("yx", (8, 9)), "yx", levels=1)
+    table = root.create_group("cells", attributes={"encoding-type": "anndata", "encoding-version": "0.1.0"})
+    table.create_array("X", shape=(8, 9), dtype="float32")
+    root.create_array("spatial", shape=(8, 2), dtype="float32", attributes={"encoding-type": "array"})
+    assert only(tmp_path / "a.zarr").path == "image"
+
+
+def test_series_of_bioformats2raw_are_taken_or_named(tmp_path):
+    root = zarr.open_group(str(tmp_path / "b.zarr"), mode="w", attributes={"ome": {"bioformats2raw.layout": 3}})
+    root.create_group("OME", attributes={"ome": {"series": ["0", "1", "2", "3"]}})
+    for series in ("0", "1", "2"):
+        fill_ome_zarr(root.create_group(series), None, coordinates("yx", (8, 9)), "yx", levels=1)
+    names = ("scan", "label image", "macro image", "scan 2")
+    images = "".join(f'<Image ID="Image:{i}" Name="{name}"><Pixels/></Image>' for i, name in enumerate(names))
+    (tmp_path / "b.zarr" / "OME" / "METADATA.ome.xml").write_text(f"<OME>{images}</OME>")
+    scan, lost = find_images(tmp_path / "b.zarr")
+    assert (scan.path, scan.notes) == ("0", ("left out beside the scan: label image, macro image",))
+    assert (lost.name, lost.reason) == ("b.zarr/3", "listed in the metadata, but not in the store")
+    root.create_group("3")
+    assert find_images(tmp_path / "b.zarr")[1].reason == "listed in the metadata, but holds no image"
+
+
+def test_chunks_that_are_not_stored_are_ground_of_fill_null(tmp_path):
+    pixels = coordinates("yx", (32, 32), "uint8")
+    path = write_ome_zarr(tmp_path / "a.zarr", pixels, "yx", "0.4", levels=1, chunk=16)
+    about = json.loads((path / "0" / ".zarray").read_text())
+    (path / "0" / ".zarray").write_text(json.dumps({**about, "fill_value": None}))
+    (path / "0" / "0.0").unlink()
+    pixels[:16, :16] = 0
+    np.testing.assert_array_equal(read(only(path), 0, (0,), 0, Box(0, 0, 32, 32))[0], pixels)
+
+
+def test_an_image_without_a_chunk_is_noted(tmp_path):
+    path = write_ome_zarr(tmp_path / "a.zarr", np.zeros((1, 8, 9), "uint8"), levels=1)
+    assert only(path).notes == ("no chunk of its pixels is stored, so all have the fill value",)
+
+
+def test_the_axes_of_an_image_are_its_own(tmp_path):
+    path = write_ome_zarr(tmp_path / "a.zarr", coordinates("cyx", (2, 8, 9)), levels=1)
+    assert "found `axes=zyx`" in only(path, axes="zyx").reason
+    assert only(path, axes="cyx").axes == "cyx"
 
 
 def damaged(tmp_path, kind):

@@ -37,3 +37,9 @@ def test_sharded_and_interleaved_arrays_read_the_same(tmp_path):
 def test_axes_can_be_given_for_plain_arrays(tmp_path):
     zarr.create_array(str(tmp_path / "a.zarr"), shape=(3, 4, 5, 6), dtype="uint8")
     assert only(tmp_path / "a.zarr", axes="tcyx").plane_axes == "t"
+
+
+def test_xarrays_names_of_dimensions_are_axes(tmp_path):
+    attributes = {"_ARRAY_DIMENSIONS": ["z", "y", "x"]}
+    zarr.create_array(str(tmp_path / "a.zarr"), shape=(9, 8, 9), dtype="uint8", zarr_format=2, attributes=attributes)
+    assert only(tmp_path / "a.zarr").axes == "zyx"

@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
+from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Box
+from cellseg_batch.engine.slides.convert_layout import channel_count
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.level_and_channels import choose_level
+from cellseg_batch.engine.slides.slide import Slide
 from tests.support.slides import coordinates, only, read
 
 
@@ -56,13 +60,137 @@ def test_tiff_pyramid_and_pixel_size(tmp_path):
     np.testing.assert_array_equal(read(slide, 1, (0,), 0, Box(0, 0, 9, 9))[0], pixels[:18:2, :18:2])
 
 
-def test_every_series_of_an_ome_tiff_is_an_image_and_thumbnails_of_others_are_not(tmp_path):
-    large, small = coordinates("yx", (40, 30)), coordinates("yx", (20, 10))
-    for name, ome in (("two.ome.tif", True), ("two.tif", False)):
-        with tifffile.TiffWriter(tmp_path / name, ome=ome) as tiff:
-            tiff.write(large)
-            tiff.write(small)
-    first, second = find_images(tmp_path / "two.ome.tif")
-    assert [(slide.name, slide.path) for slide in (first, second)] == [("two.ome.tif/0", "0"), ("two.ome.tif/1", "1")]
-    np.testing.assert_array_equal(read(second, 0, (0,), 0, Box(0, 0, 20, 10))[0], small)
-    assert only(tmp_path / "two.tif").plane_shape(0) == (40, 30)
+@pytest.mark.parametrize("ome", [True, False])
+def test_every_series_is_an_image(tmp_path, ome):
+    large, small = coordinates("yx", (40, 30)), coordinates("yx", (20, 15))
+    with tifffile.TiffWriter(tmp_path / "two.tif", ome=ome) as tiff:
+        tiff.write(large)
+        tiff.write(small)
+    first, second = find_images(tmp_path / "two.tif")
+    assert [(slide.name, slide.path) for slide in (first, second)] == [("two.tif/0", "0"), ("two.tif/1", "1")]
+    np.testing.assert_array_equal(read(second, 0, (0,), 0, Box(0, 0, 20, 15))[0], small)
+
+
+def test_pages_of_half_the_size_are_a_pyramid_if_they_say_so_or_are_tiled(tmp_path):
+    pixels = coordinates("yx", (64, 64))
+    for name, options in (
+        ("strips.tif", {}),
+        ("marked.tif", {"subfiletype": 1}),
+        ("tiles.tif", {"tile": (16, 16)}),
+    ):
+        with tifffile.TiffWriter(tmp_path / name) as tiff:
+            tiff.write(pixels, metadata=None, **{**options, "subfiletype": 0})
+            tiff.write(pixels[::2, ::2] + 1, metadata=None, **options)
+    assert [len(slide.levels) for slide in find_images(tmp_path)] == [2, 1, 1, 2]
+    *_, second, _ = find_images(tmp_path)
+    np.testing.assert_array_equal(read(second, 0, (0,), 0, Box(0, 0, 32, 32))[0], pixels[::2, ::2] + 1)
+
+
+def test_thumbnails_and_transparency_masks_are_left_out_and_said(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        tiff.write(coordinates("yx", (40, 30)), metadata=None)
+        tiff.write(coordinates("yx", (9, 7)), metadata=None, subfiletype=1)
+        tiff.write(np.zeros((40, 30), bool), metadata=None, subfiletype=4)
+    slide = only(tmp_path / "a.tif")
+    assert slide.plane_shape(0) == (40, 30)
+    assert slide.notes == ("left out beside the scan: page 1 (9 x 7), page 2 (40 x 30)",)
+
+
+@pytest.mark.parametrize("asked", ["cyx", "zyx", "tyx"])
+def test_the_users_axes_are_obeyed(tmp_path, asked):
+    pages = [Image.fromarray(coordinates("yx", (8, 9), "uint8") + page) for page in range(3)]
+    pages[0].save(tmp_path / "plain.tif", save_all=True, append_images=pages[1:])
+    tifffile.imwrite(tmp_path / "named.ome.tif", coordinates("tyx", (3, 8, 9)), metadata={"axes": "TYX"}, ome=True)
+    for name in ("plain.tif", "named.ome.tif"):
+        assert only(tmp_path / name, axes=asked).axes == asked
+
+
+def test_axes_that_do_not_fit_are_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", coordinates("yx", (8, 9)))
+    assert "found `axes=cyx`" in only(tmp_path / "a.tif", axes="cyx").reason
+
+
+def test_channels_of_colours_are_refused_with_the_true_reason(tmp_path):
+    pixels = np.zeros((2, 8, 9, 3), "uint8")
+    tifffile.imwrite(tmp_path / "a.ome.tif", pixels, photometric="rgb", metadata={"axes": "CYXS"}, ome=True)
+    reason = only(tmp_path / "a.ome.tif").reason
+    assert "CYXS" in reason
+    assert "`axes=zyxc`" in reason
+    assert only(tmp_path / "a.ome.tif", axes="zyxc").rgb
+
+
+def test_lengths_of_one_without_a_name_are_dropped(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", coordinates("yx", (8, 9))[None])
+    slide = only(tmp_path / "a.tif")
+    assert slide.axes == "yx"
+    np.testing.assert_array_equal(read(slide, 0, (0,), 0, Box(0, 0, 8, 9))[0], coordinates("yx", (8, 9)))
+
+
+@pytest.mark.parametrize("planarconfig", ["contig", "separate"])
+def test_samples_are_colours_only_if_the_file_says_so(tmp_path, planarconfig):
+    shape = (8, 9, 5) if planarconfig == "contig" else (5, 8, 9)
+    axes = "yxc" if planarconfig == "contig" else "cyx"
+    pixels = coordinates(axes, shape)
+    options = {"planarconfig": planarconfig, "metadata": None}
+    tifffile.imwrite(tmp_path / "five.tif", pixels, photometric="minisblack", **options)
+    tifffile.imwrite(tmp_path / "colours.tif", pixels, photometric="rgb", **options)
+    colours, five = find_images(tmp_path)
+    assert (five.rgb, colours.rgb) == (False, True)
+    for slide in (five, colours):
+        assert channel_count(slide) == 5
+        assert read(slide, 0, (4,), 0, Box(1, 2, 2, 3)).item() == 412
+
+
+@pytest.mark.parametrize(("extra", "alpha"), [("unassalpha", True), ("assocalpha", True), ("unspecified", False)])
+def test_alpha_is_no_channel_and_what_is_not_said_to_be_alpha_is_one(tmp_path, extra, alpha):
+    pixels = coordinates("yxc", (8, 9, 4), "uint8")
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", extrasamples=[extra])
+    slide = only(tmp_path / "a.tif")
+    assert (slide.rgb, slide.alpha, channel_count(slide)) == (True, alpha, 4 - alpha)
+
+
+def test_palettes_are_intensities_or_refused(tmp_path):
+    grey = np.linspace(0, 65535, 256).astype("uint16")[None].repeat(3, 0)
+    colours = grey.copy()
+    colours[0] = colours[0, ::-1]
+    for name, colormap in (("a.tif", grey), ("b.tif", colours)):
+        tifffile.imwrite(tmp_path / name, coordinates("yx", (8, 9), "uint8"), photometric="palette", colormap=colormap)
+    intensities, refused = find_images(tmp_path)
+    assert not intensities.rgb
+    assert "PALETTE" in refused.reason
+
+
+@pytest.mark.parametrize("photometric", ["separated", "cielab", "ycbcr", "cfa"])
+def test_colours_that_are_not_decoded_are_refused(tmp_path, photometric):
+    samples = {"separated": 4, "cfa": 1}.get(photometric, 3)
+    pixels = np.zeros((16, 16, samples), "uint8").squeeze()
+    tifffile.imwrite(
+        tmp_path / "a.tif", pixels, photometric=photometric, planarconfig="contig" if samples > 1 else None
+    )
+    assert "expected grey values or RGB" in only(tmp_path / "a.tif").reason
+
+
+@pytest.mark.parametrize("name", ["a.btf", "a.tf8", "a.ome.tf2", "a.lsm", "a.ptif", "A.TIFF"])
+def test_suffixes_of_tiff(tmp_path, name):
+    tifffile.imwrite(tmp_path / name, coordinates("yx", (8, 9)), bigtiff=True)
+    assert only(tmp_path / name).plane_shape(0) == (8, 9)
+
+
+def test_a_file_that_was_cut_short_is_not_filled_up(tmp_path):
+    for name, options in (
+        ("a.tif", {"truncate": True}),
+        ("b.tif", {"imagej": True}),
+        ("c.ome.tif", {"ome": True}),
+        ("d.tif", {"tile": (16, 16)}),
+        ("e.tif", {"compression": "zlib"}),
+        ("f.tif", {"metadata": None}),
+    ):
+        pixels = np.random.default_rng(0).integers(0, 999, (3, 40, 30), "uint16")
+        options = {"metadata": {"axes": "ZYX"}, "photometric": "minisblack", **options}
+        tifffile.imwrite(tmp_path / name, pixels, **options)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) * 2 // 3])
+        image = only(tmp_path / name)
+        if isinstance(image, Slide):
+            with pytest.raises(ReadError):
+                read(image, 0, (0,), 2, Box(0, 0, 40, 30))

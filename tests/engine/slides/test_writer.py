@@ -11,6 +11,7 @@ from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.geometry import Box, fit_lattice, lay_blocks
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.label_layout import lay_out
+from cellseg_batch.engine.slides.pixel_meaning import MASK
 from cellseg_batch.engine.slides.writer import ImageWriter, list_label
 from tests.support.images import blobs, write_ome_zarr
 
@@ -23,7 +24,7 @@ def writer_for(path, version="0.5", axes="cyx", shape=(1, 150, 90), levels=3, ti
 
 
 def fill(slide, grid, writer, truth):
-    writer.create("mask", "../../", {})
+    writer.create(MASK, "../../", {})
     for block in grid:
         writer.write(0, block.plane, block.box, truth[(block.plane, *block.box.slices())])
     for level in range(1, len(writer.layout.shapes)):
@@ -65,7 +66,7 @@ def test_every_level_is_the_nearest_pixel_of_the_one_above(tmp_path):
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 def test_no_two_blocks_share_a_file(tmp_path, version):
     _, grid, writer = writer_for(tmp_path / "a.zarr", version, tile=64, block=130, shape=(1, 300, 280))
-    writer.create("mask", None, {})
+    writer.create(MASK, None, {})
     files = [[*writer._files(0, block.plane, block.box)] for block in grid]
     every = [file for one in files for file in one]
     assert len(every) == len(set(every))
@@ -79,7 +80,7 @@ def test_no_two_blocks_share_a_file(tmp_path, version):
 
 def test_the_list_of_labels_is_kept(tmp_path):
     _, _, writer = writer_for(tmp_path / "a.zarr")
-    writer.create("mask", None, {})
+    writer.create(MASK, None, {})
     labels = zarr.open_group(str(tmp_path / "a.zarr"), path="labels", mode="r+")
     labels.attrs["ome"] = {"version": "0.5", "labels": ["nuclei"], "more": 1}
     for _ in range(2):
@@ -104,7 +105,7 @@ def test_a_damaged_shard_is_noticed(tmp_path):
 
 def test_a_store_that_cannot_be_written_is_named(tmp_path):
     _, grid, writer = writer_for(tmp_path / "a.zarr")
-    writer.create("mask", None, {})
+    writer.create(MASK, None, {})
     (writer.folder / "0" / "c").write_text("a file where the folder of chunks should be")
     with pytest.raises(OutputError, match=r"a\.zarr/labels/mask"):
         writer.write(0, 0, Box(0, 0, *grid.block_shape), np.ones(grid.block_shape, np.uint8))

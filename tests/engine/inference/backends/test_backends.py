@@ -15,6 +15,7 @@ from cellseg_batch.engine.errors import BackendError, ModelError
 from cellseg_batch.engine.inference.backends import registry
 from cellseg_batch.engine.inference.backends.gate import count_matches, limits_of, logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.inference.backends.registry import candidates, make_backend, why_not
+from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.race import worst_parity
 from cellseg_batch.engine.inference.race_result import Candidate, RaceResult, Request
 from cellseg_batch.engine.models import build_torch_network, load_model, shipped_models
@@ -23,6 +24,7 @@ from cellseg_batch.trainer.bundle import save_bundle
 
 EVERY = [name for name in candidates("auto", "auto") if not why_not(*name)]
 STRICT = limits_of("fp32")
+MODEL = DECODERS["seeds"]
 FLOATS = [name for name in EVERY if name[1] in ("fp32", "bf16")]
 
 
@@ -43,9 +45,8 @@ def test_backends_agree_with_the_plain_network(tiny_bundle, name, precision):
 @pytest.mark.parametrize(("name", "precision"), EVERY)
 def test_the_foreground_is_the_same_without_the_other_outputs(tiny_bundle, name, precision):
     batch = np.random.default_rng(0).random((1, 3, 64, 96), np.float32)
-    everything, alone = (
-        make(bundle, name, precision).compile(batch.shape)(batch) for bundle in (tiny_bundle, tiny_bundle.foreground)
-    )
+    bundles = (DECODERS["seeds"].network(tiny_bundle, instances=instances) for instances in (True, False))
+    everything, alone = (make(bundle, name, precision).compile(batch.shape)(batch) for bundle in bundles)
     assert (everything.shape[1], alone.shape[1]) == (3, 1)
     if name == "openvino" and precision != "int8":
         np.testing.assert_array_equal(alone, everything[:, :1])
@@ -69,17 +70,17 @@ def shipped():
     """The shipped model, its gate tiles and their logits in torch fp32."""
     bundle = load_model("nuclei")
     tiles = real_tiles("gate", bundle.card.channels)
-    return bundle, tiles, foreground(make(bundle, "torch", "fp32"), tiles)
+    return bundle, tiles, gate_logits(make(bundle, "torch", "fp32"), tiles)
 
 
-def foreground(backend, tiles):
+def gate_logits(backend, tiles):
     return logits_of(backend.compile((1, *tiles.shape[1:])), tiles)
 
 
 @pytest.mark.parametrize(("name", "precision"), [name for name in EVERY if name != ("torch", "fp32")])
 def test_the_shipped_model_passes_the_gate(shipped, name, precision):
     bundle, tiles, expected = shipped
-    parity = measure_parity(foreground(make(bundle, name, precision), tiles), expected, 0.5)
+    parity = measure_parity(gate_logits(make(bundle, name, precision), tiles), expected, 0.5, MODEL)
     assert parity.within(limits_of(precision)), parity
     assert parity.objects >= 2000, "the gate must hold enough objects to mean something"
 
@@ -109,7 +110,7 @@ def test_the_gate_refuses_a_broken_backend_and_names_its_figures(shipped, spoil)
     bundle, tiles, expected = shipped
     broken = make(bundle, "torch", "fp32")
     spoil(broken._network)
-    parity = measure_parity(foreground(broken, tiles), expected, 0.5)
+    parity = measure_parity(gate_logits(broken, tiles), expected, 0.5, MODEL)
     request = Request("nuclei", "auto", "auto", (512, 512), 1, 2)
     row = Candidate("torch", "fp32", "", 1.0, 1.0, 1.0, parity)
     race_result = RaceResult(request, bundle.sha256, (1, 3, 512, 512), "", (), {}, "", (row,))
@@ -121,10 +122,10 @@ def test_the_gate_refuses_a_broken_backend_and_names_its_figures(shipped, spoil)
 
 
 def test_a_single_nan_is_refused_and_named():
-    expected = np.full((1, 512, 512), -5.0, np.float32)
+    expected = np.full((1, 1, 512, 512), -5.0, np.float32)
     logits = expected.copy()
-    logits[0, 0, 0] = np.nan
-    parity = measure_parity(logits, expected, 0.5)
+    logits[0, 0, 0, 0] = np.nan
+    parity = measure_parity(logits, expected, 0.5, MODEL)
     assert parity.flipped == 0
     assert not parity.within(STRICT)
     assert "NaN among its logits" in parity.text(STRICT)
@@ -134,20 +135,20 @@ def test_a_single_nan_is_refused_and_named():
 def test_the_gate_looks_at_both_ways_into_a_network(shipped):
     bundle, tiles, expected = shipped
     backend = make(bundle, "openvino", "fp32")
-    assert worst_parity(backend, tiles[:2], expected[:2], 0.5).within(STRICT)
+    assert worst_parity(backend, tiles[:2], expected[:2], 0.5, MODEL).within(STRICT)
     right = backend.compile_bytes((1, *tiles.shape[1:]))
     backend.compile_bytes = lambda shape: lambda batch, low, scale: right(255 - batch, low, scale)
-    assert not worst_parity(backend, tiles[:2], expected[:2], 0.5).within(STRICT)
+    assert not worst_parity(backend, tiles[:2], expected[:2], 0.5, MODEL).within(STRICT)
 
 
 def test_the_gate_notices_lost_objects_that_hardly_cost_a_pixel():
-    expected = np.full((1, 512, 512), -5.0, np.float32)
+    expected = np.full((1, 1, 512, 512), -5.0, np.float32)
     for number in range(100):
         y, x = divmod(number, 10)
-        expected[0, 50 * y : 50 * y + 6, 50 * x : 50 * x + 6] = 5
+        expected[0, 0, 50 * y : 50 * y + 6, 50 * x : 50 * x + 6] = 5
     logits = expected.copy()
-    logits[0, :6, :6] = logits[0, 50:56, 50:56] = -5
-    parity = measure_parity(logits, expected, 0.5)
+    logits[0, 0, :6, :6] = logits[0, 0, 50:56, 50:56] = -5
+    parity = measure_parity(logits, expected, 0.5, MODEL)
     assert parity.flipped < 5e-4
     assert parity.object_f1 == pytest.approx(2 * 98 / 198)
     assert parity.object_f1 < STRICT.object_f1
@@ -193,6 +194,14 @@ def test_unknown_models_and_wrong_weights_are_refused(tiny_bundle, tmp_path):
     unknown = replace(tiny_bundle.card, architecture={"name": "transformer"})
     with pytest.raises(ModelError, match="newer version"):
         build_torch_network(replace(tiny_bundle, card=unknown))
+    for changes, words in (
+        ({"decoder": "hover"}, "one of mask, seeds, found 'hover'"),
+        ({"decoder": "mask"}, "foreground for the decoder mask, found foreground, border, distance"),
+        ({"outputs": ("background", "tumour", "stroma")}, "found background, tumour, stroma"),
+    ):
+        save_bundle(replace(tiny_bundle, card=replace(tiny_bundle.card, **changes)), tmp_path)
+        with pytest.raises(ModelError, match=words):
+            load_model(str(tmp_path))
     save_bundle(tiny_bundle, tmp_path)
     (tmp_path / "weights.safetensors").write_bytes(b"\x10")
     with pytest.raises(ModelError, match="damaged"):

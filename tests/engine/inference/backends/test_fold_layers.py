@@ -27,10 +27,10 @@ def test_a_folded_network_gives_the_same_logits(architecture, folded):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_the_shipped_network_folds_at_any_shrinking():
+def test_the_shipped_network_folds_at_any_downscale():
     pixels = torch.rand((1, 3, 128, 64), generator=torch.Generator().manual_seed(1))
     for factor in (1, 2):
-        network = build_torch_network(load_model("nuclei").shrunk(factor))
+        network = build_torch_network(load_model("nuclei").downscaled(factor))
         with torch.inference_mode():
             expected = network(pixels)
             logits = fold_upsampling(fold_batch_norm(network))(pixels)

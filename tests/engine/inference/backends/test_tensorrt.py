@@ -8,6 +8,7 @@ from cellseg_batch.engine.inference.backends.cuda import Device
 from cellseg_batch.engine.inference.backends.gate import limits_of, logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.inference.backends.registry import make_backend
 from cellseg_batch.engine.inference.backends.tensorrt_gpu import TensorRtBackend, load_libraries
+from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.storage.cache import Artefacts
 
@@ -33,7 +34,7 @@ def test_masks_of_real_tiles_agree_with_torch_fp32(bundle, backend, tiles):
     shape = (1, *tiles.shape[1:])
     reference = make_backend(bundle, "torch", "fp32", 4, Artefacts())
     logits, expected = (logits_of(one.compile(shape), tiles) for one in (backend, reference))
-    parity = measure_parity(logits, expected, bundle.card.threshold)
+    parity = measure_parity(logits, expected, bundle.card.threshold, DECODERS[bundle.card.decoder])
     print(parity)
     assert parity.within(limits_of("fp16")), parity
 

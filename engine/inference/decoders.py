@@ -1,0 +1,116 @@
+"""List the decoders, which say how the logits of a model become pixels.
+
+A card names its decoder; `cellseg_batch.trainer.bundle.DECODER_OUTPUTS` has the outputs that each decoder takes.  A
+decoder knows logits and kernels; it must not know backends, tiles or slides.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellseg_batch.engine.objects.seeds import InstanceRule
+from cellseg_batch.engine.slides.pixel_meaning import MASK, PixelMeaning
+from cellseg_batch.kernels.instances import classify_foreground, classify_pixels, seed_rule
+from cellseg_batch.kernels.stitch import logit_threshold, sigmoid
+from cellseg_batch.trainer.bundle import Bundle
+
+PixelWriter = Callable[[Any, Any, Any], Any]
+"""Function that writes pixels: (logits, places or grid, out) -> (foreground pixels, NaN logits).
+
+Logits (N, K, T_y, T_x) are those of some tiles for `crop`, with the places of their cores, and those of a whole
+`TileGrid` for `blend`; ``out`` is (h, w) uint8.
+"""
+
+
+class Decoder(ABC):
+    """Rules by which logits become pixels; unless a decoder says otherwise, the first output is the foreground's.
+
+    A decoder is an object in `DECODERS`. Plans hold its name, as they travel between processes.
+
+    Attributes:
+        name: value of `Card.decoder`.
+        mask_outputs: outputs that a mask needs, in the network's order.
+        mask_meaning: meaning of the pixels of a mask.
+    """
+
+    name: ClassVar[str]
+    mask_outputs: ClassVar[tuple[str, ...]] = ("foreground",)
+    mask_meaning: ClassVar[PixelMeaning] = MASK
+
+    def network(self, bundle: Bundle, *, instances: bool) -> Bundle:
+        """Return the model with the outputs that instances need, which are all, or with those that a mask needs."""
+        return bundle if instances else bundle.with_outputs(self.mask_outputs)
+
+    def probability(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the probability (N, H, W) of logits (N, K, H, W), to compare results."""
+        return sigmoid(logits[:, 0])
+
+    def mask(self, logits: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]:
+        """Return the mask (N, H, W) of logits (N, K, H, W): where the probability is above ``threshold``."""
+        mask: NDArray[np.bool_] = logits[:, 0] > logit_threshold(threshold)
+        return mask
+
+    def mask_writer(self, stitch: str, threshold: float, kernels: Any) -> PixelWriter:
+        """Make the writer of masks.
+
+        Args:
+            stitch: crop or blend.
+            threshold: probability above which a pixel is foreground.
+            kernels: module with the functions of `cellseg_batch.kernels.stitch` for the arrays at hand.
+        """
+        write = kernels.stitch_mask if stitch == "crop" else kernels.blend_mask
+        limit = logit_threshold(threshold)
+        return lambda logits, where, out: write(logits, where, limit, out)
+
+    def probability_writer(self, stitch: str, kernels: Any) -> PixelWriter:
+        """Make the writer of probabilities, which counts nothing; arguments as `mask_writer`."""
+        writer: PixelWriter = kernels.stitch_probability if stitch == "crop" else kernels.blend_probability
+        return writer
+
+    @abstractmethod
+    def code_writer(self, rule: InstanceRule, threshold: float) -> PixelWriter:
+        """Make the writer of pixel codes, from which seeds grow into instances; on the host, for `crop`.
+
+        Args:
+            rule: rule for the instances of the slide.
+            threshold: probability above which a pixel is foreground.
+        """
+
+
+class Mask(Decoder):
+    """Takes the foreground alone; every component of the foreground is an object."""
+
+    name: ClassVar[str] = "mask"
+
+    def code_writer(self, rule: InstanceRule, threshold: float) -> PixelWriter:
+        """See `Decoder.code_writer`."""
+        limit = logit_threshold(threshold)
+        return lambda logits, places, out: classify_foreground(logits, places, limit, out)
+
+
+class Seeds(Decoder):
+    """Takes foreground, border and distance; seeds lie where distance minus border is high."""
+
+    name: ClassVar[str] = "seeds"
+
+    def code_writer(self, rule: InstanceRule, threshold: float) -> PixelWriter:
+        """See `Decoder.code_writer`."""
+        card = rule.card
+        seeds = seed_rule(
+            logit_threshold(threshold),
+            card.border_weight,
+            card.smoothing,
+            rule.downscale,
+            card.seed_level,
+            card.border_level,
+        )
+        return lambda logits, places, out: classify_pixels(logits, places, seeds, out)
+
+
+DECODERS: dict[str, Decoder] = {decoder.name: decoder for decoder in (Mask(), Seeds())}
+"""Name in a card -> decoder."""

@@ -1,0 +1,52 @@
+"""List the images that a run writes for a slide; locks, writers, journal, checks and reports run over this list."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cellseg_batch.engine.inference.decoders import Decoder
+from cellseg_batch.engine.run.output_paths import OutputPaths
+from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.slides.pixel_meaning import INSTANCES, PROBABILITY, PixelMeaning
+
+LABELS = "labels"
+
+
+@dataclass(frozen=True)
+class OutputImage:
+    """An image that a run writes for a slide.
+
+    Attributes:
+        name: name of the image among those of its slide.
+        meaning: meaning of its pixels.
+        store: root of its zarr hierarchy.
+        path: path of its group in the store.
+        source: path from its group to the segmented image; None if that is no zarr group, or its labels lie elsewhere.
+    """
+
+    name: str
+    meaning: PixelMeaning
+    store: Path
+    path: str
+    source: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Its group on disk."""
+        return self.store / self.path
+
+
+def output_images(paths: OutputPaths, settings: Settings, decoder: Decoder) -> tuple[OutputImage, ...]:
+    """List the images that a run writes for a slide, the labels first.
+
+    Args:
+        paths: paths of the slide's output.
+        settings: settings of the run.
+        decoder: decoder of the model.
+    """
+    labels = INSTANCES if settings.makes_ids else decoder.mask_meaning
+    images = [OutputImage(LABELS, labels, paths.store, paths.labels, paths.source)]
+    if settings.probability:
+        images.append(OutputImage("probability", PROBABILITY, paths.companion, paths.in_companion("probability")))
+    return tuple(images)

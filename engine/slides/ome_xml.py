@@ -1,0 +1,129 @@
+"""Read OME-XML: the images that it describes, and the TIFF files that hold their planes.
+
+Source: the OME model and OME-TIFF specification of 2016-06 (docs.openmicroscopy.org/ome-model). This module opens no
+file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
+
+SELF = ""
+"""Stands for the name of the file that the OME-XML is in."""
+
+
+@dataclass(frozen=True)
+class OmeImage:
+    """An image that an OME-XML describes.
+
+    Attributes:
+        number: number of the image in the OME-XML.
+        name: name of the image; "" if it has none.
+        files: names of the files that hold its planes, that of the first plane first; `SELF` for the file itself.
+        stated: axis -> (size of a pixel, unit), as written.
+        channels: names of the channels; () if no channel has a name.
+        xml: OME-XML that describes this image alone.
+    """
+
+    number: int
+    name: str
+    files: tuple[str, ...]
+    stated: dict[str, tuple[object, object]]
+    channels: tuple[str, ...]
+    xml: str
+
+
+def read_header(xml: str) -> tuple[str | None, str | None]:
+    """(UUID of the file, name of the file that holds the OME-XML in its stead); None for what there is none of.
+
+    Raises:
+        ValueError: ``xml`` cannot be parsed, or names a file in another folder.
+    """
+    root = _parse(xml)
+    reference = next((child for child in root if _is(child, "BinaryOnly")), None)
+    return root.get("UUID"), None if reference is None else _beside(reference.get("MetadataFile", ""))
+
+
+def read_images(xml: str, own_uuid: str | None, own_name: str, exists: Callable[[str], bool]) -> list[OmeImage]:
+    """Read every image of an OME-XML.
+
+    Args:
+        xml: the text.
+        own_uuid: UUID of the TIFF file that is read; None if it has none, or for a companion file.
+        own_name: name of the TIFF file that is read.
+        exists: whether a file of a name lies beside it.
+
+    Raises:
+        ValueError: ``xml`` cannot be parsed, or names a file in another folder.
+    """
+    root = _parse(xml)
+    if own_uuid is not None:
+        root.set("UUID", own_uuid)
+    references = [element for element in root.iter() if _is(element, "UUID")]
+    named = {_beside(reference.get("FileName", own_name)) for reference in references}
+    images = [child for child in root if _is(child, "Image")]
+    data = [entry for image in images for entry in image.iter() if _is(entry, "TiffData")]
+    own = [entry for entry in data if _file_of(entry, own_uuid, own_name) == SELF]
+    if len(named) == 1 and not any(map(exists, named)) and not own:
+        own = data  # the only file that is named is this one, under the name that it had when it was written
+    for entry in own:
+        for reference in [child for child in entry if _is(child, "UUID")]:
+            entry.remove(reference)
+    return [_image(root, images, number, own_uuid, own_name) for number in range(len(images))]
+
+
+def _image(root: Element, images: list[Element], number: int, own_uuid: str | None, own_name: str) -> OmeImage:
+    image = images[number]
+    pixels = next((child for child in image if _is(child, "Pixels")), Element("Pixels"))
+    data = sorted((child for child in pixels if _is(child, "TiffData")), key=_first_plane)
+    names = tuple(child.get("Name", "") for child in pixels if _is(child, "Channel"))
+    alone = Element(root.tag, root.attrib)
+    alone.extend(child for child in root if child is image or child not in images)
+    return OmeImage(
+        number=number,
+        name=image.get("Name", ""),
+        files=tuple(dict.fromkeys(_file_of(entry, own_uuid, own_name) for entry in data)),
+        stated={
+            axis.lower(): (pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+            for axis in "XYZ"
+        },
+        channels=names if any(names) else (),
+        xml=ElementTree.tostring(alone, encoding="unicode"),
+    )
+
+
+def _file_of(data: Element, own_uuid: str | None, own_name: str) -> str:
+    """Name of the file that holds the planes of a TiffData element."""
+    reference = next((child for child in data if _is(child, "UUID")), None)
+    if reference is None or (own_uuid is not None and reference.text == own_uuid):
+        return SELF
+    name = reference.get("FileName", own_name)
+    return SELF if name.lower() == own_name.lower() else name
+
+
+def _first_plane(data: Element) -> tuple[int, ...]:
+    return tuple(int(data.get(f"First{axis}", 0)) for axis in "TZC")
+
+
+def _is(element: Element, tag: str) -> bool:
+    return element.tag.rpartition("}")[2] == tag
+
+
+def _parse(xml: str) -> Element:
+    try:
+        return ElementTree.fromstring(xml)
+    except ElementTree.ParseError as error:
+        raise ValueError(f"its OME-XML cannot be parsed: {error}") from error
+
+
+def _beside(name: str) -> str:
+    """The name of a file, if it lies in the folder of the file that names it."""
+    if set(name) & set("/\\") or name in ("", ".", ".."):
+        raise ValueError(
+            f"expected an OME-TIFF whose parts lie beside it, found one in {name!r}; put the files into one folder and "
+            "write their names without folders into the metadata"
+        )
+    return name

@@ -1,0 +1,31 @@
+"""List what the pixels of an output image can mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Colour = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class PixelMeaning:
+    """Meaning of the pixels of an output image.
+
+    Attributes:
+        name: name in the attributes of the image.
+        dtype: numpy name of their type.
+        is_label: whether the image is listed among the labels of the segmented image; others are intensity images.
+        colours: (value, RGBA) for viewers, which give every other value a colour of its own.
+    """
+
+    name: str
+    dtype: str
+    is_label: bool
+    colours: tuple[tuple[int, Colour], ...] = ()
+
+
+MASK = PixelMeaning("mask", "uint8", is_label=True, colours=((1, (255, 64, 160, 160)),))
+# Ids of objects; the merge widens the type if there are too many objects.
+INSTANCES = PixelMeaning("instances", "uint32", is_label=True)
+# 0 is a probability of 0, 255 of 1.
+PROBABILITY = PixelMeaning("probability", "uint8", is_label=False)

@@ -1,0 +1,117 @@
+"""What the dialects of TIFF say: pixel sizes, channel names, which picture is the scan."""
+
+import numpy as np
+import pytest
+import tifffile
+
+from cellseg_batch.engine.slides.discover import find_images
+from tests.support.slides import coordinates, only
+
+PIXELS = coordinates("yx", (64, 64), "uint8")
+RGB = np.stack([PIXELS] * 3, -1)
+APERIO = "Aperio Image Library v11.2.1\r\n64x64 [0,0 64x64] (32x32) JPEG/RGB Q=70|AppMag = 40|MPP = {}"
+
+
+def write_svs(path, um, associated=()):
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(RGB, photometric="rgb", tile=(32, 32), description=APERIO.format(um), metadata=None)
+        for subfiletype, side in associated:
+            tiff.write(RGB[:side, :side], photometric="rgb", subfiletype=subfiletype, metadata=None)
+
+
+@pytest.mark.parametrize(("um", "known"), [("0.25", 0.25), ("0,25", None), ("nan", None), ("0", None), ("-1", None)])
+def test_svs_pixel_sizes(tmp_path, um, known):
+    write_svs(tmp_path / "a.svs", um)
+    slide = only(tmp_path / "a.svs")
+    assert slide.pixel_size_um(0) == known
+    assert slide.rgb
+    assert [um in note for note in slide.notes] == [True] * (known is None)
+
+
+def test_pictures_of_an_svs_beside_its_scan_are_left_out_and_said(tmp_path):
+    write_svs(tmp_path / "a.svs", 0.25, [(0, 20), (1, 30), (9, 40), (0, 50)])
+    slide = only(tmp_path / "a.svs")
+    assert slide.plane_shape(0) == (64, 64)
+    note = " ".join(slide.notes)
+    assert all(name in note for name in ("Thumbnail (20", "Label (30", "Macro (40", "page 4"))
+
+
+@pytest.mark.parametrize(
+    ("unit", "per_px", "um"),
+    [
+        ("um", 0.325, 0.325),
+        ("micron", 0.325, 0.325),
+        ("\\u00B5m", 0.325, 0.325),
+        ("nm", 325, 0.325),
+        ("pixel", 1, None),
+    ],
+)
+def test_imagej_pixel_sizes(tmp_path, unit, per_px, um):
+    options = {"resolution": (1 / per_px, 1 / per_px), "metadata": {"spacing": 4 * per_px, "unit": unit, "axes": "ZYX"}}
+    tifffile.imwrite(tmp_path / "a.tif", np.stack([PIXELS] * 3), imagej=True, **options)
+    slide = only(tmp_path / "a.tif")
+    assert slide.pixel_size_um(0) == (um and pytest.approx(um, rel=1e-5))
+    assert slide.levels[0].scale[0] == pytest.approx(4 * um if um else 1, rel=1e-5)
+    assert slide.units == ("micrometer" if um else None,) * 3
+
+
+@pytest.mark.parametrize("labels", [["actin", "DAPI"], ["c:1/2 - actin", "c:2/2 - DAPI"]])
+def test_imagej_channel_names(tmp_path, labels):
+    metadata = {"axes": "CYX", "Labels": labels}
+    tifffile.imwrite(tmp_path / "a.tif", np.stack([PIXELS, PIXELS]), imagej=True, metadata=metadata)
+    assert only(tmp_path / "a.tif").channels == ("actin", "DAPI")
+
+
+@pytest.mark.parametrize(
+    ("unit", "resolution", "um", "noted"),
+    [
+        ("CENTIMETER", (20000, 1), 0.5, False),
+        ("INCH", (50800, 1), 0.5, False),
+        ("INCH", (72, 1), None, False),
+        ("NONE", (20000, 1), None, False),
+        ("CENTIMETER", (1, 0), None, True),
+        ("CENTIMETER", (0, 1), None, True),
+    ],
+)
+def test_resolution_tags(tmp_path, unit, resolution, um, noted):
+    tifffile.imwrite(tmp_path / "a.tif", PIXELS, resolution=(1000, 1000), resolutionunit=unit, metadata=None)
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as tiff:
+        for name in ("XResolution", "YResolution"):
+            tiff.pages[0].tags[name].overwrite(resolution)
+    slide = only(tmp_path / "a.tif")
+    assert slide.pixel_size_um(0) == um
+    assert bool(slide.notes) == noted
+
+
+def write_scn(path, *images):
+    """A Leica SCN; of each image (name, side in px, side and offset of its view in nm). The glass is 1,000,000 nm."""
+    described = "".join(
+        f'<image name="{name}"><pixels sizeX="{side}" sizeY="{side}"><dimension sizeX="{side}" sizeY="{side}" r="0" '
+        f'ifd="{page}"/></pixels><view sizeX="{view}" sizeY="{view}" offsetX="{offset}" offsetY="{offset}"/></image>'
+        for page, (name, side, view, offset) in enumerate(images)
+    )
+    xml = '<scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01"><collection sizeX="1000000" sizeY="1000000">'
+    with tifffile.TiffWriter(path, bigtiff=True) as tiff:
+        for page, (_, side, _, _) in enumerate(images):
+            description = None if page else f"{xml}{described}</collection></scn>"
+            options = {"photometric": "rgb", "tile": (16, 16), "metadata": None}
+            tiff.write(RGB[:side, :side], description=description, **options)
+
+
+def test_every_scan_of_an_scn_is_an_image_and_the_glass_is_none(tmp_path):
+    scans = ("image_1", 64, 32_000, 5), ("image_2", 32, 16_000, 9)
+    write_scn(tmp_path / "a.scn", ("image_0", 48, 1_000_000, 0), *scans)
+    slides = find_images(tmp_path / "a.scn")
+    assert [(slide.name, slide.plane_shape(0)) for slide in slides] == [("a.scn/1", (64, 64)), ("a.scn/2", (32, 32))]
+    assert [slide.pixel_size_um(0) for slide in slides] == [0.5, 0.5]
+    assert "image_0 (48 x 48 x 3)" in slides[0].notes[0]
+
+
+def test_channels_of_a_qptiff_have_names(tmp_path):
+    about = "<PerkinElmer-QPI-ImageDescription><Name>{}</Name></PerkinElmer-QPI-ImageDescription>"
+    with tifffile.TiffWriter(tmp_path / "a.qptiff", bigtiff=True) as tiff:
+        for name in ("actin", "DAPI"):
+            options = {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER", "software": "PerkinElmer-QPI"}
+            tiff.write(PIXELS, tile=(32, 32), description=about.format(name), metadata=None, **options)
+    slide = only(tmp_path / "a.qptiff")
+    assert (slide.axes, slide.channels, slide.pixel_size_um(0)) == ("cyx", ("actin", "DAPI"), 0.5)
