@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
 # Proves and measures the code for NVIDIA GPUs, in under ten minutes and without a network:
 #   bash benchmarks/gpu.sh            needs torch with CUDA and Triton; what else is missing is left out, with its reason
-# Tests first, then figures, which go to benchmarks/results/<gpu>.json.  PYTHON names the interpreter.
+# Tests first, then figures, which go to benchmarks/results/<gpu>.json.  PYTHON names the interpreter; without it the
+# first of python3 and python that has torch.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+  for python in python3 python; do
+    "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)" 2>/dev/null && break
+  done
+fi
 
 "$python" - <<'CHECK' || exit 2
 import importlib.util, sys
@@ -39,12 +45,14 @@ step() {  # step SECONDS NAME COMMAND...
   echo "   exit $status after $((SECONDS - began)) s"
 }
 
+# Libraries that the project was not tested with may warn.
+pytest=(-m pytest -q -n 0 -o filterwarnings=default)
 for kernel in gather stitch blend; do
   step 30 "kernel $kernel: against its reference, then GB/s" "$python" -m "cellseg_batch.kernels.${kernel}_triton"
 done
-step 100 "tests of the GPU pipeline" "$python" -m pytest -q -n 0 -m gpu tests/test_gpu.py
+step 100 "tests of the GPU pipeline" "$python" "${pytest[@]}" -m gpu tests/engine/inference/test_gpu.py
 if "$python" -c "import tensorrt, torch_tensorrt" 2>/dev/null; then
-  step 90 "tests of TensorRT" "$python" -m pytest -q -n 0 -m tensorrt tests/test_tensorrt.py
+  step 90 "tests of TensorRT" "$python" "${pytest[@]}" -m tensorrt tests/engine/inference/backends/test_tensorrt.py
 else
   echo "== tests of TensorRT: left out, as tensorrt or torch_tensorrt cannot be imported"
 fi

@@ -7,8 +7,11 @@ import hashlib
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
+from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,6 +19,8 @@ import psutil
 
 # Parameter numbers from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# nvidia-smi takes seconds where the driver has to be loaded first.
+_TOOL_SECONDS = 20
 
 
 def cores() -> int:
@@ -30,7 +35,7 @@ def visible_gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name and name != "-1"]
-    return [str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+    return [str(number) for number, _ in enumerate(_driver_gpus())]
 
 
 def processor() -> str:
@@ -48,9 +53,26 @@ def gpus() -> list[str]:
 
     Needs no torch.
     """
-    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    models = [line.partition(":")[2].strip() for file in files for line in file.read_text().splitlines()[:1]]
+    models = _driver_gpus()
     return [*models, f"visible: {os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}"] if models else []
+
+
+@cache
+def _driver_gpus() -> tuple[str, ...]:
+    """Model names of this machine's GPUs.
+
+    WSL 2 and gVisor hide the driver's files; there its tool knows, and if that is missing the device files at least
+    show the number of GPUs.
+    """
+    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    if files:
+        return tuple(line.partition(":")[2].strip() for file in files for line in file.read_text().splitlines()[:1])
+    if shutil.which("nvidia-smi") is not None:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        with suppress(OSError, subprocess.SubprocessError):
+            answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TOOL_SECONDS)
+            return tuple(filter(None, map(str.strip, answer.stdout.splitlines())))
+    return tuple("NVIDIA GPU" for _ in Path("/dev").glob("nvidia[0-9]*"))
 
 
 def package_version(package: str) -> str | None:

@@ -21,6 +21,8 @@ PRECISIONS = ("auto", *KNOWN_PRECISIONS)
 SKIPS = ("auto", "off")
 STITCHES = ("crop", "blend")
 
+_BLOCK, _BLOCK_ON_GPU = 2048, 4096
+
 
 def _check_types(settings: ClusterSettings | Settings) -> None:
     """Refuse values whose types are not those in the annotations; an int is a float too, a bool is no number.
@@ -100,7 +102,7 @@ class Settings:
         stitch: one of `STITCHES`.
         margin: px cut from each side of a tile, ``exact`` for the network's own reach; None takes the card's.
         batch: tiles per call of the model.
-        block: target side in px of the box that one task writes; rounded to whole tile cores.
+        block: target side in px of the box that one task writes, rounded to whole tile cores; None as `block_side`.
         workers: blocks in flight, or worker processes if ``scheduler`` is a cluster.
         scheduler: ``threads``, ``processes``, ``slurm`` or the address of a dask scheduler.
         cluster: resources that SLURM is asked for.
@@ -133,7 +135,7 @@ class Settings:
     stitch: str = "crop"
     margin: int | str | None = None
     batch: int = 1
-    block: int = 2048
+    block: int | None = None
     workers: int = 3
     scheduler: str = "threads"
     cluster: ClusterSettings = ClusterSettings()
@@ -194,6 +196,10 @@ class Settings:
             _refuse("pixel_size", "a finite number of µm per px above 0", self.pixel_size, "try 0.5")
         if not self.name or set(self.name) & set("/\\") or self.name.startswith("."):
             _refuse("name", "a plain name for the label group", repr(self.name), "try `name=nuclei`")
+
+    def block_side(self, on_gpu: bool) -> int:
+        """Target side of a block in px: larger for a GPU, for which reading margins and chunks twice takes too long."""
+        return self.block or (_BLOCK_ON_GPU if on_gpu else _BLOCK)
 
 
 def gpus_of(device: str) -> tuple[str, ...]:

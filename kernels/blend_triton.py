@@ -71,8 +71,9 @@ def blend_kernel(
     tile_y, tile_x = tl.minimum((top + y) // STEP_Y, rows - 1), tl.minimum((left + x) // STEP_X, columns - 1)
     in_y, in_x = top + y - tile_y * STEP_Y, left + x - tile_x * STEP_X
     two_y, two_x = (tile_y > 0) & (in_y < OVERLAP), (tile_x > 0) & (in_x < OVERLAP)
-    rise_y = tl.where(two_y, in_y, OVERLAP)[:, None].to(tl.float32) / OVERLAP
-    rise_x = tl.where(two_x, in_x, OVERLAP)[None, :].to(tl.float32) / OVERLAP
+    # Multiply: the GPU's division is approximate, and the reciprocal of a power of two is exact.
+    rise_y = tl.where(two_y, in_y, OVERLAP)[:, None].to(tl.float32) * (1.0 / OVERLAP)
+    rise_x = tl.where(two_x, in_x, OVERLAP)[None, :].to(tl.float32) * (1.0 / OVERLAP)
 
     # Offsets in int64: a batch may have more than 2^31 logits.
     tile_row = columns.to(tl.int64) * tile_stride

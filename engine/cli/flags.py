@@ -134,7 +134,9 @@ _SETTINGS_FLAGS: dict[str, Any] = {
         metavar="N|exact",
     ),
     "batch": _flag(int, "--batch", _SHAPE, "Tiles per call of the model."),
-    "block": _flag(int, "--block", _SHAPE, "Side in px of what one task writes."),
+    "block": _flag(
+        int | None, "--block", _SHAPE, "Side in px of what one task writes; default: 2048, or 4096 for a GPU."
+    ),
     "workers": Workers,
     "scheduler": _flag(
         str,

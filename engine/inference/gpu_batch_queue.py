@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from cellseg_batch.engine.errors import ComputeError
 from cellseg_batch.engine.inference.backends.cuda import Device, is_out_of_memory
 from cellseg_batch.engine.inference.backends.protocol import DeviceModel
+from cellseg_batch.engine.inference.gpu_admission import Admission
 
 _log = logging.getLogger(__name__)
 
@@ -63,17 +64,31 @@ class BatchQueue:
         device: the device that computes.
         compile_model: compiles the network for a batch of the given number of tiles.
         batch: tiles per batch.
+        admission: admits blocks to the device, shared by all queues of it.
+        drop_idle: drops networks that no block uses; returns whether there was one.
 
     Attributes:
-        batch: tiles per batch from now on; halved whenever the device's memory is full.
+        device, admission: as given.
+        batch: tiles per batch from now on; halved when the device's memory is full.
+        room_made: how often memory was freed because it was full.
         incoming, computing, outgoing: streams for pixels, for the computation, and for results.
     """
 
-    def __init__(self, device: Device, compile_model: Callable[[int], DeviceModel], batch: int) -> None:
+    def __init__(
+        self,
+        device: Device,
+        compile_model: Callable[[int], DeviceModel],
+        batch: int,
+        admission: Admission,
+        drop_idle: Callable[[], bool],
+    ) -> None:
         self.device = device
         self.batch = batch
+        self.admission = admission
+        self.room_made = 0
         self.incoming, self.computing, self.outgoing = (device.stream() for _ in range(3))
         self._compile = compile_model
+        self._drop_idle = drop_idle
         self._model: DeviceModel | None = None
         self._waiting: deque[tuple[_Entry, int]] = deque()
         self._last_start = device.event()
@@ -84,7 +99,7 @@ class BatchQueue:
         """Launch every tile of a block and return when the last tile is enqueued; any thread may call it.
 
         Raises:
-            ComputeError: the device's memory is full even with single tiles.
+            torch.OutOfMemoryError: the device's memory is full even with single tiles.
             Exception: whatever the network or a kernel raised.
         """
         entry = _Entry(tiles, tiles.count)
@@ -99,16 +114,23 @@ class BatchQueue:
                 if entry.left and self._last_start is last_start:  # no batch was launched meanwhile
                     self._launch()
         if entry.error is not None:
-            raise entry.error
+            try:
+                raise entry.error
+            finally:
+                # The traceback holds this frame: with a reference back, the block would stay in memory for long.
+                entry.error = None
 
-    def halve_batch(self) -> None:
-        """Halve the batch, to free device memory that a caller could not get.
+    def make_room(self, since: int) -> bool:
+        """Free memory of the device, which was full for the caller: drop idle networks, or else halve the batch.
 
-        Raises:
-            ComputeError: batches already hold a single tile.
+        Args:
+            since: `room_made` when the caller began; if room was made since then, nothing more is freed.
+
+        Returns:
+            Whether another attempt may succeed: False if batches already hold a single tile.
         """
         with self._lock:
-            self._halve()
+            return self.room_made != since or self._make_room()
 
     def busy_seconds(self) -> float:
         """Return the seconds of device time for the batches finished since the last call."""
@@ -120,25 +142,30 @@ class BatchQueue:
         return seconds
 
     def _launch(self) -> None:
-        """Launch the first waiting batch; if memory is full, halve the batch and leave its tiles waiting."""
+        """Launch the first waiting batch; if memory was full and could be freed, leave its tiles waiting."""
         batch = list(islice(self._waiting, self.batch))
         try:
-            try:
-                self._enqueue(batch)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._halve()
-                return
+            self._enqueue(batch)
         except Exception as error:
-            failed = {entry for entry, _ in batch}
-            for entry in failed:
-                entry.left, entry.error = 0, error
-            self._waiting = deque(waiting for waiting in self._waiting if waiting[0] not in failed)
+            if not is_out_of_memory(error):
+                self._fail(batch, error)
+                return
+            # A new error, because the traceback of this one holds what was made until memory was full.
+            failure = torch.OutOfMemoryError(str(error))
+        else:
+            for entry, _ in batch:
+                self._waiting.popleft()
+                entry.left -= 1
             return
-        for entry, _ in batch:
-            self._waiting.popleft()
-            entry.left -= 1
+        if not self._make_room():
+            self._fail(batch, failure)
+
+    def _fail(self, batch: list[tuple[_Entry, int]], error: Exception) -> None:
+        """Have every block of a batch fail with ``error``."""
+        failed = {entry for entry, _ in batch}
+        for entry in failed:
+            entry.left, entry.error = 0, error
+        self._waiting = deque(waiting for waiting in self._waiting if waiting[0] not in failed)
 
     def _enqueue(self, batch: list[tuple[_Entry, int]]) -> None:
         if self._model is None:
@@ -159,25 +186,22 @@ class BatchQueue:
         self._last_start = start
         self._timed.append((start, end))
 
-    def _halve(self) -> None:
-        """Wait for the network and drop it; the next launch compiles it for half as many tiles."""
-        self.device.settle()
-        self._model = None
-        self.device.settle()
-        if self.batch == 1:
-            raise ComputeError(
-                str(self.device.torch_device),
-                expected="memory for a block and a batch of one tile",
-                found="a device whose memory is full",
-                cause="another process on it, or large tiles",
-                remedy="choose a smaller `tile` or `block`, or fewer `workers`",
+    def _make_room(self) -> bool:
+        """Do what `make_room` does; the next launch compiles a network that was dropped."""
+        if not self._drop_idle():
+            if self.batch == 1:
+                return False
+            self.device.settle()  # the network may still run
+            self._model = None
+            self.batch //= 2
+            _log.warning(
+                "the memory of %s is full: batches of %d tiles from now on, whose logits may round otherwise",
+                self.device.torch_device,
+                self.batch,
             )
-        self.batch //= 2
-        _log.warning(
-            "the memory of %s is full: batches of %d tiles from now on, whose logits may round otherwise",
-            self.device.torch_device,
-            self.batch,
-        )
+        self.device.settle()
+        self.room_made += 1
+        return True
 
 
 def _parts(batch: list[tuple[_Entry, int]]) -> Iterator[tuple[Tiles, int, int, slice[int, int, None]]]:

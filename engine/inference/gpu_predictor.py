@@ -14,6 +14,7 @@ It has not run on a GPU yet; tests run it on the CPU, with the Triton kernels in
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cellseg_batch.engine.errors import ComputeError
 from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.inference.backends.cuda import is_out_of_memory
 from cellseg_batch.engine.inference.gpu_batch_queue import BatchQueue
@@ -44,12 +46,12 @@ class GpuPredictor:
     """Predicts blocks of one slide on GPUs.
 
     Attributes:
-        queue: returns the queue of the GPU for the next block, for tiles of the rule's shape.
+        queue: lends the queue of the GPU for the next block, for tiles of the rule's shape.
         rule: prediction rule of the slide.
         clock: counts the stages; the stage "model" is the GPU's time for whole batches.
     """
 
-    queue: Callable[[], BatchQueue]
+    queue: Callable[[], AbstractContextManager[BatchQueue]]
     rule: PredictionRule
     clock: StageClock
 
@@ -61,16 +63,37 @@ class GpuPredictor:
         """
         if not block.tiles:
             return no_foreground(pixels, block, self.rule.probability)
-        queue = self.queue()
-        while True:
-            try:
-                tiles = _BlockOnDevice(queue, self.rule, self.clock, pixels, block)
-                queue.run(tiles)
-                break
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                queue.halve_batch()
+        with self.queue() as queue:
+            while True:
+                with queue.admission.stay() as stay:
+                    room_made = queue.room_made
+                    try:
+                        return self._compute(queue, pixels, block)
+                    except Exception as error:
+                        if not is_out_of_memory(error):
+                            raise
+                        reason = str(error).partition("\n")[0]
+                    # Only here is the error gone, whose traceback holds the block's memory.
+                    may_succeed = queue.make_room(room_made) or queue.admission.lower(stay)
+                if not may_succeed:
+                    raise ComputeError(
+                        str(queue.device.torch_device),
+                        expected="memory for a block and a batch of one tile",
+                        found=f"a device whose memory is full ({reason})",
+                        cause="another process on it, or large tiles",
+                        remedy="choose a smaller `tile` or `block`",
+                    )
+
+    def _compute(self, queue: BatchQueue, pixels: NDArray[Any], block: Block) -> BlockResult:
+        """Predict a block with tiles; raises an error that `is_out_of_memory` if the device's memory is full."""
+        tiles = _BlockOnDevice(queue, self.rule, self.clock, pixels, block)
+        try:
+            queue.run(tiles)
+        except BaseException:
+            # Launched work still reads memory that would otherwise go to the next block.
+            queue.incoming.synchronize()
+            queue.computing.synchronize()
+            raise
         mask, probability, (foreground, undefined) = tiles.fetch()
         self.clock.worked("model", queue.busy_seconds())
         refuse_nan(block, undefined)
@@ -90,30 +113,24 @@ class _BlockOnDevice:
         self._rule = rule
         self._block = block
         self._queue, self._device = queue, queue.device
-        with clock.stage("upload"):
-            source = torch.from_numpy(_to_kernel_dtype(pixels))
-            self._sent = torch.empty_like(source, pin_memory=self._device.is_gpu).copy_(source)
-        with self._device.on(self._queue.incoming):
-            self._pixels = self._sent.to(self._device.torch_device, non_blocking=True)
+        with clock.stage("upload"), self._device.on(self._queue.incoming):
+            self._pixels = self._device.send(_to_kernel_dtype(pixels))
             self.arrived = self._device.event()
             self.arrived.record(self._queue.incoming)
         with self._device.on(self._queue.computing):
             # Pixels outside all tiles are background.
-            self._mask = self._empty(block.box.shape, torch.uint8).zero_()
-            self._probability = self._empty(block.box.shape, torch.uint8).zero_() if rule.probability else None
+            self._mask = self._device.zeros(block.box.shape, torch.uint8)
+            self._probability = self._device.zeros(block.box.shape, torch.uint8) if rule.probability else None
             self._stitch = make_stitch(
                 rule,
                 block,
                 self._mask,
                 self._probability,
                 kernels=stitch_triton if rule.stitch == "crop" else blend_triton,
-                empty=partial(self._empty, dtype=torch.half),
+                empty=partial(self._device.empty, dtype=torch.half),
             )
         self._counts: Tensor | None = None
         self._finished = self._device.event()
-
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self._device.torch_device)
 
     def gather(self, first: int, last: int, pixels: Tensor) -> None:
         """See `Tiles.gather`."""
@@ -134,15 +151,12 @@ class _BlockOnDevice:
         done = self._device.event()
         with self._device.on(self._queue.outgoing):
             self._queue.outgoing.wait_event(self._finished)
-            mask, counts = self._send(self._mask), self._send(self._counts)
-            probability = None if self._probability is None else self._send(self._probability).numpy()
+            mask, counts = self._device.receive(self._mask), self._device.receive(self._counts)
+            probability = None if self._probability is None else self._device.receive(self._probability).numpy()
             done.record(self._queue.outgoing)
         done.synchronize()
         foreground, undefined = counts.tolist()
         return mask.numpy(), probability, (foreground, undefined)
-
-    def _send(self, result: Tensor) -> Tensor:
-        return self._device.pinned(tuple(result.shape), result.dtype).copy_(result, non_blocking=True)
 
 
 def _to_kernel_dtype(pixels: NDArray[Any]) -> NDArray[Any]:

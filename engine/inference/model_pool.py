@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
-from importlib.util import find_spec
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property, partial
 from itertools import cycle
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +21,8 @@ from cellseg_batch.engine.inference.backends.protocol import Backend, DeviceMode
 from cellseg_batch.engine.inference.backends.registry import make_backend
 from cellseg_batch.engine.inference.choice import Choice, choose
 from cellseg_batch.engine.inference.decoders import DECODERS
+from cellseg_batch.engine.inference.gpu_admission import Admission
+from cellseg_batch.engine.inference.kept_by_use import KeptByUse
 from cellseg_batch.engine.inference.probes import Probes
 from cellseg_batch.engine.inference.session import Network, Session, compile_network
 from cellseg_batch.engine.machine import cores
@@ -32,15 +33,15 @@ from cellseg_batch.trainer.bundle import Bundle
 if TYPE_CHECKING:
     from cellseg_batch.engine.inference.gpu_batch_queue import BatchQueue
 
-# Compiled networks are kept while the area of all their batches is at most this, in px: two large tiles, or the many
-# shapes of a folder of small images.
+_log = logging.getLogger(__name__)
+
+# Idle networks are kept while the area of all batches is at most this, in px: two large tiles on CPUs, or the many
+# shapes of a folder of small images.  A GPU that runs out of memory drops them before it makes smaller batches.
 _KEPT_AREA = 2 * Settings.tile**2
+_KEPT_AREA_ON_GPU = 8 * Settings.tile**2
 
 # Sessions per network: one thread cuts or stitches its tiles while another thread's tiles run.
 _SESSIONS = 2
-
-# Batch shapes whose models stay on a GPU: one for the current slide, one for the next slide in preparation.
-_KEPT_QUEUES = 2
 
 # (backend, batch shape, pixel dtype) that a network is compiled for.
 _Key = tuple[Backend, Shape, np.dtype[Any]]
@@ -80,6 +81,7 @@ class ModelPool:
         self.models_lock = threading.RLock()
         self._run_lock = threading.RLock()
         self._gpus = gpus_of(settings.device)
+        self._admissions = {gpu: Admission() for gpu in self._gpus}
         self._artefacts = Artefacts()
         with self.counted():
             self.choice = choice or choose(settings, bundle, racing)
@@ -87,8 +89,8 @@ class ModelPool:
             winner = self.choice.backend, self.choice.precision
             self.chosen = make_backend(self._network, *winner, self._threads, self._artefacts, self._gpus[0])
         self._backends = {(self.chosen.name, self.chosen.precision, 1, self._gpus[0]): self.chosen}
-        self._queues: OrderedDict[tuple[Backend, Shape], Iterator[BatchQueue]] = OrderedDict()
-        self._sessions: dict[_Key, _Sessions] = {}
+        self._queues: KeptByUse[tuple[Backend, Shape], Iterator[BatchQueue]] = KeptByUse(_KEPT_AREA_ON_GPU)
+        self._sessions: KeptByUse[_Key, _Sessions] = KeptByUse(_KEPT_AREA)
         self.probes = Probes(self._run_lock, self.counted)
 
     @contextmanager
@@ -133,81 +135,81 @@ class ModelPool:
 
         Each network has two sessions; a third thread waits.
         """
-        with self.models_lock:
-            key = (backend, shape, np.dtype(dtype))
-            sessions = self._sessions.pop(key, None)
-            if sessions is None:
-                self._drop_idle_networks(shape)
-                with self.counted():
-                    sessions = _Sessions(compile_network(backend, shape, dtype), self._run_lock)
-            self._sessions[key] = sessions  # most recently used last
-            users = sessions.enter()
-        with users as session:
-            yield session
+
+        def make() -> _Sessions:
+            with self.counted():
+                return _Sessions(compile_network(backend, shape, dtype), self._run_lock)
+
+        with ExitStack() as lent:
+            with self.models_lock:
+                key = (backend, shape, np.dtype(dtype))
+                sessions = lent.enter_context(self._sessions.lend(key, _area(shape), make))
+            yield lent.enter_context(sessions.session())
 
     def has_queue(self, backend: Backend) -> bool:
         """Whether the GPU gathers and stitches whole blocks through `queue`.
 
-        Without Triton the host gathers and stitches, and the GPU only runs the network.
+        If the kernels cannot run there, the host gathers and stitches, and the GPU only runs the network.
         """
-        return KNOWN_BACKENDS[backend.name].on_gpu and find_spec("triton") is not None
+        return KNOWN_BACKENDS[backend.name].on_gpu and self._kernels_run
 
-    def queue(self, backend: Backend, downscale: int, shape: Shape) -> BatchQueue:
-        """Return a GPU's queue for batches of ``shape``, each GPU in turn; only for backends with `has_queue`."""
+    @cached_property
+    def _kernels_run(self) -> bool:
+        from cellseg_batch.engine.inference.gpu_probe import why_no_kernels
+
+        reason = why_no_kernels(self._gpus[0])
+        if reason:
+            _log.warning("the processor cuts and stitches the tiles of GPUs, which is slower: %s", reason)
+        return not reason
+
+    @contextmanager
+    def queue(self, backend: Backend, downscale: int, shape: Shape) -> Iterator[BatchQueue]:
+        """Lend a GPU's queue for batches of ``shape``, each GPU in turn; only for backends with `has_queue`.
+
+        The network behind it is compiled by the first batch, so that other threads look up theirs meanwhile.
+        """
+        with ExitStack() as lent:
+            with self.models_lock:
+                make = partial(self._make_queues, backend, downscale, shape)
+                queue = next(lent.enter_context(self._queues.lend((backend, shape), _area(shape), make)))
+            yield queue
+
+    def _make_queues(self, backend: Backend, downscale: int, shape: Shape) -> Iterator[BatchQueue]:
+        """Return the queues of every GPU for batches of ``shape``, over and over again."""
         from cellseg_batch.engine.inference.backends import cuda
         from cellseg_batch.engine.inference.gpu_batch_queue import BatchQueue
 
-        with self.models_lock:
-            key = (backend, shape)
-            if key not in self._queues:
-                queues = []
-                for gpu in self._gpus:
-                    gpu_backend = self.backend(backend.name, backend.precision, downscale, gpu)
-                    queues.append(BatchQueue(cuda.Device(gpu), partial(_compile_batch, gpu_backend, shape), shape[0]))
-                self._queues[key] = cycle(queues)
-            self._queues.move_to_end(key)
-            while len(self._queues) > _KEPT_QUEUES:
-                self._queues.popitem(last=False)
-            return next(self._queues[key])
-
-    def _drop_idle_networks(self, shape: Shape) -> None:
-        """Drop the least recently used idle networks until one for ``shape`` fits: each holds its own memory."""
-        areas = {key: math.prod(key[1]) // key[1][1] for key in self._sessions}
-        free_area = _KEPT_AREA - math.prod(shape) // shape[1]
-        for key in areas:
-            if not self._sessions[key].users and sum(areas[held] for held in self._sessions) > free_area:
-                del self._sessions[key]
+        queues = []
+        for gpu in self._gpus:
+            compile_model = partial(
+                _compile_batch, self.backend(backend.name, backend.precision, downscale, gpu), shape
+            )
+            device, admission = cuda.Device(gpu), self._admissions[gpu]
+            queues.append(BatchQueue(device, compile_model, shape[0], admission, self._queues.drop_idle))
+        return cycle(queues)
 
 
 class _Sessions:
-    """The sessions of one network, each for one thread at a time.
-
-    Attributes:
-        users: number of threads that have a session or wait for one.
-    """
+    """The sessions of one network, each for one thread at a time."""
 
     def __init__(self, network: Network, run_lock: AbstractContextManager[Any]) -> None:
-        self.users = 0
-        self._lock = threading.Lock()
         self._idle: SimpleQueue[Session] = SimpleQueue()
         for _ in range(_SESSIONS):
             self._idle.put(Session(network, run_lock))
 
-    def enter(self) -> AbstractContextManager[Session]:
-        """Count the caller as a user; the returned context waits for a session and gives it back."""
-        with self._lock:
-            self.users += 1
-        return self._use()
-
     @contextmanager
-    def _use(self) -> Iterator[Session]:
+    def session(self) -> Iterator[Session]:
+        """Wait for a session and lend it."""
         session = self._idle.get()
         try:
             yield session
         finally:
             self._idle.put(session)
-            with self._lock:
-                self.users -= 1
+
+
+def _area(shape: Shape) -> int:
+    """Area in px of all tiles of a batch."""
+    return math.prod(shape) // shape[1]
 
 
 def _compile_batch(backend: Backend, shape: Shape, batch: int) -> DeviceModel:

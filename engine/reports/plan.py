@@ -153,6 +153,8 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
         return replace(run_estimate, slides=slides)
     per_pixel = _seconds_per_pixel(report, settings.workers)
     on_gpu = KNOWN_BACKENDS[report.backend].on_gpu
+    if on_gpu:  # the blocks above were laid before the backend was known
+        entries = [_with_blocks(entry, plan, settings.block_side(on_gpu)) for entry, plan in entries]
     base_bytes = report.planned_peak_bytes - report.workers * block_bytes(sample, on_gpu)
     slides = [
         entry if plan is None else _weigh(entry, plan, settings, per_pixel, base_bytes, report)
@@ -171,20 +173,32 @@ def _lay(image: Slide | UnreadableImage, settings: Settings, card: Card) -> tupl
         plan = plan_slide(image, paths, settings, card, Bounds(0.0, 1.0))
     except SlideError as error:
         return SlideEstimate(image.location, error.detail), None
+    return _count(plan), plan
+
+
+def _with_blocks(entry: SlideEstimate, plan: SlidePlan | None, side: int) -> tuple[SlideEstimate, SlidePlan | None]:
+    """Estimate and plan of an image with blocks of about ``side`` px; unchanged without a plan."""
+    if plan is None:
+        return entry, None
+    plan = plan.with_blocks(side)
+    return _count(plan), plan
+
+
+def _count(plan: SlidePlan) -> SlideEstimate:
+    """Estimate of a slide from its plan alone: pixels, blocks, bytes and files."""
     layouts = [writer.layout for writer in image_writers(plan).values()]
     pixels = sum(math.prod(shape) for shape in layouts[0].shapes)
-    entry = SlideEstimate(
-        path=image.location,
+    return SlideEstimate(
+        path=plan.slide.location,
         pixels=plan.pixels,
         blocks=len(plan.grid),
         tiles=plan.tiles,
-        bytes_in=values_read(plan) * np.dtype(image.dtype).itemsize,
+        bytes_in=values_read(plan) * np.dtype(plan.slide.dtype).itemsize,
         bytes_out=pixels * sum(np.dtype(layout.dtype).itemsize for layout in layouts),
         files=sum(map(most_files, layouts))
         + most_records([slide_pass.count for slide_pass in passes_of(plan)])
         + most_scratch_files(plan),
     )
-    return entry, plan
 
 
 def values_read(plan: SlidePlan) -> int:

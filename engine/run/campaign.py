@@ -32,7 +32,7 @@ from cellseg_batch.engine.run.prepared_slide import PreparedSlide
 from cellseg_batch.engine.run.results import RunReport, SlideReport
 from cellseg_batch.engine.run.slide_plan import SlidePlan, choose_input, pick_margin
 from cellseg_batch.engine.run.worker import AnyWorker, Outcome, Worker, WorkerElsewhere, run_task
-from cellseg_batch.engine.scheduling.dask_pools import open_pool
+from cellseg_batch.engine.scheduling.dask_pools import open_pool, threads_per_process
 from cellseg_batch.engine.scheduling.scheduler import Pool, TaskGroup, Workflow, ask, call_alone, run_workflows
 from cellseg_batch.engine.scheduling.signals import Stop
 from cellseg_batch.engine.settings import Settings
@@ -225,7 +225,8 @@ class Campaign:
             self.worker: AnyWorker = Worker(settings, model_pool, self._clock)
         else:
             # Choose in a worker: this machine may be a login node without the workers' devices.
-            settings = settings_elsewhere(settings)
+            workers = max(settings.workers, threads_per_process(settings))  # blocks in flight in one process
+            settings = replace(settings_elsewhere(settings), workers=workers)
             self.choice = call_alone(pool, choose_backend, settings)
             self.worker = WorkerElsewhere(settings, self.choice, uuid4().hex)
         self.compile_seconds = time.perf_counter() - started

@@ -166,6 +166,7 @@ def _begin(worker: Worker, request: Request, journal: Journal) -> PreparedSlide:
         factor = settle_downscale(plan, settings, model_pool, reader)
         plan = downscale_plan(plan, settings, model_pool.bundle, factor)
         backend = model_pool.downscaled(model_pool.chosen, factor)
+        plan = plan.with_blocks(settings.block_side(KNOWN_BACKENDS[backend.name].on_gpu))
         worker.warm_up.compile_for(plan, backend, reader)
         prepared = _fit_memory(plan, backend, settings, worker.warm_up.held_bytes, keeps_blocks=False)
         _create_outputs(prepared, model_pool, backend, journal)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cellseg_batch.engine.errors import SlideError, UsageError
 from cellseg_batch.engine.geometry import BlockGrid, fit_lattice, lay_blocks
@@ -89,6 +89,10 @@ class SlidePlan:
         """Number of tiles of all planes."""
         rows, columns = self.grid.lattice.grid
         return rows * columns * self.grid.planes
+
+    def with_blocks(self, side: int) -> SlidePlan:
+        """The plan with blocks of about ``side`` px."""
+        return replace(self, grid=lay_blocks(self.grid.lattice, side, self.grid.planes, self.grid.ring))
 
     def decisions(self, model: ModelIdentity, backend: BackendIdentity) -> Decisions:
         """The decisions that determine the pixels of the output."""
@@ -181,6 +185,7 @@ def plan_slide(
             remedy=f"use `margin={card.total_stride}` or more, or `stitch=crop`",
         )
     lattice = fit_lattice(slide.plane_shape(level.level), settings.tile, margin, card.total_stride)
+    planes = slide.planes(level.level)
     # Blending a tile takes the logits of its neighbours, flat ones too.
     skips = settings.skip_background == "auto" and settings.stitch == "crop"
     flat = flat_limit(bounds, card.normalisation) if skips else 0.0
@@ -189,7 +194,7 @@ def plan_slide(
         paths=paths,
         level=level,
         channels=channels,
-        grid=lay_blocks(lattice, settings.block, slide.planes(level.level), ring=settings.stitch == "blend"),
+        grid=lay_blocks(lattice, settings.block_side(on_gpu=False), planes, ring=settings.stitch == "blend"),
         bounds=bounds,
         threshold=settings.threshold if settings.threshold is not None else card.threshold,
         shape=(settings.batch, card.channels, *lattice.tile),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -36,6 +37,8 @@ class WarmUp:
         self._model_pool = model_pool
         self._budget = budget
         self._largest: dict[tuple[object, ...], int] = {}
+        # Not the pool's lock: a network may take minutes to compile, and other threads go on with theirs.
+        self._lock = threading.Lock()
 
     def compile_for(self, plan: SlidePlan, backend: Backend, reader: SlideReader) -> None:
         """Segment the tile in the middle of a slide, which is seldom empty, and drop the result.
@@ -46,7 +49,7 @@ class WarmUp:
         slide = plan.slide
         kind = slide.dtype, slide.axes, plan.needs_probability, plan.instances, plan.objects, plan.downscale
         size = math.prod(plan.shape)
-        with self._model_pool.models_lock:
+        with self._lock:
             if size <= self._largest.get(kind, 0):
                 return
             tile = _middle_of(replace(plan.grid, cores=(1, 1)))

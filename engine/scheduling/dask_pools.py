@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import ClusterError, UsageError
-from cellseg_batch.engine.machine import visible_gpus
+from cellseg_batch.engine.machine import cores, visible_gpus
 from cellseg_batch.engine.scheduling.process_keeper import Processes
 from cellseg_batch.engine.scheduling.scheduler import Pool, ThreadPool
 from cellseg_batch.engine.scheduling.signals import SIGNALS
@@ -29,7 +29,7 @@ from cellseg_batch.engine.settings import ClusterSettings, Settings, gpus_of
 if TYPE_CHECKING:
     from distributed import Client
 
-# One block is computed while another is read or written.
+# One block is computed while another is read or written; a GPU is faster than a core that reads and writes for it.
 THREADS_PER_PROCESS = 2
 _CONNECT_SECONDS = 30
 _COUNT_SECONDS = 5
@@ -52,11 +52,25 @@ def open_pool(settings: Settings, imports: Sequence[str] = ()) -> Pool:
     """
     if settings.scheduler == "threads":
         return ThreadPool(settings.workers)
+    threads = threads_per_process(settings)
     if settings.scheduler == "processes":
-        return _open_processes([*_devices(settings)] or [None] * settings.workers, imports)
+        return _open_processes([*_devices(settings)] or [None] * settings.workers, threads, imports)
     if settings.scheduler == "slurm":
-        return _open_slurm(settings.workers, settings.cluster)
+        return _open_slurm(settings.workers, threads, settings.cluster)
     return _connect(settings.scheduler)
+
+
+def threads_per_process(settings: Settings) -> int:
+    """Number of threads of each worker process that a pool starts.
+
+    A process with a GPU gets its share of the cores, or else it would wait for what reads and writes.
+    """
+    cores_per_gpu = 0
+    if settings.scheduler == "processes" and (devices := _devices(settings)):
+        cores_per_gpu = cores() // len(devices)
+    elif settings.scheduler == "slurm" and settings.cluster.gres is not None:
+        cores_per_gpu = settings.cluster.cores or 0
+    return max(THREADS_PER_PROCESS, cores_per_gpu)
 
 
 def _devices(settings: Settings) -> list[str]:
@@ -75,7 +89,7 @@ class DaskPool:
         client: client that is connected to the cluster.
         close: releases the cluster; its argument says whether there is time to let workers end.
         gpus: whether each call needs a GPU.
-        most: number of worker processes that the cluster may grow to; None counts the present threads.
+        most: number of calls at a time that the cluster may grow to; None counts the present threads.
     """
 
     # A call costs the scheduler and the worker about 7 ms.
@@ -95,7 +109,7 @@ class DaskPool:
     def workers(self) -> int:
         """Number of calls that run at a time."""
         if self._most is not None:
-            return self._most * THREADS_PER_PROCESS
+            return self._most
         if time.monotonic() - self._counted > _COUNT_SECONDS:
             self._threads = max(1, sum(self._client.nthreads().values()))
             self._counted = time.monotonic()
@@ -139,13 +153,15 @@ class _WorkerSlot:
     Attributes:
         address: address of its dask scheduler.
         device: the GPU that it sees, as ``CUDA_VISIBLE_DEVICES`` names it; None leaves that variable as it is.
+        threads: number of its threads.
     """
 
     address: str
     device: str | None
+    threads: int
 
 
-def _open_processes(devices: list[str | None], imports: Sequence[str]) -> Pool:
+def _open_processes(devices: list[str | None], threads: int, imports: Sequence[str]) -> Pool:
     """Start a process for each of ``devices``, which sees only its own GPU, if any.  All listen on loopback only.
 
     dask's own supervisor of processes is not used: it gives up a worker that has not restarted 15 s after its death.
@@ -155,13 +171,13 @@ def _open_processes(devices: list[str | None], imports: Sequence[str]) -> Pool:
     with _signals_left_to_the_run():
         scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", **_SCHEDULER}}
         cluster = SpecCluster(workers={}, scheduler=scheduler, **_QUIET)
-        slots = [_WorkerSlot(cluster.scheduler_address, device) for device in devices]
+        slots = [_WorkerSlot(cluster.scheduler_address, device, threads) for device in devices]
 
         def close(wait: bool) -> None:
             cluster.close()  # this also ends the workers
             processes.close(_END_SECONDS if wait else 0.0)
 
-        pool = DaskPool(Client(cluster), close, gpus=any(devices), most=len(devices))
+        pool = DaskPool(Client(cluster), close, gpus=any(devices), most=threads * len(devices))
         processes = Processes(_serve, slots, ("distributed", *imports), lambda reason: pool.fail(_no_process(reason)))
     return pool
 
@@ -174,10 +190,10 @@ def _serve(slot: _WorkerSlot, started: Callable[[], None]) -> None:
     # The profiler samples every thread 100 times a second, which costs 6 % of the speed with small blocks.
     dask.config.set({"distributed.worker.profile.enabled": False})
     logging.getLogger("distributed").setLevel(logging.ERROR)
-    options: dict[str, Any] = {"nthreads": THREADS_PER_PROCESS, "memory_limit": 0, "host": "127.0.0.1"}
+    options: dict[str, Any] = {"nthreads": slot.threads, "memory_limit": 0, "host": "127.0.0.1"}
     if slot.device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = slot.device
-        options["resources"] = {_GPU: THREADS_PER_PROCESS}
+        options["resources"] = {_GPU: slot.threads}
 
     async def work() -> None:
         async with Worker(slot.address, dashboard=False, **options) as worker:
@@ -197,7 +213,7 @@ def _no_process(reason: str) -> ClusterError:
     )
 
 
-def _open_slurm(workers: int, resources: ClusterSettings) -> Pool:
+def _open_slurm(workers: int, threads: int, resources: ClusterSettings) -> Pool:
     """Open a pool of up to ``workers`` SLURM jobs of one process each, which start and end with the work to do."""
     try:
         import dask_jobqueue
@@ -214,9 +230,9 @@ def _open_slurm(workers: int, resources: ClusterSettings) -> Pool:
     if resources.config is not None:
         configuration = dask.config.collect(paths=[str(resources.config)], env={})
         dask.config.update(dask.config.config, configuration, priority="new")
-    worker_arguments = ["--nthreads", str(THREADS_PER_PROCESS), "--memory-limit", "0", "--no-dashboard"]
+    worker_arguments = ["--nthreads", str(threads), "--memory-limit", "0", "--no-dashboard"]
     if resources.gres is not None:
-        worker_arguments += ["--resources", f"{_GPU}={THREADS_PER_PROCESS}"]
+        worker_arguments += ["--resources", f"{_GPU}={threads}"]
     options = {
         "queue": resources.queue,
         "account": resources.account,
@@ -238,7 +254,7 @@ def _open_slurm(workers: int, resources: ClusterSettings) -> Pool:
             remedy="add them, or a dask-jobqueue file with `config`",
         ) from error
     cluster.adapt(minimum=0, maximum=workers)
-    return DaskPool(Client(cluster), lambda wait: cluster.close(), resources.gres is not None, most=workers)
+    return DaskPool(Client(cluster), lambda wait: cluster.close(), resources.gres is not None, most=threads * workers)
 
 
 def _connect(address: str) -> Pool:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.images import blobs, write_ome_zarr
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -31,3 +33,13 @@ def test_without_a_gpu_the_script_says_so():
     done = subprocess.run(["bash", FOLDER / "gpu.sh"], env=hidden, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "expected a GPU that torch can use" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_hosts_ceiling_is_measured_without_a_gpu(tmp_path):
+    image = write_ome_zarr(tmp_path / "a.zarr", blobs(700, 600))
+    command = [sys.executable, "bench_host.py", "--workers", "1", "--measure", image, tmp_path / "out"]
+    done = subprocess.run(command, cwd=FOLDER, check=True, capture_output=True, text=True)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["mpx"] == 0.42
+    assert min(figures["seconds"], figures["processor"]) > 0

@@ -259,7 +259,7 @@ class FakeDevice:
         class Stream:
             cuda_stream = 4711
 
-            def __init__(self, device):
+            def __init__(self, device, priority=0):
                 pass
 
             def synchronize(self):

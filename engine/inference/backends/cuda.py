@@ -1,4 +1,4 @@
-"""Wrap a CUDA device: streams, events, pinned memory, and a network between two buffers as a CUDA graph.
+"""Wrap a CUDA device: its owner, streams, events, copies, and a network between two buffers as a CUDA graph.
 
 A `Device` may also be the CPU: enqueued work is then done when the call returns, so that tests run the code for GPUs
 without a GPU.  It must not know which library computes, nor bundles, tiles or files.
@@ -7,8 +7,9 @@ without a GPU.  It must not know which library computes, nor bundles, tiles or f
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,10 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.inference.backends.protocol import Logits, Shape
+
+# Parts of the messages of full memory, without spaces: TensorRT writes three words as one or as three, and cuDNN finds
+# no convolution ("GET was unable to find an engine") where there is no memory for the workspace of any.
+_FULL_MEMORY = ("outofmemory", "unabletofindanengine")
 
 
 def available() -> bool:
@@ -44,9 +49,29 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error``, or the error that it was raised from, reports in any library's words that memory is full."""
     # A failed capture raises its own error in the context of the first.
     chain = [link for link in (error, error.__context__) if link is not None]
-    # TensorRT writes it as one word or as three.
-    in_text = ("outofmemory" in str(link).lower().replace(" ", "") for link in chain)
-    return any(isinstance(link, torch.OutOfMemoryError) for link in chain) or any(in_text)
+    texts = [str(link).lower().replace(" ", "") for link in chain]
+    in_text = any(words in text for words in _FULL_MEMORY for text in texts)
+    return in_text or any(isinstance(link, torch.OutOfMemoryError) for link in chain)
+
+
+class DeviceOwner:
+    """Decides which thread of this process may capture, synchronise or compile: one at a time, for all GPUs together.
+
+    A device that is synchronised breaks the capture of any thread on it, compilers synchronise to time kernels, and
+    torch captures one graph at a time.  Other threads go on launching, copying and allocating.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait for the right and hold it in the context; a thread may nest contexts."""
+        with self._lock:
+            yield
+
+
+_OWNER = DeviceOwner()
 
 
 class Device:
@@ -66,6 +91,7 @@ class Device:
     def __init__(self, name: str) -> None:
         self.torch_device = torch.device(name)
         self.is_gpu = self.torch_device.type == "cuda"
+        self._capture_stream: Any = None
         if self.is_gpu and self.torch_device.index >= torch.cuda.device_count():
             raise BackendError(
                 f"`device={name}`",
@@ -81,9 +107,15 @@ class Device:
         major, minor = torch.cuda.get_device_capability(self.torch_device)
         return f"{torch.cuda.get_device_name(self.torch_device)} sm_{major}{minor}"
 
-    def stream(self) -> Any:
-        """Return a new stream, never the default one."""
-        return torch.cuda.Stream(self.torch_device) if self.is_gpu else _HostStream()  # type: ignore[no-untyped-call]
+    def stream(self, for_captures: bool = False) -> Any:
+        """Return a stream, never the default one.
+
+        torch hands out 32 streams of each priority in turn, so callers may share one.  Streams for captures have a
+        priority of their own: work of another thread on a stream that is captured would go into the graph.
+        """
+        if not self.is_gpu:
+            return _HostStream()
+        return torch.cuda.Stream(self.torch_device, priority=-1 if for_captures else 0)  # type: ignore[no-untyped-call]
 
     def event(self) -> Any:
         """Return a new event; a thread that waits for it sleeps."""
@@ -94,30 +126,67 @@ class Device:
         return torch.cuda.stream(stream) if self.is_gpu else contextlib.nullcontext()
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return page-locked host memory, which the device copies directly; torch reuses freed memory."""
+        """Return page-locked host memory, which the device copies directly; torch reuses it only after these copies."""
         return torch.empty(shape, dtype=dtype, pin_memory=self.is_gpu)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return memory of the device for the current stream; raises torch.OutOfMemoryError."""
+        return torch.empty(shape, dtype=dtype, device=self.torch_device)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return zeroed memory of the device; raises torch.OutOfMemoryError."""
-        return torch.zeros(shape, dtype=dtype, device=self.torch_device)
+        return self.empty(shape, dtype).zero_()
 
-    def graph(self, launch: Callable[[int], None], stream: Any) -> Callable[[], None]:
-        """Capture the work that ``launch`` enqueues on the stream whose handle it gets; the returned call replays it.
+    def send(self, array: NDArray[Any]) -> torch.Tensor:
+        """Return a copy of a host array on the device, with its strides, enqueued on the current stream.
+
+        It goes through page-locked memory: a copy from other memory waits for all earlier work of the stream.
+        """
+        source = torch.from_numpy(array)
+        sent = torch.empty_like(source, pin_memory=self.is_gpu).copy_(source)
+        return sent.to(self.torch_device, non_blocking=True)
+
+    def receive(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a copy of a device tensor in page-locked memory, enqueued on the current stream."""
+        return self.pinned(tuple(tensor.shape), tensor.dtype).copy_(tensor, non_blocking=True)
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which this thread may compile; see `DeviceOwner`."""
+        return _OWNER.alone()
+
+    def capture(self, launch: Callable[[int], None]) -> Callable[[], None]:
+        """Capture the work that ``launch`` enqueues on the stream whose handle it gets.
+
+        Returns:
+            A call that replays the work on the current stream.
 
         Raises:
             RuntimeError: some of the work cannot be captured.
             Exception: whatever ``launch`` raises.
         """
+        with self.alone():
+            # A single stream for all captures, because libraries keep a workspace for each.
+            self._capture_stream = stream = self._capture_stream or self.stream(for_captures=True)
+            with self.on(stream):
+                launch(stream.cuda_stream)  # this first launch does lazy initialisation, which a capture forbids
+            stream.synchronize()
+            return self._graph(launch, stream)
+
+    def settle(self) -> None:
+        """Wait for all enqueued work, and free the unused memory that torch still holds."""
+        with self.alone():
+            self._synchronise()
+
+    def _graph(self, launch: Callable[[int], None], stream: Any) -> Callable[[], None]:
         if not self.is_gpu:
             return lambda: launch(0)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may read and write slides while this thread captures.
+        # Other threads may launch, copy and allocate while this thread captures.
         with self.on(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             launch(stream.cuda_stream)
         return graph.replay
 
-    def settle(self) -> None:
-        """Wait for all enqueued work, and free the unused memory that torch still holds."""
+    def _synchronise(self) -> None:
         if self.is_gpu:
             torch.cuda.synchronize(self.torch_device)
             torch.cuda.empty_cache()
@@ -143,7 +212,6 @@ class GraphedHalf:
         self.pixels = device.zeros(pixels, torch.half)
         self.logits = device.zeros(logits, torch.half)
         self._device = device
-        # On the default stream TensorRT synchronises after every enqueue, and no graph can be captured.
         self._stream = device.stream()
         # Keep this order, in which Python drops them: the graph must go before the objects that it launches.
         self._replay: Callable[[], None] = lambda: _no_launch(0)
@@ -159,11 +227,7 @@ class GraphedHalf:
             Exception: whatever ``launch`` raises.
         """
         self._launch = launch
-        with self._device.on(self._stream):
-            # The first launch does lazy initialisation, which a capture forbids.
-            launch(self._stream.cuda_stream)
-        self._stream.synchronize()
-        self._replay = self._device.graph(launch, self._stream)
+        self._replay = self._device.capture(launch)
 
     def enqueue(self) -> None:
         """See `DeviceModel.enqueue`."""

@@ -111,9 +111,11 @@ class TensorRtBackend:
         weights = sum(array.size for array in self._bundle.weights.values())
         # Each process has one logger: TensorRT keeps the first that it gets.
         logger = self._torch_tensorrt.logging.TRT_LOGGER
-        plan = self.plan(shape)
-        with explained(f"load the plan for batches of {shape}"), self._device.on(self._device.stream()):
-            return load_plan(self._tensorrt, logger, plan, shape, weights, self._device)
+        # On the device's own stream: both libraries build and load for the current device.
+        with self._device.alone(), self._device.on(self._device.stream()):
+            plan = self.plan(shape)
+            with explained(f"load the plan for batches of {shape}"):
+                return load_plan(self._tensorrt, logger, plan, shape, weights, self._device)
 
     def plan(self, shape: Shape) -> bytes:
         """Return the plan for batches of ``shape``; build it if none is cached for these libraries and this GPU.
@@ -166,6 +168,7 @@ class TensorRtBackend:
             plan = self._torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
                 program,
                 arg_inputs=[profile],
+                device=self._device.torch_device,
                 require_full_compilation=True,
                 optimization_level=3,
                 timing_cache_path=str(timings),

@@ -1,20 +1,26 @@
 """Run networks in PyTorch on an NVIDIA GPU in fp16: channels-last, batch norm folded, all in one CUDA graph.
 
-It holds two backends: ``torch-cuda`` runs cuDNN's convolutions as they are; in ``torch-compile`` Inductor fuses the
-layers between them.  Neither has run on hardware yet.
+It holds two backends: ``torch-cuda`` runs cuDNN's convolutions, each fused with the ReLU behind it; in
+``torch-compile`` Inductor fuses all layers between them.  Neither has run on hardware yet.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
 from cellseg_batch.engine.inference.backends import cuda
 from cellseg_batch.engine.inference.backends.cuda import Device, GraphedHalf, demand_gpu
+from cellseg_batch.engine.inference.backends.cudnn_fusion import fuse_relu
 from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm
 from cellseg_batch.engine.inference.backends.protocol import BackendRequest, Shape
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.trainer.bundle import Bundle
 
+# torch compiles each batch shape separately, and a folder of small images may have many shapes.
 _MAX_SHAPES = 10_000
 
 
@@ -47,19 +53,20 @@ class TorchCudaBackend:
 
     def __init__(self, bundle: Bundle, device: Device, compiled: bool) -> None:
         self.name = "torch-compile" if compiled else "torch-cuda"
+        self._compiled = compiled
         self._device = device
         network = fold_batch_norm(build_torch_network(bundle))
         with torch.no_grad():
             side = bundle.card.total_stride
             self._outputs = network(torch.zeros(1, bundle.card.channels, side, side)).shape[1]
-        self._network = network.half().to(device.torch_device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if compiled:
-            self._network = torch.compile(self._network, fullgraph=True, dynamic=False)
-            # torch compiles each batch shape separately, and a folder of small images may have many shapes.
-            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _MAX_SHAPES
         # With timing, cuDNN could choose other convolutions in each run, and a resumed run would round differently.
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
+        with device.alone():
+            network = network.half().to(device.torch_device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self._network: Callable[..., torch.Tensor] = (
+                torch.compile(network, fullgraph=True, dynamic=False) if compiled else fuse_relu(network)
+            )
 
     def compile_bytes(self, shape: Shape) -> None:
         """Return None: not offered."""
@@ -78,5 +85,13 @@ class TorchCudaBackend:
             with torch.no_grad():
                 logits.copy_(network(pixels.contiguous(memory_format=torch.channels_last)))
 
-        buffers.capture(launch)
+        with self._any_number_of_shapes():
+            buffers.capture(launch)
         return buffers
+
+    def _any_number_of_shapes(self) -> AbstractContextManager[Any]:
+        """Return a context in which torch compiles for further shapes; each thread has Dynamo settings of its own."""
+        if not self._compiled:
+            return nullcontext()
+        limits = {"recompile_limit": _MAX_SHAPES, "accumulated_recompile_limit": _MAX_SHAPES}
+        return torch._dynamo.config.patch(limits)  # type: ignore[no-any-return]

@@ -1,19 +1,23 @@
 """The backends and devices for GPUs, on a CPU in a GPU's place; nothing here has run on hardware."""
 
 import functools
+import os
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
+from cellseg_batch.engine import machine
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.inference.backends import cuda
 from cellseg_batch.engine.inference.backends.cuda import Device, GraphedHalf, is_out_of_memory
 from cellseg_batch.engine.inference.backends.registry import candidates, make_backend, why_not
+from cellseg_batch.engine.machine import gpus
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.engine.scheduling import dask_pools as clusters
-from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.settings import ClusterSettings, Settings
 from cellseg_batch.engine.storage.cache import Artefacts
 
 SHAPE = (2, 3, 64, 96)
@@ -49,8 +53,10 @@ def test_torch_on_a_gpu_agrees_with_the_plain_network(tiny_bundle, name):
 def test_a_folder_of_images_may_have_any_number_of_shapes(tiny_bundle):
     backend = make_backend(tiny_bundle, "torch-compile", "fp16", 1, Artefacts())
     stride = tiny_bundle.card.total_stride
-    for columns in range(1, 12):  # torch gives up at the ninth unless told otherwise
-        assert backend.compile((1, 3, stride, columns * stride)).logits.shape[3] == columns * stride
+    with ThreadPoolExecutor(1) as worker:  # torch's settings belong to a thread, and runs compile in worker threads
+        for columns in range(1, 12):  # torch gives up at the ninth unless told otherwise
+            shape = (1, 3, stride, columns * stride)
+            assert worker.submit(backend.compile, shape).result().logits.shape[3] == columns * stride
 
 
 @pytest.mark.usefixtures("gpu_on_the_cpu")
@@ -93,6 +99,32 @@ def test_each_process_gets_one_of_the_visible_gpus(monkeypatch, visible, how, ex
     assert clusters._devices(Settings(**how)) == expected
 
 
+def test_a_process_with_a_gpu_has_its_share_of_the_cores(monkeypatch):
+    monkeypatch.setattr(clusters, "cores", lambda: 13)
+    for visible, threads in (("0,1,2", 4), ("0", 13), ("0,1,2,3,4,5,6,7", 2), ("", 2)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert clusters.threads_per_process(Settings(scheduler="processes")) == threads
+    for gres, cores, threads in (("gpu:1", 8, 8), ("gpu:1", None, 2), (None, 8, 2)):
+        resources = ClusterSettings(gres=gres, cores=cores)
+        assert clusters.threads_per_process(Settings(scheduler="slurm", cluster=resources)) == threads
+
+
+@pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
+def test_gpus_are_counted_where_the_drivers_files_are_hidden(monkeypatch, tmp_path):
+    """As in WSL 2 and gVisor."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho NVIDIA H200\necho NVIDIA L4\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    machine._driver_gpus.cache_clear()
+    try:
+        assert machine.gpus() == ["NVIDIA H200", "NVIDIA L4", "visible: all"]
+        assert machine.visible_gpus() == ["0", "1"]
+    finally:
+        machine._driver_gpus.cache_clear()
+
+
 def test_a_gpu_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert Device("cuda:0").is_gpu
@@ -109,6 +141,7 @@ def test_nothing_runs_before_it_is_captured():
 def test_a_full_device_is_told_in_any_librarys_way():
     assert is_out_of_memory(torch.OutOfMemoryError())
     assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert is_out_of_memory(RuntimeError("GET was unable to find an engine to execute this computation"))
     assert is_out_of_memory(RuntimeError("IExecutionContext: Error Code 2: OutOfMemory (Requested size was 128 bytes)"))
     cause = "OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB."
     assert is_out_of_memory(BackendError("TensorRT", expected="to load", found=cause, remedy="a smaller --batch"))

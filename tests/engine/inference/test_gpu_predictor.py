@@ -5,6 +5,7 @@ Kernels run in Triton's interpreter; nothing here has run on hardware.
 
 import importlib.util
 import threading
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from cellseg_batch.engine.geometry import fit_lattice, lay_blocks
 from cellseg_batch.engine.inference import gpu_batch_queue as batch_queue
 from cellseg_batch.engine.inference.backends import cuda
 from cellseg_batch.engine.inference.backends.cuda import Device
+from cellseg_batch.engine.inference.gpu_admission import Admission
 from cellseg_batch.engine.inference.gpu_batch_queue import BatchQueue
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
@@ -60,7 +62,7 @@ class Model:
         self.logits.copy_(network(self.pixels))
 
 
-def queue_of(batch, failures=(), device=None):
+def queue_of(batch, failures=(), device=None, drop_idle=lambda: False):
     """A queue, and the models that it compiles; an exception instead of a model is raised."""
     made = []
 
@@ -68,7 +70,7 @@ def queue_of(batch, failures=(), device=None):
         made.append(Model(count, failures if not made else ()))
         return made[-1]
 
-    return BatchQueue(device or Device("cpu"), compile_model, batch), made
+    return BatchQueue(device or Device("cpu"), compile_model, batch, Admission(), drop_idle), made
 
 
 def rule_of(dtype="uint8", stitch="crop"):
@@ -76,7 +78,7 @@ def rule_of(dtype="uint8", stitch="crop"):
 
 
 def gpu_predictor_of(queue, stitch="crop"):
-    return GpuPredictor(lambda: queue, rule_of(stitch=stitch), StageClock())
+    return GpuPredictor(lambda: nullcontext(queue), rule_of(stitch=stitch), StageClock())
 
 
 class OnTheCpu:
@@ -263,14 +265,14 @@ def test_memory_that_runs_out_between_two_blocks_of_a_batch_counts_nothing_twice
 def test_memory_that_a_block_cannot_have_makes_smaller_batches(monkeypatch):
     image, (queue, _) = image_of(), queue_of(4)
     (block,) = lay_blocks(LATTICE, 999)
-    real, failures = gpu_predictor._BlockOnDevice._empty, [FULL]
+    real, failures = Device.empty, [FULL]
 
     def empty(self, shape, dtype):
         if failures:
             raise failures.pop()
         return real(self, shape, dtype)
 
-    monkeypatch.setattr(gpu_predictor._BlockOnDevice, "_empty", empty)
+    monkeypatch.setattr(Device, "empty", empty)
     assert_same(gpu_predictor_of(queue).predict(image, block), expected_of(image, block))
     assert queue.batch == 2
 
