@@ -183,9 +183,9 @@ class Settings:
         if self.threshold is not None and not 0 < self.threshold < 1:
             _refuse("threshold", "a probability between 0 and 1, both excluded", self.threshold, "try 0.5")
         if isinstance(self.margin, str) and self.margin != "exact":
-            _refuse("margin", "a number of px or the word exact", self.margin, "try `margin=64`")
+            _refuse("margin", "a number of px or the word exact", self.margin, "leave it out for the model's own")
         if isinstance(self.margin, int) and self.margin < 0:
-            _refuse("margin", "0 px or more", self.margin, "try `margin=64`, or `margin=exact`")
+            _refuse("margin", "0 px or more", self.margin, "leave it out for the model's own, or `margin=exact`")
         for name in ("tile", "batch", "block", "workers", "threads", "max_memory", "downscale"):
             value = getattr(self, name)
             if value is not None and value < 1:

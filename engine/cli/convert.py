@@ -21,9 +21,7 @@ _COLOURS = {"failed": "red", "held": "yellow"}
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(
-            parser=to_path, metavar="SOURCE", help="A TIFF, OME-TIFF, SVS, PNG or plain zarr, or a folder of them."
-        ),
+        typer.Argument(parser=to_path, metavar="SOURCE", help="An image that `run` reads, or a folder of them."),
     ],
     target: Annotated[Path, typer.Argument(parser=to_path, metavar="DST.zarr", help="The store to write.")],
     axes: Axes = None,

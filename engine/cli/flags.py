@@ -57,9 +57,7 @@ def _names(text: str) -> tuple[str, ...]:
 # Arguments and flags that commands name one by one.
 Slides = Annotated[
     list[Path],
-    typer.Argument(
-        parser=to_path, metavar="SLIDES", help="OME-Zarr, zarr, TIFF, SVS, PNG or JPEG, or folders of them."
-    ),
+    typer.Argument(parser=to_path, metavar="SLIDES", help="Images: stores, files, or folders of them."),
 ]
 Slide = Annotated[
     Path,

@@ -10,9 +10,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from cellseg_batch.engine.inference.backends.registry import packages
 from cellseg_batch.engine.machine import cores, package_version, processor
 
-_PACKAGES = ("cellseg-batch", "torch", "openvino", "numpy", "numba", "zarr", "dask")
+_PACKAGES = ("cellseg-batch", "numpy", "numba", "zarr", "dask")
 
 
 def conditions() -> dict[str, Any]:
@@ -23,7 +24,7 @@ def conditions() -> dict[str, Any]:
         "cores": cores(),
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": {name: package_version(name) for name in _PACKAGES},
+        "versions": {name: package_version(name) for name in (*_PACKAGES, *packages())},
         "commit": _git("rev-parse", "--short", "HEAD"),
         "changed_files": len(_git("status", "--porcelain").splitlines()),
     }
