@@ -238,8 +238,8 @@ class Model:
             settings = replace(
                 self._settings,
                 output=Path(folder),
-                pixel_size=self._settings.pixel_size if pixel_size is None else pixel_size,
-                channel=self._settings.channel if channel is None else channel,
+                pixel_size=self._settings.pixel_size if pixel_size is None else _plain(pixel_size),
+                channel=self._settings.channel if channel is None else _plain(channel),
                 instances=instances,
                 probability=not instances,
             )
@@ -338,7 +338,7 @@ def _settings(values: dict[str, Any], allowed: Sequence[str]) -> Settings:
     """Make settings from keyword arguments.
 
     Args:
-        values: name -> value.  A path may be text, and several names may be a list or, if there is one, text.
+        values: name -> value.  A path may be text, ``wells`` and ``fields`` one name or number or several of these.
         allowed: names of the settings that mean something.
 
     Raises:
@@ -359,17 +359,24 @@ def _settings(values: dict[str, Any], allowed: Sequence[str]) -> Settings:
                 found=name,
                 remedy=f"did you mean {likely[0]}?" if likely else "leave it out",
             )
-    values = dict(values)
+    values = {name: _plain(value) for name, value in values.items()}
     if isinstance(values.get("output"), (str, PathLike)):
         values["output"] = locate(str(values["output"]))
     if isinstance(values.get("model"), PathLike):
         values["model"] = str(values["model"])
-    for name in values.keys() & {"wells", "fields"}:
-        if isinstance(values[name], str):
-            values[name] = (values[name],)
-        elif isinstance(values[name], list):
-            values[name] = tuple(values[name])
+    for name in ("wells", "fields"):
+        chosen = values.get(name)
+        if chosen is not None:
+            several = isinstance(chosen, Iterable) and not isinstance(chosen, str)
+            values[name] = tuple(str(item) for item in (chosen if several else [chosen]))
     return Settings(**values)
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy as one of Python; any other value as it is."""
+    import numpy as np
+
+    return value.item() if isinstance(value, np.generic) else value
 
 
 class _Observer:

@@ -166,18 +166,19 @@ class Campaign:
 
     def run(self, images: Sequence[Slide | UnreadableImage], stop: Stop | None) -> list[SlideReport]:
         """Process every image and return the reports, in the order of the images."""
-        self.observer.found(len(images))
         reports: dict[int, SlideReport] = {}
         slides: dict[int, Slide] = {}
-        for number, image in enumerate(images):
-            try:
-                slides[number] = self._usable(image)
-            except Exception as error:  # a campaign of thousands of images must survive any error of one image
-                reports[number] = self._noted(image, _failed(image, error))
-        for report in reports.values():
-            self.observer.ended(report)
-        if slides:  # else no backend is needed, and none is raced
-            self._segment_all(slides, reports, stop)
+        with closing(self._locks):
+            self.observer.found(len(images))
+            for number, image in enumerate(images):
+                try:
+                    slides[number] = self._usable(image)
+                except Exception as error:  # a campaign of thousands of images must survive any error of one image
+                    reports[number] = self._noted(image, _failed(image, error))
+            for report in reports.values():
+                self.observer.ended(report)
+            if slides:  # else no backend is needed, and none is raced
+                self._segment_all(slides, reports, stop)
         return [reports[number] for number in range(len(images))]
 
     def _usable(self, image: Slide | UnreadableImage) -> Slide:
@@ -201,7 +202,6 @@ class Campaign:
                     self.observer.ended(reports[number])
         finally:
             self.worker.close()
-            self._locks.close()
         for store in self._written_stores:
             consolidate_again(store)
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # One block is computed while another is read or written; a GPU is faster than a core that reads and writes for it.
 THREADS_PER_PROCESS = 2
+# More blocks of a GPU at a time would take memory and wait for it.
+_MOST_THREADS = 32
 _CONNECT_SECONDS = 30
 _COUNT_SECONDS = 5
 _END_SECONDS = 5.0
@@ -70,7 +72,7 @@ def threads_per_process(settings: Settings) -> int:
         cores_per_gpu = cores() // len(devices)
     elif settings.scheduler == "slurm" and settings.cluster.gres is not None:
         cores_per_gpu = settings.cluster.cores or 0
-    return max(THREADS_PER_PROCESS, cores_per_gpu)
+    return max(THREADS_PER_PROCESS, min(cores_per_gpu, _MOST_THREADS))
 
 
 def _devices(settings: Settings) -> list[str]:

@@ -31,7 +31,7 @@ class FakeGpus:
 
     Attributes:
         memory: bytes of each GPU.
-        captures: shapes that were captured, in order.
+        captures: number of captures.
     """
 
     def __init__(self, memory=1 << 40):

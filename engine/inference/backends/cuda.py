@@ -165,7 +165,7 @@ class Device:
             Exception: whatever ``launch`` raises.
         """
         with self.alone():
-            # A single stream for all captures, because libraries keep a workspace for each.
+            # A single stream for all captures of this device, because libraries keep a workspace for each stream.
             self._capture_stream = stream = self._capture_stream or self.stream(for_captures=True)
             with self.on(stream):
                 launch(stream.cuda_stream)  # this first launch does lazy initialisation, which a capture forbids
