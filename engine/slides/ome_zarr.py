@@ -21,8 +21,8 @@ import zarr
 
 from cellseg_batch.engine.errors import CellsegError, ReadError, brief
 from cellseg_batch.engine.slides.image_format import ImageFormat, LevelArray, Search, is_overview, left_out
-from cellseg_batch.engine.slides.ome_xml import read_images
-from cellseg_batch.engine.slides.pixel_size import settle_pixel_size
+from cellseg_batch.engine.slides.ome_xml import read_names
+from cellseg_batch.engine.slides.pixel_size import PixelSize, settle_pixel_size
 from cellseg_batch.engine.slides.plain_zarr import ZARR, describe_array
 from cellseg_batch.engine.slides.plate import FieldChoice, PlatePosition
 from cellseg_batch.engine.slides.slide import NUMBERS, Level, Slide, UnreadableImage, fits_axes
@@ -283,7 +283,7 @@ def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: s
         raise _not_an_image(location, f"the arrays that its metadata list ({listed})", "none of them in the store")
     full = next(iter(arrays.values()))
     names = [array.dtype.name for array in arrays.values()]
-    levels, units, doubts = _place(datasets, multiscale, list(arrays.values()), axes, units)
+    levels, units, size = _place(datasets, multiscale, list(arrays.values()), axes, units)
     channels = _omero_channels(metadata)
     labels = [str(channel.get("label") or "").strip() for channel in channels]
     count = full.shape[axes.index("c")] if "c" in axes else 1
@@ -303,7 +303,8 @@ def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: s
         alpha=alpha,
         zarr_format=node.metadata.zarr_format,
         holds_labels=True,
-        notes=(*notes, *doubts),
+        size_is_doubtful=bool(set(size.doubts) & set("yx")),
+        notes=(*notes, *size.notes),
     )
 
 
@@ -326,34 +327,34 @@ def _place(
     arrays: list[zarr.Array[Any]],
     axes: str,
     units: tuple[str | None, ...],
-) -> tuple[tuple[Level, ...], tuple[str | None, ...], tuple[str, ...]]:
-    """(levels, unit of each axis, notes): an axis along which the scales make no sense has px, and no unit.
+) -> tuple[tuple[Level, ...], tuple[str | None, ...], PixelSize]:
+    """(levels, unit of each axis, pixel size): an axis whose scales are not finite and positive has px, and no unit.
 
-    A translation that makes no sense is 0.
+    Other scales and translations are kept as written, however unlikely: they tie the image to its labels in viewers. A
+    translation that is not finite is 0.
     """
     # Versions older than 0.4 have no transformations; only the shapes tell how the levels relate.
     factors = [[a / b for a, b in zip(arrays[0].shape, array.shape, strict=True)] for array in arrays]
     placements = [_placement(dataset, multiscale, factor) for dataset, factor in zip(datasets, factors, strict=True)]
     stated: dict[str, tuple[object, object]] = {}
-    doubtful = set()
+    broken = set()
     for index, axis in enumerate(axes):
         sizes = [scale[index] for scale, _ in placements]
         wrong = [size for size in sizes if not (math.isfinite(size) and size > 0)]
         if wrong:
-            doubtful.add(axis)
+            broken.add(axis)
         if axis in "zyx":
             stated[axis] = (wrong or sizes)[0], units[index]
     size = settle_pixel_size(stated)
-    doubtful |= set(size.doubts)
-    doubtful |= set("yx") if doubtful & set("yx") else set()
+    broken |= set("yx") if broken & set("yx") else set()
     levels = []
     for dataset, array, factor, (scale, translation) in zip(datasets, arrays, factors, placements, strict=True):
-        scale = tuple(f if axis in doubtful else s for axis, s, f in zip(axes, scale, factor, strict=True))
-        lost = [axis in doubtful or not math.isfinite(shift) for axis, shift in zip(axes, translation, strict=True)]
+        scale = tuple(f if axis in broken else s for axis, s, f in zip(axes, scale, factor, strict=True))
+        lost = [axis in broken or not math.isfinite(shift) for axis, shift in zip(axes, translation, strict=True)]
         start = tuple(0.0 if is_lost else shift for is_lost, shift in zip(lost, translation, strict=True))
         levels.append(Level(dataset["path"], array.shape, array.chunks, scale, start))
-    units = tuple(None if axis in doubtful else unit for axis, unit in zip(axes, units, strict=True))
-    return tuple(levels), units, size.notes
+    units = tuple(None if axis in broken else unit for axis, unit in zip(axes, units, strict=True))
+    return tuple(levels), units, size
 
 
 def _placement(
