@@ -288,7 +288,11 @@ def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: s
     labels = [str(channel.get("label") or "").strip() for channel in channels]
     count = full.shape[axes.index("c")] if "c" in axes else 1
     alpha = count == 4 and [label.lower() for label in labels[3:]] in (["a"], ["alpha"])
+    colour_labels = labels[: count - alpha]
     dtype = next((name for name in names if not NUMBERS.fullmatch(name)), names[0])
+    rgb = _is_rgb(count - alpha, dtype, colour_labels, channels)
+    if rgb and any(colour_labels) and not _names_colours(colour_labels):
+        notes.append("taken for red, green, blue, as its channels have no names; `channel` chooses one of them instead")
     return Slide(
         name=name,
         store=store,
@@ -299,7 +303,7 @@ def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: s
         levels=levels,
         units=units,
         channels=tuple(labels) if any(labels) else (),
-        rgb=_is_rgb(count - alpha, dtype, labels[: count - alpha], channels),
+        rgb=rgb,
         alpha=alpha,
         zarr_format=node.metadata.zarr_format,
         holds_labels=True,
@@ -386,11 +390,15 @@ def _omero_channels(metadata: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _is_rgb(count: int, dtype: str, labels: list[str], channels: list[dict[str, Any]]) -> bool:
     """RGB if OMERO's labels say so, or three uint8 channels without names, in the colours red, green, blue or none."""
-    if [label.lower() for label in labels] in _RGB_LABELS:
+    if _names_colours(labels):
         return True
     colours = [str(channel.get("color") or "").strip("#").upper()[:6] for channel in channels]
     unnamed = all(_NUMBERED.fullmatch(label) for label in labels)
     return count == 3 and dtype == "uint8" and unnamed and (not any(colours) or colours == _RGB_COLOURS)
+
+
+def _names_colours(labels: list[str]) -> bool:
+    return [label.lower() for label in labels] in _RGB_LABELS
 
 
 def _not_an_image(location: str, expected: str, found: str) -> ReadError:

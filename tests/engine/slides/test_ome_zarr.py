@@ -226,6 +226,7 @@ def test_colours_are_known_by_their_labels_or_omeros_colours(tmp_path, labels, c
     pixels = coordinates("cyx", (len(labels), 8, 9), dtype)
     slide = only(write_ome_zarr(tmp_path / "a.zarr", pixels, levels=1, channels=channels))
     assert (slide.rgb, slide.alpha) == (rgb, len(labels) == 4)
+    assert any("`channel`" in note for note in slide.notes) == (rgb and labels[0] not in ("", "R"))
 
 
 @pytest.mark.parametrize(
