@@ -102,16 +102,16 @@ def _images_in(
             return
         if isinstance(node, zarr.Array):
             if node.ndim >= 2:
-                yield replace(describe_array(node, store, path, name, search.axes), notes=_note_if_empty(store / path))
+                slide = describe_array(node, store, path, name, search.axes)
+                yield replace(slide, notes=_note_if_empty(store / path) + search.note_on_axes(slide.axes))
             return
         metadata = _ome_metadata(node)
         if "image-label" in metadata or OUTPUT_MARK in node.attrs:
             return
         if "multiscales" in metadata:
             slide = _multiscale(node, metadata, store, path, name)
-            search.demand_axes(slide.axes, location)
-            empty = _note_if_empty(store / path / slide.levels[0].path)
-            yield replace(slide, plate_position=position, notes=slide.notes + empty)
+            notes = _note_if_empty(store / path / slide.levels[0].path) + search.note_on_axes(slide.axes)
+            yield replace(slide, plate_position=position, notes=slide.notes + notes)
             return
         children = _children(node, metadata, location, search.fields, position)
         listed_images = {child for child, _ in children} if "well" in metadata else _listed_series(node)
