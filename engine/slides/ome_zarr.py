@@ -115,7 +115,8 @@ def _images_in(
             return
         children = _children(node, metadata, location, search.fields, position)
         listed_images = {child for child, _ in children} if "well" in metadata else _listed_series(node)
-        aside = _overviews(store, path, node, [child for child, _ in children]) if position is None else {}
+        is_converted = _LAYOUT_MARK in metadata and "plate" not in metadata
+        aside = _overviews(store, path, [child for child, _ in children]) if is_converted else {}
     except CellsegError as error:
         yield UnreadableImage(name, location, error.detail, position)
         return
@@ -226,17 +227,16 @@ def _listed_series(node: zarr.Group) -> set[str]:
     return {str(series) for series in listed} if isinstance(listed, list) else set()
 
 
-def _overviews(store: Path, path: str, node: zarr.Group, members: list[str]) -> dict[str, str]:
-    """Member -> name of the members of a group that show a glass and not the sample; none if all would be such.
+def _overviews(store: Path, path: str, members: list[str]) -> dict[str, str]:
+    """Member -> name of the members that show a glass and not the sample; none if all would be such.
 
-    The names of images that bioformats2raw has converted are in OME-XML, in the order of the members.
+    The group is one of bioformats2raw: the names of the images are in OME-XML, in the order of the members.
     """
     names = {member: member for member in members}
     xml = store / path / _OME_GROUP / "METADATA.ome.xml"
-    if _LAYOUT_MARK in _ome_metadata(node) and xml.is_file():
+    if xml.is_file():
         with suppress(ValueError):  # damaged names are as good as none
-            named = read_images(xml.read_text("utf-8"), None, xml.name, exists=lambda _: True)
-            names |= {member: image.name for member, image in zip(members, named, strict=True)}
+            names |= dict(zip(members, read_names(xml.read_text("utf-8")), strict=True))
     overviews = {member: name for member, name in names.items() if is_overview(name) or is_overview(member)}
     return overviews if len(overviews) < len(members) else {}
 
