@@ -33,7 +33,7 @@ class Search:
     """The user's choices for a search for images.
 
     Attributes:
-        axes: order of the axes, such as ``cyx``; None takes it from the images.
+        axes: order of the axes, such as ``cyx``, of images that do not name theirs; None takes it from the images.
         fields: wells and fields of plates to take.
         visited: files whose images are found already, for formats that lead to a file from several others.
     """
@@ -42,19 +42,11 @@ class Search:
     fields: FieldChoice
     visited: set[Path] = field(default_factory=set)
 
-    def demand_axes(self, named: str, location: str) -> None:
-        """Refuse an image that names its axes, if the user names others.
-
-        Raises:
-            ReadError: the user names others.
-        """
-        if self.axes is not None and self.axes.lower() != named:
-            raise ReadError(
-                location,
-                expected=f"`axes={named}`, as the image says",
-                found=f"`axes={self.axes}`",
-                remedy="leave `axes` out for this image",
-            )
+    def note_on_axes(self, named: str) -> tuple[str, ...]:
+        """The note on an image whose axes are ``named``, if the user named others; else none."""
+        if self.axes is None or self.axes.lower() == named:
+            return ()
+        return (f"`axes={self.axes}` was not applied: the file names its axes {named}",)
 
 
 class ImageFormat(ABC):

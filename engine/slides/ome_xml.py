@@ -7,7 +7,7 @@ file.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
@@ -25,7 +25,7 @@ class OmeImage:
         files: names of the files that hold its planes, that of the first plane first; `SELF` for the file itself.
         stated: axis -> (size of a pixel, unit), as written.
         channels: names of the channels; () if no channel has a name.
-        xml: OME-XML that describes this image alone.
+        root: the OME-XML that describes it.
     """
 
     number: int
@@ -33,33 +33,52 @@ class OmeImage:
     files: tuple[str, ...]
     stated: dict[str, tuple[object, object]]
     channels: tuple[str, ...]
-    xml: str
+    root: Element = field(repr=False, compare=False)
+
+    def xml(self) -> str:
+        """OME-XML that describes this image alone: no other images, plates or annotations except for sub-axes."""
+        alone = Element(self.root.tag, self.root.attrib)
+        alone.append([child for child in self.root if _is(child, "Image")][self.number])
+        for group in (child for child in self.root if _is(child, "StructuredAnnotations")):
+            kept = [child for child in group if child.get("Namespace", "").endswith("modulo")]
+            if kept:
+                element = Element(group.tag, group.attrib)
+                element.extend(kept)
+                alone.append(element)
+        return ElementTree.tostring(alone, encoding="unicode")
 
 
-def read_header(xml: str) -> tuple[str | None, str | None]:
+def read_names(xml: str) -> list[str]:
+    """Name of every image of an OME-XML; "" for those without one.
+
+    Raises:
+        ValueError: ``xml`` cannot be parsed.
+    """
+    return [child.get("Name", "") for child in parse(xml) if _is(child, "Image")]
+
+
+def read_header(root: Element) -> tuple[str | None, str | None]:
     """(UUID of the file, name of the file that holds the OME-XML in its stead); None for what there is none of.
 
     Raises:
-        ValueError: ``xml`` cannot be parsed, or names a file in another folder.
+        ValueError: it names a file in another folder.
     """
-    root = _parse(xml)
     reference = next((child for child in root if _is(child, "BinaryOnly")), None)
     return root.get("UUID"), None if reference is None else _beside(reference.get("MetadataFile", ""))
 
 
-def read_images(xml: str, own_uuid: str | None, own_name: str, exists: Callable[[str], bool]) -> list[OmeImage]:
+def read_images(root: Element, own_uuid: str | None, own_name: str, exists: Callable[[str], bool]) -> list[OmeImage]:
     """Read every image of an OME-XML.
 
     Args:
-        xml: the text.
+        root: the parsed text; its references to the file itself are removed.
         own_uuid: UUID of the TIFF file that is read; None if it has none, or for a companion file.
         own_name: name of the TIFF file that is read.
         exists: whether a file of a name lies beside it.
 
     Raises:
-        ValueError: ``xml`` cannot be parsed, or names a file in another folder.
+        ValueError: it names a file in another folder.
     """
-    root = _parse(xml)
     if own_uuid is not None:
         root.set("UUID", own_uuid)
     references = [element for element in root.iter() if _is(element, "UUID")]
@@ -72,16 +91,13 @@ def read_images(xml: str, own_uuid: str | None, own_name: str, exists: Callable[
     for entry in own:
         for reference in [child for child in entry if _is(child, "UUID")]:
             entry.remove(reference)
-    return [_image(root, images, number, own_uuid, own_name) for number in range(len(images))]
+    return [_image(root, image, number, own_uuid, own_name) for number, image in enumerate(images)]
 
 
-def _image(root: Element, images: list[Element], number: int, own_uuid: str | None, own_name: str) -> OmeImage:
-    image = images[number]
+def _image(root: Element, image: Element, number: int, own_uuid: str | None, own_name: str) -> OmeImage:
     pixels = next((child for child in image if _is(child, "Pixels")), Element("Pixels"))
     data = sorted((child for child in pixels if _is(child, "TiffData")), key=_first_plane)
     names = tuple(child.get("Name", "") for child in pixels if _is(child, "Channel"))
-    alone = Element(root.tag, root.attrib)
-    alone.extend(child for child in root if child is image or child not in images)
     return OmeImage(
         number=number,
         name=image.get("Name", ""),
@@ -91,7 +107,7 @@ def _image(root: Element, images: list[Element], number: int, own_uuid: str | No
             for axis in "XYZ"
         },
         channels=names if any(names) else (),
-        xml=ElementTree.tostring(alone, encoding="unicode"),
+        root=root,
     )
 
 
@@ -112,7 +128,12 @@ def _is(element: Element, tag: str) -> bool:
     return element.tag.rpartition("}")[2] == tag
 
 
-def _parse(xml: str) -> Element:
+def parse(xml: str) -> Element:
+    """The root of an OME-XML.
+
+    Raises:
+        ValueError: ``xml`` cannot be parsed.
+    """
     try:
         return ElementTree.fromstring(xml)
     except ElementTree.ParseError as error:

@@ -21,8 +21,8 @@ import zarr
 
 from cellseg_batch.engine.errors import CellsegError, ReadError, brief
 from cellseg_batch.engine.slides.image_format import ImageFormat, LevelArray, Search, is_overview, left_out
-from cellseg_batch.engine.slides.ome_xml import read_images
-from cellseg_batch.engine.slides.pixel_size import settle_pixel_size
+from cellseg_batch.engine.slides.ome_xml import read_names
+from cellseg_batch.engine.slides.pixel_size import PixelSize, settle_pixel_size
 from cellseg_batch.engine.slides.plain_zarr import ZARR, describe_array
 from cellseg_batch.engine.slides.plate import FieldChoice, PlatePosition
 from cellseg_batch.engine.slides.slide import NUMBERS, Level, Slide, UnreadableImage, fits_axes
@@ -102,20 +102,21 @@ def _images_in(
             return
         if isinstance(node, zarr.Array):
             if node.ndim >= 2:
-                yield replace(describe_array(node, store, path, name, search.axes), notes=_note_if_empty(store / path))
+                slide = describe_array(node, store, path, name, search.axes)
+                yield replace(slide, notes=_note_if_empty(store / path) + search.note_on_axes(slide.axes))
             return
         metadata = _ome_metadata(node)
         if "image-label" in metadata or OUTPUT_MARK in node.attrs:
             return
         if "multiscales" in metadata:
             slide = _multiscale(node, metadata, store, path, name)
-            search.demand_axes(slide.axes, location)
-            empty = _note_if_empty(store / path / slide.levels[0].path)
-            yield replace(slide, plate_position=position, notes=slide.notes + empty)
+            notes = _note_if_empty(store / path / slide.levels[0].path) + search.note_on_axes(slide.axes)
+            yield replace(slide, plate_position=position, notes=slide.notes + notes)
             return
         children = _children(node, metadata, location, search.fields, position)
         listed_images = {child for child, _ in children} if "well" in metadata else _listed_series(node)
-        aside = _overviews(store, path, node, [child for child, _ in children]) if position is None else {}
+        is_converted = _LAYOUT_MARK in metadata and "plate" not in metadata
+        aside = _overviews(store, path, [child for child, _ in children]) if is_converted else {}
     except CellsegError as error:
         yield UnreadableImage(name, location, error.detail, position)
         return
@@ -226,17 +227,16 @@ def _listed_series(node: zarr.Group) -> set[str]:
     return {str(series) for series in listed} if isinstance(listed, list) else set()
 
 
-def _overviews(store: Path, path: str, node: zarr.Group, members: list[str]) -> dict[str, str]:
-    """Member -> name of the members of a group that show a glass and not the sample; none if all would be such.
+def _overviews(store: Path, path: str, members: list[str]) -> dict[str, str]:
+    """Member -> name of the members that show a glass and not the sample; none if all would be such.
 
-    The names of images that bioformats2raw has converted are in OME-XML, in the order of the members.
+    The group is one of bioformats2raw: the names of the images are in OME-XML, in the order of the members.
     """
     names = {member: member for member in members}
     xml = store / path / _OME_GROUP / "METADATA.ome.xml"
-    if _LAYOUT_MARK in _ome_metadata(node) and xml.is_file():
+    if xml.is_file():
         with suppress(ValueError):  # damaged names are as good as none
-            named = read_images(xml.read_text("utf-8"), None, xml.name, exists=lambda _: True)
-            names |= {member: image.name for member, image in zip(members, named, strict=True)}
+            names |= dict(zip(members, read_names(xml.read_text("utf-8")), strict=True))
     overviews = {member: name for member, name in names.items() if is_overview(name) or is_overview(member)}
     return overviews if len(overviews) < len(members) else {}
 
@@ -283,12 +283,16 @@ def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: s
         raise _not_an_image(location, f"the arrays that its metadata list ({listed})", "none of them in the store")
     full = next(iter(arrays.values()))
     names = [array.dtype.name for array in arrays.values()]
-    levels, units, doubts = _place(datasets, multiscale, list(arrays.values()), axes, units)
+    levels, units, size = _place(datasets, multiscale, list(arrays.values()), axes, units)
     channels = _omero_channels(metadata)
     labels = [str(channel.get("label") or "").strip() for channel in channels]
     count = full.shape[axes.index("c")] if "c" in axes else 1
     alpha = count == 4 and [label.lower() for label in labels[3:]] in (["a"], ["alpha"])
+    colour_labels = labels[: count - alpha]
     dtype = next((name for name in names if not NUMBERS.fullmatch(name)), names[0])
+    rgb = _is_rgb(count - alpha, dtype, colour_labels, channels)
+    if rgb and any(colour_labels) and not _names_colours(colour_labels):
+        notes.append("taken for red, green, blue, as its channels have no names; `channel` chooses one of them instead")
     return Slide(
         name=name,
         store=store,
@@ -299,11 +303,12 @@ def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: s
         levels=levels,
         units=units,
         channels=tuple(labels) if any(labels) else (),
-        rgb=_is_rgb(count - alpha, dtype, labels[: count - alpha], channels),
+        rgb=rgb,
         alpha=alpha,
         zarr_format=node.metadata.zarr_format,
         holds_labels=True,
-        notes=(*notes, *doubts),
+        size_is_doubtful=bool(set(size.doubts) & set("yx")),
+        notes=(*notes, *size.notes),
     )
 
 
@@ -326,34 +331,34 @@ def _place(
     arrays: list[zarr.Array[Any]],
     axes: str,
     units: tuple[str | None, ...],
-) -> tuple[tuple[Level, ...], tuple[str | None, ...], tuple[str, ...]]:
-    """(levels, unit of each axis, notes): an axis along which the scales make no sense has px, and no unit.
+) -> tuple[tuple[Level, ...], tuple[str | None, ...], PixelSize]:
+    """(levels, unit of each axis, pixel size): an axis whose scales are not finite and positive has px, and no unit.
 
-    A translation that makes no sense is 0.
+    Other scales and translations are kept as written, however unlikely: they tie the image to its labels in viewers. A
+    translation that is not finite is 0.
     """
     # Versions older than 0.4 have no transformations; only the shapes tell how the levels relate.
     factors = [[a / b for a, b in zip(arrays[0].shape, array.shape, strict=True)] for array in arrays]
     placements = [_placement(dataset, multiscale, factor) for dataset, factor in zip(datasets, factors, strict=True)]
     stated: dict[str, tuple[object, object]] = {}
-    doubtful = set()
+    broken = set()
     for index, axis in enumerate(axes):
         sizes = [scale[index] for scale, _ in placements]
         wrong = [size for size in sizes if not (math.isfinite(size) and size > 0)]
         if wrong:
-            doubtful.add(axis)
+            broken.add(axis)
         if axis in "zyx":
             stated[axis] = (wrong or sizes)[0], units[index]
     size = settle_pixel_size(stated)
-    doubtful |= set(size.doubts)
-    doubtful |= set("yx") if doubtful & set("yx") else set()
+    broken |= set("yx") if broken & set("yx") else set()
     levels = []
     for dataset, array, factor, (scale, translation) in zip(datasets, arrays, factors, placements, strict=True):
-        scale = tuple(f if axis in doubtful else s for axis, s, f in zip(axes, scale, factor, strict=True))
-        lost = [axis in doubtful or not math.isfinite(shift) for axis, shift in zip(axes, translation, strict=True)]
+        scale = tuple(f if axis in broken else s for axis, s, f in zip(axes, scale, factor, strict=True))
+        lost = [axis in broken or not math.isfinite(shift) for axis, shift in zip(axes, translation, strict=True)]
         start = tuple(0.0 if is_lost else shift for is_lost, shift in zip(lost, translation, strict=True))
         levels.append(Level(dataset["path"], array.shape, array.chunks, scale, start))
-    units = tuple(None if axis in doubtful else unit for axis, unit in zip(axes, units, strict=True))
-    return tuple(levels), units, size.notes
+    units = tuple(None if axis in broken else unit for axis, unit in zip(axes, units, strict=True))
+    return tuple(levels), units, size
 
 
 def _placement(
@@ -385,11 +390,15 @@ def _omero_channels(metadata: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _is_rgb(count: int, dtype: str, labels: list[str], channels: list[dict[str, Any]]) -> bool:
     """RGB if OMERO's labels say so, or three uint8 channels without names, in the colours red, green, blue or none."""
-    if [label.lower() for label in labels] in _RGB_LABELS:
+    if _names_colours(labels):
         return True
     colours = [str(channel.get("color") or "").strip("#").upper()[:6] for channel in channels]
     unnamed = all(_NUMBERED.fullmatch(label) for label in labels)
     return count == 3 and dtype == "uint8" and unnamed and (not any(colours) or colours == _RGB_COLOURS)
+
+
+def _names_colours(labels: list[str]) -> bool:
+    return [label.lower() for label in labels] in _RGB_LABELS
 
 
 def _not_an_image(location: str, expected: str, found: str) -> ReadError:

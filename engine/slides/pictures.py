@@ -40,7 +40,6 @@ class Pictures(ImageFormat):
 
         Raises:
             OSError: the file has not the format that its name says.
-            ReadError: the user names other axes.
         """
         deep = _deep_mode(path)
         with Image.open(readable(path)) as picture:
@@ -50,7 +49,6 @@ class Pictures(ImageFormat):
         colour = mode in ("RGB", "RGBA")
         shape = (height, width, len(mode)) if colour else (height, width)
         axes = "yxc" if colour else "yx"
-        search.demand_axes(axes, str(path))
         others = f"{frames - 1} more pictures in the file are left out" if frames > 1 else ""
         yield Slide(
             name=name,
@@ -63,7 +61,7 @@ class Pictures(ImageFormat):
             units=(None,) * len(shape),
             rgb=colour,
             alpha=mode == "RGBA",
-            notes=(others,) if others and not is_animation else (),
+            notes=((others,) if others and not is_animation else ()) + search.note_on_axes(axes),
         )
         if others and is_animation:
             yield UnreadableImage(f"{name}/1", str(path / "1"), f"{others}; save the animation as a TIFF")

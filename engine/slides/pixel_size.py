@@ -77,7 +77,10 @@ def settle_pixel_size(stated: Mapping[str, tuple[object, object]]) -> PixelSize:
             um[axis] = length
         else:
             written = f"{size!s:.40} {unit!s:.40}"
-            doubts[axis] = f"pixel size along {axis} unknown: the metadata say {written}, which is no size"
+            doubts[axis] = (
+                f"pixel size along {axis} unknown: the metadata say {written}, and no length from 1 nm to 1 mm; "
+                "`pixel_size` sets it"
+            )
     if "y" in doubts or "x" in doubts:
         um = {axis: length for axis, length in um.items() if axis not in "yx"}
     for axis, other in ("yx", "xy"):

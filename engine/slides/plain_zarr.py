@@ -22,13 +22,13 @@ def describe_array(array: zarr.Array[Any], store: Path, path: str, name: str, ax
         store: root of the hierarchy.
         path: path of the array in it.
         name: name of the array as `Slide.name`.
-        axes: order of its axes; None takes it from the metadata or the shape.
+        axes: order of its axes, if the metadata do not name them; None takes it from the shape.
 
     Raises:
         ReadError: the axes are unknown, or do not fit the array.
     """
     location = str(store / path)
-    axes = (axes or "").lower() or _named_axes(array) or _guess_axes(array.shape)
+    axes = _named_axes(array) or (axes or "").lower() or _guess_axes(array.shape)
     if axes is None or not fits_axes(axes, array.ndim):
         raise ReadError(
             location,
@@ -55,16 +55,14 @@ def describe_array(array: zarr.Array[Any], store: Path, path: str, name: str, ax
 
 
 def _named_axes(array: zarr.Array[Any]) -> str | None:
-    """Axes from the dimension names of a zarr v3 array, or xarray's of a v2 array; None if these are no axes."""
+    """Axes from the dimension names of a zarr v3 array, or xarray's of a v2 array; yx if it is 2-D; else None."""
     listed = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS")
     names = "".join(str(name).lower() for name in listed) if isinstance(listed, list | tuple) else ""
-    return names if fits_axes(names, array.ndim) else None
+    return names if fits_axes(names, array.ndim) else "yx" if array.ndim == 2 else None
 
 
 def _guess_axes(shape: tuple[int, ...]) -> str | None:
     """Axes of an unambiguous shape, else None; a channel axis is first or last and at most 4 long."""
-    if len(shape) == 2:
-        return "yx"
     if len(shape) == 3 and (shape[0] <= 4) != (shape[2] <= 4):
         return "cyx" if shape[0] <= 4 else "yxc"
     return None

@@ -69,6 +69,7 @@ class Slide:
         dtype: numpy name of the pixel type.
         levels: resolutions, the full resolution first.
         units: unit of each axis in the metadata; None if it has no unit.
+        size_is_doubtful: the scale and unit of y or x are kept as written, but cannot be the size of a pixel.
         channels: names of the channels from the metadata; () if there are none.
         rgb: the first three channels are red, green, blue.
         alpha: the last channel is the opacity, which is no part of the image.
@@ -94,6 +95,7 @@ class Slide:
     plate_position: PlatePosition | None = None
     zarr_format: Literal[2, 3] | None = None
     holds_labels: bool = False
+    size_is_doubtful: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -127,7 +129,9 @@ class Slide:
         return dict(zip(self.plane_axes, unravel_plane(plane, self.plane_grid(level)), strict=True))
 
     def pixel_size_um(self, level: int) -> float | None:
-        """µm per px along x at a level; None if the metadata do not say."""
+        """µm per px along x at a level; None if the metadata do not say, or cannot be true."""
+        if self.size_is_doubtful:
+            return None
         index = self.axes.index("x")
         factor = UM_PER_UNIT.get(self.units[index] or "")
         return None if factor is None else self.levels[level].scale[index] * factor

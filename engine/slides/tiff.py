@@ -24,7 +24,7 @@ from cellseg_batch.engine.slides.image_format import (
     left_out,
     name_in_series,
 )
-from cellseg_batch.engine.slides.ome_xml import SELF, OmeImage, read_header, read_images
+from cellseg_batch.engine.slides.ome_xml import SELF, OmeImage, parse, read_header, read_images
 from cellseg_batch.engine.slides.pixel_size import settle_pixel_size
 from cellseg_batch.engine.slides.slide import Level, Slide, UnreadableImage, fits_axes
 from cellseg_batch.engine.slides.tiff_dialects import Facts, colours_of, facts_of, listed_planes
@@ -32,10 +32,13 @@ from cellseg_batch.engine.storage.paths import readable
 
 # tifffile's letters of axes -> ours. S is samples, I images in a sequence; Q, an axis that it cannot name, is missing.
 _AXIS_OF = {"S": "c", "C": "c", "Y": "y", "X": "x", "Z": "z", "T": "t", "I": "t"}
+# Letters of axes that a file only counts.
+_UNCERTAIN = "IQ"
 # Suffixes of files that hold OME-XML in TIFF's stead.
 _XML_SUFFIXES = (".ome", ".xml")
 # Dialects by which tifffile looks for certain pages, and passes over others.
 _CERTAIN_PAGES = ("svs", "qpi", "scn", "bif", "philips")
+_STALE = "its OME-XML does not fit its pages, which are read as they are"
 # Dialects that list planes, wherever these are.
 _LISTS_PLANES = ("ome", "scn", "ndtiff", "mmstack")
 
@@ -63,15 +66,18 @@ class Tiff(ImageFormat):
             tifffile.TiffFileError: the file is no TIFF.
         """
         described = _read_ome(path)
-        if described is not None:
+        is_stale = described is not None and _is_stale(path, described)
+        if described is not None and not is_stale:
             yield from _find_described(described, path, name, search)
             return
-        with tifffile.TiffFile(readable(path)) as tiff:
-            yield from _find_series(tiff, path, name, search)
+        with _open(path, None) as tiff:
+            yield from _find_series(tiff, path, name, search, (_STALE,) if is_stale else ())
 
     def open_level(self, slide: Slide, level: int) -> zarr.Array[Any]:
         """Open a level as a zarr array."""
         number, described = slide.series or 0, _read_ome(slide.store)
+        if described and _is_stale(slide.store, described):
+            described = None
         with _open(slide.store, described[number] if described else None) as tiff:
             series = _pyramids(tiff)[0 if described else number][level]
             squeeze = None if series.ndim == len(slide.axes) else True
@@ -82,8 +88,10 @@ class Tiff(ImageFormat):
         array.store.close()
 
 
-def _find_series(tiff: tifffile.TiffFile, path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
-    """Find the images of a file without OME-XML."""
+def _find_series(
+    tiff: tifffile.TiffFile, path: Path, name: str, search: Search, notes: tuple[str, ...]
+) -> Iterator[Slide | UnreadableImage]:
+    """Find the images of a file without OME-XML that fits; the first has ``notes``."""
     pyramids = _pyramids(tiff)
     if not pyramids:
         raise ReadError(str(path), expected="a TIFF with pixels", found="none", remedy="export it again")
@@ -92,7 +100,7 @@ def _find_series(tiff: tifffile.TiffFile, path: Path, name: str, search: Search)
     aside = [fact.is_overview or _is_aside(pyramid[0]) for fact, pyramid in zip(facts, pyramids, strict=True)]
     taken = [number for number, is_aside in enumerate(aside) if not is_aside] or list(range(len(pyramids)))
     others = [_title(pyramid[0]) for number, pyramid in enumerate(pyramids) if number not in taken]
-    notes = left_out([*others, *_pages_in_no_series(tiff, pyramids)])
+    notes += left_out([*others, *_pages_in_no_series(tiff, pyramids)])
     for number in taken:
         image_name, inside = name_in_series(name, number, len(taken))
         slide = partial(_slide, pyramids[number], facts[number], path, image_name, inside, number, search, notes)
@@ -130,7 +138,8 @@ def _find_own(images: list[OmeImage], path: Path, name: str, search: Search) -> 
         return
     search.visited.add(path)
     taken = [image for image in images if not is_overview(image.name)] or images
-    notes = left_out([image.name for image in images if image not in taken])
+    numbers = {image.number for image in taken}
+    notes = left_out([image.name for image in images if image.number not in numbers])
     for image in taken:
         image_name, inside = name_in_series(name, image.number, len(taken))
         slide = partial(_described_slide, image, path, image_name, inside, search, notes)
@@ -159,7 +168,8 @@ def _read_ome(path: Path) -> list[OmeImage] | None:
     xml = _ome_xml(path)
     if xml is None:
         return None
-    uuid, reference = read_header(xml)
+    root = parse(xml)
+    uuid, reference = read_header(root)
     if reference is not None:
         described = path.with_name(reference)
         if not described.is_file():
@@ -169,8 +179,8 @@ def _read_ome(path: Path) -> list[OmeImage] | None:
                 found="no such file",
                 remedy="copy that file along",
             )
-        xml = _ome_xml(described) or ""
-    return read_images(xml, uuid, path.name, lambda name: path.with_name(name).is_file())
+        root = parse(_ome_xml(described) or "")
+    return read_images(root, uuid, path.name, lambda name: path.with_name(name).is_file())
 
 
 def _ome_xml(path: Path) -> str | None:
@@ -181,12 +191,20 @@ def _ome_xml(path: Path) -> str | None:
         return tiff.ome_metadata
 
 
+def _is_stale(path: Path, images: list[OmeImage]) -> bool:
+    """Whether OME-XML that lists no other file does not fit the pages of its file, as after cropping or resizing."""
+    if not images or any(image.files not in ((), (SELF,)) for image in images):
+        return False
+    with _open(path, images[0]) as tiff:
+        return not tiff.series or tiff.series[0].kind != "ome"
+
+
 def _open(path: Path, image: OmeImage | None) -> tifffile.TiffFile:
-    """Open a file; as the file of a single image, if OME-XML describes it."""
+    """Open a file; as the file of a single image, if OME-XML describes it, else by its pages."""
     if image is None:
-        return tifffile.TiffFile(readable(path))
+        return tifffile.TiffFile(readable(path), is_ome=False)
     # Micro-Manager's files have an index of their own, which lists pages of other positions too.
-    return tifffile.TiffFile(readable(path), omexml=image.xml, is_mmstack=False, is_ndtiff=False)
+    return tifffile.TiffFile(readable(path), omexml=image.xml(), is_mmstack=False, is_ndtiff=False)
 
 
 def _pyramids(tiff: tifffile.TiffFile) -> list[Pyramid]:
@@ -274,6 +292,7 @@ def _slide(
     """
     series, page = pyramid[0], pyramid[0].keyframe
     letters, axes = _axes_of(series, search.axes, str(file))
+    notes += search.note_on_axes(axes)
     _demand_planes(series, str(file))
     rgb, alpha = colours_of(series, str(file))
     samples_are_channels = dict(zip(letters, axes, strict=True)).get("S") == "c"
@@ -310,19 +329,24 @@ def _slide(
 
 
 def _axes_of(series: Series, asked: str | None, location: str) -> tuple[str, str]:
-    """(tifffile's letters, ours) of the axes of a series: the user's if they asked for some, else the file's.
+    """(tifffile's letters, ours) of the axes of a series: the file's if it names all, else the user's, else a guess.
 
     Raises:
         ReadError: the axes cannot be named, or the user's are no axes of this series.
     """
     for letters in (series.axes, series.get_axes(squeeze=True)):
-        axes = asked.lower() if asked else "".join(_AXIS_OF.get(letter, "?") for letter in letters)
-        if fits_axes(axes, len(letters)):
+        own = "".join(_AXIS_OF.get(letter, "?") for letter in letters)
+        axes = asked.lower() if asked and set(letters) & set(_UNCERTAIN) else own
+        if fits_axes(axes, len(letters)) and _keeps(axes, letters, _UNCERTAIN):
             return letters, axes
+        # Channels of several samples: the file names its axes, but there is one letter too few.
+        clash = {"S", "C"} <= set(letters)
+        if asked and clash and fits_axes(asked.lower(), len(letters)) and _keeps(asked.lower(), letters, "C"):
+            return letters, asked.lower()
     if asked:
         raise ReadError(
             location,
-            expected=f"axes for {letters} of shape {series.get_shape(squeeze=True)}",
+            expected=f"axes that fit {letters} (S is colours, c) of shape {series.get_shape(squeeze=True)}",
             found=f"`axes={asked}`",
             remedy="leave `axes` out for this file, or name as many axes, out of t, c, z, y, x",
         )
@@ -335,6 +359,11 @@ def _axes_of(series: Series, asked: str | None, location: str) -> tuple[str, str
         cause="several channels of several samples, such as colours" if colours else "a TIFF that does not name them",
         remedy=f"name them, for example `axes={example}`",
     )
+
+
+def _keeps(axes: str, letters: str, free: str) -> bool:
+    """Whether ``axes`` has our letter for each of tifffile's that is not ``free``."""
+    return all(letter in free or _AXIS_OF.get(letter) == axis for letter, axis in zip(letters, axes, strict=True))
 
 
 def _demand_pages(tiff: tifffile.TiffFile, location: str) -> None:

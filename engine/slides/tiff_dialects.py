@@ -132,6 +132,7 @@ _DIALECTS: dict[str, Callable[[tifffile.TiffFile, tifffile.TiffPageSeries], Fact
 def _by_resolution(series: tifffile.TiffPageSeries, unit: str | None = None) -> Stated:
     """The pixel size by the resolution tags: px per unit, which is that of the tags unless ``unit`` is given."""
     tags = series.keyframe.tags
+    is_explicit = unit is not None
     unit = unit or _UNITS.get(tags.valueof("ResolutionUnit"), "")
     stated: Stated = {}
     for axis in "yx":
@@ -142,7 +143,7 @@ def _by_resolution(series: tifffile.TiffPageSeries, unit: str | None = None) -> 
             except (KeyError, TypeError, IndexError, ZeroDivisionError):
                 stated[axis] = f"1/{resolution}", unit
             else:
-                stated |= {axis: (um, "µm")} if um < _MOST_UM_BY_RESOLUTION else {}
+                stated |= {axis: (um, "µm")} if is_explicit or um < _MOST_UM_BY_RESOLUTION else {}
     return stated
 
 

@@ -6,6 +6,7 @@ import tifffile
 
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.ome_xml import parse, read_images
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from tests.support.slides import coordinates, only, read
 
@@ -110,6 +111,24 @@ def test_a_companion_file_and_the_files_that_refer_to_it_lead_to_the_same_images
     assert first_pixels(only(tmp_path / "1.ome.tif")) == [0, 100]
     (tmp_path / "x.companion.ome").unlink()
     assert all("x.companion.ome" in broken.reason for broken in find_images(tmp_path))
+
+
+def test_the_xml_of_an_image_describes_it_alone():
+    content = "".join(image([(f"{number}.tif", 0)], number, f"n{number}") for number in range(3)) + '<Plate ID="P"/>'
+    alone = parse(read_images(parse(xml(content)), None, "0.tif", lambda _: True)[1].xml())
+    assert [child.get("Name") for child in alone] == ["n1"]
+
+
+def test_xml_that_does_not_fit_the_pages_gives_way_to_them_unless_it_lists_other_files(tmp_path):
+    content = image([(None, 0)]).replace('SizeX="32"', 'SizeX="40"')
+    write(tmp_path, "a.ome.tif", xml(content), 5)
+    slide = only(tmp_path / "a.ome.tif")
+    assert slide.notes == ("its OME-XML does not fit its pages, which are read as they are",)
+    np.testing.assert_array_equal(read(slide, 0, (0,), 0, Box(0, 0, 24, 32))[0], PIXELS + 5)
+    parts = image([("b.ome.tif", 0), ("c.ome.tif", 0)]).replace('SizeX="32"', 'SizeX="40"')
+    for name in ("b.ome.tif", "c.ome.tif"):
+        write(tmp_path / "in", name, xml(parts, name), 0)
+    assert "the pages that its OME-XML describes" in only(tmp_path / "in").reason
 
 
 def test_planes_that_a_file_lacks_are_named(tmp_path):

@@ -58,5 +58,5 @@ def test_other_frames_of_an_animation_are_named(tmp_path):
 
 def test_pictures_have_the_axes_that_they_have(tmp_path):
     Image.fromarray(np.zeros((8, 9), "uint8")).save(tmp_path / "a.png")
-    assert "found `axes=cyx`" in only(tmp_path / "a.png", axes="cyx").reason
+    assert "`axes=cyx` was not applied" in only(tmp_path / "a.png", axes="cyx").notes[0]
     assert only(tmp_path / "a.png", axes="yx").axes == "yx"

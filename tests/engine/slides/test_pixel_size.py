@@ -41,6 +41,7 @@ def test_absurd_sizes_are_unknown_and_noted(size):
     assert settled.um == {}
     (note,) = settled.notes
     assert str(size)[:40] in note
+    assert "1 nm to 1 mm; `pixel_size`" in note
 
 
 def test_a_unit_that_is_no_length_is_noted_and_none_at_all_is_not():

@@ -100,14 +100,25 @@ def test_thumbnails_and_transparency_masks_are_left_out_and_said(tmp_path):
 def test_the_users_axes_are_obeyed(tmp_path, asked):
     pages = [Image.fromarray(coordinates("yx", (8, 9), "uint8") + page) for page in range(3)]
     pages[0].save(tmp_path / "plain.tif", save_all=True, append_images=pages[1:])
-    tifffile.imwrite(tmp_path / "named.ome.tif", coordinates("tyx", (3, 8, 9)), metadata={"axes": "TYX"}, ome=True)
-    for name in ("plain.tif", "named.ome.tif"):
-        assert only(tmp_path / name, axes=asked).axes == asked
+    assert only(tmp_path / "plain.tif", axes=asked).axes == asked
+
+
+@pytest.mark.parametrize(("letters", "own"), [("TYX", "tyx"), ("YXS", "yxc"), ("YX", "yx")])
+def test_axes_that_a_file_names_are_kept_and_said(tmp_path, letters, own):
+    shape = {"TYX": (5, 8, 9), "YXS": (8, 9, 3), "YX": (8, 9)}[letters]
+    pixels = np.zeros(shape, "uint8")
+    photometric = "rgb" if "S" in letters else "minisblack"
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric=photometric, metadata={"axes": letters})
+    slide = only(tmp_path / "a.tif", axes="zyx")
+    assert slide.axes == own
+    assert slide.notes == (f"`axes=zyx` was not applied: the file names its axes {own}",)
 
 
 def test_axes_that_do_not_fit_are_refused(tmp_path):
-    tifffile.imwrite(tmp_path / "a.tif", coordinates("yx", (8, 9)))
-    assert "found `axes=cyx`" in only(tmp_path / "a.tif", axes="cyx").reason
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((5, 8, 9, 3), "uint8"), photometric="rgb")
+    for axes in ("zyx", "yxzc", "czyx"):
+        assert f"found `axes={axes}`" in only(tmp_path / "a.tif", axes=axes).reason
+    assert only(tmp_path / "a.tif", axes="zyxc").rgb
 
 
 def test_channels_of_colours_are_refused_with_the_true_reason(tmp_path):

@@ -43,6 +43,7 @@ def test_pictures_of_an_svs_beside_its_scan_are_left_out_and_said(tmp_path):
         ("micron", 0.325, 0.325),
         ("\\u00B5m", 0.325, 0.325),
         ("nm", 325, 0.325),
+        ("um", 30, 30),
         ("pixel", 1, None),
     ],
 )
