@@ -93,7 +93,9 @@ Channel = Annotated[
 ]
 Axes = Annotated[
     str | None,
-    typer.Option("--axes", help="Axes of TIFFs and plain arrays, e.g. czyx.", rich_help_panel=_SLIDE),
+    typer.Option(
+        "--axes", help="Axes of TIFFs and plain arrays that do not name theirs, e.g. czyx.", rich_help_panel=_SLIDE
+    ),
 ]
 Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.", rich_help_panel=_SCREEN)

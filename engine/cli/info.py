@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from cellseg_batch.engine.cli.console import check_json, print_line, write_json
+from cellseg_batch.engine.cli.console import as_flags, check_json, print_line, write_json
 from cellseg_batch.engine.cli.flags import Json, Slides, takes_settings
 from cellseg_batch.engine.settings import Settings
 
@@ -58,7 +58,7 @@ def _rows(cut: Cut) -> Iterator[tuple[str, str]]:
     yield "channels", ", ".join(slide.channels) or f"{slide.extent('c', 0)} without names"
     yield "would run", f"level {level.level} ({level.reason}), channel {_numbers(channels.indices)} ({channels.reason})"
     yield "", f"{cut.blocks} blocks, {cut.tiles} tiles of {cut.tile[0]} x {cut.tile[1]}"
-    yield from (("note", note) for note in slide.notes)
+    yield from (("note", as_flags(note)) for note in slide.notes)
 
 
 def _numbers(indices: tuple[int, ...]) -> str:

@@ -42,11 +42,26 @@ class Search:
     fields: FieldChoice
     visited: set[Path] = field(default_factory=set)
 
-    def note_on_axes(self, named: str) -> tuple[str, ...]:
-        """The note on an image whose axes are ``named``, if the user named others; else none."""
+    def check_axes(self, named: str, location: str) -> tuple[str, ...]:
+        """The note on a single plane, to which the user's axes do not apply; () if there is nothing to say.
+
+        Args:
+            named: axes that the image names, or that follow from its shape.
+            location: path of the image.
+
+        Raises:
+            ReadError: the image has more axes than those of a plane, and the user names others.
+        """
         if self.axes is None or self.axes.lower() == named:
             return ()
-        return (f"`axes={self.axes}` was not applied: the file names its axes {named}",)
+        if named == "yx":
+            return (f"`axes={self.axes}` was not applied: the image is a single plane",)
+        raise ReadError(
+            location,
+            expected=f"`axes={named}`, as the image says",
+            found=f"`axes={self.axes}`",
+            remedy="leave `axes` out for this image",
+        )
 
 
 class ImageFormat(ABC):

@@ -103,14 +103,14 @@ def _images_in(
         if isinstance(node, zarr.Array):
             if node.ndim >= 2:
                 slide = describe_array(node, store, path, name, search.axes)
-                yield replace(slide, notes=_note_if_empty(store / path) + search.note_on_axes(slide.axes))
+                yield replace(slide, notes=_note_if_empty(store / path) + search.check_axes(slide.axes, location))
             return
         metadata = _ome_metadata(node)
         if "image-label" in metadata or OUTPUT_MARK in node.attrs:
             return
         if "multiscales" in metadata:
             slide = _multiscale(node, metadata, store, path, name)
-            notes = _note_if_empty(store / path / slide.levels[0].path) + search.note_on_axes(slide.axes)
+            notes = _note_if_empty(store / path / slide.levels[0].path) + search.check_axes(slide.axes, location)
             yield replace(slide, plate_position=position, notes=slide.notes + notes)
             return
         children = _children(node, metadata, location, search.fields, position)

@@ -61,7 +61,7 @@ class Pictures(ImageFormat):
             units=(None,) * len(shape),
             rgb=colour,
             alpha=mode == "RGBA",
-            notes=((others,) if others and not is_animation else ()) + search.note_on_axes(axes),
+            notes=((others,) if others and not is_animation else ()) + search.check_axes(axes, str(path)),
         )
         if others and is_animation:
             yield UnreadableImage(f"{name}/1", str(path / "1"), f"{others}; save the animation as a TIFF")

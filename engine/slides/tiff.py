@@ -292,7 +292,7 @@ def _slide(
     """
     series, page = pyramid[0], pyramid[0].keyframe
     letters, axes = _axes_of(series, search.axes, str(file))
-    notes += search.note_on_axes(axes)
+    notes += search.check_axes(axes, str(file))
     _demand_planes(series, str(file))
     rgb, alpha = colours_of(series, str(file))
     samples_are_channels = dict(zip(letters, axes, strict=True)).get("S") == "c"

@@ -278,7 +278,7 @@ def test_an_image_without_a_chunk_is_noted(tmp_path):
 
 def test_the_axes_of_an_image_are_its_own(tmp_path):
     path = write_ome_zarr(tmp_path / "a.zarr", coordinates("cyx", (2, 8, 9)), levels=1)
-    assert "`axes=zyx` was not applied" in only(path, axes="zyx").notes[0]
+    assert "found `axes=zyx`" in only(path, axes="zyx").reason
     assert only(path, axes="cyx").axes == "cyx"
 
 

@@ -103,15 +103,18 @@ def test_the_users_axes_are_obeyed(tmp_path, asked):
     assert only(tmp_path / "plain.tif", axes=asked).axes == asked
 
 
-@pytest.mark.parametrize(("letters", "own"), [("TYX", "tyx"), ("YXS", "yxc"), ("YX", "yx")])
-def test_axes_that_a_file_names_are_kept_and_said(tmp_path, letters, own):
-    shape = {"TYX": (5, 8, 9), "YXS": (8, 9, 3), "YX": (8, 9)}[letters]
-    pixels = np.zeros(shape, "uint8")
+@pytest.mark.parametrize(("letters", "own"), [("TYX", "tyx"), ("YXS", "yxc")])
+def test_axes_other_than_those_that_a_file_names_are_refused(tmp_path, letters, own):
+    pixels = np.zeros({"TYX": (5, 8, 9), "YXS": (8, 9, 3)}[letters], "uint8")
     photometric = "rgb" if "S" in letters else "minisblack"
     tifffile.imwrite(tmp_path / "a.tif", pixels, photometric=photometric, metadata={"axes": letters})
+    assert f"expected `axes={own}`" in only(tmp_path / "a.tif", axes="zyx").reason
+
+
+def test_a_single_plane_beside_stacks_keeps_its_axes_and_says_so(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((8, 9), "uint8"))
     slide = only(tmp_path / "a.tif", axes="zyx")
-    assert slide.axes == own
-    assert slide.notes == (f"`axes=zyx` was not applied: the file names its axes {own}",)
+    assert (slide.axes, slide.notes) == ("yx", ("`axes=zyx` was not applied: the image is a single plane",))
 
 
 def test_axes_that_do_not_fit_are_refused(tmp_path):
