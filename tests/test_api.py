@@ -149,7 +149,7 @@ def test_nothing_is_printed_and_the_process_stays_as_it_was(tmp_path, tiny_model
         (lambda: segment("a.zarr", workers=2.5), "`workers`: expected int, found 2.5"),
         (lambda: segment("a.zarr", objects="yes"), "`objects`: expected bool, found 'yes'"),
         (lambda: segment("a.zarr", threshold="low"), "`threshold`: expected float or None, found 'low'"),
-        (lambda: segment("a.zarr", fields=[0]), r"`fields`: expected tuple of str, found \(0,\)"),
+        (lambda: segment("a.zarr", axes=5), "`axes`: expected str or None, found 5"),
         (lambda: segment("a.zarr", output=5), "`output`: expected Path or None, found 5"),
         (lambda: segment("a.zarr", pixel_size=float("inf")), "`pixel_size`: expected a finite"),
         (lambda: segment(""), "expected a path or a URL, found an empty text"),
