@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +16,7 @@ from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.objects.columns import Measured, Origin, table_fields, table_schema
 from cellseg_batch.engine.objects.moment_files import Objects
 from cellseg_batch.engine.storage.atomic_files import whole_file
-from cellseg_batch.engine.storage.paths import readable
+from cellseg_batch.engine.storage.paths import printable, readable
 
 METADATA_KEY = b"cellseg-batch"
 """Key in the schema's metadata of the table's `Provenance`, which is stored as JSON."""
@@ -79,6 +79,7 @@ def write_table(path: Path, origin: Origin, pieces: Iterable[Objects], provenanc
     Raises:
         OutputError: the file cannot be written.
     """
+    origin = replace(origin, slide=printable(origin.slide))
     schema = table_schema(origin.channels).with_metadata({METADATA_KEY: json.dumps(asdict(provenance))})
     count = 0
     with whole_file(path) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
@@ -95,7 +96,8 @@ def read_provenance(path: Path) -> Provenance:
         ReadError: the file is no table of objects.
     """
     with reading_table(path):
-        content = json.loads((pq.read_schema(readable(path)).metadata or {})[METADATA_KEY])
+        with _opened(path) as stream:
+            content = json.loads((pq.read_schema(stream).metadata or {})[METADATA_KEY])
         quality = {name: ChannelQuality(**figures) for name, figures in content["quality"].items()}
         return Provenance(
             image=content["image"],
@@ -120,11 +122,17 @@ def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[pa.Re
     Raises:
         ReadError: the file is no table of objects.
     """
-    with reading_table(path), pq.ParquetFile(readable(path)) as file:
+    with reading_table(path), _opened(path) as stream, pq.ParquetFile(stream) as file:
         if file.metadata.num_rows:
             yield from file.iter_batches(columns=columns)
         else:
             yield pa.RecordBatch.from_pylist([], schema=file.read(columns).schema)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The table as an open file: pyarrow cannot open paths that are no UTF-8."""
+    source = readable(path)
+    return source.open("rb") if isinstance(source, Path) else source
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ class FailedImages:
         else:
             path = locate(image.path)
             store = zarr_root(path)[0] if is_zarr_node(path) else path
-        digest = hashlib.sha256(image.name.encode() if self._output else location(image).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(os.fsencode(image.name if self._output else location(image))).hexdigest()[:16]
         return store.with_name(store.name + JOURNAL_SUFFIX) / "failed" / self._name / f"{digest}.json"
 
 

@@ -58,6 +58,11 @@ def locate(path: str | Path) -> Path:
     return RemotePath(text)
 
 
+def printable(text: str) -> str:
+    """A text that any file in UTF-8 can hold: bytes of file names that are no UTF-8 are written as ``\\udc..``."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class RemotePath(PosixPath):
     """The name of an object, or of a folder of objects.
 
