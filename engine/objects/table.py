@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -152,4 +153,6 @@ def reading_table(path: Path) -> Iterator[None]:
 def _batch(origin: Origin, objects: Objects, schema: pa.Schema) -> pa.RecordBatch:
     by_channel = [Measured(origin, objects, channel) for channel in range(max(1, len(origin.channels)))]
     fields = table_fields(origin.channels)
-    return pa.record_batch([field.column.values(by_channel[field.channel]) for field in fields], schema=schema)
+    with np.errstate(over="ignore", invalid="ignore"):  # figures of infinite pixels are infinite or NaN
+        columns = [field.column.values(by_channel[field.channel]) for field in fields]
+    return pa.record_batch(columns, schema=schema)

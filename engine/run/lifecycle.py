@@ -131,8 +131,14 @@ def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str 
         unreached_pixels=figures.unreached,
         downscale=plan.downscale,
         channels=slide.channel_names(plan.channels.indices),
-        notes=(f"{figures.missing} NaN pixels taken as 0",) if figures.missing else (),
+        notes=_notes(figures),
     )
+
+
+def _notes(figures: FinishedRecord) -> tuple[str, ...]:
+    """Remarks for the user on pixel values that are no numbers, or none that the model can take."""
+    counts = {"NaN pixels taken as 0": figures.missing, "infinite pixels, or beyond 3.4e38": figures.infinite}
+    return tuple(f"{count} {what}" for what, count in counts.items() if count)
 
 
 def _manifest_to_continue(outputs: tuple[OutputImage, ...], journal: Journal) -> Manifest | None:

@@ -170,12 +170,14 @@ class BlockRecord:
         foreground: number of foreground pixels.
         missing: number of NaN pixels in the input, taken as 0.
         skipped_tiles: number of flat tiles, which are not computed.
+        infinite: number of pixels in the input that are infinite in float32.
     """
 
     seeds: SeedRecord | None
     foreground: int = 0
     missing: int = 0
     skipped_tiles: int = 0
+    infinite: int = 0
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,7 @@ class FinishedRecord:
         skipped_tiles: number of flat tiles, which are not computed.
         objects: number of objects; None for a mask.
         unreached: number of foreground pixels that belong to no object.
+        infinite: number of pixels in the input that are infinite in float32.
     """
 
     foreground: int = 0
@@ -235,6 +238,7 @@ class FinishedRecord:
     skipped_tiles: int = 0
     objects: int | None = None
     unreached: int = 0
+    infinite: int = 0
 
 
 def _brief(value: Any) -> str:

@@ -75,6 +75,14 @@ def test_a_name_that_is_no_utf8_goes_through_run_tables_and_reports(tmp_path, me
     json.dumps(report.to_json()).encode()
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(np.inf, "float32"), (-np.inf, "float32"), (1e200, "float64")])
+def test_values_that_the_model_cannot_take_are_counted_and_noted(tmp_path, measure, value, dtype):
+    image = blobs(100, 100, 1).astype(dtype)
+    image[0, 40:50, 40:50] = value
+    (slide,) = measure(write_ome_zarr(tmp_path / "a.zarr", image, levels=1), block=64, probability=True).slides
+    assert (slide.status, slide.notes) == ("done", ("100 infinite pixels, or beyond 3.4e38",)), slide.reason
+
+
 def test_a_slide_without_objects_has_empty_labels_and_an_empty_table(tmp_path, measure):
     report = measure(write_ome_zarr(tmp_path / "a.zarr", blobs(200, 260)), threshold=1 - 1e-12)
     (slide,) = report.slides
