@@ -30,7 +30,7 @@ from cellseg_batch.engine.run.pipeline import passes_of
 from cellseg_batch.engine.run.results import RunReport, SlideReport
 from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.discover import find_all_images
 from cellseg_batch.engine.slides.label_layout import Layout
 from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
@@ -138,7 +138,7 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
     refuse_output_inside(settings.output, inputs)
     card = load_model(settings.model).card
     choice = FieldChoice(settings.wells, settings.fields)
-    images = (image for path in inputs for image in find_images(path, settings.axes, choice))
+    images = find_all_images(inputs, settings.axes, choice)
     entries = [_lay(image, settings, card) for image in images]
     run_estimate = Estimate(processes, 0.0, 0.0, "", "", [entry for entry, _ in entries])
     plans = [plan for _, plan in entries if plan is not None]

@@ -167,9 +167,9 @@ class _Run:
         if report is not None and report.table is not None:
             return FieldResult(image.plate_position, "done", "", locate(report.table))
         # Another run may have finished a field that failed or was held in this run.
-        reason = self._failures.reason(image)
-        if reason is not None:
-            return FieldResult(image.plate_position, "failed", reason, None)
+        note = self._failures.note_of(image)
+        if note is not None:
+            return FieldResult(image.plate_position, "failed", note.reason, None)
         if isinstance(image, Slide):
             paths = self._paths(image)
             if Journal(paths.journal).is_finished and paths.table.is_file():

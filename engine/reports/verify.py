@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Box
-from cellseg_batch.engine.reports.status import find_journals
+from cellseg_batch.engine.reports.status import find_images_and_journals
 from cellseg_batch.engine.run.completeness import differences
 from cellseg_batch.engine.run.records import Manifest, TaskRecord
 from cellseg_batch.engine.scheduling.scheduler import TaskGroup, ThreadPool, Workflow, run_workflows
@@ -75,7 +75,7 @@ def verify(paths: list[Path], name: str, output: Path | None, workers: int, forg
     Raises:
         NoImageError: there is neither an image nor a journal.
     """
-    journals = [Journal(folder) for folder in find_journals(paths, name, output)]
+    journals = [Journal(folder) for folder in find_images_and_journals(paths, name, output).journals]
     started = [journal for journal in journals if journal.is_begun]
     verdict = Verdict(unfinished=[str(journal.folder) for journal in started if not journal.is_finished])
     for _ in run_workflows((_workflow(journal, verdict, forget) for journal in started), ThreadPool(workers)):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
 
-from cellseg_batch.engine.errors import CellsegError, OutputError
+from cellseg_batch.engine.errors import CellsegError
 from cellseg_batch.engine.geometry import fit_lattice
 from cellseg_batch.engine.inference.backends.registry import preloaded_modules
 from cellseg_batch.engine.inference.choice import choose_backend, settings_elsewhere
@@ -25,8 +25,8 @@ from cellseg_batch.engine.machine import peak_resident_bytes
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.failed_images import FailedImages, location
 from cellseg_batch.engine.run.lifecycle import Request, finish_slide, prepare_slide
-from cellseg_batch.engine.run.output_images import OutputImage, output_images
-from cellseg_batch.engine.run.output_paths import OutputPaths, output_paths, refuse_output_inside
+from cellseg_batch.engine.run.output_images import claim_outputs
+from cellseg_batch.engine.run.output_paths import OutputPaths, refuse_output_inside
 from cellseg_batch.engine.run.prepared_slide import PreparedSlide
 from cellseg_batch.engine.run.results import RunReport, SlideReport
 from cellseg_batch.engine.run.slide_plan import SlidePlan, pick_margin
@@ -35,7 +35,7 @@ from cellseg_batch.engine.scheduling.dask_pools import open_pool
 from cellseg_batch.engine.scheduling.scheduler import TaskGroup, Workflow, ask, call_alone, run_workflows
 from cellseg_batch.engine.scheduling.signals import Stop
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.discover import find_all_images
 from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.slides.writer import consolidate_again
@@ -92,7 +92,7 @@ def run(
     started = search_started if started is None else started
     refuse_output_inside(settings.output, inputs)
     choice = FieldChoice(settings.wells, settings.fields)
-    images = [image for path in inputs for image in find_images(path, settings.axes, choice)]
+    images = find_all_images(inputs, settings.axes, choice)
     report = run_images(images, settings, observer, started=started, stop=stop)
     return replace(report, starting_seconds=search_started - started)
 
@@ -154,7 +154,6 @@ class Campaign:
         self.card = bundle.card
         self.observer = observer
         self.failures = FailedImages(settings.name, settings.output)
-        self._owners: dict[Path, str] = {}
         self._written_stores: set[Path] = set()
         self._figures = _Figures()
         self._locks = Locks()
@@ -219,9 +218,7 @@ class Campaign:
         """Segment one image while this run holds the lock of its output."""
         if isinstance(image, UnreadableImage):
             return SlideReport(image.path, "failed", image.reason)
-        paths = output_paths(image, self.settings.name, self.settings.output)
-        outputs = output_images(paths, self.settings, DECODERS[self.card.decoder])
-        self._claim(outputs, image)
+        paths, outputs = claim_outputs(image, self.settings, DECODERS[self.card.decoder])
         finished = Journal(paths.journal).is_finished and not self.settings.overwrite
         if finished and all(output.folder.exists() for output in outputs):
             return (yield from self._segment_slide(image, paths, number))  # nothing will be written
@@ -267,19 +264,6 @@ class Campaign:
         tasks_done = ((slide_pass, len(journal.numbers(slide_pass.name))) for slide_pass in prepared.passes)
         done = sum(prepared.progress_of(slide_pass, tasks) for slide_pass, tasks in tasks_done)
         self.observer.planned(prepared.plan, self._figures.planned_peak_bytes, number, done)
-
-    def _claim(self, outputs: tuple[OutputImage, ...], slide: Slide) -> None:
-        """Keep two images of one run from writing to the same folder."""
-        for output in outputs:
-            owner = self._owners.setdefault(output.folder, slide.location)
-            if owner != slide.location:
-                raise OutputError(
-                    str(output.folder),
-                    expected=f"a folder of its own for each image's {output.name}",
-                    found=f"the folder of {owner}",
-                    cause="two inputs of one name",
-                    remedy="run them one by one with different `name` or `output`",
-                )
 
     def report(self, slides: list[SlideReport], seconds: float) -> RunReport:
         """The report of the whole run, which took ``seconds``, compiling included."""

@@ -36,11 +36,13 @@ class Search:
         axes: order of the axes, such as ``cyx``; None takes it from the images.
         fields: wells and fields of plates to take.
         visited: files whose images are found already, for formats that lead to a file from several others.
+        folders: folder that is searched already -> names of the links that lead to it again.
     """
 
     axes: str | None
     fields: FieldChoice
     visited: set[Path] = field(default_factory=set)
+    folders: dict[Path, list[str]] = field(default_factory=dict)
 
     def demand_axes(self, named: str, location: str) -> None:
         """Refuse an image that names its axes, if the user names others.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -23,6 +24,11 @@ NUMBERS = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)")
 def fits_axes(axes: str, ndim: int) -> bool:
     """Whether ``axes`` names ``ndim`` different axes out of t, c, z, y, x, with y and x among them."""
     return len(axes) == len(set(axes)) == ndim and set("yx") <= set(axes) <= set(AXES)
+
+
+def real_path(location: str) -> str:
+    """A path on this machine with links followed; a URL as it is."""
+    return location if "://" in location else os.path.realpath(location)
 
 
 def unravel_plane(plane: int, grid: tuple[int, ...]) -> tuple[int, ...]:
@@ -102,6 +108,11 @@ class Slide:
         return str(self.store / self.path)
 
     @property
+    def identity(self) -> str:
+        """The image itself, whichever link leads to it: its location with links followed."""
+        return real_path(self.location)
+
+    @property
     def plane_axes(self) -> str:
         """The plane axes, along which planes are segmented separately: those of t and z that the image has."""
         return "".join(axis for axis in "tz" if axis in self.axes)
@@ -176,3 +187,8 @@ class UnreadableImage:
     path: str
     reason: str
     plate_position: PlatePosition | None = None
+
+    @property
+    def identity(self) -> str:
+        """As `Slide.identity`."""
+        return real_path(self.path)
