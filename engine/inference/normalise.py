@@ -46,11 +46,19 @@ def sample_slide(slide: Slide, channels: tuple[int, ...], level: int) -> list[ND
     Raises:
         ReadError: none of the sampled pixels can be read.
     """
-    sampled = _sampling_level(slide, level)
-    count = slide.planes(sampled)
+    return sample_level(slide, channels, _sampling_level(slide, level), _MAX_VALUES)
+
+
+def sample_level(slide: Slide, channels: tuple[int, ...], level: int, most: int) -> list[NDArray[Any]]:
+    """Return parts (C, h, w) that represent a level, of about ``most`` values together, in the stored dtype.
+
+    Raises:
+        ReadError: none of the sampled pixels can be read.
+    """
+    count = slide.planes(level)
     planes = sorted({round(i) for i in np.linspace(0, count - 1, min(count, _PLANES))})
-    boxes = _sample_boxes(*slide.plane_shape(sampled), limit=_MAX_VALUES // (len(planes) * len(channels)))
-    with SlideReader(slide, sampled, channels) as reader:
+    boxes = _sample_boxes(*slide.plane_shape(level), limit=most // (len(planes) * len(channels)))
+    with SlideReader(slide, level, channels) as reader:
         parts = [part for plane, box in product(planes, boxes) for part in _readable(reader, plane, box)]
         if not parts:
             reader.read(planes[0], boxes[0])  # raises the reason

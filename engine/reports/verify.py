@@ -1,6 +1,6 @@
 """Check every pixel of an output against the checksums in its journal, and name the damaged blocks.
 
-Only journals and outputs are read; the segmented images are not needed.
+Journals and outputs are read.  Segmented images that are there are compared with their state when they were segmented.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.reports.status import find_images_and_journals
 from cellseg_batch.engine.run.completeness import differences
+from cellseg_batch.engine.run.input_state import has_changed
 from cellseg_batch.engine.run.records import Manifest, TaskRecord
 from cellseg_batch.engine.scheduling.scheduler import TaskGroup, ThreadPool, Workflow, run_workflows
-from cellseg_batch.engine.slides.slide import unravel_plane
+from cellseg_batch.engine.slides.slide import Slide, unravel_plane
 from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.engine.storage.paths import zarr_store
 
@@ -50,15 +51,18 @@ class Verdict:
         checked: number of records whose pixels were read back.
         unfinished: folders of the journals without their closing record.
         damages: the damaged blocks and shards.
+        changed: images whose pixels have changed since they were segmented.
     """
 
     checked: int = 0
     unfinished: list[str] = field(default_factory=list)
     damages: list[Damage] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The verdict as plain JSON values."""
-        return {"status": "damaged" if self.damages else "whole", **asdict(self)}
+        status = "damaged" if self.damages else "changed" if self.changed else "whole"
+        return {"status": status, **asdict(self)}
 
 
 def verify(paths: list[Path], name: str, output: Path | None, workers: int, forget: bool = False) -> Verdict:
@@ -75,12 +79,23 @@ def verify(paths: list[Path], name: str, output: Path | None, workers: int, forg
     Raises:
         NoImageError: there is neither an image nor a journal.
     """
-    journals = [Journal(folder) for folder in find_images_and_journals(paths, name, output).journals]
-    started = [journal for journal in journals if journal.is_begun]
+    found = {Journal(folder): slide for folder, slide in find_images_and_journals(paths, name, output).journals.items()}
+    started = [journal for journal in found if journal.is_begun]
     verdict = Verdict(unfinished=[str(journal.folder) for journal in started if not journal.is_finished])
     for _ in run_workflows((_workflow(journal, verdict, forget) for journal in started), ThreadPool(workers)):
         pass
+    verdict.changed = [
+        slide.location for journal, slide in found.items() if slide is not None and _changed(slide, journal)
+    ]
     return verdict
+
+
+def _changed(slide: Slide, journal: Journal) -> bool:
+    """Whether the slide has other pixels than those that its labels were made of."""
+    manifest = journal.manifest(Manifest)
+    if manifest is None or manifest.source is None:
+        return False
+    return has_changed(slide, manifest.decisions.input.level, manifest.source)
 
 
 def _workflow(journal: Journal, verdict: Verdict, forget: bool) -> Workflow[None]:

@@ -9,6 +9,7 @@ half-finished output.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from cellseg_batch.engine.inference.backends.protocol import Backend
 from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.run.completeness import demand_complete
+from cellseg_batch.engine.run.input_state import has_changed, input_state
 from cellseg_batch.engine.run.measure_pass import measured_channels
 from cellseg_batch.engine.run.memory_model import block_memory
 from cellseg_batch.engine.run.open_slide import image_writers, scratch_of
@@ -182,6 +184,7 @@ def _begin(worker: Worker, request: Request, journal: Journal) -> PreparedSlide:
 def _continue(worker: Worker, request: Request, journal: Journal, manifest: Manifest) -> PreparedSlide | SlideReport:
     """Prepare a slide that an earlier run has begun; if it is finished, return its report."""
     settings, model_pool, earlier = worker.settings, worker.model_pool, manifest.decisions
+    _refuse_changed_image(request.slide, manifest, journal)
     plan = plan_slide(request.slide, request.paths, settings, model_pool.bundle.card, earlier.normalisation)
     plan = downscale_plan(plan, settings, model_pool.bundle, settings.downscale or earlier.downscale)
     backend = _earlier_backend(earlier.backend, settings, model_pool, plan.downscale)
@@ -257,6 +260,23 @@ def _refuse_changes(plan: SlidePlan, earlier: Decisions, decisions: Decisions) -
         )
 
 
+def _refuse_changed_image(slide: Slide, manifest: Manifest, journal: Journal) -> None:
+    """Refuse to continue an earlier run, or to call it finished, if the image has other pixels now.
+
+    Raises:
+        OutputError: the pixels differ.
+    """
+    if manifest.source is not None and has_changed(slide, manifest.decisions.input.level, manifest.source):
+        begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(journal.begun()))
+        raise OutputError(
+            slide.location,
+            expected="the pixels that its labels were made of",
+            found="others",
+            cause=f"it has changed since {begun}",
+            remedy="use `overwrite` to segment it as it is now",
+        )
+
+
 def _create_outputs(prepared: PreparedSlide, model_pool: ModelPool, backend: Backend, journal: Journal) -> None:
     """Begin the journal with a manifest, and create the output images and the scratch."""
     plan = prepared.plan
@@ -269,6 +289,7 @@ def _create_outputs(prepared: PreparedSlide, model_pool: ModelPool, backend: Bac
         images=images,
         location=plan.slide.location,
         software=_software(),
+        source=input_state(plan.slide, plan.level.level),
     )
     journal.start(manifest)
     provenance = {

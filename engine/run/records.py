@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.objects.seeds import InstanceRule, SeedRecord
+from cellseg_batch.engine.run.input_state import InputState
 from cellseg_batch.engine.storage.checksums import WrittenBox
 from cellseg_batch.kernels.quality import Quality
 
@@ -129,6 +130,7 @@ class Manifest:
         images: path of each output image in its store -> its folder, relative to the journal's.
         location: path of the input image, as a user would type it.
         software: versions of packages that decide no pixel.
+        source: the input image when its first block was about to be read.
     """
 
     STRICT: ClassVar[tuple[str, ...]] = ("decisions",)
@@ -139,6 +141,7 @@ class Manifest:
     images: dict[str, str]
     location: str = ""
     software: dict[str, str] = field(default_factory=dict)
+    source: InputState | None = None
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,10 @@ class ImageFormat(ABC):
     def close(self, array: Any) -> None:  # noqa: B027 - most formats hold no file open
         """Close the file that `open_level` opened."""
 
+    def sample_files(self, slide: Slide, level: int) -> Iterable[Path]:
+        """Files of a slide, always the same, of which one is written anew if the pixels of a level change."""
+        return (slide.store, *slide.parts)
+
     def describe(self, slide: Slide) -> str:
         """Name of the slide's format for messages, with the version if that matters."""
         return self.name

@@ -34,6 +34,8 @@ _UNIT_NAMES = dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometr
 OUTPUT_MARK = "cellseg-batch-output"
 # Number of members of a group in an object store that are read at the same time.
 _REQUESTS = 16
+# Number of chunks whose versions show whether an array has changed, on this machine and in an object store.
+_SAMPLED, _SAMPLED_REMOTE = 8, 3
 _NODE_FILES = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
 # Attribute of groups and arrays that anndata writes: tables, and shapes and points of spatialdata.
 _TABLE_MARK = "encoding-type"
@@ -64,6 +66,18 @@ class Zarr(ImageFormat):
         """Open the array of a level."""
         path = "/".join(part for part in (slide.path, slide.levels[level].path) if part)
         return zarr.open_array(zarr_store(slide.store), path=path, mode="r")
+
+    def sample_files(self, slide: Slide, level: int) -> Iterator[Path]:
+        """The metadata of a level's array, and chunks or shards over its diagonal with their folders."""
+        folder = slide.store / slide.path / slide.levels[level].path
+        yield from (folder / file for file in _NODE_FILES)
+        array: zarr.Array[Any] = zarr.open_array(zarr_store(folder), mode="r")
+        stored = array.shards or array.chunks
+        last = [(length - 1) // side for length, side in zip(array.shape, stored, strict=True)]
+        count = _SAMPLED_REMOTE if isinstance(slide.store, RemotePath) else _SAMPLED
+        indices = {tuple(round(end * step / (count - 1)) for end in last) for step in range(count)}
+        chunks = [folder / array.metadata.encode_chunk_key(index) for index in sorted(indices)]
+        yield from dict.fromkeys(path for chunk in chunks for path in (chunk, chunk.parent))
 
     def describe(self, slide: Slide) -> str:
         """OME-Zarr with its version, or zarr for a plain array."""

@@ -83,6 +83,7 @@ class Slide:
         zarr_format: zarr version of the stored pixels; None if they are in no zarr array.
         holds_labels: whether labels can be written into the image's own group.
         notes: remarks for the user on what the image's metadata say and what is left out.
+        parts: other files that hold planes of the image.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Slide:
     zarr_format: Literal[2, 3] | None = None
     holds_labels: bool = False
     notes: tuple[str, ...] = ()
+    parts: tuple[Path, ...] = ()
 
     @property
     def location(self) -> str:

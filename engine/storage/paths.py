@@ -14,6 +14,7 @@ import re
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path, PosixPath
+from stat import S_ISDIR
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Self
 from urllib.parse import unquote, urlsplit
 
@@ -157,6 +158,15 @@ class RemotePath(PosixPath):
             answer = library().get(self.client, self.key)
             return bytes(answer.bytes()), {name: mark for name in ("e_tag", "version") if (mark := answer.meta[name])}
 
+    def version(self) -> str:
+        """The object's size and e-tag, without its content.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+        metadata = self._head()
+        return f"{metadata['size']} {metadata['e_tag']}"
+
     def reader(self) -> BinaryIO:
         """The object as an open file that fetches only the parts that are read."""
         return io.BufferedReader(_Reader(self), _READ_BYTES)
@@ -273,6 +283,17 @@ class _Reader(io.RawIOBase):
 def is_web(path: Path) -> bool:
     """Whether a path is on a web server, which allows neither listing nor writing."""
     return isinstance(path, RemotePath) and path.scheme in WEB
+
+
+def version_of(path: Path) -> str:
+    """A text that changes with the content of a file, object or folder: its size, and its time of writing or e-tag."""
+    try:
+        if isinstance(path, RemotePath):
+            return path.version()
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return "absent"
+    return f"{0 if S_ISDIR(status.st_mode) else status.st_size} {status.st_mtime_ns}"
 
 
 def readable(path: Path) -> Path | BinaryIO:
