@@ -190,7 +190,7 @@ def _pictures(status: Status, name: str, output: Path | None) -> str:
 
 def _picture(slide: SlideStatus, name: str, output: Path | None) -> str:
     """An image with the outlines of its labels, as a data URL; "" if it cannot be read."""
-    with tempfile.TemporaryDirectory() as folder, suppress(CellsegError):
+    with suppress(CellsegError, OSError), tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "picture.png"
         write_preview(locate(slide.path), file, None, name, output, None, None)
         with Image.open(file) as picture:

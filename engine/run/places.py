@@ -24,7 +24,7 @@ from cellseg_batch.engine.storage.atomic_files import create_once
 from cellseg_batch.engine.storage.paths import RemotePath, locate
 from cellseg_batch.engine.storage.records import encode_record, read_record
 
-_WHAT = "a note of the image that an output belongs to"
+_WHAT = "an output"
 
 
 @dataclass(frozen=True)

@@ -69,25 +69,25 @@ class Artefacts:
     lost when this process ends.
 
     Attributes:
-        folder: folder in which entries are made.
+        kept: the folder, whose entries outlive this process.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._kept = cache_folder() if folder is None else folder
+        self.kept = cache_folder() if folder is None else folder
         self._temporary: Path | None = None
         self._dropped: set[str] = set()
 
     @property
     def folder(self) -> Path:
         """Folder in which entries are made: the kept one, or a temporary one if that cannot be written."""
-        if self._temporary is None and not _is_writable(self._kept):
+        if self._temporary is None and not _is_writable(self.kept):
             self._resort_to_temporary()
-        return self._temporary or self._kept
+        return self._temporary or self.kept
 
     def find(self, key: Key) -> Path | None:
         """The folder of the sound entry of ``key``; None if there is none."""
         name = _name(key)
-        folders = [self._kept / name] if name not in self._dropped else []
+        folders = [self.kept / name] if name not in self._dropped else []
         folders += [self._temporary / name] if self._temporary is not None else []
         return next(filter(_is_sound, folders), None)
 
@@ -118,12 +118,12 @@ class Artefacts:
         return folder
 
     def _resort_to_temporary(self) -> None:
-        _log.warning("%s cannot be written: what is compiled now is not kept", self._kept)
+        _log.warning("%s cannot be written: what is compiled now is not kept", self.kept)
         try:
             self._temporary = Path(tempfile.mkdtemp(prefix="cellseg-batch-"))
         except OSError as error:
             raise UsageError(
-                str(self._kept),
+                str(self.kept),
                 expected="a folder for compiled networks and race results that can be written, or a temporary one",
                 found=brief(error),
                 cause="a read-only or full disk",
@@ -136,7 +136,7 @@ class Artefacts:
         name = _name(key)
         with self._locked(self.folder / name):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        if self.folder != self._kept:
+        if self.folder != self.kept:
             self._dropped.add(name)
 
     def _make(self, folder: Path, key: Key, make: Callable[[Path], None]) -> None:
@@ -180,7 +180,7 @@ class Artefacts:
         count = 0
         for folder in [path for path in self._folders() if path.is_dir()]:
             entry = folder.with_name(folder.name.partition(".")[0])
-            with writing_to(self._kept, "a cache"), self._locked(entry):
+            with writing_to(self.kept, "a cache"), self._locked(entry):
                 count += (folder / _KEY).is_file() and _PARTIAL not in folder.name
                 shutil.rmtree(folder, ignore_errors=True)
         return count
@@ -188,7 +188,7 @@ class Artefacts:
     def _folders(self) -> list[Path]:
         """Everything in the kept folder; nothing if there is no such folder."""
         try:
-            return list(self._kept.iterdir())
+            return list(self.kept.iterdir())
         except OSError:
             return []
 
