@@ -42,6 +42,8 @@ _TILES = 2
 _COUNTS = ("blocks", "tiles", "bytes_in", "bytes_out", "files")
 # The merge writes each field of `FinalIds` as a file, in a folder of their own beside the folder of all scratch.
 _FILES_OF_FINAL_IDS = len(FinalIds.__dataclass_fields__) + 2
+# The note of a place's owner; below `output` the owner's two notes and their two folders.
+_NOTES = 5
 # Stages that run on other threads while the device is busy.
 _BESIDE = ("read", "seeds", "growth", "measure", "write", "pyramid")
 
@@ -218,8 +220,8 @@ def most_files(layout: Layout) -> int:
 
 
 def most_records(counts: list[int]) -> int:
-    """Number of files and folders of a journal, from the number of records of each of its parts."""
-    return sum(count + -(-count // BUCKET) + 1 for count in counts) + 12
+    """Number of files and folders of a journal, from the number of records of each part, and of the notes on its place."""
+    return sum(count + -(-count // BUCKET) + 1 for count in counts) + 12 + _NOTES
 
 
 def most_scratch_files(plan: SlidePlan) -> int:
