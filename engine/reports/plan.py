@@ -220,7 +220,7 @@ def most_files(layout: Layout) -> int:
 
 
 def most_records(counts: list[int]) -> int:
-    """Number of files and folders of a journal, from the number of records of each part, and of the notes on its place."""
+    """Number of files and folders of a journal, from the number of records of each part; with notes on its place."""
     return sum(count + -(-count // BUCKET) + 1 for count in counts) + 12 + _NOTES
 
 

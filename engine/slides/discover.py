@@ -115,10 +115,12 @@ def _visit_folder(path: Path, name: str, search: Search) -> Iterator[Slide | Unr
         if child.name.startswith(".") or child.name.endswith((OUTPUT_SUFFIX, JOURNAL_SUFFIX)):
             continue
         followed, child_name = _followed(child), f"{name}/{child.name}"
-        if followed not in search.folders:
-            yield from _visit(followed, child_name, search)
-        elif followed not in child.parents:  # a link back to where it lies names nothing twice
+        if followed in child.parents:
+            continue  # a link back to a folder around it
+        if followed in search.folders:
             search.folders[followed].append(child_name)
+        else:
+            yield from _visit(followed, child_name, search)
 
 
 def _followed(path: Path) -> Path:

@@ -140,6 +140,8 @@ def _images_in(
     def images_of(listed: tuple[str, PlatePosition | None]) -> list[Slide | UnreadableImage]:
         child, child_position = listed
         below = f"{path}/{child}" if path else child
+        if _leads_back(store / below):
+            return []
         is_there = is_zarr_node(store / below)
         images = [*_images_in(store, below, f"{name}/{child}", search, child_position)] if is_there else []
         if images or (is_there and child not in listed_images):
@@ -154,6 +156,13 @@ def _images_in(
             yield from _noted(chain.from_iterable(pool.map(images_of, children)), notes)
     else:
         yield from _noted(chain.from_iterable(map(images_of, children)), notes)
+
+
+def _leads_back(node: Path) -> bool:
+    """Whether a node is a link to a group around it."""
+    if isinstance(node, RemotePath) or not node.is_symlink():
+        return False
+    return node.parent.resolve().is_relative_to(node.resolve())
 
 
 def _noted(images: Iterable[Slide | UnreadableImage], notes: tuple[str, ...]) -> Iterator[Slide | UnreadableImage]:
