@@ -30,7 +30,7 @@ from cellseg_batch.engine.run.pipeline import passes_of
 from cellseg_batch.engine.run.results import RunReport, SlideReport
 from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.discover import find_all_images
 from cellseg_batch.engine.slides.label_layout import Layout
 from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
@@ -42,6 +42,8 @@ _TILES = 2
 _COUNTS = ("blocks", "tiles", "bytes_in", "bytes_out", "files")
 # The merge writes each field of `FinalIds` as a file, in a folder of their own beside the folder of all scratch.
 _FILES_OF_FINAL_IDS = len(FinalIds.__dataclass_fields__) + 2
+# The note of a place's owner; below `output` the owner's two notes and their two folders.
+_NOTES = 5
 # Stages that run on other threads while the device is busy.
 _BESIDE = ("read", "seeds", "growth", "measure", "write", "pyramid")
 
@@ -138,7 +140,7 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
     refuse_output_inside(settings.output, inputs)
     card = load_model(settings.model).card
     choice = FieldChoice(settings.wells, settings.fields)
-    images = (image for path in inputs for image in find_images(path, settings.axes, choice))
+    images = find_all_images(inputs, settings.axes, choice)
     entries = [_lay(image, settings, card) for image in images]
     run_estimate = Estimate(processes, 0.0, 0.0, "", "", [entry for entry, _ in entries])
     plans = [plan for _, plan in entries if plan is not None]
@@ -232,8 +234,8 @@ def most_files(layout: Layout) -> int:
 
 
 def most_records(counts: list[int]) -> int:
-    """Number of files and folders of a journal, from the number of records of each of its parts."""
-    return sum(count + -(-count // BUCKET) + 1 for count in counts) + 12
+    """Number of files and folders of a journal, from the number of records of each part; with notes on its place."""
+    return sum(count + -(-count // BUCKET) + 1 for count in counts) + 12 + _NOTES
 
 
 def most_scratch_files(plan: SlidePlan) -> int:
