@@ -25,14 +25,21 @@ def preview(
     axes: Axes = None,
     debug: Debug = False,
 ) -> None:
-    """Write a picture of SLIDE with the outlines of its labels."""
+    """Write a picture of SLIDE, as it is stored, with the outlines of its labels.
+
+    Objects too small for outlines are tinted, and a part at full resolution is shown beside the overview.
+    """
     from cellseg_batch.engine.reports.preview import write_preview
 
     with plain_errors(debug):
         picture = write_preview(slide, out, _sides(box), name, output, channel, axes)
-        print_text(
-            f"{out}: {picture.shape[1]} x {picture.shape[0]} px, {picture.zoom:.3g} px for each px of the labels"
-        )
+        height, width = picture.overview.shape[:2]
+        print_text(f"{out}: {width} x {height} px, {picture.zoom:.3g} px for each px of the labels")
+        if picture.detail_box is not None:
+            part = picture.detail_box
+            print_text(
+                f"right of it at full resolution, where most objects are: {part.y0},{part.x0},{part.y1},{part.x1}"
+            )
 
 
 def _sides(text: str | None) -> tuple[int, int, int, int] | None:

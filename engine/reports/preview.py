@@ -1,6 +1,7 @@
 """Draw a slide with the outlines of its labels as a picture about a screen wide, whatever the slide's size.
 
-It reads the lowest resolution that is still large enough, strip by strip, so memory does not grow with the slide.
+Where outlines would hide the objects, these are tinted, and a part at full resolution is shown beside the overview.  It
+reads the lowest resolution that is still large enough, strip by strip, so memory does not grow with the slide.
 """
 
 from __future__ import annotations
@@ -22,29 +23,42 @@ from cellseg_batch.engine.slides.level_and_channels import choose_channels
 from cellseg_batch.engine.slides.ome_zarr import open_written
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
-from cellseg_batch.trainer.outlines import outlined
+from cellseg_batch.trainer.outlines import borders, outlined, too_small_to_outline
 
 _LONGEST = 1600
 _STRIP_PIXELS = 1 << 24
+# Between overview and detail: px, and grey that is told from black and white grounds.
+_GAP, _GROUND = 12, 128
 # Percentiles of the shown pixels that become black and white, in images other than 8-bit RGB.
 _BLACK, _WHITE = 0.5, 99.8
 
 
 @dataclass(frozen=True)
 class Preview:
-    """Part and scale of the slide that a picture shows.
+    """A picture of a slide and its labels.
 
     Attributes:
-        box: the part, in px of the labels' full resolution.
-        level: level of the labels that was read.
+        box: the part that is shown, in px of the labels' full resolution.
         zoom: px of the picture per px of the labels' full resolution.
-        shape: (height, width) of the picture in px.
+        overview: uint8 (h, w, 3) picture of the part.
+        detail_box: the part of it with most objects, framed in the overview, in px of the labels' full resolution; None
+            if the objects can be seen in the overview.
+        detail: uint8 (h, w, 3) picture of that part at full resolution; None without one.
     """
 
     box: Box
-    level: int
     zoom: float
-    shape: tuple[int, int]
+    overview: NDArray[np.uint8]
+    detail_box: Box | None = None
+    detail: NDArray[np.uint8] | None = None
+
+    def side_by_side(self) -> NDArray[np.uint8]:
+        """The overview, and right of it the detail, on a grey ground: uint8 (h, w, 3)."""
+        if self.detail is None:
+            return self.overview
+        height = max(self.overview.shape[0], self.detail.shape[0])
+        gap = np.full((height, _GAP, 3), _GROUND, np.uint8)
+        return np.concatenate([_padded(self.overview, height), gap, _padded(self.detail, height)], axis=1)
 
 
 def write_preview(
@@ -56,17 +70,37 @@ def write_preview(
     channel: str | None,
     axes: str | None,
 ) -> Preview:
+    """Draw the middle t/z plane of the first image below ``path``, with its labels, and write it to ``out`` as PNG.
+
+    Raises:
+        UsageError, SlideError: as `draw_preview`; the picture cannot be written.
+    """
+    preview = draw_preview(path, _LONGEST, sides, name, output, channel, axes)
+    with writing_to(out, "a picture"):
+        Image.fromarray(preview.side_by_side()).save(out, format="PNG")
+    return preview
+
+
+def draw_preview(
+    path: Path,
+    longest: int,
+    sides: tuple[int, int, int, int] | None,
+    name: str,
+    output: Path | None,
+    channel: str | None = None,
+    axes: str | None = None,
+) -> Preview:
     """Draw the middle t/z plane of the first image below ``path``, with its labels.
 
     Args:
         path: a path that holds a slide.
-        out: the PNG to write.
+        longest: most px of the overview's longer side.
         sides: y0, x0, y1, x1 of the part to show, in px of the labels' full resolution; None shows everything.
         name, output, channel, axes: as in the settings of the run that wrote the labels.
 
     Raises:
         UsageError: there is no image, or the box lies outside it.
-        SlideError: the image or its labels cannot be read, or the picture cannot be written.
+        SlideError: the image or its labels cannot be read.
     """
     slide = first_slide(find_images(path, axes))
     paths = output_paths(slide, name, output)
@@ -80,36 +114,103 @@ def write_preview(
             found="a box that is empty or sticks out",
             remedy="leave `box` out to see everything",
         )
-    level = _pick_level(labels, box)
-    shape = labels.plane_shape(level)
+    channels = choose_channels(slide, channel).indices
+    level = _pick_level(labels, box, longest)
+    bounds, picture, ids = _draw(slide, labels, channels, level, box, longest, None)
+    zoom = ids.shape[1] / box.shape[1]
+    overview = outlined(picture, ids)
+    if not (ids.any() and too_small_to_outline(ids) and zoom <= 1 / 2):
+        return Preview(box, zoom, overview)
+    detail_box = _fullest(ids, box, zoom, longest // 2)
+    _, picture, ids = _draw(slide, labels, channels, 0, detail_box, longest, bounds)
+    _frame(overview, detail_box, box, zoom)
+    return Preview(box, zoom, overview, detail_box, outlined(picture, ids))
+
+
+def _draw(
+    slide: Slide,
+    labels: Slide,
+    channels: tuple[int, ...],
+    level: int,
+    box: Box,
+    longest: int,
+    bounds: tuple[float, float] | None,
+) -> tuple[tuple[float, float], NDArray[np.uint8], NDArray[Any]]:
+    """Draw a box at a level of the labels.
+
+    Args:
+        slide, labels: the image and its labels.
+        channels: indices of the channels to show.
+        level: level of the labels.
+        box: the part to show, in px of the labels' full resolution.
+        longest: most px of the picture's longer side.
+        bounds: pixel values that become black and white; None takes them from the pixels.
+
+    Returns:
+        The bounds; the picture, uint8 (h, w, 3); and the labels in its pixels, (h, w).
+    """
+    (height, width), shape = labels.plane_shape(0), labels.plane_shape(level)
     window = Box(
         box.y0 * shape[0] // height,
         box.x0 * shape[1] // width,
         -(-box.y1 * shape[0] // height),
         -(-box.x1 * shape[1] // width),
     )
-    step = -(-max(window.shape) // _LONGEST)
+    step = -(-max(window.shape) // longest)
     steps = min(step, window.shape[0]), min(step, window.shape[1])
-    channels = choose_channels(slide, channel).indices
     pixels = _read_thinned(slide, _matching_level(slide, shape), channels, window, steps, _mean)
     ids = _read_thinned(labels, level, (0,), window, steps, _nearest)[0]
-    enlarge = max(1, _LONGEST // max(ids.shape))
-    picture = np.repeat(_displayable(pixels, slide.rgb), 3 // len(pixels), axis=-1)
+    bounds = bounds or _black_and_white(pixels, slide.rgb)
+    picture = np.repeat(_displayable(pixels, bounds), 3 // len(pixels), axis=-1)
+    enlarge = max(1, longest // max(ids.shape))
     picture, ids = (np.repeat(np.repeat(array, enlarge, 0), enlarge, 1) for array in (picture, ids))
-    with writing_to(out, "a picture"):
-        Image.fromarray(outlined(picture, ids)).save(out, format="PNG")
-    return Preview(box, level, ids.shape[1] / (box.x1 - box.x0), (ids.shape[0], ids.shape[1]))
+    return bounds, picture, ids
 
 
-def _pick_level(labels: Slide, box: Box) -> int:
-    """The lowest resolution at which ``box`` still fills the picture; the full resolution if none does."""
+def _fullest(ids: NDArray[Any], box: Box, zoom: float, side: int) -> Box:
+    """The square of ``side`` px with the longest borders of objects, which most and not the largest objects have.
+
+    Args:
+        ids: labels (h, w) of the overview.
+        box: what the overview shows; the square lies in it, smaller than ``side`` where the box is.
+        zoom: px of the overview per px of the box.
+        side: side of the square in px of the labels' full resolution, as those of ``box``.
+    """
+    sums = np.pad(np.cumsum(np.cumsum(borders(ids) & (ids > 0), 0), 1), ((1, 0), (1, 0)))
+    height, width = (min(max(1, round(side * zoom)), length) for length in ids.shape)
+    inside = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
+    y, x = np.unravel_index(int(np.argmax(inside)), inside.shape)
+    rows, columns = min(side, box.shape[0]), min(side, box.shape[1])
+    y0 = min(box.y0 + int(y / zoom), box.y1 - rows)
+    x0 = min(box.x0 + int(x / zoom), box.x1 - columns)
+    return Box(y0, x0, y0 + rows, x0 + columns)
+
+
+def _frame(picture: NDArray[np.uint8], part: Box, box: Box, zoom: float) -> None:
+    """Frame ``part`` in a picture of ``box``: a white line with black edges, which any ground shows."""
+    top, left = int((part.y0 - box.y0) * zoom), int((part.x0 - box.x0) * zoom)
+    bottom, right = int((part.y1 - box.y0) * zoom), int((part.x1 - box.x0) * zoom)
+    frame = np.zeros(picture.shape[:2], np.uint8)
+    for distance, value in enumerate((1, 2, 2, 1)):
+        frame[top + distance : bottom - distance, left + distance : right - distance] = value
+    frame[top + 4 : bottom - 4, left + 4 : right - 4] = 0
+    picture[frame == 1], picture[frame == 2] = 0, 255
+
+
+def _padded(picture: NDArray[np.uint8], height: int) -> NDArray[np.uint8]:
+    missing = height - picture.shape[0]
+    return np.pad(picture, ((0, missing), (0, 0), (0, 0)), constant_values=_GROUND)
+
+
+def _pick_level(labels: Slide, box: Box, longest: int) -> int:
+    """The lowest resolution at which ``box`` fills half of ``longest`` px or more; the full resolution if none does."""
     height, width = labels.plane_shape(0)
 
-    def longest(level: int) -> float:
+    def side(level: int) -> float:
         shape = labels.plane_shape(level)
         return max(box.shape[0] * shape[0] / height, box.shape[1] * shape[1] / width)
 
-    return max((level for level in range(len(labels.levels)) if longest(level) >= _LONGEST / 2), default=0)
+    return max((level for level in range(len(labels.levels)) if side(level) >= longest / 2), default=0)
 
 
 def _matching_level(slide: Slide, shape: tuple[int, int]) -> int:
@@ -161,8 +262,17 @@ def _nearest(pixels: NDArray[Any], steps: tuple[int, int]) -> NDArray[Any]:
     return pixels[:, steps[0] // 2 :: steps[0], steps[1] // 2 :: steps[1]]
 
 
-def _displayable(pixels: NDArray[Any], rgb: bool) -> NDArray[np.uint8]:
-    """Turn pixels (C, h, w) into uint8 (h, w, C): 8-bit RGB unchanged, others scaled between two percentiles."""
-    pixels = np.moveaxis(np.nan_to_num(pixels.astype(np.float32)), 0, -1)
-    low, high = (0.0, 255.0) if rgb and pixels.max() <= 255 else np.percentile(pixels, (_BLACK, _WHITE))
-    return np.round(255 * np.clip((pixels - low) / max(high - low, 1e-9), 0, 1)).astype(np.uint8)
+def _black_and_white(pixels: NDArray[Any], rgb: bool) -> tuple[float, float]:
+    """The pixel values that are shown as black and white: 0 and 255 for 8-bit RGB, else two percentiles."""
+    finite = np.nan_to_num(pixels.astype(np.float32))
+    if rgb and finite.max() <= 255:
+        return 0.0, 255.0
+    low, high = np.percentile(finite, (_BLACK, _WHITE))
+    return float(low), float(high)
+
+
+def _displayable(pixels: NDArray[Any], bounds: tuple[float, float]) -> NDArray[np.uint8]:
+    """Turn pixels (C, h, w) into uint8 (h, w, C), scaled between the bounds."""
+    low, high = bounds
+    channels_last = np.moveaxis(np.nan_to_num(pixels.astype(np.float32)), 0, -1)
+    return np.round(255 * np.clip((channels_last - low) / max(high - low, 1e-9), 0, 1)).astype(np.uint8)

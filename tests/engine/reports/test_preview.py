@@ -25,18 +25,38 @@ def slide(path, labels, levels, channels=1):
     return path
 
 
-def test_outlines_lie_inside_and_keep_touching_objects_apart():
-    labels = np.zeros((30, 40), np.uint16)
-    labels[5:25, 5:20], labels[5:25, 20:35] = 1, 2
-    drawn = outlined(np.full((30, 40, 3), 60, np.uint8), labels)
-    changed = (drawn != 60).any(-1)
-    assert not changed[labels == 0].any()
-    assert changed[5:25, 19:21].all()
-    assert not changed[6:24, 6:19].any()
-    bright = outlined(np.full((30, 40, 3), 220, np.uint8), labels)
-    assert (bright[changed] != drawn[changed]).all()
-    stained = outlined(np.where(labels > 0, 60, 220).astype(np.uint8)[..., None].repeat(3, -1), labels)
-    np.testing.assert_array_equal(stained[changed], drawn[changed])
+@pytest.mark.parametrize("ground", [0, 60, 128, 220, 255])
+def test_outlines_stand_out_from_any_ground_and_keep_touching_objects_apart(ground):
+    labels = np.zeros((40, 60), np.uint16)
+    labels[8:32, 8:28], labels[8:32, 28:50] = 1, 2
+    picture = np.full((40, 60, 3), ground, np.uint8)
+    drawn = outlined(picture, labels).astype(int)
+    row = drawn[20]
+    line = (row == (255, 230, 0)).all(-1)
+    assert np.flatnonzero(line).tolist() == [7, 8, 27, 28, 49, 50]  # two px on each border
+    assert (row[[6, 51]] == 0).all()  # and a dark edge around
+    assert (row[~line & (np.arange(60) != 6) & (np.arange(60) != 51)] == ground).all()
+    assert max(np.ptp([row[7], row[5]], axis=0).max(), np.ptp([row[6], row[5]], axis=0).max()) >= 128
+
+
+def test_a_part_at_full_resolution_is_shown_beside_an_overview_that_has_no_room_for_outlines(tmp_path, command):
+    labels = np.zeros((1000, 3300), np.uint32)
+    labels[300:900, 2000:2600] = discs(600, 600, step=20, radius=6)
+    labels[100:250, 100:250] = 90_000  # one large object is not many
+    path = slide(tmp_path / "a.zarr", labels, 1)
+    code, printed = command("preview", path, "--out", tmp_path / "x.png")
+    assert code == 0, printed
+    picture = np.asarray(Image.open(tmp_path / "x.png")).astype(int)
+    y0, x0, y1, x1 = map(int, printed.rsplit(": ", 1)[1].split(","))
+    assert (y1 - y0, x1 - x0) == (800, 800)
+    assert y0 <= 303
+    assert y1 >= 897
+    assert x0 <= 2003
+    assert x1 >= 2597
+    overview, detail = picture[:333, :1100], picture[:, -1600:]
+    assert (overview[round(y0 / 3) + 1 : round(y1 / 3) - 1, round(x0 / 3) + 1] == 255).mean() > 0.9  # the frame
+    assert (detail == (255, 230, 0)).all(-1).any()
+    assert not (overview == (255, 230, 0)).all(-1).any()  # tinted only
 
 
 @pytest.mark.parametrize(
