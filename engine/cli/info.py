@@ -57,8 +57,12 @@ def _rows(cut: Cut) -> Iterator[tuple[str, str]]:
     yield "pixel size", f"{size:.3g} µm/px" if size else "unknown"
     yield "channels", ", ".join(slide.channels) or f"{slide.extent('c', 0)} without names"
     yield "would run", f"level {level.level} ({level.reason}), channel {_numbers(channels.indices)} ({channels.reason})"
-    yield "", f"{cut.blocks} blocks, {cut.tiles} tiles of {cut.tile[0]} x {cut.tile[1]}"
+    yield "", f"{_count(cut.blocks, 'block')}, {_count(cut.tiles, 'tile')} of {cut.tile[0]} x {cut.tile[1]}"
     yield from (("note", as_flags(note)) for note in slide.notes)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def _numbers(indices: tuple[int, ...]) -> str:

@@ -53,23 +53,30 @@ def run(
 
 
 def print_failures(report: RunReport, console: Console) -> None:
-    """Print each image that failed or is held with its reason, and the notes on every image."""
+    """Print what to know, then what is held, then what failed: what needs the reader comes last, nearest to the end.
+
+    A remark that many images share is printed once.
+    """
+    noted: dict[str, list[str]] = {}
     for slide in report.slides:
-        if slide.status in _COLOURS:
-            print_line(console, slide.status, _COLOURS[slide.status], f"{slide.path}: {slide.reason}")
         for note in slide.notes:
-            print_line(console, "note", "yellow", f"{slide.path}: {note}")
+            noted.setdefault(note, []).append(slide.path)
+    for note, (first, *others) in noted.items():
+        images = f"{first} and {len(others)} more" if others else first
+        print_line(console, "note", "yellow", f"{images}: {note}")
+    for state, colour in _COLOURS.items():
+        for slide in report.slides:
+            if slide.status == state:
+                print_line(console, state, colour, f"{slide.path}: {slide.reason}")
 
 
 def print_report(report: RunReport, console: Console) -> None:
-    """Print the figures of the run that are known."""
-    counts = {state: sum(slide.status == state for slide in report.slides) for state in _STATES}
-    table = Table(title=f"cellseg-batch run: {report.status}", show_header=False, title_justify="left")
+    """Print the figures of the run that are known, and as the last line how many images are in each state."""
+    table = Table(title="cellseg-batch run", show_header=False, title_justify="left")
     table.add_column()
     table.add_column(overflow="fold")
     stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items() if seconds)
     for name, value in (
-        ("images", ", ".join(f"{count} {state}" for state, count in counts.items() if count)),
         ("blocks, tiles", _tiles(report.slides)),
         ("model", _model(report)),
         ("time", f"{report.seconds:.1f} s, and {report.compile_seconds:.1f} s to compile"),
@@ -84,6 +91,9 @@ def print_report(report: RunReport, console: Console) -> None:
         if value:
             table.add_row(name, Text(as_flags(value)))
     console.print(table)
+    counts = {state: sum(slide.status == state for slide in report.slides) for state in _STATES}
+    states = [Text(f"{count} {state}", _COLOURS.get(state, "")) for state, count in counts.items() if count]
+    console.print(Text(", ").join(states), soft_wrap=True)
 
 
 def _tiles(slides: list[SlideReport]) -> str:
