@@ -37,9 +37,8 @@ def preview(
         print_text(f"{out}: {width} x {height} px, {picture.zoom:.3g} px for each px of the labels")
         if picture.detail_box is not None:
             part = picture.detail_box
-            print_text(
-                f"right of it at full resolution, where most objects are: {part.y0},{part.x0},{part.y1},{part.x1}"
-            )
+            box_text = f"{part.y0},{part.x0},{part.y1},{part.x1}"
+            print_text(f"right of it at full resolution, where most objects are: {box_text}")
 
 
 def _sides(text: str | None) -> tuple[int, int, int, int] | None:

@@ -1,4 +1,4 @@
-"""Write one self-contained HTML page about a run that goes on or has ended: figures, charts, failures, pictures.
+"""Write one self-contained HTML page about a run that goes on or has ended: messages, figures, charts, pictures.
 
 The page fetches nothing, so it opens offline and can be mailed.  Figures come from the journals; pictures come from the
 images and their labels, if these can be read.
@@ -10,23 +10,27 @@ import base64
 import io
 import math
 import re
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from html import escape
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from cellseg_batch.engine.errors import CellsegError, OutputError, writing_to
-from cellseg_batch.engine.reports.preview import write_preview
+from cellseg_batch.engine.errors import CellsegError, OutputError, ReadError, writing_to
+from cellseg_batch.engine.reports.object_figures import ObjectFigures, read_object_figures, size_at
+from cellseg_batch.engine.reports.preview import draw_preview
 from cellseg_batch.engine.reports.status import SlideStatus, Status, read_status
-from cellseg_batch.engine.reports.svg_charts import bars, plate_chart, rate_chart
+from cellseg_batch.engine.reports.svg_charts import bars, histogram, plate_chart, rate_chart
+from cellseg_batch.engine.run.output_paths import TABLE_NAME
 from cellseg_batch.engine.run.records import BLOCKS, FinishedRecord, Manifest, TaskRecord
 from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.engine.storage.paths import locate, printable
@@ -34,7 +38,13 @@ from cellseg_batch.engine.storage.paths import locate, printable
 _BINS = 60
 _PICTURES = 12
 _PICTURE_SIDE = 560
+# The page over thousands of images stays a few megabytes.
 _MOST_ROWS = 500
+_MOST_MESSAGES = 100
+_MOST_NAMES = 10
+_MOST_PLATES = 12
+# The states of images, those that need the reader first.
+_URGENCY = ("failed", "stopped", "running", "waiting", "done")
 # A field of a plate: .../plate.zarr/<row>/<column>/<field>
 _FIELD = re.compile(r"^(?P<plate>.+)/(?P<row>[A-Z]{1,2})/0*(?P<column>\d+)/[^/]+$")
 
@@ -47,13 +57,25 @@ class _Facts:
         blocks: (POSIX time in seconds, pixels) of each block on disk.
         seconds: stage -> seconds, over all tasks.
         foreground: path of a finished image -> its share of foreground pixels.
+        objects: number of objects of the finished images; None if none of them tells objects apart.
         manifests: manifests of the started images.
+        tables: path of a finished image with measured objects -> file of its table.
+        heatmaps: path of a plate -> file of its heat maps, which may be missing.
+        notes: remark -> paths of the images that it is about.
     """
 
     blocks: list[tuple[float, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     foreground: dict[str, float] = field(default_factory=dict)
+    objects: int | None = None
     manifests: list[Manifest] = field(default_factory=list)
+    tables: dict[str, Path] = field(default_factory=dict)
+    heatmaps: dict[str, Path] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+
+    def note(self, path: str, remark: str) -> None:
+        """Add a remark on an image."""
+        self.notes.setdefault(remark, []).append(path)
 
 
 def write_page(paths: list[Path], out: Path, name: str, output: Path | None) -> Status:
@@ -71,15 +93,19 @@ def write_page(paths: list[Path], out: Path, name: str, output: Path | None) -> 
     """
     facts = _Facts()
     status = read_status(paths, name, output)
-    status = replace(status, slides=[_gather(slide, facts) for slide in status.slides])
+    slides = [_gather(slide, facts) for slide in status.slides]
+    status = replace(status, slides=sorted(slides, key=lambda slide: _URGENCY.index(slide.state)))
+    objects = _objects(facts)  # it may add remarks
     sections = [
         _summary(status, facts),
-        _section("Throughput", _throughput(facts)),
-        _section("Where the time went", bars(facts.seconds, "s") if any(facts.seconds.values()) else ""),
-        _section("Failures", _failures(status)),
-        *(_section(f"Plate {Path(plate).name}", chart) for plate, chart in _plates(facts)),
+        _section("To do", _messages(_tasks(status))),
+        _section("To know", _messages(facts.notes)),
+        *(_section(f"Plate {Path(plate).name}", chart) for plate, chart in islice(_plates(facts), _MOST_PLATES)),
+        _section("Objects", objects),
         _section("Pictures", _pictures(status, name, output)),
         _section("Images", _table(status, facts)),
+        _section("Throughput", _throughput(facts)),
+        _section("Where the time went", bars(facts.seconds, "s") if any(facts.seconds.values()) else ""),
     ]
     title = "cellseg-batch: " + ", ".join(f"{count} {state}" for state, count in status.counts.most_common())
     with writing_to(out, "a page"):
@@ -90,6 +116,8 @@ def write_page(paths: list[Path], out: Path, name: str, output: Path | None) -> 
 
 def _gather(slide: SlideStatus, facts: _Facts) -> SlideStatus:
     """Add an image's figures to ``facts``; returns its status, which is failed if its journal cannot be read."""
+    for remark in slide.notes:
+        facts.note(slide.path, remark)
     if slide.journal is None or not slide.blocks:
         return slide
     try:
@@ -112,6 +140,15 @@ def _add(slide: SlideStatus, journal: Journal, facts: _Facts) -> None:
     finished = journal.finished(FinishedRecord)
     if finished is not None:
         facts.foreground[slide.path] = finished.foreground / slide.pixels
+        if finished.objects is not None:
+            facts.objects = (facts.objects or 0) + finished.objects
+        for remark in finished.notes:
+            facts.note(slide.path, remark)
+        if manifest.decisions.objects:
+            facts.tables[slide.path] = journal.folder / TABLE_NAME
+    field_path = _FIELD.match(slide.path)
+    if field_path:  # the journal is <plate>/<row>/<column>/<field>/labels/<name>
+        facts.heatmaps[field_path["plate"]] = journal.folder.parents[4] / f"{journal.folder.name}.plate" / "heatmap.png"
 
 
 def _summary(status: Status, facts: _Facts) -> str:
@@ -126,6 +163,8 @@ def _summary(status: Status, facts: _Facts) -> str:
     }
     if facts.foreground:
         figures["foreground"] = f"{100 * fmean(facts.foreground.values()):.1f} %"
+    if facts.objects is not None:
+        figures["objects"] = f"{facts.objects:,}"
     if status.seconds_left is not None:
         figures["left, about"] = str(timedelta(seconds=math.ceil(status.seconds_left)))
     chips = "".join(
@@ -162,17 +201,39 @@ def _throughput(facts: _Facts) -> str:
     return rate_chart([total / 1e6 / width for total in totals], labels, "Mpx/s")
 
 
-def _failures(status: Status) -> str:
+def _tasks(status: Status) -> dict[str, list[str]]:
+    """What the reader must do something about -> the paths of the images."""
+    tasks: dict[str, list[str]] = {}
+    for slide in status.slides:
+        if slide.reason:
+            tasks.setdefault(slide.reason, []).append(slide.path)
+        elif slide.state == "stopped":
+            tasks.setdefault("unfinished, and no run is at work on it: the same command goes on", []).append(slide.path)
+    return tasks
+
+
+def _messages(messages: dict[str, list[str]]) -> str:
+    """A table of texts and the images that they are about; "" without texts."""
     rows = "".join(
-        f"<tr><td>{escape(slide.path)}</td><td>{escape(slide.reason)}</td></tr>"
-        for slide in status.slides
-        if slide.reason
+        f"<tr><td>{_names(paths)}</td><td>{escape(text)}</td></tr>"
+        for text, paths in islice(messages.items(), _MOST_MESSAGES)
     )
-    return f"<table><thead><tr><th>image</th><th>reason</th></tr></thead><tbody>{rows}</tbody></table>" if rows else ""
+    return _rows_table(rows, "<th>image</th><th>message</th>", len(messages) - _MOST_MESSAGES) if rows else ""
+
+
+def _names(paths: list[str]) -> str:
+    names = "<br>".join(map(escape, paths[:_MOST_NAMES]))
+    more = len(paths) - _MOST_NAMES
+    return f'{names}<br><span class="note">and {more:,} more</span>' if more > 0 else names
+
+
+def _rows_table(rows: str, heads: str, more: int) -> str:
+    note = f'<p class="note">and {more:,} more</p>' if more > 0 else ""
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>{note}"
 
 
 def _plates(facts: _Facts) -> Iterator[tuple[str, str]]:
-    """Yield (plate, chart of the mean foreground of each of its wells)."""
+    """Yield (plate, its heat maps; without measured objects, a chart of the mean foreground of each well)."""
     plates: dict[str, dict[tuple[str, int], list[float]]] = {}
     for path, share in facts.foreground.items():
         field_path = _FIELD.match(path)
@@ -180,33 +241,80 @@ def _plates(facts: _Facts) -> Iterator[tuple[str, str]]:
             wells = plates.setdefault(field_path["plate"], {})
             wells.setdefault((field_path["row"], int(field_path["column"])), []).append(100 * share)
     for plate, wells in sorted(plates.items()):
-        yield plate, plate_chart({well: fmean(shares) for well, shares in wells.items()}, "% foreground")
+        heatmap = facts.heatmaps[plate]
+        if heatmap.is_file():
+            yield plate, f'<img class="heatmap" alt="heat maps" src="{_data_url("png", heatmap.read_bytes())}">'
+        else:
+            yield plate, plate_chart({well: fmean(shares) for well, shares in wells.items()}, "% foreground")
+
+
+def _objects(facts: _Facts) -> str:
+    """A row for each image with measured objects; a table that cannot be read becomes a remark."""
+    read: dict[str, ObjectFigures] = {}
+    for path, table in islice(facts.tables.items(), _MOST_ROWS):
+        try:
+            read[path] = read_object_figures(table)
+        except ReadError as error:
+            facts.note(path, str(error))
+    spans = {unit: _span([one for one in read.values() if one.unit == unit]) for unit in ("µm²", "px")}
+    rows = "".join(_object_row(path, figures, spans[figures.unit]) for path, figures in read.items())
+    numbers = "".join(f'<th class="number">{name}</th>' for name in ("objects", "density", "median area"))
+    heads = f"<th>image</th>{numbers}<th>areas, on a scale of doublings</th>"
+    return _rows_table(rows, heads, len(facts.tables) - _MOST_ROWS) if rows else ""
+
+
+def _object_row(path: str, figures: ObjectFigures, span: range) -> str:
+    median = "" if figures.median is None else f"{_short(figures.median)} {figures.unit}"
+    ends = [f"{_short(size_at(edge))} {figures.unit}" for edge in (span.start, span.stop)]
+    chart = histogram(figures.sizes[span.start : span.stop], *ends) if figures.count else ""
+    return (
+        f'<tr><td>{escape(path)}</td><td class="number">{figures.count:,}</td>'
+        f'<td class="number">{_short(figures.density)} {figures.density_unit}</td>'
+        f'<td class="number">{median}</td><td>{chart}</td></tr>'
+    )
+
+
+def _short(value: float) -> str:
+    """A number of three digits, or of all those before the decimal point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _span(figures: list[ObjectFigures]) -> range:
+    """The bins of sizes that hold objects of any image: one axis for all, so that images can be compared."""
+    filled = [number for image in figures for number, count in enumerate(image.sizes) if count]
+    return range(min(filled, default=0), max(filled, default=0) + 1)
 
 
 def _pictures(status: Status, name: str, output: Path | None) -> str:
-    figures: list[str] = []
-    for slide in status.slides:
-        if slide.state == "done" and len(figures) < _PICTURES:
-            picture = _picture(slide, name, output)
-            if picture:
-                caption = escape("/".join(Path(slide.path).parts[-3:]))
-                figures.append(
-                    f'<figure><img alt="{caption}" src="{picture}"><figcaption>{caption}</figcaption></figure>'
-                )
-    return f'<div class="pictures">{"".join(figures)}</div>' if figures else ""
+    """Pictures of a few finished images, from all over the list."""
+    done = [slide for slide in status.slides if slide.state == "done"]
+    chosen = done[:: max(1, -(-len(done) // _PICTURES))]
+    figures = "".join(_figure(slide, name, output) for slide in chosen)
+    return f'<div class="pictures">{figures}</div>' if figures else ""
 
 
-def _picture(slide: SlideStatus, name: str, output: Path | None) -> str:
-    """An image with the outlines of its labels, as a data URL; "" if it cannot be read."""
-    with suppress(CellsegError, OSError), tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "picture.png"
-        write_preview(locate(slide.path), file, None, name, output, None, None)
-        with Image.open(file) as picture:
-            picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
-            stream = io.BytesIO()
-            picture.convert("RGB").save(stream, "JPEG", quality=85)
-        return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+def _figure(slide: SlideStatus, name: str, output: Path | None) -> str:
+    """An image with the outlines of its labels; "" if it cannot be read."""
+    caption = escape("/".join(Path(slide.path).parts[-3:]))
+    with suppress(CellsegError, OSError):
+        preview = draw_preview(locate(slide.path), _PICTURE_SIDE, None, name, output)
+        images = f'<img alt="{caption}" src="{_jpeg(preview.overview)}">'
+        if preview.detail is None:
+            return f"<figure>{images}<figcaption>{caption}</figcaption></figure>"
+        images += f'<img alt="the framed part" src="{_jpeg(preview.detail)}">'
+        note = "tinted where objects are; right: the framed part at full resolution"
+        return f'<figure class="pair"><div>{images}</div><figcaption>{caption}: {note}</figcaption></figure>'
     return ""
+
+
+def _jpeg(picture: NDArray[np.uint8]) -> str:
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "JPEG", quality=85, subsampling=0)  # subsampling would blur thin outlines
+    return _data_url("jpeg", stream.getvalue())
+
+
+def _data_url(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64," + base64.b64encode(content).decode()
 
 
 def _table(status: Status, facts: _Facts) -> str:
@@ -219,11 +327,9 @@ def _table(status: Status, facts: _Facts) -> str:
             f'<td class="number">{blocks}</td><td class="number">{slide.pixels / 1e6:,.1f}</td>'
             f'<td class="number">{"" if share is None else f"{100 * share:.1f} %"}</td></tr>'
         )
-    more = len(status.slides) - _MOST_ROWS
-    note = f'<p class="note">and {more:,} more</p>' if more > 0 else ""
     numbers = "".join(f'<th class="number">{name}</th>' for name in ("blocks", "Mpx", "foreground"))
     heads = f"<th>image</th><th>state</th>{numbers}"
-    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>{note}"
+    return _rows_table("".join(rows), heads, len(status.slides) - _MOST_ROWS)
 
 
 def _section(title: str, content: str) -> str:
@@ -263,7 +369,10 @@ section{padding:20px 22px;margin-top:18px;overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:14px}th{text-align:left;color:var(--soft);font-weight:500}
 th.number{text-align:right}td,th{padding:7px 10px 7px 0;border-bottom:1px solid var(--edge);vertical-align:top}
 td:first-child{overflow-wrap:anywhere}tr:last-child td{border-bottom:0}
-.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:16px}figure{margin:0}
-figure img{width:100%;aspect-ratio:1;object-fit:cover;border-radius:8px;display:block;background:var(--edge)}
+.bin{fill:var(--accent)}svg.small{width:180px}
+.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(420px,100%),1fr));gap:16px}figure{margin:0}
+figure img{max-width:100%;max-height:560px;border-radius:8px;display:block}img.heatmap{max-width:100%}
+.pair{grid-column:1/-1}.pair div{display:flex;gap:12px;align-items:start}
+.pair img{min-width:0;max-width:calc(50% - 6px)}
 figcaption{font-size:12px;color:var(--soft);margin-top:6px;overflow-wrap:anywhere}
 """

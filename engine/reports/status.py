@@ -43,6 +43,7 @@ class SlideStatus:
         tasks, tasks_done: number of tasks of all passes, and of those that are done.
         pixels: number of pixels, over all planes; 0 if the image waits.
         begun: POSIX time in seconds at which the image was started; None if it waits.
+        notes: remarks on the image's metadata and on what is left out; () if the image is not at hand.
     """
 
     path: str
@@ -55,6 +56,7 @@ class SlideStatus:
     tasks_done: int = 0
     pixels: int = 0
     begun: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def pixels_left(self) -> float:
@@ -125,7 +127,9 @@ def read_status(paths: list[Path], name: str, output: Path | None) -> Status:
     ]
     listed = {status.path for status, _ in looks}
     lost = [SlideStatus(path, None, "failed", reason) for path, reason in known.items() if path not in listed]
-    return Status([status for status, _ in looks] + lost, _rate(looks))
+    notes = {slide.location: slide.notes for slide in images.journals.values() if slide is not None}
+    slides = [replace(status, notes=notes.get(status.path, ())) for status, _ in looks]
+    return Status(slides + lost, _rate(looks))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Draw small charts as SVG text: rate over time, shares of a whole, a plate of wells.
+"""Draw small charts as SVG text: rate over time, shares of a whole, a plate of wells, sizes.
 
 The charts know numbers and labels only. Their colours are CSS variables of the page around them, so they follow its
 light or dark theme.
@@ -13,6 +13,7 @@ from html import escape
 _WIDTH, _HEIGHT = 860, 220
 _LEFT, _BOTTOM, _TOP = 52, 26, 10
 _WELL = 26
+_BAR_WIDTH, _BAR_HEIGHT = 180, 34
 
 
 def rate_chart(rates: Sequence[float], labels: Sequence[str], unit: str) -> str:
@@ -92,6 +93,28 @@ def plate_chart(wells: Mapping[tuple[str, int], float], unit: str) -> str:
             centre = f'cx="{_WELL * (j + 1.5):.0f}" cy="{_WELL * (i + 1.5):.0f}"'
             parts.append(f'<circle {style} {centre} r="11"><title>{escape(row)}{column}: {text}</title></circle>')
     return "".join([*parts, f'</svg><p class="note">{low:,.4g} to {high:,.4g} {unit}, the highest darkest</p>'])
+
+
+def histogram(counts: Sequence[int], low: str, high: str) -> str:
+    """Draw a small histogram, as tall as its highest bin.
+
+    Args:
+        counts: at least one; number in each bin.
+        low, high: texts at the start and the end of the axis.
+    """
+    top, width = max(counts) or 1, _BAR_WIDTH / len(counts)
+    path = "".join(
+        f"M{i * width:.1f} {_BAR_HEIGHT}v{-_BAR_HEIGHT * count / top:.1f}h{width:.1f}V{_BAR_HEIGHT}z"
+        for i, count in enumerate(counts)
+        if count
+    )
+    base = _BAR_HEIGHT + 12
+    return (
+        f'<svg class="small" viewBox="0 0 {_BAR_WIDTH} {base + 2}" role="img" aria-label="sizes">'
+        f'<path class="bin" d="{path}"/><line class="grid" x1="0" x2="{_BAR_WIDTH}" y1="{_BAR_HEIGHT}" '
+        f'y2="{_BAR_HEIGHT}"/><text class="tick" x="0" y="{base}">{escape(low)}</text>'
+        f'<text class="tick" x="{_BAR_WIDTH}" y="{base}" text-anchor="end">{escape(high)}</text></svg>'
+    )
 
 
 def nice_ceiling(value: float) -> float:

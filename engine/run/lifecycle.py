@@ -148,14 +148,8 @@ def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str 
         unreached_pixels=figures.unreached,
         downscale=plan.downscale,
         channels=slide.channel_names(plan.channels.indices),
-        notes=_notes(figures),
+        notes=figures.notes,
     )
-
-
-def _notes(figures: FinishedRecord) -> tuple[str, ...]:
-    """Remarks for the user on pixel values that are no numbers, or none that the model can take."""
-    counts = {"NaN pixels taken as 0": figures.missing, "infinite pixels, or beyond 3.4e38": figures.infinite}
-    return tuple(f"{count} {what}" for what, count in counts.items() if count)
 
 
 def _manifest_to_continue(worker: Worker, request: Request, journal: Journal) -> Manifest | None:

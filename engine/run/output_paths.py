@@ -19,6 +19,9 @@ from cellseg_batch.engine.slides.slide import Slide, real_path
 from cellseg_batch.engine.storage.lock import LOCK_SUFFIX
 from cellseg_batch.engine.storage.paths import RemotePath, is_web, locate
 
+TABLE_NAME = "objects.parquet"
+"""File of the table of objects, in the folder of the journal."""
+
 
 @dataclass(frozen=True)
 class OutputPaths:
@@ -62,7 +65,7 @@ class OutputPaths:
     @property
     def table(self) -> Path:
         """File of the table of objects."""
-        return self.journal / "objects.parquet"
+        return self.journal / TABLE_NAME
 
     @property
     def journal(self) -> Path:

@@ -282,6 +282,12 @@ class FinishedRecord:
     unreached: Count = 0
     infinite: Count = 0
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks for the user on pixel values that are no numbers, or none that the model can take."""
+        counts = {"NaN pixels taken as 0": self.missing, "infinite pixels, or beyond 3.4e38": self.infinite}
+        return tuple(f"{count} {pixels}" for pixels, count in counts.items() if count)
+
 
 def _changes(before: Any, now: Any, *path: str) -> Iterator[str]:
     """Describe the differences between two values, dataclasses field by field; ``path`` leads to the values."""

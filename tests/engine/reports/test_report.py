@@ -5,10 +5,11 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import zarr
 
-from cellseg_batch.engine.reports.svg_charts import bars, nice_ceiling, plate_chart, rate_chart
+from cellseg_batch.engine.reports.svg_charts import bars, histogram, nice_ceiling, plate_chart, rate_chart
 from tests.support.images import blobs, fill_ome_zarr, write_ome_zarr
 
 _VOID = {"meta", "img"}
@@ -70,12 +71,12 @@ def test_a_finished_run_with_a_plate_and_a_failure(tmp_path, segment, page):
     outline = Outline(text)
     assert outline.headings == [
         "cellseg-batch",
-        "Throughput",
-        "Where the time went",
-        "Failures",
+        "To do",
         "Plate plate.zarr",
         "Pictures",
         "Images",
+        "Throughput",
+        "Where the time went",
     ]
     assert outline.tags.count("img") == 4
     assert all(source.startswith("data:image/jpeg;base64,") for source in outline.sources)
@@ -83,6 +84,36 @@ def test_a_finished_run_with_a_plate_and_a_failure(tmp_path, segment, page):
     assert "torn.tif" in text
     for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
         ElementTree.fromstring(svg)
+
+
+def test_objects_have_counts_densities_and_sizes_and_plates_their_heat_maps(tmp_path, segment, page):
+    write_plate(tmp_path / "in" / "plate.zarr")
+    write_ome_zarr(tmp_path / "in" / "a.zarr", blobs(200, 200), um=0)
+    report = segment(tmp_path / "in", objects=True)
+    text = page(tmp_path / "in")
+    assert Outline(text).headings[1:4] == ["To know", "Plate plate.zarr", "Objects"]  # a pixel size of 0 is noted
+    assert text.count('src="data:image/png;base64,') == 1
+    objects = text[text.index("<h2>Objects") : text.index("<h2>Pictures")]
+    known = {slide.path: slide for slide in report.slides}
+    for row in re.findall(r"<tr><td>(.*?)</tr>", objects):
+        path, count, density, median = re.findall(r"[^<>]+(?=</td>)", row)[:4]
+        slide = known.pop(path)
+        area = np.prod(slide.shape) * (slide.pixel_size_um or 1) ** 2 / 1e6
+        assert (slide.objects, count) == (slide.objects, f"{slide.objects:,}")
+        assert float(density.split()[0].replace(",", "")) == pytest.approx(slide.objects / area, rel=0.01)
+        areas = np.array(pq.read_table(slide.table)["area_um2" if slide.pixel_size_um else "area"])
+        assert float(median.split()[0]) == pytest.approx(np.median(areas), rel=0.01)
+        assert (density.split()[1], median.split()[1]) == (("/mm²", "µm²") if slide.pixel_size_um else ("/Mpx", "px"))
+    assert not known
+
+
+def test_messages_that_images_share_are_said_once_and_long_lists_are_cut(tmp_path, segment, page):
+    for number in range(13):
+        (tmp_path / f"{number}.tif").write_bytes(b"torn")
+    segment(tmp_path)
+    text = page(tmp_path)
+    tasks = text[text.index("<h2>To do") : text.index("<h2>Images")]
+    assert (tasks.count("<tr><td>"), tasks.count(".tif<br>"), "and 3 more" in tasks) == (1, 10, True)
 
 
 def test_names_cannot_break_the_page(tmp_path, segment, page):
@@ -116,6 +147,13 @@ def test_charts_are_in_proportion():
     assert base - top == pytest.approx(2 * (base - middle), abs=0.2)
     assert [one.text for one in svg.iter("title")] == ["0.00 Mpx/s", "2.00 Mpx/s", "1.00 Mpx/s"]
     assert re.findall(r"width:([\d.]+)%", bars({"read": 1.0, "model": 4.0}, "s")) == ["100.0", "25.0"]
+
+
+def test_histograms_are_as_tall_as_their_highest_bin():
+    svg = ElementTree.fromstring(histogram([2, 0, 4], "1 px", "8 px"))
+    heights = [-float(part) for part in re.findall(r"v(-[\d.]+)", svg.find("path").get("d"))]
+    assert heights == [17, 34]
+    assert [text.text for text in svg.iter("text")] == ["1 px", "8 px"]
 
 
 def test_a_plate_is_in_order_and_shows_gaps():
