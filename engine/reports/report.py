@@ -368,7 +368,8 @@ section{padding:20px 22px;margin-top:18px;overflow-x:auto}
 .bar .value,.number{text-align:right;font-variant-numeric:tabular-nums}
 table{border-collapse:collapse;width:100%;font-size:14px}th{text-align:left;color:var(--soft);font-weight:500}
 th.number{text-align:right}td,th{padding:7px 10px 7px 0;border-bottom:1px solid var(--edge);vertical-align:top}
-td:first-child{overflow-wrap:anywhere}tr:last-child td{border-bottom:0}
+td:first-child{overflow-wrap:anywhere;min-width:140px}
+.number{white-space:nowrap}tr:last-child td{border-bottom:0}
 .bin{fill:var(--accent)}svg.small{width:180px}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(420px,100%),1fr));gap:16px}figure{margin:0}
 figure img{max-width:100%;max-height:560px;border-radius:8px;display:block}img.heatmap{max-width:100%}
