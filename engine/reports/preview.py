@@ -275,4 +275,5 @@ def _displayable(pixels: NDArray[Any], bounds: tuple[float, float]) -> NDArray[n
     """Turn pixels (C, h, w) into uint8 (h, w, C), scaled between the bounds."""
     low, high = bounds
     channels_last = np.moveaxis(np.nan_to_num(pixels.astype(np.float32)), 0, -1)
-    return np.round(255 * np.clip((channels_last - low) / max(high - low, 1e-9), 0, 1)).astype(np.uint8)
+    shown: NDArray[np.uint8] = np.round(255 * np.clip((channels_last - low) / max(high - low, 1e-9), 0, 1)).astype("u1")
+    return shown

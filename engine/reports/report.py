@@ -107,7 +107,7 @@ def write_page(paths: list[Path], out: Path, name: str, output: Path | None) -> 
         _section("Throughput", _throughput(facts)),
         _section("Where the time went", bars(facts.seconds, "s") if any(facts.seconds.values()) else ""),
     ]
-    title = "cellseg-batch: " + ", ".join(f"{count} {state}" for state, count in status.counts.most_common())
+    title = "cellseg-batch: " + ", ".join(f"{count} {state}" for state, count in _counts(status))
     with writing_to(out, "a page"):
         page = _PAGE.format(title=escape(title), style=_STYLE, body="".join(sections))
         out.write_text(printable(page), encoding="utf-8")
@@ -167,9 +167,7 @@ def _summary(status: Status, facts: _Facts) -> str:
         figures["objects"] = f"{facts.objects:,}"
     if status.seconds_left is not None:
         figures["left, about"] = str(timedelta(seconds=math.ceil(status.seconds_left)))
-    chips = "".join(
-        f'<span class="chip {state}">{count:,} {state}</span>' for state, count in status.counts.most_common()
-    )
+    chips = "".join(f'<span class="chip {state}">{count:,} {state}</span>' for state, count in _counts(status))
     cards = "".join(
         f'<div class="card"><b>{escape(value)}</b><span>{name}</span></div>' for name, value in figures.items()
     )
@@ -180,6 +178,11 @@ def _summary(status: Status, facts: _Facts) -> str:
         f'<p class="chips">{chips}</p></header><div class="cards">{cards}</div>'
         f'<p class="note">{"; ".join(map(escape, models))}</p>'
     )
+
+
+def _counts(status: Status) -> list[tuple[str, int]]:
+    """The states of images and their numbers, done first."""
+    return [(state, status.counts[state]) for state in reversed(_URGENCY) if status.counts[state]]
 
 
 def _model(manifest: Manifest) -> str:
@@ -229,7 +232,7 @@ def _names(paths: list[str]) -> str:
 
 def _rows_table(rows: str, heads: str, more: int) -> str:
     note = f'<p class="note">and {more:,} more</p>' if more > 0 else ""
-    return f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>{note}"
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>{note}'
 
 
 def _plates(facts: _Facts) -> Iterator[tuple[str, str]]:
@@ -368,6 +371,7 @@ section{padding:20px 22px;margin-top:18px;overflow-x:auto}
 .bar .value,.number{text-align:right;font-variant-numeric:tabular-nums}
 table{border-collapse:collapse;width:100%;font-size:14px}th{text-align:left;color:var(--soft);font-weight:500}
 th.number{text-align:right}td,th{padding:7px 10px 7px 0;border-bottom:1px solid var(--edge);vertical-align:top}
+.scroll{max-height:640px;overflow:auto}@media print{.scroll{max-height:none}}
 td:first-child{overflow-wrap:anywhere;min-width:140px}
 .number{white-space:nowrap}tr:last-child td{border-bottom:0}
 .bin{fill:var(--accent)}svg.small{width:180px}
