@@ -19,8 +19,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def _prepare_cache() -> bool:
     """Choose the cache folder, the user's NUMBA_CACHE_DIR first, and return whether it is writable."""
     if not numba.config.CACHE_DIR:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        numba.config.CACHE_DIR = str(base / "cellseg-batch")
+        # For a user without a home, as in containers, the ~ stays, whereas Path.expanduser would raise an error.
+        base = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")  # noqa: PTH111
+        numba.config.CACHE_DIR = str(Path("/", base) / "cellseg-batch")
     try:
         Path(numba.config.CACHE_DIR).mkdir(parents=True, exist_ok=True)
     except OSError:

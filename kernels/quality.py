@@ -5,6 +5,7 @@ The reference defines the meaning; the fused kernel gives the same sums to withi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,11 +58,16 @@ class Quality:
 
     @property
     def focus(self) -> float | None:
-        """Variance of the Laplacian over the squared mean pixel; falls with blur, does not depend on exposure."""
+        """Variance of the Laplacian over the squared mean pixel; falls with blur, does not depend on exposure.
+
+        None without a Laplacian or a mean, and for values whose squares are 0 or infinite.
+        """
         if not self.curved or not self.total:
             return None
-        variance = self.squares / self.curved - (self.curvature / self.curved) ** 2
-        return variance / (self.total / self.pixels) ** 2
+        curvature, mean = self.curvature / self.curved, self.total / self.pixels
+        # Products, because a power of floats raises an error where these become infinite.
+        variance, square = self.squares / self.curved - curvature * curvature, mean * mean
+        return variance / square if math.isfinite(variance) and 0 < square < math.inf else None
 
     @property
     def saturation(self) -> float:

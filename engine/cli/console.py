@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from cellseg_batch.engine.errors import CellsegError, UsageError
+from cellseg_batch.engine.errors import CellsegError, UsageError, brief, writing_to
 from cellseg_batch.engine.scheduling.signals import Stopped
 
 _INTERRUPTED = 130
@@ -60,7 +62,7 @@ def check_json(file: Path | None, flag: str = "--json") -> None:
     """Refuse a file that cannot be written, before the work rather than after it.
 
     Raises:
-        UsageError: the folder of the file does not exist, or the file is a folder.
+        UsageError: the folder of the file does not exist or cannot be written, or the file is a folder.
     """
     if file is not None and not file.resolve().parent.is_dir():
         raise UsageError(
@@ -76,12 +78,30 @@ def check_json(file: Path | None, flag: str = "--json") -> None:
             found="a folder of that name",
             remedy="name a file in it, or another one",
         )
+    if file is not None and not os.access(file if file.exists() else file.resolve().parent, os.W_OK):
+        raise UsageError(
+            f"{flag} {file}",
+            expected="a file that can be written",
+            found="none",
+            cause="a read-only folder or file",
+            remedy="name a file elsewhere",
+        )
 
 
 def write_json(file: Path | None, content: dict[str, Any]) -> None:
-    """Write a report as JSON, with settings as flags; None writes nothing."""
+    """Write a report as JSON, with settings as flags; None writes nothing.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     if file is not None:
-        file.write_text(as_flags(json.dumps(content, indent=2)) + "\n")
+        with writing_to(file, "a report"):
+            file.write_text(as_flags(json.dumps(content, indent=2)) + "\n")
+
+
+def print_text(text: str) -> None:
+    """Print a text as it is: paths in it may hold what rich takes for markup or emoji."""
+    Console().print(Text(text), soft_wrap=True)
 
 
 def print_line(console: Console, state: str, colour: str, text: str) -> None:
@@ -114,6 +134,60 @@ def plain_errors(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         _print_error("interrupted; the same command goes on where this one stopped")
         raise typer.Exit(_INTERRUPTED) from None
+
+
+class _Drain(io.RawIOBase):
+    """A file descriptor that takes everything: what its disk or its reader does not take is dropped.
+
+    Attributes:
+        error: the last error; None if nothing was dropped.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, content: Any, /) -> int:
+        try:
+            return os.write(self._descriptor, content)
+        except OSError as error:
+            self.error = error
+            return len(content)
+
+
+@contextmanager
+def printing_never_fails() -> Iterator[None]:
+    """Have everything printed on standard output and error, whatever their encoding; a full disk ends no work.
+
+    What an encoding does not have is printed as ``\\x..``.  A full disk is named on standard error; a reader that has
+    gone, as in ``| head``, is not.
+    """
+    kept = sys.stdout, sys.stderr
+    drain, errors = _Drain(sys.stdout.fileno()), _Drain(sys.stderr.fileno())
+    sys.stdout, sys.stderr = _lenient(drain, kept[0]), _lenient(errors, kept[1])
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        if drain.error is not None and not isinstance(drain.error, BrokenPipeError):
+            _print_error(f"not everything could be printed: {brief(drain.error)}; results are not affected")
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = kept
+
+
+def _lenient(drain: _Drain, stream: Any) -> io.TextIOWrapper:
+    return io.TextIOWrapper(
+        io.BufferedWriter(drain), stream.encoding, "backslashreplace", line_buffering=stream.line_buffering
+    )
 
 
 def _print_error(line: str) -> None:

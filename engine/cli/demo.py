@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from cellseg_batch.engine.cli.console import plain_errors
+from cellseg_batch.engine.cli.console import plain_errors, print_text
 from cellseg_batch.engine.cli.flags import Debug
 
 
@@ -20,4 +19,4 @@ def demo(
 
     with plain_errors(debug):
         names = write_demo(out)
-        Console().print(f"{out}: {', '.join(names)}\nnow: cellseg-batch run {out}", highlight=False)
+        print_text(f"{out}: {', '.join(names)}\nnow: cellseg-batch run {out}")

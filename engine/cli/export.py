@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from cellseg_batch.engine.cli.console import plain_errors
+from cellseg_batch.engine.cli.console import plain_errors, print_text
 from cellseg_batch.engine.cli.flags import Debug
 from cellseg_batch.engine.errors import UsageError, trainer_errors
 from cellseg_batch.engine.settings import Settings
@@ -38,4 +37,4 @@ def export(
                     remedy="pip install 'cellseg-batch[onnx]'",
                 ) from error
         shape = f"(1 to 64, {model.card.channels}, {tile}, {tile})"
-        Console().print(f"{out}: input {shape} float32 in [0, 1]", highlight=False)
+        print_text(f"{out}: input {shape} float32 in [0, 1]")

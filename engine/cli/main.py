@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from cellseg_batch.engine.cli.bench import bench
 from cellseg_batch.engine.cli.compile import compile_model
-from cellseg_batch.engine.cli.console import note_flags
+from cellseg_batch.engine.cli.console import note_flags, printing_never_fails
 from cellseg_batch.engine.cli.convert import convert
 from cellseg_batch.engine.cli.demo import demo
 from cellseg_batch.engine.cli.doctor import doctor
@@ -97,7 +97,8 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """Run ``cellseg-batch`` with the arguments of the process."""
-    app(args=sys.argv[1:], prog_name="cellseg-batch")
+    with printing_never_fails():
+        app(args=sys.argv[1:], prog_name="cellseg-batch")
 
 
 if __name__ == "__main__":

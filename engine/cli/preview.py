@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from cellseg_batch.engine.cli.console import plain_errors
+from cellseg_batch.engine.cli.console import plain_errors, print_text
 from cellseg_batch.engine.cli.flags import Axes, Channel, Debug, Name, Output, Slide
 from cellseg_batch.engine.settings import Settings
 
@@ -31,9 +30,8 @@ def preview(
 
     with plain_errors(debug):
         picture = write_preview(slide, out, _sides(box), name, output, channel, axes)
-        Console().print(
-            f"{out}: {picture.shape[1]} x {picture.shape[0]} px, {picture.zoom:.3g} px for each px of the labels",
-            highlight=False,
+        print_text(
+            f"{out}: {picture.shape[1]} x {picture.shape[0]} px, {picture.zoom:.3g} px for each px of the labels"
         )
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from cellseg_batch.engine.cli.console import plain_errors
+from cellseg_batch.engine.cli.console import plain_errors, print_text
 from cellseg_batch.engine.cli.flags import Debug, Name, Output, RunInputs
 from cellseg_batch.engine.settings import Settings
 
@@ -25,4 +24,4 @@ def report(
 
     with plain_errors(debug):
         status = write_page(slides, out, name, output)
-        Console().print(f"{out}: {len(status.slides)} images", highlight=False, soft_wrap=True)
+        print_text(f"{out}: {len(status.slides)} images")

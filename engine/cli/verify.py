@@ -28,7 +28,7 @@ def verify(
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Read back every block of a run and compare it with its checksum; exit 1 if one is damaged."""
+    """Read back every block of a run and compare it with its checksum; exit 1 if a block or an image has changed."""
     from cellseg_batch.engine.reports.verify import verify as verify_output
 
     with plain_errors(debug):
@@ -46,6 +46,9 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
         print_line(console, "damaged", "red", line)
     for reason in verdict.unreadable:
         print_line(console, "unreadable", "red", reason)
+    for image in verdict.changed:
+        reason = "it has changed since it was segmented; run with `overwrite` to segment it as it is now"
+        print_line(console, "changed", "red", f"{image}: {reason}")
     for journal in verdict.unfinished:
         print_line(console, "unfinished", "yellow", journal)
     console.print(f"{verdict.checked} blocks read back, {len(verdict.damages)} damaged", highlight=False)

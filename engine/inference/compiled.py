@@ -55,13 +55,13 @@ def race_every_precision(settings: Settings, tile: int | None = None, again: boo
 def list_compiled() -> tuple[Path, list[CompiledEntry]]:
     """Return the cache folder and every entry in it."""
     artefacts = Artefacts()
-    return artefacts.folder, [_describe(entry) for entry in artefacts.entries()]
+    return artefacts.kept, [_describe(entry) for entry in artefacts.entries()]
 
 
 def clear_compiled() -> tuple[Path, int]:
     """Empty the cache folder; return it and the number of removed entries."""
     artefacts = Artefacts()
-    return artefacts.folder, artefacts.clear()
+    return artefacts.kept, artefacts.clear()
 
 
 def _describe(entry: Entry) -> CompiledEntry:

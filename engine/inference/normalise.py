@@ -46,15 +46,20 @@ def sample_slide(slide: Slide, channels: tuple[int, ...], level: int) -> list[ND
     Raises:
         ReadError: none of the sampled pixels can be read.
     """
-    sampled = _sampling_level(slide, level)
-    count = slide.planes(sampled)
-    planes = sorted({round(i) for i in np.linspace(0, count - 1, min(count, _PLANES))})
-    boxes = _sample_boxes(*slide.plane_shape(sampled), limit=_MAX_VALUES // (len(planes) * len(channels)))
-    with SlideReader(slide, sampled, channels) as reader:
-        parts = [part for plane, box in product(planes, boxes) for part in _readable(reader, plane, box)]
+    level = _sampling_level(slide, level)
+    boxes = sample_boxes(slide, level, _MAX_VALUES // len(channels))
+    with SlideReader(slide, level, channels) as reader:
+        parts = [part for plane, box in boxes for part in _readable(reader, plane, box)]
         if not parts:
-            reader.read(planes[0], boxes[0])  # raises the reason
+            reader.read(*boxes[0])  # raises the reason
     return parts
+
+
+def sample_boxes(slide: Slide, level: int, limit: int) -> list[tuple[int, Box]]:
+    """Return (plane, box) that together represent a level with about ``limit`` px."""
+    count = slide.planes(level)
+    planes = sorted({round(i) for i in np.linspace(0, count - 1, min(count, _PLANES))})
+    return list(product(planes, _boxes_of_plane(*slide.plane_shape(level), limit=limit // len(planes))))
 
 
 def settle_bounds(sample: Sequence[NDArray[Any]], rule: Normalisation) -> Bounds:
@@ -84,7 +89,7 @@ def _sampling_level(slide: Slide, level: int) -> int:
     return max(large_enough, default=level)
 
 
-def _sample_boxes(height: int, width: int, limit: int) -> list[Box]:
+def _boxes_of_plane(height: int, width: int, limit: int) -> list[Box]:
     """Return one box for a plane of up to ``limit`` px, or windows spread evenly over a larger plane.
 
     Windows begin at multiples of their side, so that each lies in one chunk of the usual sizes.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -16,7 +17,7 @@ from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.objects.columns import Measured, Origin, table_fields, table_schema
 from cellseg_batch.engine.objects.moment_files import Objects
 from cellseg_batch.engine.storage.atomic_files import whole_file
-from cellseg_batch.engine.storage.paths import readable
+from cellseg_batch.engine.storage.paths import printable, readable
 
 METADATA_KEY = b"cellseg-batch"
 """Key in the schema's metadata of the table's `Provenance`, which is stored as JSON."""
@@ -79,6 +80,7 @@ def write_table(path: Path, origin: Origin, pieces: Iterable[Objects], provenanc
     Raises:
         OutputError: the file cannot be written.
     """
+    origin = replace(origin, slide=printable(origin.slide))
     schema = table_schema(origin.channels).with_metadata({METADATA_KEY: json.dumps(asdict(provenance))})
     count = 0
     with whole_file(path) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
@@ -117,8 +119,8 @@ def read_schema(path: Path) -> pa.Schema:
     Raises:
         ReadError: the file is no table of objects.
     """
-    with reading_table(path):
-        schema = pq.read_schema(readable(path))
+    with reading_table(path), _opened(path) as stream:
+        schema = pq.read_schema(stream)
         if METADATA_KEY not in (schema.metadata or {}):
             raise ValueError("a Parquet file of something else")
         return schema
@@ -134,11 +136,17 @@ def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[pa.Re
     Raises:
         ReadError: the file is no table of objects.
     """
-    with reading_table(path), pq.ParquetFile(readable(path)) as file:
+    with reading_table(path), _opened(path) as stream, pq.ParquetFile(stream) as file:
         if file.metadata.num_rows:
             yield from file.iter_batches(columns=columns)
         else:
             yield pa.RecordBatch.from_pylist([], schema=file.read(columns).schema)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The table as an open file: pyarrow cannot open paths that are no UTF-8."""
+    source = readable(path)
+    return source.open("rb") if isinstance(source, Path) else source
 
 
 @contextmanager
@@ -158,4 +166,6 @@ def reading_table(path: Path) -> Iterator[None]:
 def _batch(origin: Origin, objects: Objects, schema: pa.Schema) -> pa.RecordBatch:
     by_channel = [Measured(origin, objects, channel) for channel in range(max(1, len(origin.channels)))]
     fields = table_fields(origin.channels)
-    return pa.record_batch([field.column.values(by_channel[field.channel]) for field in fields], schema=schema)
+    with np.errstate(over="ignore", invalid="ignore"):  # figures of infinite pixels are infinite or NaN
+        columns = [field.column.values(by_channel[field.channel]) for field in fields]
+    return pa.record_batch(columns, schema=schema)

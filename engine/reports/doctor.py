@@ -104,7 +104,7 @@ def diagnose() -> Diagnosis:
             _backend(name, precision) for name, entry in KNOWN_BACKENDS.items() for precision in entry.precisions
         ),
         compiled_entries=len(artefacts.entries()),
-        compiled_folder=str(artefacts.folder),
+        compiled_folder=str(artefacts.kept),
         models=tuple(shipped_models()),
         libraries=(*map(_library, _LIBRARIES), _object_stores()),
     )

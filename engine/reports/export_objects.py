@@ -22,7 +22,7 @@ from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.objects.columns import BOX, CENTROID, CENTROID_UM, ID, NAMES, TEXT, TableField, table_fields
 from cellseg_batch.engine.objects.table import Provenance, read_batches, read_provenance, read_schema
 from cellseg_batch.engine.run.output_paths import OutputPaths, output_paths
-from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.discover import find_all_images
 from cellseg_batch.engine.slides.ome_zarr import open_written
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
@@ -64,7 +64,7 @@ def export_objects(
     """
     if kind not in FORMATS:
         raise UsageError("`kind`", expected=f"one of {', '.join(FORMATS)}", found=kind, remedy="choose one of them")
-    slides = [image for path in inputs for image in find_images(path, axes) if isinstance(image, Slide)]
+    slides = [image for image in find_all_images(inputs, axes) if isinstance(image, Slide)]
     outputs = {slide.location: output_paths(slide, name, output) for slide in slides}
     measured = {location: paths for location, paths in outputs.items() if paths.table.is_file()}
     if not measured:

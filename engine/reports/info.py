@@ -11,7 +11,7 @@ from cellseg_batch.engine.geometry import fit_lattice, lay_blocks
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.slide_plan import pick_margin
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.discover import find_all_images
 from cellseg_batch.engine.slides.level_and_channels import ChannelChoice, LevelChoice, choose_channels, choose_level
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.trainer.bundle import Card
@@ -93,7 +93,7 @@ def list_images(inputs: list[Path], settings: Settings) -> Info:
         UsageError: there is no image, or no model of that name.
     """
     card = load_model(settings.model).card
-    images = [image for path in inputs for image in find_images(path, settings.axes)]
+    images = find_all_images(inputs, settings.axes)
     return Info(tuple(_describe(image, settings, card) for image in images))
 
 

@@ -37,7 +37,7 @@ from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
 from cellseg_batch.engine.run.worker import Worker
 from cellseg_batch.engine.run.working_scale import downscale_plan, possible_downscales, settle_downscale
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.discover import find_all_images
 from cellseg_batch.engine.slides.label_layout import Layout
 from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.reader import SlideReader
@@ -56,6 +56,8 @@ _HELD = 1.1
 _COUNTS = ("blocks", "tiles", "bytes_in", "bytes_out", "files")
 # The merge writes each field of `FinalIds` as a file, in a folder of their own beside the folder of all scratch.
 _FILES_OF_FINAL_IDS = len(FinalIds.__dataclass_fields__) + 2
+# The note of a place's owner; below `output` the owner's two notes and their two folders.
+_NOTES = 5
 # Stages that run on other threads while the device is busy.
 _BESIDE = ("read", "seeds", "growth", "measure", "write", "pyramid")
 
@@ -183,8 +185,7 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
     refuse_output_inside(settings.output, inputs)
     bundle = load_model(settings.model)
     choice = FieldChoice(settings.wells, settings.fields)
-    slides = (slide for path in inputs for slide in find_images(path, settings.axes, choice))
-    images = [_lay(slide, settings, bundle.card) for slide in slides]
+    images = [_lay(image, settings, bundle.card) for image in find_all_images(inputs, settings.axes, choice)]
     if not any(image.plans for image in images):
         return Estimate(processes, 0.0, 0.0, "", "", slides=[image.entry for image in images])
     worker = Worker(settings, ModelPool(bundle, settings, racing), StageClock())
@@ -314,8 +315,8 @@ def most_files(layout: Layout) -> int:
 
 
 def most_records(counts: list[int]) -> int:
-    """Number of files and folders of a journal, from the number of records of each of its parts."""
-    return sum(count + -(-count // BUCKET) + 1 for count in counts) + 12
+    """Number of files and folders of a journal, from the number of records of each part; with notes on its place."""
+    return sum(count + -(-count // BUCKET) + 1 for count in counts) + 12 + _NOTES
 
 
 def most_scratch_files(plan: SlidePlan) -> int:

@@ -23,7 +23,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.errors import CellsegError, OutputError
+from cellseg_batch.engine.errors import CellsegError, OutputError, brief
 from cellseg_batch.engine.objects.columns import AREA, INTENSITY_MEAN, TOUCHES_BORDER
 from cellseg_batch.engine.objects.table import read_batches, read_provenance
 from cellseg_batch.engine.reports.plate_heatmap import heatmaps
@@ -38,7 +38,7 @@ from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.storage.atomic_files import whole_file
 from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.engine.storage.lock import LOCK_SUFFIX, Locks
-from cellseg_batch.engine.storage.paths import locate
+from cellseg_batch.engine.storage.paths import locate, printable
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,9 @@ class _Run:
         if report is not None and report.table is not None:
             return FieldResult(image.plate_position, "done", "", locate(report.table))
         # Another run may have finished a field that failed or was held in this run.
-        reason = self._failures.reason(image)
-        if reason is not None:
-            return FieldResult(image.plate_position, "failed", reason, None)
+        note = self._failures.note_of(image)
+        if note is not None:
+            return FieldResult(image.plate_position, "failed", note.reason, None)
         if isinstance(image, Slide):
             paths = self._paths(image)
             if Journal(paths.journal).is_finished and paths.table.is_file():
@@ -189,11 +189,11 @@ def summarise_plate(folder: Path, results: list[FieldResult]) -> PlateReport:
         rows = [_well_row(members) for members in _wells(results)]
         _write_tables(folder / "fields", [_field_row(result) for result in results], plate)
         _write_tables(folder / "wells", rows, plate)
-        picture = heatmaps(Path(plate).name, rows, *plate_names(locate(plate)))
+        picture = heatmaps(printable(Path(plate).name), rows, *plate_names(locate(plate)))
         with whole_file(folder / "heatmap.png") as stream:
             stream.write(picture)
-    except CellsegError as error:
-        return _report(results, None, error.detail)
+    except Exception as error:  # the fields are done, whatever keeps their summary from being written
+        return _report(results, None, error.detail if isinstance(error, CellsegError) else brief(error))
     return _report(results, folder)
 
 
@@ -230,6 +230,9 @@ def _tally(results: Iterable[FieldResult]) -> _Tally:
 
 
 def _write_tables(path: Path, rows: list[dict[str, Any]], plate: str) -> None:
+    rows = [
+        {name: printable(value) if isinstance(value, str) else value for name, value in row.items()} for row in rows
+    ]
     columns = {name: None for row in rows for name in row}
     table = pa.table([pa.array([row.get(name) for row in rows], _type_of(name)) for name in columns], list(columns))
     table = table.replace_schema_metadata({"cellseg-batch": json.dumps({"plate": plate})})

@@ -29,7 +29,7 @@ from cellseg_batch.engine.reports.status import SlideStatus, Status, read_status
 from cellseg_batch.engine.reports.svg_charts import bars, plate_chart, rate_chart
 from cellseg_batch.engine.run.records import BLOCKS, FinishedRecord, Manifest, TaskRecord
 from cellseg_batch.engine.storage.journal import Journal
-from cellseg_batch.engine.storage.paths import locate
+from cellseg_batch.engine.storage.paths import locate, printable
 
 _BINS = 60
 _PICTURES = 12
@@ -83,7 +83,8 @@ def write_page(paths: list[Path], out: Path, name: str, output: Path | None) -> 
     ]
     title = "cellseg-batch: " + ", ".join(f"{count} {state}" for state, count in status.counts.most_common())
     with writing_to(out, "a page"):
-        out.write_text(_PAGE.format(title=escape(title), style=_STYLE, body="".join(sections)), encoding="utf-8")
+        page = _PAGE.format(title=escape(title), style=_STYLE, body="".join(sections))
+        out.write_text(printable(page), encoding="utf-8")
     return status
 
 
@@ -197,7 +198,7 @@ def _pictures(status: Status, name: str, output: Path | None) -> str:
 
 def _picture(slide: SlideStatus, name: str, output: Path | None) -> str:
     """An image with the outlines of its labels, as a data URL; "" if it cannot be read."""
-    with tempfile.TemporaryDirectory() as folder, suppress(CellsegError):
+    with suppress(CellsegError, OSError), tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "picture.png"
         write_preview(locate(slide.path), file, None, name, output, None, None)
         with Image.open(file) as picture:

@@ -10,20 +10,21 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cellseg_batch.engine.errors import NoImageError, OutputError, SlideError
-from cellseg_batch.engine.run.failed_images import FailedImages
+from cellseg_batch.engine.run.failed_images import FailedImages, location
 from cellseg_batch.engine.run.output_paths import output_paths
+from cellseg_batch.engine.run.places import place_beside
 from cellseg_batch.engine.run.records import BLOCKS, Manifest
-from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, OUTPUT_SUFFIX, find_images
+from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, find_images
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node
-from cellseg_batch.engine.slides.slide import Slide
+from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.engine.storage.lock import LOCK_SUFFIX, is_held
-from cellseg_batch.engine.storage.paths import RemotePath
+from cellseg_batch.engine.storage.paths import RemotePath, is_web
 
 # The rate is the mean over this many last seconds of work.
 _WINDOW = 600.0
@@ -110,24 +111,44 @@ def read_status(paths: list[Path], name: str, output: Path | None) -> Status:
         NoImageError: there is neither an image nor a journal.
     """
     failures = FailedImages(name, output)
-    reasons = {root: failures.reasons(root) for path in paths for root in _roots(path.resolve())}
-    known = {path: reason for by_path in reasons.values() for path, reason in by_path.items()}
-    looks = [_look_at(folder, path, known) for folder, path in find_journals(paths, name, output).items()]
+    noted = {
+        file: note for path in paths for root in _roots(path.resolve()) for file, note in failures.noted(root).items()
+    }
+    images = find_images_and_journals(paths, name, output)
+    for image in images.found:
+        note = failures.note_of(image)
+        if note is not None:
+            noted[failures.file(image)] = replace(note, path=location(image))
+    known = {note.path: note.reason for note in noted.values()}
+    looks = [
+        _look_at(folder, "" if slide is None else slide.location, known) for folder, slide in images.journals.items()
+    ]
     listed = {status.path for status, _ in looks}
     lost = [SlideStatus(path, None, "failed", reason) for path, reason in known.items() if path not in listed]
     return Status([status for status, _ in looks] + lost, _rate(looks))
 
 
-def find_journals(paths: list[Path], name: str, output: Path | None) -> dict[Path, str]:
-    """Find the journals of every usable image below ``paths``, and every other journal there.
+@dataclass(frozen=True)
+class ImagesAndJournals:
+    """The images below some paths, and their journals.
 
-    Returns:
-        Folder of the journal -> location of the image, or "" for a journal whose image is not below ``paths``.
+    Attributes:
+        found: every image.
+        journals: folder of each journal -> its image; None for a journal whose image is not below the paths.
+    """
+
+    found: list[Slide | UnreadableImage]
+    journals: dict[Path, Slide | None]
+
+
+def find_images_and_journals(paths: list[Path], name: str, output: Path | None) -> ImagesAndJournals:
+    """Find every image below ``paths``, the journals of those that are usable, and every other journal there.
 
     Raises:
         NoImageError: there is neither an image nor a journal.
     """
-    journals: dict[Path, str] = {}
+    found: list[Slide | UnreadableImage] = []
+    journals: dict[Path, Slide | None] = {}
     for path in paths:
         roots = _roots(path.resolve())
         folders = [file.parent for root in roots for file in sorted(root.rglob(f"labels/{name}/manifest.json"))]
@@ -137,19 +158,23 @@ def find_journals(paths: list[Path], name: str, output: Path | None) -> dict[Pat
             if not roots:
                 raise
             images = []
+        found += images
         for image in images:
             with suppress(SlideError):
                 if isinstance(image, Slide):
-                    journals[output_paths(image, name, output).journal] = image.location
-        journals |= {folder: journals.get(folder, "") for folder in folders}
-    return journals
+                    journals[output_paths(image, name, output).journal] = image
+        journals |= {folder: journals.get(folder) for folder in folders}
+    return ImagesAndJournals(found, journals)
 
 
 def _roots(path: Path) -> list[Path]:
     """Folders that hold the journals and failure notes of a store, a file's companion store, or a folder of stores."""
-    names = {path.name + JOURNAL_SUFFIX, path.stem + OUTPUT_SUFFIX + JOURNAL_SUFFIX}
     whole_bucket = isinstance(path, RemotePath) and not path.key
-    roots = [] if whole_bucket else [path.with_name(name) for name in sorted(names)]
+    roots = [] if whole_bucket else [path.with_name(path.name + JOURNAL_SUFFIX)]
+    if not whole_bucket and not is_web(path) and not path.is_dir():
+        with suppress(SlideError):
+            companion = place_beside(path).store
+            roots.append(companion.with_name(companion.name + JOURNAL_SUFFIX))
     if path.is_dir() and not is_zarr_node(path):
         roots += _journals_below(path)
     return [root for root in roots if root.is_dir()]

@@ -1,6 +1,6 @@
 """Check every pixel of an output against the checksums in its journal, and name the damaged blocks.
 
-Only journals and outputs are read; the segmented images are not needed.
+Journals and outputs are read.  Segmented images that are there are compared with their state when they were segmented.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import OutputError, ReadError
 from cellseg_batch.engine.geometry import Box
-from cellseg_batch.engine.reports.status import find_journals
+from cellseg_batch.engine.reports.status import find_images_and_journals
 from cellseg_batch.engine.run.completeness import differences
+from cellseg_batch.engine.run.input_state import has_changed
 from cellseg_batch.engine.run.records import Manifest, TaskRecord
-from cellseg_batch.engine.scheduling.scheduler import TaskGroup, ThreadPool, Workflow, run_workflows
-from cellseg_batch.engine.slides.slide import unravel_plane
+from cellseg_batch.engine.scheduling.scheduler import TaskGroup, ThreadPool, Workflow, ask, run_workflows
+from cellseg_batch.engine.slides.slide import Slide, unravel_plane
 from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.engine.storage.paths import zarr_store
 
@@ -51,21 +52,25 @@ class Verdict:
         unfinished: folders of the journals without their closing record.
         damages: the damaged blocks and shards.
         unreadable: the journals that cannot be read, and so are not checked, each with its reason.
+        changed: images whose pixels have changed since they were segmented.
     """
 
     checked: int = 0
     unfinished: list[str] = field(default_factory=list)
     damages: list[Damage] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
 
     @property
     def is_whole(self) -> bool:
-        """Whether all that was recorded as written could be read back."""
-        return not (self.damages or self.unreadable)
+        """Whether all that was recorded as written could be read back, and belongs to the images' present pixels."""
+        return not (self.damages or self.unreadable or self.changed)
 
     def to_json(self) -> dict[str, Any]:
         """The verdict as plain JSON values."""
-        return {"status": "whole" if self.is_whole else "damaged", **asdict(self)}
+        damaged = self.damages or self.unreadable
+        status = "damaged" if damaged else "changed" if self.changed else "whole"
+        return {"status": status, **asdict(self)}
 
 
 def verify(paths: list[Path], name: str, output: Path | None, workers: int, forget: bool = False) -> Verdict:
@@ -82,20 +87,31 @@ def verify(paths: list[Path], name: str, output: Path | None, workers: int, forg
     Raises:
         NoImageError: there is neither an image nor a journal.
     """
-    journals = [Journal(folder) for folder in find_journals(paths, name, output)]
-    started = [journal for journal in journals if journal.is_begun]
+    journals = find_images_and_journals(paths, name, output).journals
+    started = {Journal(folder): slide for folder, slide in journals.items() if Journal(folder).is_begun}
     verdict = Verdict(unfinished=[str(journal.folder) for journal in started if not journal.is_finished])
-    for _ in run_workflows((_workflow(journal, verdict, forget) for journal in started), ThreadPool(workers)):
+    workflows = (_workflow(journal, slide, verdict, forget) for journal, slide in started.items())
+    for _ in run_workflows(workflows, ThreadPool(workers)):
         pass
     return verdict
 
 
-def _workflow(journal: Journal, verdict: Verdict, forget: bool) -> Workflow[None]:
-    """Read back what a journal lists, and note the journal if it cannot be read."""
+def _workflow(journal: Journal, slide: Slide | None, verdict: Verdict, forget: bool) -> Workflow[None]:
+    """Read back what a journal lists, look whether its image has changed, and note a journal that cannot be read."""
     try:
         yield from _read_back(journal, verdict, forget)
+        if slide is not None and (yield from ask(partial(_has_changed, journal), slide)):
+            verdict.changed.append(slide.location)
     except OutputError as error:  # the other journals are checked all the same
         verdict.unreadable.append(str(error))
+
+
+def _has_changed(journal: Journal, slide: Slide) -> bool:
+    """Whether a slide has other pixels than those that its labels were made of."""
+    manifest = journal.manifest(Manifest)
+    if manifest is None or manifest.source is None:
+        return False
+    return has_changed(slide, manifest.decisions.input.level, manifest.source)
 
 
 def _read_back(journal: Journal, verdict: Verdict, forget: bool) -> Workflow[None]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
 
-from cellseg_batch.engine.errors import CellsegError, OutputError, SlideError, brief
+from cellseg_batch.engine.errors import CellsegError, SlideError, brief
 from cellseg_batch.engine.geometry import fit_lattice
 from cellseg_batch.engine.inference.backends.registry import preloaded_modules
 from cellseg_batch.engine.inference.choice import Choice, choose_backend, settings_elsewhere
@@ -25,9 +25,9 @@ from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.machine import peak_resident_bytes
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.failed_images import FailedImages, location
-from cellseg_batch.engine.run.lifecycle import Request, finish_slide, prepare_slide
-from cellseg_batch.engine.run.output_images import OutputImage, output_images
-from cellseg_batch.engine.run.output_paths import OutputPaths, output_paths, refuse_output_inside
+from cellseg_batch.engine.run.lifecycle import Request, finish_slide, prepare_slide, report_if_finished
+from cellseg_batch.engine.run.output_images import claim_outputs
+from cellseg_batch.engine.run.output_paths import refuse_output_inside
 from cellseg_batch.engine.run.prepared_slide import PreparedSlide
 from cellseg_batch.engine.run.results import RunReport, SlideReport
 from cellseg_batch.engine.run.slide_plan import SlidePlan, choose_input, pick_margin
@@ -36,7 +36,7 @@ from cellseg_batch.engine.scheduling.dask_pools import open_pool, threads_per_pr
 from cellseg_batch.engine.scheduling.scheduler import Pool, TaskGroup, Workflow, ask, call_alone, run_workflows
 from cellseg_batch.engine.scheduling.signals import Stop
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.discover import find_all_images
 from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.slides.writer import consolidate_again
@@ -93,7 +93,7 @@ def run(
     started = search_started if started is None else started
     refuse_output_inside(settings.output, inputs)
     choice = FieldChoice(settings.wells, settings.fields)
-    images = [image for path in inputs for image in find_images(path, settings.axes, choice)]
+    images = find_all_images(inputs, settings.axes, choice)
     report = run_images(images, settings, observer, started=started, stop=stop)
     return replace(report, starting_seconds=search_started - started)
 
@@ -159,7 +159,6 @@ class Campaign:
         self._bundle = bundle
         self._clock = clock
         self._model_pool = model_pool
-        self._owners: dict[Path, str] = {}
         self._written_stores: set[Path] = set()
         self._figures = _Figures()
         self._locks = Locks()
@@ -251,20 +250,20 @@ class Campaign:
         return replace(report, notes=image.notes + report.notes) if isinstance(image, Slide) else report
 
     def _segment(self, slide: Slide, number: int) -> Workflow[SlideReport]:
-        """Segment one slide while this run holds the lock of its output."""
-        paths = output_paths(slide, self.settings.name, self.settings.output)
-        outputs = output_images(paths, self.settings, DECODERS[self.card.decoder])
-        self._claim(outputs, slide)
-        finished = Journal(paths.journal).is_finished and not self.settings.overwrite
-        if finished and all(output.folder.exists() for output in outputs):
-            return (yield from self._segment_slide(slide, paths, number))  # nothing will be written
+        """Segment one slide, holding the lock of its output unless it was finished before."""
+        paths = claim_outputs(slide, self.settings, DECODERS[self.card.decoder])
+        request = Request(slide, paths)
+        if Journal(paths.journal).is_finished and not self.settings.overwrite:
+            report = yield from ask(partial(report_if_finished, self.worker), request)
+            if report is not None:
+                return report
         with self._locks.hold(paths.lock):
-            return (yield from self._segment_slide(slide, paths, number))
+            return (yield from self._segment_slide(request, number))
 
-    def _segment_slide(self, slide: Slide, paths: OutputPaths, number: int) -> Workflow[SlideReport]:
+    def _segment_slide(self, request: Request, number: int) -> Workflow[SlideReport]:
         """Prepare a slide, do every pass over it, finish it."""
-        prepare = partial(prepare_slide, self.worker)
-        prepared = yield from ask(prepare, Request(slide, paths), partial(self._announce, number))
+        slide, paths = request.slide, request.paths
+        prepared = yield from ask(partial(prepare_slide, self.worker), request, partial(self._announce, number))
         if isinstance(prepared, SlideReport):
             return prepared
         journal = Journal(paths.journal)
@@ -300,19 +299,6 @@ class Campaign:
             self.compile_seconds = self.worker.model_pool.seconds - self._pool_seconds_before
         self._figures.plan(prepared)
         self.observer.planned(prepared.plan, self._figures.planned_peak_bytes, number, prepared.progress_done)
-
-    def _claim(self, outputs: tuple[OutputImage, ...], slide: Slide) -> None:
-        """Keep two images of one run from writing to the same folder."""
-        for output in outputs:
-            owner = self._owners.setdefault(output.folder, slide.location)
-            if owner != slide.location:
-                raise OutputError(
-                    str(output.folder),
-                    expected=f"a folder of its own for each image's {output.name}",
-                    found=f"the folder of {owner}",
-                    cause="two inputs of one name",
-                    remedy="run them one by one with different `name` or `output`",
-                )
 
     def report(self, slides: list[SlideReport], seconds: float) -> RunReport:
         """The report of the whole run, which took ``seconds``, compiling included."""

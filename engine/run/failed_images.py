@@ -1,6 +1,7 @@
 """Note failed images in small files beside their stores, so that ``retry_failed`` can process just those.
 
     <store>.cellseg/failed/<label name>/<hash>.json     {"path": ..., "reason": ...}
+    OUT/.cellseg/failed/<label name>/<hash>.json        with the setting ``output``
 
 Images that could not even be opened, and so have no journal, have a note too.
 """
@@ -9,14 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cellseg_batch.engine.errors import OutputError
+from cellseg_batch.engine.run.places import seen_from
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, zarr_root
-from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
+from cellseg_batch.engine.slides.slide import Slide, UnreadableImage, real_path
 from cellseg_batch.engine.storage.paths import locate
 from cellseg_batch.engine.storage.records import read_record, write_record
 
@@ -50,53 +53,53 @@ class FailedImages:
 
     def has(self, image: Slide | UnreadableImage) -> bool:
         """Whether the image has failed and has not been finished since."""
-        return self._file(image).is_file()
+        return self.file(image).is_file()
 
-    def reason(self, image: Slide | UnreadableImage) -> str | None:
-        """Reason why the image has failed; None if it has not failed, or has been finished since."""
-        note = read_record(self._file(image), FailureNote)
-        return None if note is None else note.reason
+    def note_of(self, image: Slide | UnreadableImage) -> FailureNote | None:
+        """The note on the image; None if it has not failed, or has been finished since."""
+        return _read(self.file(image))
 
     def note(self, image: Slide | UnreadableImage, reason: str) -> None:
         """Note a failure; if the note cannot be written, only the report has the failure."""
         try:
-            write_record(self._file(image), FailureNote(location(image), reason))
+            write_record(self.file(image), FailureNote(location(image), reason))
         except OutputError:
             _log.warning("%s: the failure could not be noted", location(image))
 
     def forget(self, image: Slide | UnreadableImage) -> None:
         """Remove the note on an image, because it is finished."""
-        file = self._file(image)
+        file = self.file(image)
         with suppress(OSError):
-            file.unlink(missing_ok=True)
+            file.unlink()
             for folder in list(file.parents)[:3]:
                 folder.rmdir()  # raises OSError at the first folder that is not empty
 
-    def reasons(self, folder: Path) -> dict[str, str]:
-        """Path -> reason of every failed image that is noted in ``folder``, a ``<store>.cellseg``.
+    def noted(self, folder: Path) -> dict[Path, FailureNote]:
+        """File -> note of every failed image that is noted in ``folder``, a ``<store>.cellseg``."""
+        files = sorted((folder / "failed" / self._name).glob("*.json"))
+        return {file: note for file in files if (note := _read(file)) is not None}
 
-        A note that cannot be read stands for its image, with the reason why it cannot.
-        """
-        reasons: dict[str, str] = {}
-        for file in sorted((folder / "failed" / self._name).glob("*.json")):
-            try:
-                note = read_record(file, FailureNote)
-            except OutputError as error:
-                note = FailureNote(str(file), error.detail)
-            if note is not None:
-                reasons[note.path] = note.reason
-        return reasons
-
-    def _file(self, image: Slide | UnreadableImage) -> Path:
+    def file(self, image: Slide | UnreadableImage) -> Path:
+        """File of the note on an image, whichever name leads to it."""
         if self._output is not None:
-            store = self._output.resolve() / image.name.partition("/")[0]
-        elif isinstance(image, Slide):
-            store = image.store
+            home = self._output.resolve()
+            notes = home / JOURNAL_SUFFIX
         else:
-            path = locate(image.path)
-            store = zarr_root(path)[0] if is_zarr_node(path) else path
-        digest = hashlib.sha256(image.name.encode() if self._output else location(image).encode()).hexdigest()[:16]
-        return store.with_name(store.name + JOURNAL_SUFFIX) / "failed" / self._name / f"{digest}.json"
+            path = locate(image.identity)
+            store = locate(real_path(str(image.store))) if isinstance(image, Slide) else path
+            if isinstance(image, UnreadableImage) and is_zarr_node(path):
+                store = zarr_root(path)[0]
+            home, notes = store.parent, store.with_name(store.name + JOURNAL_SUFFIX)
+        digest = hashlib.sha256(os.fsencode(seen_from(home, image.identity))).hexdigest()[:16]
+        return notes / "failed" / self._name / f"{digest}.json"
+
+
+def _read(file: Path) -> FailureNote | None:
+    """The note in a file, if there is one; one that cannot be read stands for its image, with the reason why."""
+    try:
+        return read_record(file, FailureNote)
+    except OutputError as error:
+        return FailureNote(str(file), str(error))
 
 
 def location(image: Slide | UnreadableImage) -> str:

@@ -9,6 +9,7 @@ half-finished output.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,10 +23,11 @@ from cellseg_batch.engine.inference.backends.protocol import Backend
 from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.run.completeness import demand_complete
+from cellseg_batch.engine.run.input_state import has_changed, input_state
 from cellseg_batch.engine.run.measure_pass import measured_channels
 from cellseg_batch.engine.run.memory_model import block_memory
 from cellseg_batch.engine.run.open_slide import image_writers, scratch_of
-from cellseg_batch.engine.run.output_images import OutputImage, output_images
+from cellseg_batch.engine.run.output_images import output_images
 from cellseg_batch.engine.run.output_paths import OutputPaths
 from cellseg_batch.engine.run.pipeline import Pass, passes_of, totals
 from cellseg_batch.engine.run.prepared_slide import PreparedSlide
@@ -62,7 +64,7 @@ class Request:
 
 
 def prepare_slide(worker: AnyWorker, request: Request) -> PreparedSlide | SlideReport:
-    """Settle all decisions on a slide's pixels and create its output.
+    """Settle all decisions on a slide's pixels and create its output; call it with the lock of the output.
 
     Returns:
         The prepared slide, or the report of a slide that was finished before.
@@ -70,14 +72,29 @@ def prepare_slide(worker: AnyWorker, request: Request) -> PreparedSlide | SlideR
     Raises:
         SlideError: the slide cannot be processed with these settings.
     """
-    own_worker = worker.here()
-    journal = Journal(request.paths.journal)
-    settings, card = own_worker.settings, own_worker.model_pool.bundle.card
-    outputs = output_images(request.paths, settings, DECODERS[card.decoder])
-    manifest = None if settings.overwrite else _manifest_to_continue(outputs, journal)
+    report = report_if_finished(worker, request)
+    if report is not None:
+        return report
+    own_worker, journal = worker.here(), Journal(request.paths.journal)
+    manifest = _manifest_to_continue(own_worker, request, journal)
     if manifest is None:
         return _begin(own_worker, request, journal)
     return _continue(own_worker, request, journal, manifest)
+
+
+def report_if_finished(worker: AnyWorker, request: Request) -> SlideReport | None:
+    """The report of a slide that an earlier run has finished; None if it is to be prepared.  Writes nothing.
+
+    Raises:
+        SlideError: the slide has been finished with other settings, or lacks one of its output images.
+    """
+    own_worker, journal = worker.here(), Journal(request.paths.journal)
+    finished = None if own_worker.settings.overwrite else journal.finished(FinishedRecord)
+    manifest = None if finished is None else _manifest_to_continue(own_worker, request, journal)
+    if finished is None or manifest is None:
+        return None
+    plan, _ = _plan_again(own_worker, request, journal, manifest)
+    return describe(plan, "skipped", finished, "finished before")
 
 
 def finish_slide(worker: AnyWorker, prepared: PreparedSlide) -> SlideReport:
@@ -131,18 +148,26 @@ def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str 
         unreached_pixels=figures.unreached,
         downscale=plan.downscale,
         channels=slide.channel_names(plan.channels.indices),
-        notes=(f"{figures.missing} NaN pixels taken as 0",) if figures.missing else (),
+        notes=_notes(figures),
     )
 
 
-def _manifest_to_continue(outputs: tuple[OutputImage, ...], journal: Journal) -> Manifest | None:
+def _notes(figures: FinishedRecord) -> tuple[str, ...]:
+    """Remarks for the user on pixel values that are no numbers, or none that the model can take."""
+    counts = {"NaN pixels taken as 0": figures.missing, "infinite pixels, or beyond 3.4e38": figures.infinite}
+    return tuple(f"{count} {what}" for what, count in counts.items() if count)
+
+
+def _manifest_to_continue(worker: Worker, request: Request, journal: Journal) -> Manifest | None:
     """The manifest of an earlier run with these output images; None if there is nothing to continue.
 
     Raises:
-        OutputError: an image without a journal has the name of an output image.
+        OutputError: an image without a journal has the name of an output image, or a finished slide lacks an image.
     """
+    settings = worker.settings
+    outputs = output_images(request.paths, settings, DECODERS[worker.model_pool.bundle.card.decoder])
     present = [output.folder for output in outputs if output.folder.exists()]
-    if not present:
+    if settings.overwrite or not present:
         return None
     manifest = journal.manifest(Manifest)
     if manifest is None:
@@ -153,9 +178,21 @@ def _manifest_to_continue(outputs: tuple[OutputImage, ...], journal: Journal) ->
             cause="it was written by something else",
             remedy="choose another `name`, or `overwrite` to replace it",
         )
-    # A manifest that lists other images is refused later, by the comparison of decisions.
-    lists_others = manifest.images.keys() != {output.path for output in outputs}
-    return manifest if (lists_others or len(present) == len(outputs)) and journal.numbers(_CREATED) else None
+    if manifest.images.keys() != {output.path for output in outputs}:
+        return manifest  # refused later, by the comparison of decisions
+    if len(present) == len(outputs):
+        # A block is only recorded after all outputs are made.
+        return manifest if journal.numbers(_CREATED) or journal.numbers(BLOCKS) else None
+    if journal.is_finished:
+        missing = next(output for output in outputs if output.folder not in present)
+        raise OutputError(
+            str(missing.folder),
+            expected=f"the {missing.name} of a finished slide",
+            found=f"no {missing.folder}",
+            cause="it was removed",
+            remedy="use another `name`, or `overwrite` to begin anew",
+        )
+    return None
 
 
 def _begin(worker: Worker, request: Request, journal: Journal) -> PreparedSlide:
@@ -184,23 +221,30 @@ def compile_plan(worker: Worker, plan: SlidePlan, factor: int, reader: SlideRead
     return plan
 
 
-def _continue(worker: Worker, request: Request, journal: Journal, manifest: Manifest) -> PreparedSlide | SlideReport:
-    """Prepare a slide that an earlier run has begun; if it is finished, return its report."""
+def _plan_again(worker: Worker, request: Request, journal: Journal, manifest: Manifest) -> tuple[SlidePlan, Backend]:
+    """The plan and backend of a slide that an earlier run has begun.
+
+    Raises:
+        OutputError: the image or the settings have changed.
+    """
     settings, model_pool, earlier = worker.settings, worker.model_pool, manifest.decisions
+    _refuse_changed_image(request.slide, manifest, journal)
     plan = plan_slide(request.slide, request.paths, settings, model_pool.bundle.card, earlier.normalisation)
     plan = downscale_plan(plan, settings, model_pool.bundle, settings.downscale or earlier.downscale)
     backend = _earlier_backend(earlier.backend, settings, model_pool, plan.downscale)
-    finished = journal.finished(FinishedRecord)
     decisions = plan.decisions(_identity_of_model(model_pool), _identity_of(backend))
-    if finished is not None:  # nothing is left to compute, so the library's version does not matter
+    if journal.is_finished:  # nothing is left to compute, so the library's version does not matter
         decisions = replace(decisions, backend=replace(decisions.backend, version=earlier.backend.version))
     _refuse_changes(plan, earlier, decisions)
-    plan = replace(plan, grid=replace(plan.grid, cores=manifest.blocks))
-    if finished is not None:
-        return describe(plan, "skipped", finished, "finished before")
+    return replace(plan, grid=replace(plan.grid, cores=manifest.blocks)), backend
+
+
+def _continue(worker: Worker, request: Request, journal: Journal, manifest: Manifest) -> PreparedSlide:
+    """Prepare a slide that an earlier run has begun and not finished."""
+    plan, backend = _plan_again(worker, request, journal, manifest)
     with _reader_of(plan) as reader:
         worker.warm_up.compile_for(plan, backend, reader)
-        prepared = fit_memory(plan, backend, settings, worker.warm_up.held_bytes, keeps_blocks=True)
+        prepared = fit_memory(plan, backend, worker.settings, worker.warm_up.held_bytes, keeps_blocks=True)
         for folder in (journal.folder, *(output.folder for output in plan.outputs)):
             sweep_partials(folder)
         # Labels need codes of other blocks too, so without scratch all blocks are computed again.
@@ -264,6 +308,23 @@ def _refuse_changes(plan: SlidePlan, earlier: Decisions, decisions: Decisions) -
         )
 
 
+def _refuse_changed_image(slide: Slide, manifest: Manifest, journal: Journal) -> None:
+    """Refuse to continue an earlier run, or to call it finished, if the image has other pixels now.
+
+    Raises:
+        OutputError: the pixels differ.
+    """
+    if manifest.source is not None and has_changed(slide, manifest.decisions.input.level, manifest.source):
+        begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(journal.begun()))
+        raise OutputError(
+            slide.location,
+            expected="the pixels that its labels were made of",
+            found="others",
+            cause=f"it has changed since {begun}",
+            remedy="use `overwrite` to segment it as it is now",
+        )
+
+
 def _create_outputs(prepared: PreparedSlide, model_pool: ModelPool, backend: Backend, journal: Journal) -> None:
     """Begin the journal with a manifest, and create the output images and the scratch."""
     plan = prepared.plan
@@ -276,6 +337,7 @@ def _create_outputs(prepared: PreparedSlide, model_pool: ModelPool, backend: Bac
         images=images,
         location=plan.slide.location,
         software=_software(),
+        source=input_state(plan.slide, plan.level.level),
     )
     journal.start(manifest)
     provenance = {

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cellseg_batch.engine.inference.decoders import Decoder
-from cellseg_batch.engine.run.output_paths import OutputPaths
+from cellseg_batch.engine.run.output_paths import OutputPaths, output_paths
+from cellseg_batch.engine.run.places import claim
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.pixel_meaning import INSTANCES, PROBABILITY, PixelMeaning
+from cellseg_batch.engine.slides.slide import Slide
 
 LABELS = "labels"
 
@@ -35,6 +37,19 @@ class OutputImage:
     def folder(self) -> Path:
         """Its group on disk."""
         return self.store / self.path
+
+
+def claim_outputs(slide: Slide, settings: Settings, decoder: Decoder) -> OutputPaths:
+    """The paths of a slide's output, in a place that belongs to the slide from now on.
+
+    Raises:
+        OutputError: there is no such place, or it cannot be noted.
+    """
+    while True:
+        paths = output_paths(slide, settings.name, settings.output)
+        outputs = output_images(paths, settings, decoder)
+        if paths.companion not in {output.store for output in outputs} or claim(paths.place):
+            return paths
 
 
 def output_images(paths: OutputPaths, settings: Settings, decoder: Decoder) -> tuple[OutputImage, ...]:

@@ -1,7 +1,7 @@
-"""Choose the paths of a slide's output, by pure path arithmetic.
+"""Choose the paths of a slide's output.
 
 Labels go into an OME-Zarr image itself, into a companion store beside any other image, or below the folder of the
-setting ``output``, which mirrors the inputs.
+setting ``output``, which mirrors the inputs.  `places` keeps every place for one image.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from cellseg_batch.engine.errors import OutputError, UsageError
-from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, OUTPUT_SUFFIX
+from cellseg_batch.engine.run.places import Place, kept_below, place_below, place_beside
+from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, zarr_root
-from cellseg_batch.engine.slides.slide import Slide
+from cellseg_batch.engine.slides.slide import Slide, real_path
 from cellseg_batch.engine.storage.lock import LOCK_SUFFIX
-from cellseg_batch.engine.storage.paths import RemotePath, is_web
+from cellseg_batch.engine.storage.paths import RemotePath, is_web, locate
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class OutputPaths:
         name: name of the label group.
         zarr_format: 2 for OME-Zarr 0.4, 3 for 0.5.
         source: path from the label group to the segmented image; None if that is no zarr group.
-        companion: root of the store for output images that are no labels.
+        place: the image's place, whose store holds the labels unless the image holds them, and all other output images.
     """
 
     store: Path
@@ -37,7 +38,12 @@ class OutputPaths:
     name: str
     zarr_format: Literal[2, 3]
     source: str | None
-    companion: Path
+    place: Place
+
+    @property
+    def companion(self) -> Path:
+        """Root of the store for output images that are no labels."""
+        return self.place.store
 
     @property
     def labels(self) -> str:
@@ -66,7 +72,7 @@ class OutputPaths:
     @property
     def plate(self) -> Path:
         """Folder of the plate's summary, for an image that is a field <plate>/<row>/<column>/<field> of a plate."""
-        return self._beside / PurePosixPath(self.image).parents[2] / f"{self.name}.plate"
+        return self._beside / PurePosixPath(*PurePosixPath(self.image).parts[:-3]) / f"{self.name}.plate"
 
     @property
     def _beside(self) -> Path:
@@ -79,7 +85,7 @@ class OutputPaths:
 
 
 def output_paths(slide: Slide, name: str, output: Path | None) -> OutputPaths:
-    """Choose the paths of a slide's output.
+    """Choose the paths of a slide's output: those that the image has, however it is named now, or new ones.
 
     Args:
         slide: the image.
@@ -90,7 +96,6 @@ def output_paths(slide: Slide, name: str, output: Path | None) -> OutputPaths:
         OutputError: ``output`` would mirror the input onto itself, or cannot be written to.
     """
     zarr_format: Literal[2, 3] = 2 if slide.holds_labels and slide.zarr_format == 2 else 3
-    beside = slide.store.with_name(slide.store.stem + OUTPUT_SUFFIX)
     base = slide.store if output is None else output / "below"
     if isinstance(base, RemotePath) and (is_web(base) or not base.key):
         raise OutputError(
@@ -100,9 +105,32 @@ def output_paths(slide: Slide, name: str, output: Path | None) -> OutputPaths:
             remedy="name a folder with `output`, here or in another bucket",
         )
     if output is None:
+        beside = place_beside(slide.store)
         if slide.holds_labels:
             return OutputPaths(slide.store, slide.path, name, zarr_format, "../../", beside)
-        return OutputPaths(beside, slide.path, name, zarr_format, None, beside)
+        return OutputPaths(beside.store, slide.path, name, zarr_format, None, beside)
+    place, image = _mirrored(slide, output.resolve())
+    real_store = locate(real_path(str(slide.store)))
+    if place.store == real_store or real_store in place.store.parents or place.store in real_store.parents:
+        raise OutputError(
+            str(place.store),
+            expected="a folder apart from the input",
+            found=f"the input {slide.store} itself",
+            cause=f"`output={output}` is the folder that the input lies in",
+            remedy="choose another folder, or leave `output` out to write labels in place",
+        )
+    source = _source(slide, place.store / image / "labels" / name)
+    return OutputPaths(place.store, image, name, zarr_format, source, place)
+
+
+def _mirrored(slide: Slide, output: Path) -> tuple[Place, str]:
+    """The place of a slide below ``output``, and the path of its image in it."""
+    store, identity = real_path(str(slide.store)), slide.identity
+    inside = identity.removeprefix(store).strip("/").split("/") if identity != store else []
+    for depth in range(len(inside), -1, -1):  # an earlier run may have been given a group of the store
+        place = kept_below(output, "/".join([store, *inside[:depth]]))
+        if place is not None:
+            return place, "/".join(inside[depth:])
     below = f"/{slide.path}"
     if not slide.path:
         root, image = slide.name, ""
@@ -110,17 +138,7 @@ def output_paths(slide: Slide, name: str, output: Path | None) -> OutputPaths:
         root, image = slide.name.removesuffix(below), slide.path
     else:  # the input is a group inside its store
         root, _, image = slide.name.partition("/")
-    store = output.resolve() / root
-    if store == slide.store or slide.store in store.parents or store in slide.store.parents:
-        raise OutputError(
-            str(store),
-            expected="a folder apart from the input",
-            found=f"the input {slide.store} itself",
-            cause=f"`output={output}` is the folder that the input lies in",
-            remedy="choose another folder, or leave `output` out to write labels in place",
-        )
-    source = _source(slide, store / image / "labels" / name)
-    return OutputPaths(store, image, name, zarr_format, source, store)
+    return place_below(output, identity.removesuffix(f"/{image}") if image else identity, root), image
 
 
 def _source(slide: Slide, labels: Path) -> str | None:

@@ -7,14 +7,14 @@ may be a process on another machine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.inference.background import without_background
 from cellseg_batch.engine.inference.decoders import DECODERS
-from cellseg_batch.engine.inference.prediction import BlockResult
+from cellseg_batch.engine.inference.prediction import BlockResult, count_infinite
 from cellseg_batch.engine.run.instance_passes import grow_block, keep_seeds, merge_blocks, tabulate
 from cellseg_batch.engine.run.open_slide import OpenSlide
 from cellseg_batch.engine.run.records import (
@@ -83,7 +83,13 @@ def segment_block(slide: OpenSlide, number: int) -> BlockRecord:
         _write_outputs(slide, block, result)
         if slide.scratch_probability is not None and result.probability is not None:
             slide.scratch_probability.write(block, result.probability)
-    return BlockRecord(seeds, result.foreground, result.missing, len(block.tiles) - len(foreground_block.tiles))
+    return BlockRecord(
+        seeds=seeds,
+        foreground=result.foreground,
+        missing=result.missing,
+        skipped_tiles=len(block.tiles) - len(foreground_block.tiles),
+        infinite=count_infinite(pixels, block),
+    )
 
 
 def _write_outputs(slide: OpenSlide, block: Block, result: BlockResult) -> None:
@@ -105,13 +111,15 @@ def build_shard(level: int, slide: OpenSlide, number: int) -> LevelRecord:
 
 def totals(plan: SlidePlan, journal: Journal) -> FinishedRecord:
     """Add up the figures of all records of a finished slide."""
-    foreground = missing = skipped_tiles = 0
+    foreground = missing = skipped_tiles = infinite = 0
     for _, block in journal.records(BLOCKS, TaskRecord[BlockRecord]):
         foreground += block.result.foreground
         missing += block.result.missing
         skipped_tiles += block.result.skipped_tiles
+        infinite += block.result.infinite
+    figures = FinishedRecord(foreground, missing, skipped_tiles, infinite=infinite)
     if plan.instances is None:
-        return FinishedRecord(foreground, missing, skipped_tiles)
+        return figures
     objects = sum(merge.result.objects for _, merge in journal.records(MERGE, TaskRecord[MergeRecord]))
     labelled = sum(growth.result.labelled for _, growth in journal.records(INSTANCES, TaskRecord[GrowthRecord]))
-    return FinishedRecord(foreground, missing, skipped_tiles, objects, unreached=foreground - labelled)
+    return replace(figures, objects=objects, unreached=foreground - labelled)

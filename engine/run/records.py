@@ -16,6 +16,7 @@ from msgspec import Meta
 from cellseg_batch.engine.geometry import BlockGrid, Lattice
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.objects.seeds import InstanceRule, SeedRecord
+from cellseg_batch.engine.run.input_state import InputState
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.slide import fits_axes
 from cellseg_batch.engine.storage.checksums import WrittenBox
@@ -157,6 +158,7 @@ class Manifest:
         images: path of each output image in its store -> its folder, relative to the journal's.
         location: path of the input image, as a user would type it.
         software: versions of packages that decide no pixel.
+        source: the input image when its first block was about to be read.
     """
 
     STRICT: ClassVar[tuple[str, ...]] = ("decisions",)
@@ -167,6 +169,7 @@ class Manifest:
     images: Annotated[dict[str, str], Meta(min_length=1)]
     location: str = ""
     software: dict[str, str] = field(default_factory=dict)
+    source: InputState | None = None
 
     def __post_init__(self) -> None:
         """Refuse passes that do not belong to the blocks.
@@ -209,12 +212,14 @@ class BlockRecord:
         foreground: number of foreground pixels.
         missing: number of NaN pixels in the input, taken as 0.
         skipped_tiles: number of flat tiles, which are not computed.
+        infinite: number of pixels in the input that are infinite in float32.
     """
 
     seeds: SeedRecord | None
     foreground: Count = 0
     missing: Count = 0
     skipped_tiles: Count = 0
+    infinite: Count = 0
 
 
 @dataclass(frozen=True)
@@ -267,6 +272,7 @@ class FinishedRecord:
         skipped_tiles: number of flat tiles, which are not computed.
         objects: number of objects; None for a mask.
         unreached: number of foreground pixels that belong to no object.
+        infinite: number of pixels in the input that are infinite in float32.
     """
 
     foreground: Count = 0
@@ -274,6 +280,7 @@ class FinishedRecord:
     skipped_tiles: Count = 0
     objects: Count | None = None
     unreached: Count = 0
+    infinite: Count = 0
 
 
 def _changes(before: Any, now: Any, *path: str) -> Iterator[str]:

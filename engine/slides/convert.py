@@ -201,7 +201,7 @@ class _Copy:
                     found="something else" if earlier is None else f"a conversion of {earlier.location} as it was then",
                     remedy="choose another name, or `overwrite` to replace it",
                 )
-            if self.journal.numbers("created"):
+            if self.journal.numbers("created") or self.journal.numbers("blocks"):
                 for left_behind in (folder, self.journal.folder):
                     sweep_partials(left_behind)
                 return self.journal.is_finished

@@ -7,7 +7,8 @@ not stop the others. Outputs of earlier runs are never taken for images.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ import numpy as np
 from cellseg_batch.engine.errors import NoImageError, ReadError
 from cellseg_batch.engine.slides import formats
 from cellseg_batch.engine.slides.image_format import ImageFormat, Search, why_unreadable
-from cellseg_batch.engine.slides.ome_zarr import is_zarr_node
+from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, zarr_root
 from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.slide import NUMBERS, Slide, UnreadableImage
+from cellseg_batch.engine.storage.paths import RemotePath
 
 EVERY_FIELD = FieldChoice()
 OUTPUT_SUFFIX = ".cellseg.zarr"
@@ -34,7 +36,7 @@ MOST_CHUNK_BYTES = 4 << 30
 def find_images(
     path: Path, axes: str | None = None, choice: FieldChoice = EVERY_FIELD
 ) -> list[Slide | UnreadableImage]:
-    """Find every image below ``path``, in sorted order.
+    """Find every image below ``path``, in sorted order; an image that several names lead to is found once.
 
     Args:
         path: a file, a zarr store, a group inside one, or a folder of any of these.
@@ -49,8 +51,9 @@ def find_images(
         raise NoImageError(
             str(path), expected="a file, a zarr store or a folder", found="nothing", remedy="check the path"
         )
-    path = path.resolve()
-    images = [_usable(image) for image in _visit(path, path.name, Search(axes, choice))]
+    path, search = _followed(path), Search(axes, choice)
+    images = _once(_usable(_followed_image(image)) for image in _visit(path, path.name, search))
+    images = [_with_links(image, search.folders) for image in images]
     if not images:
         titles = ", ".join(image_format.title for image_format in formats.FORMATS if image_format.title)
         raise NoImageError(
@@ -61,6 +64,17 @@ def find_images(
             remedy="see cellseg-batch info for what a path holds",
         )
     return images
+
+
+def find_all_images(
+    paths: Iterable[Path], axes: str | None = None, choice: FieldChoice = EVERY_FIELD
+) -> list[Slide | UnreadableImage]:
+    """Find every image below several paths, each once, as `find_images` does for one.
+
+    Raises:
+        NoImageError: one of the paths does not exist or holds nothing that could be an image.
+    """
+    return _once(image for path in paths for image in find_images(path, axes, choice))
 
 
 def first_slide(images: Sequence[Slide | UnreadableImage]) -> Slide:
@@ -91,14 +105,66 @@ def _visit(path: Path, name: str, search: Search) -> Iterator[Slide | Unreadable
 
 
 def _visit_folder(path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
+    search.folders[path] = []
     try:
         children = sorted(path.iterdir())
     except OSError as error:
         yield UnreadableImage(name, str(path), f"the folder cannot be listed: {error.strerror or error}")
         return
     for child in children:
-        if not child.name.startswith(".") and not child.name.endswith((OUTPUT_SUFFIX, JOURNAL_SUFFIX)):
-            yield from _visit(child, f"{name}/{child.name}", search)
+        if child.name.startswith(".") or child.name.endswith((OUTPUT_SUFFIX, JOURNAL_SUFFIX)):
+            continue
+        followed, child_name = _followed(child), f"{name}/{child.name}"
+        if followed in child.parents:
+            continue  # a link back to a folder around it
+        if followed in search.folders:
+            search.folders[followed].append(child_name)
+        else:
+            yield from _visit(followed, child_name, search)
+
+
+def _followed(path: Path) -> Path:
+    """A path without links, but for the name of a file: its suffix and the files beside it belong to this name."""
+    if isinstance(path, RemotePath) or path.is_dir():
+        return path.resolve()
+    return path.parent.resolve() / path.name
+
+
+def _followed_image(image: Slide | UnreadableImage) -> Slide | UnreadableImage:
+    """The image in its real store, if a link inside a zarr hierarchy leads to it."""
+    if isinstance(image, UnreadableImage) or image.zarr_format is None or image.identity == image.location:
+        return image
+    store, path = zarr_root(Path(image.identity))
+    return replace(image, store=store, path=path)
+
+
+def _once(images: Iterable[Slide | UnreadableImage]) -> list[Slide | UnreadableImage]:
+    """The images without those that are named again; a slide that is named again has a note.
+
+    A field of a plate keeps its position there, even if it is named by itself too.
+    """
+    kept: dict[tuple[str, str], Slide | UnreadableImage] = {}
+    for image in images:
+        key = image.identity, image.reason if isinstance(image, UnreadableImage) else ""
+        first = kept.setdefault(key, image)
+        if first is not image and isinstance(first, Slide) and isinstance(image, Slide):
+            taken = image if first.plate_position is None else first
+            kept[key] = replace(taken, notes=_with_note(first.notes, f"also named as {image.name}; it is taken once"))
+    return list(kept.values())
+
+
+def _with_links(image: Slide | UnreadableImage, folders: dict[Path, list[str]]) -> Slide | UnreadableImage:
+    """The image with a note for each link that leads to its folder again."""
+    if isinstance(image, UnreadableImage) or not any(folders.values()):
+        return image
+    links = [link for folder in image.store.parents for link in folders.get(folder, ())]
+    for link in links:
+        image = replace(image, notes=_with_note(image.notes, f"also below {link}; it is taken once"))
+    return image
+
+
+def _with_note(notes: tuple[str, ...], note: str) -> tuple[str, ...]:
+    return notes if note in notes else (*notes, note)
 
 
 def _images_of(image_format: ImageFormat, path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:

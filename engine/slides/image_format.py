@@ -36,11 +36,13 @@ class Search:
         axes: order of the axes, such as ``cyx``, of images that do not name theirs; None takes it from the images.
         fields: wells and fields of plates to take.
         visited: files whose images are found already, for formats that lead to a file from several others.
+        folders: folder that is searched already -> names of the links that lead to it again.
     """
 
     axes: str | None
     fields: FieldChoice
     visited: set[Path] = field(default_factory=set)
+    folders: dict[Path, list[str]] = field(default_factory=dict)
 
     def check_axes(self, named: str, location: str) -> tuple[str, ...]:
         """The note on a single plane, to which the user's axes do not apply; () if there is nothing to say.
@@ -101,6 +103,10 @@ class ImageFormat(ABC):
 
     def close(self, array: Any) -> None:  # noqa: B027 - most formats hold no file open
         """Close the file that `open_level` opened."""
+
+    def sample_files(self, slide: Slide, level: int) -> Iterable[Path]:
+        """Files of a slide, always the same, of which one is written anew if the pixels of a level change."""
+        return (slide.store, *slide.parts)
 
     def describe(self, slide: Slide) -> str:
         """Name of the slide's format for messages, with the version if that matters."""

@@ -34,6 +34,8 @@ _UNIT_NAMES = dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometr
 OUTPUT_MARK = "cellseg-batch-output"
 # Number of members of a group in an object store that are read at the same time.
 _REQUESTS = 16
+# Number of chunks whose versions show whether an array has changed, on this machine and in an object store.
+_SAMPLED, _SAMPLED_REMOTE = 8, 3
 _NODE_FILES = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
 # Attribute of groups and arrays that anndata writes: tables, and shapes and points of spatialdata.
 _TABLE_MARK = "encoding-type"
@@ -64,6 +66,18 @@ class Zarr(ImageFormat):
         """Open the array of a level."""
         path = "/".join(part for part in (slide.path, slide.levels[level].path) if part)
         return zarr.open_array(zarr_store(slide.store), path=path, mode="r")
+
+    def sample_files(self, slide: Slide, level: int) -> Iterator[Path]:
+        """The metadata of a level's array, and chunks or shards over its diagonal with their folders."""
+        folder = slide.store / slide.path / slide.levels[level].path
+        yield from (folder / file for file in _NODE_FILES)
+        array: zarr.Array[Any] = zarr.open_array(zarr_store(folder), mode="r")
+        stored = array.shards or array.chunks
+        last = [(length - 1) // side for length, side in zip(array.shape, stored, strict=True)]
+        count = _SAMPLED_REMOTE if isinstance(slide.store, RemotePath) else _SAMPLED
+        indices = {tuple(round(end * step / (count - 1)) for end in last) for step in range(count)}
+        chunks = [folder / array.metadata.encode_chunk_key(index) for index in sorted(indices)]
+        yield from dict.fromkeys(path for chunk in chunks for path in (chunk, chunk.parent))
 
     def describe(self, slide: Slide) -> str:
         """OME-Zarr with its version, or zarr for a plain array."""
@@ -127,6 +141,8 @@ def _images_in(
     def images_of(listed: tuple[str, PlatePosition | None]) -> list[Slide | UnreadableImage]:
         child, child_position = listed
         below = f"{path}/{child}" if path else child
+        if _leads_back(store / below):
+            return []
         is_there = is_zarr_node(store / below)
         images = [*_images_in(store, below, f"{name}/{child}", search, child_position)] if is_there else []
         if images or (is_there and child not in listed_images):
@@ -141,6 +157,13 @@ def _images_in(
             yield from _noted(chain.from_iterable(pool.map(images_of, children)), notes)
     else:
         yield from _noted(chain.from_iterable(map(images_of, children)), notes)
+
+
+def _leads_back(node: Path) -> bool:
+    """Whether a node is a link to a group around it."""
+    if isinstance(node, RemotePath) or not node.is_symlink():
+        return False
+    return node.parent.resolve().is_relative_to(node.resolve())
 
 
 def _noted(images: Iterable[Slide | UnreadableImage], notes: tuple[str, ...]) -> Iterator[Slide | UnreadableImage]:

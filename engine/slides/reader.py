@@ -17,6 +17,7 @@ from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.slides.formats import format_of
 from cellseg_batch.engine.slides.slide import Slide
+from cellseg_batch.engine.storage.paths import printable
 
 # More threads than cores read no faster, and each thread keeps freed memory.
 zarr.config.set({"threading.max_workers": min(32, cores())})
@@ -106,11 +107,16 @@ def _decode_in_rust(array: Any) -> None:
     zarrs decodes all chunks of a read at once, without Python's lock.
     """
     local = isinstance(array, zarr.Array) and isinstance(array.store, LocalStore)
-    if local and array.dtype.isnative and array.order == "C":
+    if local and _is_utf8(str(array.store.root)) and array.dtype.isnative and array.order == "C":
         # A pipeline keeps about 300 bytes for every chunk that it reads, so each read gets a new pipeline (30 µs).
         pipeline = ZarrsCodecPipeline.from_array_metadata_and_store(array.metadata, array.store)
         # zarr's public setting of the pipeline holds for the whole process, and other threads open other stores.
         object.__setattr__(array.async_array, "codec_pipeline", pipeline)
+
+
+def _is_utf8(path: str) -> bool:
+    """Whether zarrs can open a path: it cannot open names from file systems of other encodings."""
+    return path.isascii() or printable(path) == path
 
 
 def _unreadable(slide: Slide, where: str, error: Exception) -> ReadError:

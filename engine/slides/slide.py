@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -23,6 +24,11 @@ NUMBERS = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)")
 def fits_axes(axes: str, ndim: int) -> bool:
     """Whether ``axes`` names ``ndim`` different axes out of t, c, z, y, x, with y and x among them."""
     return len(axes) == len(set(axes)) == ndim and set("yx") <= set(axes) <= set(AXES)
+
+
+def real_path(location: str) -> str:
+    """A path on this machine with links followed; a URL as it is."""
+    return location if "://" in location else os.path.realpath(location)
 
 
 def unravel_plane(plane: int, grid: tuple[int, ...]) -> tuple[int, ...]:
@@ -78,6 +84,7 @@ class Slide:
         zarr_format: zarr version of the stored pixels; None if they are in no zarr array.
         holds_labels: whether labels can be written into the image's own group.
         notes: remarks for the user on what the image's metadata say and what is left out.
+        parts: other files that hold planes of the image.
     """
 
     name: str
@@ -97,11 +104,17 @@ class Slide:
     holds_labels: bool = False
     size_is_doubtful: bool = False
     notes: tuple[str, ...] = ()
+    parts: tuple[Path, ...] = ()
 
     @property
     def location(self) -> str:
         """Path of the image as a user would type it."""
         return str(self.store / self.path)
+
+    @property
+    def identity(self) -> str:
+        """The image itself, whichever link leads to it: its location with links followed."""
+        return real_path(self.location)
 
     @property
     def plane_axes(self) -> str:
@@ -180,3 +193,8 @@ class UnreadableImage:
     path: str
     reason: str
     plate_position: PlatePosition | None = None
+
+    @property
+    def identity(self) -> str:
+        """As `Slide.identity`."""
+        return real_path(self.path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -272,7 +273,10 @@ def _described_slide(
                 cause="a file that was changed after its metadata were written",
                 remedy="export it again",
             )
-        return _slide(pyramids[0], Facts(image.stated, image.channels), path, name, inside, image.number, search, notes)
+        facts = Facts(image.stated, image.channels)
+        slide = _slide(pyramids[0], facts, path, name, inside, image.number, search, notes)
+    files = (path.with_name(file) for file in image.files if file != SELF)
+    return replace(slide, parts=tuple(file for file in files if file != path))
 
 
 def _slide(

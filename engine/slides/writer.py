@@ -20,12 +20,14 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from cellseg_batch.engine.errors import writing_to
 from cellseg_batch.engine.geometry import Box
+from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX
 from cellseg_batch.engine.slides.label_layout import Layout, image_metadata
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
 from cellseg_batch.engine.slides.pixel_meaning import PixelMeaning
 from cellseg_batch.engine.slides.slide import unravel_plane
 from cellseg_batch.engine.storage.atomic_files import remove_tree, sync_file
 from cellseg_batch.engine.storage.checksums import note_write
+from cellseg_batch.engine.storage.lock import LOCK_SUFFIX, lock_in_turn
 from cellseg_batch.engine.storage.paths import zarr_store
 
 
@@ -161,10 +163,12 @@ class ImageWriter:
 def list_label(store: Path, labels: str, name: str, zarr_format: int) -> None:
     """Add ``name`` to the list of labels in the group ``labels``; the rest of its metadata stays.
 
+    Runs that write other labels of the same image do so in turn.
+
     Raises:
         OutputError: the store cannot be written.
     """
-    with writing_to(store / labels, "a store"):
+    with lock_in_turn(_lock_of(store, labels)), writing_to(store / labels, "a store"):
         group = zarr.open_group(zarr_store(store), path=labels, mode="r+", use_consolidated=False)
         metadata: dict[str, Any] = dict(group.attrs)
         holder = metadata.get("ome", {"version": "0.5"}) if zarr_format == 3 else metadata
@@ -177,6 +181,8 @@ def list_label(store: Path, labels: str, name: str, zarr_format: int) -> None:
 def consolidate_again(store: Path) -> None:
     """Update a store's consolidated metadata, if it has any, because readers then see nothing else.
 
+    Runs that share a store do so in turn: each gathers what the runs before it have written.
+
     Raises:
         OutputError: the store cannot be written.
     """
@@ -184,7 +190,13 @@ def consolidate_again(store: Path) -> None:
         # zarr warns that consolidated metadata are not part of format 3, but this store has them already.
         warnings.simplefilter("ignore")
         if zarr.open_group(zarr_store(store), mode="r").metadata.consolidated_metadata is not None:
-            zarr.consolidate_metadata(zarr_store(store))
+            with lock_in_turn(_lock_of(store, "consolidated")):
+                zarr.consolidate_metadata(zarr_store(store))
+
+
+def _lock_of(store: Path, part: str) -> Path:
+    """Lock file, beside a store, of metadata that several runs change."""
+    return store.with_name(store.name + JOURNAL_SUFFIX) / f"{part}{LOCK_SUFFIX}"
 
 
 def _create_array(group: zarr.Group, name: str, shape: tuple[int, ...], layout: Layout, level: int) -> None:

@@ -85,6 +85,37 @@ def remove_tree(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+def create_once(path: Path, content: bytes, what: str = "a file") -> bool:
+    """Create a file, complete and on disk, unless there is one; whether it was created.
+
+    Args:
+        path: path of the file; its folder is made.
+        content: content of the file.
+        what: name of the thing that is written, for the error.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with writing_to(path, what):
+        if isinstance(path, RemotePath):
+            return path.write_if(content, None)
+        if path.exists():
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{token_hex(4)}{PARTIAL_SUFFIX}")
+        try:
+            with open(partial, "xb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.link(partial, path)
+        except FileExistsError:
+            return False
+        finally:
+            partial.unlink(missing_ok=True)
+    return True
+
+
 @contextmanager
 def whole_file(path: Path, what: str = "a file") -> Iterator[IO[bytes]]:
     """Open a file that appears at ``path``, complete and on disk, once the context ends without an error.

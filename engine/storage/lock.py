@@ -164,6 +164,21 @@ class Locks:
             probe.unlink(missing_ok=True)
 
 
+@contextmanager
+def lock_in_turn(path: Path) -> Iterator[None]:
+    """Hold the lock at ``path`` for a moment, as soon as no other run does.
+
+    Raises:
+        OutputError: the lock cannot be written.
+    """
+    locks = Locks()
+    try:
+        with locks.wait_for(path):
+            yield
+    finally:
+        locks.close()
+
+
 def is_held(path: Path) -> bool:
     """Whether the lock at ``path`` was renewed within its lease, by this machine's clock; changes nothing."""
     try:

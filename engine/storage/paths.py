@@ -14,6 +14,7 @@ import re
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path, PosixPath
+from stat import S_ISDIR
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Self
 from urllib.parse import unquote, urlsplit
 
@@ -63,6 +64,11 @@ def locate(path: str | Path) -> Path:
             remedy="set the credentials in the environment",
         )
     return RemotePath(text)
+
+
+def printable(text: str) -> str:
+    """A text that any file in UTF-8 can hold: bytes of file names that are no UTF-8 are written as ``\\udc..``."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class RemotePath(PosixPath):
@@ -158,6 +164,15 @@ class RemotePath(PosixPath):
         with self._asking():
             answer = library().get(self.client, self.key)
             return bytes(answer.bytes()), {name: mark for name in ("e_tag", "version") if (mark := answer.meta[name])}
+
+    def version(self) -> str:
+        """The object's size and e-tag, without its content.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+        metadata = self._head()
+        return f"{metadata['size']} {metadata['e_tag']}"
 
     def reader(self) -> BinaryIO:
         """The object as an open file that fetches only the parts that are read."""
@@ -275,6 +290,17 @@ class _Reader(io.RawIOBase):
 def is_web(path: Path) -> bool:
     """Whether a path is on a web server, which allows neither listing nor writing."""
     return isinstance(path, RemotePath) and path.scheme in WEB
+
+
+def version_of(path: Path) -> str:
+    """A text that changes with the content of a file, object or folder: its size, and its time of writing or e-tag."""
+    try:
+        if isinstance(path, RemotePath):
+            return path.version()
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return "absent"
+    return f"{0 if S_ISDIR(status.st_mode) else status.st_size} {status.st_mtime_ns}"
 
 
 def readable(path: Path) -> Path | BinaryIO:

@@ -37,8 +37,13 @@ def write_record(path: Path, record: object, what: str = "a journal") -> None:
         OutputError: the file cannot be written.
     """
     with whole_file(path, what) as stream:
-        # json, because msgspec writes null for an infinite number.
-        stream.write(json.dumps(plain(record)).encode())
+        stream.write(encode_record(record))
+
+
+def encode_record(record: object) -> bytes:
+    """The JSON text of a dataclass."""
+    # json, because msgspec writes null for an infinite number.
+    return json.dumps(plain(record)).encode()
 
 
 def read_record(path: Path, kind: type[Record]) -> Record | None:

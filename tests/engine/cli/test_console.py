@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 from typer.main import get_command
 
-from cellseg_batch.engine.cli.console import as_flags, note_flags, write_json
+from cellseg_batch.engine.cli.console import as_flags, note_flags, print_text, printing_never_fails, write_json
 from cellseg_batch.engine.cli.main import app
 from cellseg_batch.engine.cli.train import train, with_recipe_flags
 from cellseg_batch.engine.errors import ModelError
@@ -44,6 +44,33 @@ def test_every_setting_and_every_field_of_a_recipe_has_a_flag_that_its_command_t
 def test_reasons_in_json_speak_of_flags(tmp_path):
     write_json(tmp_path / "report.json", {"slides": [{"reason": 'use `tile=96`, not "`block`"'}]})
     assert json.loads((tmp_path / "report.json").read_text())["slides"][0]["reason"] == 'use --tile 96, not "--block"'
+
+
+def test_a_report_that_cannot_be_written_is_named_and_fails_the_command(tmp_path, command):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(60, 60))
+    code, output = command("info", path, "--json", "/dev/full")
+    assert (code, "error /dev/full: expected a report that can be written" in output) == (1, True)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_a_terminal_cannot_show_is_printed_as_codes(capfd, monkeypatch, encoding):
+    with open(1, "w", encoding=encoding, closefd=False) as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        with printing_never_fails():
+            print_text("0.5 µm of 細胞 and \udce4.tif [/b]")
+    said = capfd.readouterr().out
+    assert r"of \u7d30\u80de and \udce4.tif [/b]" in said
+    assert ("0.5 \\xb5m" in said) == (encoding == "ascii")
+
+
+def test_a_full_disk_of_the_log_is_named_once_and_ends_nothing(capfd, monkeypatch):
+    with open("/dev/full", "w") as stdout, open(2, "w", closefd=False) as stderr:
+        monkeypatch.setattr("sys.stdout", stdout)
+        monkeypatch.setattr("sys.stderr", stderr)
+        with printing_never_fails():
+            for _ in range(1000):
+                print_text("a line of progress")
+    assert capfd.readouterr().err.count("No space left") == 1
 
 
 def test_debug_shows_where_an_error_of_ours_comes_from(tmp_path, command):

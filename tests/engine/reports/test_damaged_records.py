@@ -59,4 +59,4 @@ def test_a_note_on_a_failure_that_cannot_be_read_stands_for_its_image(folder, se
     note.write_text("{")
     code, said = command("status", folder)
     assert (code, "2 done, 1 failed" in said) == (1, True), said
-    assert f"failed {note}: expected a record" in said
+    assert f"failed {folder / 'c.png'}: {note}: expected a record" in said

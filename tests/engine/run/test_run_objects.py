@@ -1,6 +1,7 @@
 """Runs that measure: tables of slides, and summaries of plates."""
 
 import json
+import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import replace
@@ -11,12 +12,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import zarr
+from PIL import Image
 
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.objects import table as object_table
 from cellseg_batch.engine.objects.table import read_provenance
 from cellseg_batch.engine.reports import plates
+from cellseg_batch.engine.reports.export_objects import export_objects
 from cellseg_batch.engine.reports.plates import summarise_plate
+from cellseg_batch.engine.reports.report import write_page
 from cellseg_batch.engine.reports.verify import verify
 from cellseg_batch.engine.run import measure_pass as measuring
 from cellseg_batch.engine.storage.lock import Locks
@@ -51,6 +55,32 @@ def test_a_run_measures_what_it_writes(tmp_path, measure, version):
     assert left <= {".json", ".parquet", ".npz", ".npy"}
     assert not list(Path(slide.table).parent.glob("scratch/*"))
     assert measure(path).slides[0].status == "skipped"
+
+
+def test_a_name_that_is_no_utf8_goes_through_run_tables_and_reports(tmp_path, measure):
+    folder, name = tmp_path / "in", os.fsdecode(b"0\xe4")
+    pixels = blobs(100, 100)
+    write_ome_zarr(folder / f"{name}.zarr", pixels)
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / f"{name}.png")
+    (folder / f"{name}x.tif").write_text("no image")
+    report = measure(folder)
+    assert [slide.status for slide in report.slides] == ["done", "done", "failed"], report.slides
+    assert [slide.status for slide in measure(folder, output=tmp_path / "out").slides] == ["done", "done", "failed"]
+    assert export_objects([folder], "csv", tmp_path / "objects.csv", "cellseg", None, None).images == 2
+    assert "0\\udce4.png" in (tmp_path / "objects.csv").read_text()
+    status = write_page([folder], tmp_path / "page.html", "cellseg", None)
+    assert status.counts == {"done": 2, "failed": 1}
+    assert (tmp_path / "page.html").read_text().count("<figure>") == 2
+    assert not verify([folder], "cellseg", None, 1).damages
+    json.dumps(report.to_json()).encode()
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(np.inf, "float32"), (-np.inf, "float32"), (1e200, "float64")])
+def test_values_that_the_model_cannot_take_are_counted_and_noted(tmp_path, measure, value, dtype):
+    image = blobs(100, 100, 1).astype(dtype)
+    image[0, 40:50, 40:50] = value
+    (slide,) = measure(write_ome_zarr(tmp_path / "a.zarr", image, levels=1), block=64, probability=True).slides
+    assert (slide.status, slide.notes) == ("done", ("100 infinite pixels, or beyond 3.4e38",)), slide.reason
 
 
 def test_a_slide_without_objects_has_empty_labels_and_an_empty_table(tmp_path, measure):

@@ -1,5 +1,8 @@
 """What is written is valid OME-Zarr, lies where it should, and is whole."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import numpy as np
 import ome_zarr.io
 import ome_zarr.reader
@@ -90,6 +93,24 @@ def test_the_list_of_labels_is_kept(tmp_path):
         "labels": ["nuclei", "mask"],
         "more": 1,
     }
+
+
+def test_labels_that_are_listed_at_the_same_moment_are_all_listed(tmp_path):
+    group = zarr.open_group(str(tmp_path / "a.zarr"), path="labels", mode="w", zarr_format=3)
+    group.attrs.update({"history": list(range(20_000)), "ome": {"version": "0.5", "labels": ["nuclei"]}})
+    names = ["a", "b", "c", "d"]
+    together = Barrier(len(names))
+
+    def add(name):
+        together.wait()
+        list_label(tmp_path / "a.zarr", "labels", name, 3)
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(add, names))
+    attributes = zarr.open_group(str(tmp_path / "a.zarr"), path="labels", mode="r").attrs
+    assert sorted(attributes["ome"]["labels"]) == [*names, "nuclei"]
+    assert len(attributes["history"]) == 20_000
+    assert not list((tmp_path / "a.zarr.cellseg").iterdir()), "the lock is given back"
 
 
 def test_a_damaged_shard_is_noticed(tmp_path):

@@ -1,12 +1,16 @@
 """The shared folder of compiled artefacts: sound or made anew, once, by whoever comes first."""
 
+import errno
 import json
 import subprocess
 import sys
+import tempfile
 import time
+from unittest.mock import Mock
 
 import pytest
 
+from cellseg_batch.engine.errors import UsageError
 from cellseg_batch.engine.storage import cache as artefacts_room
 from cellseg_batch.engine.storage.cache import Artefacts
 
@@ -92,6 +96,34 @@ def test_where_nothing_can_be_written_it_is_kept_for_this_process(tmp_path, monk
     artefacts = Artefacts(tmp_path / "file" / "cache")
     assert (artefacts.get(KEY, fill) / "model.bin").exists()
     assert "not kept" in said[0]
+
+
+def test_sound_entries_of_a_cache_that_cannot_be_written_are_used(tmp_path, monkeypatch):
+    Artefacts(tmp_path).get(KEY, fill)
+    monkeypatch.setattr(artefacts_room, "_is_writable", lambda folder: False)
+    artefacts, made = Artefacts(tmp_path), []
+    assert artefacts.get(KEY, lambda folder: made.append(1)).parent == tmp_path
+    assert len(artefacts.entries()) == 1
+    other = artefacts.get({**KEY, "number": 2}, fill)
+    assert other.parent != tmp_path
+    assert artefacts.find({**KEY, "number": 2}) == other
+    artefacts.drop(KEY)
+    assert artefacts.get(KEY, fill).parent == other.parent, "what was dropped is made anew"
+
+
+def test_a_disk_that_fills_up_costs_the_cache_and_not_the_run(tmp_path, monkeypatch):
+    artefacts = Artefacts(tmp_path / "cache")
+
+    def fill_elsewhere(folder):
+        if folder.is_relative_to(tmp_path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fill(folder)
+
+    assert not artefacts.get(KEY, fill_elsewhere).is_relative_to(tmp_path)
+    monkeypatch.setattr(tempfile, "mkdtemp", Mock(side_effect=FileNotFoundError("No usable temporary directory")))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UsageError, match="CELLSEG_CACHE_DIR"):
+        Artefacts(tmp_path / "file" / "cache").get(KEY, fill)
 
 
 def test_eight_processes_at_once_make_one_entry(tmp_path):
