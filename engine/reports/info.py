@@ -76,7 +76,7 @@ class Info:
     images: tuple[ImageInfo, ...]
 
     @property
-    def broken(self) -> list[ImageInfo]:
+    def refused(self) -> list[ImageInfo]:
         """The images that cannot be segmented as asked."""
         return [image for image in self.images if image.reason]
 
