@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import psutil
 
-from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import OutputError, SlideError
 from cellseg_batch.engine.geometry import BlockGrid, Box
 from cellseg_batch.engine.inference.model_pool import ModelPool
@@ -262,7 +261,7 @@ def _lay_every_downscale(worker: Worker, image: _Image) -> _Image:
     settings, model_pool = worker.settings, worker.model_pool
     (plan,) = image.plans
     factors = possible_downscales(plan, settings, model_pool.bundle)
-    side = settings.block_side(KNOWN_BACKENDS[model_pool.chosen.name].on_gpu)
+    side = settings.block_side(model_pool.chosen.name)
     plans = (downscale_plan(plan, settings, model_pool.bundle, factor).with_blocks(side) for factor in factors)
     return _Image(image.entry, tuple(plans))
 

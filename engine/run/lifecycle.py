@@ -216,7 +216,7 @@ def compile_plan(worker: Worker, plan: SlidePlan, factor: int, reader: SlideRead
     settings, model_pool = worker.settings, worker.model_pool
     plan = downscale_plan(plan, settings, model_pool.bundle, factor)
     backend = model_pool.downscaled(model_pool.chosen, factor)
-    plan = plan.with_blocks(settings.block_side(KNOWN_BACKENDS[backend.name].on_gpu))
+    plan = plan.with_blocks(settings.block_side(backend.name))
     worker.warm_up.compile_for(plan, backend, reader)
     return plan
 

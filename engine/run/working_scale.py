@@ -62,7 +62,7 @@ def downscale_plan(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: 
     lattice = fit_lattice(plan.grid.lattice.shape, settings.tile, pick_margin(settings, card), card.total_stride)
     return replace(
         plan,
-        grid=lay_blocks(lattice, settings.block_side(on_gpu=False), plan.grid.planes, plan.grid.ring),
+        grid=lay_blocks(lattice, settings.block_side(), plan.grid.planes, plan.grid.ring),
         shape=(*plan.shape[:2], *lattice.tile),
         downscale=factor,
         instances=plan.instances and replace(plan.instances, downscale=factor),
