@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS, KNOWN_PRECISIONS
 from cellseg_batch.engine.errors import UsageError
+from cellseg_batch.engine.machine import gpus, visible_gpus
 
 BACKENDS = ("auto", *KNOWN_BACKENDS)
 SCHEDULERS = ("threads", "processes", "slurm")
@@ -197,9 +198,22 @@ class Settings:
         if not self.name or set(self.name) & set("/\\") or self.name.startswith("."):
             _refuse("name", "a plain name for the label group", repr(self.name), "try `name=nuclei`")
 
-    def block_side(self, on_gpu: bool) -> int:
-        """Target side of a block in px: larger for a GPU, for which reading margins and chunks twice takes too long."""
-        return self.block or (_BLOCK_ON_GPU if on_gpu else _BLOCK)
+    def block_side(self, backend: str | None = None) -> int:
+        """Target side of a block in px: larger for a GPU, for which reading margins and chunks twice takes too long.
+
+        Args:
+            backend: name of the backend that computes it; None if none is chosen yet: then a GPU is expected if the
+                settings name one, or leave the choice to a machine that has one.
+        """
+        if self.block is not None:
+            return self.block
+        if backend is None and self.backend != "auto":
+            backend = self.backend
+        if backend is not None:
+            on_gpu = KNOWN_BACKENDS[backend].on_gpu
+        else:
+            on_gpu = self.device != "cpu" and bool(gpus() and visible_gpus())
+        return _BLOCK_ON_GPU if on_gpu else _BLOCK
 
 
 def gpus_of(device: str) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ def info(slides: Slides, settings: Settings, json_file: Json = None) -> None:
     listed = list_images(slides, settings)
     print_info(listed, Console())
     write_json(json_file, listed.to_json())
-    raise typer.Exit(bool(listed.broken))
+    raise typer.Exit(bool(listed.refused))
 
 
 def print_info(info: Info, console: Console) -> None:
@@ -40,8 +40,9 @@ def print_info(info: Info, console: Console) -> None:
             for heading, text in _rows(image.cut):
                 rows.add_row(heading, Text(text))
             console.print(Padding(rows, (0, 0, 0, 2)))
-    for image in info.broken:
-        print_line(console, "broken", "red", f"{image.path}: {image.reason}")
+    for image in info.refused:
+        label = "broken" if image.shape is None else "refused"  # whose metadata could be read, but not as asked
+        print_line(console, label, "red", f"{image.path}: {image.reason}")
 
 
 def _rows(cut: Cut) -> Iterator[tuple[str, str]]:

@@ -67,6 +67,12 @@ def print_estimate(estimate: Estimate, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    if estimate.unseen:
+        console.print(
+            f"{estimate.unseen} images were not looked at: memory is for the downscale that needs most",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _objects(estimate: Estimate) -> str:

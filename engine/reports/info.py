@@ -76,7 +76,7 @@ class Info:
     images: tuple[ImageInfo, ...]
 
     @property
-    def broken(self) -> list[ImageInfo]:
+    def refused(self) -> list[ImageInfo]:
         """The images that cannot be segmented as asked."""
         return [image for image in self.images if image.reason]
 
@@ -122,6 +122,6 @@ def _cut(slide: Slide, settings: Settings, card: Card) -> Cut:
     level = choose_level(slide, settings.level, settings.pixel_size, card.pixel_size_um)
     channels = choose_channels(slide, settings.channel)
     lattice = fit_lattice(slide.plane_shape(level.level), settings.tile, pick_margin(settings, card), card.total_stride)
-    grid = lay_blocks(lattice, settings.block_side(on_gpu=False), slide.planes(level.level))
+    grid = lay_blocks(lattice, settings.block_side(), slide.planes(level.level))
     rows, columns = lattice.grid
     return Cut(slide, level, channels, len(grid), rows * columns * grid.planes, lattice.tile)

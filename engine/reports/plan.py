@@ -1,6 +1,7 @@
 """Estimate a run before it starts: blocks, bytes, files, memory, and time from a few seconds of measurement.
 
-The measurement segments a few tiles of the largest slide into a temporary folder. Nothing is written beside the inputs.
+Up to eight images, the largest, are looked at and their networks compiled as a run does.  The measurement segments a
+few tiles of the largest image into a temporary folder.  Nothing is written beside the inputs.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,30 +17,41 @@ from typing import Any
 import numpy as np
 import psutil
 
-from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
-from cellseg_batch.engine.errors import SlideError
+from cellseg_batch.engine.errors import OutputError, SlideError
 from cellseg_batch.engine.geometry import BlockGrid, Box
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.inference.normalise import Bounds
+from cellseg_batch.engine.machine import resident_bytes
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.objects.merge import FinalIds
 from cellseg_batch.engine.run.campaign import run_images
-from cellseg_batch.engine.run.lifecycle import block_bytes
+from cellseg_batch.engine.run.lifecycle import compile_plan, fit_memory
 from cellseg_batch.engine.run.measure_pass import measured_channels
+from cellseg_batch.engine.run.memory_model import RUN_OVERHEAD_BYTES
 from cellseg_batch.engine.run.open_slide import image_writers
 from cellseg_batch.engine.run.output_paths import output_paths, refuse_output_inside
 from cellseg_batch.engine.run.pipeline import passes_of
 from cellseg_batch.engine.run.results import RunReport, SlideReport
 from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
+from cellseg_batch.engine.run.worker import Worker
+from cellseg_batch.engine.run.working_scale import downscale_plan, possible_downscales, settle_downscale
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_all_images
 from cellseg_batch.engine.slides.label_layout import Layout
 from cellseg_batch.engine.slides.plate import FieldChoice
+from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
+from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.engine.storage.atomic_files import BUCKET
 from cellseg_batch.trainer.bundle import Card
 
 # Tiles along each side of the part that is measured.
 _TILES = 2
+# This many images, the largest, are looked at; each look takes up to a few seconds.
+_MOST_LOOKS = 8
+# Memory that a process holds in a run, as a multiple of what this one holds: threads with blocks of several images
+# leave up to a tenth more behind.
+_HELD = 1.1
 _COUNTS = ("blocks", "tiles", "bytes_in", "bytes_out", "files")
 # The merge writes each field of `FinalIds` as a file, in a folder of their own beside the folder of all scratch.
 _FILES_OF_FINAL_IDS = len(FinalIds.__dataclass_fields__) + 2
@@ -87,6 +100,8 @@ class Estimate:
         measured_mpx: Mpx that the measurement segmented.
         mpx_per_s: rate of one process in Mpx/s.
         backend, precision: backend and precision that the run would use.
+        unseen: number of images beyond the largest ones whose pixels were not looked at: their memory is that of the
+            downscale that needs most, their other counts are those of no downscale.
         slides: one entry per image.
     """
 
@@ -95,6 +110,7 @@ class Estimate:
     mpx_per_s: float
     backend: str
     precision: str
+    unseen: int = 0
     slides: list[SlideEstimate] = field(default_factory=list)
 
     @property
@@ -125,6 +141,34 @@ class Estimate:
         return {**summary, **totals, "peak_bytes": self.peak_bytes, **content, "slides": slides}
 
 
+@dataclass(frozen=True)
+class _Image:
+    """An image with its estimate so far.
+
+    Attributes:
+        entry: the estimate.
+        plans: the plans that a run may make of it: several if its downscale is unknown, none if it is refused.
+    """
+
+    entry: SlideEstimate
+    plans: tuple[SlidePlan, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Rate:
+    """What segmenting a sample took.
+
+    Attributes:
+        pixels: number of pixels of the sample; 0 if there was none or it failed.
+        seconds: seconds per pixel of a long run.
+        objects: objects per pixel; None for a mask.
+    """
+
+    pixels: int = 0
+    seconds: float = 0.0
+    objects: float | None = None
+
+
 def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Callable[[], None]) -> Estimate:
     """Estimate a run of ``settings`` over every image below ``inputs``.
 
@@ -138,52 +182,88 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
         UsageError: nothing can be run as asked.
     """
     refuse_output_inside(settings.output, inputs)
-    card = load_model(settings.model).card
+    bundle = load_model(settings.model)
     choice = FieldChoice(settings.wells, settings.fields)
-    images = find_all_images(inputs, settings.axes, choice)
-    entries = [_lay(image, settings, card) for image in images]
-    run_estimate = Estimate(processes, 0.0, 0.0, "", "", [entry for entry, _ in entries])
-    plans = [plan for _, plan in entries if plan is not None]
-    if not plans:
-        return run_estimate
-    largest = max(plans, key=lambda plan: plan.pixels)
-    report, sample = _measure(largest, settings, racing)
-    run_estimate = replace(run_estimate, backend=report.backend, precision=report.precision)
-    if sample is None or report.status == "failed":
-        reason = f"a sample of it could not be segmented: {report.slides[0].reason}"
-        slides = [replace(entry, reason=reason) if plan is largest else entry for entry, plan in entries]
-        return replace(run_estimate, slides=slides)
-    per_pixel = _seconds_per_pixel(report, settings.workers)
-    on_gpu = KNOWN_BACKENDS[report.backend].on_gpu
-    if on_gpu:  # the blocks above were laid before the backend was known
-        entries = [_with_blocks(entry, plan, settings.block_side(on_gpu)) for entry, plan in entries]
-    base_bytes = report.planned_peak_bytes - report.workers * block_bytes(sample, on_gpu)
-    slides = [
-        entry if plan is None else _weigh(entry, plan, settings, per_pixel, base_bytes, report)
-        for entry, plan in entries
-    ]
-    return replace(run_estimate, measured_mpx=sample.pixels / 1e6, mpx_per_s=1e-6 / per_pixel, slides=slides)
+    images = [_lay(image, settings, bundle.card) for image in find_all_images(inputs, settings.axes, choice)]
+    if not any(image.plans for image in images):
+        return Estimate(processes, 0.0, 0.0, "", "", slides=[image.entry for image in images])
+    worker = Worker(settings, ModelPool(bundle, settings, racing), StageClock())
+    images = _settle(worker, images)
+    largest = max(images, key=lambda image: image.entry.pixels if image.plans else -1)
+    rate, reason = _measure(worker, largest.plans[0]) if largest.plans else (_Rate(), "")
+    if reason:
+        refused = _Image(replace(largest.entry, reason=f"a sample of it could not be segmented: {reason}"))
+        images = [refused if image is largest else image for image in images]
+    # The measurement loads what writes the outputs, which a run holds beside its later networks.
+    held_bytes = round(_HELD * max(worker.warm_up.held_bytes, resident_bytes() + RUN_OVERHEAD_BYTES))
+    return Estimate(
+        processes=processes,
+        measured_mpx=rate.pixels / 1e6,
+        mpx_per_s=1e-6 / rate.seconds if rate.seconds else 0.0,
+        backend=worker.model_pool.chosen.name,
+        precision=worker.model_pool.chosen.precision,
+        unseen=sum(len(image.plans) > 1 for image in images),
+        slides=[_weigh(image, worker, held_bytes, rate) for image in images],
+    )
 
 
-def _lay(image: Slide | UnreadableImage, settings: Settings, card: Card) -> tuple[SlideEstimate, SlidePlan | None]:
-    """Estimate and plan of an image from its metadata alone; no plan if the image cannot be segmented."""
+def _lay(image: Slide | UnreadableImage, settings: Settings, card: Card) -> _Image:
+    """Estimate and plan of an image from its metadata alone, as if it were not downscaled."""
     if isinstance(image, UnreadableImage):
-        return SlideEstimate(image.path, image.reason), None
+        return _Image(SlideEstimate(image.path, image.reason))
     try:
         paths = output_paths(image, settings.name, settings.output)
         # The bounds decide no figure here, and sampling them would take long for many slides.
         plan = plan_slide(image, paths, settings, card, Bounds(0.0, 1.0))
     except SlideError as error:
-        return SlideEstimate(image.location, error.detail), None
-    return _count(plan), plan
+        return _Image(SlideEstimate(image.location, error.detail))
+    return _Image(_count(plan), (plan,))
 
 
-def _with_blocks(entry: SlideEstimate, plan: SlidePlan | None, side: int) -> tuple[SlideEstimate, SlidePlan | None]:
-    """Estimate and plan of an image with blocks of about ``side`` px; unchanged without a plan."""
-    if plan is None:
-        return entry, None
-    plan = plan.with_blocks(side)
-    return _count(plan), plan
+def _settle(worker: Worker, images: list[_Image]) -> list[_Image]:
+    """Settle the downscale of the largest images as a run does, and have the networks of all images compiled.
+
+    Of any other image every plan that a run may make is kept.
+    """
+    by_pixels = sorted(range(len(images)), key=lambda number: -images[number].entry.pixels)
+    looked_at = set(by_pixels[:_MOST_LOOKS])
+    settled = list(images)
+    unseen: dict[tuple[str, str, int], SlidePlan] = {}
+    # As in a run that meets small tiles first: their networks stay while those of larger ones are compiled.
+    numbers = [number for number, image in enumerate(images) if image.plans]
+    for number in sorted(numbers, key=lambda number: math.prod(images[number].plans[0].shape)):
+        if number in looked_at:
+            settled[number] = _look(worker, images[number])
+        else:
+            settled[number] = _lay_every_downscale(worker, images[number])
+            unseen |= {(plan.slide.dtype, plan.slide.axes, plan.downscale): plan for plan in settled[number].plans}
+    for plan in unseen.values():  # the largest of each kind, as tiles grow
+        with suppress(SlideError), SlideReader(plan.slide, plan.level.level, plan.channels.indices) as reader:
+            compile_plan(worker, plan, plan.downscale, reader)
+    return settled
+
+
+def _look(worker: Worker, image: _Image) -> _Image:
+    """The image with the plan that a run makes, after a look at windows of it."""
+    settings, model_pool = worker.settings, worker.model_pool
+    try:
+        laid = image.plans[0]
+        plan = plan_slide(laid.slide, laid.paths, settings, model_pool.bundle.card)
+        with SlideReader(plan.slide, plan.level.level, plan.channels.indices) as reader:
+            plan = compile_plan(worker, plan, settle_downscale(plan, settings, model_pool, reader), reader)
+    except SlideError as error:
+        return _Image(replace(image.entry, reason=error.detail))
+    return _Image(image.entry, (plan,))
+
+
+def _lay_every_downscale(worker: Worker, image: _Image) -> _Image:
+    """The image with every plan that a run may make, without a look at its pixels."""
+    settings, model_pool = worker.settings, worker.model_pool
+    (plan,) = image.plans
+    factors = possible_downscales(plan, settings, model_pool.bundle)
+    side = settings.block_side(model_pool.chosen.name)
+    plans = (downscale_plan(plan, settings, model_pool.bundle, factor).with_blocks(side) for factor in factors)
+    return _Image(image.entry, tuple(plans))
 
 
 def _count(plan: SlidePlan) -> SlideEstimate:
@@ -250,42 +330,46 @@ def most_scratch_files(plan: SlidePlan) -> int:
     return kinds * (blocks + -(-blocks // BUCKET) + 2) + _FILES_OF_FINAL_IDS
 
 
-def _measure(plan: SlidePlan, settings: Settings, racing: Callable[[], None]) -> tuple[RunReport, SlidePlan | None]:
+def _measure(worker: Worker, plan: SlidePlan) -> tuple[_Rate, str]:
     """Segment a few tiles from the middle of a slide.
 
     Returns:
-        The report of that run, and its plan; None if the run failed before it had a plan.
+        The rate, and the reason if the tiles could not be segmented; else "".
     """
     lattice = plan.grid.lattice
     height, width = (min(_TILES * core, length) for core, length in zip(lattice.core, lattice.shape, strict=True))
     y, x = (lattice.shape[0] - height) // 2, (lattice.shape[1] - width) // 2
     part = plan.slide.first_plane().cropped(plan.level.level, Box(y, x, y + height, x + width))
-    sample = _Sample(racing)
+    settings = replace(
+        worker.settings, level=plan.level.level, downscale=plan.downscale, max_memory=None, overwrite=False
+    )
     with tempfile.TemporaryDirectory(prefix="cellseg-plan-") as folder:
-        sample_settings = replace(settings, output=Path(folder), level=plan.level.level, overwrite=False)
-        report = run_images([part], sample_settings, sample)
-    return report, sample.plan
+        settings = replace(settings, output=Path(folder))
+        report = run_images([part], settings, _Unheard(), model_pool=worker.model_pool)
+    (sample,) = report.slides
+    if sample.status == "failed":
+        return _Rate(), sample.reason
+    objects = None if sample.objects is None else sample.objects / sample.pixels
+    return _Rate(sample.pixels, _seconds_per_pixel(report, settings.workers), objects), ""
 
 
-class _Sample:
-    """Observer of the measurement that keeps its plan."""
+class _Unheard:
+    """Observer of the measurement, whose report says all."""
 
-    def __init__(self, racing: Callable[[], None]) -> None:
-        self.racing = racing
-        self.plan: SlidePlan | None = None
+    def racing(self) -> None:
+        """Ignored: the backend is chosen before."""
 
     def found(self, images: int) -> None:
-        """Ignored: the measurement has a single image."""
+        """Ignored."""
 
     def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: float) -> None:
-        """Keep the plan."""
-        self.plan = plan
+        """Ignored."""
 
     def advanced(self, pixels: float) -> None:
-        """Ignored: the measurement is short."""
+        """Ignored."""
 
     def ended(self, report: SlideReport) -> None:
-        """Ignored: the report of the run holds everything."""
+        """Ignored."""
 
 
 def _seconds_per_pixel(report: RunReport, workers: int) -> float:
@@ -298,32 +382,29 @@ def _seconds_per_pixel(report: RunReport, workers: int) -> float:
     return max(device, (device + beside) / workers) / report.slides[0].pixels
 
 
-def _weigh(
-    entry: SlideEstimate, plan: SlidePlan, settings: Settings, per_pixel: float, base_bytes: int, measured: RunReport
-) -> SlideEstimate:
-    """Add memory and time to an estimate; it is refused if it fits neither ``max_memory`` nor this machine.
+def _weigh(image: _Image, worker: Worker, held_bytes: int, rate: _Rate) -> SlideEstimate:
+    """Complete the estimate of an image; it is refused if it fits neither ``max_memory`` nor this machine.
 
     Args:
-        entry: estimate from the metadata alone.
-        plan: plan of the slide.
-        settings: settings of the run.
-        per_pixel: seconds per pixel.
-        base_bytes: host memory of a worker process without its blocks.
-        measured: report of the measurement.
+        image: the image.
+        worker: worker whose model pool has chosen the backend.
+        held_bytes: host memory of a worker process without its blocks.
+        rate: what segmenting a sample took.
     """
-    on_gpu = KNOWN_BACKENDS[measured.backend].on_gpu
-    peak = base_bytes + settings.workers * block_bytes(plan, on_gpu)
-    if settings.max_memory is not None:
-        # A run keeps to the limit by taking fewer and smaller blocks, down to one tile at a time.
-        least = base_bytes + block_bytes(replace(plan, grid=replace(plan.grid, cores=(1, 1))), on_gpu)
-        peak = max(least, min(peak, settings.max_memory))
-    limit = settings.max_memory or psutil.virtual_memory().total
+    if not image.plans:
+        return image.entry
+    settings, chosen = worker.settings, worker.model_pool.chosen
+    try:
+        prepared = [fit_memory(plan, chosen, settings, held_bytes) for plan in image.plans]
+    except OutputError as error:
+        return replace(image.entry, reason=error.detail)
+    entry, memory = _count(prepared[0].plan), psutil.virtual_memory().total
+    peak = max(slide.peak_bytes for slide in prepared)
     reason = ""
-    if peak > limit:
+    if peak > memory:
         reason = (
-            f"expected at most {limit} bytes of memory, found {peak} for one worker; use a smaller `block` or `tile`"
+            f"expected at most the {memory} bytes of memory of this machine, found {peak} for one worker; "
+            "use a smaller `block` or `tile`"
         )
-    objects = measured.slides[0].objects
-    if objects is not None:
-        objects = round(objects * plan.pixels / measured.slides[0].pixels)
-    return replace(entry, objects=objects, peak_bytes=peak, seconds=per_pixel * plan.pixels, reason=reason)
+    objects = None if rate.objects is None else round(rate.objects * entry.pixels)
+    return replace(entry, objects=objects, peak_bytes=peak, seconds=rate.seconds * entry.pixels, reason=reason)

@@ -89,6 +89,7 @@ def write_page(paths: list[Path], out: Path, name: str, output: Path | None) -> 
 
     Raises:
         NoImageError: there is neither an image nor a journal.
+        UsageError: there is no run of that name.
         OutputError: the page cannot be written.
     """
     facts = _Facts()

@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cellseg_batch.engine.errors import NoImageError, OutputError, SlideError
+from cellseg_batch.engine.errors import NoImageError, OutputError, SlideError, UsageError
 from cellseg_batch.engine.run.failed_images import FailedImages, location
 from cellseg_batch.engine.run.output_paths import output_paths
 from cellseg_batch.engine.run.places import place_beside
 from cellseg_batch.engine.run.records import BLOCKS, Manifest
+from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, find_images
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
@@ -111,16 +112,18 @@ def read_status(paths: list[Path], name: str, output: Path | None) -> Status:
 
     Raises:
         NoImageError: there is neither an image nor a journal.
+        UsageError: there is no run of that name, as in `demand_run`.
     """
     failures = FailedImages(name, output)
-    noted = {
-        file: note for path in paths for root in _roots(path.resolve()) for file, note in failures.noted(root).items()
-    }
+    roots = [root for path in paths for root in _roots(path.resolve(), output)]
+    noted = {file: note for root in roots for file, note in failures.noted(root).items()}
     images = find_images_and_journals(paths, name, output)
     for image in images.found:
         note = failures.note_of(image)
         if note is not None:
             noted[failures.file(image)] = replace(note, path=location(image))
+    if not noted:
+        demand_run(images, name)
     known = {note.path: note.reason for note in noted.values()}
     looks = [
         _look_at(folder, "" if slide is None else slide.location, known) for folder, slide in images.journals.items()
@@ -139,23 +142,30 @@ class ImagesAndJournals:
     Attributes:
         found: every image.
         journals: folder of each journal -> its image; None for a journal whose image is not below the paths.
+        names: names of the runs whose journals lie there.
     """
 
     found: list[Slide | UnreadableImage]
     journals: dict[Path, Slide | None]
+    names: frozenset[str]
 
 
 def find_images_and_journals(paths: list[Path], name: str, output: Path | None) -> ImagesAndJournals:
     """Find every image below ``paths``, the journals of those that are usable, and every other journal there.
+
+    With ``output`` only the journals in it count.
 
     Raises:
         NoImageError: there is neither an image nor a journal.
     """
     found: list[Slide | UnreadableImage] = []
     journals: dict[Path, Slide | None] = {}
+    names: set[str] = set()
     for path in paths:
-        roots = _roots(path.resolve())
-        folders = [file.parent for root in roots for file in sorted(root.rglob(f"labels/{name}/manifest.json"))]
+        roots = _roots(path.resolve(), output)
+        begun = [file.parent for root in roots for file in sorted(root.rglob("labels/*/manifest.json"))]
+        names |= {folder.name for folder in begun}
+        folders = [folder for folder in begun if folder.name == name]
         try:
             images = find_images(path)
         except NoImageError:
@@ -168,11 +178,33 @@ def find_images_and_journals(paths: list[Path], name: str, output: Path | None) 
                 if isinstance(image, Slide):
                     journals[output_paths(image, name, output).journal] = image
         journals |= {folder: journals.get(folder) for folder in folders}
-    return ImagesAndJournals(found, journals)
+    return ImagesAndJournals(found, journals, frozenset(names))
 
 
-def _roots(path: Path) -> list[Path]:
-    """Folders that hold the journals and failure notes of a store, a file's companion store, or a folder of stores."""
+def demand_run(images: ImagesAndJournals, name: str) -> None:
+    """Refuse a name that no run has, unless it is the default and no run has begun.
+
+    Raises:
+        UsageError: no run of that name has begun.
+    """
+    if any(Journal(folder).is_begun for folder in images.journals):
+        return
+    beside = (file.parent.name for folder in images.journals for file in folder.parent.glob("*/manifest.json"))
+    names = sorted(images.names.union(beside))
+    if names or name != Settings.name:
+        raise UsageError(
+            f"`name={name}`",
+            expected=f"the name of a run that has begun ({', '.join(names) or 'there is none'})",
+            found="no run of that name",
+            remedy="give the name and the folder that the run was given",
+        )
+
+
+def _roots(path: Path, output: Path | None) -> list[Path]:
+    """Folders that hold the journals and failure notes of a store, a file's companion store, or a folder of stores.
+
+    With ``output`` only those in it count.
+    """
     whole_bucket = isinstance(path, RemotePath) and not path.key
     roots = [] if whole_bucket else [path.with_name(path.name + JOURNAL_SUFFIX)]
     if not whole_bucket and not is_web(path) and not path.is_dir():
@@ -181,7 +213,7 @@ def _roots(path: Path) -> list[Path]:
             roots.append(companion.with_name(companion.name + JOURNAL_SUFFIX))
     if path.is_dir() and not is_zarr_node(path):
         roots += _journals_below(path)
-    return [root for root in roots if root.is_dir()]
+    return [root for root in roots if root.is_dir() and (output is None or output.resolve() in root.parents)]
 
 
 def _journals_below(folder: Path) -> Iterator[Path]:

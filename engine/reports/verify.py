@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import OutputError, ReadError
 from cellseg_batch.engine.geometry import Box
-from cellseg_batch.engine.reports.status import find_images_and_journals
+from cellseg_batch.engine.reports.status import demand_run, find_images_and_journals
 from cellseg_batch.engine.run.completeness import differences
 from cellseg_batch.engine.run.input_state import has_changed
 from cellseg_batch.engine.run.records import Manifest, TaskRecord
@@ -86,9 +86,11 @@ def verify(paths: list[Path], name: str, output: Path | None, workers: int, forg
 
     Raises:
         NoImageError: there is neither an image nor a journal.
+        UsageError: there is no run of that name, as in `demand_run`.
     """
-    journals = find_images_and_journals(paths, name, output).journals
-    started = {Journal(folder): slide for folder, slide in journals.items() if Journal(folder).is_begun}
+    images = find_images_and_journals(paths, name, output)
+    demand_run(images, name)
+    started = {Journal(folder): slide for folder, slide in images.journals.items() if Journal(folder).is_begun}
     verdict = Verdict(unfinished=[str(journal.folder) for journal in started if not journal.is_finished])
     workflows = (_workflow(journal, slide, verdict, forget) for journal, slide in started.items())
     for _ in run_workflows(workflows, ThreadPool(workers)):

@@ -194,15 +194,25 @@ def _begin(worker: Worker, request: Request, journal: Journal) -> PreparedSlide:
     settings, model_pool = worker.settings, worker.model_pool
     plan = plan_slide(request.slide, request.paths, settings, model_pool.bundle.card)
     with _reader_of(plan) as reader:
-        factor = settle_downscale(plan, settings, model_pool, reader)
-        plan = downscale_plan(plan, settings, model_pool.bundle, factor)
-        backend = model_pool.downscaled(model_pool.chosen, factor)
-        plan = plan.with_blocks(settings.block_side(KNOWN_BACKENDS[backend.name].on_gpu))
-        worker.warm_up.compile_for(plan, backend, reader)
-        prepared = _fit_memory(plan, backend, settings, worker.warm_up.held_bytes, keeps_blocks=False)
+        plan = compile_plan(worker, plan, settle_downscale(plan, settings, model_pool, reader), reader)
+        backend = model_pool.downscaled(model_pool.chosen, plan.downscale)
+        prepared = fit_memory(plan, backend, settings, worker.warm_up.held_bytes)
         _create_outputs(prepared, model_pool, backend, journal)
         _keep_open(worker, prepared, reader)
     return prepared
+
+
+def compile_plan(worker: Worker, plan: SlidePlan, factor: int, reader: SlideReader) -> SlidePlan:
+    """Lay a slide's tiles and blocks for images downscaled by ``factor``, and compile its network and kernels.
+
+    The worker's ``warm_up`` notes the memory that they take.
+    """
+    settings, model_pool = worker.settings, worker.model_pool
+    plan = downscale_plan(plan, settings, model_pool.bundle, factor)
+    backend = model_pool.downscaled(model_pool.chosen, factor)
+    plan = plan.with_blocks(settings.block_side(backend.name))
+    worker.warm_up.compile_for(plan, backend, reader)
+    return plan
 
 
 def _plan_again(worker: Worker, request: Request, journal: Journal, manifest: Manifest) -> tuple[SlidePlan, Backend]:
@@ -228,7 +238,7 @@ def _continue(worker: Worker, request: Request, journal: Journal, manifest: Mani
     plan, backend = _plan_again(worker, request, journal, manifest)
     with _reader_of(plan) as reader:
         worker.warm_up.compile_for(plan, backend, reader)
-        prepared = _fit_memory(plan, backend, worker.settings, worker.warm_up.held_bytes, keeps_blocks=True)
+        prepared = fit_memory(plan, backend, worker.settings, worker.warm_up.held_bytes, keeps_blocks=True)
         for folder in (journal.folder, *(output.folder for output in plan.outputs)):
             sweep_partials(folder)
         # Labels need codes of other blocks too, so without scratch all blocks are computed again.
@@ -351,7 +361,7 @@ def _lacks_scratch(plan: SlidePlan, passes: tuple[Pass, ...], journal: Journal) 
     return scratch is not None and not scratch.exists() and next(missing, None) is not None
 
 
-def block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
+def _block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
     """Bytes of host memory that a block of a slide holds at most."""
     channels = measured_channels(plan.slide) if plan.objects else plan.channels.indices
     return block_memory(
@@ -359,8 +369,8 @@ def block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
     )
 
 
-def _fit_memory(
-    plan: SlidePlan, backend: Backend, settings: Settings, held_bytes: int, keeps_blocks: bool
+def fit_memory(
+    plan: SlidePlan, backend: Backend, settings: Settings, held_bytes: int, keeps_blocks: bool = False
 ) -> PreparedSlide:
     """Halve the blocks of a slide until a run stays under the setting `max_memory`.
 
@@ -376,7 +386,7 @@ def _fit_memory(
     """
     limit = settings.max_memory
     while True:
-        bytes_of_block = block_bytes(plan, KNOWN_BACKENDS[backend.name].on_gpu)
+        bytes_of_block = _block_bytes(plan, KNOWN_BACKENDS[backend.name].on_gpu)
         workers = settings.workers
         if limit is not None:
             workers = min(workers, max(1, (limit - held_bytes) // bytes_of_block))

@@ -194,7 +194,7 @@ def plan_slide(
         paths=paths,
         level=level,
         channels=channels,
-        grid=lay_blocks(lattice, settings.block_side(on_gpu=False), planes, ring=settings.stitch == "blend"),
+        grid=lay_blocks(lattice, settings.block_side(), planes, ring=settings.stitch == "blend"),
         bounds=bounds,
         threshold=settings.threshold if settings.threshold is not None else card.threshold,
         shape=(settings.batch, card.channels, *lattice.tile),

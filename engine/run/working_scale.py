@@ -34,12 +34,20 @@ def settle_downscale(plan: SlidePlan, settings: Settings, model_pool: ModelPool,
     if settings.downscale is not None:
         return settings.downscale
     bundle = model_pool.bundle
-    widths = {name: width for name, width in bundle.card.downscale.items() if _fits(plan, settings, bundle, int(name))}
+    factors = possible_downscales(plan, settings, bundle)
+    widths = {name: width for name, width in bundle.card.downscale.items() if int(name) in factors}
     factor = pick_downscale(widths, lambda factor: _masks(plan, model_pool, factor, reader)) if widths else 1
     if plan.tiles > plan.grid.planes:
         # Tiles of a large slide need the memory of the probes; for small images it costs too much to make them anew.
         model_pool.probes.clear()
     return factor
+
+
+def possible_downscales(plan: SlidePlan, settings: Settings, bundle: Bundle) -> list[int]:
+    """The factors that `settle_downscale` may return for a slide; it looks at the pixels if there are several."""
+    if settings.downscale is not None:
+        return [settings.downscale]
+    return [1, *(factor for factor in map(int, bundle.card.downscale) if _fits(plan, settings, bundle, factor))]
 
 
 def downscale_plan(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: int) -> SlidePlan:
@@ -54,7 +62,7 @@ def downscale_plan(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: 
     lattice = fit_lattice(plan.grid.lattice.shape, settings.tile, pick_margin(settings, card), card.total_stride)
     return replace(
         plan,
-        grid=lay_blocks(lattice, settings.block_side(on_gpu=False), plan.grid.planes, plan.grid.ring),
+        grid=lay_blocks(lattice, settings.block_side(), plan.grid.planes, plan.grid.ring),
         shape=(*plan.shape[:2], *lattice.tile),
         downscale=factor,
         instances=plan.instances and replace(plan.instances, downscale=factor),

@@ -55,6 +55,9 @@ def choose_level(slide: Slide, level: int | None, pixel_size: float | None, mode
                 remedy="see cellseg-batch info for the levels",
             )
         return LevelChoice(level, sizes[level], "asked for")
+    if count == 1 and full and model_um is not None:
+        differs = not math.isclose(full, model_um, rel_tol=0.01)
+        return LevelChoice(0, full, "the only one" + differs * f", not rescaled to the model's {model_um:g} µm/px")
     known = [size for size in sizes if size is not None]
     if not known or model_um is None:
         return LevelChoice(0, full, "pixel size unknown, so full resolution" if not known else "full resolution")

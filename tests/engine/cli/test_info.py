@@ -55,6 +55,15 @@ def test_what_cannot_be_used_has_a_reason_in_flags(tmp_path, command):
     assert usable["shape"] == [3, 64, 48]
     assert "found --level 3" in usable["reason"]
     assert "found --level 3" in output
+    assert f"broken {tmp_path / 'a.zarr'}" in output
+    assert f"refused {path}" in output
+
+
+def test_a_single_level_is_taken_as_it_is_whatever_its_pixel_size(tmp_path, command):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((40, 50), np.uint8))
+    output = command("info", tmp_path / "a.tif", "--pixel-size", 0.1)[1]
+    assert "level 0 (the only one, not rescaled to the model's 0.5 µm/px)" in output
+    assert "nearest" not in output
 
 
 def test_notes_on_metadata_are_shown(tmp_path, command):
@@ -66,3 +75,11 @@ def test_notes_on_metadata_are_shown(tmp_path, command):
     (note,) = image["notes"]
     assert "pixel size along x unknown" in note
     assert note in output
+
+
+def test_blocks_are_those_of_the_machine(tmp_path, command, monkeypatch):
+    path = write_ome_zarr(tmp_path / "a.zarr", np.zeros((1, 8192, 8192), np.uint8), levels=1, chunk=4096)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for models, blocks in ((), 25), (("A GPU",), 9):
+        monkeypatch.setattr("cellseg_batch.engine.machine._driver_gpus", lambda models=models: models)
+        assert f"{blocks} blocks, 25 tiles" in command("info", path)[1]

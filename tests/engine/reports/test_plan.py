@@ -1,6 +1,7 @@
 """What plan announces is what a run then takes."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from cellseg_batch.engine.geometry import fit_lattice, lay_blocks
 from cellseg_batch.engine.reports.plan import estimate, pixels_read
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.trainer.bundle import save_bundle
 from tests.support.images import blobs, write_ome_zarr, write_plate
 
 
@@ -124,7 +126,19 @@ def large_slide(path, side):
 @pytest.mark.parametrize("objects", [[], ["--objects"]])
 def test_large_slides_through_the_command_line(tmp_path, command, side, objects):
     path = large_slide(tmp_path / "a.zarr", side)
-    flags = ["--backend", "openvino", "--precision", "fp32", "--no-gate", "--tile", 512, "--block", 2048]
+    flags = [
+        "--backend",
+        "openvino",
+        "--precision",
+        "fp32",
+        "--no-gate",
+        "--tile",
+        512,
+        "--block",
+        2048,
+        "--downscale",
+        1,
+    ]
     code, said = command("plan", path, *flags, *objects, "--json", tmp_path / "plan.json")
     assert code == 0, said
     content = json.loads((tmp_path / "plan.json").read_text())
@@ -152,3 +166,31 @@ def test_a_plate_with_objects_is_what_the_run_then_writes(tmp_path, command):
     summary = {"wells", "fields", "heatmap"}
     files = sum(path.stem not in summary for path in out.rglob("*"))
     assert files <= content["files"]
+
+
+@pytest.mark.parametrize("objects", [[], ["--objects"]])
+def test_the_memory_of_downscaled_slides_is_what_the_run_announces(
+    tmp_path, command, tiny_bundle, objects, monkeypatch
+):
+    card = replace(tiny_bundle.card, downscale={"2": 0.1, "4": 10**6})
+    save_bundle(replace(tiny_bundle, card=card), tmp_path / "model")
+    paths = [write_ome_zarr(tmp_path / f"{side}.zarr", blobs(side, side), chunk=512) for side in (300, 420)]
+    flags = ["--model", tmp_path / "model", "--backend", "torch", "--precision", "fp32", "--threads", 1]
+    # So many workers that their blocks weigh more than the networks and than what other tests left in this process.
+    flags += ["--tile", 320, "--block", 1, "--workers", 4000, *objects]
+    run = command("run", *paths, *flags, "-o", tmp_path / "out", "--json", tmp_path / "run.json")
+    assert run[0] == 0, run[1]
+    announced = json.loads((tmp_path / "run.json").read_text())
+    assert {slide["downscale"] for slide in announced["slides"]} == {2}
+    for looks in (8, 0):
+        monkeypatch.setattr("cellseg_batch.engine.reports.plan._MOST_LOOKS", looks)
+        code, said = command("plan", *paths, *flags, "--json", tmp_path / "plan.json")
+        assert code == 0, said
+        content = json.loads((tmp_path / "plan.json").read_text())
+        assert announced["planned_peak_bytes"] <= content["peak_bytes"]
+        if looks:
+            assert content["peak_bytes"] <= 1.25 * announced["planned_peak_bytes"]
+            planned, done = ([slide["tiles"] for slide in report["slides"]] for report in (content, announced))
+            assert planned == done
+        assert content["unseen"] == (0 if looks else 2)
+        assert ("not looked at" in said) == (not looks)

@@ -100,3 +100,29 @@ def test_images_that_cannot_be_opened_are_named(folder, command, segment):
 
 def test_a_path_with_nothing_is_refused(tmp_path, command):
     assert command("status", tmp_path)[0] == 2
+
+
+def test_a_name_that_no_run_has_is_refused_with_those_that_there_are(folder, segment, command, tmp_path):
+    out, page = tmp_path / "out", ["--out", tmp_path / "page.html"]
+    segment(folder / "a.zarr", name="nuclei")
+    segment(folder / "a.zarr", name="cells", output=out)
+    for arguments, name in (([folder], "nuclei"), ([out], "cells"), ([folder, "-o", out], "cells")):
+        for subcommand in (["status"], ["verify"], ["report", *page]):
+            code, said = command(*subcommand, *arguments, "--name", "nuclie")
+            assert code == 2
+            assert "--name nuclie" in said
+            assert f"has begun ({name})" in said
+            assert command(*subcommand, *arguments, "--name", name)[0] == 0
+
+
+def test_with_an_output_folder_only_what_lies_in_it_is_listed(folder, segment, command, tmp_path):
+    segment(folder)
+    segment(folder / "a.zarr", output=tmp_path / "out")
+    for paths in ([folder], [tmp_path / "out"]):
+        status = read_status(paths, "cellseg", tmp_path / "out")
+        assert all(tmp_path / "out" in slide.journal.parents for slide in status.slides)
+        assert status.counts["done"] == 1
+    code, said = command("verify", folder, "-o", tmp_path / "out")
+    beside = command("verify", folder)[1]
+    assert code == 0
+    assert int(said.split()[0]) * 3 == int(beside.split()[0])
