@@ -6,6 +6,7 @@ several files belongs to the file of its first plane, whichever of them leads to
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
@@ -371,7 +372,7 @@ def _keeps(axes: str, letters: str, free: str) -> bool:
 
 
 def _demand_pages(tiff: tifffile.TiffFile, location: str) -> None:
-    """Refuse a file whose list of pages goes on behind its end, where tifffile ends the list.
+    """Refuse a file whose list of pages goes on where there is no page, at which tifffile ends the list.
 
     Raises:
         ReadError: it does.
@@ -381,12 +382,13 @@ def _demand_pages(tiff: tifffile.TiffFile, location: str) -> None:
         return
     file.seek(place)
     (following,) = struct.unpack(tiff.tiff.offsetformat, file.read(tiff.tiff.offsetsize))
-    if following >= file.size:
+    if following and following not in {page.offset for page in tiff.pages}:
+        where = "behind the end of the file" if following >= file.size else "that cannot be read"
         raise ReadError(
             location,
             expected="all pages of the TIFF",
-            found=f"{len(tiff.pages)}, and a reference to one behind the end of the file",
-            cause="a file that was cut short",
+            found=f"{len(tiff.pages)}, and a reference to one {where}",
+            cause="a file that was cut short or damaged",
             remedy="copy or export it again",
         )
 
@@ -404,6 +406,15 @@ def _demand_planes(series: Series, location: str) -> None:
             expected="integer, floating point or boolean pixels",
             found=f"{page.bitspersample} bits of sample format {page.sampleformat}",
             remedy="convert the image",
+        )
+    pieces, stored = math.prod(page.chunked), len(page.dataoffsets)
+    if stored < pieces and not page.is_contiguous:
+        raise ReadError(
+            location,
+            expected=f"{pieces} tiles or strips for {page.imagelength} x {page.imagewidth} px",
+            found=f"{stored}",
+            cause="damaged metadata",
+            remedy="copy or export it again",
         )
     listed, there = listed_planes(series), len(series)
     if series.kind in _LISTS_PLANES:
