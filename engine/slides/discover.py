@@ -189,10 +189,6 @@ def _why_unusable(slide: Slide) -> str | None:
     """Why no pixels of ``slide`` can be segmented, in one line; None if they can."""
     if not NUMBERS.fullmatch(slide.dtype):
         return f"expected integer, floating point or boolean pixels, found {slide.dtype}; convert the image"
-    for level in slide.levels:
-        lengths = (*level.shape, *level.chunks)
-        if not all(isinstance(length, int | np.integer) for length in lengths):
-            return f"expected whole numbers of px, found {lengths!s:.80} (damaged metadata); export it again"
     too_large = _why_too_large(slide)
     if too_large is not None:
         return too_large

@@ -305,7 +305,7 @@ def _slide(
     levels: list[Level] = []
     for index, level in enumerate(pyramid):
         shape = level.get_shape(squeeze=None if len(letters) == level.ndim else True)
-        if len(shape) != len(axes) or (level.kind in _LISTS_PLANES and None in level):
+        if len(shape) != len(axes) or (level.kind in _LISTS_PLANES and None in level) or _lost_pieces(level):
             notes += (f"level {index} and those below it are incomplete and left out",)
             break
         factor = levels[0].shape[axes.index("x")] / shape[axes.index("x")] if levels else 1.0
@@ -394,10 +394,10 @@ def _demand_pages(tiff: tifffile.TiffFile, location: str) -> None:
 
 
 def _demand_planes(series: Series, location: str) -> None:
-    """Refuse a series of which planes are missing, which tifffile would fill with zeros.
+    """Refuse a series of which planes, tiles or strips are missing, which tifffile would fill with zeros.
 
     Raises:
-        ReadError: planes are missing, or its pixels have a type that tifffile does not know.
+        ReadError: planes or parts of them are missing, or its pixels have a type that tifffile does not know.
     """
     page = series.keyframe
     if page.dtype is None:
@@ -407,12 +407,20 @@ def _demand_planes(series: Series, location: str) -> None:
             found=f"{page.bitspersample} bits of sample format {page.sampleformat}",
             remedy="convert the image",
         )
-    pieces, stored = math.prod(page.chunked), len(page.dataoffsets)
-    if stored < pieces and not page.is_contiguous:
+    if not all(isinstance(side, int) for side in page.chunks):
         raise ReadError(
             location,
-            expected=f"{pieces} tiles or strips for {page.imagelength} x {page.imagewidth} px",
-            found=f"{stored}",
+            expected="one length of each side of its tiles or strips",
+            found=f"{page.chunks!s:.80}",
+            cause="damaged metadata",
+            remedy="copy or export it again",
+        )
+    lost = _lost_pieces(series)
+    if lost:
+        raise ReadError(
+            location,
+            expected=f"a place in the file for each tile or strip of {page.imagelength} x {page.imagewidth} px",
+            found=f"none for {lost} of them",
             cause="damaged metadata",
             remedy="copy or export it again",
         )
@@ -427,6 +435,17 @@ def _demand_planes(series: Series, location: str) -> None:
             cause="a file that was cut short, or parts of it that are missing",
             remedy="copy or export it again",
         )
+
+
+def _lost_pieces(series: Series) -> int:
+    """Number of tiles or strips of which the pages of a series do not say where they are; a length of 0 says so."""
+    keyframe = series.keyframe
+    if keyframe.is_contiguous:
+        return 0
+    pieces = math.prod(keyframe.chunked)
+    listed = (zip(page.dataoffsets, page.databytecounts, strict=False) for page in series if page is not None)
+    known = [sum(offset > 0 or length == 0 for offset, length in of_page) for of_page in listed]
+    return sum(max(0, pieces - count) for count in known)
 
 
 def _chunks(page: tifffile.TiffPage, letters: str) -> tuple[int, ...]:

@@ -95,7 +95,7 @@ def _change_json(path, random):
     else:
         holder[key] = after = _other_value(random, before)
     path.write_text(json.dumps(document.get("document")))
-    return f"{key!r}, {str(before):.80}: {after!r}"
+    return f"{key!r}, {before!s:.80}: {after!r}"
 
 
 def _fields(content):

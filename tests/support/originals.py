@@ -110,7 +110,9 @@ def _companion(folder: Path) -> None:
     names = ["a.ome.tif", "b.ome.tif"]
     (folder / "a.companion.ome").write_text(f'<OME xmlns="{SCHEMA}" UUID="urn:uuid:c">{_ome_xml(names)}</OME>')
     for name in names:
-        xml = f'<OME xmlns="{SCHEMA}" UUID="urn:uuid:{name}"><BinaryOnly MetadataFile="a.companion.ome" UUID="c"/></OME>'
+        xml = (
+            f'<OME xmlns="{SCHEMA}" UUID="urn:uuid:{name}"><BinaryOnly MetadataFile="a.companion.ome" UUID="c"/></OME>'
+        )
         tifffile.imwrite(folder / name, GREY, description=xml, metadata=None)
 
 

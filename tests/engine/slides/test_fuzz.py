@@ -1,7 +1,8 @@
 """Damaged files and stores: a run says what is wrong with them, and makes up no pixels.
 
-`CELLSEG_FUZZ` is the number of mutations; 200 without it. A failure names the mutation by its number:
-``python -m tests.support.mutations NUMBER FOLDER`` makes it again, for ``cellseg-batch info FOLDER``.
+The environment variable CELLSEG_FUZZ sets the number of mutations, else 200. A failure names each mutation by its
+number, which is also its folder: ``python -m tests.support.mutations NUMBER FOLDER`` makes it again, for
+``cellseg-batch run FOLDER``.
 """
 
 import json
@@ -32,23 +33,28 @@ MOST_BYTES = 2 << 30
 
 @pytest.mark.parametrize("first", range(0, COUNT, BATCH))
 def test_damaged_images_are_done_right_or_named(tmp_path, tiny_model, first):
-    together = tmp_path / "together"
-    changes = {number: mutate(number, together / str(number)) for number in range(first, first + BATCH)}
-    faults = faults_of(together, tiny_model)
-    for number, change in changes.items() if faults else ():  # find out which of them it is
-        alone = tmp_path / str(number)
-        mutate(number, alone)
-        faults += [f"mutation {number} ({change}): {fault}" for fault in faults_of(alone, tiny_model)]
+    numbers = range(first, first + BATCH)
+    faults = faults_of(tmp_path / "together", numbers, tiny_model)
+    for number in numbers if faults else ():  # find out which of them it is
+        faults += faults_of(tmp_path / f"alone-{number}", [number], tiny_model)
     assert not faults, "\n".join(faults)
 
 
-def faults_of(folder, model):
-    """What `info` and `run` do wrong with the images in a folder."""
+def faults_of(folder, numbers, model):
+    """What `info` and `run` do wrong with these mutations, each in a folder below ``folder``."""
+    changes = {f"{folder / str(number)}/": mutate(number, folder / str(number)) for number in numbers}
     faults, listed = _call("info", folder, "--model", model)
     more, done = _call("run", folder, "--model", model, *TINY_RUN)
     about = {image["path"]: image for image in listed.get("images", ())}
-    slides = [slide for slide in done.get("slides", ()) if slide["status"] == "done"]
-    return [*faults, *more, *(f"{slide['path']}: {fault}" for slide in slides for fault in _misread(slide, about))]
+    slides = done.get("slides", ())
+    unnamed = [part for part in changes if not any(slide["path"].startswith(part) for slide in slides)]
+    finished = [slide for slide in slides if slide["status"] == "done"]
+    misread = [(slide["path"], fault) for slide in finished for fault in _misread(slide, about)]
+    return [
+        *(f"mutations {numbers}: {fault}" for fault in faults + more),
+        *(f"{part} ({changes[part]}) is neither done nor named" for part in unnamed),
+        *(f"{path} ({changes[part]}): {fault}" for path, fault in misread for part in changes if path.startswith(part)),
+    ]
 
 
 def _call(command, folder, *options):
