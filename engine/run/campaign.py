@@ -207,7 +207,7 @@ class Campaign:
             except OutputError as error:  # the labels are whole, but readers of consolidated metadata do not see them
                 note = f"its labels are missing in the consolidated metadata of {store}: {error.detail}"
                 for number, report in reports.items():
-                    if report.labels and Path(report.labels).is_relative_to(store):
+                    if report.labels and report.labels.startswith(f"{store}/"):
                         reports[number] = replace(report, notes=(*report.notes, note))
 
     def _open_pool(self) -> Pool:

@@ -438,14 +438,17 @@ def _demand_planes(series: Series, location: str) -> None:
 
 
 def _lost_pieces(series: Series) -> int:
-    """Number of tiles or strips of which the pages of a series do not say where they are; a length of 0 says so."""
+    """Number of tiles or strips without a place in the file; those of 0 bytes are left out on purpose."""
     keyframe = series.keyframe
     if keyframe.is_contiguous:
         return 0
     pieces = math.prod(keyframe.chunked)
-    listed = (zip(page.dataoffsets, page.databytecounts, strict=False) for page in series if page is not None)
-    known = [sum(offset > 0 or length == 0 for offset, length in of_page) for of_page in listed]
-    return sum(max(0, pieces - count) for count in known)
+    lost = 0
+    for page in series:
+        if page is not None:
+            places = zip(page.dataoffsets, page.databytecounts, strict=False)
+            lost += max(0, pieces - sum(offset > 0 or length == 0 for offset, length in places))
+    return lost
 
 
 def _chunks(page: tifffile.TiffPage, letters: str) -> tuple[int, ...]:
