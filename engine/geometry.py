@@ -188,8 +188,11 @@ def fit_lattice(shape: tuple[int, int], tile: int, margin: int, total_stride: in
 
     height, width = shape
     fitted = []
-    for rows in range(1, -(-height // total_stride) + 1):
-        core = fit(height, rows)
+    # The tile's area bounds the number of cores to try, however long the slide is.
+    tallest = min(fit(height, 1), tile**2 // (2 * margin + total_stride))
+    for core in range(total_stride, tallest + 1, total_stride):
+        if core != fit(height, -(-height // core)):
+            continue  # a smaller core makes as many rows
         widest = (tile**2 // (core + 2 * margin) - 2 * margin) // total_stride * total_stride
         if widest > 0:
             fewest = -(-width // widest)

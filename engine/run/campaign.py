@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
 
-from cellseg_batch.engine.errors import CellsegError, SlideError, brief
+from cellseg_batch.engine.errors import CellsegError, OutputError, SlideError, brief
 from cellseg_batch.engine.geometry import fit_lattice
 from cellseg_batch.engine.inference.backends.registry import preloaded_modules
 from cellseg_batch.engine.inference.choice import Choice, choose_backend, settings_elsewhere
@@ -202,7 +202,13 @@ class Campaign:
         finally:
             self.worker.close()
         for store in self._written_stores:
-            consolidate_again(store)
+            try:
+                consolidate_again(store)
+            except OutputError as error:  # the labels are whole, but readers of consolidated metadata do not see them
+                note = f"its labels are missing in the consolidated metadata of {store}: {error.detail}"
+                for number, report in reports.items():
+                    if report.labels and report.labels.startswith(f"{store}/"):
+                        reports[number] = replace(report, notes=(*report.notes, note))
 
     def _open_pool(self) -> Pool:
         """Open a pool of workers and choose the backend that they use."""

@@ -28,6 +28,8 @@ JOURNAL_SUFFIX = ".cellseg"
 # A few bytes of metadata may claim any number of pixels. No microscope exceeds these bounds.
 # A whole slide of 15 x 15 cm at 0.25 µm per pixel.
 MOST_PLANE_PIXELS = 600_000**2
+# A row of 2.5 m.
+MOST_SIDE = 10_000_000
 MOST_PIXELS = 10**15
 # Reading a single pixel decodes its whole chunk.
 MOST_CHUNK_BYTES = 4 << 30
@@ -206,6 +208,7 @@ def _why_too_large(slide: Slide) -> str | None:
         height, width = slide.plane_shape(number)
         chunk = math.prod(level.chunks) * itemsize
         for count, most, meaning in (
+            (max(height, width), MOST_SIDE, f"px along a side of {height} x {width}"),
             (height * width, MOST_PLANE_PIXELS, f"px in a plane of {height} x {width}"),
             (math.prod(level.shape), MOST_PIXELS, f"px in shape {level.shape}"),
             (chunk, MOST_CHUNK_BYTES, f"bytes in one chunk of {' x '.join(map(str, level.chunks))} once decoded"),

@@ -6,6 +6,7 @@ several files belongs to the file of its first plane, whichever of them leads to
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
@@ -304,7 +305,7 @@ def _slide(
     levels: list[Level] = []
     for index, level in enumerate(pyramid):
         shape = level.get_shape(squeeze=None if len(letters) == level.ndim else True)
-        if len(shape) != len(axes) or (level.kind in _LISTS_PLANES and None in level):
+        if len(shape) != len(axes) or (level.kind in _LISTS_PLANES and None in level) or _lost_pieces(level):
             notes += (f"level {index} and those below it are incomplete and left out",)
             break
         factor = levels[0].shape[axes.index("x")] / shape[axes.index("x")] if levels else 1.0
@@ -371,7 +372,7 @@ def _keeps(axes: str, letters: str, free: str) -> bool:
 
 
 def _demand_pages(tiff: tifffile.TiffFile, location: str) -> None:
-    """Refuse a file whose list of pages goes on behind its end, where tifffile ends the list.
+    """Refuse a file whose list of pages goes on where there is no page, at which tifffile ends the list.
 
     Raises:
         ReadError: it does.
@@ -381,21 +382,22 @@ def _demand_pages(tiff: tifffile.TiffFile, location: str) -> None:
         return
     file.seek(place)
     (following,) = struct.unpack(tiff.tiff.offsetformat, file.read(tiff.tiff.offsetsize))
-    if following >= file.size:
+    if following and following not in {page.offset for page in tiff.pages}:
+        where = "behind the end of the file" if following >= file.size else "that cannot be read"
         raise ReadError(
             location,
             expected="all pages of the TIFF",
-            found=f"{len(tiff.pages)}, and a reference to one behind the end of the file",
-            cause="a file that was cut short",
+            found=f"{len(tiff.pages)}, and a reference to one {where}",
+            cause="a file that was cut short or damaged",
             remedy="copy or export it again",
         )
 
 
 def _demand_planes(series: Series, location: str) -> None:
-    """Refuse a series of which planes are missing, which tifffile would fill with zeros.
+    """Refuse a series of which planes, tiles or strips are missing, which tifffile would fill with zeros.
 
     Raises:
-        ReadError: planes are missing, or its pixels have a type that tifffile does not know.
+        ReadError: planes or parts of them are missing, or its pixels have a type that tifffile does not know.
     """
     page = series.keyframe
     if page.dtype is None:
@@ -404,6 +406,23 @@ def _demand_planes(series: Series, location: str) -> None:
             expected="integer, floating point or boolean pixels",
             found=f"{page.bitspersample} bits of sample format {page.sampleformat}",
             remedy="convert the image",
+        )
+    if not all(isinstance(side, int) for side in page.chunks):
+        raise ReadError(
+            location,
+            expected="one length of each side of its tiles or strips",
+            found=f"{page.chunks!s:.80}",
+            cause="damaged metadata",
+            remedy="copy or export it again",
+        )
+    lost = _lost_pieces(series)
+    if lost:
+        raise ReadError(
+            location,
+            expected=f"a place in the file for each tile or strip of {page.imagelength} x {page.imagewidth} px",
+            found=f"none for {lost} of them",
+            cause="damaged metadata",
+            remedy="copy or export it again",
         )
     listed, there = listed_planes(series), len(series)
     if series.kind in _LISTS_PLANES:
@@ -416,6 +435,20 @@ def _demand_planes(series: Series, location: str) -> None:
             cause="a file that was cut short, or parts of it that are missing",
             remedy="copy or export it again",
         )
+
+
+def _lost_pieces(series: Series) -> int:
+    """Number of tiles or strips without a place in the file; those of 0 bytes are left out on purpose."""
+    keyframe = series.keyframe
+    if keyframe.is_contiguous:
+        return 0
+    pieces = math.prod(keyframe.chunked)
+    lost = 0
+    for page in series:
+        if page is not None:
+            places = zip(page.dataoffsets, page.databytecounts, strict=False)
+            lost += max(0, pieces - sum(offset > 0 or length == 0 for offset, length in places))
+    return lost
 
 
 def _chunks(page: tifffile.TiffPage, letters: str) -> tuple[int, ...]:

@@ -181,6 +181,8 @@ def list_label(store: Path, labels: str, name: str, zarr_format: int) -> None:
 def consolidate_again(store: Path) -> None:
     """Update a store's consolidated metadata, if it has any, because readers then see nothing else.
 
+    Damaged ones are written anew.
+
     Runs that share a store do so in turn: each gathers what the runs before it have written.
 
     Raises:
@@ -189,9 +191,16 @@ def consolidate_again(store: Path) -> None:
     with writing_to(store, "a store"), warnings.catch_warnings():
         # zarr warns that consolidated metadata are not part of format 3, but this store has them already.
         warnings.simplefilter("ignore")
-        if zarr.open_group(zarr_store(store), mode="r").metadata.consolidated_metadata is not None:
+        if _is_consolidated(store):
             with lock_in_turn(_lock_of(store, "consolidated")):
                 zarr.consolidate_metadata(zarr_store(store))
+
+
+def _is_consolidated(store: Path) -> bool:
+    try:
+        return zarr.open_group(zarr_store(store), mode="r").metadata.consolidated_metadata is not None
+    except (ValueError, KeyError, TypeError, AttributeError):  # of consolidated metadata that are damaged
+        return True
 
 
 def _lock_of(store: Path, part: str) -> Path:

@@ -61,6 +61,7 @@ def test_tiles_use_their_area_well(fitted):
         ((32768, 32768), (1648, 1648)),
         ((2160, 2160), (1088, 2160)),
         ((300, 90000), (304, 6928)),
+        ((2**31, 88), (3776, 96)),
     ],
 )
 def test_tiles_are_as_large_as_their_area_allows(shape, core):

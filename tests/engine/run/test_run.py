@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -389,6 +390,24 @@ def test_labels_show_in_consolidated_metadata(tmp_path, segment):
     segment(path)
     group = zarr.open_group(str(path), mode="r")
     assert "labels/cellseg/0" in dict(group.members(max_depth=None))
+
+
+def test_damaged_consolidated_metadata_are_written_anew(tmp_path, segment):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(60, 60), version="0.4")
+    zarr.consolidate_metadata(str(path))
+    gathered = (path / ".zmetadata").read_text()
+    (path / ".zmetadata").write_text(gathered[:99])
+    assert segment(path).status == "done"
+    assert "labels/cellseg/0" in dict(zarr.open_group(str(path), mode="r").members(max_depth=None))
+
+
+def test_consolidated_metadata_that_cannot_be_written_are_noted(tmp_path, segment, monkeypatch):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(60, 60), version="0.4")
+    zarr.consolidate_metadata(str(path))
+    monkeypatch.setattr(zarr, "consolidate_metadata", Mock(side_effect=PermissionError("read-only")))
+    report = segment(path)
+    assert report.status == "done"
+    assert "missing in the consolidated metadata" in report.slides[0].notes[-1]
 
 
 def test_a_journal_that_cannot_be_written_is_named(tmp_path, segment):

@@ -53,6 +53,11 @@ def test_nothing_to_find(tmp_path, make):
         find_images(make(tmp_path))
 
 
+def test_sides_that_no_microscope_makes_are_refused(tmp_path):
+    zarr.create_array(str(tmp_path / "a.zarr"), shape=(88, 2**31), dtype="uint8", chunks=(88, 64))
+    assert "px along a side of 88 x 2147483648" in only(tmp_path / "a.zarr").reason
+
+
 def test_empty_and_complex_images_are_refused(tmp_path):
     zarr.create_array(str(tmp_path / "e.zarr"), shape=(0, 5), dtype="uint8")
     zarr.create_array(str(tmp_path / "c.zarr"), shape=(5, 5), dtype="complex64")

@@ -190,6 +190,39 @@ def test_suffixes_of_tiff(tmp_path, name):
     assert only(tmp_path / name).plane_shape(0) == (8, 9)
 
 
+@pytest.mark.parametrize(
+    ("page", "name", "value", "reason"),
+    [
+        (0, "TileOffsets", (0, 0, 0, 0), "none for 4 of them"),
+        (1, "TileOffsets", (0, 8, 8, 8), "none for 1 of them"),
+        (0, "ImageLength", 2000, "none for"),
+        (0, "TileLength", (16, 16), "one length of each side"),
+    ],
+)
+def test_damaged_tags_make_up_no_pixels(tmp_path, page, name, value, reason):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        for _ in range(2):
+            tiff.write(coordinates("yx", (32, 32)), tile=(16, 16), compression="zlib", metadata=None)
+    tifffile.imwrite(tmp_path / "b.tif", coordinates("yx", (32, 32)))
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as tiff:
+        tiff.pages[page].tags[name].overwrite(value)
+    *damaged, whole = find_images(tmp_path)
+    assert reason in damaged[0].reason
+    assert whole.plane_shape(0) == (32, 32)
+
+
+def test_pages_behind_a_damaged_one_are_not_left_out(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        for _ in range(3):
+            tiff.write(coordinates("yx", (8, 9)), metadata=None)
+    with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
+        place = tiff.pages[2].offset
+    with open(tmp_path / "a.tif", "r+b") as file:
+        file.seek(place)
+        file.write(b"\xff\xff")
+    assert "found 2, and a reference to one that cannot be read" in only(tmp_path / "a.tif").reason
+
+
 def test_a_file_that_was_cut_short_is_not_filled_up(tmp_path):
     for name, options in (
         ("a.tif", {"truncate": True}),
