@@ -20,7 +20,7 @@ from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.reports.status import demand_run, find_images_and_journals
 from cellseg_batch.engine.run.completeness import differences
 from cellseg_batch.engine.run.input_state import has_changed
-from cellseg_batch.engine.run.records import Manifest, TaskRecord
+from cellseg_batch.engine.run.records import FinishedRecord, Manifest, TaskRecord, record_of
 from cellseg_batch.engine.scheduling.scheduler import TaskGroup, ThreadPool, Workflow, ask, run_workflows
 from cellseg_batch.engine.slides.slide import Slide, unravel_plane
 from cellseg_batch.engine.storage.journal import Journal
@@ -142,8 +142,9 @@ def _read_back(journal: Journal, verdict: Verdict, forget: bool) -> Workflow[Non
 
     for part, count in manifest.passes.items():
         lost = list(journal.missing(part, count)) if journal.is_finished else []
-        yield TaskGroup(partial(check, part), journal.records(part, TaskRecord[Any]), collect)
+        yield TaskGroup(partial(check, part), journal.records(part, record_of(part)), collect)
         note(Damage(str(journal.folder), part, number, "its record is missing") for number in lost)
+    journal.finished(FinishedRecord)  # raises if it cannot be read
 
 
 class _Outputs:

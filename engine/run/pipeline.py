@@ -20,7 +20,9 @@ from cellseg_batch.engine.run.open_slide import OpenSlide
 from cellseg_batch.engine.run.records import (
     BLOCKS,
     INSTANCES,
+    LEVELS,
     MERGE,
+    TABLE,
     BlockRecord,
     FinishedRecord,
     GrowthRecord,
@@ -32,7 +34,6 @@ from cellseg_batch.engine.run.slide_plan import SlidePlan
 from cellseg_batch.engine.slides.pixel_meaning import PROBABILITY
 from cellseg_batch.engine.storage.journal import Journal
 
-_TABLE = "table"
 # Rough shares of a slide's time, for the progress that the user sees; nothing else depends on them.
 _SEGMENT, _GROW, _SHORT = 100.0, 12.0, 2.0
 
@@ -63,11 +64,11 @@ def passes_of(plan: SlidePlan) -> Iterator[Pass]:
         yield Pass(MERGE, 1, merge_blocks, _SHORT)
         yield Pass(INSTANCES, len(plan.grid), grow_block, _GROW)
     if plan.objects:
-        yield Pass(_TABLE, 1, tabulate, _SHORT)
+        yield Pass(TABLE, 1, tabulate, _SHORT)
     layout = plan.layout
     for level in range(1, len(layout.shapes)):
         task = partial(build_shard, level)
-        yield Pass(f"levels/{level}", layout.shard_count(level), task, _SHORT / level, scratch=False)
+        yield Pass(f"{LEVELS}/{level}", layout.shard_count(level), task, _SHORT / level, scratch=False)
 
 
 def segment_block(slide: OpenSlide, number: int) -> BlockRecord:

@@ -25,8 +25,8 @@ from cellseg_batch.kernels.quality import Quality
 
 Result = TypeVar("Result")
 
-# Names of passes whose records other modules read.
-BLOCKS, MERGE, INSTANCES = "blocks", "merge", "instances"
+# Names of passes; those of the pyramid are levels/1, levels/2 and so on.
+BLOCKS, MERGE, INSTANCES, TABLE, LEVELS = "blocks", "merge", "instances", "table", "levels"
 # Field of a decision -> the setting that it follows from; other fields have the name of theirs, or follow from none.
 _SETTING_OF = {"channels": "channel", "core": "tile", "flat": "skip_background", "outputs": "probability"}
 
@@ -260,6 +260,22 @@ class TableRecord:
 @dataclass(frozen=True)
 class LevelRecord:
     """A shard of a level of the pyramid."""
+
+
+# Part of the journal, up to its first slash -> type of its records.
+_RECORDS: dict[str, Any] = {
+    BLOCKS: TaskRecord[BlockRecord],
+    MERGE: TaskRecord[MergeRecord],
+    INSTANCES: TaskRecord[GrowthRecord],
+    TABLE: TaskRecord[TableRecord],
+    LEVELS: TaskRecord[LevelRecord],
+}
+
+
+def record_of(part: str) -> type[TaskRecord[Any]]:
+    """Type of the records of a pass, by the name that a manifest has for the pass."""
+    kind: type[TaskRecord[Any]] = _RECORDS.get(part.partition("/")[0], TaskRecord[Any])
+    return kind
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from secrets import token_hex
 from tempfile import NamedTemporaryFile, TemporaryDirectory
-from typing import IO
+from typing import IO, TypeVar
 
 from cellseg_batch.engine.errors import writing_to
 from cellseg_batch.engine.storage.paths import RemotePath
+
+Content = TypeVar("Content")
 
 # Number of numbered files that share a folder.
 BUCKET = 1000
@@ -40,16 +42,17 @@ def sync_file(path: Path) -> None:
                 os.fsync(stream.fileno())
 
 
-def read_all(paths: Iterable[Path]) -> Iterator[tuple[Path, bytes]]:
-    """(path, content) of each file that still exists; several objects of a store are read at a time."""
+def read_all(paths: Iterable[Path], read: Callable[[Path], Content | None]) -> Iterator[tuple[Path, Content]]:
+    """(path, what ``read`` returns) of each file for which that is not None; several objects are read at a time."""
     remaining = iter(paths)
     with ThreadPoolExecutor(_REQUESTS) as pool:
         while batch := list(islice(remaining, _REQUESTS)):
-            contents = pool.map(_read, batch) if isinstance(batch[0], RemotePath) else map(_read, batch)
+            contents = pool.map(read, batch) if isinstance(batch[0], RemotePath) else map(read, batch)
             yield from ((path, content) for path, content in zip(batch, contents, strict=True) if content is not None)
 
 
-def _read(path: Path) -> bytes | None:
+def _bytes_of(path: Path) -> bytes | None:
+    """The content of a file; None if there is none any more."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -70,7 +73,7 @@ def nearby(folder: Path) -> Iterator[Path]:
         yield folder
         return
     with TemporaryDirectory(prefix="cellseg-") as copy:
-        for path, content in read_all(folder.rglob("*")):
+        for path, content in read_all(folder.rglob("*"), _bytes_of):
             target = Path(copy) / path.relative_to(folder).as_posix()
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)

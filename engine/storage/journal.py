@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -29,9 +30,12 @@ from cellseg_batch.engine.storage.atomic_files import (
     written_at,
 )
 from cellseg_batch.engine.storage.paths import RemotePath
-from cellseg_batch.engine.storage.records import Record, decode_record, read_record, write_record
+from cellseg_batch.engine.storage.records import Record, read_record, write_record
 
 _FAILED = "failed"
+# Names of records; other programs may leave files of their own, such as ._0.json.
+_NUMBERED_FILE = "[0-9]*.json"
+_NUMBERED = f"*/{_NUMBERED_FILE}"
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,12 @@ class Journal:
     @property
     def is_begun(self) -> bool:
         """Whether there is a manifest."""
-        return self._manifest.is_file()
+        return _is_there(self._manifest)
 
     @property
     def is_finished(self) -> bool:
         """Whether there is a closing record."""
-        return self._finished.is_file()
+        return _is_there(self._finished)
 
     def manifest(self, kind: type[Record]) -> Record | None:
         """The manifest; None if there is none."""
@@ -93,12 +97,12 @@ class Journal:
 
     def records(self, part: str, kind: type[Record]) -> Iterator[tuple[int, Record]]:
         """(number, record) of every item of ``part`` that is on disk, in no particular order."""
-        for path, content in read_all((self.folder / part).glob("*/*.json")):
-            yield int(path.stem), decode_record(content, kind, path)
+        records = read_all((self.folder / part).glob(_NUMBERED), partial(read_record, kind=kind))
+        yield from ((int(path.stem), record) for path, record in records)
 
     def numbers(self, part: str) -> set[int]:
         """Numbers of the items of ``part`` that are on disk."""
-        return {int(path.stem) for path in (self.folder / part).glob("*/*.json")}
+        return {int(path.stem) for path in (self.folder / part).glob(_NUMBERED)}
 
     def begun(self) -> float:
         """POSIX time in seconds at which the manifest was written."""
@@ -106,12 +110,12 @@ class Journal:
 
     def times(self, part: str) -> list[float]:
         """POSIX time in seconds at which each item of ``part`` was recorded, in no particular order."""
-        return list(written_at(self.folder / part, "*/*.json"))
+        return list(written_at(self.folder / part, _NUMBERED))
 
     def missing(self, part: str, count: int) -> Iterator[int]:
         """Numbers below ``count`` of the items of ``part`` that are not on disk, looked up lazily."""
         for bucket, numbers in groupby(range(count), lambda number: number // BUCKET):
-            done = {int(path.stem) for path in (self.folder / part / str(bucket)).glob("*.json")}
+            done = {int(path.stem) for path in (self.folder / part / str(bucket)).glob(_NUMBERED_FILE)}
             yield from (number for number in numbers if number not in done)
 
     def finished(self, kind: type[Record]) -> Record | None:
@@ -143,6 +147,11 @@ class Journal:
 
     def _path(self, part: str, number: int) -> Path:
         return numbered(self.folder / part, number, ".json")
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a record, or something else in its place, which its reader names."""
+    return path.is_file() if isinstance(path, RemotePath) else path.exists()
 
 
 def sweep_partials(folder: Path) -> None:

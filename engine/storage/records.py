@@ -50,31 +50,20 @@ def read_record(path: Path, kind: type[Record]) -> Record | None:
     """Read the dataclass that `write_record` wrote to ``path``; None if there is no file.
 
     Raises:
-        OutputError: the file is of another version, or damaged.
+        OutputError: the file is of another version or damaged, or a folder has its name.
     """
     try:
-        content = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return decode_record(content, kind, path)
-
-
-def decode_record(content: bytes, kind: type[Record], path: Path) -> Record:
-    """Decode the dataclass in the JSON text ``content`` of the file ``path``.
-
-    Raises:
-        OutputError: the text is of another version, or damaged.
-    """
-    try:
-        values = json.loads(content)
+        values = json.loads(path.read_bytes())
         record = msgspec.convert(values, kind)
         for name in getattr(kind, "STRICT", ()):
             _refuse_unknown(getattr(record, name), values[name])
-    except ValueError as error:
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (IsADirectoryError, RecursionError, ValueError) as error:
         raise OutputError(
             str(path),
             expected="a record of this version of cellseg-batch",
-            found=str(error).replace("`", ""),  # backticks are for settings
+            found="a folder" if isinstance(error, IsADirectoryError) else str(error).replace("`", ""),  # for settings
             cause="output of another version, or a damaged file",
             remedy="go on with the version that wrote it, or begin anew with `overwrite`",
         ) from error

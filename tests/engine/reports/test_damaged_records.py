@@ -40,6 +40,44 @@ def test_a_plan_that_cannot_be_is_named_with_its_file(folder, segment, command):
     assert [slide.status for slide in segment(folder).slides] == ["skipped", "failed"]
 
 
+FOLDER = "a folder in place of the record"
+
+
+def replace_record(record, content):
+    record.unlink()
+    if content == FOLDER:
+        record.mkdir()
+    else:
+        record.write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "found"),
+    [
+        ("manifest", FOLDER, "a folder"),
+        ("finished", FOLDER, "a folder"),
+        ("blocks/0/1", FOLDER, "a folder"),
+        ("levels/1/0/0", "[" * 100_000, "maximum recursion depth"),
+        ("blocks/0/1", '{"written": [], "result": {"seeds": "many"}}', "Expected object | null, got str"),
+    ],
+)
+def test_a_record_that_is_none_is_unreadable_for_every_command(folder, segment, command, part, content, found):
+    record = folder / "b.zarr.cellseg" / "labels" / "cellseg" / f"{part}.json"
+    replace_record(record, content)
+    code, said = command("verify", folder)
+    assert (code, f"unreadable {record}: expected a record" in said, found in said) == (1, True, True), said
+    assert command("status", folder)[0] == (part == "manifest")
+    assert command("report", folder, "--out", folder.parent / "page.html")[0] == 0
+    expected = {"manifest": "failed", "finished": "failed"}.get(part, "skipped")
+    assert [slide.status for slide in segment(folder).slides] == ["skipped", expected]
+
+
+def test_files_that_other_programs_leave_among_the_records_are_none(folder, command):
+    (folder / "b.zarr.cellseg" / "labels" / "cellseg" / "blocks" / "0" / "._0.json").write_text("?")
+    for name in ("verify", "status"):
+        assert command(name, folder)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("part", "content"), [("manifest", "{}"), ("finished", '{"foreground": -5}'), ("blocks/0/1", '{"written": [')]
 )
