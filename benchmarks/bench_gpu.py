@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -165,6 +166,11 @@ def measure_plate(device: str, folder: Path, fields: int = _FIELDS) -> Iterator[
     image = write_plate(folder / "plate.zarr", fields, shipped_pieces())
     workers = min(cores(), _MOST_WORKERS)
     yield _run_row(f"plate of {fields} fields, {workers} threads", image, folder, device, workers=workers, batch=4)
+    if find_spec("distributed") is not None:
+        name = f"plate of {fields} fields, processes by cores and GPUs"
+        row = _run_row(name, image, folder, device, scheduler="processes", batch=4)
+        del row["gpu_busy"]  # the batches of several processes overlap
+        yield row
 
 
 def _run_row(name: str, image: Path, folder: Path, device: str, **changes: Any) -> Row:
