@@ -33,14 +33,17 @@ the rate of every round and the median that is shown; what is compared took turn
 | `bench_limits.py` | what 1,000 workers and a million blocks would saturate first |
 | `bench_instances.py PART...` | objects against the truth, the same however a slide is cut, and what they cost |
 | `bench_host.py` | what the host could feed a GPU that takes no time |
+| `gpu.sh [--only PART...]` | a GPU: parity and tests, then networks, whole runs, MONAI, kernels |
 | `cellseg-batch bench` | a small set in under a minute; `cellseg-batch bench compare A B` finds regressions |
 """
+_HIDDEN = ("name", "rounds", "part", "reason")
 # Shown first, in this order; what else there is follows.
 _ORDER = ("peers", "overhead", "overhead_int8", "ceiling", "ceiling_int8", "plate", "background", "memory")
 
 
 def main() -> None:
     results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    results |= {path.parent.name: gpu_results(path.read_text()) for path in RESULTS.glob("*/rows.jsonl")}
     shown = {name: content for name, content in results.items() if _has_names(content)}
     names = [*(name for name in _ORDER if name in shown), *sorted(set(shown) - set(_ORDER))]
     parts = [_INTRODUCTION]
@@ -51,6 +54,13 @@ def main() -> None:
             parts.append(f"![Mpx/s of each engine](results/{_CHART})\n")
     _README.write_text("\n".join(parts))
     print(_README)
+
+
+def gpu_results(lines: str) -> dict[str, Any]:
+    """Content of a file of `bench_gpu`: the latest conditions, and the latest row of each name."""
+    rows = [json.loads(line) for line in lines.splitlines()]
+    conditions = [row["conditions"] for row in rows if "conditions" in row]
+    return {"conditions": conditions[-1], "rows": list({row["name"]: row for row in rows if "name" in row}.values())}
 
 
 def _has_names(content: dict[str, Any]) -> bool:
@@ -69,7 +79,8 @@ def _section(name: str, content: dict[str, Any]) -> str:
         f"commit {at['commit']}",
         at["date"][:10],
     ]
-    columns = list(dict.fromkeys(key for row in content["rows"] for key in row if key not in ("name", "rounds")))
+    values = {key: value for row in content["rows"] for key, value in row.items()}
+    columns = [key for key, value in values.items() if key not in _HIDDEN and not isinstance(value, dict | list)]
     lines = [
         f"## {name.replace('_', ' ')}\n",
         ", ".join(conditions) + ".\n",

@@ -19,6 +19,8 @@ import psutil
 
 # Parameter numbers from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# Environment variable with the share of the visible GPU's memory that this process may use.
+GPU_SHARE = "CELLSEG_GPU_SHARE"
 # nvidia-smi takes seconds where the driver has to be loaded first.
 _TOOL_SECONDS = 20
 
@@ -36,6 +38,11 @@ def visible_gpus() -> list[str]:
     if visible is not None:
         return [name for name in visible.split(",") if name and name != "-1"]
     return [str(number) for number, _ in enumerate(_driver_gpus())]
+
+
+def gpu_share() -> float:
+    """Share of a GPU's memory that this process may use: less than 1 if other processes of the run use the same GPU."""
+    return float(os.environ.get(GPU_SHARE, 1))
 
 
 def processor() -> str:

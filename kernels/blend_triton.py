@@ -10,7 +10,7 @@ overlap by O px:
 functions of `cellseg_batch.kernels.stitch`, for tensors on the current device; they do not wait for the device.  Import
 it only if triton is installed.
 
-``python -m cellseg_batch.kernels.blend_triton`` checks the kernel against the reference and times it.
+``python -m cellseg_batch.kernels.blend_triton`` checks the kernel against the reference.
 """
 
 from __future__ import annotations
@@ -176,42 +176,7 @@ def check(device: str) -> None:
     assert np.abs(out.cpu().numpy().astype(int) - mask).max() <= 1
 
 
-def naive_blend(logits: torch.Tensor, grid: TileGrid, threshold: float) -> torch.Tensor:
-    """Return the mask of a whole grid in plain torch: weight every tile, add it to an accumulator, then compare."""
-    height, width = logits.shape[2:]
-    steps = height - grid.overlap, width - grid.overlap
-    whole = torch.zeros(grid.height, grid.width, device=logits.device)  # write 4 bytes
-    rise = torch.arange(grid.overlap, device=logits.device) / grid.overlap
-    for tile in range(grid.rows * grid.columns):
-        row, column = divmod(tile, grid.columns)
-        ramps = [torch.ones(length, device=logits.device) for length in (height, width)]
-        for ramp, index, count in zip(ramps, (row, column), (grid.rows, grid.columns), strict=True):
-            ramp[: grid.overlap] = rise if index > 0 else 1
-            ramp[-grid.overlap :] = 1 - rise if index < count - 1 else 1
-        weighted = torch.outer(*ramps) * logits[tile, 0]  # per logit: read 4 + 2, write 4, and 4 for the weights
-        whole[row * steps[0] :, column * steps[1] :][:height, :width] += weighted  # read 4 + 4, write 4
-    return (whole > threshold).to(torch.uint8)  # read 4, write 1; read 1, write 1
-
-
-def benchmark() -> None:
-    """Print time and GB/s (of the bytes that must move) of every output at 4096 x 4096 px, caches flushed."""
-    side, tile, overlap = 4096, 512, 64
-    count = 1 + (side - tile) // (tile - overlap)
-    logits = torch.randn(count * count, 1, tile, tile, device="cuda").half()
-    grid = TileGrid(count, count, overlap, 0, 0, side, side)
-    out = torch.empty(side, side, dtype=torch.uint8, device="cuda")
-    for name, run in (
-        ("plain torch", lambda: naive_blend(logits, grid, 0.0)),
-        ("blend_mask", lambda: blend_mask(logits, grid, 0.0, out)),
-        ("blend_probability", lambda: blend_probability(logits, grid, out)),
-    ):
-        milliseconds = triton.testing.do_bench(run, return_mode="median")
-        moved = logits.element_size() * logits.numel() + out.numel()
-        print(f"{name:20} {1000 * milliseconds:8.1f} us {moved / milliseconds / 1e6:8.0f} GB/s")
-
-
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         raise SystemExit("no GPU")
     check("cuda")
-    benchmark()

@@ -9,7 +9,7 @@ that case.
 `gather` is that of `cellseg_batch.kernels.gather`, for tensors on the current device; it does not wait for the device.
 Import it only if triton is installed.
 
-``python -m cellseg_batch.kernels.gather_triton`` checks the kernel against the reference and times it.
+``python -m cellseg_batch.kernels.gather_triton`` checks the kernel against the reference.
 """
 
 from __future__ import annotations
@@ -140,26 +140,7 @@ def check(device: str) -> None:
             assert torch.equal(out.cpu(), torch.from_numpy(expected).to(precision)), f"{dtype} to {precision} differs"
 
 
-def benchmark() -> None:
-    """Print time and GB/s (of the bytes that must move) for 81 tiles of 512 px, caches flushed."""
-    side, tile, step = 4096, 512, 448
-    count = 1 + (side - tile) // step
-    starts = step * np.arange(count)
-    rows = np.repeat(starts, count)[:, None] + np.arange(tile)
-    columns = np.tile(starts, count)[:, None] + np.arange(tile)
-    out = torch.empty(count * count, 3, tile, tile, dtype=torch.float16, device="cuda")
-    for dtype, sources in ((torch.uint8, 3), (torch.uint8, 1), (torch.uint16, 1), (torch.float32, 1)):
-        pixels = torch.randint(0, 256, (sources, side, side), device="cuda").to(dtype)
-        milliseconds = triton.testing.do_bench(
-            lambda pixels=pixels: gather(pixels, rows, columns, 0.0, 1 / 255, out), return_mode="median"
-        )
-        moved = pixels.numel() * pixels.element_size() + out.numel() * out.element_size()
-        name = f"{sources} x {dtype} to 3 x float16".replace("torch.", "")
-        print(f"{name:28} {1000 * milliseconds:8.1f} us {moved / milliseconds / 1e6:8.0f} GB/s")
-
-
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         raise SystemExit("no GPU")
     check("cuda")
-    benchmark()

@@ -5,7 +5,7 @@ Per pixel it reads one logit (2 bytes in float16) and writes 1 byte of mask or p
 functions of `cellseg_batch.kernels.stitch`, for tensors on the current device; they do not wait for the device.  Import
 it only if triton is installed.
 
-``python -m cellseg_batch.kernels.stitch_triton`` checks the kernel against the reference and times it.
+``python -m cellseg_batch.kernels.stitch_triton`` checks the kernel against the reference.
 """
 
 from __future__ import annotations
@@ -175,25 +175,7 @@ def check(device: str) -> None:
     assert np.abs(out.cpu().numpy().astype(int) - mask).max() <= 1
 
 
-def benchmark() -> None:
-    """Print time and GB/s (of the bytes that must move) of every output at 4096 x 4096 px, caches flushed."""
-    side, tile, margin = 4096, 640, 64
-    core = tile - 2 * margin
-    corners = [(y, x) for y in range(0, side, core) for x in range(0, side, core)]
-    logits = torch.randn(len(corners), 1, tile, tile, device="cuda").half()
-    places = np.array([[margin, margin, y, x, core, core] for y, x in corners])
-    out = torch.empty(side, side, dtype=torch.uint8, device="cuda")
-    for name, run in (
-        ("stitch_mask", lambda: stitch_mask(logits, places, 0.0, out)),
-        ("stitch_probability", lambda: stitch_probability(logits, places, out)),
-    ):
-        milliseconds = triton.testing.do_bench(run, return_mode="median")
-        moved = logits.element_size() * side * side + out.numel()
-        print(f"{name:20} {1000 * milliseconds:8.1f} us {moved / milliseconds / 1e6:8.0f} GB/s")
-
-
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         raise SystemExit("no GPU")
     check("cuda")
-    benchmark()

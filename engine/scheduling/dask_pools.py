@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import ClusterError, UsageError
-from cellseg_batch.engine.machine import cores, visible_gpus
+from cellseg_batch.engine.machine import GPU_SHARE, cores, visible_gpus
 from cellseg_batch.engine.scheduling.process_keeper import Processes
 from cellseg_batch.engine.scheduling.scheduler import Pool, ThreadPool
 from cellseg_batch.engine.scheduling.signals import SIGNALS
@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 THREADS_PER_PROCESS = 2
 # More blocks of a GPU at a time would take memory and wait for it.
 _MOST_THREADS = 32
+# In a process one thread runs Python at a time, so a GPU with many cores is fed by several; each holds a CUDA context
+# and networks.  Estimates, not measured yet.
+_CORES_PER_PROCESS = 8
+_MOST_PROCESSES_PER_GPU = 4
+# The rest of a shared GPU's memory is for the contexts.
+_SHARED_MEMORY = 0.9
 _CONNECT_SECONDS = 30
 _COUNT_SECONDS = 5
 _END_SECONDS = 5.0
@@ -56,7 +62,7 @@ def open_pool(settings: Settings, imports: Sequence[str] = ()) -> Pool:
         return ThreadPool(settings.workers)
     threads = threads_per_process(settings)
     if settings.scheduler == "processes":
-        return _open_processes([*_devices(settings)] or [None] * settings.workers, threads, imports)
+        return _open_processes(_devices(settings), settings.workers, threads, imports)
     if settings.scheduler == "slurm":
         return _open_slurm(settings.workers, threads, settings.cluster)
     return _connect(settings.scheduler)
@@ -67,16 +73,21 @@ def threads_per_process(settings: Settings) -> int:
 
     A process with a GPU gets its share of the cores, or else it would wait for what reads and writes.
     """
-    cores_per_gpu = 0
+    share = 0
     if settings.scheduler == "processes" and (devices := _devices(settings)):
-        cores_per_gpu = cores() // len(devices)
+        share = cores() // (len(devices) * _processes_per_gpu(len(devices)))
     elif settings.scheduler == "slurm" and settings.cluster.gres is not None:
-        cores_per_gpu = settings.cluster.cores or 0
-    return max(THREADS_PER_PROCESS, min(cores_per_gpu, _MOST_THREADS))
+        share = settings.cluster.cores or 0
+    return max(THREADS_PER_PROCESS, min(share, _MOST_THREADS))
+
+
+def _processes_per_gpu(gpus: int) -> int:
+    """Number of processes of this machine that share each of its GPUs."""
+    return max(1, min(cores() // (gpus * _CORES_PER_PROCESS), _MOST_PROCESSES_PER_GPU))
 
 
 def _devices(settings: Settings) -> list[str]:
-    """The GPUs that get a process each, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    """The GPUs that get processes of their own, as ``CUDA_VISIBLE_DEVICES`` names them."""
     backend = KNOWN_BACKENDS.get(settings.backend)  # None: auto
     if settings.device == "cpu" or (backend is not None and not backend.on_gpu):
         return []
@@ -155,16 +166,20 @@ class _WorkerSlot:
     Attributes:
         address: address of its dask scheduler.
         device: the GPU that it sees, as ``CUDA_VISIBLE_DEVICES`` names it; None leaves that variable as it is.
+        gpu_share: share of the GPU's memory that is its own.
         threads: number of its threads.
     """
 
     address: str
     device: str | None
+    gpu_share: float
     threads: int
 
 
-def _open_processes(devices: list[str | None], threads: int, imports: Sequence[str]) -> Pool:
-    """Start a process for each of ``devices``, which sees only its own GPU, if any.  All listen on loopback only.
+def _open_processes(devices: list[str], workers: int, threads: int, imports: Sequence[str]) -> Pool:
+    """Start processes for each of ``devices``, which see only their own GPU, or ``workers`` of them without a GPU.
+
+    All listen on loopback only.
 
     dask's own supervisor of processes is not used: it gives up a worker that has not restarted 15 s after its death.
     """
@@ -173,15 +188,24 @@ def _open_processes(devices: list[str | None], threads: int, imports: Sequence[s
     with _signals_left_to_the_run():
         scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", **_SCHEDULER}}
         cluster = SpecCluster(workers={}, scheduler=scheduler, **_QUIET)
-        slots = [_WorkerSlot(cluster.scheduler_address, device, threads) for device in devices]
+        slots = _worker_slots(cluster.scheduler_address, devices, workers, threads)
 
         def close(wait: bool) -> None:
             cluster.close()  # this also ends the workers
             processes.close(_END_SECONDS if wait else 0.0)
 
-        pool = DaskPool(Client(cluster), close, gpus=any(devices), most=threads * len(devices))
+        pool = DaskPool(Client(cluster), close, gpus=any(devices), most=threads * len(slots))
         processes = Processes(_serve, slots, ("distributed", *imports), lambda reason: pool.fail(_no_process(reason)))
     return pool
+
+
+def _worker_slots(address: str, devices: list[str], workers: int, threads: int) -> list[_WorkerSlot]:
+    """The processes to start; those of one GPU share its memory equally, as each sees the free memory of all."""
+    if not devices:
+        return [_WorkerSlot(address, None, 1.0, threads)] * workers
+    count = _processes_per_gpu(len(devices))
+    share = _SHARED_MEMORY / count if count > 1 else 1.0
+    return [_WorkerSlot(address, device, share, threads) for _ in range(count) for device in devices]
 
 
 def _serve(slot: _WorkerSlot, started: Callable[[], None]) -> None:
@@ -195,6 +219,7 @@ def _serve(slot: _WorkerSlot, started: Callable[[], None]) -> None:
     options: dict[str, Any] = {"nthreads": slot.threads, "memory_limit": 0, "host": "127.0.0.1"}
     if slot.device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = slot.device
+        os.environ[GPU_SHARE] = str(slot.gpu_share)
         options["resources"] = {_GPU: slot.threads}
 
     async def work() -> None:

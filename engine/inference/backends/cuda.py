@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.inference.backends.protocol import Logits, Shape
+from cellseg_batch.engine.machine import gpu_share
 
 # Parts of the messages of full memory, without spaces: TensorRT writes three words as one or as three, and cuDNN finds
 # no convolution ("GET was unable to find an engine") where there is no memory for the workspace of any.
@@ -75,7 +76,7 @@ _OWNER = DeviceOwner()
 
 
 class Device:
-    """A GPU, or the CPU in its stead.
+    """A GPU, or the CPU in its stead; a process takes no more than its share of a GPU's memory (`gpu_share`).
 
     Args:
         name: torch's name of the device, such as ``cuda:0``, counted among the visible GPUs.
@@ -100,6 +101,8 @@ class Device:
                 cause="CUDA_VISIBLE_DEVICES hides it",
                 remedy="see cellseg-batch doctor",
             )
+        if self.is_gpu and (share := gpu_share()) < 1:
+            torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
 
     @property
     def model(self) -> str:

@@ -109,6 +109,35 @@ def test_a_process_with_a_gpu_has_its_share_of_the_cores(monkeypatch):
         assert clusters.threads_per_process(Settings(scheduler="slurm", cluster=resources)) == threads
 
 
+def test_several_processes_share_a_gpu_that_has_many_cores(monkeypatch):
+    for count, visible, expected, share, threads in (
+        (16, "0", ["0", "0"], 0.45, 8),
+        (64, "5,7", ["5", "7"] * 4, 0.225, 8),
+        (256, "0", ["0"] * 4, 0.225, 32),
+        (15, "0", ["0"], 1.0, 15),
+    ):
+        monkeypatch.setattr(clusters, "cores", lambda count=count: count)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        settings = Settings(scheduler="processes")
+        assert clusters.threads_per_process(settings) == threads
+        slots = clusters._worker_slots("tcp://x", clusters._devices(settings), 3, threads)
+        assert [slot.device for slot in slots] == expected
+        assert {slot.gpu_share for slot in slots} == {share}
+    assert len(clusters._worker_slots("tcp://x", [], 3, 2)) == 3
+
+
+def test_a_process_takes_no_more_than_its_share_of_a_gpu(monkeypatch):
+    """Each sees the free memory of the whole device."""
+    shares = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *limit: shares.append(limit))
+    Device("cuda:0")
+    monkeypatch.setenv(machine.GPU_SHARE, "0.45")
+    Device("cuda:1")
+    Device("cpu")
+    assert shares == [(0.45, torch.device("cuda:1"))]
+
+
 @pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
 def test_gpus_are_counted_where_the_drivers_files_are_hidden(monkeypatch, tmp_path):
     """As in WSL 2 and gVisor."""
