@@ -47,19 +47,15 @@ def sample_slide(slide: Slide, channels: tuple[int, ...], level: int) -> list[ND
         ReadError: none of the sampled pixels can be read.
     """
     level = _sampling_level(slide, level)
-    boxes = sample_boxes(slide, level, _MAX_VALUES // len(channels))
+    count = slide.planes(level)
+    planes = sorted({round(i) for i in np.linspace(0, count - 1, min(count, _PLANES))})
+    limit = _MAX_VALUES // len(channels) // len(planes)
+    boxes = list(product(planes, _boxes_of_plane(*slide.plane_shape(level), limit=limit)))
     with SlideReader(slide, level, channels) as reader:
         parts = [part for plane, box in boxes for part in _readable(reader, plane, box)]
         if not parts:
             reader.read(*boxes[0])  # raises the reason
     return parts
-
-
-def sample_boxes(slide: Slide, level: int, limit: int) -> list[tuple[int, Box]]:
-    """Return (plane, box) that together represent a level with about ``limit`` px."""
-    count = slide.planes(level)
-    planes = sorted({round(i) for i in np.linspace(0, count - 1, min(count, _PLANES))})
-    return list(product(planes, _boxes_of_plane(*slide.plane_shape(level), limit=limit // len(planes))))
 
 
 def settle_bounds(sample: Sequence[NDArray[Any]], rule: Normalisation) -> Bounds:

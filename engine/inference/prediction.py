@@ -100,17 +100,18 @@ def refuse_nan(block: Block, undefined: int) -> None:
 
 def count_missing(pixels: NDArray[Any], block: Block) -> int:
     """Count the NaN values in the core of a block, so that each is counted by exactly one block."""
-    return int(np.count_nonzero(np.isnan(_core(pixels, block)))) if pixels.dtype.kind == "f" else 0
+    return int(np.count_nonzero(np.isnan(core_of(pixels, block)))) if pixels.dtype.kind == "f" else 0
 
 
 def count_infinite(pixels: NDArray[Any], block: Block) -> int:
     """Count the values in the core of a block that are infinite in the model's float32."""
     if pixels.dtype.kind != "f":
         return 0
-    return int(np.count_nonzero(np.abs(_core(pixels, block)) > np.finfo(np.float32).max))
+    return int(np.count_nonzero(np.abs(core_of(pixels, block)) > np.finfo(np.float32).max))
 
 
-def _core(pixels: NDArray[Any], block: Block) -> NDArray[Any]:
+def core_of(pixels: NDArray[Any], block: Block) -> NDArray[Any]:
+    """The pixels (C, h, w) in the core of a block, from those of its ``read_box``."""
     top, left = block.box.y0 - block.read_box.y0, block.box.x0 - block.read_box.x0
     height, width = block.box.shape
     return pixels[:, top : top + height, left : left + width]

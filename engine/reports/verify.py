@@ -15,7 +15,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.errors import OutputError, ReadError
+from cellseg_batch.engine.errors import ReadError, SlideError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.reports.status import demand_run, find_images_and_journals
 from cellseg_batch.engine.run.completeness import differences
@@ -102,18 +102,11 @@ def _workflow(journal: Journal, slide: Slide | None, verdict: Verdict, forget: b
     """Read back what a journal lists, look whether its image has changed, and note a journal that cannot be read."""
     try:
         yield from _read_back(journal, verdict, forget)
-        if slide is not None and (yield from ask(partial(_has_changed, journal), slide)):
+        manifest = journal.manifest(Manifest)
+        if manifest and slide and (yield from ask(partial(has_changed, journal=journal, manifest=manifest), slide)):
             verdict.changed.append(slide.location)
-    except OutputError as error:  # the other journals are checked all the same
+    except SlideError as error:  # the other journals are checked all the same
         verdict.unreadable.append(str(error))
-
-
-def _has_changed(journal: Journal, slide: Slide) -> bool:
-    """Whether a slide has other pixels than those that its labels were made of."""
-    manifest = journal.manifest(Manifest)
-    if manifest is None or manifest.source is None:
-        return False
-    return has_changed(slide, manifest.decisions.input.level, manifest.source)
 
 
 def _read_back(journal: Journal, verdict: Verdict, forget: bool) -> Workflow[None]:

@@ -23,7 +23,7 @@ from cellseg_batch.engine.inference.backends.protocol import Backend
 from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.run.completeness import demand_complete
-from cellseg_batch.engine.run.input_state import has_changed, input_state
+from cellseg_batch.engine.run.input_state import files_state, has_changed
 from cellseg_batch.engine.run.measure_pass import measured_channels
 from cellseg_batch.engine.run.memory_model import block_memory
 from cellseg_batch.engine.run.open_slide import image_writers, scratch_of
@@ -34,7 +34,6 @@ from cellseg_batch.engine.run.prepared_slide import PreparedSlide
 from cellseg_batch.engine.run.records import (
     BLOCKS,
     BackendIdentity,
-    Created,
     Decisions,
     FinishedRecord,
     Manifest,
@@ -50,9 +49,6 @@ from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.slides.writer import list_label
 from cellseg_batch.engine.storage.journal import Journal, sweep_partials
 from cellseg_batch.engine.storage.records import plain
-
-# Part of the journal whose one record says that outputs and scratch have been made.
-_CREATED = "created"
 
 
 @dataclass(frozen=True)
@@ -175,8 +171,8 @@ def _manifest_to_continue(worker: Worker, request: Request, journal: Journal) ->
     if manifest.images.keys() != {output.path for output in outputs}:
         return manifest  # refused later, by the comparison of decisions
     if len(present) == len(outputs):
-        # A block is only recorded after all outputs are made.
-        return manifest if journal.numbers(_CREATED) or journal.numbers(BLOCKS) else None
+        # A block is only recorded after all outputs are made; before the first one there is nothing to continue.
+        return manifest if journal.is_finished or journal.numbers(BLOCKS) else None
     if journal.is_finished:
         missing = next(output for output in outputs if output.folder not in present)
         raise OutputError(
@@ -219,7 +215,7 @@ def _plan_again(worker: Worker, request: Request, journal: Journal, manifest: Ma
     """The plan and backend of a slide that an earlier run has begun.
 
     Raises:
-        OutputError: the image or the settings have changed.
+        SlideError: the image or the settings have changed.
     """
     settings, model_pool, earlier = worker.settings, worker.model_pool, manifest.decisions
     _refuse_changed_image(request.slide, manifest, journal)
@@ -244,7 +240,7 @@ def _continue(worker: Worker, request: Request, journal: Journal, manifest: Mani
         # Labels need codes of other blocks too, so without scratch all blocks are computed again.
         if _lacks_scratch(plan, prepared.passes, journal):
             journal.start(manifest)
-            _create_scratch(plan, journal)
+            _create_scratch(plan)
         pixels_done = sum(plan.grid[index].box.area for index in journal.numbers(BLOCKS))
         tasks_done = ((slide_pass, len(journal.numbers(slide_pass.name))) for slide_pass in prepared.passes)
         progress_done = sum(prepared.progress_of(slide_pass, tasks) for slide_pass, tasks in tasks_done)
@@ -307,8 +303,9 @@ def _refuse_changed_image(slide: Slide, manifest: Manifest, journal: Journal) ->
 
     Raises:
         OutputError: the pixels differ.
+        ReadError: they cannot be read.
     """
-    if manifest.source is not None and has_changed(slide, manifest.decisions.input.level, manifest.source):
+    if has_changed(slide, journal, manifest):
         begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(journal.begun()))
         raise OutputError(
             slide.location,
@@ -331,7 +328,7 @@ def _create_outputs(prepared: PreparedSlide, model_pool: ModelPool, backend: Bac
         images=images,
         location=plan.slide.location,
         software=_software(),
-        source=input_state(plan.slide, plan.level.level),
+        input_files=files_state(plan.slide, plan.level.level),
     )
     journal.start(manifest)
     provenance = {
@@ -343,14 +340,13 @@ def _create_outputs(prepared: PreparedSlide, model_pool: ModelPool, backend: Bac
     writers = image_writers(plan)
     for output in plan.outputs:
         writers[output.name].create(output.meaning, output.source, provenance)
-    _create_scratch(plan, journal)
+    _create_scratch(plan)
 
 
-def _create_scratch(plan: SlidePlan, journal: Journal) -> None:
-    """Create the scratch, then record that all outputs exist; call it last."""
+def _create_scratch(plan: SlidePlan) -> None:
+    """Create the scratch."""
     for scratch in filter(None, scratch_of(plan)):
         scratch.create()
-    journal.record(_CREATED, 0, Created())
 
 
 def _lacks_scratch(plan: SlidePlan, passes: tuple[Pass, ...], journal: Journal) -> bool:

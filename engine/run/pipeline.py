@@ -14,7 +14,8 @@ from typing import Any
 from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.inference.background import without_background
 from cellseg_batch.engine.inference.decoders import DECODERS
-from cellseg_batch.engine.inference.prediction import BlockResult, count_infinite
+from cellseg_batch.engine.inference.prediction import BlockResult, core_of, count_infinite
+from cellseg_batch.engine.run.input_state import pixels_state
 from cellseg_batch.engine.run.instance_passes import grow_block, keep_seeds, merge_blocks, tabulate
 from cellseg_batch.engine.run.open_slide import OpenSlide
 from cellseg_batch.engine.run.records import (
@@ -90,6 +91,7 @@ def segment_block(slide: OpenSlide, number: int) -> BlockRecord:
         missing=result.missing,
         skipped_tiles=len(block.tiles) - len(foreground_block.tiles),
         infinite=count_infinite(pixels, block),
+        input_pixels=pixels_state(core_of(pixels, block)),
     )
 
 

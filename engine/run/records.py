@@ -16,7 +16,6 @@ from msgspec import Meta
 from cellseg_batch.engine.geometry import BlockGrid, Lattice
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.objects.seeds import InstanceRule, SeedRecord
-from cellseg_batch.engine.run.input_state import InputState
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.slide import fits_axes
 from cellseg_batch.engine.storage.checksums import WrittenBox
@@ -158,7 +157,7 @@ class Manifest:
         images: path of each output image in its store -> its folder, relative to the journal's.
         location: path of the input image, as a user would type it.
         software: versions of packages that decide no pixel.
-        source: the input image when its first block was about to be read.
+        input_files: `files_state` of the input image when its first block was about to be read.
     """
 
     STRICT: ClassVar[tuple[str, ...]] = ("decisions",)
@@ -169,7 +168,7 @@ class Manifest:
     images: Annotated[dict[str, str], Meta(min_length=1)]
     location: str = ""
     software: dict[str, str] = field(default_factory=dict)
-    source: InputState | None = None
+    input_files: str = ""
 
     def __post_init__(self) -> None:
         """Refuse passes that do not belong to the blocks.
@@ -177,15 +176,14 @@ class Manifest:
         Raises:
             ValueError: they do not.
         """
+        if self.passes.get(BLOCKS) != len(self.grid):
+            raise ValueError(f"{self.passes.get(BLOCKS, 'no')} tasks of {BLOCKS} for {len(self.grid)} blocks")
+
+    @property
+    def grid(self) -> BlockGrid:
+        """The blocks of the slide; those of a blended one read further than these."""
         pixels, lattice = self.decisions.input, self.decisions.lattice
-        grid = BlockGrid(Lattice(pixels.plane_shape, lattice.core, lattice.margin), self.blocks, pixels.planes)
-        if self.passes.get(BLOCKS) != len(grid):
-            raise ValueError(f"{self.passes.get(BLOCKS, 'no')} tasks of {BLOCKS} for {len(grid)} blocks")
-
-
-@dataclass(frozen=True)
-class Created:
-    """Outputs and scratch have been created, empty."""
+        return BlockGrid(Lattice(pixels.plane_shape, lattice.core, lattice.margin), self.blocks, pixels.planes)
 
 
 @dataclass(frozen=True)
@@ -213,6 +211,7 @@ class BlockRecord:
         missing: number of NaN pixels in the input, taken as 0.
         skipped_tiles: number of flat tiles, which are not computed.
         infinite: number of pixels in the input that are infinite in float32.
+        input_pixels: `pixels_state` of the input.
     """
 
     seeds: SeedRecord | None
@@ -220,6 +219,7 @@ class BlockRecord:
     missing: Count = 0
     skipped_tiles: Count = 0
     infinite: Count = 0
+    input_pixels: Count = 0
 
 
 @dataclass(frozen=True)

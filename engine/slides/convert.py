@@ -201,13 +201,12 @@ class _Copy:
                     found="something else" if earlier is None else f"a conversion of {earlier.location} as it was then",
                     remedy="choose another name, or `overwrite` to replace it",
                 )
-            if self.journal.numbers("created") or self.journal.numbers("blocks"):
+            if self.journal.is_finished or self.journal.numbers("blocks"):
                 for left_behind in (folder, self.journal.folder):
                     sweep_partials(left_behind)
                 return self.journal.is_finished
         self.journal.start(manifest)
         self.writer.create_empty({OUTPUT_MARK: {"kind": "unfinished conversion"}})
-        self.journal.record("created", 0, Done())
         return False
 
     def passes(self, advanced: Callable[[int], None]) -> Workflow[None]:

@@ -90,7 +90,7 @@ def test_a_changed_image_is_named_and_done_anew_when_asked(tmp_path, segment, co
 def test_an_image_whose_files_are_as_they_were_is_not_read(tmp_path, segment, monkeypatch):
     write_png(tmp_path / "a.png", 1)
     segment(tmp_path)
-    monkeypatch.setattr(input_state, "sample_boxes", lambda *_: pytest.fail("no pixel is read"))
+    monkeypatch.setattr(input_state, "SlideReader", lambda *_: pytest.fail("no pixel is read"))
     assert segment(tmp_path).slides[0].status == "skipped"
 
 

@@ -147,16 +147,38 @@ def test_a_finished_slide_whose_labels_were_removed_is_segmented_again(tmp_path,
 
 def test_finished_labels_stay_whatever_their_journal_lacks(tmp_path, segment):
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(150, 130))
-    written = labels_of(segment(path))
-    journal = Path(f"{path}.cellseg") / "labels" / "cellseg"
-    files = sorted((file, file.stat().st_mtime_ns) for file in path.rglob("c/*") if file.is_file())
-    shutil.rmtree(journal / "created")
+    segment(path)
+    files = _versions(path)
+    shutil.rmtree(tmp_path / "a.zarr.cellseg" / "labels" / "cellseg" / "blocks")
     assert segment(path).status == "skipped"
-    (journal / "finished.json").unlink()  # as if the run had been killed at its end
+    assert _versions(path) == files
+
+
+def test_blocks_on_disk_stay_when_a_run_is_killed_at_its_end(tmp_path, segment):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(150, 130))
+    segment(path)
+    files = _versions(path)
+    (tmp_path / "a.zarr.cellseg" / "labels" / "cellseg" / "finished.json").unlink()
+    again = segment(path)
+    assert again.status == "done", again.slides[0].reason
+    assert _versions(path) == files
+
+
+def test_a_run_that_was_killed_before_its_first_block_is_begun_anew(tmp_path, segment):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(150, 130))
+    written = labels_of(segment(path))
+    journal = tmp_path / "a.zarr.cellseg" / "labels" / "cellseg"
+    (journal / "finished.json").unlink()
+    shutil.rmtree(journal / "blocks")
+    for chunks in (path / "labels" / "cellseg").glob("*/c"):
+        shutil.rmtree(chunks)
     again = segment(path)
     assert again.status == "done", again.slides[0].reason
     np.testing.assert_array_equal(labels_of(again), written)
-    assert sorted((file, file.stat().st_mtime_ns) for file in path.rglob("c/*") if file.is_file()) == files
+
+
+def _versions(store):
+    return sorted((file, file.stat().st_mtime_ns) for file in store.rglob("c/*") if file.is_file())
 
 
 def test_a_finished_slide_that_lacks_an_image_is_not_begun_anew_unasked(tmp_path, segment):
