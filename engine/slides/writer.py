@@ -25,6 +25,7 @@ from cellseg_batch.engine.slides.label_layout import Layout, image_metadata
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
 from cellseg_batch.engine.slides.pixel_meaning import PixelMeaning
 from cellseg_batch.engine.slides.slide import unravel_plane
+from cellseg_batch.engine.slides.zarr_codecs import use_zarrs
 from cellseg_batch.engine.storage.atomic_files import remove_tree, sync_file
 from cellseg_batch.engine.storage.checksums import note_write
 from cellseg_batch.engine.storage.lock import LOCK_SUFFIX, lock_in_turn
@@ -102,8 +103,7 @@ class ImageWriter:
             OutputError: the pixels cannot be read.
         """
         with writing_to(self.folder, "a store"):
-            index: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
-            return np.asarray(self._array(level)[index])
+            return self._read(level, (*self._plane(level, plane), *box.slices()))
 
     def write(self, level: int, plane: int, box: Box, pixels: NDArray[Any]) -> None:
         """Write ``pixels`` (h, w) to ``box`` of a plane and wait until they are on disk.
@@ -119,7 +119,9 @@ class ImageWriter:
             if pixels.any():  # pixels without a file read as 0
                 index: tuple[Any, ...] = (*self._plane(level, plane), *box.slices())
                 # zarr's search for empty chunks costs more than writing them.
-                array.with_config({"write_empty_chunks": True})[index] = pixels
+                target = array.with_config({"write_empty_chunks": True})
+                use_zarrs(target)
+                target[index] = pixels
             for file in files:
                 sync_file(file)
         note_write(self.path, level, plane, box, pixels.astype(array.dtype, copy=False))
@@ -139,8 +141,13 @@ class ImageWriter:
         )
         with writing_to(self.folder, "a store"):
             index: tuple[Any, ...] = (*source, slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
-            window = np.asarray(self._array(level - 1)[index])
+            window = self._read(level - 1, index)
         self.write(level, plane, box, window[np.ix_(rows - rows[0], columns - columns[0])])
+
+    def _read(self, level: int, index: tuple[Any, ...]) -> NDArray[Any]:
+        array = self._array(level)
+        use_zarrs(array)
+        return np.asarray(array[index])
 
     def _array(self, level: int) -> zarr.Array[Any]:
         if level not in self._arrays:
