@@ -26,7 +26,7 @@ from cellseg_batch.engine.run.completeness import demand_complete
 from cellseg_batch.engine.run.input_state import files_state, has_changed
 from cellseg_batch.engine.run.measure_pass import measured_channels
 from cellseg_batch.engine.run.memory_model import block_memory
-from cellseg_batch.engine.run.open_slide import image_writers, scratch_of
+from cellseg_batch.engine.run.open_slide import OpenSlide, scratch_of
 from cellseg_batch.engine.run.output_images import output_images
 from cellseg_batch.engine.run.output_paths import OutputPaths
 from cellseg_batch.engine.run.pipeline import Pass, passes_of, totals
@@ -74,7 +74,7 @@ def prepare_slide(worker: AnyWorker, request: Request) -> PreparedSlide | SlideR
     own_worker, journal = worker.here(), Journal(request.paths.journal)
     manifest = _manifest_to_continue(own_worker, request, journal)
     if manifest is None:
-        return _begin(own_worker, request, journal)
+        return _begin(own_worker, request)
     return _continue(own_worker, request, journal, manifest)
 
 
@@ -185,7 +185,7 @@ def _manifest_to_continue(worker: Worker, request: Request, journal: Journal) ->
     return None
 
 
-def _begin(worker: Worker, request: Request, journal: Journal) -> PreparedSlide:
+def _begin(worker: Worker, request: Request) -> PreparedSlide:
     """Prepare a slide that has no output to continue."""
     settings, model_pool = worker.settings, worker.model_pool
     plan = plan_slide(request.slide, request.paths, settings, model_pool.bundle.card)
@@ -193,8 +193,8 @@ def _begin(worker: Worker, request: Request, journal: Journal) -> PreparedSlide:
         plan = compile_plan(worker, plan, settle_downscale(plan, settings, model_pool, reader), reader)
         backend = model_pool.downscaled(model_pool.chosen, plan.downscale)
         prepared = fit_memory(plan, backend, settings, worker.warm_up.held_bytes)
-        _create_outputs(prepared, model_pool, backend, journal)
-        _keep_open(worker, prepared, reader)
+        with worker.slides.opened(prepared.plan, prepared.backend, reader) as open_slide:
+            _create_outputs(open_slide, prepared, model_pool, backend)
     return prepared
 
 
@@ -245,7 +245,8 @@ def _continue(worker: Worker, request: Request, journal: Journal, manifest: Mani
         tasks_done = ((slide_pass, len(journal.numbers(slide_pass.name))) for slide_pass in prepared.passes)
         progress_done = sum(prepared.progress_of(slide_pass, tasks) for slide_pass, tasks in tasks_done)
         prepared = replace(prepared, pixels_done=pixels_done, progress_done=progress_done)
-        _keep_open(worker, prepared, reader)
+        with worker.slides.opened(plan, prepared.backend, reader):
+            pass  # its first task finds it open
     return prepared
 
 
@@ -258,11 +259,6 @@ def _reader_of(plan: SlidePlan) -> Iterator[SlideReader]:
     except BaseException:
         reader.close()
         raise
-
-
-def _keep_open(worker: Worker, prepared: PreparedSlide, reader: SlideReader) -> None:
-    with worker.slides.opened(prepared.plan, prepared.backend, reader):
-        pass
 
 
 def _earlier_backend(earlier: BackendIdentity, settings: Settings, model_pool: ModelPool, downscale: int) -> Backend:
@@ -316,9 +312,9 @@ def _refuse_changed_image(slide: Slide, manifest: Manifest, journal: Journal) ->
         )
 
 
-def _create_outputs(prepared: PreparedSlide, model_pool: ModelPool, backend: Backend, journal: Journal) -> None:
+def _create_outputs(slide: OpenSlide, prepared: PreparedSlide, model_pool: ModelPool, backend: Backend) -> None:
     """Begin the journal with a manifest, and create the output images and the scratch."""
-    plan = prepared.plan
+    plan, journal = slide.plan, slide.journal
     # Relative paths, so that the journal leads to its images even after both were moved together.
     images = {output.path: os.path.relpath(str(output.folder), str(journal.folder)) for output in plan.outputs}
     manifest = Manifest(
@@ -337,9 +333,8 @@ def _create_outputs(prepared: PreparedSlide, model_pool: ModelPool, backend: Bac
         "software": manifest.software,
         "race_result": model_pool.race_result_of(backend),
     }
-    writers = image_writers(plan)
     for output in plan.outputs:
-        writers[output.name].create(output.meaning, output.source, provenance)
+        slide.images[output.name].create(output.meaning, output.source, provenance)
     _create_scratch(plan)
 
 

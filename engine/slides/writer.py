@@ -79,7 +79,7 @@ class ImageWriter:
                 zarr_store(self.store), path=self.path, zarr_format=layout.zarr_format, attributes=attributes
             )
             for level, shape in enumerate(layout.shapes):
-                _create_array(group, str(level), shape, layout, level)
+                self._arrays[level] = _create_array(group, str(level), shape, layout, level)
 
     def retype(self, dtype: str) -> None:
         """Create the arrays again, empty, if the type of their pixels is not ``dtype``.
@@ -93,7 +93,6 @@ class ImageWriter:
             group = zarr.open_group(zarr_store(self.store), path=self.path, mode="r", use_consolidated=False)
             attributes = group.attrs.asdict()
         self.layout = replace(self.layout, dtype=dtype)
-        self._arrays.clear()
         self.create_empty(attributes)
 
     def read(self, level: int, plane: int, box: Box) -> NDArray[Any]:
@@ -215,10 +214,10 @@ def _lock_of(store: Path, part: str) -> Path:
     return store.with_name(store.name + JOURNAL_SUFFIX) / f"{part}{LOCK_SUFFIX}"
 
 
-def _create_array(group: zarr.Group, name: str, shape: tuple[int, ...], layout: Layout, level: int) -> None:
+def _create_array(group: zarr.Group, name: str, shape: tuple[int, ...], layout: Layout, level: int) -> zarr.Array[Any]:
     chunks, shards = layout.storage(level)
     if layout.zarr_format == 3:
-        group.create_array(
+        return group.create_array(
             name,
             shape=shape,
             dtype=layout.dtype,
@@ -228,16 +227,15 @@ def _create_array(group: zarr.Group, name: str, shape: tuple[int, ...], layout: 
             dimension_names=tuple(layout.axes),
             fill_value=0,
         )
-    else:
-        group.create_array(
-            name,
-            shape=shape,
-            dtype=layout.dtype,
-            chunks=chunks,
-            compressors=numcodecs.Zstd(level=3),
-            chunk_key_encoding={"name": "v2", "separator": "/"},
-            fill_value=0,
-        )
+    return group.create_array(
+        name,
+        shape=shape,
+        dtype=layout.dtype,
+        chunks=chunks,
+        compressors=numcodecs.Zstd(level=3),
+        chunk_key_encoding={"name": "v2", "separator": "/"},
+        fill_value=0,
+    )
 
 
 def _nearest(target: NDArray[np.int64], finer: int, coarser: int) -> NDArray[np.int64]:

@@ -5,25 +5,36 @@ The rewritten network is for inference only.  It must not know which backend com
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cellseg_batch.trainer.blocks import Merge
 
 
 def fold_batch_norm(network: nn.Module) -> nn.Module:
-    """Fold every batch norm that follows a convolution in a ``Sequential`` into it, in place; returns ``network``."""
-    for module in network.modules():
-        if isinstance(module, nn.Sequential):
-            for first, second in pairwise(range(len(module))):
-                convolution, norm = module[first], module[second]
-                if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                    module[first] = fuse_conv_bn_eval(convolution, norm)
-                    module[second] = nn.Identity()
+    """Fold every batch norm that alone reads a convolution into it, in place; returns ``network``.
+
+    Args:
+        network: in evaluation mode.
+    """
+    modules = dict(network.named_modules())
+    for node in _LayerTracer().trace(network).nodes:
+        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
+            continue
+        (before,) = node.all_input_nodes
+        convolution = modules.get(str(before.target)) if before.op == "call_module" else None
+        if isinstance(convolution, nn.Conv2d) and len(before.users) == 1:
+            network.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, modules[node.target]))
+            network.set_submodule(node.target, nn.Identity())
     return network
+
+
+class _LayerTracer(fx.Tracer):
+    """Follows the features through a network and takes every convolution, padded in whatever way, for one layer."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 def fold_upsampling(network: nn.Module) -> nn.Module:
