@@ -75,7 +75,7 @@ class OpenVinoBackend:
             # With pinning, the threads of all processes on a machine would share its first cores.
             "ENABLE_CPU_PINNING": False,
         }
-        self._model = self._core.read_model(_network(bundle, precision == "int8", artefacts) / _FILE)
+        self._model = self._core.read_model(_network(bundle, precision, artefacts) / _FILE)
 
     def compile(self, shape: Shape) -> CompiledModel:
         """Compile for one batch shape."""
@@ -130,36 +130,30 @@ def _normalising(model: Any) -> Any:
     return model
 
 
-def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
+def _network(bundle: Bundle, precision: str, artefacts: Artefacts) -> Path:
     """Return the folder of the converted network, which serves every processor, shape and number of threads."""
-    packages = ("torch", "openvino", "nncf") if quantised else ("torch", "openvino")
+    packages = ("torch", "openvino", "nncf") if precision == "int8" else ("torch", "openvino")
     key = {
         "what": "openvino network",
         "model": bundle.card.name,
         "sha256": bundle.sha256,
         "conversion_version": CONVERSION_VERSION,
-        "quantised": quantised,
+        "precision": precision,
         "versions": {package: version(package) for package in packages},
     }
 
     def make(folder: Path) -> None:
-        if quantised:
-            # Enlarge the tiles for a network that downscales its input, so that it sees what the other networks see.
-            factor = int(bundle.card.architecture.get("factor", 1))
-            tiles = real_tiles("calibration", bundle.card.channels).repeat(factor, 2).repeat(factor, 3)
-            model = _quantise(_convert(bundle, tiles), tiles)
-        else:
-            model = _convert(bundle)
-        openvino.save_model(model, folder / _FILE, compress_to_fp16=False)
+        openvino.save_model(_convert(bundle, precision), folder / _FILE, compress_to_fp16=False)
 
     return artefacts.get(key, make)
 
 
-def _convert(bundle: Bundle, tiles: NDArray[np.float32] | None = None) -> Any:
-    """Convert the network to OpenVINO; with ``tiles`` (N, C, H, W), prepare its weights for int8 on these tiles."""
+def _convert(bundle: Bundle, precision: str) -> Any:
+    """Convert the network to OpenVINO, with its weights rounded for ``precision``."""
     import torch
     from torch.export import Dim
 
+    from cellseg_batch.engine.inference.backends.bf16_round import round_kernels
     from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm, fold_upsampling
     from cellseg_batch.engine.inference.backends.int8_equalise import equalise
     from cellseg_batch.engine.inference.backends.int8_round import round_weights
@@ -173,11 +167,21 @@ def _convert(bundle: Bundle, tiles: NDArray[np.float32] | None = None) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         network = fold_upsampling(fold_batch_norm(build_torch_network(bundle)))
-        if tiles is not None:
+        if precision == "bf16":
+            network = round_kernels(network)
+        if precision == "int8":
+            tiles = _calibration_tiles(bundle)
             batches = [torch.from_numpy(tile[None]) for tile in tiles]
             network = round_weights(equalise(network, batches), batches)
         program = torch.export.export(network, (example,), dynamic_shapes=({0: batch, 2: height, 3: width},))
-        return openvino.convert_model(program)
+        model = openvino.convert_model(program)
+    return _quantise(model, tiles) if precision == "int8" else model
+
+
+def _calibration_tiles(bundle: Bundle) -> NDArray[np.float32]:
+    """Tiles (N, C, H, W), enlarged for a network that downscales them, so that it sees what other networks see."""
+    factor = int(bundle.card.architecture.get("factor", 1))
+    return real_tiles("calibration", bundle.card.channels).repeat(factor, 2).repeat(factor, 3)
 
 
 def _quantise(model: Any, tiles: NDArray[np.float32]) -> Any:

@@ -19,7 +19,7 @@ Logits = NDArray[np.float32]
 
 # Version of the conversion to OpenVINO. It is part of the cache keys of networks and races: raise it with every change
 # to folding, equalising, rounding or quantising.
-CONVERSION_VERSION = 2
+CONVERSION_VERSION = 3
 
 
 class CompiledModel(Protocol):
