@@ -120,7 +120,7 @@ def _images_in(
                 yield replace(slide, notes=_note_if_empty(store / path) + search.check_axes(slide.axes, location))
             return
         metadata = _ome_metadata(node)
-        if "image-label" in metadata or OUTPUT_MARK in node.attrs:
+        if _is_output(node, metadata):
             return
         if "multiscales" in metadata:
             slide = _multiscale(node, metadata, store, path, name)
@@ -204,14 +204,23 @@ def open_written(store: Path, path: str) -> Slide:
     """
     try:
         node = zarr.open_group(zarr_store(store), path=path, mode="r", use_consolidated=False)
-        return _multiscale(node, _ome_metadata(node), store, path, path)
+        metadata = _ome_metadata(node)
+        if _is_output(node, metadata):
+            return _multiscale(node, metadata, store, path, path)
+        found = "an image to segment" if "multiscales" in metadata else "a group without labels of its own"
     except (OSError, KeyError, ValueError) as error:
-        raise ReadError(
-            str(store / path),
-            expected="an image that cellseg-batch has written",
-            found=f"{type(error).__name__}: {error}",
-            remedy="write it with cellseg-batch run, or name another one with `name` or `output`",
-        ) from error
+        found = brief(error)
+    raise ReadError(
+        str(store / path),
+        expected="an image that cellseg-batch has written",
+        found=found,
+        remedy="write it with cellseg-batch run, or name another one with `name` or `output`",
+    )
+
+
+def _is_output(node: zarr.Group, metadata: dict[str, Any]) -> bool:
+    """Whether a group holds labels, of whatever program, or another output of this one."""
+    return "image-label" in metadata or OUTPUT_MARK in node.attrs
 
 
 def plate_names(plate: Path) -> tuple[list[str], list[str]]:
