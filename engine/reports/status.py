@@ -129,7 +129,10 @@ def read_status(paths: list[Path], name: str, output: Path | None) -> Status:
         _look_at(folder, "" if slide is None else slide.location, known) for folder, slide in images.journals.items()
     ]
     listed = {status.path for status, _ in looks}
-    lost = [SlideStatus(path, None, "failed", reason) for path, reason in known.items() if path not in listed]
+    unreadable = {image.path: image.reason for image in images.found if isinstance(image, UnreadableImage)}
+    lost = [
+        SlideStatus(path, None, "failed", reason) for path, reason in (unreadable | known).items() if path not in listed
+    ]
     notes = {slide.location: slide.notes for slide in images.journals.values() if slide is not None}
     slides = [replace(status, notes=notes.get(status.path, ())) for status, _ in looks]
     return Status(slides + lost, _rate(looks))
@@ -243,7 +246,7 @@ def _look_at(folder: Path, path: str, failures: dict[str, str]) -> tuple[SlideSt
     if manifest is None:
         return SlideStatus(path, folder, "failed" if reason else "waiting", reason), []
     if journal.is_finished:
-        state, reason = "done", ""
+        state = "failed" if reason else "done"  # as the latest run says, such as of changed pixels
     elif is_held(folder.with_name(folder.name + LOCK_SUFFIX)):
         state = "running"
     else:

@@ -87,7 +87,7 @@ def first_slide(images: Sequence[Slide | UnreadableImage]) -> Slide:
     """
     image = images[0]
     if isinstance(image, UnreadableImage):
-        raise ReadError(image.path, expected="an image", found=image.reason, remedy="choose another slide")
+        raise ReadError.with_detail(image.path, image.reason)
     return image
 
 

@@ -205,9 +205,10 @@ def open_written(store: Path, path: str) -> Slide:
     try:
         node = zarr.open_group(zarr_store(store), path=path, mode="r", use_consolidated=False)
         metadata = _ome_metadata(node)
-        if _is_output(node, metadata):
+        # Some programs mark their labels by nothing but the group around them.
+        if _is_output(node, metadata) or (store / path).parent.name == "labels":
             return _multiscale(node, metadata, store, path, path)
-        found = "an image to segment" if "multiscales" in metadata else "a group without labels of its own"
+        found = "an image to segment" if "multiscales" in metadata else "a group of other things"
     except (OSError, KeyError, ValueError) as error:
         found = brief(error)
     raise ReadError(

@@ -98,6 +98,38 @@ def test_images_that_cannot_be_opened_are_named(folder, command, segment):
     assert "1 failed" in said
 
 
+def test_images_that_cannot_be_opened_are_named_before_a_run_and_as_it_named_them(folder, command, segment):
+    (folder / "torn.tif").write_bytes(b"torn")
+    (folder / "scan.czi").write_bytes(b"no reader")
+    before = {slide.path: slide.reason for slide in read_status([folder], "cellseg", None).slides if slide.reason}
+    failed = {slide.path: slide.reason for slide in segment(folder).slides if slide.status == "failed"}
+    assert before == failed
+    assert {path.rsplit("/", 1)[-1] for path in failed} == {"torn.tif", "scan.czi"}
+    for notes in folder.glob("*.cellseg/failed"):
+        shutil.rmtree(notes)
+    code, said = command("status", folder)
+    assert code == 1
+    assert "5 images: 3 done, 2 failed" in said
+    assert all(f"{path}: {reason}" in said for path, reason in failed.items())
+
+
+def test_a_finished_image_has_failed_if_the_latest_run_says_so(folder, segment, command):
+    segment(folder)
+    segment(folder, threshold=0.4)
+    code, said = command("status", folder)
+    assert code == 1
+    assert "3 images: 3 failed" in said
+    assert "--threshold was 0.5, now 0.4" in said
+    segment(folder)
+    assert command("status", folder)[0] == 0
+
+
+def test_verify_refuses_what_no_run_has_begun(folder, command):
+    code, said = command("verify", folder)
+    assert code == 2
+    assert "expected a run that has begun" in said
+
+
 def test_a_path_with_nothing_is_refused(tmp_path, command):
     assert command("status", tmp_path)[0] == 2
 
