@@ -200,9 +200,7 @@ class Settings:
             _refuse("level", "0 (full resolution) or more", self.level, "see cellseg-batch info for the levels")
         if self.pixel_size is not None and not 0 < self.pixel_size < math.inf:
             _refuse("pixel_size", "a finite number of µm per px above 0", self.pixel_size, "try 0.5")
-        if not _names_group(self.name):
-            expected = f"a plain name of at most {_MOST_NAME_BYTES} bytes for the label group"
-            _refuse("name", expected, ascii(self.name), "try `name=nuclei`")
+        check_name(self.name)
 
     def block_side(self, backend: str | None = None) -> int:
         """Target side of a block in px: larger for a GPU, for which reading margins and chunks twice takes too long.
@@ -220,6 +218,19 @@ class Settings:
         else:
             on_gpu = self.device != "cpu" and bool(gpus() and visible_gpus())
         return _BLOCK_ON_GPU if on_gpu else _BLOCK
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that a label group and the files beside it cannot have.
+
+    Raises:
+        UsageError: it is empty, too long, no plain text, a path or hidden, or that of a zarr group's own file.
+    """
+    is_text = name.isprintable() and name == name.strip()
+    is_free = not set(name) & set("/\\") and name[:1] not in ("", ".") and name != "zarr.json"
+    if not (is_text and is_free and len(name.encode()) <= _MOST_NAME_BYTES):
+        expected = f"a plain name of at most {_MOST_NAME_BYTES} bytes for the label group"
+        _refuse("name", expected, ascii(name), "try `name=nuclei`")
 
 
 def gpus_of(device: str) -> tuple[str, ...]:
@@ -246,12 +257,6 @@ def race_device(device: str) -> str:
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         _refuse(name, f"one of {', '.join(allowed)}", value, "see cellseg-batch doctor for what this machine has")
-
-
-def _names_group(name: str) -> bool:
-    """Whether a name can be that of a zarr group, and of the files beside it."""
-    is_plain = name.isprintable() and name == name.strip() and not set(name) & set("/\\") and name[:1] != "."
-    return bool(name) and is_plain and name != "zarr.json" and len(name.encode()) <= _MOST_NAME_BYTES
 
 
 def _refuse(name: str, expected: str, found: object, remedy: str) -> None:

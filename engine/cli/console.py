@@ -119,6 +119,8 @@ def plain_errors(debug: bool) -> Iterator[None]:
     if debug:
         logging.basicConfig()
         logging.getLogger("cellseg_batch").setLevel(logging.DEBUG)
+    else:  # the reasons say what it logs about damaged files
+        logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     try:
         yield
     except CellsegError as error:

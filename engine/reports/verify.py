@@ -131,7 +131,7 @@ def _read_back(journal: Journal, verdict: Verdict, forget: bool) -> Workflow[Non
     """
     manifest = journal.manifest(Manifest)
     assert manifest is not None  # the journal is started
-    outputs = _Outputs({path: journal.folder / relative for path, relative in manifest.images.items()})
+    outputs = _Outputs({path: (journal.folder / relative).resolve() for path, relative in manifest.images.items()})
 
     def check(part: str, item: tuple[int, TaskRecord[Any]]) -> list[Damage]:
         number, record = item

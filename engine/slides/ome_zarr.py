@@ -85,8 +85,10 @@ class Zarr(ImageFormat):
 
 
 def is_zarr_node(path: Path) -> bool:
-    """Whether a folder is a zarr group or array, of either format."""
-    return any((path / file).is_file() for file in _NODE_FILES)
+    """Whether a folder is a zarr group or array, of either format; False if it may not be looked into."""
+    with suppress(PermissionError):
+        return any((path / file).is_file() for file in _NODE_FILES)
+    return False
 
 
 def zarr_root(path: Path) -> tuple[Path, str]:
@@ -205,10 +207,15 @@ def open_written(store: Path, path: str) -> Slide:
     try:
         node = zarr.open_group(zarr_store(store), path=path, mode="r", use_consolidated=False)
         metadata = _ome_metadata(node)
+        slide = _multiscale(node, metadata, store, path, path)
+        finest = metadata["multiscales"][0]["datasets"][0]["path"]
         # Some programs mark their labels by nothing but the group around them.
-        if _is_output(node, metadata) or (store / path).parent.name == "labels":
-            return _multiscale(node, metadata, store, path, path)
-        found = "an image to segment" if "multiscales" in metadata else "a group of other things"
+        if not (_is_output(node, metadata) or (store / path).parent.name == "labels"):
+            found = "an image to segment"
+        elif slide.levels[0].path != finest:
+            found = f"one without its level {finest}"
+        else:
+            return slide
     except (OSError, KeyError, ValueError) as error:
         found = brief(error)
     raise ReadError(
