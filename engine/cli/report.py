@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cellseg_batch.engine.cli.console import as_flags, check_json, plain_errors, print_text
+from cellseg_batch.engine.cli.console import as_flags, check_json, counted, plain_errors, print_text
 from cellseg_batch.engine.cli.flags import Debug, Name, Output, RunInputs
 from cellseg_batch.engine.settings import Settings
 
@@ -25,4 +25,4 @@ def report(
     with plain_errors(debug):
         check_json(out, "--out")
         status = write_page(slides, out, name, output, as_flags)
-        print_text(f"{out}: {len(status.slides)} images")
+        print_text(f"{out}: {counted(len(status.slides), 'image')}")

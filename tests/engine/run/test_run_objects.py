@@ -220,4 +220,4 @@ def test_json_names_tables_and_plates(tmp_path, command, tiny_model, monkeypatch
     report = json.loads((tmp_path / "r.json").read_text())
     assert Path(report["slides"][0]["table"]).exists()
     assert report["plates"][0]["fields"] == 1
-    assert "1 wells, 1 fields" in printed
+    assert "1 well, 1 field" in printed
