@@ -21,6 +21,8 @@ import psutil
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # Environment variable with the share of the visible GPU's memory that this process may use.
 GPU_SHARE = "CELLSEG_GPU_SHARE"
+# Of file systems on Linux, macOS and Windows.
+_MOST_NAME_BYTES = 255
 # nvidia-smi takes seconds where the driver has to be loaded first.
 _TOOL_SECONDS = 20
 
@@ -80,6 +82,15 @@ def _driver_gpus() -> tuple[str, ...]:
             answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TOOL_SECONDS)
             return tuple(filter(None, map(str.strip, answer.stdout.splitlines())))
     return tuple("NVIDIA GPU" for _ in Path("/dev").glob("nvidia[0-9]*"))
+
+
+def is_path(text: str) -> bool:
+    """Whether a text can be a path on this machine: it has no NUL, no name of over 255 bytes, and can be encoded."""
+    try:
+        names = os.fsencode(text).split(os.fsencode(os.sep))
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text and max(map(len, names)) <= _MOST_NAME_BYTES
 
 
 def package_version(package: str) -> str | None:

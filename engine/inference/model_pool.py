@@ -135,7 +135,17 @@ class ModelPool:
 
         Each network has two sessions; a third thread waits.
         """
+        with self._in_use(backend, shape, dtype) as sessions, sessions.session() as session:
+            yield session
 
+    @contextmanager
+    def in_use(self, backend: Backend, shape: Shape, dtype: DTypeLike) -> Iterator[None]:
+        """Keep the network of a session for as long as the context lasts, and lend none of its sessions."""
+        with self._in_use(backend, shape, dtype):
+            yield
+
+    @contextmanager
+    def _in_use(self, backend: Backend, shape: Shape, dtype: DTypeLike) -> Iterator[_Sessions]:
         def make() -> _Sessions:
             with self.counted():
                 return _Sessions(compile_network(backend, shape, dtype), self._run_lock)
@@ -144,7 +154,7 @@ class ModelPool:
             with self.models_lock:
                 key = (backend, shape, np.dtype(dtype))
                 sessions = lent.enter_context(self._sessions.lend(key, _area(shape), make))
-            yield lent.enter_context(sessions.session())
+            yield sessions
 
     def has_queue(self, backend: Backend) -> bool:
         """Whether the GPU gathers and stitches whole blocks through `queue`.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cellseg_batch.engine.errors import NoImageError, ReadError
+from cellseg_batch.engine.errors import NoImageError, ReadError, brief
 from cellseg_batch.engine.slides import formats
 from cellseg_batch.engine.slides.image_format import ImageFormat, Search, why_unreadable
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, zarr_root
@@ -49,9 +49,13 @@ def find_images(
     Raises:
         NoImageError: the path does not exist or holds nothing that could be an image.
     """
-    if not (path.exists() or is_zarr_node(path)):  # the node of a web server is no folder
+    try:
+        found = "" if path.exists() or is_zarr_node(path) else "nothing"  # the node of a web server is no folder
+    except PermissionError as error:
+        found = brief(error)
+    if found:
         raise NoImageError(
-            str(path), expected="a file, a zarr store or a folder", found="nothing", remedy="check the path"
+            str(path), expected="a file, a zarr store or a folder", found=found, remedy="check the path and its rights"
         )
     path, search = _followed(path), Search(axes, choice)
     images = _once(_usable(_followed_image(image)) for image in _visit(path, path.name, search))
@@ -87,7 +91,7 @@ def first_slide(images: Sequence[Slide | UnreadableImage]) -> Slide:
     """
     image = images[0]
     if isinstance(image, UnreadableImage):
-        raise ReadError(image.path, expected="an image", found=image.reason, remedy="choose another slide")
+        raise ReadError.with_detail(image.path, image.reason)
     return image
 
 
@@ -116,7 +120,12 @@ def _visit_folder(path: Path, name: str, search: Search) -> Iterator[Slide | Unr
     for child in children:
         if child.name.startswith(".") or child.name.endswith((OUTPUT_SUFFIX, JOURNAL_SUFFIX)):
             continue
-        followed, child_name = _followed(child), f"{name}/{child.name}"
+        child_name = f"{name}/{child.name}"
+        try:
+            followed = _followed(child)
+        except OSError as error:
+            yield UnreadableImage(child_name, str(child), f"cannot be looked at: {error.strerror or error}")
+            continue
         if followed in child.parents:
             continue  # a link back to a folder around it
         if followed in search.folders:

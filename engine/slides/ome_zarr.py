@@ -85,8 +85,10 @@ class Zarr(ImageFormat):
 
 
 def is_zarr_node(path: Path) -> bool:
-    """Whether a folder is a zarr group or array, of either format."""
-    return any((path / file).is_file() for file in _NODE_FILES)
+    """Whether a folder is a zarr group or array, of either format; False if it may not be looked into."""
+    with suppress(PermissionError):
+        return any((path / file).is_file() for file in _NODE_FILES)
+    return False
 
 
 def zarr_root(path: Path) -> tuple[Path, str]:
@@ -120,7 +122,7 @@ def _images_in(
                 yield replace(slide, notes=_note_if_empty(store / path) + search.check_axes(slide.axes, location))
             return
         metadata = _ome_metadata(node)
-        if "image-label" in metadata or OUTPUT_MARK in node.attrs:
+        if _is_output(node, metadata):
             return
         if "multiscales" in metadata:
             slide = _multiscale(node, metadata, store, path, name)
@@ -204,14 +206,29 @@ def open_written(store: Path, path: str) -> Slide:
     """
     try:
         node = zarr.open_group(zarr_store(store), path=path, mode="r", use_consolidated=False)
-        return _multiscale(node, _ome_metadata(node), store, path, path)
+        metadata = _ome_metadata(node)
+        slide = _multiscale(node, metadata, store, path, path)
+        finest = metadata["multiscales"][0]["datasets"][0]["path"]
+        # Some programs mark their labels by nothing but the group around them.
+        if not (_is_output(node, metadata) or (store / path).parent.name == "labels"):
+            found = "an image to segment"
+        elif slide.levels[0].path != finest:
+            found = f"one without its level {finest}"
+        else:
+            return slide
     except (OSError, KeyError, ValueError) as error:
-        raise ReadError(
-            str(store / path),
-            expected="an image that cellseg-batch has written",
-            found=f"{type(error).__name__}: {error}",
-            remedy="write it with cellseg-batch run, or name another one with `name` or `output`",
-        ) from error
+        found = brief(error)
+    raise ReadError(
+        str(store / path),
+        expected="an image that cellseg-batch has written",
+        found=found,
+        remedy="write it with cellseg-batch run, or name another one with `name` or `output`",
+    )
+
+
+def _is_output(node: zarr.Group, metadata: dict[str, Any]) -> bool:
+    """Whether a group holds labels, of whatever program, or another output of this one."""
+    return "image-label" in metadata or OUTPUT_MARK in node.attrs
 
 
 def plate_names(plate: Path) -> tuple[list[str], list[str]]:
