@@ -120,6 +120,11 @@ class ModelPool:
         """Return the backend of the same library and precision for images downscaled by ``factor``."""
         return self.backend(backend.name, backend.precision, factor)
 
+    def prober(self, factor: int) -> Backend:
+        """Return the backend for the windows of `probes`, downscaled by ``factor``; they are worth no long compile."""
+        chosen = self.chosen
+        return self.backend(KNOWN_BACKENDS[chosen.name].eager or chosen.name, chosen.precision, factor)
+
     def race_result_of(self, backend: Backend) -> dict[str, Any] | None:
         """Return the figures of a backend's race and its conditions as plain values; None without a race."""
         if self.choice.race_result is None:
