@@ -79,7 +79,7 @@ class ModelPool:
         self._network = DECODERS[bundle.card.decoder].network(bundle, instances=settings.makes_ids)
         self.seconds = 0.0
         self.models_lock = threading.RLock()
-        self._run_lock = threading.RLock()
+        self._compile_lock, self._run_lock = threading.Lock(), threading.RLock()
         self._gpus = gpus_of(settings.device)
         self._admissions = {gpu: Admission() for gpu in self._gpus}
         self._artefacts = Artefacts()
@@ -138,12 +138,16 @@ class ModelPool:
     def session(self, backend: Backend, shape: Shape, dtype: DTypeLike) -> Iterator[Session]:
         """Lend a session for batches of ``shape`` and pixels of ``dtype``; no other thread has it in the context.
 
-        Each network has two sessions; a third thread waits.
+        Each network has two sessions; a third thread waits.  The first session of a network compiles it, so that other
+        threads look up theirs meanwhile.
         """
 
-        def make() -> _Sessions:
+        def compile_model() -> Network:
             with self.counted():
-                return _Sessions(compile_network(backend, shape, dtype), self._run_lock)
+                return compile_network(backend, shape, dtype)
+
+        def make() -> _Sessions:
+            return _Sessions(compile_model, self._compile_lock, self._run_lock)
 
         with ExitStack() as lent:
             with self.models_lock:
@@ -195,16 +199,34 @@ class ModelPool:
 
 
 class _Sessions:
-    """The sessions of one network, each for one thread at a time."""
+    """The sessions of one network, each for one thread at a time.
 
-    def __init__(self, network: Network, run_lock: AbstractContextManager[Any]) -> None:
+    Args:
+        compile_model: compiles the network.
+        compile_lock: lock held meanwhile, shared by all networks: compiling two at once takes the memory of both.
+        run_lock: lock held while a network runs.
+    """
+
+    def __init__(
+        self,
+        compile_model: Callable[[], Network],
+        compile_lock: AbstractContextManager[Any],
+        run_lock: AbstractContextManager[Any],
+    ) -> None:
+        self._compile, self._compile_lock, self._run_lock = compile_model, compile_lock, run_lock
+        self._compiled = False
         self._idle: SimpleQueue[Session] = SimpleQueue()
-        for _ in range(_SESSIONS):
-            self._idle.put(Session(network, run_lock))
 
     @contextmanager
     def session(self) -> Iterator[Session]:
         """Wait for a session and lend it."""
+        if not self._compiled:
+            with self._compile_lock:
+                if not self._compiled:  # another thread may have done it meanwhile
+                    network = self._compile()
+                    for _ in range(_SESSIONS):
+                        self._idle.put(Session(network, self._run_lock))
+                    self._compiled = True
         session = self._idle.get()
         try:
             yield session

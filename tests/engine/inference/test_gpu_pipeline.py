@@ -261,13 +261,38 @@ def test_synchronisations_wait_for_captures(gpus):
     settling = threading.Thread(target=lambda: (cuda.Device("cuda:1").settle(), settled.append(gpus.captures)))
 
     def launch(stream):
-        if not settling.ident:
+        if gpus.capture is not None:
             settling.start()
             time.sleep(0.01)
 
     device.capture(launch)
     settling.join()
     assert settled == [1]
+
+
+def test_while_a_network_compiles_others_synchronise_and_none_is_captured(gpus):
+    """Compilers synchronise too, so a capture that overlaps one would break."""
+    device, compiling, synchronised, begun = cuda.Device("cuda:0"), threading.Event(), threading.Event(), []
+
+    def compile_and_launch(stream):
+        if not compiling.is_set():
+            compiling.set()
+            assert synchronised.wait(60)
+            time.sleep(0.01)  # in which the other thread does what it must not
+            device._synchronise()
+
+    with ThreadPoolExecutor(3) as threads:
+        slow = threads.submit(device.capture, compile_and_launch)
+        assert compiling.wait(60)
+        quick = threads.submit(cuda.Device("cuda:1").capture, lambda stream: begun.append(gpus.captures))
+        try:
+            threads.submit(device.settle).result(60)
+            assert gpus.captures == 0
+        finally:
+            synchronised.set()
+        slow.result()
+        quick.result()
+    assert begun == [1, 1], "its first launch and its capture both came after the other's"
 
 
 def test_streams_of_captures_are_never_streams_of_others(gpus):
