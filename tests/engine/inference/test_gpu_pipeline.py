@@ -94,6 +94,16 @@ def test_a_folder_of_many_shapes_on_two_gpus(gpus, segment, on_gpus, tmp_path):
     assert gpus.captures <= 2 * len(shapes), "a network was captured again"
 
 
+def test_instances_are_those_of_the_host(gpus, segment, on_gpus, tmp_path, monkeypatch):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(150, 170), levels=1)
+    (expected,) = masks_on_the_cpu(segment, [path], instances=True)
+    monkeypatch.setattr(GraphedHalf, "__call__", lambda *arguments, **keywords: pytest.fail("the host rounds pixels"))
+    report = on_gpus(path, instances=True, batch=2)
+    assert [slide.status for slide in report.slides] == ["done"]
+    np.testing.assert_array_equal(labels_of(report), expected)
+    assert expected.max() > 3
+
+
 @pytest.fixture
 def uncompiled(monkeypatch):
     """torch.compile compiles nothing: it cannot trace what the fake enqueues."""
