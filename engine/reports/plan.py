@@ -34,7 +34,7 @@ from cellseg_batch.engine.run.pipeline import passes_of
 from cellseg_batch.engine.run.results import RunReport, SlideReport
 from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
 from cellseg_batch.engine.run.worker import Worker
-from cellseg_batch.engine.run.working_scale import downscale_plan, possible_downscales, settle_downscale
+from cellseg_batch.engine.run.working_scale import lay_tiles, possible_downscales, settle_downscale
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_all_images
 from cellseg_batch.engine.slides.label_layout import Layout
@@ -296,9 +296,9 @@ def _lay_every_downscale(worker: Worker, image: _Image) -> _Image:
     settings, model_pool = worker.settings, worker.model_pool
     (plan,) = image.plans
     factors = possible_downscales(plan, settings, model_pool.bundle)
-    side = settings.block_side(model_pool.chosen.name)
-    plans = (downscale_plan(plan, settings, model_pool.bundle, factor).with_blocks(side) for factor in factors)
-    return _Image(image.entry, tuple(plans))
+    name = model_pool.chosen.name
+    plans = (lay_tiles(plan, settings, model_pool.bundle, factor, name) for factor in factors)
+    return _Image(image.entry, tuple(plan.with_blocks(settings.block_side(name)) for plan in plans))
 
 
 def _count(plan: SlidePlan) -> SlideEstimate:

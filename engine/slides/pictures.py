@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.MpoImagePlugin import MpoImageFile
 
-from cellseg_batch.engine.slides.image_format import ImageFormat, Search
+from cellseg_batch.engine.slides.image_format import ImageFormat, Search, optional_library
 from cellseg_batch.engine.slides.slide import Level, Slide, UnreadableImage
 from cellseg_batch.engine.storage.paths import readable
 
@@ -67,10 +66,11 @@ class Pictures(ImageFormat):
             yield UnreadableImage(f"{name}/1", str(path / "1"), f"{others}; save the animation as a TIFF")
 
     def open_level(self, slide: Slide, level: int) -> NDArray[Any]:
-        """Read all pixels, (H, W) or (H, W, C)."""
+        """Read all pixels, (H, W) or (H, W, C); raises ReadError without imagecodecs for a PNG of 16 bits."""
         deep = _deep_mode(slide.store)
         if deep is not None:
-            pixels: NDArray[Any] = imagecodecs.png_decode(slide.store.read_bytes())
+            codecs = optional_library("imagecodecs", "imagecodecs")
+            pixels: NDArray[Any] = codecs.png_decode(slide.store.read_bytes())
             return pixels if len(deep) > 1 else pixels[..., 0]
         with Image.open(readable(slide.store)) as picture:
             return np.asarray(picture.convert(_mode(picture)))
