@@ -1,0 +1,127 @@
+"""Open TIFF files and what describes their pages: OME-XML of their own or of a companion file, series and pyramids."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import tifffile
+
+from cellseg_batch.engine.errors import ReadError
+from cellseg_batch.engine.slides.ome_xml import SELF, OmeImage, parse, read_header, read_images
+from cellseg_batch.engine.storage.paths import readable
+
+# Suffixes of files that hold OME-XML in TIFF's stead.
+_XML_SUFFIXES = (".ome", ".xml")
+# Dialects by which tifffile looks for certain pages, and passes over others.
+_CERTAIN_PAGES = ("svs", "qpi", "scn", "bif", "philips")
+_STALE = "its OME-XML does not fit its pages, which are read as they are"
+
+Series = tifffile.TiffPageSeries
+# The resolutions of an image, the full resolution first.
+Pyramid = list[Series]
+
+
+def open_file(path: Path, image: OmeImage | None) -> tifffile.TiffFile:
+    """Open a file; as the file of a single image, if OME-XML describes it, else by its pages."""
+    if image is None:
+        return tifffile.TiffFile(readable(path), is_ome=False)
+    # Micro-Manager's files have an index of their own, which lists pages of other positions too.
+    return tifffile.TiffFile(readable(path), omexml=image.xml(), is_mmstack=False, is_ndtiff=False)
+
+
+def read_ome(path: Path) -> list[OmeImage] | None:
+    """The images that the OME-XML of a file describes, or that of the file to which it refers; None without OME-XML.
+
+    Raises:
+        ReadError: the file to which it refers is missing.
+        ValueError: the OME-XML is damaged.
+    """
+    xml = _ome_xml(path)
+    if xml is None:
+        return None
+    root = parse(xml)
+    uuid, reference = read_header(root)
+    if reference is not None:
+        described = path.with_name(reference)
+        if not described.is_file():
+            raise ReadError(
+                str(path),
+                expected=f"its metadata in {reference}, beside it",
+                found="no such file",
+                remedy="copy that file along",
+            )
+        root = parse(_ome_xml(described) or "")
+    return read_images(root, uuid, path.name, lambda name: path.with_name(name).is_file())
+
+
+def _ome_xml(path: Path) -> str | None:
+    """The OME-XML in a TIFF or a companion file; None if a TIFF has none."""
+    if path.suffix.lower() in _XML_SUFFIXES:
+        return path.read_text("utf-8")
+    with tifffile.TiffFile(readable(path)) as tiff:
+        return tiff.ome_metadata
+
+
+def fitting_ome(path: Path) -> tuple[list[OmeImage] | None, tuple[str, ...]]:
+    """(images that OME-XML describes, as `read_ome`; notes): none, but a note, if it does not fit the file's pages."""
+    images = read_ome(path)
+    return (None, (_STALE,)) if images is not None and _is_stale(path, images) else (images, ())
+
+
+def _is_stale(path: Path, images: list[OmeImage]) -> bool:
+    """Whether OME-XML that lists no other file does not fit the pages of its file, as after cropping or resizing."""
+    if not images or any(image.files not in ((), (SELF,)) for image in images):
+        return False
+    with open_file(path, images[0]) as tiff:
+        return not tiff.series or tiff.series[0].kind != "ome"
+
+
+def pyramids_of(tiff: tifffile.TiffFile) -> list[Pyramid]:
+    """The series of a file, each with its lower resolutions.
+
+    tifffile takes any page for a lower resolution that is half as large; in files of no dialect it must be stored in
+    tiles, or say that it is one.
+    """
+    pyramids: list[Pyramid] = []
+    for series in tiff.series:
+        pyramid = [series]
+        pyramids.append(pyramid)
+        for level in series.levels[1:]:
+            page = level.keyframe
+            is_level = series.kind != "generic" or page.is_tiled or page.is_reduced or page.is_subifd
+            if is_level:
+                pyramid.append(level)
+            else:
+                pyramids.append([level])
+    return pyramids
+
+
+def pages_in_no_series(tiff: tifffile.TiffFile, pyramids: list[Pyramid]) -> list[str]:
+    """Names of the pages that tifffile passes over, as it knows no such part of the file's dialect."""
+    if pyramids[0][0].kind not in _CERTAIN_PAGES:
+        return []
+    used = {page.index for pyramid in pyramids for level in pyramid for page in level if page is not None}
+    return [f"page {number}" for number in range(len(tiff.pages)) if number not in used]
+
+
+def demand_pages(tiff: tifffile.TiffFile, location: str) -> None:
+    """Refuse a file whose list of pages goes on where there is no page, at which tifffile ends the list.
+
+    Raises:
+        ReadError: it does.
+    """
+    file, place = tiff.filehandle, tiff.pages.next_page_offset
+    if place is None or tiff.is_ndpi:  # NDPI has a form of its own for offsets
+        return
+    file.seek(place)
+    (following,) = struct.unpack(tiff.tiff.offsetformat, file.read(tiff.tiff.offsetsize))
+    if following and following not in {page.offset for page in tiff.pages}:
+        where = "behind the end of the file" if following >= file.size else "that cannot be read"
+        raise ReadError(
+            location,
+            expected="all pages of the TIFF",
+            found=f"{len(tiff.pages)}, and a reference to one {where}",
+            cause="a file that was cut short or damaged",
+            remedy="copy or export it again",
+        )
