@@ -7,6 +7,7 @@ not stop the others. Outputs of earlier runs are never taken for images.
 from __future__ import annotations
 
 import math
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,12 @@ from cellseg_batch.engine.storage.paths import RemotePath
 EVERY_FIELD = FieldChoice()
 OUTPUT_SUFFIX = ".cellseg.zarr"
 JOURNAL_SUFFIX = ".cellseg"
+
+# What may lie in a folder besides files and folders. To open one may wait for ever, or never end.
+_SPECIAL = (
+    *((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket")),
+    *((stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device")),
+)
 
 # A few bytes of metadata may claim any number of pixels. No microscope exceeds these bounds.
 # A whole slide of 15 x 15 cm at 0.25 µm per pixel.
@@ -61,7 +68,7 @@ def find_images(
         raise NoImageError(
             str(path),
             expected=f"at least one image ({titles})",
-            found="none" + " in such wells and fields" * (choice != EVERY_FIELD),
+            found=_special_file(path) or "none" + " in such wells and fields" * (choice != EVERY_FIELD),
             cause="an empty folder or group, or a store with nothing but labels",
             remedy="see cellseg-batch info for what a path holds",
         )
@@ -92,6 +99,11 @@ def first_slide(images: Sequence[Slide | UnreadableImage]) -> Slide:
 
 
 def _visit(path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
+    special = _special_file(path)
+    if special is not None:
+        if formats.is_named_like_an_image(path.name):
+            yield UnreadableImage(name, str(path), f"expected a file, found {special}; copy the image into a file")
+        return
     image_format = formats.format_at(path)
     if image_format is not None:
         yield from _images_of(image_format, path, name, search)
@@ -123,6 +135,14 @@ def _visit_folder(path: Path, name: str, search: Search) -> Iterator[Slide | Unr
             search.folders[followed].append(child_name)
         else:
             yield from _visit(followed, child_name, search)
+
+
+def _special_file(path: Path) -> str | None:
+    """What a path leads to that is neither a file nor a folder; None if it is one of these, or nothing."""
+    if isinstance(path, RemotePath) or not path.exists():
+        return None
+    mode = path.stat().st_mode
+    return next((kind for is_kind, kind in _SPECIAL if is_kind(mode)), None)
 
 
 def _followed(path: Path) -> Path:

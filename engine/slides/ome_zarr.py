@@ -23,9 +23,9 @@ from cellseg_batch.engine.errors import CellsegError, ReadError, brief
 from cellseg_batch.engine.slides.image_format import ImageFormat, LevelArray, Search, is_overview, left_out
 from cellseg_batch.engine.slides.ome_xml import read_names
 from cellseg_batch.engine.slides.pixel_size import PixelSize, settle_pixel_size
-from cellseg_batch.engine.slides.plain_zarr import ZARR, describe_array
+from cellseg_batch.engine.slides.plain_zarr import ZARR, describe_array, describe_pyramid
 from cellseg_batch.engine.slides.plate import FieldChoice, PlatePosition
-from cellseg_batch.engine.slides.slide import NUMBERS, Level, Slide, UnreadableImage, fits_axes
+from cellseg_batch.engine.slides.slide import AXES, NUMBERS, Level, Slide, UnreadableImage
 from cellseg_batch.engine.storage.paths import RemotePath, is_web, zarr_store
 
 # Other spellings of the specification's "micrometer".
@@ -130,7 +130,16 @@ def _images_in(
         children = _children(node, metadata, location, search.fields, position)
         listed_images = {child for child, _ in children} if "well" in metadata else _listed_series(node)
         is_converted = _LAYOUT_MARK in metadata and "plate" not in metadata
-        aside = _overviews(store, path, [child for child, _ in children]) if is_converted else {}
+        members = [child for child, _ in children]
+        aside = _overviews(store, path, members) if is_converted else {}
+        if not metadata.keys() & {"plate", "well", _LAYOUT_MARK}:
+            pyramid = describe_pyramid(node, members, store, path, name, search.axes)
+            if pyramid is not None:
+                notes = _note_if_empty(store / path / pyramid.levels[0].path) + search.check_axes(
+                    pyramid.axes, location
+                )
+                yield replace(pyramid, notes=pyramid.notes + notes)
+                return
     except CellsegError as error:
         yield UnreadableImage(name, location, error.detail, position)
         return
@@ -298,7 +307,14 @@ def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: s
             notes.append(f"level {dataset['path']} is listed, but not in the store")
             continue
         if array.ndim != len(axes):
-            raise _not_an_image(location, f"{len(axes)} axes as its metadata say", f"an array of shape {array.shape}")
+            raise _not_an_image(
+                location, f"arrays of the axes {axes} that its metadata list", f"one of shape {array.shape}"
+            )
+        if 0 in array.shape:
+            if not arrays:
+                raise _not_an_image(location, "an image with pixels", f"shape {array.shape}")
+            notes.append(f"level {dataset['path']} has no pixels and is left out")
+            continue
         arrays[dataset["path"]] = array
         datasets.append(dataset)
     if not arrays:
@@ -340,10 +356,22 @@ def _axes_of(multiscale: dict[str, Any], location: str) -> tuple[str, tuple[str 
     if not listed:
         raise _not_an_image(location, "axes in its metadata", "none")
     # Version 0.3 wrote axes as plain names.
-    entries = [{"name": axis} if isinstance(axis, str) else axis for axis in listed]
-    axes = "".join(str(axis["name"]).lower() for axis in entries)
-    if not fits_axes(axes, len(axes)):
-        raise _not_an_image(location, "axes out of t, c, z, y, x with y and x among them", repr(axes))
+    entries = [{"name": axis} if isinstance(axis, str) else axis for axis in listed] if isinstance(listed, list) else []
+    if not entries or not all(isinstance(axis, dict) and isinstance(axis.get("name"), str) for axis in entries):
+        raise _not_an_image(location, "a list of axes with names in its metadata", f"{listed!r:.80}")
+    names = [axis["name"].lower() for axis in entries]
+    for axis in names:
+        if axis not in set(AXES):
+            raise ReadError(
+                location,
+                expected="axes out of t, c, z, y, x",
+                found=f"an axis {axis!r}",
+                remedy="write each of its places as an image with the other axes",
+            )
+    for axis in AXES:
+        if names.count(axis) > 1 or (axis in "yx" and axis not in names):
+            raise _not_an_image(location, f"one axis {axis}", f"{names.count(axis)} in {', '.join(names)}")
+    axes = "".join(names)
     units = (axis.get("unit") for axis in entries)
     return axes, tuple(_UNIT_NAMES.get(unit, unit) if isinstance(unit, str) else None for unit in units)
 

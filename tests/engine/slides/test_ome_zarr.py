@@ -282,6 +282,31 @@ def test_the_axes_of_an_image_are_its_own(tmp_path):
     assert only(path, axes="cyx").axes == "cyx"
 
 
+@pytest.mark.parametrize(
+    ("axes", "reason"),
+    [
+        ([{"name": name} for name in "wyx"], "expected axes out of t, c, z, y, x, found an axis 'w'"),
+        ([{"name": name} for name in "yyx"], "expected one axis y, found 2 in y, y, x"),
+        ([{"name": name} for name in "zcy"], "expected one axis x, found 0 in z, c, y"),
+        ([{"name": name} for name in "czyx"], "the axes czyx that its metadata list, found one of shape (3, 8, 9)"),
+        ([{"type": "space"}] * 3, "expected a list of axes with names"),
+        (5, "expected a list of axes with names in its metadata, found 5"),
+    ],
+)
+def test_axes_that_cannot_be_used_are_refused_with_the_true_cause(tmp_path, axes, reason):
+    path = write_ome_zarr(tmp_path / "a.zarr", coordinates("cyx", (3, 8, 9)), levels=1)
+    assert reason in only(change(path, lambda ome: ome["multiscales"][0].update(axes=axes))).reason
+
+
+def test_levels_without_pixels_are_named(tmp_path):
+    path = write_ome_zarr(tmp_path / "a.zarr", coordinates("cyx", (2, 8, 9)), levels=2)
+    zarr.open_group(str(path)).create_array("1", shape=(2, 0, 4), dtype="uint16", overwrite=True)
+    slide = only(path)
+    assert ([level.path for level in slide.levels], slide.notes) == (["0"], ("level 1 has no pixels and is left out",))
+    change(path, lambda ome: ome["multiscales"][0]["datasets"].reverse())
+    assert "expected an image with pixels, found shape (2, 0, 4)" in only(path).reason
+
+
 def damaged(tmp_path, kind):
     path = tmp_path / f"{kind}.zarr"
     if kind == "json":
