@@ -267,8 +267,8 @@ def _overviews(store: Path, path: str, members: list[str]) -> dict[str, str]:
     names = {member: member for member in members}
     xml = store / path / _OME_GROUP / "METADATA.ome.xml"
     if xml.is_file():
-        with suppress(ValueError):  # damaged names are as good as none
-            names |= dict(zip(members, read_names(xml.read_text("utf-8")), strict=True))
+        with suppress(ReadError, ValueError):  # damaged names are as good as none
+            names |= dict(zip(members, read_names(xml.read_text("utf-8"), str(xml)), strict=True))
     overviews = {member: name for member, name in names.items() if is_overview(name) or is_overview(member)}
     return overviews if len(overviews) < len(members) else {}
 

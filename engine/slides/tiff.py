@@ -7,6 +7,7 @@ several files belongs to the file of its first plane, whichever of them leads to
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,14 +29,20 @@ from cellseg_batch.engine.slides.ome_xml import SELF, OmeImage
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.slides.tiff_dialects import Facts, facts_of
 from cellseg_batch.engine.slides.tiff_file import (
+    Pyramid,
     demand_pages,
+    described_pyramids,
     fitting_ome,
     open_file,
+    pages_in_no_image,
     pages_in_no_series,
     pyramids_of,
     read_ome,
 )
 from cellseg_batch.engine.slides.tiff_series import TIFF, is_derived, slide_of, title_of
+
+# Number of missing files whose names are shown.
+_SHOWN = 5
 
 
 class Tiff(ImageFormat):
@@ -52,8 +59,8 @@ class Tiff(ImageFormat):
         """Find every image of a file; a part of an image leads to the file of the image's first plane.
 
         Raises:
-            ReadError: the file has no image, or its metadata lie in a file that is missing.
-            ValueError: its OME-XML is damaged.
+            ReadError: the file has no image, its OME-XML is damaged, or its metadata lie in a file that is missing.
+            ValueError: its OME-XML names a file in another folder.
             tifffile.TiffFileError: the file is no TIFF.
         """
         described, notes = fitting_ome(path)
@@ -67,7 +74,7 @@ class Tiff(ImageFormat):
         """Open a level as a zarr array."""
         number = slide.series or 0
         described, _ = fitting_ome(slide.store)
-        with open_file(slide.store, described[number] if described else None) as tiff:
+        with open_file(slide.store, described and described[number : number + 1]) as tiff:
             series = pyramids_of(tiff)[0 if described else number][level]
             squeeze = None if series.ndim == len(slide.axes) else True
             return zarr.open_array(series.aszarr(level=0, squeeze=squeeze), mode="r")
@@ -106,14 +113,16 @@ def _find_described(images: list[OmeImage], path: Path, name: str, search: Searc
         raise ReadError(str(path), expected="images in its OME-XML", found="none", remedy="export it again")
     holders = {image.number: _holder(image, path) for image in images}
     own = [image for image in images if holders[image.number] == path]
-    yield from _find_own(own, path, name, search)
-    for image in images:
-        if holders[image.number] is None:
-            lost = path.with_name(image.files[0])
-            if lost not in search.visited:
-                search.visited.add(lost)
-                reason = f"listed in the OME-XML of {path.name}, but not beside it; copy it there"
-                yield UnreadableImage(_beside(name, path, lost), str(lost), reason)
+    yield from _find_own(images, own, path, name, search)
+    named = dict.fromkeys(path.with_name(image.files[0]) for image in images if holders[image.number] is None)
+    lost = [file for file in named if file not in search.visited]
+    search.visited.update(lost)
+    if lost:
+        shown = [file.name for file in lost[:_SHOWN]] + [f"{len(lost) - _SHOWN} more"] * (len(lost) > _SHOWN)
+        reason = (
+            f"listed in the OME-XML of {path.name}, but not beside it: {', '.join(shown)}; copy what is missing along"
+        )
+        yield UnreadableImage(_beside(name, path, lost[0]), str(lost[0]), reason)
     if not own:
         parts = [image for image in images if SELF in image.files] or images
         for holder in dict.fromkeys(holders[image.number] for image in parts):
@@ -121,19 +130,28 @@ def _find_described(images: list[OmeImage], path: Path, name: str, search: Searc
                 yield from _find_described(read_ome(holder) or [], holder, _beside(name, path, holder), search)
 
 
-def _find_own(images: list[OmeImage], path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
-    """Find images that belong to a file, once in a search."""
+def _find_own(
+    images: list[OmeImage], own: list[OmeImage], path: Path, name: str, search: Search
+) -> Iterator[Slide | UnreadableImage]:
+    """Find those of the described images that belong to a file, once in a search."""
     if path in search.visited:
         return
     search.visited.add(path)
-    taken = [image for image in images if not is_overview(image.name)] or images
+    taken = [image for image in own if not is_overview(image.name)] or own
     numbers = {image.number for image in taken}
-    notes = left_out([image.name for image in images if image.number not in numbers])
-    for image in taken:
-        image_name, inside = name_in_series(name, image.number, len(taken))
-        slide = partial(_described_slide, image, path, image_name, inside, search, notes)
-        yield image_or_reason(slide, image_name, str(path / inside))
-        notes = ()
+    notes = left_out([image.name for image in own if image.number not in numbers])
+    whole = [image for image in taken if _is_whole(image, path)]
+    with ExitStack() as stack:
+        tiff = stack.enter_context(open_file(path, whole)) if whole else None
+        pyramids = described_pyramids(tiff, whole) if tiff else {}
+        if tiff:
+            notes += pages_in_no_image(tiff, images)
+        for image in taken:
+            image_name, inside = name_in_series(name, image.number, len(taken))
+            pyramid = pyramids.get(image.number)
+            slide = partial(_described_slide, image, pyramid, path, image_name, inside, search, notes)
+            yield image_or_reason(slide, image_name, str(path / inside))
+            notes = ()
 
 
 def _holder(image: OmeImage, path: Path) -> Path | None:
@@ -148,24 +166,24 @@ def _beside(name: str, path: Path, other: Path) -> str:
 
 
 def _described_slide(
-    image: OmeImage, path: Path, name: str, inside: str, search: Search, notes: tuple[str, ...]
+    image: OmeImage,
+    pyramid: Pyramid | None,
+    path: Path,
+    name: str,
+    inside: str,
+    search: Search,
+    notes: tuple[str, ...],
 ) -> Slide:
-    """The slide of an image that OME-XML describes.
+    """The slide of an image that OME-XML describes; without its pyramid, that is looked for.
 
     Raises:
         ReadError: a part of the image is missing, or it cannot be segmented.
     """
-    missing = [file for file in image.files if file != SELF and not path.with_name(file).is_file()]
-    if missing:
-        raise ReadError(
-            str(path),
-            expected=f"all {len(image.files)} files of the image beside each other",
-            found=f"no {', '.join(missing)}",
-            remedy="copy what is missing along",
-        )
-    with open_file(path, image) as tiff:
-        pyramids = pyramids_of(tiff)
-        if not pyramids or pyramids[0][0].kind != "ome":
+    _demand_whole(image, path)
+    with ExitStack() as stack:
+        if pyramid is None:
+            pyramid = next(iter(pyramids_of(stack.enter_context(open_file(path, [image])))), None)
+        if pyramid is None or pyramid[0].kind != "ome":
             raise ReadError(
                 str(path),
                 expected="the pages that its OME-XML describes",
@@ -174,6 +192,31 @@ def _described_slide(
                 remedy="export it again",
             )
         facts = Facts(image.stated, image.channels)
-        slide = slide_of(pyramids[0], facts, path, name, inside, image.number, search, notes)
+        slide = slide_of(pyramid, facts, path, name, inside, image.number, search, notes)
     files = (path.with_name(file) for file in image.files if file != SELF)
     return replace(slide, parts=tuple(file for file in files if file != path))
+
+
+def _is_whole(image: OmeImage, path: Path) -> bool:
+    try:
+        _demand_whole(image, path)
+    except ReadError:
+        return False
+    return True
+
+
+def _demand_whole(image: OmeImage, path: Path) -> None:
+    """Refuse an image whose description cannot be true, or that lacks files.
+
+    Raises:
+        ReadError: it is such an image.
+    """
+    image.demand_numbers(str(path))
+    missing = [file for file in image.files if file != SELF and not path.with_name(file).is_file()]
+    if missing:
+        raise ReadError(
+            str(path),
+            expected=f"all {len(image.files)} files of the image beside each other",
+            found=f"no {', '.join(missing)}",
+            remedy="copy what is missing along",
+        )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import tifffile
 
 from cellseg_batch.engine.errors import ReadError
-from cellseg_batch.engine.slides.ome_xml import SELF, OmeImage, parse, read_header, read_images
+from cellseg_batch.engine.slides.ome_xml import SELF, OmeImage, parse, read_header, read_images, xml_of
 from cellseg_batch.engine.storage.paths import readable
 
 # Suffixes of files that hold OME-XML in TIFF's stead.
 _XML_SUFFIXES = (".ome", ".xml")
+_BEGINNING = re.compile(r"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<OME\s[^>]*openmicroscopy", re.DOTALL)
 # Dialects by which tifffile looks for certain pages, and passes over others.
 _CERTAIN_PAGES = ("svs", "qpi", "scn", "bif", "philips")
 _STALE = "its OME-XML does not fit its pages, which are read as they are"
@@ -22,25 +25,35 @@ Series = tifffile.TiffPageSeries
 Pyramid = list[Series]
 
 
-def open_file(path: Path, image: OmeImage | None) -> tifffile.TiffFile:
-    """Open a file; as the file of a single image, if OME-XML describes it, else by its pages."""
-    if image is None:
+def open_file(path: Path, images: Sequence[OmeImage] | None) -> tifffile.TiffFile:
+    """Open a file; as the file of some of the images that its OME-XML describes, or without them by its pages."""
+    if images is None:
         return tifffile.TiffFile(readable(path), is_ome=False)
     # Micro-Manager's files have an index of their own, which lists pages of other positions too.
-    return tifffile.TiffFile(readable(path), omexml=image.xml(), is_mmstack=False, is_ndtiff=False)
+    return tifffile.TiffFile(readable(path), omexml=xml_of(images), is_mmstack=False, is_ndtiff=False)
+
+
+def described_pyramids(tiff: tifffile.TiffFile, images: Sequence[OmeImage]) -> dict[int, Pyramid]:
+    """Number -> pyramid of each image as whose file it was opened; {} if tifffile does not find all, in any order."""
+    try:
+        pyramids = pyramids_of(tiff)
+    except Exception:  # tifffile's error about one image ends its search for all
+        return {}
+    found = len(pyramids) == len(images) and all(pyramid[0].kind == "ome" for pyramid in pyramids)
+    return {image.number: pyramid for image, pyramid in zip(images, pyramids, strict=True)} if found else {}
 
 
 def read_ome(path: Path) -> list[OmeImage] | None:
     """The images that the OME-XML of a file describes, or that of the file to which it refers; None without OME-XML.
 
     Raises:
-        ReadError: the file to which it refers is missing.
-        ValueError: the OME-XML is damaged.
+        ReadError: the file to which it refers is missing, or the OME-XML is damaged.
+        ValueError: it names a file in another folder.
     """
     xml = _ome_xml(path)
     if xml is None:
         return None
-    root = parse(xml)
+    root = parse(xml, str(path))
     uuid, reference = read_header(root)
     if reference is not None:
         described = path.with_name(reference)
@@ -51,7 +64,7 @@ def read_ome(path: Path) -> list[OmeImage] | None:
                 found="no such file",
                 remedy="copy that file along",
             )
-        root = parse(_ome_xml(described) or "")
+        root = parse(_ome_xml(described) or "", str(described))
     return read_images(root, uuid, path.name, lambda name: path.with_name(name).is_file())
 
 
@@ -60,7 +73,9 @@ def _ome_xml(path: Path) -> str | None:
     if path.suffix.lower() in _XML_SUFFIXES:
         return path.read_text("utf-8")
     with tifffile.TiffFile(readable(path)) as tiff:
-        return tiff.ome_metadata
+        # tifffile knows OME-XML by its end, which may have been cut off.
+        text = tiff.pages.first.description
+        return tiff.ome_metadata or (text if _BEGINNING.match(text) else None)
 
 
 def fitting_ome(path: Path) -> tuple[list[OmeImage] | None, tuple[str, ...]]:
@@ -73,7 +88,11 @@ def _is_stale(path: Path, images: list[OmeImage]) -> bool:
     """Whether OME-XML that lists no other file does not fit the pages of its file, as after cropping or resizing."""
     if not images or any(image.files not in ((), (SELF,)) for image in images):
         return False
-    with open_file(path, images[0]) as tiff:
+    try:
+        images[0].demand_numbers(str(path))
+    except ReadError:  # not older than the pages, but damaged
+        return False
+    with open_file(path, images[:1]) as tiff:
         return not tiff.series or tiff.series[0].kind != "ome"
 
 
@@ -103,6 +122,18 @@ def pages_in_no_series(tiff: tifffile.TiffFile, pyramids: list[Pyramid]) -> list
         return []
     used = {page.index for pyramid in pyramids for level in pyramid for page in level if page is not None}
     return [f"page {number}" for number in range(len(tiff.pages)) if number not in used]
+
+
+def pages_in_no_image(tiff: tifffile.TiffFile, images: Sequence[OmeImage]) -> tuple[str, ...]:
+    """The note on pages of a file that its OME-XML says nothing of; () if there are none, or it is damaged."""
+    try:
+        for image in images:
+            image.demand_numbers("")
+    except ReadError:
+        return ()
+    count = len(tiff.pages)
+    left = count - len(set().union(*(image.pages(count) for image in images)))
+    return (f"{left} of its {count} pages are in no image of its OME-XML and left out",) if left else ()
 
 
 def demand_pages(tiff: tifffile.TiffFile, location: str) -> None:
