@@ -11,10 +11,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import tifffile
-import zarr
 
 from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.slides.image_format import (
@@ -33,20 +32,22 @@ from cellseg_batch.engine.slides.tiff_file import (
     demand_pages,
     described_pyramids,
     fitting_ome,
+    levels_by_size,
     open_file,
     pages_in_no_image,
     pages_in_no_series,
     pyramids_of,
     read_ome,
 )
-from cellseg_batch.engine.slides.tiff_series import TIFF, is_derived, slide_of, title_of
+from cellseg_batch.engine.slides.tiff_series import TIFF, SeriesPixels, is_derived, slide_of, title_of
 
 # Number of missing files whose names are shown.
 _SHOWN = 5
+_BY_SIZE = "an image of its own: it has the size of a lower resolution of another, but nothing says that it is one"
 
 
 class Tiff(ImageFormat):
-    """Format of TIFF and its relatives; a level is opened as a zarr array that tifffile decodes."""
+    """Format of TIFF and its relatives; tifffile decodes the pixels."""
 
     name: ClassVar[str] = TIFF
     title: ClassVar[str] = "TIFF, SVS"
@@ -59,10 +60,11 @@ class Tiff(ImageFormat):
         """Find every image of a file; a part of an image leads to the file of the image's first plane.
 
         Raises:
-            ReadError: the file has no image, its OME-XML is damaged, or its metadata lie in a file that is missing.
+            ReadError: the file has no image, its pages or OME-XML are damaged, or its metadata lie in a missing file.
             ValueError: its OME-XML names a file in another folder.
             tifffile.TiffFileError: the file is no TIFF.
         """
+        demand_pages(path)
         described, notes = fitting_ome(path)
         if described is not None:
             yield from _find_described(described, path, name, search)
@@ -70,18 +72,16 @@ class Tiff(ImageFormat):
         with open_file(path, None) as tiff:
             yield from _find_series(tiff, path, name, search, notes)
 
-    def open_level(self, slide: Slide, level: int) -> zarr.Array[Any]:
-        """Open a level as a zarr array."""
+    def open_level(self, slide: Slide, level: int) -> SeriesPixels:
+        """Open a level, whose file stays open."""
         number = slide.series or 0
         described, _ = fitting_ome(slide.store)
         with open_file(slide.store, described and described[number : number + 1]) as tiff:
-            series = pyramids_of(tiff)[0 if described else number][level]
-            squeeze = None if series.ndim == len(slide.axes) else True
-            return zarr.open_array(series.aszarr(level=0, squeeze=squeeze), mode="r")
+            return SeriesPixels(pyramids_of(tiff)[0 if described else number][level], len(slide.axes))
 
-    def close(self, array: zarr.Array[Any]) -> None:
+    def close(self, array: SeriesPixels) -> None:
         """Close the file."""
-        array.store.close()
+        array.close()
 
 
 def _find_series(
@@ -91,17 +91,19 @@ def _find_series(
     pyramids = pyramids_of(tiff)
     if not pyramids:
         raise ReadError(str(path), expected="a TIFF with pixels", found="none", remedy="export it again")
-    demand_pages(tiff, str(path))
     facts = [facts_of(tiff, pyramid[0]) for pyramid in pyramids]
     aside = [fact.is_overview or is_derived(pyramid[0]) for fact, pyramid in zip(facts, pyramids, strict=True)]
     taken = [number for number, is_aside in enumerate(aside) if not is_aside] or list(range(len(pyramids)))
     others = [title_of(pyramid[0]) for number, pyramid in enumerate(pyramids) if number not in taken]
     notes += left_out([*others, *pages_in_no_series(tiff, pyramids)])
+    by_size = levels_by_size(tiff, pyramids)
     for number in taken:
         image_name, inside = name_in_series(name, number, len(taken))
-        slide = partial(slide_of, pyramids[number], facts[number], path, image_name, inside, number, search, notes)
-        yield image_or_reason(slide, image_name, str(path / inside))
-        notes = ()
+        remarks = notes + (_BY_SIZE,) * (number in by_size)
+        slide = partial(slide_of, pyramids[number], facts[number], path, image_name, inside, number, search, remarks)
+        image = image_or_reason(slide, image_name, str(path / inside))
+        yield image
+        notes = () if isinstance(image, Slide) else notes
 
 
 def _find_described(images: list[OmeImage], path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
@@ -149,9 +151,10 @@ def _find_own(
         for image in taken:
             image_name, inside = name_in_series(name, image.number, len(taken))
             pyramid = pyramids.get(image.number)
-            slide = partial(_described_slide, image, pyramid, path, image_name, inside, search, notes)
-            yield image_or_reason(slide, image_name, str(path / inside))
-            notes = ()
+            make = partial(_described_slide, image, pyramid, path, image_name, inside, search, notes)
+            slide = image_or_reason(make, image_name, str(path / inside))
+            yield slide
+            notes = () if isinstance(slide, Slide) else notes
 
 
 def _holder(image: OmeImage, path: Path) -> Path | None:

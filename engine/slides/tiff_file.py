@@ -18,6 +18,8 @@ _XML_SUFFIXES = (".ome", ".xml")
 _BEGINNING = re.compile(r"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<OME\s[^>]*openmicroscopy", re.DOTALL)
 # Dialects by which tifffile looks for certain pages, and passes over others.
 _CERTAIN_PAGES = ("svs", "qpi", "scn", "bif", "philips")
+# More tags than this are none; so tifffile has it.
+_MOST_TAGS = 4096
 _STALE = "its OME-XML does not fit its pages, which are read as they are"
 
 Series = tifffile.TiffPageSeries
@@ -99,7 +101,7 @@ def _is_stale(path: Path, images: list[OmeImage]) -> bool:
 def pyramids_of(tiff: tifffile.TiffFile) -> list[Pyramid]:
     """The series of a file, each with its lower resolutions.
 
-    tifffile takes any page for a lower resolution that is half as large; in files of no dialect it must be stored in
+    tifffile takes any page for a lower resolution that has the size of one; in files of no dialect it must be stored in
     tiles, or say that it is one.
     """
     pyramids: list[Pyramid] = []
@@ -114,6 +116,12 @@ def pyramids_of(tiff: tifffile.TiffFile) -> list[Pyramid]:
             else:
                 pyramids.append([level])
     return pyramids
+
+
+def levels_by_size(tiff: tifffile.TiffFile, pyramids: list[Pyramid]) -> set[int]:
+    """Numbers of the pyramids that tifffile takes for lower resolutions of others by nothing but their size."""
+    levels = [level for series in tiff.series for level in series.levels[1:]]
+    return {number for number, pyramid in enumerate(pyramids) if any(pyramid[0] is level for level in levels)}
 
 
 def pages_in_no_series(tiff: tifffile.TiffFile, pyramids: list[Pyramid]) -> list[str]:
@@ -136,23 +144,44 @@ def pages_in_no_image(tiff: tifffile.TiffFile, images: Sequence[OmeImage]) -> tu
     return (f"{left} of its {count} pages are in no image of its OME-XML and left out",) if left else ()
 
 
-def demand_pages(tiff: tifffile.TiffFile, location: str) -> None:
-    """Refuse a file whose list of pages goes on where there is no page, at which tifffile ends the list.
+def demand_pages(path: Path) -> None:
+    """Refuse a TIFF whose list of pages has no end, or goes on where there is no page.
+
+    tifffile ends such a list in silence, or follows it for ever.
 
     Raises:
-        ReadError: it does.
+        ReadError: it is such a file.
     """
-    file, place = tiff.filehandle, tiff.pages.next_page_offset
-    if place is None or tiff.is_ndpi:  # NDPI has a form of its own for offsets
+    if path.suffix.lower() in _XML_SUFFIXES:
         return
-    file.seek(place)
-    (following,) = struct.unpack(tiff.tiff.offsetformat, file.read(tiff.tiff.offsetsize))
-    if following and following not in {page.offset for page in tiff.pages}:
-        where = "behind the end of the file" if following >= file.size else "that cannot be read"
-        raise ReadError(
-            location,
-            expected="all pages of the TIFF",
-            found=f"{len(tiff.pages)}, and a reference to one {where}",
-            cause="a file that was cut short or damaged",
-            remedy="copy or export it again",
-        )
+    with tifffile.TiffFile(readable(path)) as tiff:
+        if tiff.is_ndpi:  # which has a form of its own for offsets
+            return
+        file, form, offset = tiff.filehandle, tiff.tiff, tiff.pages.first.offset
+        pages: dict[int, int] = {}
+        while offset and offset not in pages:
+            file.seek(offset)
+            size = file.read(form.tagnosize)
+            count = struct.unpack(form.tagnoformat, size)[0] if len(size) == form.tagnosize else None
+            if count is None or count > _MOST_TAGS:
+                break
+            file.seek(offset + form.tagnosize + count * form.tagsize)
+            following = file.read(form.offsetsize)
+            if len(following) < form.offsetsize:
+                break
+            pages[offset] = len(pages)
+            (offset,) = struct.unpack(form.offsetformat, following)
+        if not offset:
+            return
+        if offset in pages:
+            found = f"a list that leads from the last of {len(pages)} back to number {pages[offset]}"
+        else:
+            where = "behind the end of the file" if offset >= file.size else "that cannot be read"
+            found = f"{len(pages)}, and a reference to one {where}"
+    raise ReadError(
+        str(path),
+        expected="all pages of the TIFF",
+        found=found,
+        cause="a file that was cut short or damaged",
+        remedy="copy or export it again",
+    )

@@ -1,17 +1,27 @@
-"""Describe a series of a TIFF as a slide: its axes, colours and levels. What would be filled in is refused."""
+"""Describe a series of a TIFF as a slide, and read its pixels. What tifffile would fill in is refused."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import tifffile
+import zarr
+from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.slides.image_format import Search, is_overview
 from cellseg_batch.engine.slides.pixel_size import settle_pixel_size
 from cellseg_batch.engine.slides.slide import Level, Slide, fits_axes
-from cellseg_batch.engine.slides.tiff_dialects import Facts, colours_of, listed_planes
+from cellseg_batch.engine.slides.tiff_dialects import (
+    Facts,
+    colours_of,
+    is_inverted,
+    listed_planes,
+    notes_on_values,
+)
 from cellseg_batch.engine.slides.tiff_file import Pyramid, Series
 
 # tifffile's letters of axes -> ours. S is samples, I images in a sequence; Q, an axis that it cannot name, is missing.
@@ -22,6 +32,31 @@ _UNCERTAIN = "IQ"
 _LISTS_PLANES = ("ome", "scn", "ndtiff", "mmstack")
 TIFF = "tiff"
 """Name of the format of every image in a TIFF."""
+
+
+class SeriesPixels:
+    """Pixels of a level, in the order of a slide's axes, that tifffile decodes when they are sliced.
+
+    Args:
+        series: the level; its file stays open until `close`.
+        ndim: number of the slide's axes.
+    """
+
+    def __init__(self, series: Series, ndim: int) -> None:
+        squeeze = None if series.ndim == ndim else True
+        self._stored = zarr.open_array(series.aszarr(level=0, squeeze=squeeze), mode="r")
+        self._white = (1 << series.keyframe.bitspersample) - 1 if is_inverted(series) else None
+
+    def __getitem__(self, index: tuple[slice, ...]) -> NDArray[Any]:
+        """Decode a part, with 0 as black."""
+        pixels = np.asarray(self._stored[index])
+        if self._white is None:
+            return pixels
+        return ~pixels if pixels.dtype == bool else pixels.dtype.type(self._white) - pixels
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stored.store.close()
 
 
 def slide_of(
@@ -58,6 +93,7 @@ def slide_of(
     unstored = sum(count == 0 for count in page.databytecounts)
     if unstored:
         notes += (f"{unstored} of {len(page.databytecounts)} tiles of its first plane are not stored and read as 0",)
+    notes += notes_on_values(series)
     if series.kind == "bif":
         notes += ("its tiles are read as scanned, and not stitched",)
     return Slide(
