@@ -56,7 +56,7 @@ def find_images(
     Raises:
         NoImageError: the path does not exist or holds nothing that could be an image.
     """
-    if not (path.exists() or is_zarr_node(path)):  # the node of a web server is no folder
+    if not (path.exists() or _leads_nowhere(path) or is_zarr_node(path)):  # the node of a web server is no folder
         raise NoImageError(
             str(path), expected="a file, a zarr store or a folder", found="nothing", remedy="check the path"
         )
@@ -104,6 +104,10 @@ def _visit(path: Path, name: str, search: Search) -> Iterator[Slide | Unreadable
         if formats.is_named_like_an_image(path.name):
             yield UnreadableImage(name, str(path), f"expected a file, found {special}; copy the image into a file")
         return
+    if _leads_nowhere(path):
+        if not path.suffix or formats.is_named_like_an_image(path.name):
+            yield UnreadableImage(name, str(path), f"a link to {path.readlink()}, where nothing is; mend or remove it")
+        return
     image_format = formats.format_at(path)
     if image_format is not None:
         yield from _images_of(image_format, path, name, search)
@@ -135,6 +139,11 @@ def _visit_folder(path: Path, name: str, search: Search) -> Iterator[Slide | Unr
             search.folders[followed].append(child_name)
         else:
             yield from _visit(followed, child_name, search)
+
+
+def _leads_nowhere(path: Path) -> bool:
+    """Whether a path is a link to nothing, or to itself."""
+    return not isinstance(path, RemotePath) and path.is_symlink() and not path.exists()
 
 
 def _special_file(path: Path) -> str | None:

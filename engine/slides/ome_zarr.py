@@ -25,7 +25,7 @@ from cellseg_batch.engine.slides.ome_xml import read_names
 from cellseg_batch.engine.slides.pixel_size import PixelSize, settle_pixel_size
 from cellseg_batch.engine.slides.plain_zarr import ZARR, describe_array, describe_pyramid
 from cellseg_batch.engine.slides.plate import FieldChoice, PlatePosition
-from cellseg_batch.engine.slides.slide import AXES, NUMBERS, Level, Slide, UnreadableImage
+from cellseg_batch.engine.slides.slide import AXES, Level, Slide, UnreadableImage
 from cellseg_batch.engine.storage.paths import RemotePath, is_web, zarr_store
 
 # Other spellings of the specification's "micrometer".
@@ -58,9 +58,14 @@ class Zarr(ImageFormat):
         return is_zarr_node(path)
 
     def find(self, path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
-        """Find every image in a node of a hierarchy and below it."""
+        """Find every image in a node of a hierarchy and below it; a hierarchy without arrays is named."""
         store, inside = zarr_root(path)
-        return _images_in(store, inside, name, search, None)
+        images = _images_in(store, inside, name, search, None)
+        first = next(images, None)
+        if first is None and not is_web(store) and _holds_nothing(_open_node(store, inside)):
+            reason = "expected arrays, found a hierarchy of empty groups (likely an unfinished export); export it again"
+            first = UnreadableImage(name, str(path), reason)
+        return chain((first,) if first is not None else (), images)
 
     def open_level(self, slide: Slide, level: int) -> LevelArray:
         """Open the array of a level."""
@@ -166,6 +171,13 @@ def _images_in(
             yield from _noted(chain.from_iterable(pool.map(images_of, children)), notes)
     else:
         yield from _noted(chain.from_iterable(map(images_of, children)), notes)
+
+
+def _holds_nothing(node: zarr.Array[Any] | zarr.Group) -> bool:
+    """Whether a node is a group without arrays at any depth and without metadata of its own."""
+    if isinstance(node, zarr.Array) or node.attrs or any(node.arrays()):
+        return False
+    return all(_holds_nothing(group) for _, group in node.groups())
 
 
 def _leads_back(node: Path) -> bool:
@@ -291,44 +303,22 @@ def _numbers_in_order(key: str) -> tuple[bool, int, str]:
 
 def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: str, name: str) -> Slide:
     location = str(store / path)
-    if not metadata["multiscales"]:
-        raise _not_an_image(location, "one multiscale", "an empty list of multiscales")
-    multiscale = metadata["multiscales"][0]
-    notes = [f"the first of its {count} multiscales is taken"] if (count := len(metadata["multiscales"])) > 1 else []
+    listed = metadata["multiscales"]
+    if not (isinstance(listed, list) and listed and isinstance(listed[0], dict)):
+        raise _not_an_image(location, "a list of multiscales", f"{listed!r:.80}")
+    notes = [f"the first of its {len(listed)} multiscales is taken"] if len(listed) > 1 else []
+    multiscale = listed[0]
     axes, units = _axes_of(multiscale, location)
-    arrays: dict[str, zarr.Array[Any]] = {}
-    datasets = []
-    for dataset in multiscale["datasets"]:
-        if not isinstance(dataset["path"], str):
-            # zarr can read such an image, but readers of its labels could not find it.
-            raise _not_an_image(location, "the paths of its levels as text", f"{dataset['path']!r}")
-        array = node.get(_inside(dataset["path"], location))
-        if not isinstance(array, zarr.Array):
-            notes.append(f"level {dataset['path']} is listed, but not in the store")
-            continue
-        if array.ndim != len(axes):
-            raise _not_an_image(
-                location, f"arrays of the axes {axes} that its metadata list", f"one of shape {array.shape}"
-            )
-        if 0 in array.shape:
-            if not arrays:
-                raise _not_an_image(location, "an image with pixels", f"shape {array.shape}")
-            notes.append(f"level {dataset['path']} has no pixels and is left out")
-            continue
-        arrays[dataset["path"]] = array
-        datasets.append(dataset)
-    if not arrays:
-        listed = ", ".join(str(dataset["path"]) for dataset in multiscale["datasets"])
-        raise _not_an_image(location, f"the arrays that its metadata list ({listed})", "none of them in the store")
-    full = next(iter(arrays.values()))
-    names = [array.dtype.name for array in arrays.values()]
-    levels, units, size = _place(datasets, multiscale, list(arrays.values()), axes, units)
+    datasets, arrays, remarks = _arrays_of(node, multiscale, axes, location)
+    notes += remarks
+    full = arrays[0]
+    levels, units, size = _place(datasets, multiscale, arrays, axes, units)
     channels = _omero_channels(metadata)
     labels = [str(channel.get("label") or "").strip() for channel in channels]
     count = full.shape[axes.index("c")] if "c" in axes else 1
     alpha = count == 4 and [label.lower() for label in labels[3:]] in (["a"], ["alpha"])
     colour_labels = labels[: count - alpha]
-    dtype = next((name for name in names if not NUMBERS.fullmatch(name)), names[0])
+    dtype = full.dtype.name
     rgb = _is_rgb(count - alpha, dtype, colour_labels, channels)
     if rgb and any(colour_labels) and not _names_colours(colour_labels):
         notes.append("taken for red, green, blue, as its channels have no names; `channel` chooses one of them instead")
@@ -349,6 +339,57 @@ def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: s
         size_is_doubtful=bool(set(size.doubts) & set("yx")),
         notes=(*notes, *size.notes),
     )
+
+
+def _arrays_of(
+    node: zarr.Group, multiscale: dict[str, Any], axes: str, location: str
+) -> tuple[list[dict[str, Any]], list[zarr.Array[Any]], list[str]]:
+    """(datasets, their arrays, notes) of a multiscale, from the largest; what is no level of it is left out and noted.
+
+    Raises:
+        ReadError: there is no array, or the first one is no image of the axes.
+    """
+    datasets = multiscale.get("datasets")
+    if not (isinstance(datasets, list) and datasets and all(isinstance(entry, dict) for entry in datasets)):
+        raise _not_an_image(location, "a list of levels in its metadata", f"{datasets!r:.80}")
+    found: dict[str, tuple[dict[str, Any], zarr.Array[Any]]] = {}
+    notes = []
+    for dataset in datasets:
+        path = dataset.get("path")
+        if not isinstance(path, str):
+            # zarr can read such an image, but readers of its labels could not find it.
+            raise _not_an_image(location, "the paths of its levels as text", f"{path!r}")
+        array = node.get(_inside(path, location))
+        if not isinstance(array, zarr.Array):
+            notes.append(f"level {path} is listed, but not in the store")
+            continue
+        if array.ndim != len(axes):
+            raise _not_an_image(
+                location, f"arrays of the axes {axes} that its metadata list", f"one of shape {array.shape}"
+            )
+        first = next(iter(found.values()))[1] if found else array
+        if 0 in first.shape:
+            raise _not_an_image(location, "an image with pixels", f"shape {array.shape}")
+        fits = all(axis in "zyx" or a == b for axis, a, b in zip(axes, first.shape, array.shape, strict=True))
+        if path in found:
+            notes.append(f"level {path} is listed twice")
+        elif 0 in array.shape:
+            notes.append(f"level {path} has no pixels and is left out")
+        elif array.dtype.name != first.dtype.name or not fits:
+            notes.append(
+                f"level {path} is left out, as its {array.dtype.name} of shape {array.shape} is no resolution of "
+                f"{first.dtype.name} of shape {first.shape}"
+            )
+        else:
+            found[path] = dataset, array
+    if not found:
+        listed = ", ".join(str(dataset["path"]) for dataset in datasets)
+        raise _not_an_image(location, f"the arrays that its metadata list ({listed})", "none of them in the store")
+    y, x = axes.index("y"), axes.index("x")
+    ordered = sorted(found.values(), key=lambda level: -level[1].shape[y] * level[1].shape[x])
+    if ordered != list(found.values()):
+        notes.append("its levels are not listed from the largest, but taken so")
+    return [dataset for dataset, _ in ordered], [array for _, array in ordered], notes
 
 
 def _axes_of(multiscale: dict[str, Any], location: str) -> tuple[str, tuple[str | None, ...]]:

@@ -157,26 +157,25 @@ def demand_pages(path: Path) -> None:
     with tifffile.TiffFile(readable(path)) as tiff:
         if tiff.is_ndpi:  # which has a form of its own for offsets
             return
-        file, form, offset = tiff.filehandle, tiff.tiff, tiff.pages.first.offset
+        if not tiff.pages:
+            raise ReadError(
+                str(path),
+                expected="a TIFF with pages",
+                found="none",
+                cause="a file that was cut short",
+                remedy="copy or export it again",
+            )
         pages: dict[int, int] = {}
-        while offset and offset not in pages:
-            file.seek(offset)
-            size = file.read(form.tagnosize)
-            count = struct.unpack(form.tagnoformat, size)[0] if len(size) == form.tagnosize else None
-            if count is None or count > _MOST_TAGS:
-                break
-            file.seek(offset + form.tagnosize + count * form.tagsize)
-            following = file.read(form.offsetsize)
-            if len(following) < form.offsetsize:
-                break
+        offset, following = tiff.pages.first.offset, _page_after(tiff, tiff.pages.first.offset)
+        while following is not None and offset not in pages:
             pages[offset] = len(pages)
-            (offset,) = struct.unpack(form.offsetformat, following)
+            offset, following = following, _page_after(tiff, following)
         if not offset:
             return
         if offset in pages:
             found = f"a list that leads from the last of {len(pages)} back to number {pages[offset]}"
         else:
-            where = "behind the end of the file" if offset >= file.size else "that cannot be read"
+            where = "behind the end of the file" if offset >= tiff.filehandle.size else "that cannot be read"
             found = f"{len(pages)}, and a reference to one {where}"
     raise ReadError(
         str(path),
@@ -185,3 +184,23 @@ def demand_pages(path: Path) -> None:
         cause="a file that was cut short or damaged",
         remedy="copy or export it again",
     )
+
+
+def _page_after(tiff: tifffile.TiffFile, offset: int) -> int | None:
+    """Offset of the page after that at ``offset``, 0 after the last; None if there is no page at ``offset``."""
+    file, form = tiff.filehandle, tiff.tiff
+    file.seek(offset)
+    size = file.read(form.tagnosize)
+    count = struct.unpack(form.tagnoformat, size)[0] if len(size) == form.tagnosize else _MOST_TAGS + 1
+    if not offset or count > _MOST_TAGS:
+        return None
+    file.seek(offset + form.tagnosize + count * form.tagsize)
+    following = file.read(form.offsetsize)
+    return int(struct.unpack(form.offsetformat, following)[0]) if len(following) == form.offsetsize else None
+
+
+def lost_levels(page: tifffile.TiffPage) -> tuple[str, ...]:
+    """The note on lower resolutions that a page lists and that are not in its file, if that is open; () if all are."""
+    listed = () if page.parent.filehandle.closed else page.subifds or ()
+    lost = sum(_page_after(page.parent, offset) is None for offset in listed)
+    return (f"{lost} of its {len(listed)} lower resolutions are not in the file and left out",) if lost else ()

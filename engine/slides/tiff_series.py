@@ -22,7 +22,7 @@ from cellseg_batch.engine.slides.tiff_dialects import (
     listed_planes,
     notes_on_values,
 )
-from cellseg_batch.engine.slides.tiff_file import Pyramid, Series
+from cellseg_batch.engine.slides.tiff_file import Pyramid, Series, lost_levels
 
 # tifffile's letters of axes -> ours. S is samples, I images in a sequence; Q, an axis that it cannot name, is missing.
 _AXIS_OF = {"S": "c", "C": "c", "Y": "y", "X": "x", "Z": "z", "T": "t", "I": "t"}
@@ -93,7 +93,7 @@ def slide_of(
     unstored = sum(count == 0 for count in page.databytecounts)
     if unstored:
         notes += (f"{unstored} of {len(page.databytecounts)} tiles of its first plane are not stored and read as 0",)
-    notes += notes_on_values(series)
+    notes += notes_on_values(series) + lost_levels(page)
     if series.kind == "bif":
         notes += ("its tiles are read as scanned, and not stitched",)
     return Slide(

@@ -118,3 +118,29 @@ def test_pipes_sockets_and_devices_are_named_and_never_opened(tmp_path, monkeypa
     assert only(tmp_path / "a.tif").reason == pipe
     with pytest.raises(NoImageError, match="found a named pipe"):
         find_images(tmp_path / "d.txt")
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path):
+    targets = {
+        "a.tif": "gone.tif",
+        "b.zarr": "gone.zarr",
+        "c.png": "c.png",
+        "folder": "/gone/folder",
+        "notes.txt": "gone",
+    }
+    for name, target in targets.items():
+        (tmp_path / name).symlink_to(target)
+    found = find_images(tmp_path)
+    assert [Path(image.path).name for image in found] == ["a.tif", "b.zarr", "c.png", "folder"]
+    assert "a link to gone.tif, where nothing is" in found[0].reason
+    assert only(tmp_path / "a.tif").reason == found[0].reason
+
+
+def test_hierarchies_without_arrays_are_named(tmp_path):
+    zarr.open_group(str(tmp_path / "a.zarr"), mode="w").create_group("b").create_group("c")
+    labels = zarr.open_group(str(tmp_path / "d.zarr"), mode="w").create_group("labels")
+    labels.create_array("0", shape=(8, 9), dtype="uint8")
+    Image.fromarray(np.zeros((4, 4), "uint8")).save(tmp_path / "e.png")
+    empty, picture = find_images(tmp_path)
+    assert (empty.name, picture.name) == (f"{tmp_path.name}/a.zarr", f"{tmp_path.name}/e.png")
+    assert "found a hierarchy of empty groups" in empty.reason

@@ -307,6 +307,29 @@ def test_levels_without_pixels_are_named(tmp_path):
     assert "expected an image with pixels, found shape (2, 0, 4)" in only(path).reason
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "note"),
+    [
+        ((1, 4, 4), "uint16", "uint16 of shape (1, 4, 4) is no resolution of uint16 of shape (2, 8, 9)"),
+        ((2, 4, 4), "uint8", "uint8 of shape (2, 4, 4) is no resolution of uint16 of shape (2, 8, 9)"),
+    ],
+)
+def test_levels_of_other_channels_or_types_are_left_out_and_said(tmp_path, shape, dtype, note):
+    path = write_ome_zarr(tmp_path / "a.zarr", coordinates("cyx", (2, 8, 9)), levels=2)
+    zarr.open_group(str(path)).create_array("1", shape=shape, dtype=dtype, overwrite=True)
+    slide = only(path)
+    assert ([level.path for level in slide.levels], slide.notes) == (["0"], (f"level 1 is left out, as its {note}",))
+
+
+def test_levels_are_taken_from_the_largest_and_once(tmp_path):
+    path = write_ome_zarr(tmp_path / "a.zarr", coordinates("cyx", (2, 16, 16)), levels=3)
+    change(path, lambda ome: ome["multiscales"][0]["datasets"].reverse())
+    change(path, lambda ome: ome["multiscales"][0]["datasets"].append(ome["multiscales"][0]["datasets"][0]))
+    slide = only(path)
+    assert [(level.path, level.shape[1]) for level in slide.levels] == [("0", 16), ("1", 8), ("2", 4)]
+    assert slide.notes == ("level 2 is listed twice", "its levels are not listed from the largest, but taken so")
+
+
 def damaged(tmp_path, kind):
     path = tmp_path / f"{kind}.zarr"
     if kind == "json":
@@ -318,15 +341,29 @@ def damaged(tmp_path, kind):
         zarr.open_group(str(path), mode="w").attrs["ome"] = {"version": "0.5", "multiscales": []}
     elif kind == "axes":
         write_ome_zarr(path, coordinates("cyx", (1, 16, 16)))
-        metadata = json.loads((path / "zarr.json").read_text())
-        metadata["attributes"]["ome"]["multiscales"][0]["axes"][0]["name"] = "wavelength"
-        (path / "zarr.json").write_text(json.dumps(metadata))
+        change(path, lambda ome: ome["multiscales"][0]["axes"][0].update(name="wavelength"))
+    else:
+        write_ome_zarr(path, coordinates("cyx", (1, 16, 16)))
+        edits = {
+            "mapping": lambda ome: ome.update(multiscales={"a": 1}),
+            "null": lambda ome: ome.update(multiscales=None),
+            "no-levels": lambda ome: ome["multiscales"][0].pop("datasets"),
+        }
+        change(path, edits[kind])
     return path
 
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("json", "cannot be read"), ("array", "`axes=czyx`"), ("no-datasets", "multiscale"), ("axes", "t, c, z, y, x")],
+    [
+        ("json", "cannot be read"),
+        ("array", "`axes=czyx`"),
+        ("no-datasets", "multiscale"),
+        ("axes", "t, c, z, y, x"),
+        ("mapping", "found {'a': 1}"),
+        ("null", "found None"),
+        ("no-levels", "a list of levels in its metadata"),
+    ],
 )
 def test_what_cannot_be_used_says_why(tmp_path, kind, reason):
     broken = only(damaged(tmp_path, kind))

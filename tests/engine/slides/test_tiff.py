@@ -287,6 +287,27 @@ def test_pages_that_lead_back_to_another_are_named(tmp_path, count):
     assert f"leads from the last of {count} back to number 1" in only(tmp_path / "a.tif").reason
 
 
+@pytest.mark.parametrize("content", [b"II*\0\x08\0\0\0", b"II*\0\0\0\0\0"])
+def test_a_tiff_without_pages_is_named(tmp_path, content):
+    (tmp_path / "a.tif").write_bytes(content)
+    assert "expected a TIFF with pages, found none" in only(tmp_path / "a.tif").reason
+
+
+@pytest.mark.parametrize("ome", [True, False])
+def test_lower_resolutions_that_are_not_in_the_file_are_noted(tmp_path, ome):
+    pixels = coordinates("yx", (64, 64))
+    with tifffile.TiffWriter(tmp_path / "a.tif", ome=ome) as tiff:
+        tiff.write(pixels, subifds=2, tile=(16, 16))
+        for step in (2, 4):
+            tiff.write(pixels[::step, ::step], subfiletype=1, tile=(16, 16))
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as tiff:
+        tags = tiff.pages[0].tags
+        tags["SubIFDs"].overwrite((tags["SubIFDs"].value[0], 0))
+    slide = only(tmp_path / "a.tif")
+    assert [level.shape for level in slide.levels] == [(64, 64), (32, 32)]
+    assert slide.notes == ("1 of its 2 lower resolutions are not in the file and left out",)
+
+
 def test_a_file_that_was_cut_short_is_not_filled_up(tmp_path):
     for name, options in (
         ("a.tif", {"truncate": True}),
