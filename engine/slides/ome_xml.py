@@ -184,18 +184,12 @@ def _whole(text: str | None) -> int | None:
     return int(text) if text is not None and text.strip().isdecimal() else None
 
 
-def _damaged(location: str, expected: str, found: str) -> ReadError:
-    return ReadError(
-        location,
-        expected=expected,
-        found=found,
-        cause="a file that was cut short or damaged",
-        remedy="copy or export it again",
-    )
-
-
 def _is(element: Element, tag: str) -> bool:
     return element.tag.rpartition("}")[2] == tag
+
+
+def _damaged(location: str, expected: str, found: str, cause: str = "damaged metadata") -> ReadError:
+    return ReadError(location, expected=expected, found=found, cause=cause, remedy="copy or export it again")
 
 
 def parse(xml: str, location: str) -> Element:
@@ -207,7 +201,7 @@ def parse(xml: str, location: str) -> Element:
     try:
         return ElementTree.fromstring(xml)
     except ElementTree.ParseError as error:
-        raise _damaged(location, "whole and well-formed OME-XML", str(error)) from error
+        raise _damaged(location, "whole and well-formed OME-XML", str(error), "a file that was cut short") from error
 
 
 def _beside(name: str) -> str:

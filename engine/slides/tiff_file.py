@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import struct
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ import tifffile
 from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.slides.ome_xml import SELF, OmeImage, parse, read_header, read_images, xml_of
 from cellseg_batch.engine.storage.paths import readable
+
+# Otherwise tifffile's remarks would be printed between ours; whoever wants them adds a handler to this logger.
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 # Suffixes of files that hold OME-XML in TIFF's stead.
 _XML_SUFFIXES = (".ome", ".xml")
