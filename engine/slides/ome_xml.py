@@ -120,7 +120,7 @@ def read_images(root: Element, own_uuid: str | None, own_name: str, exists: Call
     """Read every image of an OME-XML.
 
     Args:
-        root: the parsed text; its references to the file itself are removed.
+        root: the parsed text; its references to the file itself are removed, others have the file's name as UUID.
         own_uuid: UUID of the TIFF file that is read; None if it has none, or for a companion file.
         own_name: name of the TIFF file that is read.
         exists: whether a file of a name lies beside it.
@@ -131,6 +131,8 @@ def read_images(root: Element, own_uuid: str | None, own_name: str, exists: Call
     if own_uuid is not None:
         root.set("UUID", own_uuid)
     references = [element for element in root.iter() if _is(element, "UUID")]
+    if len({reference.get("FileName") for reference in references if reference.text == own_uuid}) > 1:
+        own_uuid = None  # copies share it, so it says nothing
     named = {_beside(reference.get("FileName", own_name)) for reference in references}
     images = [child for child in root if _is(child, "Image")]
     data = [entry for image in images for entry in image.iter() if _is(entry, "TiffData")]
@@ -140,6 +142,8 @@ def read_images(root: Element, own_uuid: str | None, own_name: str, exists: Call
     for entry in own:
         for reference in [child for child in entry if _is(child, "UUID")]:
             entry.remove(reference)
+    for reference in references:  # tifffile knows files by their UUIDs, of which several may have the same
+        reference.text = reference.get("FileName", reference.text)
     return [_image(root, image, number, own_uuid, own_name) for number, image in enumerate(images)]
 
 

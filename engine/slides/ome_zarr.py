@@ -36,11 +36,15 @@ OUTPUT_MARK = "cellseg-batch-output"
 _REQUESTS = 16
 # Number of chunks whose versions show whether an array has changed, on this machine and in an object store.
 _SAMPLED, _SAMPLED_REMOTE = 8, 3
+# Name of a chunk, or of the folder of chunks, in any version of zarr.
+_CHUNK = re.compile(r"c|(c\.)?\d+(\.\d+)*")
 _NODE_FILES = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
 # Attribute of groups and arrays that anndata writes: tables, and shapes and points of spatialdata.
 _TABLE_MARK = "encoding-type"
 # Attribute of groups that bioformats2raw writes, and their member that describes the others.
 _LAYOUT_MARK, _OME_GROUP = "bioformats2raw.layout", "OME"
+# Members of a group that are no images.
+_NO_IMAGES = {"labels", "tables", _OME_GROUP}
 _RGB_LABELS = (["r", "g", "b"], ["red", "green", "blue"])
 _RGB_COLOURS = ["FF0000", "00FF00", "0000FF"]
 # What programs call a channel without a name.
@@ -122,14 +126,14 @@ def _images_in(
         if isinstance(node, zarr.Array):
             if node.ndim >= 2:
                 slide = describe_array(node, store, path, name, search.axes)
-                yield replace(slide, notes=_note_if_empty(store / path) + search.check_axes(slide.axes, location))
+                yield replace(slide, notes=_note_if_empty(node, store / path) + search.check_axes(slide.axes, location))
             return
         metadata = _ome_metadata(node)
         if "image-label" in metadata or OUTPUT_MARK in node.attrs:
             return
         if "multiscales" in metadata:
             slide = _multiscale(node, metadata, store, path, name)
-            notes = _note_if_empty(store / path / slide.levels[0].path) + search.check_axes(slide.axes, location)
+            notes = _notes_on_content(node, slide) + search.check_axes(slide.axes, location)
             yield replace(slide, plate_position=position, notes=slide.notes + notes)
             return
         children = _children(node, metadata, location, search.fields, position)
@@ -140,9 +144,7 @@ def _images_in(
         if not metadata.keys() & {"plate", "well", _LAYOUT_MARK}:
             pyramid = describe_pyramid(node, members, store, path, name, search.axes)
             if pyramid is not None:
-                notes = _note_if_empty(store / path / pyramid.levels[0].path) + search.check_axes(
-                    pyramid.axes, location
-                )
+                notes = _notes_on_content(node, pyramid) + search.check_axes(pyramid.axes, location)
                 yield replace(pyramid, notes=pyramid.notes + notes)
                 return
     except CellsegError as error:
@@ -202,13 +204,48 @@ def _open_node(store: Path, path: str) -> zarr.Array[Any] | zarr.Group:
     return zarr.open(zarr_store(store), path=path, mode="r", use_consolidated=None if is_web(store) else False)
 
 
-def _note_if_empty(array: Path) -> tuple[str, ...]:
-    """A note if no chunk of a local array is stored, which is legal for an image of nothing but its fill value."""
-    if isinstance(array, RemotePath):
+def _notes_on_content(node: zarr.Group, slide: Slide) -> tuple[str, ...]:
+    """Notes on a local image whose full resolution is not stored, and on members of its group that belong to no image.
+
+    Raises:
+        ReadError: as `_note_if_empty`.
+    """
+    full, group = slide.levels[0].path, slide.store / slide.path
+    if isinstance(group, RemotePath):  # whose answers take long
         return ()
-    with os.scandir(array) as entries:
-        if any(entry.name not in (*_NODE_FILES, ".zmetadata") for entry in entries):
-            return ()
+    notes = _note_if_empty(node[full], group / full)
+    listed = _ome_metadata(node).get("multiscales") or [{"datasets": [{"path": level.path} for level in slide.levels]}]
+    known = {str(dataset["path"]).split("/")[0] for dataset in listed[0]["datasets"]} | _NO_IMAGES
+    with os.scandir(group) as entries:
+        others = [entry.name for entry in entries if entry.name not in known and entry.is_dir()]
+    others = sorted(other for other in others if is_zarr_node(group / other))
+    return (*notes, f"left out, as they are none of its levels: {', '.join(others)}") if others else notes
+
+
+def _note_if_empty(array: Any, folder: Path) -> tuple[str, ...]:
+    """A note if no chunk of a local array is stored, which is legal for an image of nothing but its fill value.
+
+    Raises:
+        ReadError: chunks are stored, but under other names than the metadata say, so that none would be found.
+    """
+    if isinstance(folder, RemotePath):
+        return ()
+    first = array.metadata.encode_chunk_key((0,) * array.ndim).split("/")[0]
+    named = re.compile(re.escape(first).replace("0", r"\d+"))
+    misnamed = ""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if named.fullmatch(entry.name):
+                return ()
+            misnamed = entry.name if _CHUNK.fullmatch(entry.name) else misnamed
+    if misnamed:
+        raise ReadError(
+            str(folder),
+            expected=f"chunks that are named as its metadata say, such as {first}",
+            found=misnamed,
+            cause="a wrong or missing separator of chunk names in its metadata",
+            remedy="set dimension_separator in .zarray, or the chunk_key_encoding in zarr.json",
+        )
     return ("no chunk of its pixels is stored, so all have the fill value",)
 
 
@@ -254,14 +291,26 @@ def _children(
 ) -> list[tuple[str, PlatePosition | None]]:
     """(path, position on a plate) of the children of a group that may hold images: those in its metadata, else all."""
     if "plate" in metadata:
-        wells = [_inside(well["path"], location) for well in metadata["plate"]["wells"]]
+        wells = [_inside(path, location) for path in _listed_paths(metadata["plate"], "wells", location)]
         positions = [PlatePosition(location, Path(well).parent.name, Path(well).name, field="") for well in wells]
         return [(well, of_well) for well, of_well in zip(wells, positions, strict=True) if choice.takes_well(of_well)]
     if "well" in metadata:
-        fields = [_inside(field["path"], location) for field in metadata["well"]["images"]]
+        fields = [_inside(path, location) for path in _listed_paths(metadata["well"], "images", location)]
         return [(field, position and replace(position, field=field)) for field in fields if choice.takes_field(field)]
-    members = {key for key in node if key not in ("labels", "tables", _OME_GROUP)} | _listed_series(node)
+    members = {key for key in node if key not in _NO_IMAGES} | _listed_series(node)
     return [(_inside(member, location), position) for member in sorted(members, key=_numbers_in_order)]
+
+
+def _listed_paths(metadata: object, kind: str, location: str) -> list[object]:
+    """Paths of the wells of a plate, or of the images of a well.
+
+    Raises:
+        ReadError: there are none.
+    """
+    entries = metadata.get(kind) if isinstance(metadata, dict) else None
+    if not (isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries)):
+        raise _not_an_image(location, f"a list of {kind} in its metadata", f"{entries!r:.80}")
+    return [entry.get("path") for entry in entries]
 
 
 def _listed_series(node: zarr.Group) -> set[str]:

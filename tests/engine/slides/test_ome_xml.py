@@ -79,6 +79,17 @@ def test_channels_in_files_of_their_own_are_one_image_whichever_file_leads_to_it
         assert first_pixels(slide) == [0, 100]
 
 
+@pytest.mark.parametrize("shared", [("a.ome.tif", "b.ome.tif"), ("b.ome.tif", "c.ome.tif")])
+def test_files_are_known_by_their_names_even_if_they_share_a_uuid(tmp_path, shared):
+    names = ("a.ome.tif", "b.ome.tif", "c.ome.tif")
+    for number, name in enumerate(names):
+        description = xml(image([(name, 0) for name in names]), name)
+        for other in shared:
+            description = description.replace(uuid(other), "urn:uuid:same")
+        write(tmp_path, name, description, 100 * number)
+    assert first_pixels(only(tmp_path)) == [0, 100, 200]
+
+
 def test_a_missing_file_is_named_and_nothing_is_filled_in(tmp_path):
     channels(tmp_path / "in")
     (tmp_path / "in" / "a.ome.tif").unlink()

@@ -276,6 +276,45 @@ def test_an_image_without_a_chunk_is_noted(tmp_path):
     assert only(path).notes == ("no chunk of its pixels is stored, so all have the fill value",)
 
 
+@pytest.mark.parametrize(
+    ("zarr_format", "separator", "found"), [(2, ".", "1/0"), (2, "/", "1.0"), (3, ".", "c/1/0"), (3, "/", "c.1.0")]
+)
+def test_chunks_under_other_names_than_the_metadata_say_are_no_ground(tmp_path, zarr_format, separator, found):
+    names = {"name": "v2" if zarr_format == 2 else "default", "separator": separator}
+    options = {"chunks": (4, 4), "zarr_format": zarr_format, "chunk_key_encoding": names}
+    zarr.create_array(str(tmp_path / "a.zarr"), shape=(8, 8), dtype="uint8", **options)
+    assert only(tmp_path / "a.zarr").notes[0].startswith("no chunk of its pixels is stored")
+    chunk = tmp_path / "a.zarr" / found
+    chunk.parent.mkdir(parents=True, exist_ok=True)
+    chunk.write_bytes(b"chunk")
+    assert f"found {found.split('/')[0]} (likely a wrong or missing separator" in only(tmp_path / "a.zarr").reason
+
+
+def test_members_that_are_no_levels_are_named(tmp_path):
+    path = write_ome_zarr(tmp_path / "a.zarr", coordinates("cyx", (2, 8, 9)), levels=2)
+    group = zarr.open_group(str(path))
+    fill_ome_zarr(group.create_group("other"), None, coordinates("cyx", (2, 8, 9)))
+    group.create_array("7", shape=(8, 9), dtype="uint8")
+    for name in ("labels", "tables"):
+        group.create_group(name)
+    (path / "notes").mkdir()
+    assert only(path).notes == ("left out, as they are none of its levels: 7, other",)
+
+
+@pytest.mark.parametrize("listed", [{}, {"wells": []}, {"wells": ["A/1"]}])
+def test_a_plate_without_wells_is_named(tmp_path, listed):
+    zarr.open_group(str(tmp_path / "a.zarr"), mode="w").attrs["ome"] = {"version": "0.5", "plate": listed}
+    assert "expected a list of wells in its metadata" in only(tmp_path / "a.zarr").reason
+
+
+def test_a_well_without_images_is_named(tmp_path):
+    plate = write_plate(tmp_path / "plate.zarr", ["A/01", "B/02"], ["0"])
+    zarr.open_group(str(plate))["A/01"].attrs["ome"] = {"version": "0.5", "well": {"images": []}}
+    empty, field = find_images(plate)
+    assert (empty.plate_position.well, field.plate_position.well) == ("A01", "B02")
+    assert "expected a list of images in its metadata, found []" in empty.reason
+
+
 def test_the_axes_of_an_image_are_its_own(tmp_path):
     path = write_ome_zarr(tmp_path / "a.zarr", coordinates("cyx", (2, 8, 9)), levels=1)
     assert "found `axes=zyx`" in only(path, axes="zyx").reason
