@@ -7,6 +7,7 @@ not stop the others. Outputs of earlier runs are never taken for images.
 from __future__ import annotations
 
 import math
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,12 @@ from cellseg_batch.engine.storage.paths import RemotePath
 EVERY_FIELD = FieldChoice()
 OUTPUT_SUFFIX = ".cellseg.zarr"
 JOURNAL_SUFFIX = ".cellseg"
+
+# What may lie in a folder besides files and folders. To open one may wait for ever, or never end.
+_SPECIAL = (
+    *((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket")),
+    *((stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device")),
+)
 
 # A few bytes of metadata may claim any number of pixels. No microscope exceeds these bounds.
 # A whole slide of 15 x 15 cm at 0.25 µm per pixel.
@@ -50,7 +57,8 @@ def find_images(
         NoImageError: the path does not exist or holds nothing that could be an image.
     """
     try:
-        found = "" if path.exists() or is_zarr_node(path) else "nothing"  # the node of a web server is no folder
+        # A link to nothing is named as an image; the node of a web server is no folder.
+        found = "" if path.exists() or _leads_nowhere(path) or is_zarr_node(path) else "nothing"
     except PermissionError as error:
         found = brief(error)
     if found:
@@ -65,7 +73,7 @@ def find_images(
         raise NoImageError(
             str(path),
             expected=f"at least one image ({titles})",
-            found="none" + " in such wells and fields" * (choice != EVERY_FIELD),
+            found=_special_file(path) or "none" + " in such wells and fields" * (choice != EVERY_FIELD),
             cause="an empty folder or group, or a store with nothing but labels",
             remedy="see cellseg-batch info for what a path holds",
         )
@@ -96,6 +104,15 @@ def first_slide(images: Sequence[Slide | UnreadableImage]) -> Slide:
 
 
 def _visit(path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
+    special = _special_file(path)
+    if special is not None:
+        if formats.is_named_like_an_image(path.name):
+            yield UnreadableImage(name, str(path), f"expected a file, found {special}; copy the image into a file")
+        return
+    if _leads_nowhere(path):
+        if not path.suffix or formats.is_named_like_an_image(path.name):
+            yield UnreadableImage(name, str(path), f"a link to {path.readlink()}, where nothing is; mend or remove it")
+        return
     image_format = formats.format_at(path)
     if image_format is not None:
         yield from _images_of(image_format, path, name, search)
@@ -132,6 +149,19 @@ def _visit_folder(path: Path, name: str, search: Search) -> Iterator[Slide | Unr
             search.folders[followed].append(child_name)
         else:
             yield from _visit(followed, child_name, search)
+
+
+def _leads_nowhere(path: Path) -> bool:
+    """Whether a path is a link to nothing, or to itself."""
+    return not isinstance(path, RemotePath) and path.is_symlink() and not path.exists()
+
+
+def _special_file(path: Path) -> str | None:
+    """What a path leads to that is neither a file nor a folder; None if it is one of these, or nothing."""
+    if isinstance(path, RemotePath) or not path.exists():
+        return None
+    mode = path.stat().st_mode
+    return next((kind for is_kind, kind in _SPECIAL if is_kind(mode)), None)
 
 
 def _followed(path: Path) -> Path:
