@@ -3,7 +3,8 @@
     python benchmarks/bench_gpu.py [--out DIR] [--only PART...] [--device cuda:0] [--seconds 470]
 
 Each part is a process with a limit.  A row is in ``DIR/rows.jsonl`` the moment it exists, so a run that is cut keeps
-its rows, and a later run with ``--only`` adds to them.  The exit code is 1 if a part failed or had no time left.
+its rows, and a later run with ``--only`` adds to them.  ``cellseg-batch doctor`` shows how each part ended.  The exit
+code is 1 if a part failed or had no time left.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from cellseg_batch.engine.machine import cores, gpus
 from cellseg_batch.engine.models import build_torch_network, load_model
 from cellseg_batch.engine.profiling.bench_conditions import conditions
 from cellseg_batch.engine.profiling.bench_slides import PATTERN, shipped_pieces, write_plate
+from cellseg_batch.engine.reports.gpu_proof import ProvenPart, keep_proof, today
 from cellseg_batch.engine.run.campaign import run
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.storage.cache import Artefacts
@@ -288,10 +290,14 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     rows.add(conditions={"gpu": gpus(), "cuda": torch.version.cuda, **conditions()})
+    failed = False
     with tempfile.TemporaryDirectory() as cache:
-        outcomes = run_parts(parts, rows, chosen.seconds, CELLSEG_CACHE_DIR=cache)
+        for outcome in run_parts(parts, rows, chosen.seconds, CELLSEG_CACHE_DIR=cache):
+            failed |= outcome.status == FAILED
+            if gpus():
+                keep_proof(ProvenPart(outcome.part, outcome.status, today(), outcome.reason))
     print(rows.folder)
-    sys.exit(any(outcome.status == FAILED for outcome in outcomes))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from gpu_bench import Bench, Row
 
-from cellseg_batch.kernels import blend_triton, gather_triton, stitch_triton
+from cellseg_batch.kernels import blend_triton, gather_triton, instances_triton, stitch_triton
 from cellseg_batch.kernels.tiling import TileGrid
 
 Call = Callable[[int], object]
@@ -43,7 +43,7 @@ def check_kernels(bench: Bench) -> Iterator[Row]:
         AssertionError: a kernel differs; the others are compared all the same.
     """
     differ = []
-    for module in (gather_triton, stitch_triton, blend_triton):
+    for module in (gather_triton, stitch_triton, blend_triton, instances_triton):
         kernel, reason = module.__name__.rpartition(".")[2], ""
         try:
             module.check(str(bench.device.torch_device))

@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,19 +89,22 @@ def choose(parts: Sequence[Part], names: Sequence[str]) -> list[Part]:
     return [part for part in parts if not names or part.name in names]
 
 
-def run_parts(parts: Iterable[Part], rows: Rows, seconds: float, **environment: str) -> list[Outcome]:
-    """Run parts within ``seconds``, with ``environment`` added to ours; what they print goes to the folder's log."""
-    deadline, outcomes = time.monotonic() + seconds, []
+def run_parts(parts: Iterable[Part], rows: Rows, seconds: float, **environment: str) -> Iterator[Outcome]:
+    """Run parts within ``seconds``, with ``environment`` added to ours; what they print goes to the folder's log.
+
+    Yields:
+        How each part ended, before the next one begins.
+    """
+    deadline = time.monotonic() + seconds
     for part in parts:
         print(f"== {part.name}", flush=True)
         start = time.monotonic()
         limit = min(part.seconds, deadline - start)
         status, reason = _run(part, limit, rows.folder / f"{part.name}.log", environment)
         outcome = Outcome(part.name, status, time.monotonic() - start, reason)
-        outcomes.append(outcome)
         rows.add(part=part.name, status=status, seconds=outcome.seconds, reason=reason)
         print(f"   {status} after {outcome.seconds:.0f} s {reason}", flush=True)
-    return outcomes
+        yield outcome
 
 
 def _run(part: Part, limit: float, log: Path, environment: Mapping[str, str]) -> tuple[str, str]:

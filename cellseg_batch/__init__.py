@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pkgutil import extend_path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import pyarrow
@@ -138,10 +138,13 @@ def segment(
     from cellseg_batch.engine.storage.paths import locate
 
     chosen = _settings(settings, [field.name for field in fields(Settings)])
-    paths = [slides] if isinstance(slides, (str, PathLike)) else list(slides)
+    several = isinstance(slides, Iterable) and not isinstance(slides, (str, bytes, PathLike))
+    paths = [_text_of(path, "slides", "paths or URLs") for path in (slides if several else [slides])]
     if not paths:
         raise UsageError("slides", expected="at least one path or URL", found="none", remedy="name what to segment")
-    report = run([locate(str(path)) for path in paths], chosen, _Observer(progress))
+    if not (progress is None or callable(progress)):
+        raise UsageError("progress", expected="a function", found=repr(progress), remedy="leave it out, or name one")
+    report = run([locate(path) for path in paths], chosen, _Observer(progress))
     if not chosen.objects:
         return report
     from cellseg_batch.engine.reports.plates import summarise_plates
@@ -163,7 +166,7 @@ def load_model(model: str | PathLike[str] = "nuclei", **settings: Any) -> Model:
     from cellseg_batch.engine.inference.model_pool import ModelPool
     from cellseg_batch.engine.models import load_model as load_bundle
 
-    chosen = replace(_settings(settings, _ARRAY_SETTINGS), model=str(model), instances=True)
+    chosen = replace(_settings({"model": model, **settings}, ("model", *_ARRAY_SETTINGS)), instances=True)
     return Model(chosen, ModelPool(load_bundle(chosen.model), chosen))
 
 
@@ -172,7 +175,8 @@ class Model:
 
     Arrays have axes (Y, X) or (Y, X, C) and any integer or floating type.  Three or four channels of uint8 are red,
     green and blue (and alpha); among other channels, ``channel`` is the index of the one with the nuclei.  An array is
-    cut into the same tiles as an image of its size in a run, and normalised as a whole.
+    cut into the same tiles as an image of its size in a run, and normalised as a whole.  An array of more channels than
+    rows or columns is refused: its axes are likely (C, Y, X).
 
     Args:
         settings: settings of every call; a call's own pixel size and channel come first.
@@ -281,7 +285,7 @@ def open_labels(slide: SlideReport | str | PathLike[str], level: int = 0) -> zar
     from cellseg_batch.engine.slides.ome_zarr import open_written
     from cellseg_batch.engine.storage.paths import locate, zarr_store
 
-    path = locate(str(slide) if isinstance(slide, (str, PathLike)) else _output_of(slide, slide.labels, "labels"))
+    path = locate(_output_of(slide, "labels"))
     levels = [written.path for written in open_written(path, "").levels]
     if str(level) not in levels:
         raise ReadError(
@@ -310,28 +314,50 @@ def read_objects(slide: SlideReport | str | PathLike[str]) -> pyarrow.Table:
     from cellseg_batch.engine.objects.table import read_batches, read_provenance
     from cellseg_batch.engine.storage.paths import locate
 
-    table = str(slide) if isinstance(slide, (str, PathLike)) else _output_of(slide, slide.table, "table of objects")
-    path = locate(table)
+    path = locate(_output_of(slide, "table"))
     read_provenance(path)  # raises what is no table of objects
     return pyarrow.Table.from_batches(list(read_batches(path)))
 
 
-def _output_of(slide: SlideReport, path: str | None, what: str) -> str:
-    """The path of a slide's output, unless the slide has no such output.
+def _output_of(slide: SlideReport | str | PathLike[str], output: Literal["labels", "table"]) -> str:
+    """The path of an output, given by a slide of a report or by itself.
 
     Raises:
-        SlideError: ``path`` is None; ``what`` names the output.
+        UsageError: ``slide`` is neither.
+        SlideError: the slide has no such output.
     """
     from cellseg_batch.engine.errors import SlideError
+    from cellseg_batch.engine.run.results import SlideReport
 
+    if not isinstance(slide, SlideReport):
+        return _text_of(slide, "slide", "a slide of a report, or a path")
+    path = slide.labels if output == "labels" else slide.table
     if path is None:
         raise SlideError(
             slide.path,
-            expected=f"a slide with a {what}",
+            expected=f"a slide with {'labels' if output == 'labels' else 'a table of objects'}",
             found=slide.reason or f"none ({slide.status})",
             remedy="segment it, with objects=True for a table",
         )
     return path
+
+
+def _text_of(path: object, name: str, expected: str) -> str:
+    """A path as text.
+
+    Args:
+        path: the path.
+        name: name of the argument.
+        expected: what the argument may be.
+
+    Raises:
+        UsageError: ``path`` is none.
+    """
+    from cellseg_batch.engine.errors import UsageError
+
+    if not isinstance(path, (str, PathLike)):
+        raise UsageError(name, expected=expected, found=repr(path), remedy="give it as text or as a pathlib.Path")
+    return str(path)
 
 
 def _settings(values: dict[str, Any], allowed: Sequence[str]) -> Settings:
@@ -367,8 +393,9 @@ def _settings(values: dict[str, Any], allowed: Sequence[str]) -> Settings:
     for name in ("wells", "fields"):
         chosen = values.get(name)
         if chosen is not None:
-            several = isinstance(chosen, Iterable) and not isinstance(chosen, str)
-            values[name] = tuple(str(item) for item in (chosen if several else [chosen]))
+            several = isinstance(chosen, Iterable) and not isinstance(chosen, (str, bytes))
+            items = [_plain(item) for item in (chosen if several else [chosen])]
+            values[name] = tuple(str(item) if type(item) is int else item for item in items)
     return Settings(**values)
 
 

@@ -7,7 +7,7 @@ may know the backend's name; `cellseg_batch.engine.inference.backends.registry` 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class BackendEntry:
         decisive: names of other packages that may affect its speed or its results.
         preload: whether worker processes may share its module, loaded before they fork.
         proof: the command that tests it, for a backend that has not run on hardware yet; "" for the others.
+        proof_part: part of ``benchmarks/gpu.sh`` that proves it; "" for backends that are proven.
+        eager: name of a backend of the same precisions that compiles at once, if this one compiles for tens of seconds;
+            "" for the others.
     """
 
     package: Package
@@ -41,6 +44,8 @@ class BackendEntry:
     decisive: tuple[str, ...] = ()
     preload: bool = False
     proof: str = ""
+    proof_part: str = ""
+    eager: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ _TORCH_ON_GPU = BackendEntry(
     decisive=("triton",),
     preload=True,
     proof="bash benchmarks/gpu.sh",
+    proof_part="tests",
 )
 
 KNOWN_BACKENDS: Mapping[str, BackendEntry] = {
@@ -88,7 +94,7 @@ KNOWN_BACKENDS: Mapping[str, BackendEntry] = {
         extras={"int8": Package("nncf", "pip install 'cellseg-batch[int8]'")},
     ),
     "torch-cuda": _TORCH_ON_GPU,
-    "torch-compile": _TORCH_ON_GPU,
+    "torch-compile": replace(_TORCH_ON_GPU, proof_part="compile-tests", eager="torch-cuda"),
     "tensorrt": BackendEntry(
         Package("tensorrt", "pip install 'cellseg-batch[tensorrt]'"),
         "tensorrt_gpu",
@@ -96,6 +102,8 @@ KNOWN_BACKENDS: Mapping[str, BackendEntry] = {
         on_gpu=True,
         decisive=("torch-tensorrt", "triton"),
         proof="pytest -m tensorrt",
+        proof_part="tensorrt-tests",
+        eager="torch-cuda",
     ),
 }
 

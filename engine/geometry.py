@@ -9,8 +9,9 @@ Coordinates are (y, x) in px of the processed level, half-open.  Along one axis 
     read box |..|-------------------|..|                        what the task reads, clipped to the slide
 
 Pixels outside the slide are its own pixels, mirrored at its edges as often as needed (numpy's ``reflect``).  The
-lattice depends on the slide's shape, the tile target, the margin and the network's stride, never on blocks, batches or
-workers; so results do not depend on these either.  This module must not know files or models.
+lattice depends on the slide's shape, the tile target, the margin, the network's stride and whether tiles are squares,
+never on blocks, batches or workers; so results do not depend on these either.  This module must not know files or
+models.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import UsageError
 
-# A lattice may compute this many times the least number of pixels, for squarer tiles.
+# A lattice may compute this many times the least number of pixels, for squarer tiles or for larger ones.
 _SLACK = 1.025
 # Target side of an output's chunks in px.
 _CHUNK = 512
@@ -166,21 +167,7 @@ def fit_lattice(shape: tuple[int, int], tile: int, margin: int, total_stride: in
     Raises:
         UsageError: margin is no multiple of the stride, or leaves no core in the tile.
     """
-    if margin % total_stride:
-        nearest = -(-margin // total_stride) * total_stride
-        raise UsageError(
-            "`margin`",
-            expected=f"a multiple of the network's total stride, {total_stride} px",
-            found=f"{margin}",
-            remedy=f"use `margin={nearest}`",
-        )
-    if tile < 2 * margin + total_stride:
-        raise UsageError(
-            "`tile`",
-            expected=f"at least {2 * margin + total_stride} px for margins of {margin} px",
-            found=f"{tile}",
-            remedy="use a larger tile or a smaller margin",
-        )
+    _check_margin(tile, margin, total_stride)
 
     def fit(length: int, count: int) -> int:
         """Side in px of the smallest core of which ``count`` cover ``length`` px."""
@@ -197,10 +184,46 @@ def fit_lattice(shape: tuple[int, int], tile: int, margin: int, total_stride: in
         if widest > 0:
             fewest = -(-width // widest)
             fitted += [Lattice(shape, (core, fit(width, columns)), margin) for columns in (fewest, fewest + 1)]
-    enough = _SLACK * min(lattice.cost for lattice in fitted)
-    good = [lattice for lattice in fitted if lattice.cost <= enough]
+    good = _nearly_cheapest(fitted)
     # Of two equally good lattices take the one with wider cores: their rows are longer runs of memory.
     return min(good, key=lambda lattice: (max(lattice.tile), lattice.cost, lattice.core[0]))
+
+
+def fit_squares(shape: tuple[int, int], tile: int, margin: int, total_stride: int) -> Lattice:
+    """Choose a lattice of square tiles whose side is a quarter, two, three or four quarters of ``tile`` px.
+
+    So slides of any shapes need four networks at most.  Cores may stick out of the slide, which is mirrored there.  Of
+    all lattices with nearly the least cost, the one of the largest tiles is chosen.
+
+    Arguments and errors as `fit_lattice`.
+    """
+    _check_margin(tile, margin, total_stride)
+    cores = (tile * quarters // 4 // total_stride * total_stride - 2 * margin for quarters in (4, 3, 2, 1))
+    return _nearly_cheapest([Lattice(shape, (core, core), margin) for core in cores if core > 0])[0]
+
+
+def _check_margin(tile: int, margin: int, total_stride: int) -> None:
+    """Check that a tile has a core within margins of whole strides; raises UsageError."""
+    if margin % total_stride:
+        nearest = -(-margin // total_stride) * total_stride
+        raise UsageError(
+            "`margin`",
+            expected=f"a multiple of the network's total stride, {total_stride} px",
+            found=f"{margin}",
+            remedy=f"use `margin={nearest}`",
+        )
+    if tile < 2 * margin + total_stride:
+        raise UsageError(
+            "`tile`",
+            expected=f"at least {2 * margin + total_stride} px for margins of {margin} px",
+            found=f"{tile}",
+            remedy="use a larger tile or a smaller margin",
+        )
+
+
+def _nearly_cheapest(lattices: list[Lattice]) -> list[Lattice]:
+    enough = _SLACK * min(lattice.cost for lattice in lattices)
+    return [lattice for lattice in lattices if lattice.cost <= enough]
 
 
 @dataclass(frozen=True)

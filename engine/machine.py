@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ import psutil
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # Environment variable with the share of the visible GPU's memory that this process may use.
 GPU_SHARE = "CELLSEG_GPU_SHARE"
+# Of file systems on Linux, macOS and Windows.
+_MOST_NAME_BYTES = 255
 # nvidia-smi takes seconds where the driver has to be loaded first.
 _TOOL_SECONDS = 20
 
@@ -74,12 +77,36 @@ def _driver_gpus() -> tuple[str, ...]:
     files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     if files:
         return tuple(line.partition(":")[2].strip() for file in files for line in file.read_text().splitlines()[:1])
+    if (names := _ask_tool("name")) is not None:
+        return names
+    return tuple("NVIDIA GPU" for _ in Path("/dev").glob("nvidia[0-9]*"))
+
+
+@cache
+def gpu_driver() -> str:
+    """Version of the NVIDIA driver; "" if it is not known."""
+    file = Path("/proc/driver/nvidia/version")
+    words = file.read_text().splitlines()[0].split() if file.exists() else _ask_tool("driver_version") or ()
+    return next((word for word in words if re.fullmatch(r"\d+(\.\d+)+", word)), "")
+
+
+def _ask_tool(what: str) -> tuple[str, ...] | None:
+    """What the driver's tool says of each GPU; None if it says nothing."""
     if shutil.which("nvidia-smi") is not None:
-        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
         with suppress(OSError, subprocess.SubprocessError):
             answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TOOL_SECONDS)
             return tuple(filter(None, map(str.strip, answer.stdout.splitlines())))
-    return tuple("NVIDIA GPU" for _ in Path("/dev").glob("nvidia[0-9]*"))
+    return None
+
+
+def is_path(text: str) -> bool:
+    """Whether a text can be a path on this machine: it has no NUL, no name of over 255 bytes, and can be encoded."""
+    try:
+        names = os.fsencode(text).split(os.fsencode(os.sep))
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text and max(map(len, names)) <= _MOST_NAME_BYTES
 
 
 def package_version(package: str) -> str | None:

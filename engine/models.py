@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellseg_batch.engine.errors import ModelError
+from cellseg_batch.engine.machine import is_path
 from cellseg_batch.trainer.bundle import CARD_FILE, Bundle, load_bundle
 
 if TYPE_CHECKING:
@@ -28,17 +29,14 @@ def load_model(model: str) -> Bundle:
     Raises:
         ModelError: there is no such model, or its files are damaged.
     """
-    shipped = shipped_models()
-    folder = shipped.get(model, Path(model))
+    if not is_path(model):
+        raise _missing(ascii(model), "a text that can be neither")
+    folder = shipped_models().get(model, Path(model))
     try:
         return load_bundle(folder)
     except FileNotFoundError as error:
-        raise ModelError(
-            f"`model={model}`",
-            expected=f"a shipped model ({', '.join(shipped)}) or a folder with card.json and weights.safetensors",
-            found=f"no {Path(error.filename or folder).name}" if folder.exists() else "neither",
-            remedy="check the name or the path",
-        ) from error
+        found = f"no {Path(error.filename or folder).name}" if folder.exists() else "neither"
+        raise _missing(model, found) from error
     except (OSError, ValueError) as error:
         raise ModelError(
             f"`model={model}`",
@@ -47,6 +45,15 @@ def load_model(model: str) -> Bundle:
             cause="an incomplete copy, a card written by hand, or a bundle of another version",
             remedy="copy the bundle again, or write it with this version",
         ) from error
+
+
+def _missing(model: str, found: str) -> ModelError:
+    return ModelError(
+        f"`model={model}`",
+        expected=f"a shipped model ({', '.join(shipped_models())}) or a folder with card.json and weights.safetensors",
+        found=found,
+        remedy="check the name or the path",
+    )
 
 
 def build_torch_network(bundle: Bundle) -> nn.Module:

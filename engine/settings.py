@@ -23,6 +23,10 @@ SKIPS = ("auto", "off")
 STITCHES = ("crop", "blend")
 
 _BLOCK, _BLOCK_ON_GPU = 2048, 4096
+# No machine has use for more, and where there is no room for so many the system ends the process without a reason.
+_MOST = {"batch": 1024, "workers": 4096, "threads": 1024}
+# Files beside the label group have its name with an ending.
+_MOST_NAME_BYTES = 128
 
 
 def _check_types(settings: ClusterSettings | Settings) -> None:
@@ -113,7 +117,7 @@ class Settings:
         pixel_size: µm per px of level 0, in place of the metadata's.
         skip_background: one of `SKIPS`; auto skips tiles without contrast.
         downscale: factor by which images are downscaled for the model; None lets the model's card and the slide decide.
-        channel: index or name of the channel with the nuclei; None picks by rule.
+        channel: name or index of the channel with the nuclei; None picks by rule.
         axes: axes of the images, such as "cyx"; those that name others themselves are refused, but for TIFFs.
         wells: names or patterns of the wells of plates to process, such as A01 and B*; () takes all.
         fields: names of the fields of each well to process; () takes all.
@@ -189,14 +193,14 @@ class Settings:
             _refuse("margin", "0 px or more", self.margin, "leave it out for the model's own, or `margin=exact`")
         for name in ("tile", "batch", "block", "workers", "threads", "max_memory", "downscale"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                _refuse(name, "1 or more", value, "leave it out for the default")
+            if value is not None and not 1 <= value <= _MOST.get(name, math.inf):
+                most = f", and at most {_MOST[name]}" if name in _MOST else ""
+                _refuse(name, f"1 or more{most}", value, "leave it out for the default")
         if self.level is not None and self.level < 0:
             _refuse("level", "0 (full resolution) or more", self.level, "see cellseg-batch info for the levels")
         if self.pixel_size is not None and not 0 < self.pixel_size < math.inf:
             _refuse("pixel_size", "a finite number of µm per px above 0", self.pixel_size, "try 0.5")
-        if not self.name or set(self.name) & set("/\\") or self.name.startswith("."):
-            _refuse("name", "a plain name for the label group", repr(self.name), "try `name=nuclei`")
+        check_name(self.name)
 
     def block_side(self, backend: str | None = None) -> int:
         """Target side of a block in px: larger for a GPU, for which reading margins and chunks twice takes too long.
@@ -214,6 +218,19 @@ class Settings:
         else:
             on_gpu = self.device != "cpu" and bool(gpus() and visible_gpus())
         return _BLOCK_ON_GPU if on_gpu else _BLOCK
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that a label group and the files beside it cannot have.
+
+    Raises:
+        UsageError: it is empty, too long, no plain text, a path or hidden, or that of a zarr group's own file.
+    """
+    is_text = name.isprintable() and name == name.strip()
+    is_free = not set(name) & set("/\\") and name[:1] not in ("", ".") and name != "zarr.json"
+    if not (is_text and is_free and len(name.encode()) <= _MOST_NAME_BYTES):
+        expected = f"a plain name of at most {_MOST_NAME_BYTES} bytes for the label group"
+        _refuse("name", expected, ascii(name), "try `name=nuclei`")
 
 
 def gpus_of(device: str) -> tuple[str, ...]:

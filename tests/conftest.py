@@ -18,6 +18,7 @@ import torch
 from hypothesis import settings
 from typer.testing import CliRunner
 
+from cellseg_batch.engine import machine
 from cellseg_batch.engine.cli.main import app
 from cellseg_batch.engine.reports.plates import summarise_plates
 from cellseg_batch.engine.run.campaign import run as run_campaign
@@ -102,6 +103,30 @@ def segment(tiny_model, watcher):
         return summarise_plates(report, settings) if settings.objects else report
 
     return call
+
+
+@pytest.fixture
+def nvidia_driver(monkeypatch, tmp_path):
+    """Put a driver of GPUs there, as its tool describes it; without one on this machine."""
+    if machine.gpus():
+        pytest.skip("this machine has a GPU")
+    functions = (machine._driver_gpus, machine.gpu_driver)
+    folder = tmp_path / "nvidia"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def call(names, version):
+        answers = {"name": names, "driver_version": version}
+        cases = "".join(f"--query-gpu={what}) echo '{answer}';;\n" for what, answer in answers.items())
+        (folder / "nvidia-smi").write_text(f"#!/bin/sh\ncase $1 in\n{cases}esac\n")
+        (folder / "nvidia-smi").chmod(0o755)
+        for function in functions:
+            function.cache_clear()
+
+    yield call
+    for function in functions:
+        function.cache_clear()
 
 
 @pytest.fixture

@@ -155,15 +155,107 @@ def test_nothing_is_printed_and_the_process_stays_as_it_was(tmp_path, tiny_model
         (lambda: segment(""), "expected a path or a URL, found an empty text"),
         (lambda: segment([]), "expected at least one path"),
         (lambda: segment("nowhere.zarr"), "nowhere.zarr"),
+        (lambda: segment(None), "slides: expected paths or URLs, found None"),
+        (lambda: segment(["a.zarr", 3]), "slides: expected paths or URLs, found 3"),
+        (lambda: segment(b"a.zarr"), "slides: expected paths or URLs, found b'a.zarr'"),
+        (lambda: segment("a.zarr", progress=3), "progress: expected a function, found 3"),
+        (lambda: segment("a.zarr", fields=[b"0"]), "`fields`: expected tuple of str"),
+        (lambda: segment("a.zarr", batch=10**20), "`batch`: expected 1 or more, and at most"),
+        (lambda: segment("a.zarr", threads=10**20), "`threads`: expected 1 or more, and at most"),
+        (lambda: segment("a.zarr", workers=10**20), "`workers`: expected 1 or more, and at most"),
         (lambda: load_model("no-such-model"), "no-such-model"),
-        (lambda: load_model(**TINY).segment(np.zeros(3)), r"\(Y, X\)"),
-        (lambda: load_model(**TINY).segment(np.array([["a"]])), r"\(Y, X\)"),
+        (lambda: load_model(3), "`model`: expected str, found 3"),
     ],
 )
 def test_errors_speak_of_arguments(call, said):
     with pytest.raises(CellsegError, match=said) as raised:
         call()
     assert "--" not in str(raised.value)
+
+
+NO_NAMES = ["x" * 300, "a\0b", "\ud800"]
+
+
+@pytest.mark.parametrize("name", NO_NAMES, ids=ascii)
+def test_texts_that_no_file_can_be_named_by_are_refused(name):
+    for call in (
+        lambda: segment(name),
+        lambda: segment("a.zarr", output=f"folder/{name}"),
+        lambda: segment("a.zarr", name=name),
+        lambda: load_model(name),
+        lambda: open_labels(name),
+        lambda: read_objects(Path(name)),
+    ):
+        with pytest.raises(CellsegError, match=r"expected .*, found .*; "):
+            call()
+
+
+@pytest.mark.parametrize("name", ["", " ", "a ", ".a", "a/b", "a\nb", "zarr.json", "é" * 65])
+def test_names_that_no_label_group_can_have_are_refused(name):
+    with pytest.raises(CellsegError, match="`name`: expected a plain name"):
+        segment("a.zarr", name=name)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model):
+    return load_model(tiny_model, **TINY)
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (None, "found NoneType"),
+        ("a.png", "found str"),
+        (np.array([["a"]]), "found str32 of shape"),
+        (np.zeros((9, 9), object), "found object of shape"),
+        (np.zeros((9, 9), complex), "found complex128 of shape"),
+        ([[1, 2], [3]], "found ValueError: .*; convert it"),
+        (np.zeros(3), r"axes \(Y, X\) or \(Y, X, C\), found shape \(3,\)"),
+        (np.zeros((0, 9)), r"found shape \(0, 9\)"),
+        (np.zeros((9, 9, 0)), r"found shape \(9, 9, 0\)"),
+        (np.zeros((2, 64, 64)), "64 channels; move the channels last"),
+        (np.zeros((300, 500, 200)), "200 channels; move the channels last"),
+        (np.ma.masked_less(np.ones((9, 9)), 2), "a masked array"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_no_image_is_refused(tiny, array, said):
+    for call in (tiny.segment, tiny.probability):
+        with pytest.raises(CellsegError, match=f"^array: expected .*{said}"):
+            call(array)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        np.asfortranarray,
+        lambda pixels: np.repeat(pixels, 2, axis=1)[:, ::2],
+        lambda pixels: pixels[::-1].copy()[::-1],
+        lambda pixels: np.frombuffer(pixels.tobytes(), pixels.dtype).reshape(pixels.shape),
+        lambda pixels: pixels.astype(">u2"),
+        lambda pixels: pixels.astype(">f8"),
+        lambda pixels: pixels.tolist(),
+        np.ma.masked_array,
+    ],
+    ids=["columns first", "with gaps", "backwards", "read-only", ">u2", ">f8", "list", "nothing masked"],
+)
+def test_the_same_pixels_have_the_same_objects_however_they_are_stored(tiny, stored):
+    pixels = blobs(96, 96, 1)[0]
+    ids = tiny.segment(pixels)
+    assert ids.max() > 1
+    np.testing.assert_array_equal(tiny.segment(stored(pixels)), ids)
+
+
+def test_booleans_are_an_image(tiny):
+    mask = blobs(96, 96, 1)[0] > 128
+    np.testing.assert_array_equal(tiny.segment(mask), tiny.segment(mask.astype("uint8")))
+
+
+def test_numbers_of_numpy_are_settings(tiny_model):
+    model = load_model(tiny_model, **{**TINY, "batch": np.int64(2), "tile": np.uint16(96), "gate": np.bool_(True)})
+    same = load_model(tiny_model, **{**TINY, "batch": 2, "threshold": np.float32(0.5)})
+    pixels = blobs(96, 96, 1)[0]
+    np.testing.assert_array_equal(model.segment(pixels, np.float16(0.5)), same.segment(pixels, 0.5))
 
 
 def test_a_model_takes_the_settings_that_matter_to_arrays_and_refuses_the_others(tiny_model):
@@ -187,6 +279,9 @@ def test_labels_and_tables_that_cannot_be_opened_are_named(tmp_path, tiny_model)
         (open_labels, slide, 7),
         (open_labels, slide, -1),
         (open_labels, path / "0"),
+        (open_labels, path),
+        (open_labels, None),
+        (read_objects, 3),
         (open_labels, tmp_path / "text"),
         (open_labels, tmp_path / "nowhere"),
         (read_objects, slide),

@@ -102,3 +102,17 @@ def roots_of(node):
 def test_what_only_some_runs_need_is_not_loaded_by_all(module, without):
     code = f"import sys, cellseg_batch.engine.{module}; print([name for name in {without} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_machines_for_gpus_need_no_libraries_of_cpus_clusters_and_rare_pictures(tmp_path):
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("openvino", "dask", "distributed", "imagecodecs")))
+import numpy, cellseg_batch
+mask = cellseg_batch.load_model("nuclei", backend="torch", precision="fp32").segment(numpy.zeros((64, 64), "uint8"))
+print(mask.shape)
+from cellseg_batch.engine.reports.doctor import diagnose
+print([library.name for library in diagnose().libraries if library.name == "imagecodecs"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["(64,", "64)", "['imagecodecs']"], done.stderr

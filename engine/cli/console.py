@@ -58,6 +58,11 @@ def _as_flag(setting: re.Match[str]) -> str:
     return flag if value in (None, "True") else f"{flag} {value}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, such as 1 image or 5,000 images."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def check_json(file: Path | None, flag: str = "--json") -> None:
     """Refuse a file that cannot be written, before the work rather than after it.
 
@@ -119,6 +124,8 @@ def plain_errors(debug: bool) -> Iterator[None]:
     if debug:
         logging.basicConfig()
         logging.getLogger("cellseg_batch").setLevel(logging.DEBUG)
+    else:  # the reasons say what it logs about damaged files
+        logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     try:
         yield
     except CellsegError as error:

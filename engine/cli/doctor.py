@@ -36,6 +36,11 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     table.add_row("processor", f"{diagnosis.processor}, {diagnosis.cores} cores to use", "")
     table.add_row("memory", f"{memory:.1f} GB, {free:.1f} GB free", "")
     table.add_row("GPUs", Text("; ".join(diagnosis.gpus) or "none of NVIDIA's that has a driver"), "")
+    if diagnosis.gpus:
+        parts = diagnosis.gpu_proof.parts if diagnosis.gpu_proof else ()
+        proven = "\n".join(part.line for part in parts) or "not proven here"
+        failed = not parts or any(part.status == "failed" for part in parts)
+        table.add_row("code for GPUs", Text(proven), "run bash benchmarks/gpu.sh in a clone" if failed else "")
     for state in diagnosis.backends:
         availability = state.reason or f"{state.version or 'missing'} on the {state.device}"
         table.add_row(f"backend {state.backend} {state.precision}", Text(availability), Text(state.remedy))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cellseg_batch.engine.cli.console import plain_errors, print_line, print_text
+from cellseg_batch.engine.cli.console import counted, plain_errors, print_line, print_text
 from cellseg_batch.engine.cli.flags import Axes, Debug, Name, Output, Slides, to_path
 from cellseg_batch.engine.settings import Settings
 
@@ -27,6 +27,6 @@ def export_objects(
 
     with plain_errors(debug):
         exported = export_objects(slides, kind, out, name, output, axes)
-        print_text(f"{out}: {exported.objects} objects of {exported.images} images")
+        print_text(f"{out}: {counted(exported.objects, 'object')} of {counted(exported.images, 'image')}")
         for path in exported.without:
             print_line(Console(stderr=True), "note", "yellow", f"{path}: no table of objects")

@@ -14,9 +14,18 @@ from typing import Annotated, Any
 
 import typer
 
-from cellseg_batch.engine.cli.console import plain_errors
+from cellseg_batch.engine.cli.console import as_flags, plain_errors
 from cellseg_batch.engine.errors import UsageError
-from cellseg_batch.engine.settings import BACKENDS, PRECISIONS, SCHEDULERS, SKIPS, STITCHES, ClusterSettings, Settings
+from cellseg_batch.engine.settings import (
+    BACKENDS,
+    PRECISIONS,
+    SCHEDULERS,
+    SKIPS,
+    STITCHES,
+    ClusterSettings,
+    Settings,
+    check_name,
+)
 from cellseg_batch.engine.storage.paths import locate
 
 _MODEL, _SHAPE, _SLIDE, _OUTPUT, _SCREEN = "Model", "Tiles and blocks", "Slide", "Output", "Screen"
@@ -54,6 +63,14 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.replace(" ", "").split(",") if name)
 
 
+def _name(text: str) -> str:
+    try:
+        check_name(text)
+    except UsageError as error:
+        raise typer.BadParameter(as_flags(error.detail)) from None
+    return text
+
+
 # Arguments and flags that commands name one by one.
 Slides = Annotated[
     list[Path],
@@ -80,7 +97,10 @@ Output = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
-Name = Annotated[str, typer.Option("--name", help="Name of the label group.", rich_help_panel=_OUTPUT)]
+Name = Annotated[
+    str,
+    typer.Option("--name", parser=_name, metavar="NAME", help="Name of the label group.", rich_help_panel=_OUTPUT),
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", help="Threads of the model; default: every core.", rich_help_panel=_MODEL)
 ]
@@ -88,7 +108,7 @@ Workers = Annotated[int, typer.Option("--workers", help="Blocks in flight, or pr
 Channel = Annotated[
     str | None,
     typer.Option(
-        "--channel", help="Index or name; default: RGB, else DAPI/Hoechst/DNA, else 0.", rich_help_panel=_SLIDE
+        "--channel", help="Name or index; default: RGB, else DAPI/Hoechst/DNA, else 0.", rich_help_panel=_SLIDE
     ),
 ]
 Axes = Annotated[

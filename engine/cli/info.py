@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from cellseg_batch.engine.cli.console import as_flags, check_json, print_line, write_json
+from cellseg_batch.engine.cli.console import as_flags, check_json, counted, print_line, write_json
 from cellseg_batch.engine.cli.flags import Json, Slides, takes_settings
 from cellseg_batch.engine.settings import Settings
 
@@ -58,12 +58,8 @@ def _rows(cut: Cut) -> Iterator[tuple[str, str]]:
     yield "pixel size", f"{size:.3g} µm/px" if size else "unknown"
     yield "channels", ", ".join(slide.channels) or f"{slide.extent('c', 0)} without names"
     yield "would run", f"level {level.level} ({level.reason}), channel {_numbers(channels.indices)} ({channels.reason})"
-    yield "", f"{_count(cut.blocks, 'block')}, {_count(cut.tiles, 'tile')} of {cut.tile[0]} x {cut.tile[1]}"
+    yield "", f"{counted(cut.blocks, 'block')}, {counted(cut.tiles, 'tile')} of {cut.tile[0]} x {cut.tile[1]}"
     yield from (("note", as_flags(note)) for note in slide.notes)
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def _numbers(indices: tuple[int, ...]) -> str:

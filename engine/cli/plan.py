@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cellseg_batch.engine.cli.console import check_json, print_line, write_json
+from cellseg_batch.engine.cli.console import check_json, counted, print_line, write_json
 from cellseg_batch.engine.cli.flags import ENGINE, SLIDE, TILES, Json, Slides, takes_settings
 from cellseg_batch.engine.machine import bound_heaps
 from cellseg_batch.engine.settings import Settings
@@ -54,7 +54,7 @@ def print_estimate(estimate: Estimate, console: Console) -> None:
         table.add_row(Text(slide.path), *_figures([getattr(slide, name) for name in _COUNTS], slide.seconds))
     table.add_section()
     totals = [estimate.total(name) for name in _COUNTS]
-    table.add_row(f"{len(shown)} images", *_figures(totals, estimate.seconds))
+    table.add_row(counted(len(shown), "image"), *_figures(totals, estimate.seconds))
     console.print(table)
     for slide in estimate.refused:
         print_line(console, "refused", "red", f"{slide.path}: {slide.reason}")
@@ -69,7 +69,7 @@ def print_estimate(estimate: Estimate, console: Console) -> None:
         )
     if estimate.unseen:
         console.print(
-            f"{estimate.unseen} images were not looked at: memory is for the downscale that needs most",
+            f"{counted(estimate.unseen, 'image')} not looked at: memory is for the downscale that needs most",
             highlight=False,
             soft_wrap=True,
         )

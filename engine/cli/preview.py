@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cellseg_batch.engine.cli.console import plain_errors, print_text
+from cellseg_batch.engine.cli.console import check_json, plain_errors, print_text
 from cellseg_batch.engine.cli.flags import Axes, Channel, Debug, Name, Output, Slide
 from cellseg_batch.engine.settings import Settings
 
@@ -32,9 +32,10 @@ def preview(
     from cellseg_batch.engine.reports.preview import write_preview
 
     with plain_errors(debug):
+        check_json(out, "--out")
         picture = write_preview(slide, out, _sides(box), name, output, channel, axes)
         height, width = picture.overview.shape[:2]
-        print_text(f"{out}: {width} x {height} px, {picture.zoom:.3g} px for each px of the labels")
+        print_text(f"{out}: {picture.path}, {width} x {height} px, {picture.zoom:.3g} px for each px of the labels")
         if picture.detail_box is not None:
             part = picture.detail_box
             box_text = f"{part.y0},{part.x0},{part.y1},{part.x1}"

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from cellseg_batch.engine.cli.console import as_flags
+from cellseg_batch.engine.cli.console import as_flags, counted
 from cellseg_batch.engine.cli.progress_bar import ProgressBar
 from cellseg_batch.engine.run.results import SlideReport
 from cellseg_batch.engine.run.slide_plan import SlidePlan
@@ -90,6 +90,7 @@ def describe(plan: SlidePlan, peak_bytes: int) -> str:
     return (
         f"{plan.slide.name}: {planes}{lattice.shape[0]} x {lattice.shape[1]} px, level {level.level} "
         f"({size}{level.reason}), channel {plan.channels.reason}, values {plan.bounds.low:g}-{plan.bounds.high:g}, "
-        f"{downscaled}{plan.tiles} tiles of {lattice.tile[0]} x {lattice.tile[1]} in {len(plan.grid)} blocks, "
+        f"{downscaled}{counted(plan.tiles, 'tile')} of {lattice.tile[0]} x {lattice.tile[1]} in "
+        f"{counted(len(plan.grid), 'block')}, "
         f"{lattice.cost:.2f} px computed per px, peak memory at most {peak_bytes / 1e6:.0f} MB"
     )

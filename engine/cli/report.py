@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cellseg_batch.engine.cli.console import plain_errors, print_text
+from cellseg_batch.engine.cli.console import as_flags, check_json, counted, plain_errors, print_text
 from cellseg_batch.engine.cli.flags import Debug, Name, Output, RunInputs
 from cellseg_batch.engine.settings import Settings
 
@@ -23,5 +23,6 @@ def report(
     from cellseg_batch.engine.reports.report import write_page
 
     with plain_errors(debug):
-        status = write_page(slides, out, name, output)
-        print_text(f"{out}: {len(status.slides)} images")
+        check_json(out, "--out")
+        status = write_page(slides, out, name, output, as_flags)
+        print_text(f"{out}: {counted(len(status.slides), 'image')}")

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cellseg_batch.engine import IMPORTED_AT
-from cellseg_batch.engine.cli.console import as_flags, check_json, print_line, write_json
+from cellseg_batch.engine.cli.console import as_flags, check_json, counted, print_line, write_json
 from cellseg_batch.engine.cli.flags import EVERY, Json, Quiet, Slides, Verbose, takes_settings
 from cellseg_batch.engine.machine import bound_heaps
 from cellseg_batch.engine.settings import Settings
@@ -143,5 +143,5 @@ def _labels(slides: list[SlideReport]) -> str:
 
 
 def _plate(plate: PlateReport) -> str:
-    counts = f"{plate.wells} wells, {plate.fields} fields, {plate.failed} of them failed"
+    counts = f"{counted(plate.wells, 'well')}, {counted(plate.fields, 'field')}, {plate.failed} of them failed"
     return f"{plate.folder}: {counts}" if plate.folder else f"{plate.plate}: {counts}; no summary: {plate.reason}"

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cellseg_batch.engine.cli.console import check_json, plain_errors, print_line, write_json
+from cellseg_batch.engine.cli.console import check_json, counted, plain_errors, print_line, write_json
 from cellseg_batch.engine.cli.flags import Debug, Json, Name, Output, RunInputs
 from cellseg_batch.engine.settings import Settings
 
@@ -61,4 +61,4 @@ def print_status(status: Status, console: Console) -> None:
     left = status.seconds_left
     rate = f"; {status.mpx_per_s:.2f} Mpx/s" if status.mpx_per_s else ""
     eta = f", about {timedelta(seconds=math.ceil(left))} left" if left is not None else ""
-    console.print(f"{len(status.slides)} images: {counts}{rate}{eta}", highlight=False, soft_wrap=True)
+    console.print(f"{counted(len(status.slides), 'image')}: {counts}{rate}{eta}", highlight=False, soft_wrap=True)

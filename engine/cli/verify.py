@@ -51,4 +51,6 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
         print_line(console, "changed", "red", f"{image}: {reason}")
     for journal in verdict.unfinished:
         print_line(console, "unfinished", "yellow", journal)
-    console.print(f"{verdict.checked} blocks read back, {len(verdict.damages)} damaged", highlight=False)
+    console.print(
+        f"{verdict.checked} blocks and shards of pyramids read back, {len(verdict.damages)} damaged", highlight=False
+    )

@@ -24,7 +24,7 @@ from cellseg_batch.engine.inference.prediction import (
 from cellseg_batch.engine.inference.session import Session
 from cellseg_batch.engine.inference.stitching import make_stitch
 from cellseg_batch.engine.stage_clock import StageClock
-from cellseg_batch.kernels import stitch
+from cellseg_batch.kernels import instances, stitch
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,13 @@ class CpuPredictor:
         mask = np.zeros(block.box.shape, np.uint8)
         probability = np.zeros(block.box.shape, np.uint8) if rule.probability else None
         stitching = make_stitch(
-            rule, block, mask, probability, kernels=stitch, empty=partial(np.empty, dtype=np.float32)
+            rule,
+            block,
+            mask,
+            probability,
+            kernels=stitch,
+            codes=instances,
+            empty=partial(np.empty, dtype=np.float32),
         )
         count = rule.shape[0]
         with self.session() as session:

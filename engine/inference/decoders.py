@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.objects.seeds import InstanceRule
 from cellseg_batch.engine.slides.pixel_meaning import MASK, PixelMeaning
-from cellseg_batch.kernels.instances import classify_foreground, classify_pixels, seed_rule
+from cellseg_batch.kernels.instances import seed_rule
 from cellseg_batch.kernels.stitch import logit_threshold, sigmoid
 from cellseg_batch.trainer.bundle import Bundle
 
@@ -73,12 +73,13 @@ class Decoder(ABC):
         return writer
 
     @abstractmethod
-    def code_writer(self, rule: InstanceRule, threshold: float) -> PixelWriter:
-        """Make the writer of pixel codes, from which seeds grow into instances; on the host, for `crop`.
+    def code_writer(self, rule: InstanceRule, threshold: float, kernels: Any) -> PixelWriter:
+        """Make the writer of pixel codes, from which seeds grow into instances; for `crop`.
 
         Args:
             rule: rule for the instances of the slide.
             threshold: probability above which a pixel is foreground.
+            kernels: module with the functions of `cellseg_batch.kernels.instances` for the arrays at hand.
         """
 
 
@@ -87,10 +88,10 @@ class Mask(Decoder):
 
     name: ClassVar[str] = "mask"
 
-    def code_writer(self, rule: InstanceRule, threshold: float) -> PixelWriter:
+    def code_writer(self, rule: InstanceRule, threshold: float, kernels: Any) -> PixelWriter:
         """See `Decoder.code_writer`."""
         limit = logit_threshold(threshold)
-        return lambda logits, places, out: classify_foreground(logits, places, limit, out)
+        return lambda logits, places, out: kernels.classify_foreground(logits, places, limit, out)
 
 
 class Seeds(Decoder):
@@ -98,7 +99,7 @@ class Seeds(Decoder):
 
     name: ClassVar[str] = "seeds"
 
-    def code_writer(self, rule: InstanceRule, threshold: float) -> PixelWriter:
+    def code_writer(self, rule: InstanceRule, threshold: float, kernels: Any) -> PixelWriter:
         """See `Decoder.code_writer`."""
         card = rule.card
         seeds = seed_rule(
@@ -109,7 +110,7 @@ class Seeds(Decoder):
             card.seed_level,
             card.border_level,
         )
-        return lambda logits, places, out: classify_pixels(logits, places, seeds, out)
+        return lambda logits, places, out: kernels.classify_pixels(logits, places, seeds, out)
 
 
 DECODERS: dict[str, Decoder] = {decoder.name: decoder for decoder in (Mask(), Seeds())}

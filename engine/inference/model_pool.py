@@ -79,7 +79,7 @@ class ModelPool:
         self._network = DECODERS[bundle.card.decoder].network(bundle, instances=settings.makes_ids)
         self.seconds = 0.0
         self.models_lock = threading.RLock()
-        self._run_lock = threading.RLock()
+        self._compile_lock, self._run_lock = threading.Lock(), threading.RLock()
         self._gpus = gpus_of(settings.device)
         self._admissions = {gpu: Admission() for gpu in self._gpus}
         self._artefacts = Artefacts()
@@ -120,6 +120,11 @@ class ModelPool:
         """Return the backend of the same library and precision for images downscaled by ``factor``."""
         return self.backend(backend.name, backend.precision, factor)
 
+    def prober(self, factor: int) -> Backend:
+        """Return the backend for the windows of `probes`, downscaled by ``factor``; they are worth no long compile."""
+        chosen = self.chosen
+        return self.backend(KNOWN_BACKENDS[chosen.name].eager or chosen.name, chosen.precision, factor)
+
     def race_result_of(self, backend: Backend) -> dict[str, Any] | None:
         """Return the figures of a backend's race and its conditions as plain values; None without a race."""
         if self.choice.race_result is None:
@@ -133,18 +138,32 @@ class ModelPool:
     def session(self, backend: Backend, shape: Shape, dtype: DTypeLike) -> Iterator[Session]:
         """Lend a session for batches of ``shape`` and pixels of ``dtype``; no other thread has it in the context.
 
-        Each network has two sessions; a third thread waits.
+        Each network has two sessions; a third thread waits.  The first session of a network compiles it, so that other
+        threads look up theirs meanwhile.
         """
+        with self._in_use(backend, shape, dtype) as sessions, sessions.session() as session:
+            yield session
+
+    @contextmanager
+    def in_use(self, backend: Backend, shape: Shape, dtype: DTypeLike) -> Iterator[None]:
+        """Keep the network of a session for as long as the context lasts, and lend none of its sessions."""
+        with self._in_use(backend, shape, dtype):
+            yield
+
+    @contextmanager
+    def _in_use(self, backend: Backend, shape: Shape, dtype: DTypeLike) -> Iterator[_Sessions]:
+        def compile_model() -> Network:
+            with self.counted():
+                return compile_network(backend, shape, dtype)
 
         def make() -> _Sessions:
-            with self.counted():
-                return _Sessions(compile_network(backend, shape, dtype), self._run_lock)
+            return _Sessions(compile_model, self._compile_lock, self._run_lock)
 
         with ExitStack() as lent:
             with self.models_lock:
                 key = (backend, shape, np.dtype(dtype))
                 sessions = lent.enter_context(self._sessions.lend(key, _area(shape), make))
-            yield lent.enter_context(sessions.session())
+            yield sessions
 
     def has_queue(self, backend: Backend) -> bool:
         """Whether the GPU gathers and stitches whole blocks through `queue`.
@@ -190,16 +209,34 @@ class ModelPool:
 
 
 class _Sessions:
-    """The sessions of one network, each for one thread at a time."""
+    """The sessions of one network, each for one thread at a time.
 
-    def __init__(self, network: Network, run_lock: AbstractContextManager[Any]) -> None:
+    Args:
+        compile_model: compiles the network.
+        compile_lock: lock held meanwhile, shared by all networks: compiling two at once takes the memory of both.
+        run_lock: lock held while a network runs.
+    """
+
+    def __init__(
+        self,
+        compile_model: Callable[[], Network],
+        compile_lock: AbstractContextManager[Any],
+        run_lock: AbstractContextManager[Any],
+    ) -> None:
+        self._compile, self._compile_lock, self._run_lock = compile_model, compile_lock, run_lock
+        self._compiled = False
         self._idle: SimpleQueue[Session] = SimpleQueue()
-        for _ in range(_SESSIONS):
-            self._idle.put(Session(network, run_lock))
 
     @contextmanager
     def session(self) -> Iterator[Session]:
         """Wait for a session and lend it."""
+        if not self._compiled:
+            with self._compile_lock:
+                if not self._compiled:  # another thread may have done it meanwhile
+                    network = self._compile()
+                    for _ in range(_SESSIONS):
+                        self._idle.put(Session(network, self._run_lock))
+                    self._compiled = True
         session = self._idle.get()
         try:
             yield session

@@ -36,8 +36,7 @@ def make_predictor(model_pool: ModelPool, backend: Backend, rule: PredictionRule
         rule: prediction rule of the slide.
         clock: counts the stages.
     """
-    # Instance seeds are made on the host, so a GPU computes only their logits.
-    if rule.instances is None and model_pool.has_queue(backend):
+    if model_pool.has_queue(backend):
         from cellseg_batch.engine.inference.gpu_predictor import GpuPredictor  # imports torch
 
         return GpuPredictor(partial(model_pool.queue, backend, rule.downscale, rule.shape), rule, clock)

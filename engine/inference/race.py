@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import BackendError
-from cellseg_batch.engine.geometry import fit_lattice
+from cellseg_batch.engine.geometry import fit_squares
 from cellseg_batch.engine.inference.backends.gate import TILE, Parity, limits_of, logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.inference.backends.protocol import CONVERSION_VERSION, Backend, Shape
 from cellseg_batch.engine.inference.backends.registry import REFERENCE, candidates, make_backend, packages, why_not
@@ -39,7 +39,7 @@ from cellseg_batch.trainer.bundle import Bundle, Card
 _log = logging.getLogger(__name__)
 
 _FILE = "race_result.json"
-# (height, width) in px of the slide whose tiles time a GPU: what is compiled for their shape is cached for runs.
+# (height, width) in px of the slide whose tiles time a GPU: what is compiled for long for their shape serves all runs.
 _LARGE_SLIDE = (8192, 8192)
 # Tile that times a CPU, (height, width) in px: a CPU takes as long per pixel in tiles of any size.
 _SMALL_TILE = (1024, 1024)
@@ -59,7 +59,7 @@ def request_of(settings: Settings, card: Card) -> Request:
 
 def large_tile(card: Card) -> tuple[int, int]:
     """Return (height, width) in px of a large slide's tiles, with the default settings and the card's margin."""
-    return fit_lattice(_LARGE_SLIDE, Settings.tile, card.margin, card.total_stride).tile
+    return fit_squares(_LARGE_SLIDE, Settings.tile, card.margin, card.total_stride).tile
 
 
 def load_or_race(

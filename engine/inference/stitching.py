@@ -37,6 +37,7 @@ def make_stitch(
     mask: Any,
     probability: Any,
     kernels: Any,
+    codes: Any,
     empty: Callable[[tuple[int, ...]], Any],
 ) -> Stitch:
     """Return the stitching of one block.
@@ -47,13 +48,14 @@ def make_stitch(
         mask: (h, w) uint8 of the block, overwritten with its mask or pixel codes.
         probability: (h, w) uint8 of the block, overwritten; None if it is not wanted.
         kernels: module with the functions of `cellseg_batch.kernels.stitch` for these arrays.
+        codes: module with the functions of `cellseg_batch.kernels.instances` that read logits, for these arrays.
         empty: makes an array for logits from its shape.
     """
     decoder, stitch = rule.decoder, rule.stitch
     if rule.instances is None:
         write_mask = decoder.mask_writer(stitch, rule.threshold, kernels)
     else:
-        write_mask = decoder.code_writer(rule.instances, rule.threshold)
+        write_mask = decoder.code_writer(rule.instances, rule.threshold, codes)
     out = _Output(mask, write_mask, probability, decoder.probability_writer(stitch, kernels))
     return _Crop(out, block) if stitch == "crop" else _Blend(out, block, rule, empty)
 

@@ -13,6 +13,7 @@ from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.inference.backends.registry import why_not
 from cellseg_batch.engine.machine import cores, gpus, package_version, processor
 from cellseg_batch.engine.models import shipped_models
+from cellseg_batch.engine.reports.gpu_proof import GpuProof, read_proof
 from cellseg_batch.engine.storage.cache import Artefacts
 
 _LIBRARIES = ("zarr", "numcodecs", "tifffile", "imagecodecs", "dask", "numba", "triton", "yaozarrs")
@@ -64,6 +65,7 @@ class Diagnosis:
         cores: number of cores that this process may use.
         memory_bytes, free_bytes: total and free memory of the machine.
         gpus: names of the GPUs, from the driver.
+        gpu_proof: what ``benchmarks/gpu.sh`` has proven with this GPU, driver and packages; None if nothing.
         backends: every backend at every precision.
         compiled_entries: number of compiled networks and race results in the cache.
         compiled_folder: folder of that cache.
@@ -78,6 +80,7 @@ class Diagnosis:
     memory_bytes: int
     free_bytes: int
     gpus: tuple[str, ...]
+    gpu_proof: GpuProof | None
     backends: tuple[BackendState, ...]
     compiled_entries: int
     compiled_folder: str
@@ -91,7 +94,7 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Diagnose this machine; this loads the library of every backend."""
-    memory, artefacts = psutil.virtual_memory(), Artefacts()
+    memory, artefacts, proof = psutil.virtual_memory(), Artefacts(), read_proof()
     return Diagnosis(
         version=version("cellseg-batch"),
         python=platform.python_version(),
@@ -100,8 +103,9 @@ def diagnose() -> Diagnosis:
         memory_bytes=memory.total,
         free_bytes=memory.available,
         gpus=tuple(gpus()),
+        gpu_proof=proof,
         backends=tuple(
-            _backend(name, precision) for name, entry in KNOWN_BACKENDS.items() for precision in entry.precisions
+            _backend(name, precision, proof) for name, entry in KNOWN_BACKENDS.items() for precision in entry.precisions
         ),
         compiled_entries=len(artefacts.entries()),
         compiled_folder=str(artefacts.kept),
@@ -110,14 +114,15 @@ def diagnose() -> Diagnosis:
     )
 
 
-def _backend(name: str, precision: str) -> BackendState:
+def _backend(name: str, precision: str, proof: GpuProof | None) -> BackendState:
     entry = KNOWN_BACKENDS[name]
     reason, _, remedy = why_not(name, precision).rpartition("; ")
     if not reason:  # `why_not` names no remedy, so the text is a reason alone
         reason, remedy = remedy, ""
     else:
         reason = f"missing: {reason}"
-    if entry.proof and (remedy or not reason):
+    proven = proof is not None and proof.passed(entry.proof_part)
+    if entry.proof and not proven and (remedy or not reason):
         remedy = "; ".join(filter(None, (remedy, f"not yet run on hardware: {entry.proof} in a clone proves it")))
     device = "GPU" if entry.on_gpu else "CPU"
     return BackendState(name, precision, device, package_version(entry.package.name), reason, remedy)

@@ -64,6 +64,8 @@ def export_objects(
     """
     if kind not in FORMATS:
         raise UsageError("`kind`", expected=f"one of {', '.join(FORMATS)}", found=kind, remedy="choose one of them")
+    if out.is_dir():
+        raise UsageError(f"`out={out}`", expected="a file", found="a folder", remedy="name a file in it")
     slides = [image for image in find_all_images(inputs, axes) if isinstance(image, Slide)]
     outputs = {slide.location: output_paths(slide, name, output) for slide in slides}
     measured = {location: paths for location, paths in outputs.items() if paths.table.is_file()}
@@ -71,7 +73,7 @@ def export_objects(
         raise UsageError(
             f"`name={name}`",
             expected="a table of objects",
-            found=f"none for any of {len(outputs)} images",
+            found=f"none below {', '.join(map(str, inputs))}",
             remedy="run with `objects` first, and with the same `name` and `output`",
         )
     write = {"csv": _write_csv, "anndata": _write_anndata, "geojson": _write_geojson}[kind]

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from cellseg_batch.engine.errors import SlideError
-from cellseg_batch.engine.geometry import fit_lattice, lay_blocks
+from cellseg_batch.engine.geometry import lay_blocks
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.run.slide_plan import pick_margin
+from cellseg_batch.engine.run.slide_plan import lay_lattice
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_all_images
 from cellseg_batch.engine.slides.level_and_channels import ChannelChoice, LevelChoice, choose_channels, choose_level
@@ -121,7 +121,7 @@ def _describe(image: Slide | UnreadableImage, settings: Settings, card: Card) ->
 def _cut(slide: Slide, settings: Settings, card: Card) -> Cut:
     level = choose_level(slide, settings.level, settings.pixel_size, card.pixel_size_um)
     channels = choose_channels(slide, settings.channel)
-    lattice = fit_lattice(slide.plane_shape(level.level), settings.tile, pick_margin(settings, card), card.total_stride)
+    lattice = lay_lattice(slide.plane_shape(level.level), settings, card)
     grid = lay_blocks(lattice, settings.block_side(), slide.planes(level.level))
     rows, columns = lattice.grid
     return Cut(slide, level, channels, len(grid), rows * columns * grid.planes, lattice.tile)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import psutil
@@ -34,7 +34,7 @@ from cellseg_batch.engine.run.pipeline import passes_of
 from cellseg_batch.engine.run.results import RunReport, SlideReport
 from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
 from cellseg_batch.engine.run.worker import Worker
-from cellseg_batch.engine.run.working_scale import downscale_plan, possible_downscales, settle_downscale
+from cellseg_batch.engine.run.working_scale import lay_tiles, possible_downscales, settle_downscale
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_all_images
 from cellseg_batch.engine.slides.label_layout import Layout
@@ -188,14 +188,15 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
     if not any(image.plans for image in images):
         return Estimate(processes, 0.0, 0.0, "", "", slides=[image.entry for image in images])
     worker = Worker(settings, ModelPool(bundle, settings, racing), StageClock())
-    images = _settle(worker, images)
-    largest = max(images, key=lambda image: image.entry.pixels if image.plans else -1)
-    rate, reason = _measure(worker, largest.plans[0]) if largest.plans else (_Rate(), "")
+    with _Networks(worker.model_pool, settings.workers) as networks:
+        images = _settle(worker, images, networks)
+        largest = max(images, key=lambda image: image.entry.pixels if image.plans else -1)
+        rate, reason = _measure(worker, largest.plans[0]) if largest.plans else (_Rate(), "")
+        # The measurement loads what writes the outputs, which a run holds beside its later networks.
+        held_bytes = round(_HELD * max(worker.warm_up.held_bytes, resident_bytes() + RUN_OVERHEAD_BYTES))
     if reason:
         refused = _Image(replace(largest.entry, reason=f"a sample of it could not be segmented: {reason}"))
         images = [refused if image is largest else image for image in images]
-    # The measurement loads what writes the outputs, which a run holds beside its later networks.
-    held_bytes = round(_HELD * max(worker.warm_up.held_bytes, resident_bytes() + RUN_OVERHEAD_BYTES))
     return Estimate(
         processes=processes,
         measured_mpx=rate.pixels / 1e6,
@@ -220,7 +221,39 @@ def _lay(image: Slide | UnreadableImage, settings: Settings, card: Card) -> _Ima
     return _Image(_count(plan), (plan,))
 
 
-def _settle(worker: Worker, images: list[_Image]) -> list[_Image]:
+class _Networks:
+    """The networks that are in use at a time: in a run, those of as many images as there are blocks in flight.
+
+    Args:
+        model_pool: makes and keeps the networks.
+        most: number of blocks in flight.
+    """
+
+    def __init__(self, model_pool: ModelPool, most: int) -> None:
+        self._model_pool = model_pool
+        self._most = most
+        self._in_use: dict[tuple[Any, ...], ExitStack] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for network in self._in_use.values():
+            network.close()
+
+    def use(self, plan: SlidePlan) -> None:
+        """Put the network of a plan to use, and if there are too many take the first one out of use."""
+        backend = self._model_pool.downscaled(self._model_pool.chosen, plan.downscale)
+        key = backend, plan.shape, plan.slide.dtype
+        if key in self._in_use or self._model_pool.has_queue(backend):  # the networks of GPUs take no host memory
+            return
+        self._in_use[key] = ExitStack()
+        self._in_use[key].enter_context(self._model_pool.in_use(*key))
+        if len(self._in_use) > self._most:
+            self._in_use.pop(next(iter(self._in_use))).close()
+
+
+def _settle(worker: Worker, images: list[_Image], networks: _Networks) -> list[_Image]:
     """Settle the downscale of the largest images as a run does, and have the networks of all images compiled.
 
     Of any other image every plan that a run may make is kept.
@@ -234,12 +267,14 @@ def _settle(worker: Worker, images: list[_Image]) -> list[_Image]:
     for number in sorted(numbers, key=lambda number: math.prod(images[number].plans[0].shape)):
         if number in looked_at:
             settled[number] = _look(worker, images[number])
+            for plan in settled[number].plans:
+                networks.use(plan)
         else:
             settled[number] = _lay_every_downscale(worker, images[number])
             unseen |= {(plan.slide.dtype, plan.slide.axes, plan.downscale): plan for plan in settled[number].plans}
     for plan in unseen.values():  # the largest of each kind, as tiles grow
         with suppress(SlideError), SlideReader(plan.slide, plan.level.level, plan.channels.indices) as reader:
-            compile_plan(worker, plan, plan.downscale, reader)
+            networks.use(compile_plan(worker, plan, plan.downscale, reader))
     return settled
 
 
@@ -261,9 +296,9 @@ def _lay_every_downscale(worker: Worker, image: _Image) -> _Image:
     settings, model_pool = worker.settings, worker.model_pool
     (plan,) = image.plans
     factors = possible_downscales(plan, settings, model_pool.bundle)
-    side = settings.block_side(model_pool.chosen.name)
-    plans = (downscale_plan(plan, settings, model_pool.bundle, factor).with_blocks(side) for factor in factors)
-    return _Image(image.entry, tuple(plans))
+    name = model_pool.chosen.name
+    plans = (lay_tiles(plan, settings, model_pool.bundle, factor, name) for factor in factors)
+    return _Image(image.entry, tuple(plan.with_blocks(settings.block_side(name)) for plan in plans))
 
 
 def _count(plan: SlidePlan) -> SlideEstimate:

@@ -38,6 +38,7 @@ class Preview:
     """A picture of a slide and its labels.
 
     Attributes:
+        path: the image.
         box: the part that is shown, in px of the labels' full resolution.
         zoom: px of the picture per px of the labels' full resolution.
         overview: uint8 (h, w, 3) picture of the part.
@@ -46,6 +47,7 @@ class Preview:
         detail: uint8 (h, w, 3) picture of that part at full resolution; None without one.
     """
 
+    path: str
     box: Box
     zoom: float
     overview: NDArray[np.uint8]
@@ -120,11 +122,11 @@ def draw_preview(
     zoom = ids.shape[1] / box.shape[1]
     overview = outlined(picture, ids)
     if not (ids.any() and too_small_to_outline(ids) and zoom <= 1 / 2):
-        return Preview(box, zoom, overview)
+        return Preview(slide.location, box, zoom, overview)
     detail_box = _fullest(ids, box, zoom, longest // 2)
     _, picture, ids = _draw(slide, labels, channels, 0, detail_box, longest, bounds)
     _frame(overview, detail_box, box, zoom)
-    return Preview(box, zoom, overview, detail_box, outlined(picture, ids))
+    return Preview(slide.location, box, zoom, overview, detail_box, outlined(picture, ids))
 
 
 def _draw(

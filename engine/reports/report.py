@@ -11,7 +11,7 @@ import io
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -78,7 +78,9 @@ class _Facts:
         self.notes.setdefault(remark, []).append(path)
 
 
-def write_page(paths: list[Path], out: Path, name: str, output: Path | None) -> Status:
+def write_page(
+    paths: list[Path], out: Path, name: str, output: Path | None, as_written: Callable[[str], str]
+) -> Status:
     """Write the page about the run over ``paths`` to ``out``; returns the status that it shows.
 
     Args:
@@ -86,6 +88,7 @@ def write_page(paths: list[Path], out: Path, name: str, output: Path | None) -> 
         out: the file to write.
         name: name of the label group.
         output: output folder of the run; None if its labels lie in or beside the inputs.
+        as_written: writes the settings in backticks of a text as the reader sets them.
 
     Raises:
         NoImageError: there is neither an image nor a journal.
@@ -99,8 +102,8 @@ def write_page(paths: list[Path], out: Path, name: str, output: Path | None) -> 
     objects = _objects(facts)  # it may add remarks
     sections = [
         _summary(status, facts),
-        _section("To do", _messages(_tasks(status))),
-        _section("To know", _messages(facts.notes)),
+        _section("To do", _messages(_tasks(status), as_written)),
+        _section("To know", _messages(facts.notes, as_written)),
         *(_section(f"Plate {Path(plate).name}", chart) for plate, chart in islice(_plates(facts), _MOST_PLATES)),
         _section("Objects", objects),
         _section("Pictures", _pictures(status, name, output)),
@@ -216,10 +219,10 @@ def _tasks(status: Status) -> dict[str, list[str]]:
     return tasks
 
 
-def _messages(messages: dict[str, list[str]]) -> str:
+def _messages(messages: dict[str, list[str]], as_written: Callable[[str], str]) -> str:
     """A table of texts and the images that they are about; "" without texts."""
     rows = "".join(
-        f"<tr><td>{_names(paths)}</td><td>{escape(text)}</td></tr>"
+        f"<tr><td>{_names(paths)}</td><td>{escape(as_written(text))}</td></tr>"
         for text, paths in islice(messages.items(), _MOST_MESSAGES)
     )
     return _rows_table(rows, "<th>image</th><th>message</th>", len(messages) - _MOST_MESSAGES) if rows else ""

@@ -129,7 +129,10 @@ def read_status(paths: list[Path], name: str, output: Path | None) -> Status:
         _look_at(folder, "" if slide is None else slide.location, known) for folder, slide in images.journals.items()
     ]
     listed = {status.path for status, _ in looks}
-    lost = [SlideStatus(path, None, "failed", reason) for path, reason in known.items() if path not in listed]
+    unreadable = {image.path: image.reason for image in images.found if isinstance(image, UnreadableImage)}
+    lost = [
+        SlideStatus(path, None, "failed", reason) for path, reason in (unreadable | known).items() if path not in listed
+    ]
     notes = {slide.location: slide.notes for slide in images.journals.values() if slide is not None}
     slides = [replace(status, notes=notes.get(status.path, ())) for status, _ in looks]
     return Status(slides + lost, _rate(looks))
@@ -207,22 +210,30 @@ def _roots(path: Path, output: Path | None) -> list[Path]:
     """
     whole_bucket = isinstance(path, RemotePath) and not path.key
     roots = [] if whole_bucket else [path.with_name(path.name + JOURNAL_SUFFIX)]
-    if not whole_bucket and not is_web(path) and not path.is_dir():
+    if not whole_bucket and not is_web(path) and not _is_folder(path):
         with suppress(SlideError):
             companion = place_beside(path).store
             roots.append(companion.with_name(companion.name + JOURNAL_SUFFIX))
-    if path.is_dir() and not is_zarr_node(path):
+    if _is_folder(path) and not is_zarr_node(path):
         roots += _journals_below(path)
-    return [root for root in roots if root.is_dir() and (output is None or output.resolve() in root.parents)]
+    return [root for root in roots if _is_folder(root) and (output is None or output.resolve() in root.parents)]
 
 
 def _journals_below(folder: Path) -> Iterator[Path]:
     """Find the folders of journals at any depth; stores are not searched, as they hold very many files of pixels."""
-    for path in sorted(folder.iterdir()):
-        if path.name.endswith(JOURNAL_SUFFIX):
-            yield path
-        elif path.is_dir() and not is_zarr_node(path):
-            yield from _journals_below(path)
+    with suppress(PermissionError):  # the search for images names the folder
+        for path in sorted(folder.iterdir()):
+            if path.name.endswith(JOURNAL_SUFFIX):
+                yield path
+            elif _is_folder(path) and not is_zarr_node(path):
+                yield from _journals_below(path)
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether a path leads to a folder; False if it may not be followed."""
+    with suppress(PermissionError):
+        return path.is_dir()
+    return False
 
 
 def _look_at(folder: Path, path: str, failures: dict[str, str]) -> tuple[SlideStatus, list[float]]:
@@ -243,7 +254,7 @@ def _look_at(folder: Path, path: str, failures: dict[str, str]) -> tuple[SlideSt
     if manifest is None:
         return SlideStatus(path, folder, "failed" if reason else "waiting", reason), []
     if journal.is_finished:
-        state, reason = "done", ""
+        state = "failed" if reason else "done"  # as the latest run says, such as of changed pixels
     elif is_held(folder.with_name(folder.name + LOCK_SUFFIX)):
         state = "running"
     else:

@@ -15,7 +15,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.errors import ReadError, SlideError
+from cellseg_batch.engine.errors import ReadError, SlideError, UsageError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.reports.status import demand_run, find_images_and_journals
 from cellseg_batch.engine.run.completeness import differences
@@ -86,11 +86,18 @@ def verify(paths: list[Path], name: str, output: Path | None, workers: int, forg
 
     Raises:
         NoImageError: there is neither an image nor a journal.
-        UsageError: there is no run of that name, as in `demand_run`.
+        UsageError: there is no run of that name.
     """
     images = find_images_and_journals(paths, name, output)
     demand_run(images, name)
     started = {Journal(folder): slide for folder, slide in images.journals.items() if Journal(folder).is_begun}
+    if not started:
+        raise UsageError(
+            f"`name={name}`",
+            expected="a run that has begun",
+            found=f"none over {', '.join(map(str, paths))}",
+            remedy="run first, or give the `output` and `name` that the run was given",
+        )
     verdict = Verdict(unfinished=[str(journal.folder) for journal in started if not journal.is_finished])
     workflows = (_workflow(journal, slide, verdict, forget) for journal, slide in started.items())
     for _ in run_workflows(workflows, ThreadPool(workers)):
@@ -117,7 +124,7 @@ def _read_back(journal: Journal, verdict: Verdict, forget: bool) -> Workflow[Non
     """
     manifest = journal.manifest(Manifest)
     assert manifest is not None  # the journal is started
-    outputs = _Outputs({path: journal.folder / relative for path, relative in manifest.images.items()})
+    outputs = _Outputs({path: (journal.folder / relative).resolve() for path, relative in manifest.images.items()})
 
     def check(part: str, item: tuple[int, TaskRecord[Any]]) -> list[Damage]:
         number, record = item

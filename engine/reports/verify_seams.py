@@ -25,7 +25,7 @@ from cellseg_batch.engine.inference.session import Session, compile_network
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.output_paths import output_paths
 from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
-from cellseg_batch.engine.run.working_scale import downscale_plan, settle_downscale
+from cellseg_batch.engine.run.working_scale import lay_tiles, settle_downscale
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images, first_slide
 from cellseg_batch.engine.slides.reader import SlideReader
@@ -120,7 +120,8 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
     plan = plan_slide(slide, output_paths(slide, settings.name, None), settings, bundle.card)
     with SlideReader(slide, plan.level.level, plan.channels.indices) as reader:
         factor = settle_downscale(plan, settings, model_pool, reader)
-        plan, backend = downscale_plan(plan, settings, bundle, factor), model_pool.downscaled(model_pool.chosen, factor)
+        backend = model_pool.downscaled(model_pool.chosen, factor)
+        plan = lay_tiles(plan, settings, bundle, factor, backend.name)
         card = bundle.downscaled(factor).card
         windows = seam_windows(plan, full, most)
         tiled_logits = _LogitsOf(plan, backend, reader)

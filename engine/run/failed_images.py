@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cellseg_batch.engine.errors import OutputError
+from cellseg_batch.engine.errors import OutputError, brief
 from cellseg_batch.engine.run.places import seen_from
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, zarr_root
@@ -75,8 +75,14 @@ class FailedImages:
                 folder.rmdir()  # raises OSError at the first folder that is not empty
 
     def noted(self, folder: Path) -> dict[Path, FailureNote]:
-        """File -> note of every failed image that is noted in ``folder``, a ``<store>.cellseg``."""
-        files = sorted((folder / "failed" / self._name).glob("*.json"))
+        """File -> note of every failed image that is noted in ``folder``, a ``<store>.cellseg``.
+
+        A folder that may not be looked into has a note with the reason.
+        """
+        try:
+            files = sorted((folder / "failed" / self._name).glob("*.json"))
+        except PermissionError as error:
+            return {folder: FailureNote(str(folder), brief(error))}
         return {file: note for file in files if (note := _read(file)) is not None}
 
     def file(self, image: Slide | UnreadableImage) -> Path:

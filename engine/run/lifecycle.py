@@ -42,7 +42,7 @@ from cellseg_batch.engine.run.records import (
 from cellseg_batch.engine.run.results import SlideReport
 from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
 from cellseg_batch.engine.run.worker import AnyWorker, Worker
-from cellseg_batch.engine.run.working_scale import downscale_plan, settle_downscale
+from cellseg_batch.engine.run.working_scale import lay_tiles, settle_downscale
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
@@ -204,8 +204,8 @@ def compile_plan(worker: Worker, plan: SlidePlan, factor: int, reader: SlideRead
     The worker's ``warm_up`` notes the memory that they take.
     """
     settings, model_pool = worker.settings, worker.model_pool
-    plan = downscale_plan(plan, settings, model_pool.bundle, factor)
     backend = model_pool.downscaled(model_pool.chosen, factor)
+    plan = lay_tiles(plan, settings, model_pool.bundle, factor, backend.name)
     plan = plan.with_blocks(settings.block_side(backend.name))
     worker.warm_up.compile_for(plan, backend, reader)
     return plan
@@ -220,8 +220,9 @@ def _plan_again(worker: Worker, request: Request, journal: Journal, manifest: Ma
     settings, model_pool, earlier = worker.settings, worker.model_pool, manifest.decisions
     _refuse_changed_image(request.slide, manifest, journal)
     plan = plan_slide(request.slide, request.paths, settings, model_pool.bundle.card, earlier.normalisation)
-    plan = downscale_plan(plan, settings, model_pool.bundle, settings.downscale or earlier.downscale)
-    backend = _earlier_backend(earlier.backend, settings, model_pool, plan.downscale)
+    factor = settings.downscale or earlier.downscale
+    backend = _earlier_backend(earlier.backend, settings, model_pool, factor)
+    plan = lay_tiles(plan, settings, model_pool.bundle, factor, backend.name)
     decisions = plan.decisions(_identity_of_model(model_pool), _identity_of(backend))
     if journal.is_finished:  # nothing is left to compute, so the library's version does not matter
         decisions = replace(decisions, backend=replace(decisions.backend, version=earlier.backend.version))

@@ -38,9 +38,10 @@ def block_memory(
     lattice = grid.lattice
     for axis, length, block, core in zip("yx", lattice.shape, grid.block_shape, lattice.core, strict=True):
         sides[axis] = min(block + 2 * (grid.ring * core + grid.lattice.margin), length)
-    chunk = dict(zip(slide.axes, slide.levels[level].chunks, strict=True))
-    touched = math.prod(1 + math.ceil((side - 1) / chunk.get(axis, 1)) for axis, side in sides.items())
-    decoding = min(_CHUNKS_IN_FLIGHT, touched) * math.prod(chunk.values()) * itemsize
+    touched = 1
+    for axis, length, chunk in zip(slide.axes, slide.levels[level].shape, slide.levels[level].chunks, strict=True):
+        touched *= min(1 + math.ceil((sides.get(axis, 1) - 1) / chunk), math.ceil(length / chunk))
+    decoding = min(_CHUNKS_IN_FLIGHT, touched) * math.prod(slide.levels[level].chunks) * itemsize
     written = math.prod(grid.block_shape) * (2 if probability else 1)
     read = math.prod(sides.values()) * itemsize
     # Data to and from a GPU pass through pinned memory, which torch allocates in powers of two.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import SlideError, UsageError
-from cellseg_batch.engine.geometry import BlockGrid, fit_lattice, lay_blocks
+from cellseg_batch.engine.geometry import BlockGrid, Lattice, fit_lattice, fit_squares, lay_blocks
 from cellseg_batch.engine.inference.backends.protocol import Shape
 from cellseg_batch.engine.inference.background import flat_limit
 from cellseg_batch.engine.inference.decoders import DECODERS
@@ -137,6 +138,23 @@ def pick_margin(settings: Settings, card: Card) -> int:
     return card.exact_margin if settings.margin == "exact" else int(settings.margin)
 
 
+def lay_lattice(shape: tuple[int, int], settings: Settings, card: Card, backend: str | None = None) -> Lattice:
+    """The lattice of tiles over a plane: of few shapes for a backend whose compiling takes long, else fitted.
+
+    Args:
+        shape: (height, width) of the plane in px.
+        settings: settings of the run.
+        card: card of the model.
+        backend: name of the backend that computes the slide; None if none is chosen yet: then that of the settings.
+
+    Raises:
+        UsageError: tile and margin do not go together.
+    """
+    entry = KNOWN_BACKENDS.get(backend or settings.backend)
+    lay = fit_squares if entry is not None and entry.eager else fit_lattice
+    return lay(shape, settings.tile, pick_margin(settings, card), card.total_stride)
+
+
 def choose_input(slide: Slide, settings: Settings, card: Card) -> tuple[LevelChoice, ChannelChoice]:
     """Choose the level and the channels of a slide by its metadata alone.
 
@@ -176,15 +194,14 @@ def plan_slide(
         sampled = card.normalisation.rule != "fixed"
         sample = sample_slide(slide, channels.indices, level.level) if sampled else []
         bounds = settle_bounds(sample, card.normalisation)
-    margin = pick_margin(settings, card)
-    if settings.stitch == "blend" and not margin:
+    if settings.stitch == "blend" and not pick_margin(settings, card):
         raise UsageError(
             "`stitch=blend`",
             expected="tiles that overlap",
             found="a margin of 0 px",
             remedy=f"use `margin={card.total_stride}` or more, or `stitch=crop`",
         )
-    lattice = fit_lattice(slide.plane_shape(level.level), settings.tile, margin, card.total_stride)
+    lattice = lay_lattice(slide.plane_shape(level.level), settings, card)
     planes = slide.planes(level.level)
     # Blending a tile takes the logits of its neighbours, flat ones too.
     skips = settings.skip_background == "auto" and settings.stitch == "crop"

@@ -49,8 +49,10 @@ class WarmUp:
         slide = plan.slide
         kind = slide.dtype, slide.axes, plan.needs_probability, plan.instances, plan.objects, plan.downscale
         size = math.prod(plan.shape)
+        if self._has(kind, size):
+            return  # without waiting for the network of another slide
         with self._lock:
-            if size <= self._largest.get(kind, 0):
+            if self._has(kind, size):
                 return
             tile = _middle_of(replace(plan.grid, cores=(1, 1)))
             # A damaged chunk costs its block, not the slide.
@@ -70,6 +72,9 @@ class WarmUp:
             held_now = resident_bytes() + RUN_OVERHEAD_BYTES - self._budget.taken
             self.held_bytes = max(self.held_bytes, held_now, 0 if self._largest else peak_resident_bytes())
             self._largest[kind] = size
+
+    def _has(self, kind: tuple[object, ...], size: int) -> bool:
+        return size <= self._largest.get(kind, 0)
 
 
 def _middle_of(grid: BlockGrid) -> Block:

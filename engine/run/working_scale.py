@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import ReadError, UsageError
-from cellseg_batch.engine.geometry import Box, fit_lattice, lay_blocks, reflect
+from cellseg_batch.engine.geometry import Box, lay_blocks, reflect
 from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
-from cellseg_batch.engine.run.slide_plan import SlidePlan, pick_margin
+from cellseg_batch.engine.run.slide_plan import SlidePlan, lay_lattice
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.trainer.bundle import Bundle
@@ -50,16 +50,23 @@ def possible_downscales(plan: SlidePlan, settings: Settings, bundle: Bundle) -> 
     return [1, *(factor for factor in map(int, bundle.card.downscale) if _fits(plan, settings, bundle, factor))]
 
 
-def downscale_plan(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: int) -> SlidePlan:
-    """The plan with a lattice for images that are downscaled by ``factor`` for the model.
+def lay_tiles(
+    plan: SlidePlan, settings: Settings, bundle: Bundle, factor: int, backend: str | None = None
+) -> SlidePlan:
+    """The plan with a lattice for ``backend`` and for images that are downscaled by ``factor`` for the model.
+
+    Args:
+        plan: plan of the slide.
+        settings: settings of the run.
+        bundle: the model.
+        factor: factor by which the image is downscaled.
+        backend: name of the backend that computes the slide; None if none is chosen yet.
 
     Raises:
         UsageError: tile and margin do not go together.
     """
-    if factor == 1:
-        return plan
     card = bundle.downscaled(factor).card
-    lattice = fit_lattice(plan.grid.lattice.shape, settings.tile, pick_margin(settings, card), card.total_stride)
+    lattice = lay_lattice(plan.grid.lattice.shape, settings, card, backend)
     return replace(
         plan,
         grid=lay_blocks(lattice, settings.block_side(), plan.grid.planes, plan.grid.ring),
@@ -72,7 +79,7 @@ def downscale_plan(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: 
 def _fits(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: int) -> bool:
     """Whether tile and margin allow the factor."""
     try:
-        downscale_plan(plan, settings, bundle, factor)
+        lay_tiles(plan, settings, bundle, factor)
     except UsageError:
         return False
     return True
@@ -80,7 +87,7 @@ def _fits(plan: SlidePlan, settings: Settings, bundle: Bundle, factor: int) -> b
 
 def _masks(plan: SlidePlan, model_pool: ModelPool, factor: int, reader: SlideReader) -> Iterable[NDArray[np.bool_]]:
     """The masks (H, W) of some windows, at the size of the image downscaled by ``factor``."""
-    backend = model_pool.downscaled(model_pool.chosen, factor)
+    backend = model_pool.prober(factor)
     stride = model_pool.bundle.card.total_stride * factor
     windows = spread_windows(plan.grid.lattice.shape)
     height, width = (min(_WINDOW // stride, -(-length // stride)) * stride for length in windows[0].shape)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.errors import UsageError
+from cellseg_batch.engine.errors import UsageError, brief
 from cellseg_batch.engine.slides.image_format import ImageFormat, Search
 from cellseg_batch.engine.slides.slide import NUMBERS, Level, Slide, UnreadableImage
 
 _RGB = (3, 4)
+# Cyclic staining and mass cytometry give up to a hundred.
+_MOST_CHANNELS = 128
 
 
 class Arrays(ImageFormat):
@@ -47,15 +49,7 @@ class HeldArray:
     """
 
     def __init__(self, pixels: NDArray[Any]) -> None:
-        pixels = np.asarray(pixels)
-        if pixels.ndim not in (2, 3) or not pixels.size or not NUMBERS.fullmatch(pixels.dtype.name):
-            raise UsageError(
-                "array",
-                expected="numbers with axes (Y, X) or (Y, X, C)",
-                found=f"{pixels.dtype.name} of shape {pixels.shape}",
-                remedy="choose one plane, and move the channels last",
-            )
-        self._pixels = pixels
+        self._pixels = pixels = _as_image(pixels)
         rgb = pixels.ndim == 3 and pixels.shape[-1] in _RGB and pixels.dtype == np.uint8
         self.slide = Slide(
             name="array",
@@ -79,3 +73,36 @@ class HeldArray:
 
 
 _held: dict[Path, NDArray[Any]] = {}
+
+
+def _as_image(pixels: object) -> NDArray[Any]:
+    """The pixels as an array of numpy.
+
+    Raises:
+        UsageError: they are no image.
+    """
+    try:
+        array = np.asarray(pixels)
+    except Exception as error:  # each library whose arrays are no arrays of numpy raises errors of its own
+        _refuse("an array of numpy, or what numpy takes for one", brief(error), "convert it with numpy.asarray")
+    if not NUMBERS.fullmatch(array.dtype.name):
+        found = f"{array.dtype.name} of shape {array.shape}" if array.ndim else type(pixels).__name__
+        _refuse("an array of integers, booleans or floats of up to 64 bits", found, "convert it with astype")
+    if array.ndim not in (2, 3) or not array.size:
+        remedy = "choose one plane, and move the channels last" if array.size else "check how it was cut"
+        _refuse("pixels with axes (Y, X) or (Y, X, C)", f"shape {array.shape}", remedy)
+    if array.ndim == 3 and _are_planes(*array.shape):
+        remedy = "move the channels last, as numpy.moveaxis(array, 0, -1) does, or choose a plane of the stack"
+        _refuse("axes (Y, X, C)", f"shape {array.shape}, {array.shape[-1]} channels", remedy)
+    if np.ma.is_masked(pixels):
+        _refuse("a value in every pixel", "a masked array", "fill it with pixels.filled(0), or its mean")
+    return array
+
+
+def _are_planes(height: int, width: int, channels: int) -> bool:
+    """Whether an array with axes (Y, X, C) is more likely one with axes (C, Y, X) or (Z, Y, X)."""
+    return channels > _RGB[-1] and (channels >= min(height, width) or channels > _MOST_CHANNELS)
+
+
+def _refuse(expected: str, found: str, remedy: str) -> NoReturn:
+    raise UsageError("array", expected=expected, found=found, remedy=remedy)

@@ -7,13 +7,14 @@ not stop the others. Outputs of earlier runs are never taken for images.
 from __future__ import annotations
 
 import math
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from cellseg_batch.engine.errors import NoImageError, ReadError
+from cellseg_batch.engine.errors import NoImageError, ReadError, brief
 from cellseg_batch.engine.slides import formats
 from cellseg_batch.engine.slides.image_format import ImageFormat, Search, why_unreadable
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, zarr_root
@@ -24,6 +25,12 @@ from cellseg_batch.engine.storage.paths import RemotePath
 EVERY_FIELD = FieldChoice()
 OUTPUT_SUFFIX = ".cellseg.zarr"
 JOURNAL_SUFFIX = ".cellseg"
+
+# What may lie in a folder besides files and folders. To open one may wait for ever, or never end.
+_SPECIAL = (
+    *((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket")),
+    *((stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device")),
+)
 
 # A few bytes of metadata may claim any number of pixels. No microscope exceeds these bounds.
 # A whole slide of 15 x 15 cm at 0.25 µm per pixel.
@@ -49,9 +56,14 @@ def find_images(
     Raises:
         NoImageError: the path does not exist or holds nothing that could be an image.
     """
-    if not (path.exists() or is_zarr_node(path)):  # the node of a web server is no folder
+    try:
+        # A link to nothing is named as an image; the node of a web server is no folder.
+        found = "" if path.exists() or _leads_nowhere(path) or is_zarr_node(path) else "nothing"
+    except PermissionError as error:
+        found = brief(error)
+    if found:
         raise NoImageError(
-            str(path), expected="a file, a zarr store or a folder", found="nothing", remedy="check the path"
+            str(path), expected="a file, a zarr store or a folder", found=found, remedy="check the path and its rights"
         )
     path, search = _followed(path), Search(axes, choice)
     images = _once(_usable(_followed_image(image)) for image in _visit(path, path.name, search))
@@ -61,7 +73,7 @@ def find_images(
         raise NoImageError(
             str(path),
             expected=f"at least one image ({titles})",
-            found="none" + " in such wells and fields" * (choice != EVERY_FIELD),
+            found=_special_file(path) or "none" + " in such wells and fields" * (choice != EVERY_FIELD),
             cause="an empty folder or group, or a store with nothing but labels",
             remedy="see cellseg-batch info for what a path holds",
         )
@@ -87,11 +99,20 @@ def first_slide(images: Sequence[Slide | UnreadableImage]) -> Slide:
     """
     image = images[0]
     if isinstance(image, UnreadableImage):
-        raise ReadError(image.path, expected="an image", found=image.reason, remedy="choose another slide")
+        raise ReadError.with_detail(image.path, image.reason)
     return image
 
 
 def _visit(path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
+    special = _special_file(path)
+    if special is not None:
+        if formats.is_named_like_an_image(path.name):
+            yield UnreadableImage(name, str(path), f"expected a file, found {special}; copy the image into a file")
+        return
+    if _leads_nowhere(path):
+        if not path.suffix or formats.is_named_like_an_image(path.name):
+            yield UnreadableImage(name, str(path), f"a link to {path.readlink()}, where nothing is; mend or remove it")
+        return
     image_format = formats.format_at(path)
     if image_format is not None:
         yield from _images_of(image_format, path, name, search)
@@ -116,13 +137,31 @@ def _visit_folder(path: Path, name: str, search: Search) -> Iterator[Slide | Unr
     for child in children:
         if child.name.startswith(".") or child.name.endswith((OUTPUT_SUFFIX, JOURNAL_SUFFIX)):
             continue
-        followed, child_name = _followed(child), f"{name}/{child.name}"
+        child_name = f"{name}/{child.name}"
+        try:
+            followed = _followed(child)
+        except OSError as error:
+            yield UnreadableImage(child_name, str(child), f"cannot be looked at: {error.strerror or error}")
+            continue
         if followed in child.parents:
             continue  # a link back to a folder around it
         if followed in search.folders:
             search.folders[followed].append(child_name)
         else:
             yield from _visit(followed, child_name, search)
+
+
+def _leads_nowhere(path: Path) -> bool:
+    """Whether a path is a link to nothing, or to itself."""
+    return not isinstance(path, RemotePath) and path.is_symlink() and not path.exists()
+
+
+def _special_file(path: Path) -> str | None:
+    """What a path leads to that is neither a file nor a folder; None if it is one of these, or nothing."""
+    if isinstance(path, RemotePath) or not path.exists():
+        return None
+    mode = path.stat().st_mode
+    return next((kind for is_kind, kind in _SPECIAL if is_kind(mode)), None)
 
 
 def _followed(path: Path) -> Path:

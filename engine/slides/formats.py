@@ -54,11 +54,12 @@ def why_unsupported(name: str) -> str | None:
     """Why a file or folder that is named like an image cannot be read; None if it is not named so."""
     stem, suffix = PurePath(name).stem, PurePath(name).suffix.lower()
     reason = _UNSUPPORTED.get(suffix)
-    if suffix in _ADDED and _is_named_like_an_image(stem):
+    if suffix in _ADDED and is_named_like_an_image(stem):
         reason = _ADDED[suffix]
     return None if reason is None else reason.format(suffix)
 
 
-def _is_named_like_an_image(name: str) -> bool:
+def is_named_like_an_image(name: str) -> bool:
+    """Whether a file of this name is an image by its suffix, read or not."""
     suffixes = tuple(suffix for image_format in FORMATS for suffix in image_format.suffixes)
     return name.lower().endswith((*suffixes, *_UNSUPPORTED)) or why_unsupported(name) is not None

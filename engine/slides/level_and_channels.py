@@ -70,29 +70,48 @@ def choose_channels(slide: Slide, channel: int | str | None) -> ChannelChoice:
 
     Args:
         slide: the image.
-        channel: index or name of the user's channel; None if the user named none.
+        channel: index or name of the user's channel; None if the user named none. A text of digits is a name if there
+            is such a name, else an index.
 
     Raises:
-        SlideError: the slide has no such channel.
+        SlideError: the slide has no such channel, or several.
     """
-    count = slide.extent("c", 0)
-    names = [name.lower() for name in slide.channels]
     if channel is not None:
-        name = str(channel).lower()
-        if name.isdecimal() and int(name) < count:
-            return ChannelChoice((int(name),), "asked for")
-        if name in names[:count]:
-            return ChannelChoice((names.index(name),), "asked for")
-        listed = ", ".join(slide.channels) if slide.channels else "no names"
-        raise SlideError(
-            slide.location,
-            expected=f"a channel index from 0 to {count - 1} or one of its channel names ({listed})",
-            found=f"`channel={channel}`",
-            remedy="see cellseg-batch info for the channels",
-        )
+        return ChannelChoice((_find_channel(slide, channel),), "asked for")
+    count = slide.extent("c", 0)
     if slide.rgb and count >= 3:
         return ChannelChoice((0, 1, 2), "RGB")
     for index, name in enumerate(slide.channels[:count]):
         if _NUCLEAR.search(name):
             return ChannelChoice((index,), f"named {name}")
     return ChannelChoice((0,), "the only channel" if count == 1 else "the first channel; no name says DNA")
+
+
+def _find_channel(slide: Slide, channel: int | str) -> int:
+    """Index of the channel that the user named, as `choose_channels`."""
+    count, text = slide.extent("c", 0), str(channel)
+    names = list(slide.channels[:count])
+    lower = [name.lower() for name in names]
+    # The exact name comes first; capitals are minor otherwise.
+    same = names if text in names else lower
+    wanted = text if text in names else text.lower()
+    found = [] if isinstance(channel, int) else [index for index, name in enumerate(same) if name == wanted]
+    if text.isdecimal() and int(text) < count and int(text) not in found:
+        found.append(int(text))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise SlideError(
+            slide.location,
+            expected=f"a channel index from 0 to {count - 1} or one of its channel names "
+            f"({', '.join(slide.channels) or 'no names'})",
+            found=f"`channel={channel}`",
+            remedy="see cellseg-batch info for the channels",
+        )
+    meanings = [f"index {index} ({names[index] if index < len(names) else 'no name'})" for index in found]
+    raise SlideError(
+        slide.location,
+        expected="an index or a name of one channel",
+        found=f"`channel={channel}`, which means {' and '.join(meanings)}",
+        remedy=f"write the index with a 0 before it, such as `channel=0{found[0]}`",
+    )

@@ -23,9 +23,9 @@ from cellseg_batch.engine.errors import CellsegError, ReadError, brief
 from cellseg_batch.engine.slides.image_format import ImageFormat, LevelArray, Search, is_overview, left_out
 from cellseg_batch.engine.slides.ome_xml import read_names
 from cellseg_batch.engine.slides.pixel_size import PixelSize, settle_pixel_size
-from cellseg_batch.engine.slides.plain_zarr import ZARR, describe_array
+from cellseg_batch.engine.slides.plain_zarr import ZARR, describe_array, describe_pyramid
 from cellseg_batch.engine.slides.plate import FieldChoice, PlatePosition
-from cellseg_batch.engine.slides.slide import NUMBERS, Level, Slide, UnreadableImage, fits_axes
+from cellseg_batch.engine.slides.slide import AXES, Level, Slide, UnreadableImage
 from cellseg_batch.engine.storage.paths import RemotePath, is_web, zarr_store
 
 # Other spellings of the specification's "micrometer".
@@ -36,11 +36,15 @@ OUTPUT_MARK = "cellseg-batch-output"
 _REQUESTS = 16
 # Number of chunks whose versions show whether an array has changed, on this machine and in an object store.
 _SAMPLED, _SAMPLED_REMOTE = 8, 3
+# Name of a chunk, or of the folder of chunks, in any version of zarr.
+_CHUNK = re.compile(r"c|(c\.)?\d+(\.\d+)*")
 _NODE_FILES = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
 # Attribute of groups and arrays that anndata writes: tables, and shapes and points of spatialdata.
 _TABLE_MARK = "encoding-type"
 # Attribute of groups that bioformats2raw writes, and their member that describes the others.
 _LAYOUT_MARK, _OME_GROUP = "bioformats2raw.layout", "OME"
+# Members of a group that are no images.
+_NO_IMAGES = {"labels", "tables", _OME_GROUP}
 _RGB_LABELS = (["r", "g", "b"], ["red", "green", "blue"])
 _RGB_COLOURS = ["FF0000", "00FF00", "0000FF"]
 # What programs call a channel without a name.
@@ -58,9 +62,14 @@ class Zarr(ImageFormat):
         return is_zarr_node(path)
 
     def find(self, path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
-        """Find every image in a node of a hierarchy and below it."""
+        """Find every image in a node of a hierarchy and below it; a hierarchy without arrays is named."""
         store, inside = zarr_root(path)
-        return _images_in(store, inside, name, search, None)
+        images = _images_in(store, inside, name, search, None)
+        first = next(images, None)
+        if first is None and not is_web(store) and _holds_nothing(_open_node(store, inside)):
+            reason = "expected arrays, found a hierarchy of empty groups (likely an unfinished export); export it again"
+            first = UnreadableImage(name, str(path), reason)
+        return chain((first,) if first is not None else (), images)
 
     def open_level(self, slide: Slide, level: int) -> LevelArray:
         """Open the array of a level."""
@@ -85,8 +94,10 @@ class Zarr(ImageFormat):
 
 
 def is_zarr_node(path: Path) -> bool:
-    """Whether a folder is a zarr group or array, of either format."""
-    return any((path / file).is_file() for file in _NODE_FILES)
+    """Whether a folder is a zarr group or array, of either format; False if it may not be looked into."""
+    with suppress(PermissionError):
+        return any((path / file).is_file() for file in _NODE_FILES)
+    return False
 
 
 def zarr_root(path: Path) -> tuple[Path, str]:
@@ -117,20 +128,27 @@ def _images_in(
         if isinstance(node, zarr.Array):
             if node.ndim >= 2:
                 slide = describe_array(node, store, path, name, search.axes)
-                yield replace(slide, notes=_note_if_empty(store / path) + search.check_axes(slide.axes, location))
+                yield replace(slide, notes=_note_if_empty(node, store / path) + search.check_axes(slide.axes, location))
             return
         metadata = _ome_metadata(node)
-        if "image-label" in metadata or OUTPUT_MARK in node.attrs:
+        if _is_output(node, metadata):
             return
         if "multiscales" in metadata:
             slide = _multiscale(node, metadata, store, path, name)
-            notes = _note_if_empty(store / path / slide.levels[0].path) + search.check_axes(slide.axes, location)
+            notes = _notes_on_content(node, slide) + search.check_axes(slide.axes, location)
             yield replace(slide, plate_position=position, notes=slide.notes + notes)
             return
         children = _children(node, metadata, location, search.fields, position)
         listed_images = {child for child, _ in children} if "well" in metadata else _listed_series(node)
         is_converted = _LAYOUT_MARK in metadata and "plate" not in metadata
-        aside = _overviews(store, path, [child for child, _ in children]) if is_converted else {}
+        members = [child for child, _ in children]
+        aside = _overviews(store, path, members) if is_converted else {}
+        if not metadata.keys() & {"plate", "well", _LAYOUT_MARK}:
+            pyramid = describe_pyramid(node, members, store, path, name, search.axes)
+            if pyramid is not None:
+                notes = _notes_on_content(node, pyramid) + search.check_axes(pyramid.axes, location)
+                yield replace(pyramid, notes=pyramid.notes + notes)
+                return
     except CellsegError as error:
         yield UnreadableImage(name, location, error.detail, position)
         return
@@ -159,6 +177,13 @@ def _images_in(
         yield from _noted(chain.from_iterable(map(images_of, children)), notes)
 
 
+def _holds_nothing(node: zarr.Array[Any] | zarr.Group) -> bool:
+    """Whether a node is a group without arrays at any depth and without metadata of its own."""
+    if isinstance(node, zarr.Array) or node.attrs or any(node.arrays()):
+        return False
+    return all(_holds_nothing(group) for _, group in node.groups())
+
+
 def _leads_back(node: Path) -> bool:
     """Whether a node is a link to a group around it."""
     if isinstance(node, RemotePath) or not node.is_symlink():
@@ -181,13 +206,48 @@ def _open_node(store: Path, path: str) -> zarr.Array[Any] | zarr.Group:
     return zarr.open(zarr_store(store), path=path, mode="r", use_consolidated=None if is_web(store) else False)
 
 
-def _note_if_empty(array: Path) -> tuple[str, ...]:
-    """A note if no chunk of a local array is stored, which is legal for an image of nothing but its fill value."""
-    if isinstance(array, RemotePath):
+def _notes_on_content(node: zarr.Group, slide: Slide) -> tuple[str, ...]:
+    """Notes on a local image whose full resolution is not stored, and on members of its group that belong to no image.
+
+    Raises:
+        ReadError: as `_note_if_empty`.
+    """
+    full, group = slide.levels[0].path, slide.store / slide.path
+    if isinstance(group, RemotePath):  # whose answers take long
         return ()
-    with os.scandir(array) as entries:
-        if any(entry.name not in (*_NODE_FILES, ".zmetadata") for entry in entries):
-            return ()
+    notes = _note_if_empty(node[full], group / full)
+    listed = _ome_metadata(node).get("multiscales") or [{"datasets": [{"path": level.path} for level in slide.levels]}]
+    known = {str(dataset["path"]).split("/")[0] for dataset in listed[0]["datasets"]} | _NO_IMAGES
+    with os.scandir(group) as entries:
+        others = [entry.name for entry in entries if entry.name not in known and entry.is_dir()]
+    others = sorted(other for other in others if is_zarr_node(group / other))
+    return (*notes, f"left out, as they are none of its levels: {', '.join(others)}") if others else notes
+
+
+def _note_if_empty(array: Any, folder: Path) -> tuple[str, ...]:
+    """A note if no chunk of a local array is stored, which is legal for an image of nothing but its fill value.
+
+    Raises:
+        ReadError: chunks are stored, but under other names than the metadata say, so that none would be found.
+    """
+    if isinstance(folder, RemotePath):
+        return ()
+    first = array.metadata.encode_chunk_key((0,) * array.ndim).split("/")[0]
+    named = re.compile(re.escape(first).replace("0", r"\d+"))
+    misnamed = ""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if named.fullmatch(entry.name):
+                return ()
+            misnamed = entry.name if _CHUNK.fullmatch(entry.name) else misnamed
+    if misnamed:
+        raise ReadError(
+            str(folder),
+            expected=f"chunks that are named as its metadata say, such as {first}",
+            found=misnamed,
+            cause="a wrong or missing separator of chunk names in its metadata",
+            remedy="set dimension_separator in .zarray, or the chunk_key_encoding in zarr.json",
+        )
     return ("no chunk of its pixels is stored, so all have the fill value",)
 
 
@@ -204,14 +264,29 @@ def open_written(store: Path, path: str) -> Slide:
     """
     try:
         node = zarr.open_group(zarr_store(store), path=path, mode="r", use_consolidated=False)
-        return _multiscale(node, _ome_metadata(node), store, path, path)
+        metadata = _ome_metadata(node)
+        slide = _multiscale(node, metadata, store, path, path)
+        finest = metadata["multiscales"][0]["datasets"][0]["path"]
+        # Some programs mark their labels by nothing but the group around them.
+        if not (_is_output(node, metadata) or (store / path).parent.name == "labels"):
+            found = "an image to segment"
+        elif slide.levels[0].path != finest:
+            found = f"one without its level {finest}"
+        else:
+            return slide
     except (OSError, KeyError, ValueError) as error:
-        raise ReadError(
-            str(store / path),
-            expected="an image that cellseg-batch has written",
-            found=f"{type(error).__name__}: {error}",
-            remedy="write it with cellseg-batch run, or name another one with `name` or `output`",
-        ) from error
+        found = brief(error)
+    raise ReadError(
+        str(store / path),
+        expected="an image that cellseg-batch has written",
+        found=found,
+        remedy="write it with cellseg-batch run, or name another one with `name` or `output`",
+    )
+
+
+def _is_output(node: zarr.Group, metadata: dict[str, Any]) -> bool:
+    """Whether a group holds labels, of whatever program, or another output of this one."""
+    return "image-label" in metadata or OUTPUT_MARK in node.attrs
 
 
 def plate_names(plate: Path) -> tuple[list[str], list[str]]:
@@ -233,14 +308,26 @@ def _children(
 ) -> list[tuple[str, PlatePosition | None]]:
     """(path, position on a plate) of the children of a group that may hold images: those in its metadata, else all."""
     if "plate" in metadata:
-        wells = [_inside(well["path"], location) for well in metadata["plate"]["wells"]]
+        wells = [_inside(path, location) for path in _listed_paths(metadata["plate"], "wells", location)]
         positions = [PlatePosition(location, Path(well).parent.name, Path(well).name, field="") for well in wells]
         return [(well, of_well) for well, of_well in zip(wells, positions, strict=True) if choice.takes_well(of_well)]
     if "well" in metadata:
-        fields = [_inside(field["path"], location) for field in metadata["well"]["images"]]
+        fields = [_inside(path, location) for path in _listed_paths(metadata["well"], "images", location)]
         return [(field, position and replace(position, field=field)) for field in fields if choice.takes_field(field)]
-    members = {key for key in node if key not in ("labels", "tables", _OME_GROUP)} | _listed_series(node)
+    members = {key for key in node if key not in _NO_IMAGES} | _listed_series(node)
     return [(_inside(member, location), position) for member in sorted(members, key=_numbers_in_order)]
+
+
+def _listed_paths(metadata: object, kind: str, location: str) -> list[object]:
+    """Paths of the wells of a plate, or of the images of a well.
+
+    Raises:
+        ReadError: there are none.
+    """
+    entries = metadata.get(kind) if isinstance(metadata, dict) else None
+    if not (isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries)):
+        raise _not_an_image(location, f"a list of {kind} in its metadata", f"{entries!r:.80}")
+    return [entry.get("path") for entry in entries]
 
 
 def _listed_series(node: zarr.Group) -> set[str]:
@@ -258,8 +345,8 @@ def _overviews(store: Path, path: str, members: list[str]) -> dict[str, str]:
     names = {member: member for member in members}
     xml = store / path / _OME_GROUP / "METADATA.ome.xml"
     if xml.is_file():
-        with suppress(ValueError):  # damaged names are as good as none
-            names |= dict(zip(members, read_names(xml.read_text("utf-8")), strict=True))
+        with suppress(ReadError, ValueError):  # damaged names are as good as none
+            names |= dict(zip(members, read_names(xml.read_text("utf-8"), str(xml)), strict=True))
     overviews = {member: name for member, name in names.items() if is_overview(name) or is_overview(member)}
     return overviews if len(overviews) < len(members) else {}
 
@@ -282,37 +369,22 @@ def _numbers_in_order(key: str) -> tuple[bool, int, str]:
 
 def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: str, name: str) -> Slide:
     location = str(store / path)
-    if not metadata["multiscales"]:
-        raise _not_an_image(location, "one multiscale", "an empty list of multiscales")
-    multiscale = metadata["multiscales"][0]
-    notes = [f"the first of its {count} multiscales is taken"] if (count := len(metadata["multiscales"])) > 1 else []
+    listed = metadata["multiscales"]
+    if not (isinstance(listed, list) and listed and isinstance(listed[0], dict)):
+        raise _not_an_image(location, "a list of multiscales", f"{listed!r:.80}")
+    notes = [f"the first of its {len(listed)} multiscales is taken"] if len(listed) > 1 else []
+    multiscale = listed[0]
     axes, units = _axes_of(multiscale, location)
-    arrays: dict[str, zarr.Array[Any]] = {}
-    datasets = []
-    for dataset in multiscale["datasets"]:
-        if not isinstance(dataset["path"], str):
-            # zarr can read such an image, but readers of its labels could not find it.
-            raise _not_an_image(location, "the paths of its levels as text", f"{dataset['path']!r}")
-        array = node.get(_inside(dataset["path"], location))
-        if not isinstance(array, zarr.Array):
-            notes.append(f"level {dataset['path']} is listed, but not in the store")
-            continue
-        if array.ndim != len(axes):
-            raise _not_an_image(location, f"{len(axes)} axes as its metadata say", f"an array of shape {array.shape}")
-        arrays[dataset["path"]] = array
-        datasets.append(dataset)
-    if not arrays:
-        listed = ", ".join(str(dataset["path"]) for dataset in multiscale["datasets"])
-        raise _not_an_image(location, f"the arrays that its metadata list ({listed})", "none of them in the store")
-    full = next(iter(arrays.values()))
-    names = [array.dtype.name for array in arrays.values()]
-    levels, units, size = _place(datasets, multiscale, list(arrays.values()), axes, units)
+    datasets, arrays, remarks = _arrays_of(node, multiscale, axes, location)
+    notes += remarks
+    full = arrays[0]
+    levels, units, size = _place(datasets, multiscale, arrays, axes, units)
     channels = _omero_channels(metadata)
     labels = [str(channel.get("label") or "").strip() for channel in channels]
     count = full.shape[axes.index("c")] if "c" in axes else 1
     alpha = count == 4 and [label.lower() for label in labels[3:]] in (["a"], ["alpha"])
     colour_labels = labels[: count - alpha]
-    dtype = next((name for name in names if not NUMBERS.fullmatch(name)), names[0])
+    dtype = full.dtype.name
     rgb = _is_rgb(count - alpha, dtype, colour_labels, channels)
     if rgb and any(colour_labels) and not _names_colours(colour_labels):
         notes.append("taken for red, green, blue, as its channels have no names; `channel` chooses one of them instead")
@@ -335,15 +407,78 @@ def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: s
     )
 
 
+def _arrays_of(
+    node: zarr.Group, multiscale: dict[str, Any], axes: str, location: str
+) -> tuple[list[dict[str, Any]], list[zarr.Array[Any]], list[str]]:
+    """(datasets, their arrays, notes) of a multiscale, from the largest; what is no level of it is left out and noted.
+
+    Raises:
+        ReadError: there is no array, or the first one is no image of the axes.
+    """
+    datasets = multiscale.get("datasets")
+    if not (isinstance(datasets, list) and datasets and all(isinstance(entry, dict) for entry in datasets)):
+        raise _not_an_image(location, "a list of levels in its metadata", f"{datasets!r:.80}")
+    found: dict[str, tuple[dict[str, Any], zarr.Array[Any]]] = {}
+    notes = []
+    for dataset in datasets:
+        path = dataset.get("path")
+        if not isinstance(path, str):
+            # zarr can read such an image, but readers of its labels could not find it.
+            raise _not_an_image(location, "the paths of its levels as text", f"{path!r}")
+        array = node.get(_inside(path, location))
+        if not isinstance(array, zarr.Array):
+            notes.append(f"level {path} is listed, but not in the store")
+            continue
+        if array.ndim != len(axes):
+            raise _not_an_image(
+                location, f"arrays of the axes {axes} that its metadata list", f"one of shape {array.shape}"
+            )
+        first = next(iter(found.values()))[1] if found else array
+        if 0 in first.shape:
+            raise _not_an_image(location, "an image with pixels", f"shape {array.shape}")
+        fits = all(axis in "zyx" or a == b for axis, a, b in zip(axes, first.shape, array.shape, strict=True))
+        if path in found:
+            notes.append(f"level {path} is listed twice")
+        elif 0 in array.shape:
+            notes.append(f"level {path} has no pixels and is left out")
+        elif array.dtype.name != first.dtype.name or not fits:
+            notes.append(
+                f"level {path} is left out, as its {array.dtype.name} of shape {array.shape} is no resolution of "
+                f"{first.dtype.name} of shape {first.shape}"
+            )
+        else:
+            found[path] = dataset, array
+    if not found:
+        listed = ", ".join(str(dataset["path"]) for dataset in datasets)
+        raise _not_an_image(location, f"the arrays that its metadata list ({listed})", "none of them in the store")
+    y, x = axes.index("y"), axes.index("x")
+    ordered = sorted(found.values(), key=lambda level: -level[1].shape[y] * level[1].shape[x])
+    if ordered != list(found.values()):
+        notes.append("its levels are not listed from the largest, but taken so")
+    return [dataset for dataset, _ in ordered], [array for _, array in ordered], notes
+
+
 def _axes_of(multiscale: dict[str, Any], location: str) -> tuple[str, tuple[str | None, ...]]:
     listed = multiscale.get("axes")
     if not listed:
         raise _not_an_image(location, "axes in its metadata", "none")
     # Version 0.3 wrote axes as plain names.
-    entries = [{"name": axis} if isinstance(axis, str) else axis for axis in listed]
-    axes = "".join(str(axis["name"]).lower() for axis in entries)
-    if not fits_axes(axes, len(axes)):
-        raise _not_an_image(location, "axes out of t, c, z, y, x with y and x among them", repr(axes))
+    entries = [{"name": axis} if isinstance(axis, str) else axis for axis in listed] if isinstance(listed, list) else []
+    if not entries or not all(isinstance(axis, dict) and isinstance(axis.get("name"), str) for axis in entries):
+        raise _not_an_image(location, "a list of axes with names in its metadata", f"{listed!r:.80}")
+    names = [axis["name"].lower() for axis in entries]
+    for axis in names:
+        if axis not in set(AXES):
+            raise ReadError(
+                location,
+                expected="axes out of t, c, z, y, x",
+                found=f"an axis {axis!r}",
+                remedy="write each of its places as an image with the other axes",
+            )
+    for axis in AXES:
+        if names.count(axis) > 1 or (axis in "yx" and axis not in names):
+            raise _not_an_image(location, f"one axis {axis}", f"{names.count(axis)} in {', '.join(names)}")
+    axes = "".join(names)
     units = (axis.get("unit") for axis in entries)
     return axes, tuple(_UNIT_NAMES.get(unit, unit) if isinstance(unit, str) else None for unit in units)
 

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.MpoImagePlugin import MpoImageFile
 
-from cellseg_batch.engine.slides.image_format import ImageFormat, Search
+from cellseg_batch.engine.errors import ReadError
+from cellseg_batch.engine.slides.image_format import ImageFormat, Search, optional_library
 from cellseg_batch.engine.slides.slide import Level, Slide, UnreadableImage
 from cellseg_batch.engine.storage.paths import readable
 
@@ -23,6 +23,8 @@ from cellseg_batch.engine.storage.paths import readable
 Image.MAX_IMAGE_PIXELS = 1 << 30
 # Pillow's modes in which pictures are read -> pixel type.
 _MODES_KEPT = {"L": "uint8", "RGB": "uint8", "RGBA": "uint8", "I;16": "uint16", "F": "float32", "I": "int32"}
+# Pillow's names of the formats; of others it may keep 8 bits of 16.
+_FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB")
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Colour types of PNGs of which Pillow keeps 8 of 16 bits -> the mode of their channels, without the alpha of grey.
 _DEEP_MODES = {2: "RGB", 4: "L", 6: "RGBA"}
@@ -39,10 +41,18 @@ class Pictures(ImageFormat):
         """Find the image of a file, from its header, and name the other frames of an animation.
 
         Raises:
-            OSError: the file has not the format that its name says.
+            ReadError: the file has another format than its name says.
+            OSError: the file has no format of pictures.
         """
         deep = _deep_mode(path)
         with Image.open(readable(path)) as picture:
+            if picture.format not in _FORMATS:
+                raise ReadError(
+                    str(path),
+                    expected="PNG, JPEG or BMP, as its name says",
+                    found=str(picture.format),
+                    remedy="give the file the suffix of its format, or save it as PNG",
+                )
             width, height = picture.size
             mode = deep or _mode(picture)
             frames, is_animation = getattr(picture, "n_frames", 1), not isinstance(picture, MpoImageFile)
@@ -67,10 +77,11 @@ class Pictures(ImageFormat):
             yield UnreadableImage(f"{name}/1", str(path / "1"), f"{others}; save the animation as a TIFF")
 
     def open_level(self, slide: Slide, level: int) -> NDArray[Any]:
-        """Read all pixels, (H, W) or (H, W, C)."""
+        """Read all pixels, (H, W) or (H, W, C); raises ReadError without imagecodecs for a PNG of 16 bits."""
         deep = _deep_mode(slide.store)
         if deep is not None:
-            pixels: NDArray[Any] = imagecodecs.png_decode(slide.store.read_bytes())
+            codecs = optional_library("imagecodecs", "imagecodecs")
+            pixels: NDArray[Any] = codecs.png_decode(slide.store.read_bytes())
             return pixels if len(deep) > 1 else pixels[..., 0]
         with Image.open(readable(slide.store)) as picture:
             return np.asarray(picture.convert(_mode(picture)))

@@ -36,7 +36,7 @@ class SlideReader:
         except ReadError:
             raise
         except Exception as error:
-            raise _unreadable(slide, "its pixels", error) from error
+            raise _unreadable(slide, f"level {level}", error) from error
 
     def __enter__(self) -> SlideReader:
         return self

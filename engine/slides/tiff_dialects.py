@@ -30,8 +30,10 @@ _COLOUR_CODECS = (
     *(COMPRESSION.APERIO_JP2000_YCBC, COMPRESSION.APERIO_JP2000_RGB, COMPRESSION.JPEG_2000_LOSSY),
     *(COMPRESSION.JPEGXL, COMPRESSION.JPEGXL_DNG, COMPRESSION.JPEGXR, COMPRESSION.JPEGXR_NDPI, COMPRESSION.WEBP),
 )
-# Programs that write intensities with a palette to show them by.
-_PALETTE_SHOWS = ("imagej", "lsm", "fluoview", "sis", "stk")
+# Dialects of intensities, with which a colour table says only how to show them.
+_INTENSITIES = ("ome", "imagej", "lsm", "fluoview", "sis", "stk")
+# Thousandths of red, green and blue in the brightness of a colour.
+_BRIGHTNESS = (299, 587, 114)
 _ALPHA = ((EXTRASAMPLE.ASSOCALPHA,), (EXTRASAMPLE.UNASSALPHA,))
 _PHOTOMETRIC_NAMES = {kind.value: kind.name for kind in PHOTOMETRIC}
 
@@ -166,10 +168,26 @@ def colours_of(series: tifffile.TiffPageSeries, location: str) -> tuple[bool, bo
     kind = page.photometric
     if kind == PHOTOMETRIC.RGB or (kind == PHOTOMETRIC.YCBCR and page.compression in _COLOUR_CODECS):
         return samples - alpha >= 3, alpha
+    if kind == PHOTOMETRIC.MINISWHITE and series.dtype.kind not in "ub":
+        raise ReadError(
+            location,
+            expected="unsigned integers, as 0 is white",
+            found=series.dtype.name,
+            cause="an inverted colour table",
+            remedy="save it with 0 as black",
+        )
     if kind in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.LINEAR_RAW):
         return False, alpha
-    if kind == PHOTOMETRIC.PALETTE and (series.kind in _PALETTE_SHOWS or _brightens(page.colormap)):
-        return False, False
+    if kind == PHOTOMETRIC.PALETTE:
+        if any(getattr(page.parent, f"is_{dialect}") for dialect in _INTENSITIES) or _brightens(page.colormap):
+            return False, False
+        raise ReadError(
+            location,
+            expected="values that say how bright a pixel is",
+            found="a colour table whose brightness rises and falls",
+            cause="an image of indexed colours",
+            remedy="save it as RGB, or as grey values if they are intensities",
+        )
     raise ReadError(
         location,
         expected="grey values or RGB",
@@ -178,9 +196,29 @@ def colours_of(series: tifffile.TiffPageSeries, location: str) -> tuple[bool, bo
     )
 
 
+def notes_on_values(series: tifffile.TiffPageSeries) -> tuple[str, ...]:
+    """Remarks on values that are not what their numbers seem to say."""
+    page = series.keyframe
+    if is_inverted(series):
+        return ("0 is white in the file: its values are read inverted, as viewers show them",)
+    if page.photometric == PHOTOMETRIC.PALETTE and not _is_grey(page.colormap):
+        return ("its colour table is not applied: its values are taken for intensities",)
+    return ()
+
+
+def is_inverted(series: tifffile.TiffPageSeries) -> bool:
+    """Whether the largest value of a series is black; tifffile reads the values as stored."""
+    return bool(series.keyframe.photometric == PHOTOMETRIC.MINISWHITE)
+
+
 def _brightens(colormap: NDArray[Any] | None) -> bool:
-    """Whether larger values of a palette (3, N) are never darker, so that they are intensities."""
-    return colormap is None or bool((np.diff(colormap.astype(np.int64)) >= 0).all())
+    """Whether larger values are never darker by a colour table (3, N), so that they are intensities."""
+    return colormap is None or bool((np.diff(np.tensordot(_BRIGHTNESS, colormap.astype(np.int64), 1)) >= 0).all())
+
+
+def _is_grey(colormap: NDArray[Any] | None) -> bool:
+    """Whether a colour table (3, N) has no colours and larger values are never darker by it."""
+    return colormap is None or (bool((colormap == colormap[0]).all()) and _brightens(colormap))
 
 
 def _elements(parent: str | ElementTree.Element, tag: str) -> Iterator[ElementTree.Element]:

@@ -150,8 +150,11 @@ class Journal:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether there is a record, or something else in its place, which its reader names."""
-    return path.is_file() if isinstance(path, RemotePath) else path.exists()
+    """Whether there is a record, or something in its place that cannot be read as one, as its reader says."""
+    try:
+        return path.is_file() if isinstance(path, RemotePath) else path.exists()
+    except PermissionError:
+        return True
 
 
 def sweep_partials(folder: Path) -> None:

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, Self
 from urllib.parse import unquote, urlsplit
 
 from cellseg_batch.engine.errors import UsageError
+from cellseg_batch.engine.machine import is_path
 from cellseg_batch.engine.storage.object_stores import SCHEMES, WEB, StoreError, asking, client_of, library, refusals
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def locate(path: str | Path) -> Path:
     """Make a path of a URL of an object store, a ``file://`` URL or a path on this machine.
 
     Raises:
-        UsageError: the text is empty, or the URL is of another kind or has a user's name or a query in it.
+        UsageError: the text is empty or can be no path, or the URL is of another kind, or has a user's name or a query
+            in it.
     """
     text = str(path)
     if not text:  # `Path` would take it for the current folder
@@ -44,10 +46,10 @@ def locate(path: str | Path) -> Path:
             remedy="name a file, a store or a folder; . is the current one",
         )
     if not re.match(r"[a-z][a-z0-9+.-]+://", text):
-        return Path(path)
+        return _local(text)
     url = urlsplit(text)
     if url.scheme == "file":
-        return Path(unquote(url.path))
+        return _local(unquote(url.path))
     shown = f"{url.scheme}://{url.hostname or ''}{url.path}"
     if url.scheme not in SCHEMES or not url.hostname:
         raise UsageError(
@@ -64,6 +66,17 @@ def locate(path: str | Path) -> Path:
             remedy="set the credentials in the environment",
         )
     return RemotePath(text)
+
+
+def _local(text: str) -> Path:
+    if not is_path(text):
+        raise UsageError(
+            ascii(text),
+            expected="a path or a URL",
+            found="a text that is none: a name in it is longer than 255 bytes, or has characters that no name can have",
+            remedy="check the spelling",
+        )
+    return Path(text)
 
 
 def printable(text: str) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from cellseg_batch.engine.errors import OutputError
+from cellseg_batch.engine.errors import OutputError, brief
 from cellseg_batch.engine.storage.atomic_files import whole_file
 
 Record = TypeVar("Record")
@@ -50,7 +50,7 @@ def read_record(path: Path, kind: type[Record]) -> Record | None:
     """Read the dataclass that `write_record` wrote to ``path``; None if there is no file.
 
     Raises:
-        OutputError: the file is of another version or damaged, or a folder has its name.
+        OutputError: the file is of another version or damaged, may not be read, or a folder has its name.
     """
     try:
         values = json.loads(path.read_bytes())
@@ -59,6 +59,10 @@ def read_record(path: Path, kind: type[Record]) -> Record | None:
             _refuse_unknown(getattr(record, name), values[name])
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except PermissionError as error:
+        raise OutputError(
+            str(path), expected="a record that may be read", found=brief(error), remedy="make it readable"
+        ) from error
     except (IsADirectoryError, RecursionError, ValueError) as error:
         raise OutputError(
             str(path),

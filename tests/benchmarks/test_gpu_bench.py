@@ -45,7 +45,7 @@ def test_parts_that_fail_cost_the_others_nothing(script, part, tmp_path):
     parts = script("gpu_parts")
     rows = parts.Rows(tmp_path)
     ends = tmp_path / "ends"
-    outcomes = parts.run_parts(
+    run = parts.run_parts(
         [
             part("crash", ADD_A_ROW + "kill -SEGV $$"),
             part("hang", ADD_A_ROW + f"(sleep 0.4; touch {ends}) & sleep 60", seconds=0.2),
@@ -57,6 +57,7 @@ def test_parts_that_fail_cost_the_others_nothing(script, part, tmp_path):
         seconds=60,
         WORDS="given",
     )
+    outcomes = list(run)
     assert [(outcome.status, outcome.reason) for outcome in outcomes] == [
         ("failed", "exit -11: no message"),
         ("failed", "stopped after 0 s"),
@@ -74,7 +75,7 @@ def test_parts_that_fail_cost_the_others_nothing(script, part, tmp_path):
 
 def test_no_part_begins_or_ends_after_the_deadline(script, part, tmp_path):
     parts, start = script("gpu_parts"), time.monotonic()
-    outcomes = parts.run_parts([part("a", "sleep 60"), part("b", ADD_A_ROW)], parts.Rows(tmp_path), seconds=0.3)
+    outcomes = list(parts.run_parts([part("a", "sleep 60"), part("b", ADD_A_ROW)], parts.Rows(tmp_path), seconds=0.3))
     assert time.monotonic() - start < 10
     assert [outcome.reason for outcome in outcomes] == ["stopped after 0 s", "no time was left"]
     assert outcomes[1].status == "failed"
@@ -99,6 +100,50 @@ def test_the_exit_code_tells_of_failed_parts(script, part, tmp_path, monkeypatch
             bench.main(["--out", str(tmp_path / "new"), *(["--only", *names] if names else [])])
         assert ended.value.code == code
     assert "gpu" in json.loads((tmp_path / "new" / "rows.jsonl").read_text().splitlines()[0])["conditions"]
+
+
+def test_doctor_shows_how_each_part_ended_on_this_machine(script, part, tmp_path, monkeypatch, nvidia_driver, command):
+    bench, file = script("bench_gpu"), tmp_path / "doctor.json"
+    monkeypatch.setenv("CELLSEG_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def doctor():
+        assert command("doctor", "--json", file)[0] == 0
+        diagnosis = json.loads(file.read_text())
+        remedies = {state["backend"]: state["remedy"] for state in diagnosis["backends"]}
+        return diagnosis["gpu_proof"], command("doctor")[1], "not yet run on hardware" in remedies["torch-cuda"]
+
+    def run(*names):
+        with pytest.raises(SystemExit):
+            bench.main(["--out", str(tmp_path / "rows"), "--only", *names])
+
+    ends = {"parity": "true", "tests": "exit 3"}
+    monkeypatch.setattr(bench, "parts_for", lambda device, out: [part(name, line) for name, line in ends.items()])
+    nvidia_driver("NVIDIA H200", "580.1.2")
+    proof, printed, unproven = doctor()
+    assert (proof, unproven) == (None, True)
+    assert "not proven here" in printed
+    run("parity", "tests")
+    today = time.strftime("%Y-%m-%d", time.gmtime())
+    proof, printed, unproven = doctor()
+    assert (proof["gpu"], proof["driver"], unproven) == ("NVIDIA H200", "580.1.2", True)
+    assert proof["versions"]["torch"] == torch.__version__
+    assert [(one["name"], one["status"], one["date"]) for one in proof["parts"]] == [
+        ("parity", "passed", today),
+        ("tests", "failed", today),
+    ]
+    assert f"parity passed, {today}" in printed
+    assert "benchmarks/gpu.sh" in printed
+    ends["tests"] = "true"
+    run("tests")
+    proof, _, unproven = doctor()
+    assert ([one["status"] for one in proof["parts"]], unproven) == (["passed", "passed"], False)
+    nvidia_driver("NVIDIA H200", "590.1.2")
+    assert doctor()[0] is None, "another driver proves nothing"
+    nvidia_driver("NVIDIA H200", "580.1.2")
+    assert doctor()[0] == proof
+    (tmp_path / "cache" / "gpu_proof.json").write_text("{")
+    assert doctor()[0] is None
 
 
 @pytest.mark.parametrize("links", [True, False])

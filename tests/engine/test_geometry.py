@@ -7,16 +7,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cellseg_batch.engine.errors import UsageError
-from cellseg_batch.engine.geometry import Box, Lattice, chunk_side, fit_lattice, lay_blocks, reflect, source_box
+from cellseg_batch.engine.geometry import (
+    Box,
+    Lattice,
+    chunk_side,
+    fit_lattice,
+    fit_squares,
+    lay_blocks,
+    reflect,
+    source_box,
+)
 
 
 @st.composite
-def lattices(draw):
+def lattices(draw, fits=(fit_lattice, fit_squares)):
     stride = draw(st.sampled_from([1, 8, 16]))
     lengths = st.integers(1, 30 * stride)
     margin = stride * draw(st.integers(0, 4))
     tile = 2 * margin + stride * draw(st.integers(1, 12)) + draw(st.integers(0, 5))
-    return fit_lattice((draw(lengths), draw(lengths)), tile, margin, stride), tile, stride
+    fit = draw(st.sampled_from(fits))
+    return fit((draw(lengths), draw(lengths)), tile, margin, stride), tile, stride
 
 
 @given(lattices(), st.integers(1, 900), st.integers(1, 3))
@@ -44,7 +54,7 @@ def cost_of_squares(shape, tile, margin, stride):
     return Lattice(shape, core, margin).cost
 
 
-@given(lattices())
+@given(lattices((fit_lattice,)))
 def test_tiles_use_their_area_well(fitted):
     lattice, tile, stride = fitted
     assert lattice.tile[0] * lattice.tile[1] <= tile * tile
@@ -66,6 +76,20 @@ def test_tiles_use_their_area_well(fitted):
 )
 def test_tiles_are_as_large_as_their_area_allows(shape, core):
     assert fit_lattice(shape, tile=1824, margin=64, total_stride=16).core == core
+
+
+@pytest.mark.parametrize(
+    ("shape", "side"),
+    [((300, 300), 448), ((500, 700), 912), ((1080, 1080), 1360), ((4096, 4096), 1824), ((100_000, 88), 448)],
+)
+def test_squares_cost_little_more_than_the_best_of_four(shape, side):
+    assert fit_squares(shape, tile=1824, margin=64, total_stride=16).tile == (side, side)
+
+
+def test_slides_of_all_shapes_share_four_squares():
+    shapes = {fit_squares((height, width), 1824, 64, 16).tile for height in range(9, 9000, 99) for width in (77, 3000)}
+    assert shapes == {(448, 448), (912, 912), (1360, 1360), (1824, 1824)}
+    assert fit_squares((5000, 5000), 150, 64, 16).tile == (144, 144), "smaller squares have no core"
 
 
 @given(lattices(), st.integers(1, 900))

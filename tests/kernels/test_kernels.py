@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellseg_batch.kernels import gather_reference, stitch, stitch_reference
+from cellseg_batch.kernels import gather_reference, instances_reference, stitch, stitch_reference
 from cellseg_batch.kernels._fastest import fastest
 from cellseg_batch.kernels.gather import cut, gather
+from cellseg_batch.kernels.instances import seed_rule
 from cellseg_batch.kernels.stitch import logit_threshold, stitch_mask, stitch_probability
 from cellseg_batch.kernels.tiling import TileGrid, check_places
 
@@ -23,7 +24,7 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installe
 if HAS_TRITON:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TRITON_INTERPRET", "1")
-        from cellseg_batch.kernels import blend_triton, gather_triton, stitch_triton
+        from cellseg_batch.kernels import blend_triton, gather_triton, instances_triton, stitch_triton
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -310,7 +311,46 @@ def test_gather_in_triton_equals_its_reference(dtype, precision, channels, inter
 
 
 @needs_triton
-@pytest.mark.parametrize("module", ["stitch_triton", "blend_triton", "gather_triton"])
+@settings(max_examples=8)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 9),
+    st.sampled_from([1, 2, 7]),
+    st.sampled_from([0.0, 0.7, 1.1]),
+    st.sampled_from([torch.float16, torch.float32]),
+)
+def test_pixel_codes_in_triton_equal_their_reference(seed, margin, spacing, smoothing, precision):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 6, (3, 3, 27, 81)).astype(np.float16)
+    for value in (np.nan, np.inf, -np.inf, 6e4):
+        logits[rng.random(logits.shape) < 0.02] = value
+    height, width = 27 - 2 * margin, 81 - 2 * margin
+    places = np.array([[margin, margin, 0, 0, height, width], [margin, margin, 0, width, height - 3, width - 1]])
+    rule = seed_rule(float(rng.normal()), 0.75, smoothing, spacing, 0.1, -0.1)
+    expected = np.full((height, 2 * width), 9, np.uint8)
+    out = torch.from_numpy(expected.copy())
+    counts = instances_triton.classify_pixels(torch.from_numpy(logits).to(precision), places, rule, out)
+    assert tuple(counts.tolist()) == instances_reference.classify_pixels(
+        logits.astype(np.float32), places, rule, expected
+    )
+    np.testing.assert_array_equal(out, expected)
+
+
+@needs_triton
+def test_pixel_codes_in_triton_need_logits_that_can_be_read():
+    codes, places = torch.zeros(8, 8, dtype=torch.uint8), np.array([[0, 0, 0, 0, 8, 8]])
+    rule = seed_rule(0, 1, 1, 1, 0, 0)
+    for logits, message in (
+        (torch.zeros(1, 1, 8, 8), "1 logits"),
+        (torch.zeros(1, 3, 8, 8).double(), "expected float16"),
+        (torch.zeros(1, 3, 8, 7), "leaves its tile"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            instances_triton.classify_pixels(logits, places, rule, codes)
+
+
+@needs_triton
+@pytest.mark.parametrize("module", ["stitch_triton", "blend_triton", "gather_triton", "instances_triton"])
 def test_the_check_of_each_triton_module_passes(module):
     globals()[module].check("cpu")
 

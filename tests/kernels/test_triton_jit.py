@@ -28,14 +28,15 @@ def launches_for(folder, *capabilities):
 
 
 def check(launches):
-    assert {launch["kernel"] for launch in launches} == {"crop_kernel", "blend_kernel", "gather_kernel"}
+    kernels = {"crop_kernel", "blend_kernel", "gather_kernel", "rows_kernel", "codes_kernel"}
+    assert {launch["kernel"] for launch in launches} == kernels
     for launch in launches:
         assert min(launch["grid"]) > 0
         assert launch["warps"] == 4
         types = launch["types"]
-        for name in ("threshold", "low", "scale"):
+        for name in ("threshold", "low", "scale", "foreground"):
             assert types.get(name, "fp32") == "fp32", "a whole number would be taken for an integer"
-        tables = [types[name] for name in types if name in ("places_ptr", "rows_ptr", "columns_ptr")]
+        tables = [types[name] for name in types if name in ("places_ptr", "tables_ptr", "weights_ptr", "columns_ptr")]
         assert set(tables) <= {"*i64"}
 
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cellseg_batch.engine.inference.backends import cuda
-from cellseg_batch.kernels import gather_reference, stitch_reference
+from cellseg_batch.kernels import gather_reference, instances_reference, stitch_reference
 
 STREAMS = 32
 # What torch lets the host ask of a tensor only after the device has caught up.
@@ -48,11 +48,13 @@ class FakeGpus:
 
     def install(self, monkeypatch):
         """Put these GPUs where the real ones would be."""
-        from cellseg_batch.kernels import blend_triton, gather_triton, stitch_triton
+        from cellseg_batch.kernels import blend_triton, gather_triton, instances_triton, stitch_triton
 
         monkeypatch.setattr(cuda, "available", lambda: True)
         monkeypatch.setattr(cuda, "Device", lambda name: FakeDevice(self, name))
         monkeypatch.setattr(gather_triton, "gather", self.gather)
+        classify = self._kernel(instances_reference.classify_pixels, True)
+        monkeypatch.setattr(instances_triton, "classify_pixels", classify)
         for module, names in ((stitch_triton, "stitch"), (blend_triton, "blend")):
             for form in ("mask", "probability"):
                 name = f"{names}_{form}"

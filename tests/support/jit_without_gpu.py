@@ -12,7 +12,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from cellseg_batch.kernels import blend_triton, gather_triton, stitch_triton
+from cellseg_batch.kernels import blend_triton, gather_triton, instances_triton, stitch_triton
+from cellseg_batch.kernels.instances import seed_rule
 from cellseg_batch.kernels.tiling import TileGrid
 
 launches = []
@@ -93,6 +94,20 @@ def blend(dtype):
         blend_triton.blend_probability(logits, grid, out)
 
 
+def instances(dtype):
+    logits, out = torch.zeros(2, 3, 256, 256, dtype=dtype), torch.zeros(300, 300, dtype=torch.uint8)
+    places = np.array([[64, 64, 0, 0, 128, 128], [64, 64, 0, 128, 128, 104]])
+    for foreground, smoothing, spacing, level in (
+        (0.0, 1.0, 1, 0.3),
+        (1.0, 0.0, 2, 0.0),
+        (-0.4, 1.4, 16, 1 / (1 << 14)),
+    ):
+        rule = seed_rule(foreground, 0.75, smoothing, spacing, level, -level)
+        instances_triton.classify_pixels(logits, places, rule, out)
+        instances_triton.classify_pixels(logits[1:, :, 1:-1], places[:1] - [0, 0, 0, 0, 1, 1], rule, out[3:, 5:])
+    instances_triton.classify_foreground(logits, places, 0.0, out)
+
+
 def gather(dtype):
     out = torch.zeros(2, 3, 256, 256, dtype=dtype)
     table = np.zeros((2, 256), np.int64)
@@ -107,7 +122,7 @@ def gather(dtype):
 def main():
     for capability in map(int, sys.argv[1:]):
         driver.set_active(Driver(capability))
-        for launch in (stitch, blend, gather):
+        for launch in (stitch, blend, instances, gather):
             launch(torch.half)
     print(json.dumps(launches))
 

@@ -56,19 +56,30 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class DeviceOwner:
-    """Decides which thread of this process may capture, synchronise or compile: one at a time, for all GPUs together.
+    """Decides which threads of this process may compile, synchronise and capture, for all GPUs together.
 
-    A device that is synchronised breaks the capture of any thread on it, compilers synchronise to time kernels, and
-    torch captures one graph at a time.  Other threads go on launching, copying and allocating.
+    A device that is synchronised breaks the capture of any thread on it, compilers synchronise to load and time
+    kernels, and torch captures one graph at a time.  So a capture is alone.  One thread compiles at a time, which may
+    take minutes; meanwhile others synchronise.  All threads go on launching, copying and allocating.
+
+    Each method returns a context that waits for the right and holds it; a thread that compiles may nest them.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._compiling, self._synchronising = threading.RLock(), threading.RLock()
+
+    def compiling(self) -> contextlib.AbstractContextManager[object]:
+        """Return the right to compile, and to load networks."""
+        return self._compiling
+
+    def synchronising(self) -> contextlib.AbstractContextManager[object]:
+        """Return the right to synchronise a device."""
+        return self._synchronising
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Wait for the right and hold it in the context; a thread may nest contexts."""
-        with self._lock:
+    def capturing(self) -> Iterator[None]:
+        """Return the right to capture."""
+        with self._compiling, self._synchronising:
             yield
 
 
@@ -153,12 +164,12 @@ class Device:
         """Return a copy of a device tensor in page-locked memory, enqueued on the current stream."""
         return self.pinned(tuple(tensor.shape), tensor.dtype).copy_(tensor, non_blocking=True)
 
-    def alone(self) -> contextlib.AbstractContextManager[None]:
+    def compiling(self) -> contextlib.AbstractContextManager[object]:
         """Return a context in which this thread may compile; see `DeviceOwner`."""
-        return _OWNER.alone()
+        return _OWNER.compiling()
 
     def capture(self, launch: Callable[[int], None]) -> Callable[[], None]:
-        """Capture the work that ``launch`` enqueues on the stream whose handle it gets.
+        """Capture the work that ``launch`` enqueues on the stream whose handle it gets, after a first launch.
 
         Returns:
             A call that replays the work on the current stream.
@@ -167,17 +178,18 @@ class Device:
             RuntimeError: some of the work cannot be captured.
             Exception: whatever ``launch`` raises.
         """
-        with self.alone():
+        with _OWNER.compiling():
             # A single stream for all captures of this device, because libraries keep a workspace for each stream.
             self._capture_stream = stream = self._capture_stream or self.stream(for_captures=True)
             with self.on(stream):
-                launch(stream.cuda_stream)  # this first launch does lazy initialisation, which a capture forbids
+                launch(stream.cuda_stream)  # compiles and initialises what is done lazily, which a capture forbids
             stream.synchronize()
-            return self._graph(launch, stream)
+            with _OWNER.capturing():
+                return self._graph(launch, stream)
 
     def settle(self) -> None:
         """Wait for all enqueued work, and free the unused memory that torch still holds."""
-        with self.alone():
+        with _OWNER.synchronising():
             self._synchronise()
 
     def _graph(self, launch: Callable[[int], None], stream: Any) -> Callable[[], None]:

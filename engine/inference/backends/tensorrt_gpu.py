@@ -112,7 +112,7 @@ class TensorRtBackend:
         # Each process has one logger: TensorRT keeps the first that it gets.
         logger = self._torch_tensorrt.logging.TRT_LOGGER
         # On the device's own stream: both libraries build and load for the current device.
-        with self._device.alone(), self._device.on(self._device.stream()):
+        with self._device.compiling(), self._device.on(self._device.stream()):
             plan = self.plan(shape)
             with explained(f"load the plan for batches of {shape}"):
                 return load_plan(self._tensorrt, logger, plan, shape, weights, self._device)

@@ -62,7 +62,7 @@ class TorchCudaBackend:
         # With timing, cuDNN could choose other convolutions in each run, and a resumed run would round differently.
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
-        with device.alone():
+        with device.compiling():
             network = network.half().to(device.torch_device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self._network: Callable[..., torch.Tensor] = (
                 torch.compile(network, fullgraph=True, dynamic=False) if compiled else fuse_relu(network)

@@ -1,7 +1,6 @@
 """The backends and devices for GPUs, on a CPU in a GPU's place; nothing here has run on hardware."""
 
 import functools
-import os
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +13,6 @@ from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.inference.backends import cuda
 from cellseg_batch.engine.inference.backends.cuda import Device, GraphedHalf, is_out_of_memory
 from cellseg_batch.engine.inference.backends.registry import candidates, make_backend, why_not
-from cellseg_batch.engine.machine import gpus
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.engine.scheduling import dask_pools as clusters
 from cellseg_batch.engine.settings import ClusterSettings, Settings
@@ -138,20 +136,11 @@ def test_a_process_takes_no_more_than_its_share_of_a_gpu(monkeypatch):
     assert shares == [(0.45, torch.device("cuda:1"))]
 
 
-@pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
-def test_gpus_are_counted_where_the_drivers_files_are_hidden(monkeypatch, tmp_path):
+def test_gpus_are_counted_where_the_drivers_files_are_hidden(nvidia_driver):
     """As in WSL 2 and gVisor."""
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho NVIDIA H200\necho NVIDIA L4\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    machine._driver_gpus.cache_clear()
-    try:
-        assert machine.gpus() == ["NVIDIA H200", "NVIDIA L4", "visible: all"]
-        assert machine.visible_gpus() == ["0", "1"]
-    finally:
-        machine._driver_gpus.cache_clear()
+    nvidia_driver("NVIDIA H200\nNVIDIA L4", "580.1")
+    assert machine.gpus() == ["NVIDIA H200", "NVIDIA L4", "visible: all"]
+    assert machine.visible_gpus() == ["0", "1"]
 
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch):

@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from cellseg_batch.engine import settings
-from cellseg_batch.engine.geometry import fit_lattice
+from cellseg_batch.engine.geometry import fit_lattice, fit_squares
 from cellseg_batch.engine.inference import gpu_probe
 from cellseg_batch.engine.inference.backends import cuda
 from cellseg_batch.engine.inference.backends.cuda import Device, GraphedHalf
@@ -22,8 +23,10 @@ from cellseg_batch.engine.inference.gpu_admission import Admission
 from cellseg_batch.engine.inference.gpu_batch_queue import BatchQueue
 from cellseg_batch.engine.inference.kept_by_use import KeptByUse
 from cellseg_batch.engine.inference.model_pool import ModelPool
+from cellseg_batch.engine.reports.info import list_images
 from cellseg_batch.engine.reports.plan import estimate
 from cellseg_batch.engine.settings import Settings
+from cellseg_batch.trainer.bundle import save_bundle
 from tests.support.fake_gpu import STREAMS, FakeGpus
 from tests.support.images import blobs, labels_of, write_ome_zarr
 
@@ -89,6 +92,52 @@ def test_a_folder_of_many_shapes_on_two_gpus(gpus, segment, on_gpus, tmp_path):
     assert_same(report, expected)
     shapes = {fit_lattice(mask.shape, TILE, 8, 8).tile for mask in expected}
     assert gpus.captures <= 2 * len(shapes), "a network was captured again"
+
+
+def test_instances_are_those_of_the_host(gpus, segment, on_gpus, tmp_path, monkeypatch):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(150, 170), levels=1)
+    (expected,) = masks_on_the_cpu(segment, [path], instances=True)
+    monkeypatch.setattr(GraphedHalf, "__call__", lambda *arguments, **keywords: pytest.fail("the host rounds pixels"))
+    report = on_gpus(path, instances=True, batch=2)
+    assert [slide.status for slide in report.slides] == ["done"]
+    np.testing.assert_array_equal(labels_of(report), expected)
+    assert expected.max() > 3
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """torch.compile compiles nothing: it cannot trace what the fake enqueues."""
+    monkeypatch.setattr(torch, "compile", lambda network, **how: network)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_slides_of_many_shapes_share_what_compiles_for_long(gpus, segment, on_gpus, tmp_path, tiny_model):
+    paths = folder_of(tmp_path, 0, 8)
+    expected = masks_on_the_cpu(segment, paths, backend="torch-compile")
+    report = on_gpus(*paths, backend="torch-compile", batch=2)
+    assert_same(report, expected)
+    shapes = {fit_squares(mask.shape, TILE, 8, 8).tile for mask in expected}
+    assert 1 < len(shapes) < len({mask.shape for mask in expected})
+    assert gpus.captures <= 2 * len(shapes)
+    info = list_images(paths, Settings(model=str(tiny_model), backend="torch-compile", tile=TILE))
+    assert {image.cut.tile for image in info.images} == shapes
+
+
+@pytest.mark.usefixtures("uncompiled", "gpus")
+def test_windows_that_show_the_scale_are_not_worth_a_long_compile(on_gpus, tmp_path, tiny_bundle, monkeypatch):
+    save_bundle(replace(tiny_bundle, card=replace(tiny_bundle.card, downscale={"2": 9.0})), tmp_path / "model")
+    real, compiled = TorchCudaBackend.compile, {"torch-cuda": set(), "torch-compile": set()}
+
+    def compile_model(self, shape):
+        compiled[self.name].add(shape)
+        return real(self, shape)
+
+    monkeypatch.setattr(TorchCudaBackend, "compile", compile_model)
+    paths = [write_ome_zarr(tmp_path / f"{side}.zarr", blobs(side, side), levels=1) for side in (65, 90)]
+    report = on_gpus(*paths, backend="torch-compile", model=str(tmp_path / "model"), device="cuda:0", workers=1)
+    assert [slide.status for slide in report.slides] == ["done"] * 2
+    assert {shape[2:] for shape in compiled["torch-compile"]} <= {(TILE, TILE), (56, 56), (40, 40)}
+    assert compiled["torch-cuda"] == {(1, 3, 80, 80), (1, 3, 96, 96)}
 
 
 @pytest.mark.slow
@@ -222,13 +271,38 @@ def test_synchronisations_wait_for_captures(gpus):
     settling = threading.Thread(target=lambda: (cuda.Device("cuda:1").settle(), settled.append(gpus.captures)))
 
     def launch(stream):
-        if not settling.ident:
+        if gpus.capture is not None:
             settling.start()
             time.sleep(0.01)
 
     device.capture(launch)
     settling.join()
     assert settled == [1]
+
+
+def test_while_a_network_compiles_others_synchronise_and_none_is_captured(gpus):
+    """Compilers synchronise too, so a capture that overlaps one would break."""
+    device, compiling, synchronised, begun = cuda.Device("cuda:0"), threading.Event(), threading.Event(), []
+
+    def compile_and_launch(stream):
+        if not compiling.is_set():
+            compiling.set()
+            assert synchronised.wait(60)
+            time.sleep(0.01)  # in which the other thread does what it must not
+            device._synchronise()
+
+    with ThreadPoolExecutor(3) as threads:
+        slow = threads.submit(device.capture, compile_and_launch)
+        assert compiling.wait(60)
+        quick = threads.submit(cuda.Device("cuda:1").capture, lambda stream: begun.append(gpus.captures))
+        try:
+            threads.submit(device.settle).result(60)
+            assert gpus.captures == 0
+        finally:
+            synchronised.set()
+        slow.result()
+        quick.result()
+    assert begun == [1, 1], "its first launch and its capture both came after the other's"
 
 
 def test_streams_of_captures_are_never_streams_of_others(gpus):

@@ -16,11 +16,14 @@ from cellseg_batch.engine.geometry import fit_lattice, lay_blocks
 from cellseg_batch.engine.inference import gpu_batch_queue as batch_queue
 from cellseg_batch.engine.inference.backends import cuda
 from cellseg_batch.engine.inference.backends.cuda import Device
+from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.gpu_admission import Admission
 from cellseg_batch.engine.inference.gpu_batch_queue import BatchQueue
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
+from cellseg_batch.engine.objects.seeds import InstanceRule
 from cellseg_batch.engine.stage_clock import StageClock
+from cellseg_batch.trainer.bundle import Instances
 from tests.support.images import blobs, labels_of, write_ome_zarr
 from tests.support.networks import predictor_of
 
@@ -44,7 +47,7 @@ def interpreted_triton(monkeypatch):
 def network(pixels):
     """Logits of pixels (N, C, H, W) in float16: each pixel against the brightest nearby."""
     brightest = torch.nn.functional.max_pool2d(pixels.float(), 9, 1, 4)
-    return (8 * (0.9 * pixels.float() - 0.6 * brightest)[:, :2]).half()
+    return (8 * (0.9 * pixels.float() - 0.6 * brightest)).half()
 
 
 class Model:
@@ -52,7 +55,7 @@ class Model:
 
     def __init__(self, batch, failures=()):
         self.pixels = torch.zeros(batch, 3, *LATTICE.tile, dtype=torch.half)
-        self.logits = torch.zeros(batch, 2, *LATTICE.tile, dtype=torch.half)
+        self.logits = torch.zeros(batch, 3, *LATTICE.tile, dtype=torch.half)
         self.failures, self.calls = list(failures), 0
 
     def enqueue(self):
@@ -73,12 +76,14 @@ def queue_of(batch, failures=(), device=None, drop_idle=lambda: False):
     return BatchQueue(device or Device("cpu"), compile_model, batch, Admission(), drop_idle), made
 
 
-def rule_of(dtype="uint8", stitch="crop"):
-    return PredictionRule(LATTICE, (3, 3, *LATTICE.tile), dtype, BOUNDS, 0.4, probability=True, stitch=stitch)
+def rule_of(dtype="uint8", stitch="crop", **changes):
+    return PredictionRule(
+        LATTICE, (3, 3, *LATTICE.tile), dtype, BOUNDS, 0.4, probability=True, stitch=stitch, **changes
+    )
 
 
-def gpu_predictor_of(queue, stitch="crop"):
-    return GpuPredictor(lambda: nullcontext(queue), rule_of(stitch=stitch), StageClock())
+def gpu_predictor_of(queue, stitch="crop", **changes):
+    return GpuPredictor(lambda: nullcontext(queue), rule_of(stitch=stitch, **changes), StageClock())
 
 
 class OnTheCpu:
@@ -91,9 +96,9 @@ class OnTheCpu:
         return None
 
 
-def expected_of(image, block, stitch="crop"):
+def expected_of(image, block, stitch="crop", **changes):
     """What the CPU's predictor makes of a block."""
-    return predictor_of(OnTheCpu(), rule_of(image.dtype, stitch)).predict(cut(image, block), block)
+    return predictor_of(OnTheCpu(), rule_of(image.dtype, stitch, **changes)).predict(cut(image, block), block)
 
 
 def cut(image, block):
@@ -122,6 +127,17 @@ def test_a_block_becomes_what_it_does_on_the_cpu(dtype, stitch):
     for block in lay_blocks(LATTICE, 90, ring=stitch == "blend"):
         assert_same(predictor.predict(cut(image, block), block), expected_of(image, block, stitch))
     assert predictor.clock.seconds["model"] > 0
+
+
+@pytest.mark.parametrize(("decoder", "downscale", "codes"), [("mask", 1, 2), ("seeds", 2, 4)])
+def test_pixel_codes_of_instances_are_those_of_the_cpu(decoder, downscale, codes):
+    instances = InstanceRule(Instances(seed_level=0.4, border_level=0.35), downscale)
+    how = {"decoder": DECODERS[decoder], "instances": instances}
+    image, (queue, _) = image_of(), queue_of(4)
+    (block,) = lay_blocks(LATTICE, 999)
+    result = gpu_predictor_of(queue, **how).predict(image, block)
+    assert_same(result, expected_of(image, block, **how))
+    assert len(np.unique(result.mask)) == codes
 
 
 def test_channels_that_are_interleaved_go_up_as_they_are():

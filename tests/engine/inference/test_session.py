@@ -1,8 +1,9 @@
 """The two ways into a network, bytes and normalised pixels, give the same logits."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -142,6 +143,35 @@ def test_models_of_all_shapes_run_one_at_a_time(tiny_bundle):
         thread.join()
     assert backend.most == 1
     assert sorted(backend.compiled) == [(1, 3, 32, 32), (1, 3, 64, 64)]
+
+
+def test_networks_are_lent_and_run_while_another_compiles(tiny_bundle):
+    begun, may_go_on = Event(), Event()
+
+    class Slow(Counting):
+        def compile(self, shape):
+            begun.set()
+            assert may_go_on.wait(60)
+            return super().compile(shape)
+
+    quick, slow, model_pool = Counting(), Slow(), pool_without_models(tiny_bundle)
+    shape = (1, 3, 32, 32)
+
+    def compute(backend):
+        with model_pool.session(backend, shape, "uint8") as session:
+            session.logits()
+        return list(backend.compiled)
+
+    compute(quick)
+    with ThreadPoolExecutor(3) as threads:
+        compiling = [threads.submit(compute, slow) for _ in range(2)]
+        assert begun.wait(60)
+        running = threads.submit(compute, quick)
+        try:
+            assert running.result(60) == [shape]
+        finally:
+            may_go_on.set()
+        assert [one.result() for one in compiling] == [[shape]] * 2, "compiled once"
 
 
 def test_a_model_in_use_is_kept_and_an_idle_one_makes_room(tiny_bundle):

@@ -1,14 +1,20 @@
 """What plan announces is what a run then takes."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import zarr
+from PIL import Image
 
 from cellseg_batch.engine.geometry import fit_lattice, lay_blocks
+from cellseg_batch.engine.inference import model_pool, session
+from cellseg_batch.engine.reports import plan
 from cellseg_batch.engine.reports.plan import estimate, pixels_read
+from cellseg_batch.engine.run import warm_up
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.trainer.bundle import save_bundle
@@ -166,6 +172,41 @@ def test_a_plate_with_objects_is_what_the_run_then_writes(tmp_path, command):
     summary = {"wells", "fields", "heatmap"}
     files = sum(path.stem not in summary for path in out.rglob("*"))
     assert files <= content["files"]
+
+
+@pytest.fixture
+def networks_of_a_gigabyte(monkeypatch):
+    """Have each network that is kept take 1 GB, and the rest of the process nothing; keep none that is not in use."""
+    networks = []
+
+    def compile_network(*arguments):
+        network = session.compile_network(*arguments)
+        networks.append(weakref.ref(network))
+        return network
+
+    def kept():
+        gc.collect()
+        return 10**9 * sum(network() is not None for network in networks)
+
+    monkeypatch.setattr(model_pool, "compile_network", compile_network)
+    monkeypatch.setattr(model_pool, "_KEPT_AREA", 0)
+    for module, name in ((warm_up, "resident_bytes"), (warm_up, "peak_resident_bytes"), (plan, "resident_bytes")):
+        monkeypatch.setattr(module, name, kept)
+
+
+def test_the_networks_of_all_images_in_flight_are_counted(tmp_path, usual, segment, networks_of_a_gigabyte):
+    for side in (60, 100, 140, 180):
+        write_ome_zarr(tmp_path / f"{side}.zarr", blobs(side, side, 1))
+    changes = {"tile": 200, "output": tmp_path.with_suffix(".out")}
+    one, three = (announced(tmp_path, usual, workers=workers, **changes).peak_bytes for workers in (1, 3))
+    assert 1e9 < one < three - 1.9e9
+    assert segment(tmp_path, workers=3, **changes).planned_peak_bytes <= three
+
+
+def test_a_picture_is_decoded_once_for_a_block(tmp_path, usual, networks_of_a_gigabyte):
+    Image.fromarray(blobs(400, 400, 1)[0]).save(tmp_path / "a.png")
+    one, two = (announced(tmp_path, usual, tile=500, workers=workers).peak_bytes for workers in (1, 2))
+    assert 3 * 400 * 400 < two - one < 6 * 400 * 400
 
 
 @pytest.mark.parametrize("objects", [[], ["--objects"]])

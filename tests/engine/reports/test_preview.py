@@ -1,5 +1,7 @@
 """Pictures of slides with the outlines of their labels."""
 
+import shutil
+
 import numpy as np
 import pytest
 import zarr
@@ -97,3 +99,15 @@ def test_preview_refuses_what_it_cannot_show(tmp_path, command):
         assert code
         assert message in printed
     assert not (tmp_path / "x.png").exists()
+    code, printed = command("preview", path, "--out", tmp_path / "nowhere" / "x.png")
+    assert code == 2
+    assert "no such folder" in printed
+    assert command("preview", path, "--out", tmp_path / "x.png")[1].startswith(f"{tmp_path / 'x.png'}: {path}, ")
+
+
+def test_labels_without_their_finest_level_are_not_drawn_as_if_they_were_whole(tmp_path, command):
+    path = slide(tmp_path / "a.zarr", discs(100, 100), 2)
+    shutil.rmtree(path / "labels" / "cellseg" / "0")
+    code, printed = command("preview", path, "--out", tmp_path / "x.png")
+    assert code == 1
+    assert "found one without its level 0" in printed

@@ -62,6 +62,15 @@ def write_plate(path):
     return path
 
 
+def test_messages_name_settings_by_their_flags(tmp_path, segment, page):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(64, 64))
+    segment(path)
+    segment(path, threshold=0.4)
+    text = page(path)
+    assert "--threshold was 0.5, now 0.4; use the same settings, another --name, or --overwrite" in text
+    assert "`" not in text
+
+
 def test_a_finished_run_with_a_plate_and_a_failure(tmp_path, segment, page):
     write_plate(tmp_path / "in" / "plate.zarr")
     write_ome_zarr(tmp_path / "in" / "a.zarr", blobs(200, 200))

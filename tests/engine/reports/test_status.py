@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +97,83 @@ def test_images_that_cannot_be_opened_are_named(folder, command, segment):
     assert code == 1
     assert "torn.tif" in said
     assert "1 failed" in said
+
+
+def test_images_that_cannot_be_opened_are_named_before_a_run_and_as_it_named_them(folder, command, segment):
+    (folder / "torn.tif").write_bytes(b"torn")
+    (folder / "scan.czi").write_bytes(b"no reader")
+    before = {slide.path: slide.reason for slide in read_status([folder], "cellseg", None).slides if slide.reason}
+    failed = {slide.path: slide.reason for slide in segment(folder).slides if slide.status == "failed"}
+    assert before == failed
+    assert {path.rsplit("/", 1)[-1] for path in failed} == {"torn.tif", "scan.czi"}
+    for notes in folder.glob("*.cellseg/failed"):
+        shutil.rmtree(notes)
+    code, said = command("status", folder)
+    assert code == 1
+    assert "5 images: 3 done, 2 failed" in said
+    assert all(f"{path}: {reason}" in said for path, reason in failed.items())
+
+
+def test_a_finished_image_has_failed_if_the_latest_run_says_so(folder, segment, command):
+    segment(folder)
+    segment(folder, threshold=0.4)
+    code, said = command("status", folder)
+    assert code == 1
+    assert "3 images: 3 failed" in said
+    assert "--threshold was 0.5, now 0.4" in said
+    segment(folder)
+    assert command("status", folder)[0] == 0
+
+
+@pytest.fixture
+def lock(monkeypatch):
+    """Take away the right to look into a folder; the system would not take it from the user who runs tests as root."""
+
+    def call(folder):
+        for method in (Path.stat, Path.iterdir, Path.read_bytes):
+
+            def ask(path, *arguments, method=method, **more):
+                if folder in path.parents or (path == folder and method.__name__ == "iterdir"):
+                    raise PermissionError(13, "Permission denied", str(path))
+                return method(path, *arguments, **more)
+
+            monkeypatch.setattr(Path, method.__name__, ask)
+
+    return call
+
+
+def test_an_image_that_may_not_be_looked_into_fails_alone(folder, segment, command, lock):
+    lock(folder / "b.zarr")
+    report = segment(folder)
+    assert [one.status for one in report.slides] == ["done", "failed", "done"]
+    assert report.slides[1].reason == "the folder cannot be listed: Permission denied"
+    assert states(read_status([folder], "cellseg", None)) == {"a.zarr": "done", "b.zarr": "failed", "c.zarr": "done"}
+
+
+def test_a_journal_that_may_not_be_looked_into_hides_no_other(folder, segment, command, lock):
+    segment(folder)
+    lock(folder / "b.zarr.cellseg")
+    for subcommand in ("status", "verify"):
+        code, said = command(subcommand, folder)
+        assert code == 1
+        assert "expected a record that may be read, found PermissionError" in said
+    found = states(read_status([folder], "cellseg", None))
+    assert (found["a.zarr"], found["b.zarr"], found["c.zarr"]) == ("done", "failed", "done")
+
+
+@pytest.mark.parametrize("name", ["../x", "x" * 300], ids=["path", "long"])
+def test_names_that_no_label_group_can_have_are_refused(folder, command, tmp_path, name):
+    out = ["--out", tmp_path / "out"]
+    for line in (["status"], ["verify"], ["report", *out], ["preview", *out], ["export-objects", "--format=csv", *out]):
+        code, said = command(*line, folder, "--name", name)
+        assert code == 2
+        assert "expected a plain name" in " ".join(said.split())
+
+
+def test_verify_refuses_what_no_run_has_begun(folder, command):
+    code, said = command("verify", folder)
+    assert code == 2
+    assert "expected a run that has begun" in said
 
 
 def test_a_path_with_nothing_is_refused(tmp_path, command):

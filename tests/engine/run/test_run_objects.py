@@ -68,7 +68,7 @@ def test_a_name_that_is_no_utf8_goes_through_run_tables_and_reports(tmp_path, me
     assert [slide.status for slide in measure(folder, output=tmp_path / "out").slides] == ["done", "done", "failed"]
     assert export_objects([folder], "csv", tmp_path / "objects.csv", "cellseg", None, None).images == 2
     assert "0\\udce4.png" in (tmp_path / "objects.csv").read_text()
-    status = write_page([folder], tmp_path / "page.html", "cellseg", None)
+    status = write_page([folder], tmp_path / "page.html", "cellseg", None, str)
     assert status.counts == {"done": 2, "failed": 1}
     assert (tmp_path / "page.html").read_text().count("<figure>") == 2
     assert not verify([folder], "cellseg", None, 1).damages
@@ -220,4 +220,4 @@ def test_json_names_tables_and_plates(tmp_path, command, tiny_model, monkeypatch
     report = json.loads((tmp_path / "r.json").read_text())
     assert Path(report["slides"][0]["table"]).exists()
     assert report["plates"][0]["fields"] == 1
-    assert "1 wells, 1 fields" in printed
+    assert "1 well, 1 field" in printed

@@ -1,5 +1,7 @@
 """What images a path holds, in any depth; what cannot be used is named."""
 
+import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -94,3 +96,51 @@ def test_a_store_without_metadata_is_named_and_a_folder_of_that_name_with_images
     lost, picture = find_images(tmp_path)
     assert "no zarr metadata" in lost.reason
     assert picture.name.endswith("many.zarr/a.png")
+
+
+def test_pipes_sockets_and_devices_are_named_and_never_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    for name in ("a.tif", "b.png", "c.czi", "d.txt"):
+        os.mkfifo(name)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("e.tif")
+    Path("f.tif").symlink_to("/dev/zero")
+    (tmp_path / "g.zarr").mkdir()
+    os.mkfifo("g.zarr/zarr.json")
+    found = [(Path(image.path).name, image.reason) for image in find_images(tmp_path)]
+    pipe = "expected a file, found a named pipe; copy the image into a file"
+    assert found[:3] == [(name, pipe) for name in ("a.tif", "b.png", "c.czi")]
+    assert found[3:5] == [
+        ("e.tif", pipe.replace("named pipe", "socket")),
+        ("f.tif", pipe.replace("named pipe", "device")),
+    ]
+    assert [name for name, _ in found[5:]] == ["g.zarr"]
+    assert only(tmp_path / "a.tif").reason == pipe
+    with pytest.raises(NoImageError, match="found a named pipe"):
+        find_images(tmp_path / "d.txt")
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path):
+    targets = {
+        "a.tif": "gone.tif",
+        "b.zarr": "gone.zarr",
+        "c.png": "c.png",
+        "folder": "/gone/folder",
+        "notes.txt": "gone",
+    }
+    for name, target in targets.items():
+        (tmp_path / name).symlink_to(target)
+    found = find_images(tmp_path)
+    assert [Path(image.path).name for image in found] == ["a.tif", "b.zarr", "c.png", "folder"]
+    assert "a link to gone.tif, where nothing is" in found[0].reason
+    assert only(tmp_path / "a.tif").reason == found[0].reason
+
+
+def test_hierarchies_without_arrays_are_named(tmp_path):
+    zarr.open_group(str(tmp_path / "a.zarr"), mode="w").create_group("b").create_group("c")
+    labels = zarr.open_group(str(tmp_path / "d.zarr"), mode="w").create_group("labels")
+    labels.create_array("0", shape=(8, 9), dtype="uint8")
+    Image.fromarray(np.zeros((4, 4), "uint8")).save(tmp_path / "e.png")
+    empty, picture = find_images(tmp_path)
+    assert (empty.name, picture.name) == (f"{tmp_path.name}/a.zarr", f"{tmp_path.name}/e.png")
+    assert "found a hierarchy of empty groups" in empty.reason

@@ -19,12 +19,37 @@ from tests.support.slides import coordinates, only
         (["a", "b"], 1, (1,)),
         (["R", "G", "B"], None, (0, 1, 2)),
         (["R", "G", "B"], "g", (1,)),
+        (["561", "405"], "405", (1,)),
+        (["0", "1", "2"], "1", (1,)),
+        (["1", "2", "3"], "3", (2,)),
+        (["1", "2", "3"], "0", (0,)),
+        (["1", "2", "3"], "01", (1,)),
+        (["1", "2", "3"], 1, (1,)),
+        (["dna", "DNA"], "DNA", (1,)),
     ],
 )
 def test_channel_rule(tmp_path, labels, asked, expected):
     pixels = coordinates("cyx", (len(labels), 16, 16))
     path = write_ome_zarr(tmp_path / "a.zarr", pixels, channels=[{"label": label} for label in labels])
     assert choose_channels(only(path), asked).indices == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "asked", "meanings", "remedy"),
+    [
+        (["1", "2", "3"], "1", "index 0 (1) and index 1 (2)", "00"),
+        (["1", "", ""], "1", "index 0 (1) and index 1 ()", "00"),
+        (["DAPI", "GFP", "DAPI"], "DAPI", "index 0 (DAPI) and index 2 (DAPI)", "00"),
+        (["a", "Dapi", "dapi"], "DAPI", "index 1 (Dapi) and index 2 (dapi)", "01"),
+    ],
+)
+def test_what_means_several_channels_is_refused_with_all(tmp_path, labels, asked, meanings, remedy):
+    pixels = coordinates("cyx", (len(labels), 16, 16))
+    slide = only(write_ome_zarr(tmp_path / "a.zarr", pixels, channels=[{"label": label} for label in labels]))
+    with pytest.raises(SlideError) as error:
+        choose_channels(slide, asked)
+    assert f"`channel={asked}`, which means {meanings}; " in str(error.value)
+    assert f"`channel={remedy}`" in str(error.value)
 
 
 def test_unknown_channels_and_levels_are_refused(tmp_path):

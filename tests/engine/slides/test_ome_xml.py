@@ -6,7 +6,7 @@ import tifffile
 
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.slides.discover import find_images
-from cellseg_batch.engine.slides.ome_xml import parse, read_images
+from cellseg_batch.engine.slides.ome_xml import parse, read_images, xml_of
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from tests.support.slides import coordinates, only, read
 
@@ -79,6 +79,17 @@ def test_channels_in_files_of_their_own_are_one_image_whichever_file_leads_to_it
         assert first_pixels(slide) == [0, 100]
 
 
+@pytest.mark.parametrize("shared", [("a.ome.tif", "b.ome.tif"), ("b.ome.tif", "c.ome.tif")])
+def test_files_are_known_by_their_names_even_if_they_share_a_uuid(tmp_path, shared):
+    names = ("a.ome.tif", "b.ome.tif", "c.ome.tif")
+    for number, name in enumerate(names):
+        description = xml(image([(name, 0) for name in names]), name)
+        for other in shared:
+            description = description.replace(uuid(other), "urn:uuid:same")
+        write(tmp_path, name, description, 100 * number)
+    assert first_pixels(only(tmp_path)) == [0, 100, 200]
+
+
 def test_a_missing_file_is_named_and_nothing_is_filled_in(tmp_path):
     channels(tmp_path / "in")
     (tmp_path / "in" / "a.ome.tif").unlink()
@@ -115,7 +126,8 @@ def test_a_companion_file_and_the_files_that_refer_to_it_lead_to_the_same_images
 
 def test_the_xml_of_an_image_describes_it_alone():
     content = "".join(image([(f"{number}.tif", 0)], number, f"n{number}") for number in range(3)) + '<Plate ID="P"/>'
-    alone = parse(read_images(parse(xml(content)), None, "0.tif", lambda _: True)[1].xml())
+    images = read_images(parse(xml(content), ""), None, "0.tif", lambda _: True)
+    alone = parse(xml_of(images[1:2]), "")
     assert [child.get("Name") for child in alone] == ["n1"]
 
 
@@ -157,7 +169,78 @@ def test_sizes_in_any_unit_and_absurd_ones(tmp_path):
 
 def test_damaged_xml_is_named(tmp_path):
     write(tmp_path, "a.ome.tif", xml("<Image></OME>"), 0)
-    assert "OME-XML cannot be parsed" in only(tmp_path / "a.ome.tif").reason
+    assert "expected whole and well-formed OME-XML" in only(tmp_path / "a.ome.tif").reason
+
+
+@pytest.mark.parametrize("declaration", [True, False])
+def test_xml_that_is_cut_in_the_middle_is_named(tmp_path, declaration):
+    whole = xml(image([(None, 0), (None, 1)]))
+    cut = whole[: len(whole) // 2]
+    write(tmp_path, "a.ome.tif", cut if declaration else cut.partition("?>")[2], 0, 1)
+    assert "expected whole and well-formed OME-XML" in only(tmp_path / "a.ome.tif").reason
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected", "found"),
+    [
+        ('SizeC="2"', 'SizeC="1000000000"', "from 1 to 10000000 as SizeC", "'1000000000'"),
+        ('SizeC="2"', 'SizeC="0"', "from 1 to 10000000 as SizeC", "'0'"),
+        ('SizeZ="1"', 'SizeZ="-3"', "as SizeZ", "'-3'"),
+        ('SizeZ="1"', "", "as SizeZ", "none"),
+        ('SizeT="1"', 'SizeT="one"', "as SizeT", "'one'"),
+        ('SizeZ="1" SizeT="1"', 'SizeZ="9000" SizeT="9000"', "at most 10000000 planes", "162000000"),
+        ('IFD="1"', 'IFD="-1"', "from 0 to 10000000 as IFD", "'-1'"),
+        ("XYCZT", "XYWZT", "DimensionOrder", "'XYWZT'"),
+        ("XYCZT", "XYCCT", "DimensionOrder", "'XYCCT'"),
+        ("XYCZT", "XY", "DimensionOrder", "'XY'"),
+    ],
+)
+def test_numbers_and_axes_that_cannot_be_are_named(tmp_path, old, new, expected, found):
+    good, bad = image([(None, 0), (None, 1)]), image([(None, 0), (None, 1)], 1)
+    write(tmp_path, "a.ome.tif", xml(good + bad.replace(old, new)), 0, 1)
+    taken, refused = find_images(tmp_path)
+    assert first_pixels(taken) == [0, 1]
+    assert expected in refused.reason
+    assert f"found {found} (" in refused.reason
+
+
+def test_pages_that_the_xml_does_not_list_are_noted(tmp_path):
+    write(tmp_path, "a.ome.tif", xml(image([(None, 0)]) + image([(None, 3)], 1)), 0, 1, 2, 3)
+    stack = image([(None, 0)]).replace('FirstC="0" IFD="0" PlaneCount="1"', "").replace('SizeZ="1"', 'SizeZ="2"')
+    write(tmp_path, "b.ome.tif", xml(stack), 0, 1, 2)
+    first, second, cut = find_images(tmp_path)
+    assert first.notes == ("2 of its 4 pages are in no image of its OME-XML and left out",)
+    assert second.notes == ()
+    assert (cut.axes, cut.notes) == ("zyx", ("1 of its 3 pages are in no image of its OME-XML and left out",))
+
+
+def test_one_file_of_a_set_is_processed_and_the_others_are_named_once(tmp_path):
+    names = [f"p{number}.ome.tif" for number in range(9)]
+    positions(tmp_path / "in", names)
+    for number in (0, 1, 3, 4, 5, 6, 7, 8):
+        (tmp_path / "in" / names[number]).unlink()
+    there, lost = find_images(tmp_path / "in")
+    assert first_pixels(there) == [200]
+    assert lost.path.endswith("p0.ome.tif")
+    assert "not beside it: p0.ome.tif, p1.ome.tif, p3.ome.tif, p4.ome.tif, p5.ome.tif, 3 more;" in lost.reason
+
+
+def test_a_file_is_opened_as_often_for_many_images_as_for_few(tmp_path, monkeypatch):
+    for count in (2, 9):
+        content = "".join(image([(None, number)], number) for number in range(count))
+        write(tmp_path, f"{count}.ome.tif", xml(content), *range(count))
+    opening, opened = tifffile.TiffFile.__init__, []
+
+    def count_and_open(tiff, *arguments, **options):
+        opened.append(arguments)
+        opening(tiff, *arguments, **options)
+
+    monkeypatch.setattr(tifffile.TiffFile, "__init__", count_and_open)
+    assert len(find_images(tmp_path / "2.ome.tif")) == 2
+    few = len(opened)
+    slides = find_images(tmp_path / "9.ome.tif")
+    assert len(opened) == 2 * few
+    assert [first_pixels(slide) for slide in slides] == [[number] for number in range(9)]
 
 
 def test_label_and_macro_are_left_out_and_said(tmp_path):

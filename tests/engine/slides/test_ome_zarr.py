@@ -276,10 +276,97 @@ def test_an_image_without_a_chunk_is_noted(tmp_path):
     assert only(path).notes == ("no chunk of its pixels is stored, so all have the fill value",)
 
 
+@pytest.mark.parametrize(
+    ("zarr_format", "separator", "found"), [(2, ".", "1/0"), (2, "/", "1.0"), (3, ".", "c/1/0"), (3, "/", "c.1.0")]
+)
+def test_chunks_under_other_names_than_the_metadata_say_are_no_ground(tmp_path, zarr_format, separator, found):
+    names = {"name": "v2" if zarr_format == 2 else "default", "separator": separator}
+    options = {"chunks": (4, 4), "zarr_format": zarr_format, "chunk_key_encoding": names}
+    zarr.create_array(str(tmp_path / "a.zarr"), shape=(8, 8), dtype="uint8", **options)
+    assert only(tmp_path / "a.zarr").notes[0].startswith("no chunk of its pixels is stored")
+    chunk = tmp_path / "a.zarr" / found
+    chunk.parent.mkdir(parents=True, exist_ok=True)
+    chunk.write_bytes(b"chunk")
+    assert f"found {found.split('/')[0]} (likely a wrong or missing separator" in only(tmp_path / "a.zarr").reason
+
+
+def test_members_that_are_no_levels_are_named(tmp_path):
+    path = write_ome_zarr(tmp_path / "a.zarr", coordinates("cyx", (2, 8, 9)), levels=2)
+    group = zarr.open_group(str(path))
+    fill_ome_zarr(group.create_group("other"), None, coordinates("cyx", (2, 8, 9)))
+    group.create_array("7", shape=(8, 9), dtype="uint8")
+    for name in ("labels", "tables"):
+        group.create_group(name)
+    (path / "notes").mkdir()
+    assert only(path).notes == ("left out, as they are none of its levels: 7, other",)
+
+
+@pytest.mark.parametrize("listed", [{}, {"wells": []}, {"wells": ["A/1"]}])
+def test_a_plate_without_wells_is_named(tmp_path, listed):
+    zarr.open_group(str(tmp_path / "a.zarr"), mode="w").attrs["ome"] = {"version": "0.5", "plate": listed}
+    assert "expected a list of wells in its metadata" in only(tmp_path / "a.zarr").reason
+
+
+def test_a_well_without_images_is_named(tmp_path):
+    plate = write_plate(tmp_path / "plate.zarr", ["A/01", "B/02"], ["0"])
+    zarr.open_group(str(plate))["A/01"].attrs["ome"] = {"version": "0.5", "well": {"images": []}}
+    empty, field = find_images(plate)
+    assert (empty.plate_position.well, field.plate_position.well) == ("A01", "B02")
+    assert "expected a list of images in its metadata, found []" in empty.reason
+
+
 def test_the_axes_of_an_image_are_its_own(tmp_path):
     path = write_ome_zarr(tmp_path / "a.zarr", coordinates("cyx", (2, 8, 9)), levels=1)
     assert "found `axes=zyx`" in only(path, axes="zyx").reason
     assert only(path, axes="cyx").axes == "cyx"
+
+
+@pytest.mark.parametrize(
+    ("axes", "reason"),
+    [
+        ([{"name": name} for name in "wyx"], "expected axes out of t, c, z, y, x, found an axis 'w'"),
+        ([{"name": name} for name in "yyx"], "expected one axis y, found 2 in y, y, x"),
+        ([{"name": name} for name in "zcy"], "expected one axis x, found 0 in z, c, y"),
+        ([{"name": name} for name in "czyx"], "the axes czyx that its metadata list, found one of shape (3, 8, 9)"),
+        ([{"type": "space"}] * 3, "expected a list of axes with names"),
+        (5, "expected a list of axes with names in its metadata, found 5"),
+    ],
+)
+def test_axes_that_cannot_be_used_are_refused_with_the_true_cause(tmp_path, axes, reason):
+    path = write_ome_zarr(tmp_path / "a.zarr", coordinates("cyx", (3, 8, 9)), levels=1)
+    assert reason in only(change(path, lambda ome: ome["multiscales"][0].update(axes=axes))).reason
+
+
+def test_levels_without_pixels_are_named(tmp_path):
+    path = write_ome_zarr(tmp_path / "a.zarr", coordinates("cyx", (2, 8, 9)), levels=2)
+    zarr.open_group(str(path)).create_array("1", shape=(2, 0, 4), dtype="uint16", overwrite=True)
+    slide = only(path)
+    assert ([level.path for level in slide.levels], slide.notes) == (["0"], ("level 1 has no pixels and is left out",))
+    change(path, lambda ome: ome["multiscales"][0]["datasets"].reverse())
+    assert "expected an image with pixels, found shape (2, 0, 4)" in only(path).reason
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "note"),
+    [
+        ((1, 4, 4), "uint16", "uint16 of shape (1, 4, 4) is no resolution of uint16 of shape (2, 8, 9)"),
+        ((2, 4, 4), "uint8", "uint8 of shape (2, 4, 4) is no resolution of uint16 of shape (2, 8, 9)"),
+    ],
+)
+def test_levels_of_other_channels_or_types_are_left_out_and_said(tmp_path, shape, dtype, note):
+    path = write_ome_zarr(tmp_path / "a.zarr", coordinates("cyx", (2, 8, 9)), levels=2)
+    zarr.open_group(str(path)).create_array("1", shape=shape, dtype=dtype, overwrite=True)
+    slide = only(path)
+    assert ([level.path for level in slide.levels], slide.notes) == (["0"], (f"level 1 is left out, as its {note}",))
+
+
+def test_levels_are_taken_from_the_largest_and_once(tmp_path):
+    path = write_ome_zarr(tmp_path / "a.zarr", coordinates("cyx", (2, 16, 16)), levels=3)
+    change(path, lambda ome: ome["multiscales"][0]["datasets"].reverse())
+    change(path, lambda ome: ome["multiscales"][0]["datasets"].append(ome["multiscales"][0]["datasets"][0]))
+    slide = only(path)
+    assert [(level.path, level.shape[1]) for level in slide.levels] == [("0", 16), ("1", 8), ("2", 4)]
+    assert slide.notes == ("level 2 is listed twice", "its levels are not listed from the largest, but taken so")
 
 
 def damaged(tmp_path, kind):
@@ -293,15 +380,29 @@ def damaged(tmp_path, kind):
         zarr.open_group(str(path), mode="w").attrs["ome"] = {"version": "0.5", "multiscales": []}
     elif kind == "axes":
         write_ome_zarr(path, coordinates("cyx", (1, 16, 16)))
-        metadata = json.loads((path / "zarr.json").read_text())
-        metadata["attributes"]["ome"]["multiscales"][0]["axes"][0]["name"] = "wavelength"
-        (path / "zarr.json").write_text(json.dumps(metadata))
+        change(path, lambda ome: ome["multiscales"][0]["axes"][0].update(name="wavelength"))
+    else:
+        write_ome_zarr(path, coordinates("cyx", (1, 16, 16)))
+        edits = {
+            "mapping": lambda ome: ome.update(multiscales={"a": 1}),
+            "null": lambda ome: ome.update(multiscales=None),
+            "no-levels": lambda ome: ome["multiscales"][0].pop("datasets"),
+        }
+        change(path, edits[kind])
     return path
 
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("json", "cannot be read"), ("array", "`axes=czyx`"), ("no-datasets", "multiscale"), ("axes", "t, c, z, y, x")],
+    [
+        ("json", "cannot be read"),
+        ("array", "`axes=czyx`"),
+        ("no-datasets", "multiscale"),
+        ("axes", "t, c, z, y, x"),
+        ("mapping", "found {'a': 1}"),
+        ("null", "found None"),
+        ("no-levels", "a list of levels in its metadata"),
+    ],
 )
 def test_what_cannot_be_used_says_why(tmp_path, kind, reason):
     broken = only(damaged(tmp_path, kind))

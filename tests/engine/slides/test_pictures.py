@@ -3,6 +3,7 @@
 import imagecodecs
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from cellseg_batch.engine.geometry import Box
@@ -34,12 +35,65 @@ def test_pngs_of_16_bits_keep_them(tmp_path, channels, axes):
     np.testing.assert_array_equal(got, np.moveaxis(pixels, -1, 0)[:kept, 2:9, 3:9])
 
 
-@pytest.mark.parametrize(("mode", "rgb"), [("1", False), ("LA", False), ("P", True), ("CMYK", True)])
-def test_pictures_of_other_kinds_become_grey_or_rgb(tmp_path, mode, rgb):
-    picture = Image.fromarray(coordinates("yxc", (20, 30, 3), "uint8")).convert(mode)
-    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
-    picture.save(path)
-    assert (only(path).rgb, only(path).axes) == (rgb, "yxc" if rgb else "yx")
+COLOURS = 8 * np.stack([*np.mgrid[:20, :30], np.full((20, 30), 9)], -1).astype("uint8")
+GREY, ALPHA = COLOURS[..., 0], COLOURS[..., 1]
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp"])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("1", (GREY > 99) * np.uint8(255)),
+        ("P", COLOURS // 64 * 64),
+        ("RGBA", COLOURS),
+    ],
+)
+def test_bilevel_indexed_and_transparent_pictures_have_the_pixels_that_one_sees(tmp_path, suffix, kind, expected):
+    if kind == "RGBA":
+        picture = Image.fromarray(np.dstack([COLOURS, ALPHA]))
+    else:
+        picture = Image.fromarray(expected).convert(kind, palette=Image.Palette.ADAPTIVE)
+    picture.save(tmp_path / f"a.{suffix}")
+    check(tmp_path / f"a.{suffix}", expected)
+
+
+def check(path, expected, tolerance=0):
+    """Hold the channels that are segmented by default, grey or red, green, blue, against ``expected``."""
+    slide = only(path)
+    assert slide.rgb == (expected.ndim == 3)
+    got = read(slide, 0, choose_channels(slide, None).indices, 0, Box(0, 0, 20, 30))
+    planes = np.moveaxis(expected, -1, 0) if expected.ndim == 3 else expected[None]
+    np.testing.assert_allclose(got.astype(int), planes.astype(int), atol=tolerance)
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("L", 16), ("RGB", (16, 16, 72)), ("P", 3)])
+def test_a_transparent_colour_changes_no_pixel(tmp_path, mode, colour):
+    expected = GREY if mode == "L" else COLOURS // 64 * 64
+    picture = Image.fromarray(expected)
+    picture = picture.convert("P", palette=Image.Palette.ADAPTIVE) if mode == "P" else picture
+    picture.save(tmp_path / "a.png", transparency=colour)
+    check(tmp_path / "a.png", expected)
+
+
+def test_grey_with_alpha_is_grey(tmp_path):
+    Image.fromarray(np.dstack([GREY, ALPHA])).save(tmp_path / "a.png")
+    check(tmp_path / "a.png", GREY)
+
+
+def test_cmyk_jpegs_become_rgb(tmp_path):
+    smooth = COLOURS // 16 * 16
+    Image.fromarray(smooth).convert("CMYK").save(tmp_path / "a.jpg", quality=100, subsampling=0)
+    check(tmp_path / "a.jpg", smooth, tolerance=16)
+
+
+@pytest.mark.parametrize("name", ["tiff", "gif", "webp"])
+def test_other_formats_under_the_name_of_a_picture_are_named(tmp_path, name):
+    pixels = COLOURS.astype("uint16") * 300 if name == "tiff" else COLOURS
+    if name == "tiff":
+        tifffile.imwrite(tmp_path / "a.png", pixels, photometric="rgb")
+    else:
+        Image.fromarray(pixels).save(tmp_path / "a.png", format=name)
+    assert f"expected PNG, JPEG or BMP, as its name says, found {name.upper()};" in only(tmp_path / "a.png").reason
 
 
 def test_bitmaps_are_read(tmp_path):

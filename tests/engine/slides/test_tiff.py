@@ -82,7 +82,9 @@ def test_pages_of_half_the_size_are_a_pyramid_if_they_say_so_or_are_tiled(tmp_pa
             tiff.write(pixels, metadata=None, **{**options, "subfiletype": 0})
             tiff.write(pixels[::2, ::2] + 1, metadata=None, **options)
     assert [len(slide.levels) for slide in find_images(tmp_path)] == [2, 1, 1, 2]
-    *_, second, _ = find_images(tmp_path)
+    _, first, second, _ = find_images(tmp_path)
+    assert first.notes == ()
+    assert "it has the size of a lower resolution of another" in second.notes[0]
     np.testing.assert_array_equal(read(second, 0, (0,), 0, Box(0, 0, 32, 32))[0], pixels[::2, ::2] + 1)
 
 
@@ -163,15 +165,64 @@ def test_alpha_is_no_channel_and_what_is_not_said_to_be_alpha_is_one(tmp_path, e
     assert (slide.rgb, slide.alpha, channel_count(slide)) == (True, alpha, 4 - alpha)
 
 
-def test_palettes_are_intensities_or_refused(tmp_path):
-    grey = np.linspace(0, 65535, 256).astype("uint16")[None].repeat(3, 0)
-    colours = grey.copy()
-    colours[0] = colours[0, ::-1]
-    for name, colormap in (("a.tif", grey), ("b.tif", colours)):
-        tifffile.imwrite(tmp_path / name, coordinates("yx", (8, 9), "uint8"), photometric="palette", colormap=colormap)
-    intensities, refused = find_images(tmp_path)
-    assert not intensities.rgb
-    assert "PALETTE" in refused.reason
+NOT_APPLIED = ("its colour table is not applied: its values are taken for intensities",)
+
+
+def write_indexed(path, ramps, **options):
+    """Indices with a colour table: of each primary the values (first, last, at which index it is reached)."""
+    table = np.stack([np.interp(np.arange(256), (0, end), (low, high)) for low, high, end in ramps]).astype("uint16")
+    indices = coordinates("yx", (8, 9), "uint8")
+    tifffile.imwrite(path, indices, photometric="palette", colormap=table, **options)
+    return indices
+
+
+GREY, FIRE = [(0, 65535, 255)] * 3, [(0, 65535, 85), (0, 65535, 170), (0, 65535, 255)]
+RAINBOW = [(65535, 0, 255), (0, 30000, 255), (0, 65535, 100)]
+
+
+def test_a_colour_table_that_only_shows_intensities_is_noted(tmp_path):
+    indices = write_indexed(tmp_path / "a.tif", GREY)
+    write_indexed(tmp_path / "b.tif", FIRE)
+    write_indexed(tmp_path / "c.tif", RAINBOW, description="ImageJ=1.54f\nimages=1\n", metadata=None)
+    write_indexed(tmp_path / "d.ome.tif", RAINBOW, ome=True)
+    slides = find_images(tmp_path)
+    assert [slide.notes for slide in slides] == [(), *[NOT_APPLIED] * 3]
+    for slide in slides:
+        assert not slide.rgb
+        np.testing.assert_array_equal(read(slide, 0, (0,), 0, Box(0, 0, 8, 9))[0], indices)
+
+
+def test_indexed_colours_are_refused_with_the_reason(tmp_path):
+    write_indexed(tmp_path / "a.tif", RAINBOW)
+    assert "found a colour table whose brightness rises and falls" in only(tmp_path / "a.tif").reason
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("uint8", None), ("uint16", None), ("uint16", 12), ("bool", None)])
+@pytest.mark.parametrize("ome", [True, False])
+def test_values_of_which_0_is_white_are_read_inverted(tmp_path, dtype, bits, ome):
+    pixels = np.arange(200).reshape(10, 20)
+    pixels = pixels > 99 if dtype == "bool" else pixels.astype(dtype)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="miniswhite", bitspersample=bits, ome=ome)
+    slide = only(tmp_path / "a.tif")
+    expected = ~pixels if dtype == "bool" else (1 << (bits or pixels.itemsize * 8)) - 1 - pixels
+    np.testing.assert_array_equal(read(slide, 0, (0,), 0, Box(2, 3, 9, 11))[0], expected[2:9, 3:11])
+    assert slide.notes == ("0 is white in the file: its values are read inverted, as viewers show them",)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int16"])
+def test_values_of_which_0_is_white_and_none_is_black_are_refused(tmp_path, dtype):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((8, 9), dtype), photometric="miniswhite")
+    assert f"expected unsigned integers, as 0 is white, found {dtype}" in only(tmp_path / "a.tif").reason
+
+
+def test_a_note_on_the_file_stays_if_its_first_image_cannot_be_used(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        tiff.write(np.zeros((40, 30), "float32"), photometric="miniswhite", metadata=None)
+        tiff.write(coordinates("yx", (33, 31)), metadata=None)
+        tiff.write(coordinates("yx", (9, 19)), metadata=None, subfiletype=1)
+    refused, slide = find_images(tmp_path / "a.tif")
+    assert "0 is white" in refused.reason
+    assert slide.notes == ("left out beside the scan: page 2 (9 x 19)",)
 
 
 @pytest.mark.parametrize("photometric", ["separated", "cielab", "ycbcr", "cfa"])
@@ -221,6 +272,40 @@ def test_pages_behind_a_damaged_one_are_not_left_out(tmp_path):
         file.seek(place)
         file.write(b"\xff\xff")
     assert "found 2, and a reference to one that cannot be read" in only(tmp_path / "a.tif").reason
+
+
+@pytest.mark.parametrize("count", [3, 130])
+def test_pages_that_lead_back_to_another_are_named(tmp_path, count):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        for _ in range(count):
+            tiff.write(coordinates("yx", (8, 9)), metadata=None)
+    with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
+        second, last = tiff.pages[1].offset, tiff.pages[count - 1]
+    with open(tmp_path / "a.tif", "r+b") as file:
+        file.seek(last.offset + 2 + 12 * len(last.tags))
+        file.write(second.to_bytes(4, "little"))
+    assert f"leads from the last of {count} back to number 1" in only(tmp_path / "a.tif").reason
+
+
+@pytest.mark.parametrize("content", [b"II*\0\x08\0\0\0", b"II*\0\0\0\0\0"])
+def test_a_tiff_without_pages_is_named(tmp_path, content):
+    (tmp_path / "a.tif").write_bytes(content)
+    assert "expected a TIFF with pages, found none" in only(tmp_path / "a.tif").reason
+
+
+@pytest.mark.parametrize("ome", [True, False])
+def test_lower_resolutions_that_are_not_in_the_file_are_noted(tmp_path, ome):
+    pixels = coordinates("yx", (64, 64))
+    with tifffile.TiffWriter(tmp_path / "a.tif", ome=ome) as tiff:
+        tiff.write(pixels, subifds=2, tile=(16, 16))
+        for step in (2, 4):
+            tiff.write(pixels[::step, ::step], subfiletype=1, tile=(16, 16))
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as tiff:
+        tags = tiff.pages[0].tags
+        tags["SubIFDs"].overwrite((tags["SubIFDs"].value[0], 0))
+    slide = only(tmp_path / "a.tif")
+    assert [level.shape for level in slide.levels] == [(64, 64), (32, 32)]
+    assert slide.notes == ("1 of its 2 lower resolutions are not in the file and left out",)
 
 
 def test_a_file_that_was_cut_short_is_not_filled_up(tmp_path):

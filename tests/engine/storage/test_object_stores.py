@@ -284,7 +284,7 @@ def test_the_commands_around_a_run_take_a_bucket(tmp_path, slide, bucket, segmen
     assert command("info", bucket)[0] == 0
     segment(place, objects=True)
     code, said = command("status", bucket)
-    assert (code, "1 images: 1 done" in said) == (0, True)
+    assert (code, "1 image: 1 done" in said) == (0, True)
     code, said = command("verify", place)
     assert (code, "0 damaged" in said) == (0, True)
     assert command("preview", place, "--out", tmp_path / "a.png")[0] == 0
