@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +42,7 @@ from openvino import opset13 as op  # noqa: E402
 # The layers of a quantised network that stay in floats run in bf16 if it is native, otherwise in fp32.
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
 _FILE = "model.xml"
+_DEPTHWISE = "GroupConvolution"
 _LARGEST_BATCH = 64
 _LARGEST_SIDE = 1 << 16
 
@@ -75,7 +78,7 @@ class OpenVinoBackend:
             # With pinning, the threads of all processes on a machine would share its first cores.
             "ENABLE_CPU_PINNING": False,
         }
-        self._model = self._core.read_model(_network(bundle, precision, artefacts) / _FILE)
+        self._model = self._core.read_model(_network(bundle, precision == "int8", artefacts) / _FILE)
 
     def compile(self, shape: Shape) -> CompiledModel:
         """Compile for one batch shape."""
@@ -130,30 +133,37 @@ def _normalising(model: Any) -> Any:
     return model
 
 
-def _network(bundle: Bundle, precision: str, artefacts: Artefacts) -> Path:
+def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
     """Return the folder of the converted network, which serves every processor, shape and number of threads."""
-    packages = ("torch", "openvino", "nncf") if precision == "int8" else ("torch", "openvino")
+    packages = ("torch", "openvino", "nncf") if quantised else ("torch", "openvino")
     key = {
         "what": "openvino network",
         "model": bundle.card.name,
         "sha256": bundle.sha256,
         "conversion_version": CONVERSION_VERSION,
-        "precision": precision,
+        "quantised": quantised,
         "versions": {package: version(package) for package in packages},
     }
 
     def make(folder: Path) -> None:
-        openvino.save_model(_convert(bundle, precision), folder / _FILE, compress_to_fp16=False)
+        if quantised:
+            # Enlarge the tiles for a network that downscales its input, so that it sees what the other networks see.
+            factor = int(bundle.card.architecture.get("factor", 1))
+            tiles = real_tiles("calibration", bundle.card.channels).repeat(factor, 2).repeat(factor, 3)
+            model = _quantise(_convert(bundle, tiles), tiles)
+        else:
+            model = _convert(bundle)
+        openvino.save_model(model, folder / _FILE, compress_to_fp16=False)
+        _keep_floats(folder / _FILE, _edge_filters(model))
 
     return artefacts.get(key, make)
 
 
-def _convert(bundle: Bundle, precision: str) -> Any:
-    """Convert the network to OpenVINO, with its weights rounded for ``precision``."""
+def _convert(bundle: Bundle, tiles: NDArray[np.float32] | None = None) -> Any:
+    """Convert the network to OpenVINO; with ``tiles`` (N, C, H, W), prepare its weights for int8 on these tiles."""
     import torch
     from torch.export import Dim
 
-    from cellseg_batch.engine.inference.backends.bf16_round import round_kernels
     from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm, fold_upsampling
     from cellseg_batch.engine.inference.backends.int8_equalise import equalise
     from cellseg_batch.engine.inference.backends.int8_round import round_weights
@@ -167,25 +177,43 @@ def _convert(bundle: Bundle, precision: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         network = fold_upsampling(fold_batch_norm(build_torch_network(bundle)))
-        if precision == "bf16":
-            network = round_kernels(network)
-        if precision == "int8":
-            tiles = _calibration_tiles(bundle)
+        if tiles is not None:
             batches = [torch.from_numpy(tile[None]) for tile in tiles]
             network = round_weights(equalise(network, batches), batches)
         program = torch.export.export(network, (example,), dynamic_shapes=({0: batch, 2: height, 3: width},))
-        model = openvino.convert_model(program)
-    return _quantise(model, tiles) if precision == "int8" else model
+        return openvino.convert_model(program)
 
 
-def _calibration_tiles(bundle: Bundle) -> NDArray[np.float32]:
-    """Tiles (N, C, H, W), enlarged for a network that downscales them, so that it sees what other networks see."""
-    factor = int(bundle.card.architecture.get("factor", 1))
-    return real_tiles("calibration", bundle.card.channels).repeat(factor, 2).repeat(factor, 3)
+def _edge_filters(model: Any) -> list[str]:
+    """Names of the first convolution and the depthwise one behind it; none if the network does not begin so.
+
+    MobileNets and EfficientNets begin with filters of edges: large weights of both signs, which almost cancel.
+    Rounding these or what they read to bfloat16 changes the logits more than rounding all other layers does.
+    """
+    first, second = _convolutions(model)[:2]
+    return [node.get_friendly_name() for node in (first, second)] if second.get_type_name() == _DEPTHWISE else []
+
+
+def _convolutions(model: Any) -> list[Any]:
+    kinds = ("Convolution", "ConvolutionBackpropData", _DEPTHWISE)
+    return [node for node in model.get_ordered_ops() if node.get_type_name() in kinds]
+
+
+def _keep_floats(path: Path, names: Sequence[str]) -> None:
+    """Mark layers of a saved network as exempt from `INFERENCE_PRECISION_HINT`; from Python it cannot be done else."""
+    if not names:
+        return
+    document = ElementTree.parse(path)
+    for layer in document.iterfind("layers/layer"):
+        if layer.get("name") in names:
+            information = ElementTree.Element("rt_info")
+            ElementTree.SubElement(information, "attribute", {"name": "precise", "version": "0"})
+            layer.insert(1, information)  # after its data
+    document.write(path, encoding="utf-8", xml_declaration=True)
 
 
 def _quantise(model: Any, tiles: NDArray[np.float32]) -> Any:
-    """Quantise the network to int8, calibrated on ``tiles`` (N, C, H, W); first and last convolution stay in floats.
+    """Quantise the network to int8, calibrated on ``tiles`` (N, C, H, W); first and last layers stay in floats.
 
     Activations are clipped at the 1e-6 quantiles.  NNCF's bias correction is off because it makes results worse: it
     uses means over the tiles, which are mostly background and say little about nuclei.
@@ -203,11 +231,8 @@ def _quantise(model: Any, tiles: NDArray[np.float32]) -> Any:
         StatisticsType,
     )
 
-    convolutions = [
-        node.get_friendly_name()
-        for node in model.get_ordered_ops()
-        if node.get_type_name() in ("Convolution", "ConvolutionBackpropData", "GroupConvolution")
-    ]
+    convolutions = [node.get_friendly_name() for node in _convolutions(model)]
+    in_floats = {convolutions[0], convolutions[-1], *_edge_filters(model)}
     outliers = StatisticsCollectorParameters(
         statistics_type=StatisticsType.QUANTILE, aggregator_type=AggregatorType.MEAN, quantile_outlier_prob=1e-6
     )
@@ -221,7 +246,7 @@ def _quantise(model: Any, tiles: NDArray[np.float32]) -> Any:
             preset=nncf.QuantizationPreset.MIXED,
             subset_size=len(tiles),
             model_type=nncf.ModelType.TRANSFORMER,  # for any other type NNCF quantises sums too
-            ignored_scope=nncf.IgnoredScope(names=[convolutions[0], convolutions[-1]]),
+            ignored_scope=nncf.IgnoredScope(names=sorted(in_floats)),
             advanced_parameters=AdvancedQuantizationParameters(
                 # The fix halves the number of steps, for processors without VNNI, whose sums may overflow; on the
                 # one that was tried they did not.

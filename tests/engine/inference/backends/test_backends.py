@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cellseg_batch.engine.errors import BackendError, ModelError
-from cellseg_batch.engine.inference.backends import registry
+from cellseg_batch.engine.inference.backends import openvino_cpu, registry
 from cellseg_batch.engine.inference.backends.gate import count_matches, limits_of, logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.inference.backends.registry import candidates, make_backend, why_not
 from cellseg_batch.engine.inference.decoders import DECODERS
@@ -20,7 +20,9 @@ from cellseg_batch.engine.inference.race import worst_parity
 from cellseg_batch.engine.inference.race_result import Candidate, RaceResult, Request
 from cellseg_batch.engine.models import build_torch_network, load_model, shipped_models
 from cellseg_batch.engine.storage.cache import Artefacts
-from cellseg_batch.trainer.bundle import save_bundle
+from cellseg_batch.trainer.bundle import Bundle, save_bundle
+from cellseg_batch.trainer.unet import build_network
+from tests.support.networks import trained
 
 EVERY = [name for name in candidates("auto", "auto") if not why_not(*name)]
 STRICT = limits_of("fp32")
@@ -40,6 +42,32 @@ def test_backends_agree_with_the_plain_network(tiny_bundle, name, precision):
         expected = build_torch_network(tiny_bundle)(torch.from_numpy(batch)).numpy()
     scale = np.abs(expected).max()
     np.testing.assert_allclose(logits, expected, atol=scale * (2e-5 if precision == "fp32" else 3e-2))
+
+
+@pytest.mark.skipif(("openvino", "bf16") not in EVERY, reason="the processor has no bf16")
+def test_filters_of_edges_at_the_start_are_computed_in_floats(tiny_bundle, tmp_path, monkeypatch):
+    network = trained(build_network({"name": "unet-efficientnet-lite0", "outputs": 3, "width": 12, "depth": 2}))
+    edges = torch.tensor([[-1.0, -1, -1], [-1, 8, -1], [-1, -1, -1]]) * 10.1
+    network.encoder._blocks[0]._depthwise_conv.weight.data[:] = edges
+    weights = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    card = replace(
+        tiny_bundle.card,
+        architecture={"name": "unet-efficientnet-lite0", "outputs": 3, "width": 12, "depth": 2},
+        total_stride=4,
+    )
+    bundle = Bundle(card, weights)
+    pixels = np.random.default_rng(0).uniform(0.5, 0.6, (1, 3, 64, 96)).astype(np.float32)
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(pixels)).numpy()
+
+    def error():
+        backend = make_backend(bundle, "openvino", "bf16", 2, Artefacts())
+        return np.abs(backend.compile(pixels.shape)(pixels) - expected).mean()
+
+    kept = error()
+    monkeypatch.setenv("CELLSEG_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(openvino_cpu, "_edge_filters", lambda model: [])
+    assert kept < error() / 2
 
 
 @pytest.mark.parametrize(("name", "precision"), EVERY)
