@@ -51,7 +51,10 @@ class Decoder(ABC):
         return sigmoid(logits[:, 0])
 
     def mask(self, logits: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]:
-        """Return the mask (N, H, W) of logits (N, K, H, W): where the probability is above ``threshold``."""
+        """Return the mask (N, H, W) of logits (N, K, H, W): where the probability is above ``threshold``.
+
+        Gate and `verify-seams` compare two masks for equality; the working scale measures what is not 0.
+        """
         mask: NDArray[np.bool_] = logits[:, 0] > logit_threshold(threshold)
         return mask
 
