@@ -24,6 +24,8 @@ CAPABILITIES = (80, 90, 100)
 """Compute capabilities, times ten: A100, H100 and H200, B200."""
 
 TILE, OVERLAP = 512, 64
+TAPS = 5
+"""Of half a smoothing kernel, as in the shipped model."""
 
 
 @dataclass(frozen=True)
@@ -91,19 +93,19 @@ def variants() -> Iterator[Variant]:
                 stitch_triton.LAUNCH,
             )
         tile = (f"*{logits}", "i32", "i32", "i32")
-        smoothing = ("i32", "i32", "*i64", "i32", "i32", "*i32", "i32", "i32")
+        smoothing = ("i32", "i32", "*i64", "i32", "*i32", "i32", "i32")
         yield Variant(
             f"rows {logits} to int32",
             instances_triton.rows_kernel,
             (*tile, "i32", "i32", "*i64", *smoothing),
-            block,
+            {"TAPS": TAPS, **block},
             stitch_triton.LAUNCH,
         )
         yield Variant(
             f"codes {logits} to codes",
             instances_triton.codes_kernel,
             (*tile, "*i64", *smoothing, "fp32", "i32", "i32", "*u8", "i32", "*i32"),
-            {"ALIGN": 8, **block},
+            {"TAPS": TAPS, "ALIGN": 8, **block},
             stitch_triton.LAUNCH,
         )
     block = {"BLOCK_Y": gather_triton.BLOCK_Y, "BLOCK_X": gather_triton.BLOCK_X}
@@ -131,7 +133,7 @@ def measure(variant: Variant, capability: int) -> Resources:
     types = dict(zip(free, variant.types, strict=True))
     # Counts and strides that are not multiples of 16, and floats.
     odd = {"rows", "columns", "blocks_y", "blocks_x", "threshold", "low", "scale", "column_stride"}
-    odd |= {"taps", "spacing", "foreground", "border_level", "seed_level"}
+    odd |= {"spacing", "foreground", "border_level", "seed_level"}
     source = ASTSource(
         fn=variant.kernel,
         signature={name: types.get(name, "constexpr") for name in names},

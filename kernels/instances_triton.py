@@ -59,11 +59,11 @@ def rows_kernel(
     blocks_y: tl.tensor,  # programs per tile
     blocks_x: tl.tensor,
     tables_ptr: tl.tensor,  # as `score_at`
-    taps: tl.tensor,
     spacing: tl.tensor,
     rows_ptr: tl.tensor,  # (M, height + 2 * reach, width) int32
     height: tl.tensor,
     width: tl.tensor,
+    TAPS: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ) -> None:
@@ -71,7 +71,7 @@ def rows_kernel(
     program = tl.program_id(0)
     tile = program // (blocks_y * blocks_x)
     place_ptr = places_ptr + tile * 6
-    reach = (taps - 1) * spacing
+    reach = (TAPS - 1) * spacing
     y = program // blocks_x % blocks_y * BLOCK_Y + tl.arange(0, BLOCK_Y)
     x = program % blocks_x * BLOCK_X + tl.arange(0, BLOCK_X)[None, :]
     keep = (y < height + 2 * reach)[:, None] & (x < width)
@@ -83,7 +83,7 @@ def rows_kernel(
 
     centre = tl.where(column < tile_width, column, tile_width - 1)
     total = score_at(border_ptr, channel_stride, centre, keep, tables_ptr) * tl.load(weights_ptr).to(tl.int32)
-    for tap in range(1, taps):
+    for tap in range(1, TAPS):
         left, right = column - tap * spacing, column + tap * spacing
         left = tl.where(left > 0, tl.where(left < tile_width, left, tile_width - 1), 0)
         right = tl.where(right < tile_width, right, tile_width - 1)
@@ -104,7 +104,6 @@ def codes_kernel(
     blocks_y: tl.tensor,  # programs per tile
     blocks_x: tl.tensor,
     weights_ptr: tl.tensor,  # (taps,) int64
-    taps: tl.tensor,
     spacing: tl.tensor,
     rows_ptr: tl.tensor,  # as `rows_kernel`
     height: tl.tensor,
@@ -115,6 +114,7 @@ def codes_kernel(
     out_ptr: tl.tensor,  # uint8
     out_stride: tl.tensor,
     counts_ptr: tl.tensor,  # (programs, 2) int32
+    TAPS: tl.constexpr,
     ALIGN: tl.constexpr,  # divides the cores' positions and widths along x
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
@@ -123,7 +123,7 @@ def codes_kernel(
     program = tl.program_id(0)
     tile = program // (blocks_y * blocks_x)
     place_ptr = places_ptr + tile * 6
-    reach = (taps - 1) * spacing
+    reach = (TAPS - 1) * spacing
     y = program // blocks_x % blocks_y * BLOCK_Y + tl.arange(0, BLOCK_Y)[:, None]
     x = program % blocks_x * BLOCK_X + tl.arange(0, BLOCK_X)[None, :]
     # Rounding changes no value here; it tells the compiler that these are multiples, so that 8 px move at once.
@@ -132,7 +132,7 @@ def codes_kernel(
 
     rows_ptr += tile.to(tl.int64) * (height + 2 * reach) * width + (y + reach) * width + x
     total = tl.load(rows_ptr, keep, 0) * tl.load(weights_ptr).to(tl.int32)
-    for tap in range(1, taps):
+    for tap in range(1, TAPS):
         step = tap * spacing * width
         both = tl.load(rows_ptr - step, keep, 0) + tl.load(rows_ptr + step, keep, 0)
         total += both * tl.load(weights_ptr + tap).to(tl.int32)
@@ -187,11 +187,11 @@ def classify_pixels(logits: torch.Tensor, places: NDArray[np.int64], rule: SeedR
         blocks_y,
         blocks_x,
         tables,
-        taps,
         rule.spacing,
         rows,
         height,
         width,
+        TAPS=taps,
         BLOCK_Y=BLOCK_Y,
         BLOCK_X=BLOCK_X,
         **LAUNCH,
@@ -206,7 +206,6 @@ def classify_pixels(logits: torch.Tensor, places: NDArray[np.int64], rule: SeedR
         blocks_y,
         blocks_x,
         tables[-taps:],
-        taps,
         rule.spacing,
         rows,
         height,
@@ -217,6 +216,7 @@ def classify_pixels(logits: torch.Tensor, places: NDArray[np.int64], rule: SeedR
         out,
         out.stride(0),
         counts,
+        TAPS=taps,
         ALIGN=align(places),
         BLOCK_Y=BLOCK_Y,
         BLOCK_X=BLOCK_X,

@@ -85,6 +85,8 @@ def test_all_parts_together_take_less_than_eight_minutes(script):
     parts = script("bench_gpu").parts_for("cuda:0", Path("out"))
     assert sum(part.seconds for part in parts) <= 480 - 5  # what gpu.sh does before
     assert [part.name for part in parts][:2] == ["parity", "tests"], "what is wrong needs no figures"
+    tests = [part for part in parts if "pytest" in part.command]
+    assert all("filterwarnings=default" in part.command for part in tests), "warnings of other versions fail nothing"
     chosen = script("gpu_parts").choose(parts, ["monai", "parity"])
     assert [part.name for part in chosen] == ["parity", "monai"]
     with pytest.raises(ValueError, match=r"expected parts among parity, .*, found other"):
@@ -232,6 +234,17 @@ print(json.dumps([*bench_gpu.measure_slide("cuda:0", folder, 512, 256), plate]))
     assert {row["name"].partition(",")[0] for row in slides} == {"slide of 512 px"}
     assert plate["name"].startswith("plate of 2 fields")
     assert all(row["mpx_per_s"] > 0 and 0 <= row["gpu_busy"] <= 1 for row in (*slides, plate))
+
+
+def test_the_script_takes_the_first_interpreter_that_has_torch(tmp_path):
+    for name, lacks_torch in (("python3", 1), ("python", 0)):
+        stub = f'#!/bin/sh\ntest "$1" = -c && exit {lacks_torch}\necho {name} looks for a GPU\nexit 1\n'
+        (tmp_path / name).write_text(stub)
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop("PYTHON", None)
+    done = subprocess.run(["bash", FOLDER / "gpu.sh"], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "python looks for a GPU\n")
 
 
 @pytest.mark.slow

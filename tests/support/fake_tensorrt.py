@@ -113,6 +113,7 @@ class FakeRuntime:
         self.library = library
 
     def deserialize_cuda_engine(self, plan):
+        assert self.library.device.current is not None, "plans are loaded on the current GPU, which may be another"
         if self.library.failure == "deserialize":
             TENSORRT_LOG.error("IRuntime::deserializeCudaEngine: Error Code 1: Serialization (stale plan)")
             return None
@@ -187,9 +188,9 @@ class FakeTorchTensorRt:
 
     __spec__ = ModuleSpec("torch_tensorrt", None)
 
-    def __init__(self, version, failure):
+    def __init__(self, version, device, failure):
         self.table = table_of("torch_tensorrt", version)
-        self.__version__ = version
+        self.__version__, self.device = version, device
         self.failure, self.builds, self.timings_known = failure, [], []
         if "logging.py:TRT_LOGGER" in self.table["constants"]:
             self.logging = SimpleNamespace(TRT_LOGGER=object())
@@ -206,6 +207,7 @@ class FakeTorchTensorRt:
         unknown = set(keywords) - set(entry["keyword_only"]) - set(entry["positional"])
         assert not unknown, f"torch-tensorrt {self.__version__} would silently drop {unknown}"
         assert len(arguments) <= len(entry["positional"])
+        assert self.device.current is not None, "plans are built for the current GPU, which may be another"
         if self.failure == "driver":
             self._fail("pybind11::init(): factory function returned nullptr")
         if self.failure == "build out of memory":
@@ -329,7 +331,7 @@ def install(monkeypatch, pair, failure=None):
     assert failure is None or failure in FAILURES
     device = FakeDevice()
     device.install(monkeypatch)
-    tensorrt, torch_tensorrt = FakeTensorRt(pair[0], device, failure), FakeTorchTensorRt(pair[1], failure)
+    tensorrt, torch_tensorrt = FakeTensorRt(pair[0], device, failure), FakeTorchTensorRt(pair[1], device, failure)
     if failure == "import":
         monkeypatch.setattr(sys, "meta_path", [Refusing(), *sys.meta_path])
         monkeypatch.delitem(sys.modules, "torch_tensorrt", raising=False)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cellseg_batch.engine.cli.compile import print_race
 from cellseg_batch.engine.errors import BackendError
-from cellseg_batch.engine.geometry import fit_lattice
+from cellseg_batch.engine.geometry import fit_squares
 from cellseg_batch.engine.inference import race as racing
 from cellseg_batch.engine.inference.backends.gate import Parity
 from cellseg_batch.engine.inference.model_pool import ModelPool
@@ -161,7 +161,7 @@ def test_tiles_of_the_race_are_those_of_large_slides_where_a_gpu_may_win(monkeyp
     monkeypatch.setattr(racing, "gpus", lambda: gpus)
     monkeypatch.setattr(racing, "visible_gpus", lambda: gpus)
     card = load_model("nuclei").card
-    slide = fit_lattice((8192, 8192), Settings().tile, card.margin, card.total_stride)
+    slide = fit_squares((8192, 8192), Settings().tile, card.margin, card.total_stride)
     assert request_of(Settings(**asked), card).tile == (slide.tile if large else (1024, 1024))
 
 
