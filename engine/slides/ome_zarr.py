@@ -25,7 +25,7 @@ from cellseg_batch.engine.slides.ome_xml import read_names
 from cellseg_batch.engine.slides.pixel_size import PixelSize, settle_pixel_size
 from cellseg_batch.engine.slides.plain_zarr import ZARR, describe_array, describe_pyramid
 from cellseg_batch.engine.slides.plate import FieldChoice, PlatePosition
-from cellseg_batch.engine.slides.slide import AXES, Level, Slide, UnreadableImage
+from cellseg_batch.engine.slides.slide import AXES, NUMBERS, Level, Slide, UnreadableImage
 from cellseg_batch.engine.storage.paths import RemotePath, is_web, zarr_store
 
 # Other spellings of the specification's "micrometer".
@@ -416,6 +416,8 @@ def _arrays_of(
             raise _not_an_image(
                 location, f"arrays of the axes {axes} that its metadata list", f"one of shape {array.shape}"
             )
+        if not NUMBERS.fullmatch(array.dtype.name):
+            raise _not_an_image(location, "integer, floating point or boolean pixels", array.dtype.name)
         first = next(iter(found.values()))[1] if found else array
         if 0 in first.shape:
             raise _not_an_image(location, "an image with pixels", f"shape {array.shape}")
