@@ -332,7 +332,8 @@ def test_a_file_that_was_cut_short_is_not_filled_up(tmp_path):
 
 
 def test_tifffile_prints_nothing_of_its_own(tmp_path):
-    tifffile.imwrite(tmp_path / "a.tif", coordinates("yx", (8, 9)), description="ImageJ=1.54f\nimages=40\nslices=40\n")
+    about = "ImageJ=1.54f\nimages=40\nslices=40\n"
+    tifffile.imwrite(tmp_path / "a.tif", coordinates("yx", (8, 9)), description=about, metadata=None)
     script = (
         "import sys; from pathlib import Path; from cellseg_batch.engine.slides.discover import find_images; "
         "find_images(Path(sys.argv[1]))"
