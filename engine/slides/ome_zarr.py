@@ -1,12 +1,10 @@
 """Read the images of zarr hierarchies: OME-Zarr 0.4 and 0.5 multiscales, HCS plates, bioformats2raw, plain arrays.
 
-Sources: the OME-Zarr specification 0.4 and 0.5 (ngff.openmicroscopy.org). Metadata are read leniently: whatever is
-enough to read the pixels is accepted, and a level whose array is missing is skipped and noted.
+Sources: the OME-Zarr specification 0.4 and 0.5 (ngff.openmicroscopy.org). Whatever a group lists is found or named.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -21,15 +19,13 @@ import zarr
 
 from cellseg_batch.engine.errors import CellsegError, ReadError, brief
 from cellseg_batch.engine.slides.image_format import ImageFormat, LevelArray, Search, is_overview, left_out
+from cellseg_batch.engine.slides.ome_multiscale import describe_multiscale, not_an_image, ome_metadata, path_inside
 from cellseg_batch.engine.slides.ome_xml import read_names
-from cellseg_batch.engine.slides.pixel_size import PixelSize, settle_pixel_size
 from cellseg_batch.engine.slides.plain_zarr import ZARR, describe_array, describe_pyramid
 from cellseg_batch.engine.slides.plate import FieldChoice, PlatePosition
-from cellseg_batch.engine.slides.slide import AXES, Level, Slide, UnreadableImage
+from cellseg_batch.engine.slides.slide import Level, Slide, UnreadableImage
 from cellseg_batch.engine.storage.paths import RemotePath, is_web, zarr_store
 
-# Other spellings of the specification's "micrometer".
-_UNIT_NAMES = dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometre"), "micrometer")
 # Attribute of groups that this program writes, which are not taken for images.
 OUTPUT_MARK = "cellseg-batch-output"
 # Number of members of a group in an object store that are read at the same time.
@@ -45,10 +41,6 @@ _TABLE_MARK = "encoding-type"
 _LAYOUT_MARK, _OME_GROUP = "bioformats2raw.layout", "OME"
 # Members of a group that are no images.
 _NO_IMAGES = {"labels", "tables", _OME_GROUP}
-_RGB_LABELS = (["r", "g", "b"], ["red", "green", "blue"])
-_RGB_COLOURS = ["FF0000", "00FF00", "0000FF"]
-# What programs call a channel without a name.
-_NUMBERED = re.compile(r"(channel|ch|c)?[\s:_-]*\d*([:_-]\d+)*", re.IGNORECASE)
 
 
 class Zarr(ImageFormat):
@@ -130,11 +122,11 @@ def _images_in(
                 slide = describe_array(node, store, path, name, search.axes)
                 yield replace(slide, notes=_note_if_empty(node, store / path) + search.check_axes(slide.axes, location))
             return
-        metadata = _ome_metadata(node)
+        metadata = ome_metadata(node)
         if _is_output(node, metadata):
             return
         if "multiscales" in metadata:
-            slide = _multiscale(node, metadata, store, path, name)
+            slide = describe_multiscale(node, metadata, store, path, name)
             notes = _notes_on_content(node, slide) + search.check_axes(slide.axes, location)
             yield replace(slide, plate_position=position, notes=slide.notes + notes)
             return
@@ -216,7 +208,7 @@ def _notes_on_content(node: zarr.Group, slide: Slide) -> tuple[str, ...]:
     if isinstance(group, RemotePath):  # whose answers take long
         return ()
     notes = _note_if_empty(node[full], group / full)
-    listed = _ome_metadata(node).get("multiscales") or [{"datasets": [{"path": level.path} for level in slide.levels]}]
+    listed = ome_metadata(node).get("multiscales") or [{"datasets": [{"path": level.path} for level in slide.levels]}]
     known = {str(dataset["path"]).split("/")[0] for dataset in listed[0]["datasets"]} | _NO_IMAGES
     with os.scandir(group) as entries:
         others = [entry.name for entry in entries if entry.name not in known and entry.is_dir()]
@@ -264,8 +256,8 @@ def open_written(store: Path, path: str) -> Slide:
     """
     try:
         node = zarr.open_group(zarr_store(store), path=path, mode="r", use_consolidated=False)
-        metadata = _ome_metadata(node)
-        slide = _multiscale(node, metadata, store, path, path)
+        metadata = ome_metadata(node)
+        slide = describe_multiscale(node, metadata, store, path, path)
         finest = metadata["multiscales"][0]["datasets"][0]["path"]
         # Some programs mark their labels by nothing but the group around them.
         if not (_is_output(node, metadata) or (store / path).parent.name == "labels"):
@@ -291,16 +283,9 @@ def _is_output(node: zarr.Group, metadata: dict[str, Any]) -> bool:
 
 def plate_names(plate: Path) -> tuple[list[str], list[str]]:
     """Names of all rows and columns of a plate, including those without wells."""
-    metadata = _ome_metadata(zarr.open_group(zarr_store(plate), mode="r", use_consolidated=False))["plate"]
+    metadata = ome_metadata(zarr.open_group(zarr_store(plate), mode="r", use_consolidated=False))["plate"]
     rows, columns = ([str(entry["name"]) for entry in metadata.get(side, ())] for side in ("rows", "columns"))
     return rows, columns
-
-
-def _ome_metadata(node: zarr.Group) -> dict[str, Any]:
-    """The OME attributes of a group: under ``ome`` in version 0.5, at the top in older versions."""
-    attributes = dict(node.attrs)
-    nested = attributes.get("ome")
-    return nested if isinstance(nested, dict) else attributes
 
 
 def _children(
@@ -308,14 +293,14 @@ def _children(
 ) -> list[tuple[str, PlatePosition | None]]:
     """(path, position on a plate) of the children of a group that may hold images: those in its metadata, else all."""
     if "plate" in metadata:
-        wells = [_inside(path, location) for path in _listed_paths(metadata["plate"], "wells", location)]
+        wells = [path_inside(path, location) for path in _listed_paths(metadata["plate"], "wells", location)]
         positions = [PlatePosition(location, Path(well).parent.name, Path(well).name, field="") for well in wells]
         return [(well, of_well) for well, of_well in zip(wells, positions, strict=True) if choice.takes_well(of_well)]
     if "well" in metadata:
-        fields = [_inside(path, location) for path in _listed_paths(metadata["well"], "images", location)]
+        fields = [path_inside(path, location) for path in _listed_paths(metadata["well"], "images", location)]
         return [(field, position and replace(position, field=field)) for field in fields if choice.takes_field(field)]
     members = {key for key in node if key not in _NO_IMAGES} | _listed_series(node)
-    return [(_inside(member, location), position) for member in sorted(members, key=_numbers_in_order)]
+    return [(path_inside(member, location), position) for member in sorted(members, key=_numbers_in_order)]
 
 
 def _listed_paths(metadata: object, kind: str, location: str) -> list[object]:
@@ -326,14 +311,14 @@ def _listed_paths(metadata: object, kind: str, location: str) -> list[object]:
     """
     entries = metadata.get(kind) if isinstance(metadata, dict) else None
     if not (isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries)):
-        raise _not_an_image(location, f"a list of {kind} in its metadata", f"{entries!r:.80}")
+        raise not_an_image(location, f"a list of {kind} in its metadata", f"{entries!r:.80}")
     return [entry.get("path") for entry in entries]
 
 
 def _listed_series(node: zarr.Group) -> set[str]:
     """Paths of the images that a group of bioformats2raw lists; none in other groups."""
-    ome = node.get(_OME_GROUP) if _LAYOUT_MARK in _ome_metadata(node) else None
-    listed = _ome_metadata(ome).get("series") if isinstance(ome, zarr.Group) else None
+    ome = node.get(_OME_GROUP) if _LAYOUT_MARK in ome_metadata(node) else None
+    listed = ome_metadata(ome).get("series") if isinstance(ome, zarr.Group) else None
     return {str(series) for series in listed} if isinstance(listed, list) else set()
 
 
@@ -351,219 +336,5 @@ def _overviews(store: Path, path: str, members: list[str]) -> dict[str, str]:
     return overviews if len(overviews) < len(members) else {}
 
 
-def _inside(listed: object, location: str) -> str:
-    """Check that a path in the metadata of a node leads to something below the node; returns the path.
-
-    Raises:
-        ReadError: the path leads elsewhere.
-    """
-    parts = str(listed).replace("\\", "/").rstrip("/").split("/")
-    if any(part in ("", ".", "..") for part in parts):
-        raise _not_an_image(location, "paths in its metadata that stay inside it", repr(listed))
-    return str(listed)
-
-
 def _numbers_in_order(key: str) -> tuple[bool, int, str]:
     return (not key.isdecimal(), int(key) if key.isdecimal() else 0, key)
-
-
-def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: str, name: str) -> Slide:
-    location = str(store / path)
-    listed = metadata["multiscales"]
-    if not (isinstance(listed, list) and listed and isinstance(listed[0], dict)):
-        raise _not_an_image(location, "a list of multiscales", f"{listed!r:.80}")
-    notes = [f"the first of its {len(listed)} multiscales is taken"] if len(listed) > 1 else []
-    multiscale = listed[0]
-    axes, units = _axes_of(multiscale, location)
-    datasets, arrays, remarks = _arrays_of(node, multiscale, axes, location)
-    notes += remarks
-    full = arrays[0]
-    levels, units, size = _place(datasets, multiscale, arrays, axes, units)
-    channels = _omero_channels(metadata)
-    labels = [str(channel.get("label") or "").strip() for channel in channels]
-    count = full.shape[axes.index("c")] if "c" in axes else 1
-    alpha = count == 4 and [label.lower() for label in labels[3:]] in (["a"], ["alpha"])
-    colour_labels = labels[: count - alpha]
-    dtype = full.dtype.name
-    rgb = _is_rgb(count - alpha, dtype, colour_labels, channels)
-    if rgb and any(colour_labels) and not _names_colours(colour_labels):
-        notes.append("taken for red, green, blue, as its channels have no names; `channel` chooses one of them instead")
-    return Slide(
-        name=name,
-        store=store,
-        path=path,
-        format=ZARR,
-        axes=axes,
-        dtype=dtype,
-        levels=levels,
-        units=units,
-        channels=tuple(labels) if any(labels) else (),
-        rgb=rgb,
-        alpha=alpha,
-        zarr_format=node.metadata.zarr_format,
-        holds_labels=True,
-        size_is_doubtful=bool(set(size.doubts) & set("yx")),
-        notes=(*notes, *size.notes),
-    )
-
-
-def _arrays_of(
-    node: zarr.Group, multiscale: dict[str, Any], axes: str, location: str
-) -> tuple[list[dict[str, Any]], list[zarr.Array[Any]], list[str]]:
-    """(datasets, their arrays, notes) of a multiscale, from the largest; what is no level of it is left out and noted.
-
-    Raises:
-        ReadError: there is no array, or the first one is no image of the axes.
-    """
-    datasets = multiscale.get("datasets")
-    if not (isinstance(datasets, list) and datasets and all(isinstance(entry, dict) for entry in datasets)):
-        raise _not_an_image(location, "a list of levels in its metadata", f"{datasets!r:.80}")
-    found: dict[str, tuple[dict[str, Any], zarr.Array[Any]]] = {}
-    notes = []
-    for dataset in datasets:
-        path = dataset.get("path")
-        if not isinstance(path, str):
-            # zarr can read such an image, but readers of its labels could not find it.
-            raise _not_an_image(location, "the paths of its levels as text", f"{path!r}")
-        array = node.get(_inside(path, location))
-        if not isinstance(array, zarr.Array):
-            notes.append(f"level {path} is listed, but not in the store")
-            continue
-        if array.ndim != len(axes):
-            raise _not_an_image(
-                location, f"arrays of the axes {axes} that its metadata list", f"one of shape {array.shape}"
-            )
-        first = next(iter(found.values()))[1] if found else array
-        if 0 in first.shape:
-            raise _not_an_image(location, "an image with pixels", f"shape {array.shape}")
-        fits = all(axis in "zyx" or a == b for axis, a, b in zip(axes, first.shape, array.shape, strict=True))
-        if path in found:
-            notes.append(f"level {path} is listed twice")
-        elif 0 in array.shape:
-            notes.append(f"level {path} has no pixels and is left out")
-        elif array.dtype.name != first.dtype.name or not fits:
-            notes.append(
-                f"level {path} is left out, as its {array.dtype.name} of shape {array.shape} is no resolution of "
-                f"{first.dtype.name} of shape {first.shape}"
-            )
-        else:
-            found[path] = dataset, array
-    if not found:
-        listed = ", ".join(str(dataset["path"]) for dataset in datasets)
-        raise _not_an_image(location, f"the arrays that its metadata list ({listed})", "none of them in the store")
-    y, x = axes.index("y"), axes.index("x")
-    ordered = sorted(found.values(), key=lambda level: -level[1].shape[y] * level[1].shape[x])
-    if ordered != list(found.values()):
-        notes.append("its levels are not listed from the largest, but taken so")
-    return [dataset for dataset, _ in ordered], [array for _, array in ordered], notes
-
-
-def _axes_of(multiscale: dict[str, Any], location: str) -> tuple[str, tuple[str | None, ...]]:
-    listed = multiscale.get("axes")
-    if not listed:
-        raise _not_an_image(location, "axes in its metadata", "none")
-    # Version 0.3 wrote axes as plain names.
-    entries = [{"name": axis} if isinstance(axis, str) else axis for axis in listed] if isinstance(listed, list) else []
-    if not entries or not all(isinstance(axis, dict) and isinstance(axis.get("name"), str) for axis in entries):
-        raise _not_an_image(location, "a list of axes with names in its metadata", f"{listed!r:.80}")
-    names = [axis["name"].lower() for axis in entries]
-    for axis in names:
-        if axis not in set(AXES):
-            raise ReadError(
-                location,
-                expected="axes out of t, c, z, y, x",
-                found=f"an axis {axis!r}",
-                remedy="write each of its places as an image with the other axes",
-            )
-    for axis in AXES:
-        if names.count(axis) > 1 or (axis in "yx" and axis not in names):
-            raise _not_an_image(location, f"one axis {axis}", f"{names.count(axis)} in {', '.join(names)}")
-    axes = "".join(names)
-    units = (axis.get("unit") for axis in entries)
-    return axes, tuple(_UNIT_NAMES.get(unit, unit) if isinstance(unit, str) else None for unit in units)
-
-
-def _place(
-    datasets: list[dict[str, Any]],
-    multiscale: dict[str, Any],
-    arrays: list[zarr.Array[Any]],
-    axes: str,
-    units: tuple[str | None, ...],
-) -> tuple[tuple[Level, ...], tuple[str | None, ...], PixelSize]:
-    """(levels, unit of each axis, pixel size): an axis whose scales are not finite and positive has px, and no unit.
-
-    Other scales and translations are kept as written, however unlikely: they tie the image to its labels in viewers. A
-    translation that is not finite is 0.
-    """
-    # Versions older than 0.4 have no transformations; only the shapes tell how the levels relate.
-    factors = [[a / b for a, b in zip(arrays[0].shape, array.shape, strict=True)] for array in arrays]
-    placements = [_placement(dataset, multiscale, factor) for dataset, factor in zip(datasets, factors, strict=True)]
-    stated: dict[str, tuple[object, object]] = {}
-    broken = set()
-    for index, axis in enumerate(axes):
-        sizes = [scale[index] for scale, _ in placements]
-        wrong = [size for size in sizes if not (math.isfinite(size) and size > 0)]
-        if wrong:
-            broken.add(axis)
-        if axis in "zyx":
-            stated[axis] = (wrong or sizes)[0], units[index]
-    size = settle_pixel_size(stated)
-    broken |= set("yx") if broken & set("yx") else set()
-    levels = []
-    for dataset, array, factor, (scale, translation) in zip(datasets, arrays, factors, placements, strict=True):
-        scale = tuple(f if axis in broken else s for axis, s, f in zip(axes, scale, factor, strict=True))
-        lost = [axis in broken or not math.isfinite(shift) for axis, shift in zip(axes, translation, strict=True)]
-        start = tuple(0.0 if is_lost else shift for is_lost, shift in zip(lost, translation, strict=True))
-        levels.append(Level(dataset["path"], array.shape, array.chunks, scale, start))
-    units = tuple(None if axis in broken else unit for axis, unit in zip(axes, units, strict=True))
-    return tuple(levels), units, size
-
-
-def _placement(
-    dataset: dict[str, Any], multiscale: dict[str, Any], factors: list[float]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(scale, translation) of a level: the dataset's transformations, then the whole image's; NaN if not numbers."""
-    scale = [1.0] * len(factors) if "coordinateTransformations" in dataset else factors
-    translation = [0.0] * len(factors)
-    try:
-        for holder in (dataset, multiscale):
-            for transformation in holder.get("coordinateTransformations", ()):
-                if transformation.get("type") == "scale":
-                    scale = [a * float(b) for a, b in zip(scale, transformation["scale"], strict=True)]
-                    translation = [a * float(b) for a, b in zip(translation, transformation["scale"], strict=True)]
-                elif transformation.get("type") == "translation":
-                    shift = transformation["translation"]
-                    translation = [a + float(b) for a, b in zip(translation, shift, strict=True)]
-    except (AttributeError, KeyError, TypeError, ValueError):
-        scale = translation = [math.nan] * len(factors)
-    return tuple(scale), tuple(translation)
-
-
-def _omero_channels(metadata: dict[str, Any]) -> list[dict[str, Any]]:
-    """The channels as OMERO describes them; [] if it does not."""
-    omero = metadata.get("omero")
-    listed = omero.get("channels") if isinstance(omero, dict) else None
-    return [entry if isinstance(entry, dict) else {} for entry in listed] if isinstance(listed, list) else []
-
-
-def _is_rgb(count: int, dtype: str, labels: list[str], channels: list[dict[str, Any]]) -> bool:
-    """RGB if OMERO's labels say so, or three uint8 channels without names, in the colours red, green, blue or none."""
-    if _names_colours(labels):
-        return True
-    colours = [str(channel.get("color") or "").strip("#").upper()[:6] for channel in channels]
-    unnamed = all(_NUMBERED.fullmatch(label) for label in labels)
-    return count == 3 and dtype == "uint8" and unnamed and (not any(colours) or colours == _RGB_COLOURS)
-
-
-def _names_colours(labels: list[str]) -> bool:
-    return [label.lower() for label in labels] in _RGB_LABELS
-
-
-def _not_an_image(location: str, expected: str, found: str) -> ReadError:
-    return ReadError(
-        location,
-        expected=expected,
-        found=found,
-        cause="invalid or incomplete OME-Zarr metadata",
-        remedy="write it again",
-    )

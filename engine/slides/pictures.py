@@ -23,8 +23,8 @@ from cellseg_batch.engine.storage.paths import readable
 Image.MAX_IMAGE_PIXELS = 1 << 30
 # Pillow's modes in which pictures are read -> pixel type.
 _MODES_KEPT = {"L": "uint8", "RGB": "uint8", "RGBA": "uint8", "I;16": "uint16", "F": "float32", "I": "int32"}
-# Pillow's names of the formats; of others it may keep 8 bits of 16.
-_FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB")
+# MIME types of the pictures that are read; of others Pillow may keep 8 bits of 16.
+_KINDS = ("image/png", "image/apng", "image/jpeg", "image/mpo", "image/bmp")
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Colour types of PNGs of which Pillow keeps 8 of 16 bits -> the mode of their channels, without the alpha of grey.
 _DEEP_MODES = {2: "RGB", 4: "L", 6: "RGBA"}
@@ -46,11 +46,12 @@ class Pictures(ImageFormat):
         """
         deep = _deep_mode(path)
         with Image.open(readable(path)) as picture:
-            if picture.format not in _FORMATS:
+            kind = picture.get_format_mimetype()
+            if kind not in _KINDS:
                 raise ReadError(
                     str(path),
                     expected="PNG, JPEG or BMP, as its name says",
-                    found=str(picture.format),
+                    found=str(kind),
                     remedy="give the file the suffix of its format, or save it as PNG",
                 )
             width, height = picture.size

@@ -40,7 +40,7 @@ def open_file(path: Path, images: Sequence[OmeImage] | None) -> tifffile.TiffFil
 
 
 def described_pyramids(tiff: tifffile.TiffFile, images: Sequence[OmeImage]) -> dict[int, Pyramid]:
-    """Number -> pyramid of each image as whose file it was opened; {} if tifffile does not find all, in any order."""
+    """Number -> pyramid of each image as whose file it was opened; {} if tifffile does not find all."""
     try:
         pyramids = pyramids_of(tiff)
     except Exception:  # tifffile's error about one image ends its search for all

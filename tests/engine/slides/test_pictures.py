@@ -93,7 +93,7 @@ def test_other_formats_under_the_name_of_a_picture_are_named(tmp_path, name):
         tifffile.imwrite(tmp_path / "a.png", pixels, photometric="rgb")
     else:
         Image.fromarray(pixels).save(tmp_path / "a.png", format=name)
-    assert f"expected PNG, JPEG or BMP, as its name says, found {name.upper()};" in only(tmp_path / "a.png").reason
+    assert f"expected PNG, JPEG or BMP, as its name says, found image/{name};" in only(tmp_path / "a.png").reason
 
 
 def test_bitmaps_are_read(tmp_path):

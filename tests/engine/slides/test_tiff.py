@@ -1,5 +1,8 @@
 """TIFF files: axes, series, pyramids, pixel sizes."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import tifffile
@@ -326,3 +329,15 @@ def test_a_file_that_was_cut_short_is_not_filled_up(tmp_path):
         if isinstance(image, Slide):
             with pytest.raises(ReadError):
                 read(image, 0, (0,), 2, Box(0, 0, 40, 30))
+
+
+def test_tifffile_prints_nothing_of_its_own(tmp_path):
+    about = "ImageJ=1.54f\nimages=40\nslices=40\n"
+    tifffile.imwrite(tmp_path / "a.tif", coordinates("yx", (8, 9)), description=about, metadata=None)
+    script = (
+        "import sys; from pathlib import Path; from cellseg_batch.engine.slides.discover import find_images; "
+        "find_images(Path(sys.argv[1]))"
+    )
+    # In the tests' own process pytest takes what is logged.
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
