@@ -88,7 +88,7 @@ def choose_channels(slide: Slide, channel: int | str | None) -> ChannelChoice:
             slide.location,
             expected=f"a channel index from 0 to {count - 1} or one of its channel names ({listed})",
             found=f"`channel={channel}`",
-            remedy="see cellseg-batch info for the channels",
+            remedy="choose one of these",
         )
     if slide.rgb and count >= 3:
         return ChannelChoice((0, 1, 2), "RGB")
