@@ -246,6 +246,11 @@ def test_the_same_pixels_have_the_same_objects_however_they_are_stored(tiny, sto
     np.testing.assert_array_equal(tiny.segment(stored(pixels)), ids)
 
 
+def test_a_channel_that_an_array_lacks_is_refused(tiny):
+    with pytest.raises(CellsegError, match=r"^array: expected a channel index from 0 to 1 .*; choose one of these$"):
+        tiny.segment(blobs(96, 96, 2).transpose(1, 2, 0), channel=2)
+
+
 def test_booleans_are_an_image(tiny):
     mask = blobs(96, 96, 1)[0] > 128
     np.testing.assert_array_equal(tiny.segment(mask), tiny.segment(mask.astype("uint8")))

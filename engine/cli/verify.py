@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +15,9 @@ from cellseg_batch.engine.settings import Settings
 
 if TYPE_CHECKING:
     from cellseg_batch.engine.reports.verify import Verdict
+
+
+_MOST_LINES = 10
 
 
 def verify(
@@ -40,10 +45,13 @@ def verify(
 
 
 def print_verdict(verdict: Verdict, console: Console) -> None:
-    """Print each damaged block, each unreadable or unfinished journal, and the count of all blocks."""
-    for damage in verdict.damages:
-        line = f"{damage.journal}: {damage.part} {damage.number}: {damage.reason}"
-        print_line(console, "damaged", "red", line)
+    """Print the first damaged blocks of each journal, the unreadable and unfinished journals, and the counts."""
+    for journal, number in Counter(damage.journal for damage in verdict.damages).items():
+        damages = (damage for damage in verdict.damages if damage.journal == journal)
+        for damage in islice(damages, _MOST_LINES):
+            print_line(console, "damaged", "red", f"{journal}: {damage.part} {damage.number}: {damage.reason}")
+        if number > _MOST_LINES:
+            print_line(console, "damaged", "red", f"{journal}: {number - _MOST_LINES:,} more; --json lists them all")
     for reason in verdict.unreadable:
         print_line(console, "unreadable", "red", reason)
     for image in verdict.changed:

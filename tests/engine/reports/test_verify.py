@@ -1,6 +1,7 @@
 """A flipped bit, a lost file and a lost record are found, named, and made good by the next run."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -29,6 +30,18 @@ def test_a_whole_output_is_whole(done, command, tmp_path):
     assert code == 0
     assert "0 damaged" in said
     assert json.loads((tmp_path / "verdict.json").read_text())["status"] == "whole"
+
+
+def test_of_many_damaged_blocks_the_first_are_printed(tmp_path, segment, command):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(300, 260))
+    segment(path, block=16)
+    shutil.rmtree(path / "labels")
+    code, said = command("verify", path, "--json", tmp_path / "verdict.json")
+    assert code == 1
+    damages = json.loads((tmp_path / "verdict.json").read_text())["damages"]
+    assert len(damages) > said.count(f"damaged {path}") == 11
+    assert f": {len(damages) - 10} more; --json lists them all" in said
+    assert f"read back, {len(damages)} damaged" in said
 
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
