@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -46,10 +47,24 @@ class Normalisation:
         """The pixel values that become 0 and 1, from a sample of the slide's finite pixels (any shape)."""
         if self.rule == "fixed" or pixels.size == 0:
             return (self.low, self.high) if self.rule == "fixed" else (0.0, 1.0)
-        low, high = np.percentile(pixels, (self.low, self.high))
+        low, high = _percentiles(pixels, (self.low, self.high))
         if high <= low:  # a few bright pixels on a ground of one value
             low, high = pixels.min(), pixels.max()
         return float(low), float(high)
+
+
+def _percentiles(pixels: NDArray[Any], percents: tuple[float, float]) -> list[float]:
+    """`numpy.percentile` of pixels; those of 8 or 16 bits are counted, which takes a third of the time."""
+    if pixels.dtype not in (np.uint8, np.uint16):
+        return [float(value) for value in np.percentile(pixels, percents)]
+    ends = np.bincount(pixels.ravel()).cumsum()
+    values = []
+    for percent in percents:
+        position = (pixels.size - 1) * (percent / 100)
+        below = math.floor(position)
+        neighbours = np.searchsorted(ends, (below, min(below + 1, pixels.size - 1)), side="right")
+        values.append(float(np.quantile(neighbours.astype(pixels.dtype), position - below)))
+    return values
 
 
 @dataclass(frozen=True)

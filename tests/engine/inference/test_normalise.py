@@ -40,3 +40,17 @@ def test_large_slides_without_a_pyramid_are_sampled_evenly(tmp_path):
     array[:3000] = 200
     bounds = settle_bounds(sample_slide(only(tmp_path / "a.zarr"), (0,), 0), Normalisation("percentile", 10, 90))
     assert (bounds.low, bounds.high) == (0, 200)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 1000])
+def test_percentiles_are_those_of_numpy(dtype, count):
+    random = np.random.default_rng(count)
+    for most in (1, 200, 30_000):
+        pixels = (random.random((1, count)) * min(most, np.iinfo(dtype).max if dtype != "float32" else most)).astype(
+            dtype
+        )
+        for percents in ((0.1, 99.9), (0.0, 100.0), tuple(random.uniform((0, 60), (40, 100)))):
+            low, high = np.percentile(pixels, percents)
+            expected = (low, high) if high > low else (pixels.min(), pixels.max())
+            assert Normalisation("percentile", *percents).bounds_of(pixels) == expected
