@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 import zarr
 
 from cellseg_batch.engine.errors import CellsegError, ReadError, brief
+from cellseg_batch.engine.slides.colours import RGB, TAKEN_FOR_RGB, are_named_rgb, are_rgb
 from cellseg_batch.engine.slides.image_format import ImageFormat, LevelArray, Search, is_overview, left_out
 from cellseg_batch.engine.slides.ome_xml import read_names
 from cellseg_batch.engine.slides.pixel_size import PixelSize, settle_pixel_size
@@ -45,10 +46,6 @@ _TABLE_MARK = "encoding-type"
 _LAYOUT_MARK, _OME_GROUP = "bioformats2raw.layout", "OME"
 # Members of a group that are no images.
 _NO_IMAGES = {"labels", "tables", _OME_GROUP}
-_RGB_LABELS = (["r", "g", "b"], ["red", "green", "blue"])
-_RGB_COLOURS = ["FF0000", "00FF00", "0000FF"]
-# What programs call a channel without a name.
-_NUMBERED = re.compile(r"(channel|ch|c)?[\s:_-]*\d*([:_-]\d+)*", re.IGNORECASE)
 
 
 class Zarr(ImageFormat):
@@ -385,9 +382,9 @@ def _multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: s
     alpha = count == 4 and [label.lower() for label in labels[3:]] in (["a"], ["alpha"])
     colour_labels = labels[: count - alpha]
     dtype = full.dtype.name
-    rgb = _is_rgb(count - alpha, dtype, colour_labels, channels)
-    if rgb and any(colour_labels) and not _names_colours(colour_labels):
-        notes.append("taken for red, green, blue, as its channels have no names; `channel` chooses one of them instead")
+    rgb = are_rgb(count - alpha, dtype, colour_labels, _colours_of(channels))
+    if rgb and any(colour_labels) and not are_named_rgb(colour_labels):
+        notes.append(TAKEN_FOR_RGB)
     return Slide(
         name=name,
         store=store,
@@ -546,17 +543,10 @@ def _omero_channels(metadata: dict[str, Any]) -> list[dict[str, Any]]:
     return [entry if isinstance(entry, dict) else {} for entry in listed] if isinstance(listed, list) else []
 
 
-def _is_rgb(count: int, dtype: str, labels: list[str], channels: list[dict[str, Any]]) -> bool:
-    """RGB if OMERO's labels say so, or three uint8 channels without names, in the colours red, green, blue or none."""
-    if _names_colours(labels):
-        return True
-    colours = [str(channel.get("color") or "").strip("#").upper()[:6] for channel in channels]
-    unnamed = all(_NUMBERED.fullmatch(label) for label in labels)
-    return count == 3 and dtype == "uint8" and unnamed and (not any(colours) or colours == _RGB_COLOURS)
-
-
-def _names_colours(labels: list[str]) -> bool:
-    return [label.lower() for label in labels] in _RGB_LABELS
+def _colours_of(channels: list[dict[str, Any]]) -> tuple[str, ...]:
+    """RRGGBB of each channel; channels without any colour are red, green, blue for OMERO."""
+    colours = tuple(str(channel.get("color") or "").strip("#").upper()[:6] for channel in channels)
+    return colours if any(colours) else RGB
 
 
 def _not_an_image(location: str, expected: str, found: str) -> ReadError:

@@ -20,7 +20,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from cellseg_batch.engine.errors import writing_to
 from cellseg_batch.engine.geometry import Box
-from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX
+from cellseg_batch.engine.slides.discover import journals_of
 from cellseg_batch.engine.slides.label_layout import Layout, image_metadata
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
 from cellseg_batch.engine.slides.pixel_meaning import PixelMeaning
@@ -211,7 +211,7 @@ def _is_consolidated(store: Path) -> bool:
 
 def _lock_of(store: Path, part: str) -> Path:
     """Lock file, beside a store, of metadata that several runs change."""
-    return store.with_name(store.name + JOURNAL_SUFFIX) / f"{part}{LOCK_SUFFIX}"
+    return journals_of(store) / f"{part}{LOCK_SUFFIX}"
 
 
 def _create_array(group: zarr.Group, name: str, shape: tuple[int, ...], layout: Layout, level: int) -> zarr.Array[Any]:
