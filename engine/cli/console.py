@@ -22,6 +22,7 @@ from cellseg_batch.engine.errors import CellsegError, UsageError, brief, writing
 from cellseg_batch.engine.scheduling.signals import Stopped
 
 _INTERRUPTED = 130
+_STANDARD_ERROR = 2
 _SETTING = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")
 _flags: dict[str, tuple[str, str]] = {}
 """Parameter of a command -> its flag, and the opposite flag ("" if there is none)."""
@@ -176,8 +177,9 @@ def printing_never_fails() -> Iterator[None]:
     """Have everything printed on standard output and error, whatever their encoding; a full disk ends no work.
 
     What an encoding does not have is printed as ``\\x..``.  A full disk is named on standard error; a reader that has
-    gone, as in ``| head``, is not.
+    gone, as in ``| head``, is not.  A stream that is closed takes nothing.
     """
+    _open_closed_streams()
     kept = sys.stdout, sys.stderr
     drain, errors = _Drain(sys.stdout.fileno()), _Drain(sys.stderr.fileno())
     sys.stdout, sys.stderr = _lenient(drain, kept[0]), _lenient(errors, kept[1])
@@ -189,6 +191,16 @@ def printing_never_fails() -> Iterator[None]:
             _print_error(f"not everything could be printed: {brief(drain.error)}; results are not affected")
         sys.stderr.flush()
         sys.stdout, sys.stderr = kept
+
+
+def _open_closed_streams() -> None:
+    """Lead closed standard streams nowhere, or the next files that are opened would take their descriptors."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STANDARD_ERROR:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
 
 
 def _lenient(drain: _Drain, stream: Any) -> io.TextIOWrapper:

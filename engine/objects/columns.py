@@ -216,7 +216,8 @@ def _touches_border(measured: Measured) -> NDArray[np.bool_]:
 
 
 ID = Column("id", "", INT, lambda measured: measured.objects.ids, is_measurement=False)
-NAMES = (_name("slide"), _name("well"), _name("field"))
+SLIDE = _name("slide")
+NAMES = (SLIDE, _name("well"), _name("field"))
 PLANE = (_plane_index("t"), _plane_index("z"))
 CENTROID = (
     Column(

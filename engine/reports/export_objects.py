@@ -6,6 +6,7 @@ CSV and GeoJSON are written piece by piece and need little memory; an AnnData fi
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,17 @@ from scipy import ndimage
 
 from cellseg_batch.engine.errors import UsageError
 from cellseg_batch.engine.geometry import Box
-from cellseg_batch.engine.objects.columns import BOX, CENTROID, CENTROID_UM, ID, NAMES, TEXT, TableField, table_fields
+from cellseg_batch.engine.objects.columns import (
+    BOX,
+    CENTROID,
+    CENTROID_UM,
+    ID,
+    NAMES,
+    SLIDE,
+    TEXT,
+    TableField,
+    table_fields,
+)
 from cellseg_batch.engine.objects.table import Provenance, read_batches, read_provenance, read_schema
 from cellseg_batch.engine.run.output_paths import OutputPaths, output_paths
 from cellseg_batch.engine.slides.discover import find_all_images
@@ -27,9 +38,12 @@ from cellseg_batch.engine.slides.ome_zarr import open_written
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.storage.atomic_files import whole_file
+from cellseg_batch.engine.storage.paths import printable
 from cellseg_batch.kernels.outline import signed_area, trace
 
 FORMATS = ("csv", "anndata", "geojson")
+# Location of an image -> paths of its output, with a table.
+Tables = dict[str, OutputPaths]
 # Side in px of the squares by which objects are grouped: all objects that begin in a square share one read of labels.
 _SQUARE = 2048
 
@@ -64,8 +78,9 @@ def export_objects(
     """
     if kind not in FORMATS:
         raise UsageError("`kind`", expected=f"one of {', '.join(FORMATS)}", found=kind, remedy="choose one of them")
-    if out.is_dir():
-        raise UsageError(f"`out={out}`", expected="a file", found="a folder", remedy="name a file in it")
+    if out.exists() and not out.is_file():  # a device would be replaced by the file
+        found = "a folder" if out.is_dir() else "a device or a pipe"
+        raise UsageError(f"`out={out}`", expected="a file", found=found, remedy="name a file in a folder")
     slides = [image for image in find_all_images(inputs, axes) if isinstance(image, Slide)]
     outputs = {slide.location: output_paths(slide, name, output) for slide in slides}
     measured = {location: paths for location, paths in outputs.items() if paths.table.is_file()}
@@ -77,22 +92,22 @@ def export_objects(
             remedy="run with `objects` first, and with the same `name` and `output`",
         )
     write = {"csv": _write_csv, "anndata": _write_anndata, "geojson": _write_geojson}[kind]
-    objects = write(list(measured.values()), out)
+    objects = write(measured, out)
     return Exported(objects, len(measured), sorted(set(outputs) - set(measured)))
 
 
-def _write_csv(outputs: list[OutputPaths], out: Path) -> int:
-    schema = _common_schema(outputs)
+def _write_csv(tables: Tables, out: Path) -> int:
+    schema = _common_schema(tables)
     plain = pa.schema((field.name, pa.string() if field.type == TEXT else field.type) for field in schema)
     count = 0
     with whole_file(out) as stream, pa.csv.CSVWriter(stream, plain) as writer:
-        for batch in _all_batches(outputs, schema):
+        for batch in _all_batches(tables, schema):
             writer.write_batch(batch.cast(plain))
             count += len(batch)
     return count
 
 
-def _write_anndata(outputs: list[OutputPaths], out: Path) -> int:
+def _write_anndata(tables: Tables, out: Path) -> int:
     try:
         from anndata import AnnData
     except ImportError:
@@ -104,9 +119,9 @@ def _write_anndata(outputs: list[OutputPaths], out: Path) -> int:
         ) from None
     import pandas as pd
 
-    schema = _common_schema(outputs)
-    table = pa.Table.from_batches(_all_batches(outputs, schema), schema)
-    provenances = [read_provenance(paths.table) for paths in outputs]
+    schema = _common_schema(tables)
+    table = pa.Table.from_batches(_all_batches(tables, schema), schema)
+    provenances = [read_provenance(paths.table) for paths in tables.values()]
     channels = dict.fromkeys(channel for provenance in provenances for channel in provenance.channels)
     fields = _fields(schema, tuple(channels))
     figures = [
@@ -140,15 +155,15 @@ def _write_anndata(outputs: list[OutputPaths], out: Path) -> int:
     return len(table)
 
 
-def _write_geojson(outputs: list[OutputPaths], out: Path) -> int:
-    if len(outputs) > 1:
+def _write_geojson(tables: Tables, out: Path) -> int:
+    if len(tables) > 1:
         raise UsageError(
             "`kind=geojson`",
             expected="one image, as a GeoJSON holds the coordinates of one",
-            found=f"{len(outputs)} images",
+            found=f"{len(tables)} images",
             remedy="export them one by one",
         )
-    (paths,) = outputs
+    (paths,) = tables.values()
     labels = open_written(paths.store, paths.labels)
     provenance = read_provenance(paths.table)
     count = 0
@@ -163,13 +178,13 @@ def _write_geojson(outputs: list[OutputPaths], out: Path) -> int:
     return count
 
 
-def _common_schema(outputs: list[OutputPaths]) -> pa.Schema:
+def _common_schema(tables: Tables) -> pa.Schema:
     """The columns of all tables: those of the first, then those that others have besides.
 
     Raises:
         UsageError: a column has different types in two tables.
     """
-    schemas = [read_schema(paths.table) for paths in outputs]
+    schemas = [read_schema(paths.table) for paths in tables.values()]
     try:
         return pa.unify_schemas(schemas)
     except pa.ArrowException as error:
@@ -182,15 +197,26 @@ def _common_schema(outputs: list[OutputPaths]) -> pa.Schema:
         ) from error
 
 
-def _all_batches(outputs: list[OutputPaths], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Read the rows of all tables, with the columns of ``schema``; those that a table lacks are null."""
-    for paths in outputs:
+def _all_batches(tables: Tables, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Read the rows of all tables, with the columns of ``schema``; those that a table lacks are null.
+
+    Images of one name, as of inputs that were named one by one, are told apart by their locations.
+    """
+    slides = {location: _slide_of(paths.table) for location, paths in tables.items()}
+    times = Counter(slides.values())
+    for location, paths in tables.items():
         for batch in read_batches(paths.table):
-            names = batch.schema.names
-            columns = [
-                batch[field.name] if field.name in names else pa.nulls(len(batch), field.type) for field in schema
-            ]
-            yield pa.record_batch(columns, schema=schema)
+            columns = {name: batch[name] for name in batch.schema.names}
+            if times[slides[location]] > 1:
+                columns[SLIDE.name] = pa.array([printable(location)] * len(batch), schema.field(SLIDE.name).type)
+            columns |= {field.name: pa.nulls(len(batch), field.type) for field in schema if field.name not in columns}
+            yield pa.record_batch([columns[field.name] for field in schema], schema=schema)
+
+
+def _slide_of(table: Path) -> str | None:
+    """Name of the image of a table; None for a table without objects."""
+    batch = next(read_batches(table, [SLIDE.name]))
+    return batch[SLIDE.name][0].as_py() if len(batch) else None
 
 
 def _fields(schema: pa.Schema, channels: tuple[str, ...]) -> list[TableField]:

@@ -266,8 +266,8 @@ def _nearest(pixels: NDArray[Any], steps: tuple[int, int]) -> NDArray[Any]:
 
 def _black_and_white(pixels: NDArray[Any], rgb: bool) -> tuple[float, float]:
     """The pixel values that are shown as black and white: 0 and 255 for 8-bit RGB, else two percentiles."""
-    finite = np.nan_to_num(pixels.astype(np.float32))
-    if rgb and finite.max() <= 255:
+    finite = pixels[np.isfinite(pixels)].astype(np.float64)
+    if not finite.size or (rgb and finite.max() <= 255):
         return 0.0, 255.0
     low, high = np.percentile(finite, (_BLACK, _WHITE))
     return float(low), float(high)
@@ -276,6 +276,6 @@ def _black_and_white(pixels: NDArray[Any], rgb: bool) -> tuple[float, float]:
 def _displayable(pixels: NDArray[Any], bounds: tuple[float, float]) -> NDArray[np.uint8]:
     """Turn pixels (C, h, w) into uint8 (h, w, C), scaled between the bounds."""
     low, high = bounds
-    channels_last = np.moveaxis(np.nan_to_num(pixels.astype(np.float32)), 0, -1)
-    shown: NDArray[np.uint8] = np.round(255 * np.clip((channels_last - low) / max(high - low, 1e-9), 0, 1)).astype("u1")
+    channels_last = np.clip(np.nan_to_num(np.moveaxis(pixels, 0, -1)), low, high).astype(np.float64)
+    shown: NDArray[np.uint8] = np.round(255 * ((channels_last - low) / max(high - low, 1e-9))).astype("u1")
     return shown

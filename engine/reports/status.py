@@ -20,7 +20,7 @@ from cellseg_batch.engine.run.output_paths import output_paths
 from cellseg_batch.engine.run.places import place_beside
 from cellseg_batch.engine.run.records import BLOCKS, Manifest
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, find_images
+from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, find_images, journals_of
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.storage.journal import Journal
@@ -209,11 +209,10 @@ def _roots(path: Path, output: Path | None) -> list[Path]:
     With ``output`` only those in it count.
     """
     whole_bucket = isinstance(path, RemotePath) and not path.key
-    roots = [] if whole_bucket else [path.with_name(path.name + JOURNAL_SUFFIX)]
+    roots = [] if whole_bucket else [journals_of(path)]
     if not whole_bucket and not is_web(path) and not _is_folder(path):
         with suppress(SlideError):
-            companion = place_beside(path).store
-            roots.append(companion.with_name(companion.name + JOURNAL_SUFFIX))
+            roots.append(journals_of(place_beside(path).store))
     if _is_folder(path) and not is_zarr_node(path):
         roots += _journals_below(path)
     return [root for root in roots if _is_folder(root) and (output is None or output.resolve() in root.parents)]

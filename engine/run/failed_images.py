@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cellseg_batch.engine.errors import OutputError, brief
 from cellseg_batch.engine.run.places import seen_from
-from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX
+from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, journals_of
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, zarr_root
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage, real_path
 from cellseg_batch.engine.storage.paths import locate
@@ -95,7 +95,7 @@ class FailedImages:
             store = locate(real_path(str(image.store))) if isinstance(image, Slide) else path
             if isinstance(image, UnreadableImage) and is_zarr_node(path):
                 store = zarr_root(path)[0]
-            home, notes = store.parent, store.with_name(store.name + JOURNAL_SUFFIX)
+            home, notes = store.parent, journals_of(store)
         digest = hashlib.sha256(os.fsencode(seen_from(home, image.identity))).hexdigest()[:16]
         return notes / "failed" / self._name / f"{digest}.json"
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from cellseg_batch.engine.errors import OutputError, UsageError
 from cellseg_batch.engine.run.places import Place, kept_below, place_below, place_beside
-from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX
+from cellseg_batch.engine.slides.discover import journals_of
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, zarr_root
 from cellseg_batch.engine.slides.slide import Slide, real_path
 from cellseg_batch.engine.storage.lock import LOCK_SUFFIX
@@ -79,7 +79,7 @@ class OutputPaths:
 
     @property
     def _beside(self) -> Path:
-        return self.store.with_name(self.store.name + JOURNAL_SUFFIX)
+        return journals_of(self.store)
 
     @property
     def lock(self) -> Path:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cellseg_batch.engine.errors import OutputError
-from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, OUTPUT_SUFFIX
+from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, OUTPUT_SUFFIX, journals_of, with_suffix
 from cellseg_batch.engine.slides.slide import real_path
 from cellseg_batch.engine.storage.atomic_files import create_once
 from cellseg_batch.engine.storage.paths import RemotePath, locate
@@ -65,7 +65,9 @@ def place_beside(file: Path) -> Place:
     home = locate(owner).parent
     name, stem = locate(owner).name, locate(owner).stem
     names = dict.fromkeys((stem, name, f"{name}-{_digest(name)[:8]}"))
-    return _choose(owner, [home / f"{candidate}{OUTPUT_SUFFIX}" for candidate in names], home, is_mirrored=False)
+    return _choose(
+        owner, [home / with_suffix(candidate, OUTPUT_SUFFIX) for candidate in names], home, is_mirrored=False
+    )
 
 
 def place_below(output: Path, owner: str, name: str) -> Place:
@@ -77,8 +79,9 @@ def place_below(output: Path, owner: str, name: str) -> Place:
         name: path of the place if the image is new there.
     """
     kept = kept_below(output, owner)
-    names = (name, f"{name}-{_digest(owner)[:8]}")
-    places = [*([] if kept is None else [kept.store]), *(output / candidate for candidate in names)]
+    store = output / name
+    stores = (store, store.with_name(with_suffix(store.name, f"-{_digest(owner)[:8]}")))
+    places = [*([] if kept is None else [kept.store]), *stores]
     return _choose(owner, places, output, is_mirrored=True)
 
 
@@ -161,7 +164,7 @@ def _owner(identity: str, home: Path) -> Owner:
 
 
 def _owner_note(store: Path) -> Path:
-    return store.with_name(store.name + JOURNAL_SUFFIX) / "owner.json"
+    return journals_of(store) / "owner.json"
 
 
 def _notes(owner: str, output: Path) -> Iterator[Path]:

@@ -22,7 +22,7 @@ from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.scheduling.scheduler import TaskGroup, ThreadPool, Workflow, run_workflows
 from cellseg_batch.engine.scheduling.signals import Stop
 from cellseg_batch.engine.slides.convert_layout import channel_count, channel_groups, halve, lay_out_image
-from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, find_images
+from cellseg_batch.engine.slides.discover import find_images, journals_of
 from cellseg_batch.engine.slides.formats import format_of
 from cellseg_batch.engine.slides.label_layout import Layout, multiscale
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
@@ -122,7 +122,7 @@ def _workflow(
         reason = f"it is {format_of(image).describe(image)} already; segment it as it is"
         return Conversion(image.location, target, "failed", reason)
     layout = lay_out_image(image)
-    journal = Journal(store.with_name(store.name + JOURNAL_SUFFIX) / path / "convert")
+    journal = Journal(journals_of(store) / path / "convert")
     copy = _Copy(image, ImageWriter(store, path, layout), journal)
     lock = journal.folder.with_name(journal.folder.name + LOCK_SUFFIX)
     try:

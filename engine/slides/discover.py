@@ -6,7 +6,9 @@ not stop the others. Outputs of earlier runs are never taken for images.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -25,6 +27,8 @@ from cellseg_batch.engine.storage.paths import RemotePath
 EVERY_FIELD = FieldChoice()
 OUTPUT_SUFFIX = ".cellseg.zarr"
 JOURNAL_SUFFIX = ".cellseg"
+# Of one name in a folder; those of images may be as long themselves.
+_MOST_NAME_BYTES = 255
 
 # What may lie in a folder besides files and folders. To open one may wait for ever, or never end.
 _SPECIAL = (
@@ -40,6 +44,22 @@ MOST_SIDE = 10_000_000
 MOST_PIXELS = 10**15
 # Reading a single pixel decodes its whole chunk.
 MOST_CHUNK_BYTES = 4 << 30
+
+
+def journals_of(store: Path) -> Path:
+    """The folder of the journals of a store, beside it."""
+    return store.with_name(with_suffix(store.name, JOURNAL_SUFFIX))
+
+
+def with_suffix(name: str, suffix: str) -> str:
+    """A name with a suffix added; what is too long for a name is cut, and ends in a hash of the whole."""
+    most = _MOST_NAME_BYTES - len(suffix)
+    if len(os.fsencode(name)) <= most:
+        return name + suffix
+    end = f"-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
+    while len(os.fsencode(name)) > most - len(end):
+        name = name[:-1]
+    return name + end + suffix
 
 
 def find_images(

@@ -7,23 +7,19 @@ enough to read the pixels is accepted, and what is listed but no level is left o
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 import zarr
 
 from cellseg_batch.engine.errors import ReadError
+from cellseg_batch.engine.slides.colours import RGB, TAKEN_FOR_RGB, are_named_rgb, are_rgb
 from cellseg_batch.engine.slides.pixel_size import PixelSize, settle_pixel_size
 from cellseg_batch.engine.slides.plain_zarr import ZARR
 from cellseg_batch.engine.slides.slide import AXES, NUMBERS, Level, Slide
 
 # Other spellings of the specification's "micrometer".
 _UNIT_NAMES = dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometre"), "micrometer")
-_RGB_LABELS = (["r", "g", "b"], ["red", "green", "blue"])
-_RGB_COLOURS = ["FF0000", "00FF00", "0000FF"]
-# What programs call a channel without a name.
-_NUMBERED = re.compile(r"(channel|ch|c)?[\s:_-]*\d*([:_-]\d+)*", re.IGNORECASE)
 
 
 def ome_metadata(node: zarr.Group) -> dict[str, Any]:
@@ -75,9 +71,9 @@ def describe_multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path,
     alpha = count == 4 and [label.lower() for label in labels[3:]] in (["a"], ["alpha"])
     colour_labels = labels[: count - alpha]
     dtype = full.dtype.name
-    rgb = _is_rgb(count - alpha, dtype, colour_labels, channels)
-    if rgb and any(colour_labels) and not _names_colours(colour_labels):
-        notes.append("taken for red, green, blue, as its channels have no names; `channel` chooses one of them instead")
+    rgb = are_rgb(count - alpha, dtype, colour_labels, _colours_of(channels))
+    if rgb and any(colour_labels) and not are_named_rgb(colour_labels):
+        notes.append(TAKEN_FOR_RGB)
     return Slide(
         name=name,
         store=store,
@@ -238,17 +234,10 @@ def _omero_channels(metadata: dict[str, Any]) -> list[dict[str, Any]]:
     return [entry if isinstance(entry, dict) else {} for entry in listed] if isinstance(listed, list) else []
 
 
-def _is_rgb(count: int, dtype: str, labels: list[str], channels: list[dict[str, Any]]) -> bool:
-    """RGB if OMERO's labels say so, or three uint8 channels without names, in the colours red, green, blue or none."""
-    if _names_colours(labels):
-        return True
-    colours = [str(channel.get("color") or "").strip("#").upper()[:6] for channel in channels]
-    unnamed = all(_NUMBERED.fullmatch(label) for label in labels)
-    return count == 3 and dtype == "uint8" and unnamed and (not any(colours) or colours == _RGB_COLOURS)
-
-
-def _names_colours(labels: list[str]) -> bool:
-    return [label.lower() for label in labels] in _RGB_LABELS
+def _colours_of(channels: list[dict[str, Any]]) -> tuple[str, ...]:
+    """RRGGBB of each channel; channels without any colour are red, green, blue for OMERO."""
+    colours = tuple(str(channel.get("color") or "").strip("#").upper()[:6] for channel in channels)
+    return colours if any(colours) else RGB
 
 
 def not_an_image(location: str, expected: str, found: str) -> ReadError:

@@ -18,6 +18,8 @@ SELF = ""
 """Stands for the name of the file that the OME-XML is in."""
 _SIZES = ("SizeT", "SizeC", "SizeZ", "SizeY", "SizeX")
 _PLACES = ("IFD", "FirstT", "FirstC", "FirstZ", "PlaneCount", "NumPlanes")
+# Colour of a channel that has none.
+_WHITE = "-1"
 # A list of more planes would fill the memory.
 _MOST_PLANES = 10_000_000
 
@@ -32,6 +34,7 @@ class OmeImage:
         files: names of the files that hold its planes, that of the first plane first; `SELF` for the file itself.
         stated: axis -> (size of a pixel, unit), as written.
         channels: names of the channels; () if no channel has a name.
+        colours: RRGGBB of each channel; "" for what is no colour.
         root: the OME-XML that describes it.
         pixels: the element of its planes.
     """
@@ -41,6 +44,7 @@ class OmeImage:
     files: tuple[str, ...]
     stated: dict[str, tuple[object, object]]
     channels: tuple[str, ...]
+    colours: tuple[str, ...]
     root: Element = field(repr=False, compare=False)
     pixels: Element = field(repr=False, compare=False)
 
@@ -150,7 +154,8 @@ def read_images(root: Element, own_uuid: str | None, own_name: str, exists: Call
 def _image(root: Element, image: Element, number: int, own_uuid: str | None, own_name: str) -> OmeImage:
     pixels = next((child for child in image if _is(child, "Pixels")), Element("Pixels"))
     data = sorted(_planes_of(pixels), key=_first_plane)
-    names = tuple(child.get("Name", "") for child in pixels if _is(child, "Channel"))
+    channels = [child for child in pixels if _is(child, "Channel")]
+    names = tuple(channel.get("Name", "") for channel in channels)
     return OmeImage(
         number=number,
         name=image.get("Name", ""),
@@ -160,9 +165,18 @@ def _image(root: Element, image: Element, number: int, own_uuid: str | None, own
             for axis in "XYZ"
         },
         channels=names if any(names) else (),
+        colours=tuple(_colour(channel.get("Color", _WHITE)) for channel in channels),
         root=root,
         pixels=pixels,
     )
+
+
+def _colour(text: str) -> str:
+    """RRGGBB of a colour that is written as a signed number of the bytes red, green, blue and alpha."""
+    try:
+        return f"{(int(text) & 0xFFFFFFFF) >> 8:06X}"
+    except ValueError:
+        return ""
 
 
 def _file_of(data: Element, own_uuid: str | None, own_name: str) -> str:

@@ -194,7 +194,7 @@ def _described_slide(
                 cause="a file that was changed after its metadata were written",
                 remedy="export it again",
             )
-        facts = Facts(image.stated, image.channels)
+        facts = Facts(image.stated, image.channels, image.colours)
         slide = slide_of(pyramid, facts, path, name, inside, image.number, search, notes)
     files = (path.with_name(file) for file in image.files if file != SELF)
     return replace(slide, parts=tuple(file for file in files if file != path))

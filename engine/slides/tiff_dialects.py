@@ -23,6 +23,8 @@ from cellseg_batch.engine.slides.pixel_size import UM_PER_UNIT
 Stated = dict[str, tuple[object, object]]
 # Programs write 72, 96 or 300 dpi if they do not know the size; no slide has pixels of 84 µm and more.
 _MOST_UM_BY_RESOLUTION = 20
+# Units of ImageJ that it takes from the same tags.
+_PRINTED = ("in", "inch", "inches")
 _UNITS = {RESUNIT.INCH: "inch", RESUNIT.CENTIMETER: "cm", RESUNIT.MILLIMETER: "mm", RESUNIT.MICROMETER: "µm"}
 # Codecs whose decoders turn YCbCr into RGB.
 _COLOUR_CODECS = (
@@ -45,11 +47,13 @@ class Facts:
     Attributes:
         stated: axis -> (size of a pixel, unit), as written.
         channels: names of the channels; () if they have none.
+        colours: RRGGBB of each channel; () if the dialect has no colours.
         is_overview: the series shows the glass, not the sample.
     """
 
     stated: Stated = field(default_factory=dict)
     channels: tuple[str, ...] = ()
+    colours: tuple[str, ...] = ()
     is_overview: bool = False
 
 
@@ -134,7 +138,7 @@ _DIALECTS: dict[str, Callable[[tifffile.TiffFile, tifffile.TiffPageSeries], Fact
 def _by_resolution(series: tifffile.TiffPageSeries, unit: str | None = None) -> Stated:
     """The pixel size by the resolution tags: px per unit, which is that of the tags unless ``unit`` is given."""
     tags = series.keyframe.tags
-    is_explicit = unit is not None
+    is_explicit = unit not in (None, *_PRINTED)
     unit = unit or _UNITS.get(tags.valueof("ResolutionUnit"), "")
     stated: Stated = {}
     for axis in "yx":

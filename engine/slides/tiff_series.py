@@ -12,6 +12,7 @@ import zarr
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import ReadError
+from cellseg_batch.engine.slides.colours import RGB, TAKEN_FOR_RGB, are_named_rgb, are_rgb
 from cellseg_batch.engine.slides.image_format import Search, is_overview
 from cellseg_batch.engine.slides.pixel_size import settle_pixel_size
 from cellseg_batch.engine.slides.slide import Level, Slide, fits_axes
@@ -79,7 +80,13 @@ def slide_of(
     notes += search.check_axes(axes, str(file))
     _demand_planes(series, str(file))
     rgb, alpha = colours_of(series, str(file))
-    samples_are_channels = dict(zip(letters, axes, strict=True)).get("S") == "c"
+    of_letters = dict(zip(letters, axes, strict=True))
+    samples_are_channels = of_letters.get("S") == "c"
+    channels_are_rgb = of_letters.get("C") == "c" and are_rgb(
+        series.shape[series.axes.index("C")], series.dtype.name, facts.channels, facts.colours
+    )
+    if channels_are_rgb and not are_named_rgb(facts.channels):
+        notes += (TAKEN_FOR_RGB,)
     size = settle_pixel_size(facts.stated)
     levels: list[Level] = []
     for index, level in enumerate(pyramid):
@@ -93,6 +100,9 @@ def slide_of(
     unstored = sum(count == 0 for count in page.databytecounts)
     if unstored:
         notes += (f"{unstored} of {len(page.databytecounts)} tiles of its first plane are not stored and read as 0",)
+    more = page.samplesperpixel - alpha - len(RGB)
+    if rgb and samples_are_channels and more > 0:
+        notes += (f"{more} samples of a pixel beside red, green, blue are left out; `channel` chooses one of them",)
     notes += notes_on_values(series) + lost_levels(page)
     if series.kind == "bif":
         notes += ("its tiles are read as scanned, and not stitched",)
@@ -106,7 +116,7 @@ def slide_of(
         levels=tuple(levels),
         units=tuple("micrometer" if axis in size.um else None for axis in axes),
         channels=facts.channels,
-        rgb=rgb and samples_are_channels,
+        rgb=(rgb and samples_are_channels) or channels_are_rgb,
         alpha=alpha and samples_are_channels,
         series=number,
         notes=(*notes, *size.notes),

@@ -24,7 +24,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from cellseg_batch.engine.errors import writing_to
 from cellseg_batch.engine.geometry import Box
-from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX
+from cellseg_batch.engine.slides.discover import journals_of
 from cellseg_batch.engine.slides.label_layout import Layout, image_metadata
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
 from cellseg_batch.engine.slides.pixel_meaning import PixelMeaning
@@ -218,7 +218,7 @@ def _is_consolidated(store: Path) -> bool:
 
 def _lock_of(store: Path, part: str) -> Path:
     """Lock file, beside a store, of metadata that several runs change."""
-    return store.with_name(store.name + JOURNAL_SUFFIX) / f"{part}{LOCK_SUFFIX}"
+    return journals_of(store) / f"{part}{LOCK_SUFFIX}"
 
 
 @lru_cache  # the fields of a plate share theirs

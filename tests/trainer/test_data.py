@@ -2,7 +2,9 @@
 
 import csv
 import json
+import shutil
 
+import imagecodecs
 import numpy as np
 import pytest
 from skimage.io import imsave
@@ -214,3 +216,74 @@ def test_a_folder_of_folder_pairs_is_all_of_them(tmp_path):
     assert [sample.kind for sample in dataset.splits["val"]] == ["fluo", "two"]
     assert [problem.file for problem in dataset.problems] == ["two/a"]
     assert load_dataset(tmp_path / "one", Normalisation()).names == {"train": ["a"], "val": ["b"]}
+
+
+def test_several_objects_in_one_mask_file_are_refused(bowl):
+    image(bowl / "several" / "images" / "several.png")
+    (bowl / "several" / "masks").mkdir()
+    imsave(bowl / "several" / "masks" / "all.png", TRUTH.astype(np.uint8), check_contrast=False)
+    dataset = read(bowl)
+    assert [sample.name for sample in dataset.splits["train"]] == ["good"]
+    assert "masks/all.png has 2 values" in dataset.problems[0].reason
+
+
+def test_masks_of_any_kind_of_file_and_with_an_opacity_are_read(bowl):
+    shutil.rmtree(bowl / "good" / "masks")
+    for number, suffix in ((1, "tif"), (2, "png")):
+        plane = number == TRUTH
+        pixels = plane if suffix == "tif" else np.stack([plane, plane, plane, np.ones_like(plane)], -1)
+        mask(bowl / "good" / "masks" / f"{number}.{suffix}", pixels)
+    (sample,) = read(bowl).splits["train"]
+    assert same_instances(sample.labels, TRUTH)
+
+
+def pair(folder, name, pixels, labels, suffix="png"):
+    for kind, array in (("images", pixels), ("labels", labels)):
+        (folder / kind).mkdir(exist_ok=True)
+        imsave(folder / kind / f"{name}.{suffix if kind == 'images' else 'tif'}", array, check_contrast=False)
+
+
+def test_what_a_folder_pair_holds_is_taken_or_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("cellseg_batch.trainer.data.dataset._hashed_split", lambda _: "train")
+    grey, ids = np.full(TRUTH.shape, 7, np.uint8), TRUTH.astype(np.uint16)
+    for name, suffix in (("twice", "png"), ("twice", "tif"), ("bmp", "bmp"), ("no_labels", "png")):
+        pair(tmp_path, name, grey, ids, suffix)
+    (tmp_path / "labels" / "no_labels.tif").rename(tmp_path / "labels" / "no_image.tif")
+    pair(tmp_path, "channels", np.full((*TRUTH.shape, 5), 7, np.uint8), ids, "tif")
+    pair(tmp_path, "shares", grey, (TRUTH / 4).astype(np.float32))
+    pair(tmp_path, "negative", grey, -TRUTH.astype(np.int16))
+    pair(tmp_path, "large", grey, TRUTH.astype(np.uint32) * 2_000_000_000)
+    dataset = read(tmp_path)
+    taken = {sample.name: sample for sample in dataset.splits["train"]}
+    assert sorted(taken) == ["bmp", "large"]
+    assert same_instances(taken["large"].labels, TRUTH)
+    assert taken["large"].labels.max() == 2
+    reasons = {problem.file: problem.reason for problem in dataset.problems}
+    words = {
+        "twice": "twice.png, twice.tif",
+        "no_labels": "no annotation named no_labels",
+        "no_image": "no image named no_image",
+        "channels": "5 channels",
+        "shares": "labels/shares.tif is no instance map",
+        "negative": "holds -2",
+    }
+    assert sorted(reasons) == sorted(words)
+    assert all(words[name] in reason for name, reason in reasons.items())
+
+
+def test_pngs_of_16_bits_keep_their_colours(tmp_path, monkeypatch):
+    monkeypatch.setattr("cellseg_batch.trainer.data.dataset._hashed_split", lambda _: "train")
+    pixels = np.random.default_rng(0).integers(0, 4096, (*TRUTH.shape, 3), np.uint16)
+    pair(tmp_path, "a", pixels[..., 0], TRUTH.astype(np.uint16))
+    (tmp_path / "images" / "a.png").write_bytes(imagecodecs.png_encode(pixels))
+    (sample,) = read(tmp_path).splits["train"]
+    np.testing.assert_array_equal(sample.image, pixels)
+
+
+def test_folder_pairs_with_labels_and_with_masks_may_lie_beside_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr("cellseg_batch.trainer.data.dataset._hashed_split", lambda _: "train")
+    (tmp_path / "one").mkdir()
+    pair(tmp_path / "one", "a", np.full(TRUTH.shape, 7, np.uint8), TRUTH.astype(np.uint16))
+    image(tmp_path / "two" / "images" / "b.png")
+    mask(tmp_path / "two" / "masks" / "b.png", TRUTH > 0)
+    assert read(tmp_path).names == {"train": ["one/a", "two/b"]}

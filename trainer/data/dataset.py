@@ -47,10 +47,9 @@ def list_entries(folder: Path) -> list[Entry]:
         return list_folder(folder) if pair else list_coco(folder)
     if not folder.is_dir():
         entries = []
-    elif parts := sorted(
-        path for path in folder.iterdir() if (path / "images").is_dir() and (path / "labels").is_dir()
-    ):
-        entries = [_within(part, entry) for part in parts for entry in list_folder(part)]
+    elif any((path / "images").is_dir() and (path / "labels").is_dir() for path in folder.iterdir()):
+        parts = sorted(path for path in folder.iterdir() if (path / "images").is_dir())
+        entries = [_within(part, entry) for part in parts for entry in list_entries(part)]
     else:
         entries = list_dsb2018(folder)
     if not entries:

@@ -10,11 +10,12 @@ import csv
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from skimage.io import imread
 
+from cellseg_batch.trainer.data.files import read_pixels
 from cellseg_batch.trainer.data.sample import Entry
 
 
@@ -68,8 +69,27 @@ def merge_masks(masks: list[NDArray[np.bool_]], shape: tuple[int, int]) -> NDArr
 
 def _read_masks(folder: Path) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
     image = _read_image(folder)
-    masks = [imread(path) > 0 for path in sorted((folder / "masks").glob("*.png"))]
-    return image, merge_masks([mask if mask.ndim == 2 else mask.any(axis=-1) for mask in masks], image.shape[:2])
+    files = sorted(path for path in (folder / "masks").iterdir() if not path.name.startswith("."))
+    return image, merge_masks([_read_mask(path) for path in files], image.shape[:2])
+
+
+def _read_mask(path: Path) -> NDArray[np.bool_]:
+    """The mask of one object.
+
+    Raises:
+        ValueError: it has several values, so that it may show several objects.
+    """
+    mask: NDArray[Any] = read_pixels(path)
+    if mask.ndim == 3:  # the last of two or four channels is the opacity
+        mask = mask[..., : mask.shape[-1] - (mask.shape[-1] in (2, 4))].max(axis=-1)
+    values = np.unique(mask[mask > 0])
+    if len(values) > 1:
+        raise ValueError(
+            f"masks/{path.name} has {len(values)} values besides 0, where a file shows one object; save a map of "
+            "several as one file of labels/, beside images/"
+        )
+    shown: NDArray[np.bool_] = mask > 0
+    return shown
 
 
 def _read_encoded(folder: Path, runs: list[str]) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
@@ -82,7 +102,7 @@ def _read_image(folder: Path) -> NDArray[np.generic]:
     files = sorted((folder / "images").glob("*.png"))
     if len(files) != 1:
         raise FileNotFoundError(f"{folder.name}/images holds {len(files)} PNG files, not one")
-    image: NDArray[np.generic] = imread(files[0])
+    image: NDArray[np.generic] = read_pixels(files[0])
     return image
 
 

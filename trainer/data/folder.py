@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from skimage.io import imread
 
+from cellseg_batch.trainer.data.files import files_by_stem, read_pixels
 from cellseg_batch.trainer.data.sample import Entry
-
-_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
 
 
 def list_folder(folder: Path) -> list[Entry]:
-    """Every image of ``folder/images``, in the order of the index or by name.
+    """Every image of ``folder/images``, in the order of the index; without one by name, then annotations alone.
 
     Raises:
         FileNotFoundError: there is no folder of labels or masks.
@@ -29,42 +27,70 @@ def list_folder(folder: Path) -> list[Entry]:
     annotations = folder / "labels" if (folder / "labels").is_dir() else folder / "masks"
     if not annotations.is_dir():
         raise FileNotFoundError(f"{folder} has images/ but neither labels/ nor masks/")
-    images = {path.stem: path for path in sorted((folder / "images").iterdir()) if path.suffix.lower() in _SUFFIXES}
-    marks = {path.stem: path for path in sorted(annotations.iterdir()) if path.suffix.lower() in _SUFFIXES}
+    images, marks = files_by_stem(folder / "images"), files_by_stem(annotations)
     index = folder / "index.csv"
     if index.exists():
         with open(index, newline="") as stream:
             rows = list(csv.DictReader(stream))
     else:
-        rows = [{"id": name} for name in images]
+        rows = [{"id": name} for name in images | marks]
     masks = annotations.name == "masks"
     return [
         Entry(
             name=row["id"],
             kind=row.get("group") or row.get("cell_type") or "",
             split=row.get("split") or row.get("orig_split") or "",
-            read=partial(_read, images.get(row["id"]), marks.get(row["id"]), row["id"], masks),
+            read=partial(_read, images.get(row["id"], []), marks.get(row["id"], []), row["id"], masks),
         )
         for row in rows
     ]
 
 
 def _read(
-    image: Path | None, marks: Path | None, name: str, masks: bool
+    images: list[Path], marks: list[Path], name: str, masks: bool
 ) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
-    if image is None or marks is None:
-        raise FileNotFoundError(f"no {'image' if image is None else 'annotation'} named {name}")
-    labels = imread(marks)
+    image, mark = _only(images, "image", name), _only(marks, "annotation", name)
+    labels = read_pixels(mark)
     if labels.ndim != 2:
-        raise ValueError(f"{marks.name} is no single-channel map: shape {labels.shape}")
-    return imread(image), _instances_of_mask(labels, f"masks/{marks.name}") if masks else labels.astype(np.int32)
+        raise ValueError(f"{mark.name} is no single-channel map: shape {labels.shape}")
+    where = f"{mark.parent.name}/{mark.name}"
+    return read_pixels(image), _instances_of_mask(labels, where) if masks else _ids(labels, where)
+
+
+def _only(files: list[Path], kind: str, name: str) -> Path:
+    """The only file of a name.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: there are several.
+    """
+    if not files:
+        raise FileNotFoundError(f"no {kind} named {name}")
+    if len(files) > 1:
+        raise ValueError(f"several files are the {kind} named {name}: {', '.join(file.name for file in files)}")
+    return files[0]
+
+
+def _ids(labels: NDArray[Any], name: str) -> NDArray[np.int32]:
+    """The instance map whose ids are the values of a file; ids that are large beside its size are numbered anew.
+
+    Raises:
+        ValueError: a value is no id.
+    """
+    wrong = labels[~(labels >= 0) | (labels != np.floor(labels))]
+    if wrong.size:
+        raise ValueError(f"{name} is no instance map: ids are whole numbers from 0, and it holds {wrong[0]}")
+    if labels.max(initial=0) > labels.size:
+        values, places = np.unique(labels, return_inverse=True)
+        labels = places.reshape(labels.shape) + (values[0] > 0)
+    return labels.astype(np.int32)
 
 
 def _instances_of_mask(mask: NDArray[Any], name: str) -> NDArray[np.int32]:
     """The instance map of a file in ``masks/``: the components of a binary mask; the values of others are ids.
 
     Raises:
-        ValueError: the mask is binary but for soft edges, as JPEG and resizing leave them, whose values are no ids.
+        ValueError: a value is no id, as in a mask that is binary but for the soft edges that JPEG and resizing leave.
     """
     values, counts = np.unique(mask[mask > 0], return_counts=True)
     if len(values) <= 1:
@@ -76,4 +102,4 @@ def _instances_of_mask(mask: NDArray[Any], name: str) -> NDArray[np.int32]:
             f"{name} is a mask with soft edges: {len(values)} values, most pixels {full}; set a threshold, and save it "
             "without loss"
         )
-    return mask.astype(np.int32)
+    return _ids(mask, name)

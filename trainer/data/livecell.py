@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from skimage.draw import polygon2mask
-from skimage.io import imread
 
 from cellseg_batch.trainer.data.dsb2018 import merge_masks
+from cellseg_batch.trainer.data.files import read_pixels
 from cellseg_batch.trainer.data.sample import Entry
 
 _SPLITS = ("train", "val", "test")
@@ -51,7 +51,7 @@ def list_coco(folder: Path) -> list[Entry]:
 def _read(path: Path | None, name: str, cells: list[Any]) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
     if path is None:
         raise FileNotFoundError(f"images/ holds no {name}")
-    image: NDArray[np.generic] = imread(path)
+    image: NDArray[np.generic] = read_pixels(path)
     shape = image.shape[:2]
     return image, merge_masks([_fill(polygons, shape) for polygons in cells], shape)
 

@@ -11,6 +11,9 @@ from scipy import ndimage
 
 from cellseg_batch.trainer.bundle import Normalisation
 
+# Red, green, blue and the opacity.
+_MOST_CHANNELS = 4
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -69,12 +72,14 @@ def make_sample(entry: Entry, rule: Normalisation) -> Sample:
     """Read an entry and derive what training needs.
 
     Raises:
-        ValueError: image and annotation differ in size, or nothing can be read.
+        ValueError: image and annotation differ in size, or the image is neither grey nor in colours.
         OSError: a file is missing or damaged.
     """
     image, labels = entry.read()
     if image.ndim not in (2, 3) or image.shape[:2] != labels.shape:
         raise ValueError(f"the image is {image.shape}, its labels {labels.shape}")
+    if image.ndim == 3 and image.shape[-1] > _MOST_CHANNELS:
+        raise ValueError(f"the image has {image.shape[-1]} channels; save one or three of them")
     channels = image[..., None] if image.ndim == 2 else image[..., : 3 if image.shape[-1] >= 3 else 1]
     if channels.shape[-1] == 3 and (channels == channels[..., :1]).all():
         channels = channels[..., :1]

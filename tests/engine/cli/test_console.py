@@ -2,6 +2,9 @@
 
 import json
 import re
+import shlex
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -71,6 +74,14 @@ def test_a_full_disk_of_the_log_is_named_once_and_ends_nothing(capfd, monkeypatc
             for _ in range(1000):
                 print_text("a line of progress")
     assert capfd.readouterr().err.count("No space left") == 1
+
+
+def test_closed_streams_end_nothing(tmp_path):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(60, 60))
+    report = tmp_path / "r.json"
+    command = shlex.join([sys.executable, "-m", "cellseg_batch.engine.cli", "info", str(path), "--json", str(report)])
+    assert subprocess.run(["sh", "-c", f"{command} <&- >&- 2>&-"], check=False).returncode == 0
+    assert json.loads(report.read_text())["images"]
 
 
 def test_debug_shows_where_an_error_of_ours_comes_from(tmp_path, command):

@@ -87,6 +87,27 @@ def test_a_picture_is_about_as_wide_as_a_screen(tmp_path, command, shape, levels
     assert 0.002 < yellow < 0.3
 
 
+def test_infinite_pixels_do_not_hide_the_others(tmp_path, command):
+    pixels = np.tile(np.linspace(100, 200, 64, dtype=np.float32), (1, 64, 1))
+    write_ome_zarr(tmp_path / "a.zarr", pixels, levels=1)
+    fill_ome_zarr(
+        zarr.open_group(str(tmp_path / "a.zarr"), mode="r+").require_group("labels/cellseg"),
+        tmp_path / "a.zarr",
+        np.zeros((64, 64), np.uint8),
+        axes="yx",
+        levels=1,
+    )
+    array = zarr.open_array(str(tmp_path / "a.zarr" / "0"), mode="r+")
+    array[0, 3], array[0, 7], array[0, 11] = np.inf, -np.inf, np.nan
+    code, printed = command("preview", tmp_path / "a.zarr", "--out", tmp_path / "x.png")
+    assert code == 0, printed
+    picture = np.asarray(Image.open(tmp_path / "x.png"))[..., 0]
+    row = picture[picture.shape[0] // 2]
+    assert row[0] < 5
+    assert row[-1] > 250
+    assert len(np.unique(row)) == 64
+
+
 def test_preview_refuses_what_it_cannot_show(tmp_path, command):
     path = slide(tmp_path / "a.zarr", discs(100, 100), 1)
     for arguments, message in (

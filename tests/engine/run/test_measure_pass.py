@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from dataclasses import asdict
 
 import numpy as np
@@ -183,6 +184,25 @@ def test_csv_holds_every_object_of_every_image(measured, command, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # between anndata and pandas
+def test_images_of_one_name_are_told_apart(measured, command, tmp_path):
+    anndata = pytest.importorskip("anndata")
+    pixels, labels = example()
+    folders = [tmp_path / "x", tmp_path / "y"]
+    for folder in folders:
+        measured(pixels, labels, name=f"{folder.name}/a.zarr")
+    for kind in ("csv", "anndata"):
+        code, printed = command("export-objects", *folders, "--format", kind, "--out", tmp_path / kind)
+        assert code == 0, printed
+    with open(tmp_path / "csv") as stream:
+        slides = [row["slide"] for row in csv.DictReader(stream)]
+    count = labels.max()
+    assert slides == [str(folder / "a.zarr") for folder in folders for _ in range(count)]
+    data = anndata.read_h5ad(tmp_path / "anndata")
+    assert data.obs["slide"].tolist() == slides
+    assert data.obs_names.is_unique
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # between anndata and pandas
 def test_images_of_different_channels_share_a_file(measured, command, tmp_path):
     pixels, labels = example()
     means = {}
@@ -298,3 +318,7 @@ def test_exports_refuse_what_they_cannot_write(measured, command, tmp_path, monk
         assert code == 2
         assert message in printed
     assert not (tmp_path / "x").exists()
+    os.mkfifo(tmp_path / "x")
+    code, printed = command("export-objects", tmp_path / "all", "--format", "csv", "--out", tmp_path / "x")
+    assert (code, "found a device or a pipe" in printed) == (2, True)
+    assert (tmp_path / "x").is_fifo()

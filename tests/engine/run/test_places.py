@@ -47,6 +47,21 @@ def test_two_images_of_one_stem_have_a_place_each_and_find_it_alone(tmp_path, se
         ]
 
 
+@pytest.mark.parametrize("output", [None, "out"])
+def test_names_may_be_as_long_as_a_folder_takes(tmp_path, segment, output):
+    output = output and tmp_path / output
+    folder = tmp_path / "in"
+    for seed, stem in enumerate(("a" * 250 + "x", "a" * 250 + "y", "細" * 83)):
+        picture(folder / f"{stem}.png", seed)
+    write_ome_zarr(folder / ("z" * 250 + ".zarr"), blobs(64, 64, 1), levels=1)
+    report = segment(folder, output=output)
+    assert states(report) == ["done"] * 4
+    assert len({slide.labels for slide in report.slides}) == 4
+    assert states(segment(folder, output=output)) == ["skipped"] * 4
+    assert read_status([folder], "cellseg", output).counts == {"done": 4}
+    assert verify([folder], "cellseg", output, 1).is_whole
+
+
 def test_an_image_is_one_image_whichever_link_leads_to_it(tmp_path, segment):
     folder, links = tmp_path / "data", tmp_path / "links"
     picture(folder / "sub" / "a.png")

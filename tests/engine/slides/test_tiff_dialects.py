@@ -39,6 +39,8 @@ def test_pictures_of_an_svs_beside_its_scan_are_left_out_and_said(tmp_path):
 @pytest.mark.parametrize(
     ("unit", "per_px", "um"),
     [
+        ("inch", 1 / 96, None),
+        ("inch", 1 / 254_000, 0.1),
         ("um", 0.325, 0.325),
         ("micron", 0.325, 0.325),
         ("\\u00B5m", 0.325, 0.325),
@@ -116,3 +118,35 @@ def test_channels_of_a_qptiff_have_names(tmp_path):
             tiff.write(PIXELS, tile=(32, 32), description=about.format(name), metadata=None, **options)
     slide = only(tmp_path / "a.qptiff")
     assert (slide.axes, slide.channels, slide.pixel_size_um(0)) == ("cyx", ("actin", "DAPI"), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channel", "rgb"),
+    [
+        ("uint8", {"Name": ["Channel 0", "Channel 1", "Channel 2"], "Color": [-16776961, 16711935, 65535]}, True),
+        ("uint8", {"Color": [-16776961, 16711935, 65535]}, True),
+        ("uint16", {"Name": ["Red", "Green", "Blue"]}, True),
+        ("uint8", {"Name": ["DAPI", "actin", "CD3"], "Color": [-16776961, 16711935, 65535]}, False),
+        ("uint16", {"Color": [-16776961, 16711935, 65535]}, False),
+        ("uint8", {"Color": [65535, 16711935, -16776961]}, False),
+        ("uint8", {}, False),
+    ],
+)
+def test_channels_of_an_ome_tiff_are_colours_if_it_says_so(tmp_path, dtype, channel, rgb):
+    pixels = coordinates("cyx", (3, 64, 64), dtype)
+    about = {"axes": "CYX", "Channel": channel}
+    tifffile.imwrite(tmp_path / "a.ome.tif", pixels, photometric="minisblack", ome=True, metadata=about)
+    slide = only(tmp_path / "a.ome.tif")
+    assert slide.rgb is rgb
+    assert [note[:26] for note in slide.notes] == ["taken for red, green, blue"] * (rgb and dtype == "uint8")
+
+
+@pytest.mark.parametrize(
+    ("extra", "left_out"), [(["unassalpha"], 0), (["unspecified"], 1), (["unassalpha", "unspecified"], 2)]
+)
+def test_samples_beside_colours_are_said(tmp_path, extra, left_out):
+    pixels = coordinates("yxc", (64, 64, 3 + len(extra)), "uint8")
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", extrasamples=extra, metadata=None)
+    slide = only(tmp_path / "a.tif")
+    assert slide.rgb
+    assert [note[:20] for note in slide.notes] == [f"{left_out} samples of a pixel"] * (left_out > 0)

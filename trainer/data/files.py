@@ -1,0 +1,34 @@
+"""Read pictures and maps of annotated images from their files, with the bits that they have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+from numpy.typing import NDArray
+from skimage.io import imread
+
+SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def read_pixels(path: Path) -> NDArray[np.generic]:
+    """The pixels of a file, (H, W) or (H, W, C); a PNG of 16 bits keeps them, which Pillow cuts to 8 in colours."""
+    with open(path, "rb") as stream:
+        header = stream.read(25)
+    pixels: NDArray[np.generic]
+    if header.startswith(_PNG) and header[24:] == b"\x10":
+        pixels = imagecodecs.png_decode(path.read_bytes())
+    else:
+        pixels = imread(path)
+    return pixels
+
+
+def files_by_stem(folder: Path) -> dict[str, list[Path]]:
+    """Name without suffix -> files of that name in a folder, by name; other files than pictures are passed over."""
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            files.setdefault(path.stem, []).append(path)
+    return files
