@@ -90,6 +90,33 @@ def _scn(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Facts:
     return Facts()
 
 
+def _philips(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Facts:
+    """Philips: mm per px of the scan, along y and x, in the XML of the first page; other pages say what they are."""
+    if series.keyframe.description.startswith(("Macro", "Label")):
+        return Facts(is_overview=True)
+    for attribute in _elements(tiff.pages.first.description, "Attribute"):
+        sizes = (attribute.text or "").replace('"', "").split()
+        if attribute.get("Name") == "DICOM_PIXEL_SPACING" and len(sizes) == 2:
+            return Facts({axis: (size, "mm") for axis, size in zip("yx", sizes, strict=True)})
+    return Facts()
+
+
+def _bif(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Facts:
+    """Ventana: µm per px in the XMP of the first page."""
+    xmp = tiff.pages.first.tags.valueof("XMP", b"")
+    text = xmp.decode("utf-8", "replace").strip("\0 \r\n") if isinstance(xmp, bytes) else str(xmp)
+    return Facts({"x": (next((scan.get("ScanRes") for scan in _elements(text, "iScan")), None), "µm")})
+
+
+def _metaseries(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Facts:
+    """MetaXpress: the calibration in the XML of the first page, if it is on."""
+    about = {element.get("id"): element.get("value") for element in _elements(tiff.pages.first.description, "prop")}
+    if about.get("spatial-calibration-state") not in ("on", "true"):
+        return Facts()
+    unit = about.get("spatial-calibration-units")
+    return Facts({axis: (about.get(f"spatial-calibration-{axis}"), unit) for axis in "yx"})
+
+
 def _qpi(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Facts:
     """PerkinElmer: the name of each channel in the XML of its page."""
     descriptions = [page.description if isinstance(page, tifffile.TiffPage) else "" for page in series]
@@ -129,6 +156,9 @@ def _imagej_channels(labels: Any, series: tifffile.TiffPageSeries) -> tuple[str,
 _DIALECTS: dict[str, Callable[[tifffile.TiffFile, tifffile.TiffPageSeries], Facts]] = {
     "svs": _svs,
     "scn": _scn,
+    "philips": _philips,
+    "bif": _bif,
+    "metaseries": _metaseries,
     "qpi": _qpi,
     "lsm": _lsm,
     "imagej": _imagej,

@@ -126,7 +126,9 @@ def slide_of(
 def is_derived(series: Series) -> bool:
     """Whether a series is a small or otherwise derived picture of another, by its name or its first page."""
     page = series.keyframe
-    return is_overview(series.name) or page.is_reduced or page.is_mask or page.is_subifd
+    return (
+        is_overview(series.name) or is_overview(page.description) or page.is_reduced or page.is_mask or page.is_subifd
+    )
 
 
 def title_of(series: Series) -> str:

@@ -150,3 +150,46 @@ def test_samples_beside_colours_are_said(tmp_path, extra, left_out):
     slide = only(tmp_path / "a.tif")
     assert slide.rgb
     assert [note[:20] for note in slide.notes] == [f"{left_out} samples of a pixel"] * (left_out > 0)
+
+
+def test_pixel_size_and_overviews_of_a_philips_tiff(tmp_path):
+    spacing = '<Attribute Name="DICOM_PIXEL_SPACING">"0.0005" "0.00025"</Attribute>'
+    xml = f'<DataObject ObjectType="DPUfsImport"><DataObject>{spacing}</DataObject></DataObject>'
+    with tifffile.TiffWriter(tmp_path / "a.tiff") as tiff:
+        tiff.write(RGB, photometric="rgb", tile=(32, 32), description=xml, software="Philips DP v1.0", metadata=None)
+        for name in ("Macro -offset=(0,0)", "Label"):
+            tiff.write(RGB[:40], photometric="rgb", description=name, metadata=None)
+    slide = only(tmp_path / "a.tiff")
+    assert slide.levels[0].scale[:2] == pytest.approx((0.5, 0.25))
+    assert "left out beside the scan" in slide.notes[0]
+
+
+@pytest.mark.parametrize(("resolution", "um"), [("0.25", 0.25), ("0,25", None)])
+def test_pixel_size_of_a_ventana_tiff(tmp_path, resolution, um):
+    xmp = f'<Metadata><iScan ScanRes="{resolution}" Magnification="40"/></Metadata>'.encode()
+    with tifffile.TiffWriter(tmp_path / "a.bif", bigtiff=True) as tiff:
+        about = {"description": "Label_Image", "extratags": [(700, "B", len(xmp), xmp, True)]}
+        tiff.write(RGB[:40], photometric="rgb", metadata=None, **about)
+        tiff.write(RGB, photometric="rgb", tile=(32, 32), description="level=0 mag=40", metadata=None)
+    slide = only(tmp_path / "a.bif")
+    assert slide.plane_shape(0) == (64, 64)
+    assert slide.pixel_size_um(0) == um
+    assert any("0,25" in note for note in slide.notes) == (um is None)
+
+
+@pytest.mark.parametrize(("state", "um"), [("on", 0.65), ("off", None)])
+def test_pixel_size_of_a_metaxpress_tiff(tmp_path, state, um):
+    calibration = {"state": state, "x": "0.65", "y": "0.65", "units": "um"}
+    properties = "".join(f'<prop id="spatial-calibration-{id}" value="{value}"/>' for id, value in calibration.items())
+    xml = f"<MetaData><PlaneInfo>{properties}</PlaneInfo></MetaData>"
+    tifffile.imwrite(tmp_path / "a.tif", PIXELS, description=xml, software="MetaSeries", metadata=None)
+    assert only(tmp_path / "a.tif").pixel_size_um(0) == um
+
+
+def test_pages_that_are_described_as_label_and_macro_are_no_images(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        for description, pixels in (("scan", RGB), ("label image", RGB[:30]), ("Macro", RGB[:40])):
+            tiff.write(pixels, photometric="rgb", description=description, metadata=None)
+    slide = only(tmp_path / "a.tif")
+    assert slide.plane_shape(0) == (64, 64)
+    assert "page 1 (30 x 64 x 3), page 2 (40 x 64 x 3)" in slide.notes[0]
