@@ -526,9 +526,9 @@ def test_doctor_says_what_is_there_and_how_to_get_what_is_not(monkeypatch, comma
     ("arguments", "code", "words"),
     [
         (["missing.zarr"], 2, "missing.zarr"),
-        (["empty.zarr"], 2, "image"),
+        (["empty.zarr"], 1, "empty groups"),
         (["ok.zarr", "--json", "ok.zarr"], 2, "a folder of that name"),
-        (["groups.zarr"], 2, "image"),
+        (["groups.zarr"], 1, "empty groups"),
         (["four.zarr"], 1, "--axes"),
         (["complex.zarr"], 1, "complex64"),
         (["zero.zarr"], 1, "pixels"),
