@@ -31,7 +31,7 @@ from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.slides.writer import ImageWriter
 from cellseg_batch.engine.storage.journal import Journal, sweep_partials
 from cellseg_batch.engine.storage.lock import LOCK_SUFFIX, BusyError, Locks
-from cellseg_batch.engine.storage.paths import zarr_store
+from cellseg_batch.engine.storage.paths import printable, zarr_store
 
 _COLOURS = ("0000FF", "00FF00", "FF0000", "FF00FF", "00FFFF", "FFFF00")
 
@@ -228,9 +228,10 @@ class _Copy:
             OutputError: the store cannot be written.
         """
         writer = self.writer
+        name = printable(writer.path.rpartition("/")[2] or writer.store.stem)
         image = v05.Image(
             version="0.5",
-            multiscales=[multiscale(self.layout, writer.path.rpartition("/")[2] or writer.store.stem)],
+            multiscales=[multiscale(self.layout, name)],
             omero=v05.Omero(channels=[self._describe(channel) for channel in range(channel_count(self.slide))]),
         )
         with writing_to(writer.folder, "a store"):

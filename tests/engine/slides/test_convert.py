@@ -12,6 +12,7 @@ import tifffile
 import zarr
 from PIL import Image
 
+from cellseg_batch.engine.slides.convert import convert
 from cellseg_batch.engine.slides.convert_layout import channel_groups, halve, lay_out_image
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.slide import Slide
@@ -49,6 +50,14 @@ def test_an_ome_tiff_keeps_pixels_size_and_channel_names(tmp_path, command):
     model = ome_zarr_models.open_ome_zarr(zarr.open_group(str(tmp_path / "b.zarr"), mode="r"))
     assert type(model).__name__ == "Image"
     assert zarr.open_array(str(tmp_path / "b.zarr" / "0"), mode="r").shards is not None
+
+
+def test_names_that_are_no_utf8_can_be_written(tmp_path):
+    write_ome_tiff(tmp_path / "a.ome.tif")
+    out = tmp_path / "\udce4.zarr"
+    settings = {"axes": None, "workers": 1, "overwrite": False}
+    list(convert(tmp_path / "a.ome.tif", out, **settings, found=lambda _: None, advanced=lambda _: None))
+    assert zarr.open_group(str(out), mode="r").attrs["ome"]["multiscales"][0]["name"] == r"\udce4"
 
 
 def test_every_level_is_the_mean_of_the_one_above_and_lies_where_it_should(tmp_path, command):
