@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,6 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.core.group import GroupMetadata
-from zarr.core.metadata import ArrayV2Metadata, ArrayV3Metadata
-from zarr.storage import LocalStore, MemoryStore
 
 from cellseg_batch.engine.errors import writing_to
 from cellseg_batch.engine.geometry import Box
@@ -79,14 +75,11 @@ class ImageWriter:
         layout = self.layout
         with writing_to(self.folder, "a store"):
             remove_tree(self.folder)
-            arrays = {f"{self.path}/{level}": _array_metadata(layout, level) for level in range(len(layout.shapes))}
-            group = GroupMetadata(zarr_format=layout.zarr_format, attributes=attributes)
-            # All at once: for a small image zarr takes twice as long to create one after the other.
-            place = zarr_store(self.store)
-            store = LocalStore(place) if isinstance(place, str) else place
-            for path, node in zarr.create_hierarchy(store=store, nodes={self.path: group, **arrays}):
-                if isinstance(node, zarr.Array):
-                    self._arrays[int(path.rpartition("/")[2])] = node
+            group = zarr.create_group(
+                zarr_store(self.store), path=self.path, zarr_format=layout.zarr_format, attributes=attributes
+            )
+            for level, shape in enumerate(layout.shapes):
+                self._arrays[level] = _create_array(group, str(level), shape, layout, level)
 
     def retype(self, dtype: str) -> None:
         """Create the arrays again, empty, if the type of their pixels is not ``dtype``.
@@ -221,14 +214,11 @@ def _lock_of(store: Path, part: str) -> Path:
     return journals_of(store) / f"{part}{LOCK_SUFFIX}"
 
 
-@lru_cache  # the fields of a plate share theirs
-def _array_metadata(layout: Layout, level: int) -> ArrayV2Metadata | ArrayV3Metadata:
-    """Metadata of a level's array, which zarr makes with an array in memory."""
+def _create_array(group: zarr.Group, name: str, shape: tuple[int, ...], layout: Layout, level: int) -> zarr.Array[Any]:
     chunks, shards = layout.storage(level)
-    shape = layout.shapes[level]
     if layout.zarr_format == 3:
-        return zarr.create_array(
-            MemoryStore(),
+        return group.create_array(
+            name,
             shape=shape,
             dtype=layout.dtype,
             chunks=chunks,
@@ -236,17 +226,16 @@ def _array_metadata(layout: Layout, level: int) -> ArrayV2Metadata | ArrayV3Meta
             compressors=[ZstdCodec(level=3), Crc32cCodec()],
             dimension_names=tuple(layout.axes),
             fill_value=0,
-        ).metadata
-    return zarr.create_array(
-        MemoryStore(),
+        )
+    return group.create_array(
+        name,
         shape=shape,
         dtype=layout.dtype,
         chunks=chunks,
         compressors=numcodecs.Zstd(level=3),
         chunk_key_encoding={"name": "v2", "separator": "/"},
         fill_value=0,
-        zarr_format=2,
-    ).metadata
+    )
 
 
 def _nearest(target: NDArray[np.int64], finer: int, coarser: int) -> NDArray[np.int64]:
