@@ -27,6 +27,7 @@ UNUSABLE = {
     "formats/openslide_boxes_1.dcm",
     "formats/openslide_unopenable.tiff",
     "formats/openslide_unreadable.svs",
+    "zarr/bioimagetools/data/invalid/image-01.zarr",
     "zarr/bioimagetools/data/invalid/image-02.zarr",
     "zarr/bioimagetools/data/invalid/image-03.zarr",
     "zarr/bioimagetools/data/invalid/image-04.zarr",
