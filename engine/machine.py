@@ -22,8 +22,8 @@ import psutil
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # Environment variable with the share of the visible GPU's memory that this process may use.
 GPU_SHARE = "CELLSEG_GPU_SHARE"
-# Of file systems on Linux, macOS and Windows.
-_MOST_NAME_BYTES = 255
+# Of one name, in the file systems of Linux, macOS and Windows.
+MOST_NAME_BYTES = 255
 # nvidia-smi takes seconds where the driver has to be loaded first.
 _TOOL_SECONDS = 20
 
@@ -106,7 +106,7 @@ def is_path(text: str) -> bool:
         names = os.fsencode(text).split(os.fsencode(os.sep))
     except UnicodeEncodeError:
         return False
-    return "\0" not in text and max(map(len, names)) <= _MOST_NAME_BYTES
+    return "\0" not in text and max(map(len, names)) <= MOST_NAME_BYTES
 
 
 def package_version(package: str) -> str | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from cellseg_batch.engine.errors import NoImageError, ReadError, brief
+from cellseg_batch.engine.machine import MOST_NAME_BYTES
 from cellseg_batch.engine.slides import formats
 from cellseg_batch.engine.slides.image_format import ImageFormat, Search, why_unreadable
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, zarr_root
@@ -27,8 +28,6 @@ from cellseg_batch.engine.storage.paths import RemotePath
 EVERY_FIELD = FieldChoice()
 OUTPUT_SUFFIX = ".cellseg.zarr"
 JOURNAL_SUFFIX = ".cellseg"
-# Of one name in a folder; those of images may be as long themselves.
-_MOST_NAME_BYTES = 255
 
 # What may lie in a folder besides files and folders. To open one may wait for ever, or never end.
 _SPECIAL = (
@@ -53,7 +52,7 @@ def journals_of(store: Path) -> Path:
 
 def with_suffix(name: str, suffix: str) -> str:
     """A name with a suffix added; what is too long for a name is cut, and ends in a hash of the whole."""
-    most = _MOST_NAME_BYTES - len(suffix)
+    most = MOST_NAME_BYTES - len(suffix)
     if len(os.fsencode(name)) <= most:
         return name + suffix
     end = f"-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
