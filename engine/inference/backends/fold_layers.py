@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from cellseg_batch.engine.inference.backends.torch_turn import TORCH_TURN
 from cellseg_batch.trainer.blocks import Merge
 
 
@@ -19,7 +20,9 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
         network: in evaluation mode.
     """
     modules = dict(network.named_modules())
-    for node in _LayerTracer().trace(network).nodes:
+    with TORCH_TURN:
+        nodes = _LayerTracer().trace(network).nodes
+    for node in nodes:
         if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
             continue
         (before,) = node.all_input_nodes

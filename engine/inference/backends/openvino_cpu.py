@@ -28,6 +28,7 @@ from cellseg_batch.engine.inference.backends.protocol import (
     Logits,
     Shape,
 )
+from cellseg_batch.engine.inference.backends.torch_turn import TORCH_TURN
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import Bundle
@@ -174,7 +175,7 @@ def _convert(bundle: Bundle, tiles: NDArray[np.float32] | None = None) -> Any:
     width = stride * Dim("width", min=1, max=_LARGEST_SIDE // stride)
     # torch.export would take a batch of 1 for a constant.
     example = torch.zeros(2, bundle.card.channels, 8 * stride, 8 * stride)
-    with warnings.catch_warnings():
+    with TORCH_TURN, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         network = fold_upsampling(fold_batch_norm(build_torch_network(bundle)))
         if tiles is not None:

@@ -25,6 +25,7 @@ from cellseg_batch.engine.inference.backends.cuda import Device, GraphedHalf, de
 from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm
 from cellseg_batch.engine.inference.backends.protocol import BackendRequest, Shape
 from cellseg_batch.engine.inference.backends.tensorrt_errors import demand, demand_result, explained
+from cellseg_batch.engine.inference.backends.torch_turn import TORCH_TURN
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.engine.storage.cache import Artefacts, Key
 from cellseg_batch.trainer.bundle import Bundle
@@ -220,7 +221,7 @@ def export_half(bundle: Bundle, sides: tuple[int, int], device: Device) -> Expor
     # torch.export would take a batch of 1 for a constant.
     example = torch.zeros(2, bundle.card.channels, *sides, dtype=torch.half, device=device.torch_device)
     batch = Dim("batch", min=1, max=_LARGEST_BATCH)
-    with torch.no_grad(), _quiet():
+    with TORCH_TURN, torch.no_grad(), _quiet():
         return torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm
 from cellseg_batch.engine.inference.backends.protocol import BackendRequest, CompiledModel, Logits, Shape
+from cellseg_batch.engine.inference.backends.torch_turn import TORCH_TURN
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.trainer.bundle import Bundle
 
@@ -51,7 +52,7 @@ class TorchBackend:
         """Return None: torch would normalise bytes no faster than the gather kernel."""
 
     def _run(self, batch: NDArray[np.float32], *, out: Logits | None = None) -> Logits:
-        with torch.inference_mode():
+        with TORCH_TURN, torch.inference_mode():
             pixels = torch.from_numpy(batch).to(dtype=self._dtype, memory_format=torch.channels_last)
             logits: Logits = self._network(pixels).float().contiguous().numpy()
         return logits

@@ -17,6 +17,7 @@ from cellseg_batch.engine.inference.backends.cuda import Device, GraphedHalf, de
 from cellseg_batch.engine.inference.backends.cudnn_fusion import fuse_relu
 from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm
 from cellseg_batch.engine.inference.backends.protocol import BackendRequest, Shape
+from cellseg_batch.engine.inference.backends.torch_turn import TORCH_TURN
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.trainer.bundle import Bundle
 
@@ -56,7 +57,7 @@ class TorchCudaBackend:
         self._compiled = compiled
         self._device = device
         network = fold_batch_norm(build_torch_network(bundle))
-        with torch.no_grad():
+        with TORCH_TURN, torch.no_grad():
             side = bundle.card.total_stride
             self._outputs = network(torch.zeros(1, bundle.card.channels, side, side)).shape[1]
         # With timing, cuDNN could choose other convolutions in each run, and a resumed run would round differently.
@@ -82,7 +83,7 @@ class TorchCudaBackend:
         pixels, logits, network = buffers.pixels, buffers.logits, self._network
 
         def launch(stream: int) -> None:
-            with torch.no_grad():
+            with TORCH_TURN, torch.no_grad():
                 logits.copy_(network(pixels.contiguous(memory_format=torch.channels_last)))
 
         with self._any_number_of_shapes():
