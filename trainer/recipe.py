@@ -130,6 +130,7 @@ class Recipe:
         0.0, PICTURES, "Share of fully augmented pictures that are only flipped and turned.", least=0, most=1
     )
     flat: float = _field(0.0, PICTURES, "Share of the others in even colours, as if over-exposed.", least=0, most=1)
+    blank: float = _field(0.0, PICTURES, "Share of the pictures that show noise alone.", least=0, most=1)
     group_power: float = _field(1.0, PICTURES, "Odds of a kind of image: its number of images to this power.")
     loss: str = _field("bce+dice", OPTIMISATION, "Loss that is minimised.", LOSSES, summed=True)
     optimiser: str = _field("adamw", OPTIMISATION, "Optimiser; sgd has a momentum of 0.9.", ("adamw", "adam", "sgd"))

@@ -7,6 +7,7 @@ import shutil
 import imagecodecs
 import numpy as np
 import pytest
+import tifffile
 from skimage.io import imsave
 
 from cellseg_batch.trainer.bundle import Normalisation
@@ -287,3 +288,25 @@ def test_folder_pairs_with_labels_and_with_masks_may_lie_beside_each_other(tmp_p
     image(tmp_path / "two" / "images" / "b.png")
     mask(tmp_path / "two" / "masks" / "b.png", TRUTH > 0)
     assert read(tmp_path).names == {"train": ["one/a", "two/b"]}
+
+
+def test_boxes_of_ground_show_no_nucleus_and_are_trained_on(tmp_path):
+    pixels = np.arange(20 * 30, dtype=np.uint16).reshape(20, 30)
+    (tmp_path / "ground" / "slides").mkdir(parents=True)
+    tifffile.imwrite(tmp_path / "ground" / "slides" / "a.svs", pixels)
+    rows = ["image,y0,x0,y1,x1", "slides/a.svs,2,3,12,23", "slides/a.svs,10,3,25,23", "slides/b.svs,0,0,5,5"]
+    (tmp_path / "ground" / "ground.csv").write_text("\n".join(rows))
+    image(tmp_path / "pair" / "images" / "b.png")
+    image(tmp_path / "pair" / "labels" / "b.png")
+    (tmp_path / "pair" / "index.csv").write_text("id,split\nb,train\n")
+    found = read(tmp_path)
+    ground, pair = found.splits["train"]
+    assert (ground.kind, pair.name) == ("ground", "pair/b")
+    np.testing.assert_array_equal(ground.image[..., 0], pixels[2:12, 3:23])
+    assert not ground.labels.any()
+    reasons = [problem.reason for problem in found.problems]
+    assert "beyond the image of 20 x 30 px" in reasons[0]
+    assert "b.svs" in reasons[1]
+    (tmp_path / "ground" / "ground.csv").write_text("image,y0,x0,y1,x1\na.svs,2,3,x,23\n")
+    with pytest.raises(ValueError, match="row 1: expected image, y0, x0, y1, x1"):
+        read(tmp_path)

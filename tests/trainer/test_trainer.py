@@ -273,6 +273,21 @@ def test_a_share_of_the_pictures_is_flat():
     assert all(augmenter._picture(sample, plain=True)[0].std() > 0.2 for _ in range(5))
 
 
+def test_a_share_of_the_pictures_shows_noise_alone():
+    labels = np.ones((64, 64), np.int32)
+    sample = Sample("a", "", np.ones((64, 64, 1), np.float32), (0.0, 1.0), labels, np.full_like(labels, 9, np.uint8))
+    recipe = Recipe("a", size=64, plain=1.0, blank=0.5)
+    batch = Augmenter(recipe, np.random.default_rng(0)).batch([sample] * 40)
+    empty = ~(batch.labels > 0).any(dim=(1, 2))
+    assert 10 < int(empty.sum()) < 30
+    assert not batch.distance[empty].any()
+    assert (batch.pixels[~empty] == 1).all()
+    noise = batch.pixels[empty].flatten(1)
+    assert (noise.amin(1) == 0).all()
+    assert (noise.amax(1) == 1).all()
+    assert (noise.std(1) > 0.01).all()
+
+
 def test_networks_keep_the_size_of_their_input():
     assert build_network(TINY)(torch.zeros(2, 3, 48, 80)).shape == (2, 3, 48, 80)
 

@@ -19,6 +19,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
+from cellseg_batch.trainer.augment.blank import blank
 from cellseg_batch.trainer.augment.stains import REFERENCE, find_stains, separate, show, stain_immune
 from cellseg_batch.trainer.data.sample import Sample, normalise
 from cellseg_batch.trainer.recipe import Recipe
@@ -69,6 +70,9 @@ class Augmenter:
             changed = ~plain
             colourful = torch.tensor([_is_colour(sample) for sample in samples])[changed]
             pixels[changed] = self._appearance(pixels[changed], colourful, labels[changed])
+        for empty in self._chosen(self.recipe.blank, len(samples)).nonzero():
+            pixels[empty] = blank(self.recipe.size, self.rng, self._jpeg)
+            labels[empty], distance[empty] = 0, 0
         return Batch(pixels, labels, distance)
 
     def _uniform(self, low: float, high: float, count: int) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from cellseg_batch.trainer.bundle import Normalisation
 from cellseg_batch.trainer.data.dsb2018 import list_dsb2018
 from cellseg_batch.trainer.data.folder import list_folder
+from cellseg_batch.trainer.data.ground import GROUND_FILE, list_ground
 from cellseg_batch.trainer.data.livecell import list_coco
 from cellseg_batch.trainer.data.sample import Entry, Problem, Sample, make_sample
 
@@ -34,21 +35,24 @@ class Dataset:
 
 
 def list_entries(folder: Path) -> list[Entry]:
-    """The annotated images of ``folder``: a folder pair, COCO polygons or Data Science Bowl folders.
+    """The annotated images of ``folder``: a folder pair, COCO polygons, Data Science Bowl folders, or ground.
 
-    A folder of several folder pairs is all of them together; their images' names then begin with their folder's.
+    A folder of several folder pairs, with ground or without, is all of them together; their images' names then begin
+    with their folder's.
 
     Raises:
         FileNotFoundError: it is none of these, or there is no such folder.
         ValueError: an annotation file is damaged.
     """
+    if (folder / GROUND_FILE).is_file():
+        return list_ground(folder)
     if (folder / "images").is_dir():
         pair = (folder / "labels").is_dir() or (folder / "masks").is_dir()
         return list_folder(folder) if pair else list_coco(folder)
     if not folder.is_dir():
         entries = []
     elif any((path / "images").is_dir() and (path / "labels").is_dir() for path in folder.iterdir()):
-        parts = sorted(path for path in folder.iterdir() if (path / "images").is_dir())
+        parts = sorted(path for path in folder.iterdir() if _is_part(path))
         entries = [_within(part, entry) for part in parts for entry in list_entries(part)]
     else:
         entries = list_dsb2018(folder)
@@ -58,6 +62,10 @@ def list_entries(folder: Path) -> list[Entry]:
             "or folders with images/ and labels/"
         )
     return entries
+
+
+def _is_part(path: Path) -> bool:
+    return (path / "images").is_dir() or (path / GROUND_FILE).is_file()
 
 
 def _within(part: Path, entry: Entry) -> Entry:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import imagecodecs
 import numpy as np
+import tifffile
 from numpy.typing import NDArray
 from skimage.io import imread
 
 SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 _PNG = b"\x89PNG\r\n\x1a\n"
+_TIFFS = (b"II*\0", b"MM\0*")
 
 
 def read_pixels(path: Path) -> NDArray[np.generic]:
@@ -20,6 +22,8 @@ def read_pixels(path: Path) -> NDArray[np.generic]:
     pixels: NDArray[np.generic]
     if header.startswith(_PNG) and header[24:] == b"\x10":
         pixels = imagecodecs.png_decode(path.read_bytes())
+    elif header.startswith(_TIFFS):  # whatever its suffix
+        pixels = tifffile.imread(path)
     else:
         pixels = imread(path)
     return pixels
