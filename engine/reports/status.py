@@ -17,7 +17,7 @@ from typing import Any
 from cellseg_batch.engine.errors import NoImageError, OutputError, SlideError, UsageError
 from cellseg_batch.engine.run.failed_images import FailedImages, location
 from cellseg_batch.engine.run.output_paths import output_paths
-from cellseg_batch.engine.run.places import place_beside
+from cellseg_batch.engine.run.places import place_beside, stores_below
 from cellseg_batch.engine.run.records import BLOCKS, Manifest
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, find_images, journals_of
@@ -215,6 +215,8 @@ def _roots(path: Path, output: Path | None) -> list[Path]:
             roots.append(journals_of(place_beside(path).store))
     if _is_folder(path) and not is_zarr_node(path):
         roots += _journals_below(path)
+        roots += map(journals_of, stores_below(path))  # some lie inside others
+    roots = list(dict.fromkeys(roots))
     return [root for root in roots if _is_folder(root) and (output is None or output.resolve() in root.parents)]
 
 

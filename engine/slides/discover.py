@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def find_images(
         raise NoImageError(
             str(path), expected="a file, a zarr store or a folder", found=found, remedy="check the path and its rights"
         )
-    path, search = _followed(path), Search(axes, choice)
+    path, search = _followed(path), Search(axes, choice, _visit_folder)
     images = _once(_usable(_followed_image(image)) for image in _visit(path, path.name, search))
     images = [_with_links(image, search.folders) for image in images]
     if not images:
@@ -146,7 +146,10 @@ def _visit(path: Path, name: str, search: Search) -> Iterator[Slide | Unreadable
         yield UnreadableImage(name, str(path), reason)
 
 
-def _visit_folder(path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
+def _visit_folder(
+    path: Path, name: str, search: Search, known: Container[str] = ()
+) -> Iterator[Slide | UnreadableImage]:
+    """Yield the images in a folder, but for those in what has one of the ``known`` names."""
     search.folders[path] = []
     try:
         children = sorted(path.iterdir())
@@ -154,7 +157,7 @@ def _visit_folder(path: Path, name: str, search: Search) -> Iterator[Slide | Unr
         yield UnreadableImage(name, str(path), f"the folder cannot be listed: {error.strerror or error}")
         return
     for child in children:
-        if child.name.startswith(".") or child.name.endswith((OUTPUT_SUFFIX, JOURNAL_SUFFIX)):
+        if child.name.startswith(".") or child.name.endswith((OUTPUT_SUFFIX, JOURNAL_SUFFIX)) or child.name in known:
             continue
         child_name = f"{name}/{child.name}"
         try:

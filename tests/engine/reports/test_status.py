@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import zarr
 
 from cellseg_batch.engine.reports.status import read_status
 from cellseg_batch.engine.storage.journal import Journal
@@ -60,6 +61,17 @@ def test_a_finished_run_is_done_and_exits_with_0(folder, segment, command, tmp_p
 
 
 def test_the_output_folder_alone_is_enough(folder, segment, tmp_path):
+    segment(folder, output=tmp_path / "out")
+    shutil.rmtree(folder)
+    assert states(read_status([tmp_path / "out"], "cellseg", None)) == dict.fromkeys(
+        ["a.zarr", "b.zarr", "c.zarr"], "done"
+    )
+
+
+def test_images_among_the_members_of_a_zarr_group_are_found_in_the_output_folder(folder, segment, tmp_path):
+    zarr.open_group(str(folder), mode="a")
+    (folder / "below").mkdir()
+    (folder / "a.zarr").rename(folder / "below" / "a.zarr")
     segment(folder, output=tmp_path / "out")
     shutil.rmtree(folder)
     assert states(read_status([tmp_path / "out"], "cellseg", None)) == dict.fromkeys(

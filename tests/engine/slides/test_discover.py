@@ -98,6 +98,26 @@ def test_a_store_without_metadata_is_named_and_a_folder_of_that_name_with_images
     assert picture.name.endswith("many.zarr/a.png")
 
 
+def test_a_zarr_group_is_a_folder_of_other_files_too(tmp_path):
+    zarr.open_group(str(tmp_path / "a"), mode="w").create_group("inner")
+    pixels = np.zeros((4, 4), "uint8")
+    for folder in ("a", "a/inner", "a/folder"):  # of which the last is no node
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / folder / "b.png")
+    zarr.create_array(str(tmp_path / "a" / "member"), data=pixels)
+    zarr.create_array(str(tmp_path / "a" / "folder" / "c.zarr"), data=pixels)
+    (tmp_path / "a" / "d.czi").write_bytes(b"pixels")
+    names = ["a/b.png", "a/d.czi", "a/folder/b.png", "a/folder/c.zarr", "a/inner/b.png", "a/member"]
+    assert sorted(image.name for image in find_images(tmp_path / "a")) == names
+
+
+def test_stores_that_link_to_each_other_are_searched_once(tmp_path):
+    for name, other in (("a", "b"), ("b", "a")):
+        zarr.open_group(str(tmp_path / name), mode="w").create_array("c", data=np.zeros((4, 4), "uint8"))
+        (tmp_path / name / "link").symlink_to(f"../{other}")
+    assert [image.name for image in find_images(tmp_path / "a")] == ["a/c", "a/link/c"]
+
+
 def test_pipes_sockets_and_devices_are_named_and_never_opened(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the name of a socket is short
     for name in ("a.tif", "b.png", "c.czi", "d.txt"):
