@@ -29,6 +29,10 @@ EVERY_FIELD = FieldChoice()
 OUTPUT_SUFFIX = ".cellseg.zarr"
 JOURNAL_SUFFIX = ".cellseg"
 
+# Causes of a path without images.
+_EMPTY_FOLDER = "an empty folder or group, or a store with nothing but labels"
+_OTHER_FILE = "a file of another format, or without the suffix of its format"
+
 # What may lie in a folder besides files and folders. To open one may wait for ever, or never end.
 _SPECIAL = (
     *((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket")),
@@ -93,7 +97,7 @@ def find_images(
             str(path),
             expected=f"at least one image ({titles})",
             found=_special_file(path) or "none" + " in such wells and fields" * (choice != EVERY_FIELD),
-            cause="an empty folder or group, or a store with nothing but labels",
+            cause=_EMPTY_FOLDER if path.is_dir() else _OTHER_FILE,
             remedy="see cellseg-batch info for what a path holds",
         )
     return images

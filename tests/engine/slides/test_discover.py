@@ -49,10 +49,14 @@ def test_images_in_any_depth_are_found_and_labels_are_not(tmp_path):
     assert names == ["deep.zarr/plain", "deep.zarr/x/y", "sub/a.png"]
 
 
-@pytest.mark.parametrize("make", [lambda p: p / "nothing", lambda p: p, lambda p: (p / "t.txt").write_text("") or p])
-def test_nothing_to_find(tmp_path, make):
-    with pytest.raises(NoImageError):
-        find_images(make(tmp_path))
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("nothing", "found nothing"), (".", "likely an empty folder"), ("a.txt", "likely a file of another format")],
+)
+def test_nothing_to_find(tmp_path, path, reason):
+    (tmp_path / "a.txt").write_text("not an image")
+    with pytest.raises(NoImageError, match=reason):
+        find_images(tmp_path / path)
 
 
 def test_sides_that_no_microscope_makes_are_refused(tmp_path):
