@@ -68,6 +68,18 @@ def test_the_output_folder_alone_is_enough(folder, segment, tmp_path):
     )
 
 
+def test_links_are_followed_and_no_folder_is_searched_twice(folder, segment, tmp_path):
+    (folder / "b.zarr").rename(tmp_path / "b.zarr")
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "c.zarr").rename(tmp_path / "elsewhere" / "c.zarr")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    (folder / "above").symlink_to(tmp_path)
+    segment(folder, tmp_path / "b.zarr")
+    slides = read_status([folder], "cellseg", None).slides
+    assert [Path(slide.path).name for slide in slides] == ["a.zarr", "c.zarr"]
+
+
 def test_images_among_the_members_of_a_zarr_group_are_found_in_the_output_folder(folder, segment, tmp_path):
     zarr.open_group(str(folder), mode="a")
     (folder / "below").mkdir()
