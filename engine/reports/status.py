@@ -17,7 +17,7 @@ from typing import Any
 from cellseg_batch.engine.errors import NoImageError, OutputError, SlideError, UsageError
 from cellseg_batch.engine.run.failed_images import FailedImages, location
 from cellseg_batch.engine.run.output_paths import output_paths
-from cellseg_batch.engine.run.places import place_beside
+from cellseg_batch.engine.run.places import place_beside, stores_below
 from cellseg_batch.engine.run.records import BLOCKS, Manifest
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, find_images, journals_of
@@ -214,18 +214,30 @@ def _roots(path: Path, output: Path | None) -> list[Path]:
         with suppress(SlideError):
             roots.append(journals_of(place_beside(path).store))
     if _is_folder(path) and not is_zarr_node(path):
-        roots += _journals_below(path)
+        roots += _journals_below(path, set())
+        roots += map(journals_of, stores_below(path))  # some lie inside others
+    roots = list(dict.fromkeys(roots))
     return [root for root in roots if _is_folder(root) and (output is None or output.resolve() in root.parents)]
 
 
-def _journals_below(folder: Path) -> Iterator[Path]:
-    """Find the folders of journals at any depth; stores are not searched, as they hold very many files of pixels."""
+def _journals_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Find the folders of journals at any depth, links followed, each folder once.
+
+    Stores are not searched, as they hold very many files of pixels.
+
+    Args:
+        folder: a folder, without links.
+        seen: the folders that were searched.
+    """
+    seen.add(folder)
     with suppress(PermissionError):  # the search for images names the folder
         for path in sorted(folder.iterdir()):
             if path.name.endswith(JOURNAL_SUFFIX):
                 yield path
             elif _is_folder(path) and not is_zarr_node(path):
-                yield from _journals_below(path)
+                followed = path.resolve()
+                if followed not in seen and followed not in path.parents:
+                    yield from _journals_below(followed, seen)
 
 
 def _is_folder(path: Path) -> bool:

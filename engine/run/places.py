@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from cellseg_batch.engine.storage.paths import RemotePath, locate
 from cellseg_batch.engine.storage.records import encode_record, read_record
 
 _WHAT = "an output"
+_PLACES = "places"
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,15 @@ def kept_below(output: Path, owner: str) -> Place | None:
             if _belongs(place):
                 return place
     return None
+
+
+def stores_below(output: Path) -> Iterator[Path]:
+    """The stores of all places below the folder ``output``."""
+    for note in sorted((output / JOURNAL_SUFFIX / _PLACES).glob("*.json")):
+        with suppress(OutputError):  # of a damaged note; a run of its image names it
+            kept = read_record(note, Kept)
+            if kept is not None:
+                yield output / kept.place
 
 
 def claim(place: Place) -> bool:
@@ -170,7 +181,7 @@ def _owner_note(store: Path) -> Path:
 def _notes(owner: str, output: Path) -> Iterator[Path]:
     """The two notes of an image's place: by its relative and by its absolute path."""
     for text in (seen_from(output, owner), owner):
-        yield output / JOURNAL_SUFFIX / "places" / f"{_digest(text)}.json"
+        yield output / JOURNAL_SUFFIX / _PLACES / f"{_digest(text)}.json"
 
 
 def _digest(text: str) -> str:

@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +28,10 @@ from cellseg_batch.engine.storage.paths import RemotePath
 EVERY_FIELD = FieldChoice()
 OUTPUT_SUFFIX = ".cellseg.zarr"
 JOURNAL_SUFFIX = ".cellseg"
+
+# Causes of a path without images.
+_EMPTY_FOLDER = "an empty folder or group, or a store with nothing but labels"
+_OTHER_FILE = "a file of another format, or without the suffix of its format"
 
 # What may lie in a folder besides files and folders. To open one may wait for ever, or never end.
 _SPECIAL = (
@@ -84,7 +88,7 @@ def find_images(
         raise NoImageError(
             str(path), expected="a file, a zarr store or a folder", found=found, remedy="check the path and its rights"
         )
-    path, search = _followed(path), Search(axes, choice)
+    path, search = _followed(path), Search(axes, choice, _visit_folder)
     images = _once(_usable(_followed_image(image)) for image in _visit(path, path.name, search))
     images = [_with_links(image, search.folders) for image in images]
     if not images:
@@ -93,7 +97,7 @@ def find_images(
             str(path),
             expected=f"at least one image ({titles})",
             found=_special_file(path) or "none" + " in such wells and fields" * (choice != EVERY_FIELD),
-            cause="an empty folder or group, or a store with nothing but labels",
+            cause=_EMPTY_FOLDER if path.is_dir() else _OTHER_FILE,
             remedy="see cellseg-batch info for what a path holds",
         )
     return images
@@ -146,7 +150,10 @@ def _visit(path: Path, name: str, search: Search) -> Iterator[Slide | Unreadable
         yield UnreadableImage(name, str(path), reason)
 
 
-def _visit_folder(path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
+def _visit_folder(
+    path: Path, name: str, search: Search, known: Container[str] = ()
+) -> Iterator[Slide | UnreadableImage]:
+    """Yield the images in a folder, but for those in what has one of the ``known`` names."""
     search.folders[path] = []
     try:
         children = sorted(path.iterdir())
@@ -154,7 +161,7 @@ def _visit_folder(path: Path, name: str, search: Search) -> Iterator[Slide | Unr
         yield UnreadableImage(name, str(path), f"the folder cannot be listed: {error.strerror or error}")
         return
     for child in children:
-        if child.name.startswith(".") or child.name.endswith((OUTPUT_SUFFIX, JOURNAL_SUFFIX)):
+        if child.name.startswith(".") or child.name.endswith((OUTPUT_SUFFIX, JOURNAL_SUFFIX)) or child.name in known:
             continue
         child_name = f"{name}/{child.name}"
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +19,8 @@ from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 
 # Names of the pictures that scanners take of a glass besides the scan.
 _OVERVIEW = re.compile(r"(slide\s*)?(label|macro|thumbnail|overview|preview|map)(\s*image)?", re.IGNORECASE)
+# Number of names that a message shows.
+_SHOWN = 5
 
 
 class LevelArray(Protocol):
@@ -35,12 +37,15 @@ class Search:
     Attributes:
         axes: order of the axes, such as ``cyx``, of images that do not name theirs; None takes it from the images.
         fields: wells and fields of plates to take.
+        visit_folder: finds the images in a folder, given its path, its name as `Slide.name`, the search and the names
+            of what to pass over; for formats whose stores are folders with other files in them.
         visited: files whose images are found already, for formats that lead to a file from several others.
         folders: folder that is searched already -> names of the links that lead to it again.
     """
 
     axes: str | None
     fields: FieldChoice
+    visit_folder: Callable[[Path, str, Search, Container[str]], Iterator[Slide | UnreadableImage]]
     visited: set[Path] = field(default_factory=set)
     folders: dict[Path, list[str]] = field(default_factory=dict)
 
@@ -125,7 +130,13 @@ def is_overview(name: str) -> bool:
 
 def left_out(names: Sequence[str]) -> tuple[str, ...]:
     """The note on pictures of a file that are not taken beside its scan; none if ``names`` is empty."""
-    return (f"left out beside the scan: {', '.join(names)}",) if names else ()
+    return (f"left out beside the scan: {some_of(names)}",) if names else ()
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Names in a message; of many the first, and how many there are more."""
+    more = len(names) - _SHOWN
+    return ", ".join([*names[:_SHOWN], *[f"{more} more"] * (more > 0)])
 
 
 def image_or_reason(make: Callable[[], Slide], name: str, location: str) -> Slide | UnreadableImage:

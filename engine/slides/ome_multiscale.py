@@ -30,15 +30,18 @@ def ome_metadata(node: zarr.Group) -> dict[str, Any]:
 
 
 def path_inside(listed: object, location: str) -> str:
-    """Check that a path in the metadata of a node leads to something below the node; returns the path.
+    """Check that a path in the metadata of a node leads to something below the node.
+
+    Returns:
+        The path, without a slash at its end.
 
     Raises:
         ReadError: the path leads elsewhere.
     """
-    parts = str(listed).replace("\\", "/").rstrip("/").split("/")
-    if any(part in ("", ".", "..") for part in parts):
+    path = str(listed).rstrip("/")
+    if any(part in ("", ".", "..") for part in path.replace("\\", "/").split("/")):
         raise not_an_image(location, "paths in its metadata that stay inside it", repr(listed))
-    return str(listed)
+    return path
 
 
 def describe_multiscale(node: zarr.Group, metadata: dict[str, Any], store: Path, path: str, name: str) -> Slide:

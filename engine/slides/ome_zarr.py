@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -18,7 +18,14 @@ from typing import Any, ClassVar, Literal
 import zarr
 
 from cellseg_batch.engine.errors import CellsegError, ReadError, brief
-from cellseg_batch.engine.slides.image_format import ImageFormat, LevelArray, Search, is_overview, left_out
+from cellseg_batch.engine.slides.image_format import (
+    ImageFormat,
+    LevelArray,
+    Search,
+    is_overview,
+    left_out,
+    some_of,
+)
 from cellseg_batch.engine.slides.ome_multiscale import describe_multiscale, not_an_image, ome_metadata, path_inside
 from cellseg_batch.engine.slides.ome_xml import read_names
 from cellseg_batch.engine.slides.plain_zarr import ZARR, describe_array, describe_pyramid
@@ -134,6 +141,7 @@ def _images_in(
         listed_images = {child for child, _ in children} if "well" in metadata else _listed_series(node)
         is_converted = _LAYOUT_MARK in metadata and "plate" not in metadata
         members = [child for child, _ in children]
+        unlisted = _note_on_unlisted(metadata, store / path)
         aside = _overviews(store, path, members) if is_converted else {}
         if not metadata.keys() & {"plate", "well", _LAYOUT_MARK}:
             pyramid = describe_pyramid(node, members, store, path, name, search.axes)
@@ -161,12 +169,14 @@ def _images_in(
         return [UnreadableImage(f"{name}/{child}", str(store / below), reason, child_position)]
 
     children = [child for child in children if child[0] not in aside]
-    notes = left_out(list(aside.values()))
+    notes = left_out(list(aside.values())) + unlisted
     if isinstance(store, RemotePath) and position is None:  # remote wells: answers take long, so ask for many at once
         with ThreadPoolExecutor(_REQUESTS) as pool:
             yield from _noted(chain.from_iterable(pool.map(images_of, children)), notes)
     else:
         yield from _noted(chain.from_iterable(map(images_of, children)), notes)
+    if not metadata.keys() & {"plate", "well"} and not is_web(store):  # a group may be a folder of other files, too
+        yield from search.visit_folder(store / path, name, search, _NO_IMAGES.union(members))
 
 
 def _holds_nothing(node: zarr.Array[Any] | zarr.Group) -> bool:
@@ -180,7 +190,8 @@ def _leads_back(node: Path) -> bool:
     """Whether a node is a link to a group around it."""
     if isinstance(node, RemotePath) or not node.is_symlink():
         return False
-    return node.parent.resolve().is_relative_to(node.resolve())
+    group = node.resolve()
+    return any(parent.resolve().is_relative_to(group) for parent in node.parents)
 
 
 def _noted(images: Iterable[Slide | UnreadableImage], notes: tuple[str, ...]) -> Iterator[Slide | UnreadableImage]:
@@ -210,10 +221,33 @@ def _notes_on_content(node: zarr.Group, slide: Slide) -> tuple[str, ...]:
     notes = _note_if_empty(node[full], group / full)
     listed = ome_metadata(node).get("multiscales") or [{"datasets": [{"path": level.path} for level in slide.levels]}]
     known = {str(dataset["path"]).split("/")[0] for dataset in listed[0]["datasets"]} | _NO_IMAGES
-    with os.scandir(group) as entries:
-        others = [entry.name for entry in entries if entry.name not in known and entry.is_dir()]
-    others = sorted(other for other in others if is_zarr_node(group / other))
-    return (*notes, f"left out, as they are none of its levels: {', '.join(others)}") if others else notes
+    others = _nodes_in(group, known)
+    return (*notes, f"left out, as they are none of its levels: {some_of(others)}") if others else notes
+
+
+def _note_on_unlisted(metadata: dict[str, Any], group: Path) -> tuple[str, ...]:
+    """The note on nodes of a local plate or well that its metadata do not list; () if there are none."""
+    if isinstance(group, RemotePath):  # whose answers take long
+        return ()
+    if "plate" in metadata:
+        kind, members = "plate", _listed_paths(metadata["plate"], "wells", str(group))
+        rows = sorted(row for row in group.iterdir() if row.is_dir() and row.name not in _NO_IMAGES)
+        there = [f"{row.name}/{well}" for row in rows for well in _nodes_in(row, _NO_IMAGES)]
+    elif "well" in metadata:
+        kind, members = "well", _listed_paths(metadata["well"], "images", str(group))
+        there = _nodes_in(group, _NO_IMAGES)
+    else:
+        return ()
+    listed = {path_inside(member, str(group)) for member in members}
+    others = [node for node in there if node not in listed]
+    return (f"left out, as the {kind} does not list them: {some_of(others)}",) if others else ()
+
+
+def _nodes_in(folder: Path, known: Container[str]) -> list[str]:
+    """Names of the nodes in a local folder, but for the ``known`` ones."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.name not in known and entry.is_dir()]
+    return sorted(name for name in names if is_zarr_node(folder / name))
 
 
 def _note_if_empty(array: Any, folder: Path) -> tuple[str, ...]:

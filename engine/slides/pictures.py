@@ -85,6 +85,7 @@ class Pictures(ImageFormat):
             pixels: NDArray[Any] = codecs.png_decode(slide.store.read_bytes())
             return pixels if len(deep) > 1 else pixels[..., 0]
         with Image.open(readable(slide.store)) as picture:
+            picture.info.pop("transparency", None)  # changes no pixel, but Pillow would warn of it
             return np.asarray(picture.convert(_mode(picture)))
 
 

@@ -23,6 +23,7 @@ from cellseg_batch.engine.slides.image_format import (
     is_overview,
     left_out,
     name_in_series,
+    some_of,
 )
 from cellseg_batch.engine.slides.ome_xml import SELF, OmeImage
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
@@ -41,8 +42,6 @@ from cellseg_batch.engine.slides.tiff_file import (
 )
 from cellseg_batch.engine.slides.tiff_series import TIFF, SeriesPixels, is_derived, slide_of, title_of
 
-# Number of missing files whose names are shown.
-_SHOWN = 5
 _BY_SIZE = "an image of its own: it has the size of a lower resolution of another, but nothing says that it is one"
 
 
@@ -120,10 +119,8 @@ def _find_described(images: list[OmeImage], path: Path, name: str, search: Searc
     lost = [file for file in named if file not in search.visited]
     search.visited.update(lost)
     if lost:
-        shown = [file.name for file in lost[:_SHOWN]] + [f"{len(lost) - _SHOWN} more"] * (len(lost) > _SHOWN)
-        reason = (
-            f"listed in the OME-XML of {path.name}, but not beside it: {', '.join(shown)}; copy what is missing along"
-        )
+        shown = some_of([file.name for file in lost])
+        reason = f"listed in the OME-XML of {path.name}, but not beside it: {shown}; copy what is missing along"
         yield UnreadableImage(_beside(name, path, lost[0]), str(lost[0]), reason)
     if not own:
         parts = [image for image in images if SELF in image.files] or images
@@ -220,6 +217,6 @@ def _demand_whole(image: OmeImage, path: Path) -> None:
         raise ReadError(
             str(path),
             expected=f"all {len(image.files)} files of the image beside each other",
-            found=f"no {', '.join(missing)}",
+            found=f"no {some_of(missing)}",
             remedy="copy what is missing along",
         )

@@ -6,6 +6,7 @@ import logging
 import re
 import struct
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import tifffile
@@ -20,8 +21,6 @@ logging.getLogger("tifffile").addHandler(logging.NullHandler())
 # Suffixes of files that hold OME-XML in TIFF's stead.
 _XML_SUFFIXES = (".ome", ".xml")
 _BEGINNING = re.compile(r"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<OME\s[^>]*openmicroscopy", re.DOTALL)
-# Dialects by which tifffile looks for certain pages, and passes over others.
-_CERTAIN_PAGES = ("svs", "qpi", "scn", "bif", "philips")
 # More tags than this are none; so tifffile has it.
 _MOST_TAGS = 4096
 _STALE = "its OME-XML does not fit its pages, which are read as they are"
@@ -129,11 +128,12 @@ def levels_by_size(tiff: tifffile.TiffFile, pyramids: list[Pyramid]) -> set[int]
 
 
 def pages_in_no_series(tiff: tifffile.TiffFile, pyramids: list[Pyramid]) -> list[str]:
-    """Names of the pages that tifffile passes over, as it knows no such part of the file's dialect."""
-    if pyramids[0][0].kind not in _CERTAIN_PAGES:
-        return []
-    used = {page.index for pyramid in pyramids for level in pyramid for page in level if page is not None}
-    return [f"page {number}" for number in range(len(tiff.pages)) if number not in used]
+    """Names of the pages that tifffile passes over, as the file's dialect or metadata have no place for them."""
+    levels = [level for pyramid in pyramids for level in pyramid]
+    # tifffile puts all pages into a series of ImageJ, but reads as many as its comment tells of.
+    read = (page for level in levels for page in islice(level, level.size // (level.keyframe.size or 1)))
+    used = {page.treeindex for page in read if page is not None}
+    return [f"page {number}" for number in range(len(tiff.pages)) if (number,) not in used]
 
 
 def pages_in_no_image(tiff: tifffile.TiffFile, images: Sequence[OmeImage]) -> tuple[str, ...]:

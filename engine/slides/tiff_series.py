@@ -10,6 +10,7 @@ import numpy as np
 import tifffile
 import zarr
 from numpy.typing import NDArray
+from tifffile import COMPRESSION
 
 from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.slides.colours import RGB, TAKEN_FOR_RGB, are_named_rgb, are_rgb
@@ -97,9 +98,9 @@ def slide_of(
         factor = levels[0].shape[axes.index("x")] / shape[axes.index("x")] if levels else 1.0
         scale = tuple(size.um.get(axis, 1.0) * (factor if axis in "yx" else 1.0) for axis in axes)
         levels.append(Level(str(index), tuple(shape), _chunks(level.keyframe, letters), scale, (0.0,) * len(axes)))
-    unstored = sum(count == 0 for count in page.databytecounts)
+    unstored, pieces = sum(count == 0 for count in page.databytecounts), len(page.databytecounts)
     if unstored:
-        notes += (f"{unstored} of {len(page.databytecounts)} tiles of its first plane are not stored and read as 0",)
+        notes += (f"{unstored} of {pieces} tiles of its first plane are not stored and read as {page.nodata}",)
     more = page.samplesperpixel - alpha - len(RGB)
     if rgb and samples_are_channels and more > 0:
         notes += (f"{more} samples of a pixel beside red, green, blue are left out; `channel` chooses one of them",)
@@ -178,7 +179,8 @@ def _demand_planes(series: Series, location: str) -> None:
     """Refuse a series of which planes, tiles or strips are missing, which tifffile would fill with zeros.
 
     Raises:
-        ReadError: planes or parts of them are missing, or its pixels have a type that tifffile does not know.
+        ReadError: planes or parts of them are missing, or its pixels have a type or compression that tifffile does not
+            know.
     """
     page = series.keyframe
     if page.dtype is None:
@@ -187,6 +189,13 @@ def _demand_planes(series: Series, location: str) -> None:
             expected="integer, floating point or boolean pixels",
             found=f"{page.bitspersample} bits of sample format {page.sampleformat}",
             remedy="convert the image",
+        )
+    if page.compression not in tifffile.TIFF.DECOMPRESSORS:
+        raise ReadError(
+            location,
+            expected="a compression that can be decoded",
+            found=COMPRESSION(page.compression).name if page.compression in set(COMPRESSION) else f"{page.compression}",
+            remedy="save it without compression",
         )
     if not all(isinstance(side, int) for side in page.chunks):
         raise ReadError(

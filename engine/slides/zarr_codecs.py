@@ -21,6 +21,8 @@ zarr.config.set({"threading.max_workers": min(32, cores())})
 
 # zarrs warns of each codec that it leaves to zarr.
 warnings.filterwarnings("ignore", message="Array is unsupported by ZarrsCodecPipeline")
+# zarr warns of each file in a group that is no part of it; the search for images looks at them.
+warnings.filterwarnings("ignore", message="Object at .* is not recognized as a component of a Zarr hierarchy")
 
 
 def use_zarrs(array: Any) -> None:

@@ -142,14 +142,14 @@ def whole_file(path: Path, what: str = "a file") -> Iterator[IO[bytes]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
     try:
-        with open(partial, "wb") as stream:
-            try:
+        try:
+            with open(partial, "wb") as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-            except OSError:  # other errors are not about the file
-                with writing_to(path, what):
-                    raise
+        except OSError:  # other errors are not about the file; on a full disk closing it fails, too
+            with writing_to(path, what):
+                raise
         with writing_to(path, what):
             partial.replace(path)
     finally:

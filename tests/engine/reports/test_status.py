@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import zarr
 
 from cellseg_batch.engine.reports.status import read_status
 from cellseg_batch.engine.storage.journal import Journal
@@ -60,6 +61,29 @@ def test_a_finished_run_is_done_and_exits_with_0(folder, segment, command, tmp_p
 
 
 def test_the_output_folder_alone_is_enough(folder, segment, tmp_path):
+    segment(folder, output=tmp_path / "out")
+    shutil.rmtree(folder)
+    assert states(read_status([tmp_path / "out"], "cellseg", None)) == dict.fromkeys(
+        ["a.zarr", "b.zarr", "c.zarr"], "done"
+    )
+
+
+def test_links_are_followed_and_no_folder_is_searched_twice(folder, segment, tmp_path):
+    (folder / "b.zarr").rename(tmp_path / "b.zarr")
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "c.zarr").rename(tmp_path / "elsewhere" / "c.zarr")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    (folder / "above").symlink_to(tmp_path)
+    segment(folder, tmp_path / "b.zarr")
+    slides = read_status([folder], "cellseg", None).slides
+    assert [Path(slide.path).name for slide in slides] == ["a.zarr", "c.zarr"]
+
+
+def test_images_among_the_members_of_a_zarr_group_are_found_in_the_output_folder(folder, segment, tmp_path):
+    zarr.open_group(str(folder), mode="a")
+    (folder / "below").mkdir()
+    (folder / "a.zarr").rename(folder / "below" / "a.zarr")
     segment(folder, output=tmp_path / "out")
     shutil.rmtree(folder)
     assert states(read_status([tmp_path / "out"], "cellseg", None)) == dict.fromkeys(

@@ -49,10 +49,14 @@ def test_images_in_any_depth_are_found_and_labels_are_not(tmp_path):
     assert names == ["deep.zarr/plain", "deep.zarr/x/y", "sub/a.png"]
 
 
-@pytest.mark.parametrize("make", [lambda p: p / "nothing", lambda p: p, lambda p: (p / "t.txt").write_text("") or p])
-def test_nothing_to_find(tmp_path, make):
-    with pytest.raises(NoImageError):
-        find_images(make(tmp_path))
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("nothing", "found nothing"), (".", "likely an empty folder"), ("a.txt", "likely a file of another format")],
+)
+def test_nothing_to_find(tmp_path, path, reason):
+    (tmp_path / "a.txt").write_text("not an image")
+    with pytest.raises(NoImageError, match=reason):
+        find_images(tmp_path / path)
 
 
 def test_sides_that_no_microscope_makes_are_refused(tmp_path):
@@ -96,6 +100,26 @@ def test_a_store_without_metadata_is_named_and_a_folder_of_that_name_with_images
     lost, picture = find_images(tmp_path)
     assert "no zarr metadata" in lost.reason
     assert picture.name.endswith("many.zarr/a.png")
+
+
+def test_a_zarr_group_is_a_folder_of_other_files_too(tmp_path):
+    zarr.open_group(str(tmp_path / "a"), mode="w").create_group("inner")
+    pixels = np.zeros((4, 4), "uint8")
+    for folder in ("a", "a/inner", "a/folder"):  # of which the last is no node
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / folder / "b.png")
+    zarr.create_array(str(tmp_path / "a" / "member"), data=pixels)
+    zarr.create_array(str(tmp_path / "a" / "folder" / "c.zarr"), data=pixels)
+    (tmp_path / "a" / "d.czi").write_bytes(b"pixels")
+    names = ["a/b.png", "a/d.czi", "a/folder/b.png", "a/folder/c.zarr", "a/inner/b.png", "a/member"]
+    assert sorted(image.name for image in find_images(tmp_path / "a")) == names
+
+
+def test_stores_that_link_to_each_other_are_searched_once(tmp_path):
+    for name, other in (("a", "b"), ("b", "a")):
+        zarr.open_group(str(tmp_path / name), mode="w").create_array("c", data=np.zeros((4, 4), "uint8"))
+        (tmp_path / name / "link").symlink_to(f"../{other}")
+    assert [image.name for image in find_images(tmp_path / "a")] == ["a/c", "a/link/c"]
 
 
 def test_pipes_sockets_and_devices_are_named_and_never_opened(tmp_path, monkeypatch):

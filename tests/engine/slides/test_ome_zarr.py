@@ -307,6 +307,25 @@ def test_a_plate_without_wells_is_named(tmp_path, listed):
     assert "expected a list of wells in its metadata" in only(tmp_path / "a.zarr").reason
 
 
+def test_what_a_plate_or_a_well_does_not_list_is_noted(tmp_path):
+    plate = write_plate(tmp_path / "plate.zarr", ["A/01"], ["0"])
+    for path in ("A/01/1", "C/07/0", "overview", "tables/x"):
+        fill_ome_zarr(zarr.open_group(str(plate)).create_group(path), None, coordinates("cyx", (2, 8, 9)), levels=1)
+    field = only(plate)
+    assert field.notes[:2] == (
+        "left out, as the plate does not list them: C/07, overview/0",
+        "left out, as the well does not list them: 1",
+    )
+
+
+def test_a_slash_at_the_end_of_a_listed_path_makes_no_other_path(tmp_path):
+    plate = write_plate(tmp_path / "plate.zarr", ["A/01"], ["0"])
+    change(plate, lambda ome: ome["plate"]["wells"][0].update(path="A/01/"))
+    field = only(plate)
+    assert (field.path, len(field.notes)) == ("A/01/0", 1)
+    assert "no chunk" in field.notes[0]
+
+
 def test_a_well_without_images_is_named(tmp_path):
     plate = write_plate(tmp_path / "plate.zarr", ["A/01", "B/02"], ["0"])
     zarr.open_group(str(plate))["A/01"].attrs["ome"] = {"version": "0.5", "well": {"images": []}}

@@ -66,7 +66,7 @@ def check(path, expected, tolerance=0):
     np.testing.assert_allclose(got.astype(int), planes.astype(int), atol=tolerance)
 
 
-@pytest.mark.parametrize(("mode", "colour"), [("L", 16), ("RGB", (16, 16, 72)), ("P", 3)])
+@pytest.mark.parametrize(("mode", "colour"), [("L", 16), ("RGB", (16, 16, 72)), ("P", 3), ("P", b"\0\x80")])
 def test_a_transparent_colour_changes_no_pixel(tmp_path, mode, colour):
     expected = GREY if mode == "L" else COLOURS // 64 * 64
     picture = Image.fromarray(expected)

@@ -296,6 +296,36 @@ def test_a_tiff_without_pages_is_named(tmp_path, content):
     assert "expected a TIFF with pages, found none" in only(tmp_path / "a.tif").reason
 
 
+@pytest.mark.parametrize(("slices", "left_out"), [(2, "page 4, page 5"), (3, None)])
+def test_pages_of_which_imagej_does_not_tell_are_noted(tmp_path, slices, left_out):
+    about = f"ImageJ=1.54f\nimages=6\nchannels=2\nslices={slices}\nhyperstack=true\n"
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        for _ in range(6):
+            tiff.write(coordinates("yx", (8, 9)), description=about, metadata=None, contiguous=False)
+            about = None
+    slide = only(tmp_path / "a.tif")
+    assert slide.levels[0].shape == (slices, 2, 8, 9)
+    assert slide.notes == ((f"left out beside the scan: {left_out}",) if left_out else ())
+
+
+def test_tiles_that_are_not_stored_have_the_value_that_is_noted(tmp_path):
+    tiles = iter([np.full((16, 16), 7, "uint8"), None, None, None])
+    ground = [(42113, "s", 0, "200", True)]  # GDAL's tag
+    options = {"shape": (32, 32), "dtype": "uint8", "tile": (16, 16), "metadata": None, "extratags": ground}
+    tifffile.imwrite(tmp_path / "a.tif", tiles, **options)
+    slide = only(tmp_path / "a.tif")
+    assert slide.notes == ("3 of 4 tiles of its first plane are not stored and read as 200",)
+    assert set(read(slide, 0, (0,), 0, Box(0, 0, 32, 32)).flat) == {7, 200}
+
+
+@pytest.mark.parametrize(("compression", "found"), [(34661, "JBIG"), (65432, "65432")])
+def test_a_compression_that_cannot_be_decoded_is_named(tmp_path, compression, found):
+    tifffile.imwrite(tmp_path / "a.tif", coordinates("yx", (8, 9)), compression="zlib", metadata=None)
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as tiff:
+        tiff.pages[0].tags["Compression"].overwrite(compression)
+    assert f"expected a compression that can be decoded, found {found}" in only(tmp_path / "a.tif").reason
+
+
 @pytest.mark.parametrize("ome", [True, False])
 def test_lower_resolutions_that_are_not_in_the_file_are_noted(tmp_path, ome):
     pixels = coordinates("yx", (64, 64))

@@ -1,5 +1,6 @@
 """The journal keeps what was recorded and nothing else."""
 
+import resource
 from dataclasses import dataclass
 
 import pytest
@@ -96,3 +97,16 @@ def test_what_decides_pixels_must_be_there_and_be_known(tmp_path, content, said)
     (tmp_path / "j" / "manifest.json").write_text(content)
     with pytest.raises(OutputError, match=said):
         journal.manifest(Plan)
+
+
+def test_a_record_for_which_there_is_no_room_is_named(tmp_path):
+    journal = Journal(tmp_path / "journal")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, limits[1]))  # closing such a file fails like writing it
+    try:
+        with pytest.raises(OutputError, match="expected a journal that can be written"):
+            journal.start(Plan(Inner(5), "a note that is longer than that"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not journal.is_begun
+    assert list((tmp_path / "journal").iterdir()) == []
