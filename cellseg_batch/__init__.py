@@ -212,7 +212,9 @@ class Model:
         """Compute the probability of each pixel to be foreground.
 
         Args:
-            array, pixel_size, channel: as in `segment`.
+            array: (Y, X) or (Y, X, C).
+            pixel_size: as in `segment`.
+            channel: as in `segment`.
 
         Returns:
             (Y, X) uint8: 0 is a probability of 0, 255 of 1.
