@@ -6,6 +6,7 @@ mkdocs calls the functions whose names begin with ``on_``.  A warning fails ``mk
 from __future__ import annotations
 
 import ast
+import html
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,7 @@ def _describe(command: Any, context: Any) -> Iterator[str]:
             record = parameter.get_help_record(context)
             if record and "--help" not in parameter.opts:
                 panel = getattr(parameter, "rich_help_panel", None) or "Arguments and flags"
-                panels.setdefault(panel, []).append(_row(f"`{record[0]}`", record[1]))
+                panels.setdefault(panel, []).append(_row(_code(record[0]), html.escape(record[1])))
         for panel, rows in panels.items():
             yield "\n".join([_row(panel, ""), "|---|---|", *rows])
     if isinstance(command, TyperGroup):
@@ -80,7 +81,7 @@ def _columns() -> str:
     """The table of the columns of a table of objects."""
     rows = [
         _row(
-            f"`{column.name}{'_<channel>' if column.per_channel else ''}`",
+            _code(f"{column.name}{'_<channel>' if column.per_channel else ''}"),
             column.unit,
             f"{column.type}{', null without a pixel size' if column.needs_pixel_size else ''}",
             "yes" if column.is_measurement else "",
@@ -91,7 +92,11 @@ def _columns() -> str:
 
 
 def _row(*cells: str) -> str:
-    return f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |"
+    return f"| {' | '.join(' '.join(cell.split()).replace('|', '&#124;') for cell in cells)} |"
+
+
+def _code(text: str) -> str:
+    return f"<code>{html.escape(text)}</code>"
 
 
 def _unknown_messages(markdown: str) -> Iterator[str]:
