@@ -16,6 +16,7 @@ import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from run_blocks import with_included
 from typer.core import TyperGroup
 
 import cellseg_batch.engine
@@ -46,11 +47,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Fill in the table of columns, and hold the messages of the troubleshooting page against the code."""
+    """Fill in files and the table of columns; hold the messages of the troubleshooting page against the code."""
     if page.file.src_uri == "troubleshooting.md":
         for message in _unknown_messages(markdown):
             _log.warning("troubleshooting.md: no error of the engine expects %r", message)
-    return markdown.replace("<!-- columns -->", _columns())
+    return with_included(markdown).replace("<!-- columns -->", _columns())
 
 
 def _commands() -> str:

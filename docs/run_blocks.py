@@ -20,17 +20,21 @@ from PIL import Image
 
 _DOCS = Path(__file__).parent
 _BLOCK = re.compile(r"^<!-- run -->\n```(bash|python)\b[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_INCLUDED = re.compile(r'^--8<-- "(.+)"$', re.MULTILINE)
+_INCLUDED = re.compile(r"^# include: (.+)$", re.MULTILINE)
 _COMMANDS = {"bash": ["bash", "-euo", "pipefail", "-s"], "python": [sys.executable, "-"]}
 _SIDES, _COLOURS, _MOST_BYTES = (1000, 800, 640, 560, 480), 96, 150_000
+
+
+def with_included(text: str) -> str:
+    """A text in which each line ``# include: NAME`` is the file of that name in ``docs/``."""
+    return _INCLUDED.sub(lambda included: (_DOCS / included[1]).read_text().rstrip("\n"), text)
 
 
 def blocks(page: Path) -> Iterator[tuple[int, str, str]]:
     """The marked blocks of a page: line, language, and text with the files that it includes."""
     text = page.read_text()
     for match in _BLOCK.finditer(text):
-        code = _INCLUDED.sub(lambda included: (_DOCS / included[1]).read_text(), match[2])
-        yield text.count("\n", 0, match.start()) + 2, match[1], code
+        yield text.count("\n", 0, match.start()) + 2, match[1], with_included(match[2])
 
 
 def run_page(page: Path, folder: Path) -> None:
