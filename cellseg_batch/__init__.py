@@ -196,7 +196,7 @@ class Model:
             channel: index of the channel with the nuclei; None takes the model's setting, or chooses as a run does.
 
         Returns:
-            (Y, X) uint32 (uint64 beyond 4 thousand million objects): 0 is background, 1, 2, ... are the objects.
+            (Y, X) uint32 (uint64 beyond 4 thousand million objects), of which 0 is background, and 1, 2, ... are objects.
 
         Raises:
             CellsegError: the array is no image, or not one for this model.
@@ -212,10 +212,12 @@ class Model:
         """Compute the probability of each pixel to be foreground.
 
         Args:
-            array, pixel_size, channel: as in `segment`.
+            array: (Y, X) or (Y, X, C).
+            pixel_size: as in `segment`.
+            channel: as in `segment`.
 
         Returns:
-            (Y, X) uint8: 0 is a probability of 0, 255 of 1.
+            (Y, X) uint8, of which 0 is a probability of 0, and 255 of 1.
 
         Raises:
             CellsegError: the array is no image, or not one for this model.
