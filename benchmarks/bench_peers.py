@@ -66,7 +66,7 @@ def measure(slide: Path, folder: Path, rounds: int, slow_rounds: int) -> list[di
     """Measure every peer that is installed and every precision of ours that this machine has; returns their rows."""
     (image,) = find_images(slide, None)
     assert isinstance(image, Slide)
-    bounds = settle_bounds(sample_slide(image, (0, 1, 2), 0), load_model("nuclei").card.normalisation)
+    bounds = settle_bounds(sample_slide(image, (0, 1, 2), 0), load_model("nuclei").card.input.normalisation)
     low_high = str(bounds.low), str(bounds.high)
     truth = zarr.open_group(str(slide), mode="r").get("labels/truth")
     untiled = ours_mask(segment(slide, folder / "untiled", *engine_flags("fp32"), "--margin", "exact", keep=True))

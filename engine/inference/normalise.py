@@ -19,7 +19,7 @@ from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
-from cellseg_batch.trainer.bundle import Normalisation
+from cellseg_batch.trainer.card import Normalisation
 
 _ENOUGH_PIXELS = 1 << 20
 _MAX_VALUES = 1 << 22
@@ -60,8 +60,8 @@ def sample_slide(slide: Slide, channels: tuple[int, ...], level: int) -> list[ND
 
 def settle_bounds(sample: Sequence[NDArray[Any]], rule: Normalisation) -> Bounds:
     """Return bounds by the model card's rule, shared by all channels and planes; a fixed rule needs no sample."""
-    if rule.rule == "fixed":
-        return Bounds(rule.low, rule.high)
+    if not rule.asks_slide:
+        return Bounds(rule.low[0], rule.high[0])
     return Bounds(*rule.bounds_of(np.concatenate([_finite(part) for part in sample])))
 
 

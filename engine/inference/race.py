@@ -34,7 +34,8 @@ from cellseg_batch.engine.machine import cores, gpus, package_version, processor
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.settings import Settings, race_device
 from cellseg_batch.engine.storage.cache import Artefacts, Key
-from cellseg_batch.trainer.bundle import Bundle, Card
+from cellseg_batch.trainer.bundle import Bundle
+from cellseg_batch.trainer.card import Card
 
 _log = logging.getLogger(__name__)
 
@@ -94,12 +95,12 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> RaceResult:
     """Run the race in this process: build, gate and time every candidate; the candidates take turns."""
     threshold, decoder = bundle.card.threshold, DECODERS[bundle.card.decoder]
     network = decoder.network(bundle, instances=False)
-    tiles = real_tiles("gate", bundle.card.channels)
+    tiles = real_tiles("gate", bundle.card.input.count)
     reference = make_backend(network, *REFERENCE, request.threads, artefacts)
     expected = logits_of(reference.compile((1, *tiles.shape[1:])), tiles)
     stride = bundle.card.total_stride
     height, width = (max(1, side // stride) * stride for side in request.tile)
-    shape = (request.batch, bundle.card.channels, height, width)
+    shape = (request.batch, bundle.card.input.count, height, width)
     rows: dict[tuple[str, str], Candidate] = {}
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     parities: dict[tuple[str, str], Parity] = {}

@@ -43,7 +43,7 @@ from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.engine.storage.atomic_files import BUCKET
-from cellseg_batch.trainer.bundle import Card
+from cellseg_batch.trainer.card import Card
 
 # Tiles along each side of the part that is measured.
 _TILES = 2

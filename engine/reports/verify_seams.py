@@ -30,7 +30,7 @@ from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images, first_slide
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.stage_clock import StageClock
-from cellseg_batch.trainer.bundle import Card
+from cellseg_batch.trainer.card import Card
 
 _WINDOW = 2048
 
@@ -151,7 +151,9 @@ def _compare(
     tiled, untiled = np.empty(shape, np.float32), np.empty(shape, np.float32)
     for tile in _tiles_over(plan.grid.lattice, window):
         tiled_logits.put(tile, window, tiled)
-    frame = _grown(window, card.exact_margin, card.total_stride)
+    # A network that sees the whole tile is shown the window with the margin that its tiles have.
+    reach = plan.grid.lattice.margin if card.exact_margin is None else card.exact_margin
+    frame = _grown(window, reach, card.total_stride)
     _LogitsOf(plan, backend, reader).put(Tile(frame, window), window, untiled)
     return tiled, untiled
 

@@ -23,7 +23,7 @@ from cellseg_batch.engine.slides.pixel_meaning import PROBABILITY
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.kernels.instances import reach
 from cellseg_batch.kernels.moments import HALO
-from cellseg_batch.trainer.bundle import Card
+from cellseg_batch.trainer.card import Card
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,30 @@ class SlidePlan:
 
 
 def pick_margin(settings: Settings, card: Card) -> int:
-    """The margin in px: that of the settings, where ``exact`` means the network's own reach, else the card's."""
+    """The margin in px: that of the settings, where ``exact`` means the network's own reach, else the card's.
+
+    Raises:
+        UsageError: the network has no reach of its own, or gives nothing so close to a tile's edge.
+    """
     if settings.margin is None:
         return card.margin
-    return card.exact_margin if settings.margin == "exact" else int(settings.margin)
+    if settings.margin == "exact" and card.exact_margin is None:
+        raise UsageError(
+            "`margin=exact`",
+            expected=f"a model whose pixels see a bounded part of a tile, unlike {card.name}",
+            found="no exact margin in its card",
+            cause="the network sees the whole tile, or takes tiles of a single size",
+            remedy=f"use the card's own `margin={card.margin}`, or a larger one",
+        )
+    margin = int(settings.margin if settings.margin != "exact" else card.exact_margin or 0)
+    if margin < card.output.crop:
+        raise UsageError(
+            "`margin`",
+            expected=f"at least {card.output.crop} px, which the model {card.name} gives no result for",
+            found=f"{margin}",
+            remedy=f"use `margin={card.margin}`",
+        )
+    return margin
 
 
 def lay_lattice(shape: tuple[int, int], settings: Settings, card: Card, backend: str | None = None) -> Lattice:
@@ -161,12 +181,12 @@ def choose_input(slide: Slide, settings: Settings, card: Card) -> tuple[LevelCho
     Raises:
         SlideError: the slide has no such level or channel, or has channels that the model cannot take.
     """
-    level = choose_level(slide, settings.level, settings.pixel_size, card.pixel_size_um)
+    level = choose_level(slide, settings.level, settings.pixel_size, card.input.pixel_size_um)
     channels = choose_channels(slide, settings.channel)
-    if len(channels.indices) not in (1, card.channels):
+    if len(channels.indices) not in (1, card.input.count):
         raise SlideError(
             slide.location,
-            expected=f"an image of 1 or {card.channels} channels for the model {card.name}",
+            expected=f"an image of 1 or {card.input.count} channels for the model {card.name}",
             found=f"{len(channels.indices)} ({channels.reason})",
             remedy="choose one with `channel`",
         )
@@ -191,9 +211,9 @@ def plan_slide(
     """
     level, channels = choose_input(slide, settings, card)
     if bounds is None:
-        sampled = card.normalisation.rule != "fixed"
+        sampled = card.input.normalisation.asks_slide
         sample = sample_slide(slide, channels.indices, level.level) if sampled else []
-        bounds = settle_bounds(sample, card.normalisation)
+        bounds = settle_bounds(sample, card.input.normalisation)
     if settings.stitch == "blend" and not pick_margin(settings, card):
         raise UsageError(
             "`stitch=blend`",
@@ -205,7 +225,7 @@ def plan_slide(
     planes = slide.planes(level.level)
     # Blending a tile takes the logits of its neighbours, flat ones too.
     skips = settings.skip_background == "auto" and settings.stitch == "crop"
-    flat = flat_limit(bounds, card.normalisation) if skips else 0.0
+    flat = flat_limit(bounds, card.input.normalisation) if skips else 0.0
     return SlidePlan(
         slide=slide,
         paths=paths,
@@ -214,7 +234,7 @@ def plan_slide(
         grid=lay_blocks(lattice, settings.block_side(), planes, ring=settings.stitch == "blend"),
         bounds=bounds,
         threshold=settings.threshold if settings.threshold is not None else card.threshold,
-        shape=(settings.batch, card.channels, *lattice.tile),
+        shape=(settings.batch, card.input.count, *lattice.tile),
         decoder=card.decoder,
         outputs=output_images(paths, settings, DECODERS[card.decoder]),
         stitch=settings.stitch,

@@ -150,7 +150,7 @@ def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
         if quantised:
             # Enlarge the tiles for a network that downscales its input, so that it sees what the other networks see.
             factor = int(bundle.card.architecture.get("factor", 1))
-            tiles = real_tiles("calibration", bundle.card.channels).repeat(factor, 2).repeat(factor, 3)
+            tiles = real_tiles("calibration", bundle.card.input.count).repeat(factor, 2).repeat(factor, 3)
             model = _quantise(_convert(bundle, tiles), tiles)
         else:
             model = _convert(bundle)
@@ -174,7 +174,7 @@ def _convert(bundle: Bundle, tiles: NDArray[np.float32] | None = None) -> Any:
     height = stride * Dim("height", min=1, max=_LARGEST_SIDE // stride)
     width = stride * Dim("width", min=1, max=_LARGEST_SIDE // stride)
     # torch.export would take a batch of 1 for a constant.
-    example = torch.zeros(2, bundle.card.channels, 8 * stride, 8 * stride)
+    example = torch.zeros(2, bundle.card.input.count, 8 * stride, 8 * stride)
     with TORCH_TURN, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         network = fold_upsampling(fold_batch_norm(build_torch_network(bundle)))
