@@ -20,11 +20,12 @@ from cellseg_batch.engine.inference.backends.protocol import Backend
 from cellseg_batch.engine.inference.cpu_predictor import tile_logits
 from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
+from cellseg_batch.engine.inference.normalise import settle_bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.inference.session import Session, compile_network
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.output_paths import output_paths
-from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
+from cellseg_batch.engine.run.slide_plan import SlidePlan, open_reader, plan_slide
 from cellseg_batch.engine.run.working_scale import lay_tiles, settle_downscale
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images, first_slide
@@ -117,8 +118,9 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
     bundle = load_model(settings.model)
     decoder = DECODERS[bundle.card.decoder]
     model_pool = ModelPool(bundle, settings)
-    plan = plan_slide(slide, output_paths(slide, settings.name, None), settings, bundle.card)
-    with SlideReader(slide, plan.level.level, plan.channels.indices) as reader:
+    paths = output_paths(slide, settings.name, None)
+    with open_reader(slide, settings, bundle.card) as reader:
+        plan = plan_slide(slide, paths, settings, bundle.card, settle_bounds(reader, bundle.card.input.normalisation))
         factor = settle_downscale(plan, settings, model_pool, reader)
         backend = model_pool.downscaled(model_pool.chosen, factor)
         plan = lay_tiles(plan, settings, bundle, factor, backend.name)

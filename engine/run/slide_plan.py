@@ -10,7 +10,7 @@ from cellseg_batch.engine.geometry import BlockGrid, Lattice, fit_lattice, fit_s
 from cellseg_batch.engine.inference.backends.protocol import Shape
 from cellseg_batch.engine.inference.background import flat_limit
 from cellseg_batch.engine.inference.decoders import DECODERS
-from cellseg_batch.engine.inference.normalise import Bounds, sample_slide, settle_bounds
+from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.objects.seeds import InstanceRule
 from cellseg_batch.engine.run.output_images import OutputImage, output_images
@@ -20,6 +20,7 @@ from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.label_layout import Layout, lay_out
 from cellseg_batch.engine.slides.level_and_channels import ChannelChoice, LevelChoice, choose_channels, choose_level
 from cellseg_batch.engine.slides.pixel_meaning import PROBABILITY
+from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.kernels.instances import reach
 from cellseg_batch.kernels.moments import HALO
@@ -193,27 +194,32 @@ def choose_input(slide: Slide, settings: Settings, card: Card) -> tuple[LevelCho
     return level, channels
 
 
-def plan_slide(
-    slide: Slide, paths: OutputPaths, settings: Settings, card: Card, bounds: Bounds | None = None
-) -> SlidePlan:
-    """Settle level, channels, lattice, blocks and normalisation of a slide.
+def open_reader(slide: Slide, settings: Settings, card: Card) -> SlideReader:
+    """Open the level and the channels of a slide that the model is to see.
+
+    Raises:
+        SlideError: see `choose_input`.
+        ReadError: the level cannot be opened.
+    """
+    level, channels = choose_input(slide, settings, card)
+    return SlideReader(slide, level.level, channels.indices)
+
+
+def plan_slide(slide: Slide, paths: OutputPaths, settings: Settings, card: Card, bounds: Bounds) -> SlidePlan:
+    """Settle level, channels, lattice and blocks of a slide.
 
     Args:
         slide: the image.
         paths: paths of its output.
         settings: settings of the run.
         card: card of the model.
-        bounds: pixel values that normalisation maps to 0 and 1, if they are settled already; None samples the slide.
+        bounds: pixel values that normalisation maps to 0 and 1.
 
     Raises:
-        SlideError: the slide has no such level or channel, cannot be read, or has channels that the model cannot take.
+        SlideError: see `choose_input`.
         UsageError: tile and margin do not go together.
     """
     level, channels = choose_input(slide, settings, card)
-    if bounds is None:
-        sampled = card.input.normalisation.asks_slide
-        sample = sample_slide(slide, channels.indices, level.level) if sampled else []
-        bounds = settle_bounds(sample, card.input.normalisation)
     if settings.stitch == "blend" and not pick_margin(settings, card):
         raise UsageError(
             "`stitch=blend`",
