@@ -125,6 +125,10 @@ class Size:
         """The only side in px that the network takes; None if it takes several."""
         return None if self.step else self.min
 
+    def below(self, side: int, stride: int) -> int:
+        """Return the largest side in px up to ``side`` that the network takes in whole strides, or its smallest."""
+        return self.min if self.fixed else max(self.min, side // stride * stride)
+
 
 @dataclass(frozen=True)
 class Input:

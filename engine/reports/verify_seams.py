@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from cellseg_batch.engine.errors import UsageError
 from cellseg_batch.engine.geometry import Box, Lattice, Tile, source_box
 from cellseg_batch.engine.inference.backends.protocol import Backend
 from cellseg_batch.engine.inference.cpu_predictor import tile_logits
@@ -116,6 +117,13 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
     """
     slide = first_slide(find_images(path, settings.axes))
     bundle = load_model(settings.model)
+    if bundle.card.input.size.fixed:
+        raise UsageError(
+            f"verify-seams with {bundle.card.name}",
+            expected="a model that takes tiles of several sizes, so that there is an untiled result",
+            found=f"tiles of {bundle.card.input.size.fixed} px alone",
+            remedy="export the model with a dynamic height and width",
+        )
     decoder = DECODERS[bundle.card.decoder]
     model_pool = ModelPool(bundle, settings)
     paths = output_paths(slide, settings.name, None)

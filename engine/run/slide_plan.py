@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import SlideError, UsageError
-from cellseg_batch.engine.geometry import BlockGrid, Lattice, fit_lattice, fit_squares, lay_blocks
+from cellseg_batch.engine.geometry import BlockGrid, Lattice, fit_lattice, fit_squares, lay_blocks, lay_fixed
 from cellseg_batch.engine.inference.backends.protocol import Shape
 from cellseg_batch.engine.inference.background import flat_limit
 from cellseg_batch.engine.inference.decoders import DECODERS
@@ -169,11 +169,21 @@ def lay_lattice(shape: tuple[int, int], settings: Settings, card: Card, backend:
         backend: name of the backend that computes the slide; None if none is chosen yet: then that of the settings.
 
     Raises:
-        UsageError: tile and margin do not go together.
+        UsageError: tile and margin do not go together, or the model does not take such batches.
     """
+    if card.input.batch not in (None, settings.batch):
+        raise UsageError(
+            "`batch`",
+            expected=f"{card.input.batch}, the only batch that the graph of {card.name} takes",
+            found=f"{settings.batch}",
+            remedy=f"use `batch={card.input.batch}`, or export the model with a dynamic batch",
+        )
+    margin, size = pick_margin(settings, card), card.input.size
+    if size.fixed:
+        return lay_fixed(shape, size.fixed, margin)
     entry = KNOWN_BACKENDS.get(backend or settings.backend)
     lay = fit_squares if entry is not None and entry.eager else fit_lattice
-    return lay(shape, settings.tile, pick_margin(settings, card), card.total_stride)
+    return lay(shape, settings.tile, margin, card.total_stride, size.min)
 
 
 def choose_input(slide: Slide, settings: Settings, card: Card) -> tuple[LevelChoice, ChannelChoice]:
