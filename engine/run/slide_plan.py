@@ -47,6 +47,7 @@ class SlidePlan:
         flat: difference of pixel values below which a tile is background and not computed; 0 computes all.
         instances: rule by which logits become instances; None for a mask.
         objects: whether to measure the instances.
+        notes: remarks on the model for the user.
     """
 
     slide: Slide
@@ -64,6 +65,7 @@ class SlidePlan:
     flat: float = 0.0
     instances: InstanceRule | None = None
     objects: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def pixels(self) -> int:
@@ -193,7 +195,7 @@ def choose_input(slide: Slide, settings: Settings, card: Card) -> tuple[LevelCho
         SlideError: the slide has no such level or channel, or has channels that the model cannot take.
     """
     level = choose_level(slide, settings.level, settings.pixel_size, card.input.pixel_size_um)
-    channels = choose_channels(slide, settings.channel)
+    channels = choose_channels(slide, settings.channel, card.input.channels)
     if len(channels.indices) not in (1, card.input.count):
         raise SlideError(
             slide.location,
@@ -257,4 +259,5 @@ def plan_slide(slide: Slide, paths: OutputPaths, settings: Settings, card: Card,
         flat=flat,
         instances=InstanceRule(card.instances) if settings.makes_ids else None,
         objects=settings.objects,
+        notes=card.notes,
     )
