@@ -19,10 +19,13 @@ SAFETENSORS, ONNX = FORMATS = ("safetensors", "onnx")
 LAYOUTS = ("NCHW", "NHWC")
 KINDS = ("percentile", "zscore", "fixed", "linear")
 ACTIVATIONS = ("none", "sigmoid", "softmax")
-# Decoder -> meaning of the outputs that it takes, in its order.
+# Output beside those of the classes; a graph that gives each class a probability of its own has none.
+BACKGROUND = "background"
+# Decoder -> meaning of the outputs that it takes, in its order; classes takes those of the card's classes too.
 DECODER_OUTPUTS: dict[str, tuple[str, ...]] = {
     "mask": ("foreground",),
     "seeds": ("foreground", "border", "distance"),
+    "classes": (BACKGROUND,),
 }
 # Role of an input channel -> channels of the network's input that it stands for.
 _CHANNELS_OF = {"rgb": 3}
@@ -239,6 +242,19 @@ class Instances:
 
 
 @dataclass(frozen=True)
+class ClassName:
+    """A class of pixels; its number is its place in the card, counted from 1.
+
+    Attributes:
+        name: its name.
+        colour: red, green and blue, 0 to 255, for viewers.
+    """
+
+    name: str
+    colour: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
 class Card:
     """What a bundle says about its model.
 
@@ -247,7 +263,8 @@ class Card:
         input: what the network takes.
         output: what it gives.
         decoder: how logits become masks and instances, a name in `DECODER_OUTPUTS`: ``mask`` makes an object of every
-            component of the foreground, ``seeds`` tells touching objects apart by border and distance.
+            component of the foreground, ``seeds`` tells touching objects apart by border and distance, ``classes``
+            gives every pixel the number of its likeliest class.
         total_stride: px; tiles, cores and margins are multiples of it.
         exact_margin: px of context beyond which nothing changes a pixel's logits; None for a network that sees the
             whole tile, or whose reach is unknown.
@@ -257,6 +274,7 @@ class Card:
         downscale: factor -> width of objects in px of the image downscaled by it, from which on the model is shown
             that image; see `cellseg_batch.trainer.scale`. Empty: always the image as it is.
         instances: how logits become instances.
+        classes: the classes of the decoder ``classes``, without background.
         licence: licence of the weights; "" if unknown.
         citation: what to cite; "" if unknown.
         training: data, recipe.
@@ -277,6 +295,7 @@ class Card:
     architecture: dict[str, Any] = field(default_factory=dict)
     downscale: dict[str, float] = field(default_factory=dict)
     instances: Instances = field(default_factory=Instances)
+    classes: tuple[ClassName, ...] = ()
     licence: str = ""
     citation: str = ""
     training: dict[str, Any] = field(default_factory=dict)
@@ -321,9 +340,15 @@ class Card:
         _demand_one_of("decoder", self.decoder, tuple(DECODER_OUTPUTS))
         expected, found = self.decoded, self.output.channels
         # A graph may give more, in any order; a network of ours gives what its decoder takes.
-        if found != expected if self.format == SAFETENSORS else not set(expected) <= set(found):
+        if found != expected if self.format == SAFETENSORS else not set(expected) - {BACKGROUND} <= set(found):
             raise ValueError(
                 f"outputs: expected {', '.join(expected)} for the decoder {self.decoder}, found {', '.join(found)}"
+            )
+        names = [one.name for one in self.classes]
+        if bool(names) != (self.decoder == "classes") or len({BACKGROUND, *names}) <= len(names) or len(names) > 255:
+            raise ValueError(
+                "classes: the decoder classes, and no other, takes 1 to 255 names of classes without background, "
+                f"found {names} for {self.decoder}"
             )
         if self.margin < self.output.crop:
             raise ValueError(
@@ -345,7 +370,7 @@ class Card:
     @property
     def decoded(self) -> tuple[str, ...]:
         """Meaning of each output that the decoder takes, in its order."""
-        return DECODER_OUTPUTS[self.decoder]
+        return (*DECODER_OUTPUTS[self.decoder], *(one.name for one in self.classes))
 
 
 def _demand_one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
