@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from cellseg_batch.engine.errors import ModelError
 from cellseg_batch.engine.machine import is_path
-from cellseg_batch.trainer.bundle import CARD_FILE, Bundle, load_bundle
+from cellseg_batch.trainer.bundle import CARD_FILE, WEIGHTS_FILES, Bundle, load_bundle
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,7 +50,8 @@ def load_model(model: str) -> Bundle:
 def _missing(model: str, found: str) -> ModelError:
     return ModelError(
         f"`model={model}`",
-        expected=f"a shipped model ({', '.join(shipped_models())}) or a folder with card.json and weights.safetensors",
+        expected=f"a shipped model ({', '.join(shipped_models())}) or a folder with {CARD_FILE} "
+        f"and {' or '.join(WEIGHTS_FILES.values())}",
         found=found,
         remedy="check the name or the path",
     )
@@ -65,6 +66,13 @@ def build_torch_network(bundle: Bundle) -> nn.Module:
     from cellseg_batch.trainer.unet import ARCHITECTURES, load_network
 
     architecture = bundle.card.architecture
+    if bundle.graph is not None:
+        raise ModelError(
+            f"model {bundle.card.name}",
+            expected="a network of ours, whose layers torch can build",
+            found="an ONNX graph",
+            remedy="use what runs graphs: run, check-model, compile",
+        )
     try:
         return load_network(bundle)
     except (KeyError, TypeError) as error:

@@ -36,5 +36,6 @@ def export(
                     found=str(error),
                     remedy="pip install 'cellseg-batch[onnx]'",
                 ) from error
-        shape = f"(1 to 64, {model.card.channels}, {tile}, {tile})"
-        print_text(f"{out}: input {shape} float32 in [0, 1]")
+        stride = model.card.total_stride
+        side = f"{tile}" if kind == "torch" else f"any whole {stride}"
+        print_text(f"{out}: input (1 to 64, {model.card.input.count}, {side}, {side}) float32 in [0, 1]")

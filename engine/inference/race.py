@@ -1,4 +1,4 @@
-"""Race the backends: time every backend that loads here, compare it with torch fp32 on real tiles, keep the result.
+"""Race the backends: time all that load here, compare them with an fp32 reference on real tiles, keep the result.
 
 The race runs in its own process, so that its memory (torch and every network) does not stay in the run.  It must not
 know slides.
@@ -23,9 +23,16 @@ from numpy.typing import NDArray
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.geometry import fit_squares
-from cellseg_batch.engine.inference.backends.gate import TILE, Parity, limits_of, logits_of, measure_parity, real_tiles
+from cellseg_batch.engine.inference.backends.gate import (
+    Parity,
+    byte_bounds,
+    limits_of,
+    logits_of,
+    measure_parity,
+    tiles_for,
+)
 from cellseg_batch.engine.inference.backends.protocol import CONVERSION_VERSION, Backend, Shape
-from cellseg_batch.engine.inference.backends.registry import REFERENCE, candidates, make_backend, packages, why_not
+from cellseg_batch.engine.inference.backends.registry import REFERENCES, candidates, make_backend, packages, why_not
 from cellseg_batch.engine.inference.decoders import DECODERS, Decoder
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.race_result import Candidate, RaceResult, Request, may_win
@@ -34,7 +41,8 @@ from cellseg_batch.engine.machine import cores, gpus, package_version, processor
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.settings import Settings, race_device
 from cellseg_batch.engine.storage.cache import Artefacts, Key
-from cellseg_batch.trainer.bundle import Bundle, Card
+from cellseg_batch.trainer.bundle import Bundle
+from cellseg_batch.trainer.card import Card
 
 _log = logging.getLogger(__name__)
 
@@ -51,15 +59,19 @@ _HOPELESS = 3.0
 def request_of(settings: Settings, card: Card) -> Request:
     """Return the race for a run with ``settings`` and the model of ``card``; tiles are large only if a GPU may win."""
     device = race_device(settings.device)
-    fitting = candidates(settings.backend, settings.precision, device)
+    fitting = candidates(card.format, settings.backend, settings.precision, device)
     on_gpu = any(KNOWN_BACKENDS[name].on_gpu for name, _ in fitting)
-    tile = large_tile(card) if on_gpu and (device != "auto" or (gpus() and visible_gpus())) else _SMALL_TILE
+    is_large = on_gpu and (device != "auto" or (gpus() and visible_gpus()))
+    tile = large_tile(card) if is_large else _SMALL_TILE
     return Request(settings.model, settings.backend, settings.precision, tile, 1, settings.threads or cores(), device)
 
 
 def large_tile(card: Card) -> tuple[int, int]:
     """Return (height, width) in px of a large slide's tiles, with the default settings and the card's margin."""
-    return fit_squares(_LARGE_SLIDE, Settings.tile, card.margin, card.total_stride).tile
+    size = card.input.size
+    if size.fixed:
+        return size.fixed, size.fixed
+    return fit_squares(_LARGE_SLIDE, Settings.tile, card.margin, card.total_stride, size.min).tile
 
 
 def load_or_race(
@@ -94,27 +106,30 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> RaceResult:
     """Run the race in this process: build, gate and time every candidate; the candidates take turns."""
     threshold, decoder = bundle.card.threshold, DECODERS[bundle.card.decoder]
     network = decoder.network(bundle, instances=False)
-    tiles = real_tiles("gate", bundle.card.channels)
-    reference = make_backend(network, *REFERENCE, request.threads, artefacts)
+    tiles = tiles_for("gate", bundle.card)
+    name_of_reference = REFERENCES[bundle.card.format]
+    reference = make_backend(network, *name_of_reference, request.threads, artefacts)
     expected = logits_of(reference.compile((1, *tiles.shape[1:])), tiles)
-    stride = bundle.card.total_stride
-    height, width = (max(1, side // stride) * stride for side in request.tile)
-    shape = (request.batch, bundle.card.channels, height, width)
+    height, width = (bundle.card.input.size.below(side, bundle.card.total_stride) for side in request.tile)
+    shape = (request.batch, bundle.card.input.count, height, width)
     rows: dict[tuple[str, str], Candidate] = {}
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     parities: dict[tuple[str, str], Parity] = {}
-    pixels = _lay_out(shape, tiles)
+    rule, channels = bundle.card.input.normalisation, bundle.card.input.count
+    low, high = (tuple(map(float, ends)) for ends in byte_bounds(rule, channels))
+    bounds = Bounds(low, high, rule.clip)
+    pixels = _lay_out(shape, tiles, bounds)
     gpu = "cuda:0" if request.device in ("auto", "cpu") else request.device
-    for name in _candidates_to_race(request):
+    for name in _candidates_to_race(request, bundle):
         missing = why_not(*name)
         if not missing:
             try:
-                if name == REFERENCE:
+                if name == name_of_reference:
                     backend, parities[name] = reference, measure_parity(expected, expected, threshold, decoder)
                 else:
                     backend = make_backend(network, *name, request.threads, artefacts, gpu)
-                    parities[name] = worst_parity(backend, tiles, expected, threshold, decoder)
-                calls[name] = _timed_call(backend, shape, pixels)
+                    parities[name] = worst_parity(backend, tiles, expected, threshold, decoder, bounds)
+                calls[name] = _timed_call(backend, shape, pixels, bounds)
                 continue
             except Exception as error:  # this library cannot take the network; another library may
                 _log.debug("%s cannot run the model", name, exc_info=True)
@@ -163,26 +178,43 @@ def time_in_turns(calls: dict[tuple[str, str], Callable[[], object]]) -> dict[tu
 
 
 def worst_parity(
-    backend: Backend, tiles: NDArray[np.float32], expected: NDArray[np.float32], threshold: float, decoder: Decoder
+    backend: Backend,
+    tiles: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    threshold: float,
+    decoder: Decoder,
+    bounds: Bounds,
 ) -> Parity:
-    """Return the worse parity of the backend's two networks: for normalised pixels, and for bytes if it has one."""
-    models = _models(backend, (1, *tiles.shape[1:]))
+    """Return the worse parity of the backend's two networks: for normalised pixels, and for bytes if it has one.
+
+    Args:
+        backend: the backend.
+        tiles: (N, C, H, W) float32, normalised by ``bounds``.
+        expected: logits of the reference, (N, K, H, W).
+        threshold: probability above which a pixel is foreground.
+        decoder: decoder of the model.
+        bounds: bytes that are 0 and 1 in the tiles, for each channel.
+    """
+    models = _models(backend, (1, *tiles.shape[1:]), bounds)
     parities = [measure_parity(logits_of(model, tiles), expected, threshold, decoder) for model in models]
     return min(parities, key=lambda parity: (parity.within(limits_of(backend.precision)), -parity.flipped))
 
 
-def _models(backend: Backend, shape: Shape) -> Iterator[Callable[[NDArray[np.float32]], NDArray[np.float32]]]:
+def _models(
+    backend: Backend, shape: Shape, bounds: Bounds
+) -> Iterator[Callable[[NDArray[np.float32]], NDArray[np.float32]]]:
     """Yield the network for normalised pixels, and the network for bytes, adapted to take normalised pixels."""
     yield backend.compile(shape)
     if (of_bytes := backend.compile_bytes(shape)) is not None:
-        yield lambda tile: of_bytes(np.ascontiguousarray(np.moveaxis(_as_bytes(tile), 1, -1)), 0.0, 1 / 255)
+        low, scale = (np.array(numbers, np.float32) for numbers in (bounds.low, bounds.scale))
+        yield lambda tile: of_bytes(np.ascontiguousarray(np.moveaxis(_as_bytes(tile, bounds), 1, -1)), low, scale)
 
 
-def _timed_call(backend: Backend, shape: Shape, pixels: NDArray[np.uint8]) -> Callable[[], object]:
+def _timed_call(backend: Backend, shape: Shape, pixels: NDArray[np.uint8], bounds: Bounds) -> Callable[[], object]:
     """Return a call of the network on a batch of tiles that all show ``pixels`` (C, H, W), warmed up."""
     session = Session(compile_network(backend, shape, pixels.dtype))
     rows, columns = (np.tile(np.arange(side), (shape[0], 1)) for side in shape[2:])
-    session.fill(pixels, rows, columns, Bounds(0.0, 255.0))
+    session.fill(pixels, rows, columns, bounds)
     session.logits()
     repeat: Callable[[], object] | None = getattr(session.network.model, "repeat", None)
     if repeat is None:
@@ -191,18 +223,21 @@ def _timed_call(backend: Backend, shape: Shape, pixels: NDArray[np.uint8]) -> Ca
     return repeat  # a GPU's copies overlap its work in a run
 
 
-def _lay_out(shape: Shape, tiles: NDArray[np.float32]) -> NDArray[np.uint8]:
+def _lay_out(shape: Shape, tiles: NDArray[np.float32], bounds: Bounds) -> NDArray[np.uint8]:
     """Return pixels (C, H, W) for batches of ``shape``, filled with real tiles."""
     pixels = np.empty(shape[1:], np.uint8)
-    corners = [(y, x) for y in range(0, shape[2], TILE) for x in range(0, shape[3], TILE)]
+    side = tiles.shape[-1]
+    corners = [(y, x) for y in range(0, shape[2], side) for x in range(0, shape[3], side)]
     for number, (y, x) in enumerate(corners):
-        target = pixels[:, y : y + TILE, x : x + TILE]
-        target[...] = _as_bytes(tiles[number % len(tiles)])[:, : target.shape[1], : target.shape[2]]
+        target = pixels[:, y : y + side, x : x + side]
+        target[...] = _as_bytes(tiles[number % len(tiles)], bounds)[:, : target.shape[1], : target.shape[2]]
     return pixels
 
 
-def _as_bytes(tiles: NDArray[np.float32]) -> NDArray[np.uint8]:
-    return np.round(255 * tiles).astype(np.uint8)
+def _as_bytes(tiles: NDArray[np.float32], bounds: Bounds) -> NDArray[np.uint8]:
+    """The bytes that ``bounds`` make ``tiles`` (..., C, H, W) of."""
+    low, high = (np.array(ends, np.float32)[:, None, None] for ends in (bounds.low, bounds.high))
+    return np.clip(np.round(tiles * (high - low) + low), 0, 255).astype(np.uint8)
 
 
 def _race_elsewhere(request: Request, artefacts: Artefacts, folder: Path) -> None:
@@ -217,9 +252,9 @@ def _race_elsewhere(request: Request, artefacts: Artefacts, folder: Path) -> Non
         )
 
 
-def _candidates_to_race(request: Request) -> list[tuple[str, str]]:
+def _candidates_to_race(request: Request, bundle: Bundle) -> list[tuple[str, str]]:
     """Return (backend, precision) of each candidate."""
-    fitting = candidates(request.backend, request.precision, request.device)
+    fitting = candidates(bundle.card.format, request.backend, request.precision, request.device)
     return [name for name in fitting if request.complete or may_win(name[1], request.precision)]
 
 
@@ -237,7 +272,7 @@ def _key(request: Request, bundle: Bundle) -> Key:
         "processor": processor(),
         "gpus": gpus(),
         "versions": _versions(),
-        "raced": [" ".join(name) for name in _candidates_to_race(request)],
+        "raced": [" ".join(name) for name in _candidates_to_race(request, bundle)],
         **conditions,
     }
 

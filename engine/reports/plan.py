@@ -43,7 +43,7 @@ from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.engine.storage.atomic_files import BUCKET
-from cellseg_batch.trainer.bundle import Card
+from cellseg_batch.trainer.card import Card
 
 # Tiles along each side of the part that is measured.
 _TILES = 2
@@ -215,7 +215,7 @@ def _lay(image: Slide | UnreadableImage, settings: Settings, card: Card) -> _Ima
     try:
         paths = output_paths(image, settings.name, settings.output)
         # The bounds decide no figure here, and sampling them would take long for many slides.
-        plan = plan_slide(image, paths, settings, card, Bounds(0.0, 1.0))
+        plan = plan_slide(image, paths, settings, card, Bounds((0.0,), (1.0,)))
     except SlideError as error:
         return _Image(SlideEstimate(image.location, error.detail))
     return _Image(_count(plan), (plan,))
@@ -285,7 +285,7 @@ def _look(worker: Worker, image: _Image) -> _Image:
         laid = image.plans[0]
         card = model_pool.bundle.card
         with open_reader(laid.slide, settings, card) as reader:
-            plan = plan_slide(laid.slide, laid.paths, settings, card, settle_bounds(reader, card.normalisation))
+            plan = plan_slide(laid.slide, laid.paths, settings, card, settle_bounds(reader, card.input.normalisation))
             plan = compile_plan(worker, plan, settle_downscale(plan, settings, model_pool, reader), reader)
     except SlideError as error:
         return _Image(replace(image.entry, reason=error.detail))

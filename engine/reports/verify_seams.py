@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from cellseg_batch.engine.errors import UsageError
 from cellseg_batch.engine.geometry import Box, Lattice, Tile, source_box
 from cellseg_batch.engine.inference.backends.protocol import Backend
 from cellseg_batch.engine.inference.cpu_predictor import tile_logits
@@ -31,7 +32,7 @@ from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images, first_slide
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.stage_clock import StageClock
-from cellseg_batch.trainer.bundle import Card
+from cellseg_batch.trainer.card import Card
 
 _WINDOW = 2048
 
@@ -116,25 +117,33 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
     """
     slide = first_slide(find_images(path, settings.axes))
     bundle = load_model(settings.model)
+    if bundle.card.input.size.fixed:
+        raise UsageError(
+            f"verify-seams with {bundle.card.name}",
+            expected="a model that takes tiles of several sizes, so that there is an untiled result",
+            found=f"tiles of {bundle.card.input.size.fixed} px alone",
+            remedy="export the model with a dynamic height and width",
+        )
     decoder = DECODERS[bundle.card.decoder]
     model_pool = ModelPool(bundle, settings)
     paths = output_paths(slide, settings.name, None)
     with open_reader(slide, settings, bundle.card) as reader:
-        plan = plan_slide(slide, paths, settings, bundle.card, settle_bounds(reader, bundle.card.normalisation))
+        plan = plan_slide(slide, paths, settings, bundle.card, settle_bounds(reader, bundle.card.input.normalisation))
         factor = settle_downscale(plan, settings, model_pool, reader)
         backend = model_pool.downscaled(model_pool.chosen, factor)
         plan = lay_tiles(plan, settings, bundle, factor, backend.name)
         card = bundle.downscaled(factor).card
+        outputs = len(decoder.network(bundle, instances=False).outputs)
         windows = seam_windows(plan, full, most)
         tiled_logits = _LogitsOf(plan, backend, reader)
-        compared = [_compare(window, plan, card, backend, reader, tiled_logits) for window in windows]
+        compared = [_compare(window, plan, card, backend, reader, tiled_logits, outputs) for window in windows]
     masks = [[decoder.mask(logits, plan.threshold)[0] for logits in pair] for pair in compared]
     differences = (np.abs(decoder.probability(tiled) - decoder.probability(untiled)) for tiled, untiled in compared)
     return SeamReport(
         windows=len(windows),
         pixels=sum(window.area for window in windows),
         max_dp=max(float(difference.max()) for difference in differences),
-        flipped=sum(int(np.count_nonzero(tiled ^ untiled)) for tiled, untiled in masks),
+        flipped=sum(int(np.count_nonzero(tiled != untiled)) for tiled, untiled in masks),
         objects_tiled=sum(_count_objects(tiled) for tiled, _ in masks),
         objects_untiled=sum(_count_objects(untiled) for _, untiled in masks),
         backend=backend.name,
@@ -146,14 +155,22 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
 
 
 def _compare(
-    window: Box, plan: SlidePlan, card: Card, backend: Backend, reader: SlideReader, tiled_logits: _LogitsOf
+    window: Box,
+    plan: SlidePlan,
+    card: Card,
+    backend: Backend,
+    reader: SlideReader,
+    tiled_logits: _LogitsOf,
+    outputs: int,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Logits (1, K, h, w) of the outputs that a mask needs, in ``window``, tiled and untiled."""
-    shape = (1, len(DECODERS[plan.decoder].mask_outputs), *window.shape)
+    shape = (1, outputs, *window.shape)
     tiled, untiled = np.empty(shape, np.float32), np.empty(shape, np.float32)
     for tile in _tiles_over(plan.grid.lattice, window):
         tiled_logits.put(tile, window, tiled)
-    frame = _grown(window, card.exact_margin, card.total_stride)
+    # A network that sees the whole tile is shown the window with the margin that its tiles have.
+    reach = plan.grid.lattice.margin if card.exact_margin is None else card.exact_margin
+    frame = _grown(window, reach, card.total_stride)
     _LogitsOf(plan, backend, reader).put(Tile(frame, window), window, untiled)
     return tiled, untiled
 
@@ -206,5 +223,5 @@ def _around(centre: int, length: int) -> tuple[int, int]:
     return start, min(start + _WINDOW, length)
 
 
-def _count_objects(mask: NDArray[np.bool_]) -> int:
+def _count_objects(mask: NDArray[Any]) -> int:
     return int(ndimage.label(mask)[1])

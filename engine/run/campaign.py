@@ -17,10 +17,8 @@ from typing import Protocol
 from uuid import uuid4
 
 from cellseg_batch.engine.errors import CellsegError, OutputError, SlideError, brief
-from cellseg_batch.engine.geometry import fit_lattice
 from cellseg_batch.engine.inference.backends.registry import preloaded_modules
 from cellseg_batch.engine.inference.choice import Choice, choose_backend, settings_elsewhere
-from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.machine import peak_resident_bytes
 from cellseg_batch.engine.models import load_model
@@ -30,7 +28,7 @@ from cellseg_batch.engine.run.output_images import claim_outputs
 from cellseg_batch.engine.run.output_paths import refuse_output_inside
 from cellseg_batch.engine.run.prepared_slide import PreparedSlide
 from cellseg_batch.engine.run.results import RunReport, SlideReport
-from cellseg_batch.engine.run.slide_plan import SlidePlan, choose_input, pick_margin
+from cellseg_batch.engine.run.slide_plan import SlidePlan, choose_input, lay_lattice, pick_margin
 from cellseg_batch.engine.run.worker import AnyWorker, Outcome, Worker, WorkerElsewhere, run_task
 from cellseg_batch.engine.scheduling.dask_pools import open_pool, threads_per_process
 from cellseg_batch.engine.scheduling.scheduler import Pool, TaskGroup, Workflow, ask, call_alone, run_workflows
@@ -257,7 +255,7 @@ class Campaign:
 
     def _segment(self, slide: Slide, number: int) -> Workflow[SlideReport]:
         """Segment one slide, holding the lock of its output unless it was finished before."""
-        paths = claim_outputs(slide, self.settings, DECODERS[self.card.decoder])
+        paths = claim_outputs(slide, self.settings, self.card)
         request = Request(slide, paths)
         if Journal(paths.journal).is_finished and not self.settings.overwrite:
             report = yield from ask(partial(report_if_finished, self.worker), request)
@@ -376,4 +374,4 @@ def _give_up(journal: Journal, part: str, failures: dict[int, str], number: int,
 
 def _refuse_margin_off_grid(settings: Settings, bundle: Bundle) -> None:
     """Refuse a tile and margin that would fail for every slide, before any slide is opened."""
-    fit_lattice((1, 1), settings.tile, pick_margin(settings, bundle.card), bundle.card.total_stride)
+    lay_lattice((1, 1), settings, bundle.card)

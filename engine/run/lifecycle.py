@@ -20,7 +20,6 @@ from itertools import chain
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.inference.backends.protocol import Backend
-from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.inference.normalise import settle_bounds
 from cellseg_batch.engine.run.completeness import demand_complete
@@ -142,10 +141,14 @@ def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str 
         missing_pixels=figures.missing,
         skipped_tiles=figures.skipped_tiles,
         objects=figures.objects,
+        classes={
+            name: pixels / plan.pixels
+            for (_, name), pixels in zip(plan.outputs[0].meaning.names, figures.classes, strict=True)
+        },
         unreached_pixels=figures.unreached,
         downscale=plan.downscale,
         channels=slide.channel_names(plan.channels.indices),
-        notes=figures.notes,
+        notes=figures.notes + plan.notes,
     )
 
 
@@ -156,7 +159,7 @@ def _manifest_to_continue(worker: Worker, request: Request, journal: Journal) ->
         OutputError: an image without a journal has the name of an output image, or a finished slide lacks an image.
     """
     settings = worker.settings
-    outputs = output_images(request.paths, settings, DECODERS[worker.model_pool.bundle.card.decoder])
+    outputs = output_images(request.paths, settings, worker.model_pool.bundle.card)
     present = [output.folder for output in outputs if output.folder.exists()]
     if settings.overwrite or not present:
         return None
@@ -191,7 +194,7 @@ def _begin(worker: Worker, request: Request) -> PreparedSlide:
     settings, model_pool = worker.settings, worker.model_pool
     card = model_pool.bundle.card
     with _closed_on_error(open_reader(request.slide, settings, card)) as reader:
-        bounds = settle_bounds(reader, card.normalisation)
+        bounds = settle_bounds(reader, card.input.normalisation)
         plan = plan_slide(request.slide, request.paths, settings, card, bounds)
         plan = compile_plan(worker, plan, settle_downscale(plan, settings, model_pool, reader), reader)
         backend = model_pool.downscaled(model_pool.chosen, plan.downscale)
@@ -358,9 +361,9 @@ def _lacks_scratch(plan: SlidePlan, passes: tuple[Pass, ...], journal: Journal) 
 def _block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
     """Bytes of host memory that a block of a slide holds at most."""
     channels = measured_channels(plan.slide) if plan.objects else plan.channels.indices
-    return block_memory(
-        plan.slide, plan.level.level, len(channels), plan.grid, plan.needs_probability, on_gpu, plan.frame
-    )
+    read = max(channels) - min(channels) + 1
+    held = read if read == len(channels) else read + len(channels)  # others between them are read, and left out
+    return block_memory(plan.slide, plan.level.level, held, plan.grid, plan.needs_probability, on_gpu, plan.frame)
 
 
 def fit_memory(

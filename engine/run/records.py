@@ -212,6 +212,7 @@ class BlockRecord:
         skipped_tiles: number of flat tiles, which are not computed.
         infinite: number of pixels in the input that are infinite in float32.
         input_pixels: `pixels_state` of the input.
+        classes: number of pixels of each class; () for labels that are none.
     """
 
     seeds: SeedRecord | None
@@ -220,6 +221,7 @@ class BlockRecord:
     skipped_tiles: Count = 0
     infinite: Count = 0
     input_pixels: Count = 0
+    classes: tuple[Count, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,7 @@ class FinishedRecord:
         objects: number of objects; None for a mask.
         unreached: number of foreground pixels that belong to no object.
         infinite: number of pixels in the input that are infinite in float32.
+        classes: number of pixels of each class; () for labels that are none.
     """
 
     foreground: Count = 0
@@ -297,6 +300,7 @@ class FinishedRecord:
     objects: Count | None = None
     unreached: Count = 0
     infinite: Count = 0
+    classes: tuple[Count, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import SlideError, UsageError
-from cellseg_batch.engine.geometry import BlockGrid, Lattice, fit_lattice, fit_squares, lay_blocks
+from cellseg_batch.engine.geometry import BlockGrid, Lattice, fit_lattice, fit_squares, lay_blocks, lay_fixed
 from cellseg_batch.engine.inference.backends.protocol import Shape
 from cellseg_batch.engine.inference.background import flat_limit
 from cellseg_batch.engine.inference.decoders import DECODERS
@@ -24,7 +24,7 @@ from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.kernels.instances import reach
 from cellseg_batch.kernels.moments import HALO
-from cellseg_batch.trainer.bundle import Card
+from cellseg_batch.trainer.card import Card
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class SlidePlan:
         flat: difference of pixel values below which a tile is background and not computed; 0 computes all.
         instances: rule by which logits become instances; None for a mask.
         objects: whether to measure the instances.
+        notes: remarks on the model for the user.
     """
 
     slide: Slide
@@ -64,6 +65,7 @@ class SlidePlan:
     flat: float = 0.0
     instances: InstanceRule | None = None
     objects: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def pixels(self) -> int:
@@ -133,10 +135,30 @@ class SlidePlan:
 
 
 def pick_margin(settings: Settings, card: Card) -> int:
-    """The margin in px: that of the settings, where ``exact`` means the network's own reach, else the card's."""
+    """The margin in px: that of the settings, where ``exact`` means the network's own reach, else the card's.
+
+    Raises:
+        UsageError: the network has no reach of its own, or gives nothing so close to a tile's edge.
+    """
     if settings.margin is None:
         return card.margin
-    return card.exact_margin if settings.margin == "exact" else int(settings.margin)
+    if settings.margin == "exact" and card.exact_margin is None:
+        raise UsageError(
+            "`margin=exact`",
+            expected=f"a model whose pixels see a bounded part of a tile, unlike {card.name}",
+            found="no exact margin in its card",
+            cause="the network sees the whole tile, or takes tiles of a single size",
+            remedy=f"use the card's own `margin={card.margin}`, or a larger one",
+        )
+    margin = int(settings.margin if settings.margin != "exact" else card.exact_margin or 0)
+    if margin < card.output.crop:
+        raise UsageError(
+            "`margin`",
+            expected=f"at least {card.output.crop} px, which the model {card.name} gives no result for",
+            found=f"{margin}",
+            remedy=f"use `margin={card.margin}`",
+        )
+    return margin
 
 
 def lay_lattice(shape: tuple[int, int], settings: Settings, card: Card, backend: str | None = None) -> Lattice:
@@ -149,11 +171,21 @@ def lay_lattice(shape: tuple[int, int], settings: Settings, card: Card, backend:
         backend: name of the backend that computes the slide; None if none is chosen yet: then that of the settings.
 
     Raises:
-        UsageError: tile and margin do not go together.
+        UsageError: tile and margin do not go together, or the model does not take such batches.
     """
+    if card.input.batch not in (None, settings.batch):
+        raise UsageError(
+            "`batch`",
+            expected=f"{card.input.batch}, the only batch that the graph of {card.name} takes",
+            found=f"{settings.batch}",
+            remedy=f"use `batch={card.input.batch}`, or export the model with a dynamic batch",
+        )
+    margin, size = pick_margin(settings, card), card.input.size
+    if size.fixed:
+        return lay_fixed(shape, size.fixed, margin)
     entry = KNOWN_BACKENDS.get(backend or settings.backend)
     lay = fit_squares if entry is not None and entry.eager else fit_lattice
-    return lay(shape, settings.tile, pick_margin(settings, card), card.total_stride)
+    return lay(shape, settings.tile, margin, card.total_stride, size.min)
 
 
 def choose_input(slide: Slide, settings: Settings, card: Card) -> tuple[LevelChoice, ChannelChoice]:
@@ -162,12 +194,12 @@ def choose_input(slide: Slide, settings: Settings, card: Card) -> tuple[LevelCho
     Raises:
         SlideError: the slide has no such level or channel, or has channels that the model cannot take.
     """
-    level = choose_level(slide, settings.level, settings.pixel_size, card.pixel_size_um)
-    channels = choose_channels(slide, settings.channel)
-    if len(channels.indices) not in (1, card.channels):
+    level = choose_level(slide, settings.level, settings.pixel_size, card.input.pixel_size_um)
+    channels = choose_channels(slide, settings.channel, card.input.channels)
+    if len(channels.indices) not in (1, card.input.count):
         raise SlideError(
             slide.location,
-            expected=f"an image of 1 or {card.channels} channels for the model {card.name}",
+            expected=f"an image of 1 or {card.input.count} channels for the model {card.name}",
             found=f"{len(channels.indices)} ({channels.reason})",
             remedy="choose one with `channel`",
         )
@@ -207,11 +239,18 @@ def plan_slide(slide: Slide, paths: OutputPaths, settings: Settings, card: Card,
             found="a margin of 0 px",
             remedy=f"use `margin={card.total_stride}` or more, or `stitch=crop`",
         )
+    if settings.stitch == "blend" and card.decoder == "classes":
+        raise UsageError(
+            "`stitch=blend`",
+            expected="a model of one foreground",
+            found=f"the classes of {card.name}",
+            remedy="use `stitch=crop`",
+        )
     lattice = lay_lattice(slide.plane_shape(level.level), settings, card)
     planes = slide.planes(level.level)
     # Blending a tile takes the logits of its neighbours, flat ones too.
     skips = settings.skip_background == "auto" and settings.stitch == "crop"
-    flat = flat_limit(bounds, card.normalisation) if skips else 0.0
+    flat = flat_limit(bounds, card.input.normalisation) if skips else 0.0
     return SlidePlan(
         slide=slide,
         paths=paths,
@@ -220,11 +259,12 @@ def plan_slide(slide: Slide, paths: OutputPaths, settings: Settings, card: Card,
         grid=lay_blocks(lattice, settings.block_side(), planes, ring=settings.stitch == "blend"),
         bounds=bounds,
         threshold=settings.threshold if settings.threshold is not None else card.threshold,
-        shape=(settings.batch, card.channels, *lattice.tile),
+        shape=(settings.batch, card.input.count, *lattice.tile),
         decoder=card.decoder,
-        outputs=output_images(paths, settings, DECODERS[card.decoder]),
+        outputs=output_images(paths, settings, card),
         stitch=settings.stitch,
         flat=flat,
         instances=InstanceRule(card.instances) if settings.makes_ids else None,
         objects=settings.objects,
+        notes=card.notes,
     )

@@ -16,7 +16,7 @@ from cellseg_batch.kernels import gather_reference, instances_reference, stitch,
 from cellseg_batch.kernels._fastest import fastest
 from cellseg_batch.kernels.gather import cut, gather
 from cellseg_batch.kernels.instances import seed_rule
-from cellseg_batch.kernels.stitch import logit_threshold, stitch_mask, stitch_probability
+from cellseg_batch.kernels.stitch import logit_threshold, stitch_classes, stitch_mask, stitch_probability
 from cellseg_batch.kernels.tiling import TileGrid, check_places
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -61,6 +61,11 @@ def test_gather_equals_its_reference(dtype, channels, interleaved, tiles, seed):
     np.testing.assert_array_equal(out, expected)
     assert out.min() >= 0
     assert out.max() <= 1
+    lows, scales = rng.normal(10, 10, 3), rng.choice([0.0, 0.013], 3)
+    for clip in (True, False):
+        gather(pixels, rows, columns, lows, scales, out, clip)
+        gather_reference.gather(pixels, rows, columns, lows, scales, expected, clip)
+        np.testing.assert_array_equal(out, expected)
 
 
 def test_gather_cuts_the_pixels_that_it_is_told_to():
@@ -102,6 +107,25 @@ def stitches(draw):
     logits[rng.random(logits.shape) < 0.01] = np.nan
     places = np.array([[margin, margin, y * core, x * core, core, core] for y in range(cores) for x in range(cores)])
     return logits, places, cores * core
+
+
+@given(stitches(), st.sampled_from([0.5, 0.03, 0.9]), st.integers(1, 4), st.booleans())
+def test_classes_equal_their_reference(case, probability, classes, on_device):
+    logits, places, side = case
+    rng = np.random.default_rng(side)
+    more = np.round(rng.normal(0, 2, (len(logits), classes, *logits.shape[2:]))).astype(np.float32)  # many are equal
+    more[rng.random(more.shape) < 0.01] = rng.choice([np.nan, np.inf, -np.inf])
+    logits = np.concatenate([np.round(logits[:, :1]), more], axis=1)
+    labels, expected = np.full((2, side, side), 77, np.uint8)
+    threshold = logit_threshold(probability)
+    counts = stitch_reference.stitch_classes(logits, places, threshold, expected)
+    if on_device and HAS_TRITON:
+        found = stitch_triton.stitch_classes(torch.from_numpy(logits), places, threshold, torch.from_numpy(labels))
+        assert tuple(found.tolist()) == counts
+    else:
+        assert stitch_classes(logits, places, threshold, labels) == counts
+    np.testing.assert_array_equal(labels, expected)
+    assert counts[0] == np.count_nonzero(labels)
 
 
 @given(stitches(), st.sampled_from([0.5, 0.03, 0.9]))
@@ -303,10 +327,10 @@ def test_gather_in_triton_equals_its_reference(dtype, precision, channels, inter
     rows, columns = rng.integers(0, 23, (2, 9)), rng.integers(0, 31, (2, int(rng.integers(1, 200))))
     expected = np.full((2, 3, 9, columns.shape[1]), -1, np.float32)
     out = torch.from_numpy(expected).to(precision)
-    low, scale = float(rng.normal(10, 10)), float(rng.choice([0.0, 0.013]))
+    low, scale, clip = rng.normal(10, 10, 3), rng.choice([0.0, 0.013], 3), bool(rng.integers(2))
     with np.errstate(all="ignore"):
-        gather_triton.gather(torch.from_numpy(pixels), rows, columns, low, scale, out)
-    gather_reference.gather(pixels, rows, columns, low, scale, expected)
+        gather_triton.gather(torch.from_numpy(pixels), rows, columns, low, scale, out, clip)
+    gather_reference.gather(pixels, rows, columns, low, scale, expected, clip)
     assert torch.equal(out, torch.from_numpy(expected).to(precision))
 
 

@@ -10,7 +10,7 @@ import pytest
 import tifffile
 from skimage.io import imsave
 
-from cellseg_batch.trainer.bundle import Normalisation
+from cellseg_batch.trainer.card import Normalisation
 from cellseg_batch.trainer.data.dataset import load_dataset
 from cellseg_batch.trainer.data.dsb2018 import decode_runs, merge_masks
 

@@ -1,8 +1,9 @@
 """Run networks in OpenVINO on the CPU, where it is the fastest: fp32, int8, and bf16 if the processor has it.
 
-The network goes from ``torch.export`` straight into OpenVINO with dynamic batch and size, and is cached on disk, so
-that only the first run needs torch.  Each batch shape is then compiled separately, which takes a fraction of a second.
-int8 is post-training quantisation by NNCF (explicit fake-quantise nodes, calibrated on real tiles).
+A network of ours goes from ``torch.export`` straight into OpenVINO with dynamic batch and size, and is cached on disk,
+so that only the first run needs torch; a graph is read as it is.  Each batch shape is then compiled separately, which
+takes a fraction of a second.  int8 is post-training quantisation by NNCF (explicit fake-quantise nodes, calibrated on
+real tiles).
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.inference.backends.gate import real_tiles
+from cellseg_batch.engine.inference.backends.gate import tiles_for
 from cellseg_batch.engine.inference.backends.protocol import (
     CONVERSION_VERSION,
     BackendRequest,
     ByteModel,
     CompiledModel,
     Logits,
+    Numbers,
     Shape,
 )
 from cellseg_batch.engine.inference.backends.torch_turn import TORCH_TURN
@@ -71,6 +73,7 @@ class OpenVinoBackend:
 
     def __init__(self, bundle: Bundle, precision: str, threads: int, artefacts: Artefacts) -> None:
         self.precision = precision
+        self._clip = bundle.card.input.normalisation.clip
         self._core = openvino.Core()
         self._options = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision] if _HINTS[precision] in _native() else "f32",
@@ -87,7 +90,7 @@ class OpenVinoBackend:
 
     def compile_bytes(self, shape: Shape) -> ByteModel:
         """Compile for one batch shape; the logits are the same bit for bit as `compile`'s (`test_session.py`)."""
-        return self._ready(_normalising(self._reshaped(shape)))
+        return self._ready(_normalising(self._reshaped(shape), self._clip))
 
     def _reshaped(self, shape: Shape) -> Any:
         model = self._model.clone()
@@ -105,27 +108,26 @@ class _Compiled:
         self._request = network.create_infer_request()
         self._logits_shape = tuple(network.output(0).shape)
 
-    def __call__(
-        self, batch: NDArray[Any], low: float = 0.0, scale: float | None = None, *, out: Logits | None = None
-    ) -> Logits:
+    def __call__(self, batch: NDArray[Any], *constants: Numbers, out: Logits | None = None) -> Logits:
         logits = np.empty(self._logits_shape, np.float32) if out is None else out
         self._request.set_input_tensor(0, openvino.Tensor(batch, shared_memory=True))
-        for number, value in enumerate(() if scale is None else (low, scale), start=1):
-            self._request.set_input_tensor(number, openvino.Tensor(np.array([value], np.float32)))
+        for number, values in enumerate(constants, start=1):
+            self._request.set_input_tensor(number, openvino.Tensor(values))
         self._request.set_output_tensor(0, openvino.Tensor(logits, shared_memory=True))
         self._request.infer()
         return logits
 
 
-def _normalising(model: Any) -> Any:
+def _normalising(model: Any, clip: bool) -> Any:
     """Replace the input of normalised pixels (N, C, H, W) by three inputs: bytes (N, H, W, C), low and scale."""
     (pixels,) = model.get_parameters()
     count, channels, height, width = pixels.get_output_partial_shape(0)
     # Channels last is the convolutions' own layout; for any other, the plugin would keep a second copy of the batch.
     raw = op.parameter(openvino.PartialShape([count, height, width, channels]), np.uint8, name="raw")
     # Bounds are inputs instead of constants, so that slides of one shape share one compiled network.
-    low, scale = op.parameter([1], np.float32, name="low"), op.parameter([1], np.float32, name="scale")
-    normalised = op.clamp(op.multiply(op.subtract(op.convert(raw, "f32"), low), scale), 0.0, 1.0)
+    low, scale = (op.parameter(openvino.PartialShape([channels]), np.float32, name=name) for name in ("low", "scale"))
+    normalised = op.multiply(op.subtract(op.convert(raw, "f32"), low), scale)
+    normalised = op.clamp(normalised, 0.0, 1.0) if clip else normalised
     for target in pixels.output(0).get_target_inputs():
         target.replace_source_output(op.transpose(normalised, [0, 3, 1, 2]).output(0))
     model.remove_parameter(pixels)
@@ -136,7 +138,7 @@ def _normalising(model: Any) -> Any:
 
 def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
     """Return the folder of the converted network, which serves every processor, shape and number of threads."""
-    packages = ("torch", "openvino", "nncf") if quantised else ("torch", "openvino")
+    packages = ["onnx" if bundle.graph is not None else "torch", "openvino", *(["nncf"] if quantised else [])]
     key = {
         "what": "openvino network",
         "model": bundle.card.name,
@@ -148,9 +150,7 @@ def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
 
     def make(folder: Path) -> None:
         if quantised:
-            # Enlarge the tiles for a network that downscales its input, so that it sees what the other networks see.
-            factor = int(bundle.card.architecture.get("factor", 1))
-            tiles = real_tiles("calibration", bundle.card.channels).repeat(factor, 2).repeat(factor, 3)
+            tiles = tiles_for("calibration", bundle.card)
             model = _quantise(_convert(bundle, tiles), tiles)
         else:
             model = _convert(bundle)
@@ -161,7 +161,15 @@ def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
 
 
 def _convert(bundle: Bundle, tiles: NDArray[np.float32] | None = None) -> Any:
-    """Convert the network to OpenVINO; with ``tiles`` (N, C, H, W), prepare its weights for int8 on these tiles."""
+    """Convert the network to OpenVINO.
+
+    With ``tiles`` (N, C, H, W), the weights of a network of ours are prepared for int8 on these tiles; a graph is read
+    as it is.
+    """
+    if bundle.graph is not None:
+        from cellseg_batch.engine.inference.backends.onnx_graph import plain_graph
+
+        return openvino.Core().read_model(plain_graph(bundle))
     import torch
     from torch.export import Dim
 
@@ -174,7 +182,7 @@ def _convert(bundle: Bundle, tiles: NDArray[np.float32] | None = None) -> Any:
     height = stride * Dim("height", min=1, max=_LARGEST_SIDE // stride)
     width = stride * Dim("width", min=1, max=_LARGEST_SIDE // stride)
     # torch.export would take a batch of 1 for a constant.
-    example = torch.zeros(2, bundle.card.channels, 8 * stride, 8 * stride)
+    example = torch.zeros(2, bundle.card.input.count, 8 * stride, 8 * stride)
     with TORCH_TURN, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         network = fold_upsampling(fold_batch_norm(build_torch_network(bundle)))
@@ -191,7 +199,9 @@ def _edge_filters(model: Any) -> list[str]:
     MobileNets and EfficientNets begin with filters of edges: large weights of both signs, which almost cancel.
     Rounding these or what they read to bfloat16 changes the logits more than rounding all other layers does.
     """
-    first, second = _convolutions(model)[:2]
+    first, second, *_ = (*_convolutions(model), None, None)
+    if first is None or second is None:
+        return []
     return [node.get_friendly_name() for node in (first, second)] if second.get_type_name() == _DEPTHWISE else []
 
 
@@ -233,7 +243,7 @@ def _quantise(model: Any, tiles: NDArray[np.float32]) -> Any:
     )
 
     convolutions = [node.get_friendly_name() for node in _convolutions(model)]
-    in_floats = {convolutions[0], convolutions[-1], *_edge_filters(model)}
+    in_floats = {*convolutions[:1], *convolutions[-1:], *_edge_filters(model)}
     outliers = StatisticsCollectorParameters(
         statistics_type=StatisticsType.QUANTILE, aggregator_type=AggregatorType.MEAN, quantile_outlier_prob=1e-6
     )

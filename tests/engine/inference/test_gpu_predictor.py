@@ -23,7 +23,7 @@ from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.objects.seeds import InstanceRule
 from cellseg_batch.engine.stage_clock import StageClock
-from cellseg_batch.trainer.bundle import Instances
+from cellseg_batch.trainer.card import Instances
 from tests.support.images import blobs, labels_of, write_ome_zarr
 from tests.support.networks import predictor_of
 
@@ -36,7 +36,7 @@ with pytest.MonkeyPatch.context() as environment:
     from cellseg_batch.engine.inference.gpu_predictor import GpuPredictor
 
 LATTICE = fit_lattice((100, 120), 56, 8, 8)
-BOUNDS = Bounds(10.0, 240.0)
+BOUNDS = Bounds((10.0,), (240.0,))
 
 
 @pytest.fixture(autouse=True)

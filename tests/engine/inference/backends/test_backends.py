@@ -16,15 +16,17 @@ from cellseg_batch.engine.inference.backends import openvino_cpu, registry
 from cellseg_batch.engine.inference.backends.gate import count_matches, limits_of, logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.inference.backends.registry import candidates, make_backend, why_not
 from cellseg_batch.engine.inference.decoders import DECODERS
+from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.race import worst_parity
 from cellseg_batch.engine.inference.race_result import Candidate, RaceResult, Request
 from cellseg_batch.engine.models import build_torch_network, load_model, shipped_models
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import Bundle, save_bundle
+from cellseg_batch.trainer.card import plain_output
 from cellseg_batch.trainer.unet import build_network
 from tests.support.networks import trained
 
-EVERY = [name for name in candidates("auto", "auto") if not why_not(*name)]
+EVERY = [name for name in candidates("safetensors", "auto", "auto") if not why_not(*name)]
 STRICT = limits_of("fp32")
 MODEL = DECODERS["seeds"]
 FLOATS = [name for name in EVERY if name[1] in ("fp32", "bf16")]
@@ -93,11 +95,15 @@ def test_a_tiles_result_does_not_depend_on_its_batch(tiny_bundle, name, precisio
         np.testing.assert_allclose(single(tile[None])[0], expected, atol=1e-5)
 
 
+# Bytes that are 0 and 1 in the gate tiles.
+BYTES = Bounds((0.0,) * 3, (255.0,) * 3)
+
+
 @pytest.fixture(scope="module")
 def shipped():
     """The shipped model, its gate tiles and their logits in torch fp32."""
     bundle = load_model("nuclei")
-    tiles = real_tiles("gate", bundle.card.channels)
+    tiles = real_tiles("gate", bundle.card.input.count)
     return bundle, tiles, gate_logits(make(bundle, "torch", "fp32"), tiles)
 
 
@@ -163,10 +169,10 @@ def test_a_single_nan_is_refused_and_named():
 def test_the_gate_looks_at_both_ways_into_a_network(shipped):
     bundle, tiles, expected = shipped
     backend = make(bundle, "openvino", "fp32")
-    assert worst_parity(backend, tiles[:2], expected[:2], 0.5, MODEL).within(STRICT)
+    assert worst_parity(backend, tiles[:2], expected[:2], 0.5, MODEL, BYTES).within(STRICT)
     right = backend.compile_bytes((1, *tiles.shape[1:]))
     backend.compile_bytes = lambda shape: lambda batch, low, scale: right(255 - batch, low, scale)
-    assert not worst_parity(backend, tiles[:2], expected[:2], 0.5, MODEL).within(STRICT)
+    assert not worst_parity(backend, tiles[:2], expected[:2], 0.5, MODEL, BYTES).within(STRICT)
 
 
 def test_the_gate_notices_lost_objects_that_hardly_cost_a_pixel():
@@ -225,7 +231,8 @@ def test_unknown_models_and_wrong_weights_are_refused(tiny_bundle, tmp_path):
     for changes, words in (
         ({"decoder": "hover"}, "one of mask, seeds, found 'hover'"),
         ({"decoder": "mask"}, "foreground for the decoder mask, found foreground, border, distance"),
-        ({"outputs": ("background", "tumour", "stroma")}, "found background, tumour, stroma"),
+        ({"output": plain_output("background", "tumour", "stroma")}, "found background, tumour, stroma"),
+        ({"version": 1}, "a card of version 1 where this version reads 2"),
     ):
         save_bundle(replace(tiny_bundle, card=replace(tiny_bundle.card, **changes)), tmp_path)
         with pytest.raises(ModelError, match=words):
@@ -234,8 +241,17 @@ def test_unknown_models_and_wrong_weights_are_refused(tiny_bundle, tmp_path):
     (tmp_path / "weights.safetensors").write_bytes(b"\x10")
     with pytest.raises(ModelError, match="damaged"):
         load_model(str(tmp_path))
-    (tmp_path / "card.json").write_text('{"name": "x"}')
-    with pytest.raises(ModelError, match="card"):
+    for text, words in (
+        ('{"name": "x"}', "a card of version 1"),
+        ('{"version": 2}', "not a model card"),
+        ("[]", "card"),
+    ):
+        (tmp_path / "card.json").write_text(text)
+        with pytest.raises(ModelError, match=words):
+            load_model(str(tmp_path))
+    card = tiny_bundle.card.to_json()
+    (tmp_path / "card.json").write_text(card.replace('"crop": 0', '"crop": 0, "colour": 1'))
+    with pytest.raises(ModelError, match="unknown field colour of output"):
         load_model(str(tmp_path))
 
 
