@@ -7,8 +7,8 @@ both maps *rise*; where two nuclei touch, one of them falls steeply.
 The *rise* of a pixel is the lower one of two Sobel gradients, of the horizontal map along x and of the vertical map
 along y.  The Sobel kernel is scaled by the maps' range: a rise lies between -1, a step from 1 to -1, and 1, a step from
 -1 to 1.  The published method stretches the gradients of each image to their extremes instead, which makes a nucleus
-depend on all others in its tile; with fixed bounds a pixel code depends on the logits at most `reach` px away.  A pixel
-code is a seed where a nucleus rises, border where it falls, and inner between.
+depend on all others in its tile; with fixed bounds a pixel code depends on outputs at most `HoverRule.reach` px away.
+A pixel code is a seed where a nucleus rises, border where it falls, and inner between.
 
 All arithmetic is in integers, so the fast form gives the same bits as the reference, which defines the meaning.
 """
@@ -48,6 +48,11 @@ class HoverRule(NamedTuple):
     border_level: int
     """Rise at or below which a foreground pixel is border, in units of 2 ** -14."""
 
+    @property
+    def reach(self) -> int:
+        """How many px around a pixel decide its code."""
+        return (max(len(self.smooth), len(self.slope)) - 1) * self.spacing
+
 
 def hover_rule(foreground: float, spacing: int, seed_level: float, border_level: float) -> HoverRule:
     """Return the rule in fixed point.
@@ -74,11 +79,6 @@ def hover_rule(foreground: float, spacing: int, seed_level: float, border_level:
         round(unit * seed_level),
         round(unit * border_level),
     )
-
-
-def reach(spacing: int) -> int:
-    """Return how many px around a pixel decide its code; see `HoverRule.spacing`."""
-    return SOBEL // 2 * spacing
 
 
 def classify_maps(

@@ -32,7 +32,7 @@ def classify_maps(logits: torch.Tensor, places: NDArray[np.int64], rule: HoverRu
     check_maps(tuple(logits.shape))
     check_places(places, tuple(logits.shape), tuple(out.shape))
     counts = torch.zeros(2, dtype=torch.int64, device=out.device)
-    radius = (max(len(rule.smooth), len(rule.slope)) - 1) * rule.spacing
+    radius = rule.reach
     for tile, (from_y, from_x, to_y, to_x, height, width) in zip(logits, places.tolist(), strict=False):
         core = tile[:3, from_y : from_y + height, from_x : from_x + width]
         around = torch.arange(max(height, width) + 2 * radius, device=out.device) - radius
@@ -64,4 +64,5 @@ def _convolve(values: torch.Tensor, half: NDArray[np.int32], sign: int, spacing:
     for tap, weight in enumerate(weights, 1):
         before, after = (values[:, radius + step :][:, :length] for step in (-tap * spacing, tap * spacing))
         total += weight * after.add(before, alpha=sign)
-    return total.bitwise_right_shift(ONE_BITS)
+    rounded: torch.Tensor = total >> ONE_BITS
+    return rounded

@@ -22,7 +22,11 @@ WEIGHTS_FILE = "weights.safetensors"
 # The architecture of a bundle that works on downscaled images, which only `Bundle.downscaled` makes.
 DOWNSCALED = "downscaled"
 # Decoder -> meaning of the outputs that it takes, in the network's order.
-DECODER_OUTPUTS = {"mask": ("foreground",), "seeds": ("foreground", "border", "distance")}
+DECODER_OUTPUTS = {
+    "mask": ("foreground",),
+    "seeds": ("foreground", "border", "distance"),
+    "hover": ("foreground", "horizontal", "vertical"),
+}
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,26 @@ class Instances:
 
 
 @dataclass(frozen=True)
+class Hover:
+    """How the maps of HoVer-Net become instances; in px of the image that the model is shown.
+
+    The *rise* of a pixel is the lower gradient of the horizontal map along x and the vertical map along y, from -1
+    where one falls from 1 to -1 to 1 where both do the opposite.  Its high parts are the seeds.
+
+    Attributes:
+        seed_level: rise above which a foreground pixel is a seed.
+        border_level: rise at or below which seeds grow into a pixel last.
+        smallest_seed: px; smaller seeds are no objects.
+        growth: px by which seeds grow into the other foreground, and again into the border.
+    """
+
+    seed_level: float = 0.05
+    border_level: float = -0.3
+    smallest_seed: int = 10
+    growth: int = 8
+
+
+@dataclass(frozen=True)
 class Card:
     """What a bundle says about its model.
 
@@ -100,7 +124,8 @@ class Card:
         channels: input channels.
         outputs: meaning of each logit, in the network's order.
         decoder: how logits become masks and instances, a name in `DECODER_OUTPUTS`: ``mask`` makes an object of every
-            component of the foreground, ``seeds`` tells touching objects apart by border and distance.
+            component of the foreground, ``seeds`` tells touching objects apart by border and distance, ``hover`` by
+            how far each pixel lies from the centre of its nucleus.
         total_stride: px; tiles, cores and margins are multiples of it.
         exact_margin: px of context beyond which nothing changes a pixel's logits.
         margin: px of context cut from each side of a tile by default.
@@ -109,7 +134,8 @@ class Card:
         normalisation: how a slide's pixels become the input.
         downscale: factor -> width of objects in px of the image downscaled by it, from which on the model is shown
             that image; see `cellseg_batch.trainer.scale`. Empty: always the image as it is.
-        instances: how logits become instances.
+        instances: how the decoders ``mask`` and ``seeds`` make instances.
+        hover: how the decoder ``hover`` does.
         training: data, licence, recipe.
         metrics: what it reached, on which data.
     """
@@ -127,8 +153,14 @@ class Card:
     normalisation: Normalisation
     downscale: dict[str, float] = field(default_factory=dict)
     instances: Instances = field(default_factory=Instances)
+    hover: Hover = field(default_factory=Hover)
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rule(self) -> Instances | Hover:
+        """How the card's decoder makes instances."""
+        return self.hover if self.decoder == "hover" else self.instances
 
     @classmethod
     def from_json(cls, text: str) -> Card:
@@ -142,6 +174,7 @@ class Card:
             fields["outputs"] = tuple(fields["outputs"])
             fields["normalisation"] = Normalisation(**fields["normalisation"])
             fields["instances"] = Instances(**fields.get("instances", {}))
+            fields["hover"] = Hover(**fields.get("hover", {}))
             card = cls(**fields)
             _check_decoder(card)
         except (TypeError, KeyError, AttributeError) as error:

@@ -24,7 +24,7 @@ from cellseg_batch.engine.inference.prediction import (
 from cellseg_batch.engine.inference.session import Session
 from cellseg_batch.engine.inference.stitching import make_stitch
 from cellseg_batch.engine.stage_clock import StageClock
-from cellseg_batch.kernels import instances, stitch
+from cellseg_batch.kernels import pixel_codes, stitch
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class CpuPredictor:
             mask,
             probability,
             kernels=stitch,
-            codes=instances,
+            codes=pixel_codes,
             empty=partial(np.empty, dtype=np.float32),
         )
         count = rule.shape[0]

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.objects.seeds import InstanceRule
 from cellseg_batch.engine.slides.pixel_meaning import MASK, PixelMeaning
-from cellseg_batch.kernels.instances import seed_rule
+from cellseg_batch.kernels.hover import HoverRule, hover_rule
+from cellseg_batch.kernels.instances import SeedRule, seed_rule
 from cellseg_batch.kernels.stitch import logit_threshold, sigmoid
-from cellseg_batch.trainer.bundle import Bundle
+from cellseg_batch.trainer.bundle import Bundle, Card
 
 PixelWriter = Callable[[Any, Any, Any], Any]
 """Function that writes pixels: (logits, places or grid, out) -> (foreground pixels, NaN logits).
@@ -45,6 +46,14 @@ class Decoder(ABC):
     def network(self, bundle: Bundle, *, instances: bool) -> Bundle:
         """Return the model with the outputs that instances need, which are all, or with those that a mask needs."""
         return bundle if instances else bundle.with_outputs(self.mask_outputs)
+
+    def instance_rule(self, card: Card, downscale: int = 1) -> InstanceRule:
+        """Return the rule for the instances of a slide that is downscaled by this factor for the model."""
+        return InstanceRule(card.instances, downscale)
+
+    def reach(self, rule: InstanceRule) -> int:
+        """Return how many px around a pixel decide its code, beside those that decide its logits."""
+        return 0
 
     def probability(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return the probability (N, H, W) of logits (N, K, H, W), to compare results."""
@@ -82,7 +91,7 @@ class Decoder(ABC):
         Args:
             rule: rule for the instances of the slide.
             threshold: probability above which a pixel is foreground.
-            kernels: module with the functions of `cellseg_batch.kernels.instances` for the arrays at hand.
+            kernels: module with the functions of `cellseg_batch.kernels.pixel_codes` for the arrays at hand.
         """
 
 
@@ -102,10 +111,19 @@ class Seeds(Decoder):
 
     name: ClassVar[str] = "seeds"
 
+    def reach(self, rule: InstanceRule) -> int:
+        """See `Decoder.reach`."""
+        return self._seed_rule(rule, 0.5).reach
+
     def code_writer(self, rule: InstanceRule, threshold: float, kernels: Any) -> PixelWriter:
         """See `Decoder.code_writer`."""
+        seeds = self._seed_rule(rule, threshold)
+        return lambda logits, places, out: kernels.classify_pixels(logits, places, seeds, out)
+
+    def _seed_rule(self, rule: InstanceRule, threshold: float) -> SeedRule:
         card = rule.card
-        seeds = seed_rule(
+        assert card is not None
+        return seed_rule(
             logit_threshold(threshold),
             card.border_weight,
             card.smoothing,
@@ -113,8 +131,31 @@ class Seeds(Decoder):
             card.seed_level,
             card.border_level,
         )
-        return lambda logits, places, out: kernels.classify_pixels(logits, places, seeds, out)
 
 
-DECODERS: dict[str, Decoder] = {decoder.name: decoder for decoder in (Mask(), Seeds())}
+class Hover(Decoder):
+    """Takes foreground, horizontal and vertical map of HoVer-Net; seeds lie where both maps rise."""
+
+    name: ClassVar[str] = "hover"
+
+    def instance_rule(self, card: Card, downscale: int = 1) -> InstanceRule:
+        """See `Decoder.instance_rule`."""
+        return InstanceRule(None, downscale, card.hover)
+
+    def reach(self, rule: InstanceRule) -> int:
+        """See `Decoder.reach`."""
+        return self._hover_rule(rule, 0.5).reach
+
+    def code_writer(self, rule: InstanceRule, threshold: float, kernels: Any) -> PixelWriter:
+        """See `Decoder.code_writer`."""
+        maps = self._hover_rule(rule, threshold)
+        return lambda logits, places, out: kernels.classify_maps(logits, places, maps, out)
+
+    def _hover_rule(self, rule: InstanceRule, threshold: float) -> HoverRule:
+        hover = rule.hover
+        assert hover is not None
+        return hover_rule(logit_threshold(threshold), rule.downscale, hover.seed_level, hover.border_level)
+
+
+DECODERS: dict[str, Decoder] = {decoder.name: decoder for decoder in (Mask(), Seeds(), Hover())}
 """Name in a card -> decoder."""

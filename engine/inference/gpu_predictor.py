@@ -38,7 +38,7 @@ from cellseg_batch.engine.inference.prediction import (
 )
 from cellseg_batch.engine.inference.stitching import make_stitch
 from cellseg_batch.engine.stage_clock import StageClock
-from cellseg_batch.kernels import blend_triton, gather_triton, instances_triton, stitch_triton
+from cellseg_batch.kernels import blend_triton, gather_triton, pixel_codes_triton, stitch_triton
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class _BlockOnDevice:
                 self._mask,
                 self._probability,
                 kernels=stitch_triton if rule.stitch == "crop" else blend_triton,
-                codes=instances_triton,
+                codes=pixel_codes_triton,
                 empty=partial(self._device.empty, dtype=torch.half),
             )
         self._counts: Tensor | None = None

@@ -48,7 +48,7 @@ def make_stitch(
         mask: (h, w) uint8 of the block, overwritten with its mask or pixel codes.
         probability: (h, w) uint8 of the block, overwritten; None if it is not wanted.
         kernels: module with the functions of `cellseg_batch.kernels.stitch` for these arrays.
-        codes: module with the functions of `cellseg_batch.kernels.instances` that read logits, for these arrays.
+        codes: module with the functions of `cellseg_batch.kernels.pixel_codes` for these arrays.
         empty: makes an array for logits from its shape.
     """
     decoder, stitch = rule.decoder, rule.stitch

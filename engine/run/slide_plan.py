@@ -131,28 +131,43 @@ class SlidePlan:
         )
 
 
-def pick_margin(settings: Settings, card: Card) -> int:
-    """The margin in px: that of the settings, where ``exact`` means the network's own reach, else the card's."""
+def pick_margin(settings: Settings, card: Card, downscale: int = 1) -> int:
+    """The margin in px: that of the settings, else the card's.
+
+    ``exact`` means the network's own reach, and that of the decoder if instances are made, in whole strides.
+
+    Args:
+        settings: settings of the run.
+        card: card of the model, for images that are downscaled by ``downscale``.
+        downscale: factor by which the image is downscaled for the model.
+    """
     if settings.margin is None:
         return card.margin
-    return card.exact_margin if settings.margin == "exact" else int(settings.margin)
+    if settings.margin != "exact":
+        return int(settings.margin)
+    decoder = DECODERS[card.decoder]
+    reach = decoder.reach(decoder.instance_rule(card, downscale)) if settings.makes_ids else 0
+    return card.exact_margin + -(-reach // card.total_stride) * card.total_stride
 
 
-def lay_lattice(shape: tuple[int, int], settings: Settings, card: Card, backend: str | None = None) -> Lattice:
+def lay_lattice(
+    shape: tuple[int, int], settings: Settings, card: Card, backend: str | None = None, downscale: int = 1
+) -> Lattice:
     """The lattice of tiles over a plane: of few shapes for a backend whose compiling takes long, else fitted.
 
     Args:
         shape: (height, width) of the plane in px.
         settings: settings of the run.
-        card: card of the model.
+        card: card of the model, for images that are downscaled by ``downscale``.
         backend: name of the backend that computes the slide; None if none is chosen yet: then that of the settings.
+        downscale: factor by which the image is downscaled for the model.
 
     Raises:
         UsageError: tile and margin do not go together.
     """
     entry = KNOWN_BACKENDS.get(backend or settings.backend)
     lay = fit_squares if entry is not None and entry.eager else fit_lattice
-    return lay(shape, settings.tile, pick_margin(settings, card), card.total_stride)
+    return lay(shape, settings.tile, pick_margin(settings, card, downscale), card.total_stride)
 
 
 def choose_input(slide: Slide, settings: Settings, card: Card) -> tuple[LevelChoice, ChannelChoice]:
@@ -219,6 +234,6 @@ def plan_slide(
         outputs=output_images(paths, settings, DECODERS[card.decoder]),
         stitch=settings.stitch,
         flat=flat,
-        instances=InstanceRule(card.instances) if settings.makes_ids else None,
+        instances=DECODERS[card.decoder].instance_rule(card) if settings.makes_ids else None,
         objects=settings.objects,
     )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from cellseg_batch.kernels import hover_reference, hover_torch
-from cellseg_batch.kernels.hover import classify_maps, hover_rule, reach
+from cellseg_batch.kernels.hover import classify_maps, hover_rule
 from tests.support.hover_maps import crowded_nuclei, draw_maps
 
 
@@ -68,8 +68,8 @@ def test_a_seed_is_where_both_maps_rise_by_a_sobel_kernel_of_21_px():
 
 @pytest.mark.parametrize("spacing", [1, 2])
 def test_pixel_codes_do_not_depend_on_how_a_margin_is_cut(spacing):
-    maps, margin = smooth_maps(np.random.default_rng(1), (1, 3, 90, 100))[0], reach(spacing)
-    rule = hover_rule(0.0, spacing, 0.05, -0.05)
+    maps, rule = smooth_maps(np.random.default_rng(1), (1, 3, 90, 100))[0], hover_rule(0.0, spacing, 0.05, -0.05)
+    margin = rule.reach
     whole, part = codes_of(maps, rule), codes_of(maps, rule, (30, 35, 20, 30))
     np.testing.assert_array_equal(part, whole[30:50, 35:65])
     cut = maps[:, 30 - margin : 50 + margin, 35 - margin : 65 + margin]

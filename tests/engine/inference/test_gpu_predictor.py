@@ -23,7 +23,7 @@ from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.objects.seeds import InstanceRule
 from cellseg_batch.engine.stage_clock import StageClock
-from cellseg_batch.trainer.bundle import Instances
+from cellseg_batch.trainer.bundle import Hover, Instances
 from tests.support.images import blobs, labels_of, write_ome_zarr
 from tests.support.networks import predictor_of
 
@@ -129,9 +129,9 @@ def test_a_block_becomes_what_it_does_on_the_cpu(dtype, stitch):
     assert predictor.clock.seconds["model"] > 0
 
 
-@pytest.mark.parametrize(("decoder", "downscale", "codes"), [("mask", 1, 2), ("seeds", 2, 4)])
+@pytest.mark.parametrize(("decoder", "downscale", "codes"), [("mask", 1, 2), ("seeds", 2, 4), ("hover", 1, 4)])
 def test_pixel_codes_of_instances_are_those_of_the_cpu(decoder, downscale, codes):
-    instances = InstanceRule(Instances(seed_level=0.4, border_level=0.35), downscale)
+    instances = InstanceRule(Instances(seed_level=0.4, border_level=0.35), downscale, Hover(border_level=-0.05))
     how = {"decoder": DECODERS[decoder], "instances": instances}
     image, (queue, _) = image_of(), queue_of(4)
     (block,) = lay_blocks(LATTICE, 999)

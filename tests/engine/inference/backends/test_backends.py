@@ -223,7 +223,7 @@ def test_unknown_models_and_wrong_weights_are_refused(tiny_bundle, tmp_path):
     with pytest.raises(ModelError, match="newer version"):
         build_torch_network(replace(tiny_bundle, card=unknown))
     for changes, words in (
-        ({"decoder": "hover"}, "one of mask, seeds, found 'hover'"),
+        ({"decoder": "rays"}, "one of mask, seeds, hover, found 'rays'"),
         ({"decoder": "mask"}, "foreground for the decoder mask, found foreground, border, distance"),
         ({"outputs": ("background", "tumour", "stroma")}, "found background, tumour, stroma"),
     ):
