@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,8 @@ DECODER_OUTPUTS = {
     "seeds": ("foreground", "border", "distance"),
     "hover": ("foreground", "horizontal", "vertical"),
 }
+# Meaning of the output that says that a pixel is of no class.
+BACKGROUND = "background"
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,23 @@ class Hover:
 
 
 @dataclass(frozen=True)
+class ObjectClass:
+    """A class of objects that a model tells apart, such as a type of cells.
+
+    Attributes:
+        name: its name, which is also the meaning of its output.
+        colour: its colour on screens, ``#rrggbb``.
+    """
+
+    name: str
+    colour: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch("#[0-9a-f]{6}", self.colour):
+            raise ValueError(f"the colour of a class is such as #c80000, not {self.colour!r}")
+
+
+@dataclass(frozen=True)
 class Card:
     """What a bundle says about its model.
 
@@ -122,7 +142,8 @@ class Card:
         name: the model's name.
         architecture: ``{"name": ..., **arguments}`` of `cellseg_batch.trainer.unet.build_network`.
         channels: input channels.
-        outputs: meaning of each logit, in the network's order.
+        outputs: meaning of each logit, in the network's order: those that the decoder takes, then those of the classes,
+            of which the first may be ``background``.
         decoder: how logits become masks and instances, a name in `DECODER_OUTPUTS`: ``mask`` makes an object of every
             component of the foreground, ``seeds`` tells touching objects apart by border and distance, ``hover`` by
             how far each pixel lies from the centre of its nucleus.
@@ -136,6 +157,7 @@ class Card:
             that image; see `cellseg_batch.trainer.scale`. Empty: always the image as it is.
         instances: how the decoders ``mask`` and ``seeds`` make instances.
         hover: how the decoder ``hover`` does.
+        classes: classes of objects that the network tells apart, if it does.
         training: data, licence, recipe.
         metrics: what it reached, on which data.
     """
@@ -154,6 +176,7 @@ class Card:
     downscale: dict[str, float] = field(default_factory=dict)
     instances: Instances = field(default_factory=Instances)
     hover: Hover = field(default_factory=Hover)
+    classes: tuple[ObjectClass, ...] = ()
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -175,6 +198,7 @@ class Card:
             fields["normalisation"] = Normalisation(**fields["normalisation"])
             fields["instances"] = Instances(**fields.get("instances", {}))
             fields["hover"] = Hover(**fields.get("hover", {}))
+            fields["classes"] = tuple(ObjectClass(**one) for one in fields.get("classes", ()))
             card = cls(**fields)
             _check_decoder(card)
         except (TypeError, KeyError, AttributeError) as error:
@@ -186,8 +210,13 @@ def _check_decoder(card: Card) -> None:
     """Raise ValueError if the card's decoder is unknown, or its outputs are not those that the decoder takes."""
     if card.decoder not in DECODER_OUTPUTS:
         raise ValueError(f"decoder: expected one of {', '.join(DECODER_OUTPUTS)}, found {card.decoder!r}")
-    expected = DECODER_OUTPUTS[card.decoder]
-    if card.outputs != expected:
+    expected = (*DECODER_OUTPUTS[card.decoder], *(one.name for one in card.classes))
+    if len(set(expected)) < len(expected) or BACKGROUND in expected:
+        raise ValueError(f"classes: expected names of their own, found {', '.join(one.name for one in card.classes)}")
+    # Only the first output of the classes may be the background's.
+    first = len(DECODER_OUTPUTS[card.decoder])
+    has_background = bool(card.classes) and card.outputs[first : first + 1] == (BACKGROUND,)
+    if card.outputs[:first] + card.outputs[first + has_background :] != expected:
         raise ValueError(
             f"outputs: expected {', '.join(expected)} for the decoder {card.decoder}, found {', '.join(card.outputs)}"
         )

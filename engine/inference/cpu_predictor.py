@@ -49,15 +49,17 @@ class CpuPredictor:
         """
         rule = self.rule
         if not block.tiles:
-            return no_foreground(pixels, block, rule.probability)
+            return no_foreground(pixels, block, rule)
         # Pixels outside all tiles are background.
         mask = np.zeros(block.box.shape, np.uint8)
         probability = np.zeros(block.box.shape, np.uint8) if rule.probability else None
+        classes = np.zeros(block.box.shape, np.uint8) if rule.classes else None
         stitching = make_stitch(
             rule,
             block,
             mask,
             probability,
+            classes,
             kernels=stitch,
             codes=pixel_codes,
             empty=partial(np.empty, dtype=np.float32),
@@ -72,7 +74,7 @@ class CpuPredictor:
         with self.clock.stage("stitch"):
             foreground, undefined = (sum(counts) for counts in zip(*stitching.finish(), strict=True))
         refuse_nan(block, undefined)
-        return BlockResult(mask, probability, foreground, count_missing(pixels, block))
+        return BlockResult(mask, probability, foreground, count_missing(pixels, block), classes)
 
 
 def tile_logits(

@@ -104,7 +104,7 @@ def finish_slide(worker: AnyWorker, prepared: PreparedSlide) -> SlideReport:
     with worker.here().slides.opened(plan, prepared.backend) as slide:
         demand_complete(journal, list(slide.images.values()), prepared.passes)
     figures = totals(plan, journal)
-    scratch, _ = scratch_of(plan)
+    scratch, *_ = scratch_of(plan)
     if scratch is not None:
         scratch.remove()
     for output in plan.outputs:
@@ -347,7 +347,7 @@ def _create_scratch(plan: SlidePlan) -> None:
 
 def _lacks_scratch(plan: SlidePlan, passes: tuple[Pass, ...], journal: Journal) -> bool:
     """Whether a missing task needs the scratch although there is none: it is deleted once a slide is finished."""
-    scratch, _ = scratch_of(plan)
+    scratch, *_ = scratch_of(plan)
     scratch_passes = (slide_pass for slide_pass in passes if slide_pass.scratch)
     missing = chain.from_iterable(journal.missing(slide_pass.name, slide_pass.count) for slide_pass in scratch_passes)
     return scratch is not None and not scratch.exists() and next(missing, None) is not None
@@ -357,7 +357,7 @@ def _block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
     """Bytes of host memory that a block of a slide holds at most."""
     channels = measured_channels(plan.slide) if plan.objects else plan.channels.indices
     return block_memory(
-        plan.slide, plan.level.level, len(channels), plan.grid, plan.needs_probability, on_gpu, plan.frame
+        plan.slide, plan.level.level, len(channels), plan.grid, plan.images_of_bytes, on_gpu, plan.frame
     )
 
 

@@ -12,6 +12,7 @@ from cellseg_batch.engine.inference.background import flat_limit
 from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.normalise import Bounds, sample_slide, settle_bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
+from cellseg_batch.engine.objects.classes import ClassRule, class_rule
 from cellseg_batch.engine.objects.seeds import InstanceRule
 from cellseg_batch.engine.run.output_images import OutputImage, output_images
 from cellseg_batch.engine.run.output_paths import OutputPaths
@@ -46,6 +47,7 @@ class SlidePlan:
         flat: difference of pixel values below which a tile is background and not computed; 0 computes all.
         instances: rule by which logits become instances; None for a mask.
         objects: whether to measure the instances.
+        classes: class map by which the instances get classes; None if there is none, or they are not measured.
     """
 
     slide: Slide
@@ -63,6 +65,7 @@ class SlidePlan:
     flat: float = 0.0
     instances: InstanceRule | None = None
     objects: bool = False
+    classes: ClassRule | None = None
 
     @property
     def pixels(self) -> int:
@@ -79,6 +82,11 @@ class SlidePlan:
     def needs_probability(self) -> bool:
         """Whether blocks need the probability, to write it or to measure objects."""
         return self.objects or any(output.meaning == PROBABILITY for output in self.outputs)
+
+    @property
+    def images_of_bytes(self) -> int:
+        """Number of uint8 images that the prediction of a block makes."""
+        return 1 + self.needs_probability + (self.classes is not None)
 
     @property
     def layout(self) -> Layout:
@@ -112,6 +120,7 @@ class SlidePlan:
             outputs=tuple(output.name for output in self.outputs),
             instances=self.instances,
             objects=self.objects,
+            classes=self.classes,
         )
 
     @property
@@ -128,6 +137,7 @@ class SlidePlan:
             downscale=self.downscale,
             decoder=DECODERS[self.decoder],
             instances=self.instances,
+            classes=self.classes,
         )
 
 
@@ -236,4 +246,5 @@ def plan_slide(
         flat=flat,
         instances=DECODERS[card.decoder].instance_rule(card) if settings.makes_ids else None,
         objects=settings.objects,
+        classes=class_rule(card) if settings.objects else None,
     )

@@ -20,7 +20,7 @@ from cellseg_batch.engine.inference.race import worst_parity
 from cellseg_batch.engine.inference.race_result import Candidate, RaceResult, Request
 from cellseg_batch.engine.models import build_torch_network, load_model, shipped_models
 from cellseg_batch.engine.storage.cache import Artefacts
-from cellseg_batch.trainer.bundle import Bundle, save_bundle
+from cellseg_batch.trainer.bundle import Bundle, ObjectClass, save_bundle
 from cellseg_batch.trainer.unet import build_network
 from tests.support.networks import trained
 
@@ -226,6 +226,9 @@ def test_unknown_models_and_wrong_weights_are_refused(tiny_bundle, tmp_path):
         ({"decoder": "rays"}, "one of mask, seeds, hover, found 'rays'"),
         ({"decoder": "mask"}, "foreground for the decoder mask, found foreground, border, distance"),
         ({"outputs": ("background", "tumour", "stroma")}, "found background, tumour, stroma"),
+        ({"classes": (ObjectClass("a", "#00c800"),)}, "border, distance, a for the decoder seeds, found foreground"),
+        ({"classes": (ObjectClass("border", "#00c800"),)}, "names of their own, found border"),
+        ({"classes": ({"name": "a", "colour": "red"},)}, "such as #c80000, not 'red'"),
     ):
         save_bundle(replace(tiny_bundle, card=replace(tiny_bundle.card, **changes)), tmp_path)
         with pytest.raises(ModelError, match=words):
