@@ -23,7 +23,7 @@ from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.objects.seeds import InstanceRule
 from cellseg_batch.kernels import pixel_codes
 from cellseg_batch.kernels.instances import grow, label_seeds, reach
-from cellseg_batch.trainer.bundle import Hover
+from cellseg_batch.trainer.card import Hover
 from cellseg_batch.trainer.metrics import instance_overlaps, matches
 
 _PITCH, _RADIUS = 22, 13

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.segmentation import relabel_sequential, watershed
 
-from cellseg_batch.trainer.bundle import Hover, Instances
+from cellseg_batch.trainer.card import Hover, Instances
 
 Rule = Instances | Hover
 

@@ -1,6 +1,6 @@
 """List the decoders, which say how the logits of a model become pixels.
 
-A card names its decoder; `cellseg_batch.trainer.bundle.DECODER_OUTPUTS` has the outputs that each decoder takes.  A
+A card names its decoder; `cellseg_batch.trainer.card.DECODER_OUTPUTS` has the outputs that each decoder takes.  A
 decoder knows logits and kernels; it must not know backends, tiles or slides.
 """
 
@@ -18,7 +18,8 @@ from cellseg_batch.engine.slides.pixel_meaning import MASK, PixelMeaning
 from cellseg_batch.kernels.hover import HoverRule, hover_rule
 from cellseg_batch.kernels.instances import SeedRule, seed_rule
 from cellseg_batch.kernels.stitch import logit_threshold, sigmoid
-from cellseg_batch.trainer.bundle import Bundle, Card
+from cellseg_batch.trainer.bundle import Bundle
+from cellseg_batch.trainer.card import Card
 
 PixelWriter = Callable[[Any, Any, Any], Any]
 """Function that writes pixels: (logits, places or grid, out) -> (foreground pixels, NaN logits).

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cellseg_batch.trainer.bundle import BACKGROUND, DECODER_OUTPUTS, Card
+from cellseg_batch.trainer.card import DECODER_OUTPUTS, NO_CLASS, Card
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ClassRule:
         names: name of each class, in the order of their codes 1, 2, ...
         colours: colour of each class, ``#rrggbb``.
         first: index of the first logit of the map; all that follow belong to it too.
-        background: whether that one is no class but the background's.
+        background: whether that one is of no class.
     """
 
     names: tuple[str, ...]
@@ -33,4 +33,4 @@ def class_rule(card: Card) -> ClassRule | None:
         return None
     first = len(DECODER_OUTPUTS[card.decoder])
     names, colours = (tuple(getattr(one, field) for one in card.classes) for field in ("name", "colour"))
-    return ClassRule(names, colours, first, card.outputs[first] == BACKGROUND)
+    return ClassRule(names, colours, first, card.decoded[first] == NO_CLASS)

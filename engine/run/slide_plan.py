@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import SlideError, UsageError
-from cellseg_batch.engine.geometry import BlockGrid, Lattice, fit_lattice, fit_squares, lay_blocks
+from cellseg_batch.engine.geometry import BlockGrid, Lattice, fit_lattice, fit_squares, lay_blocks, lay_fixed
 from cellseg_batch.engine.inference.backends.protocol import Shape
 from cellseg_batch.engine.inference.background import flat_limit
 from cellseg_batch.engine.inference.decoders import DECODERS
-from cellseg_batch.engine.inference.normalise import Bounds, sample_slide, settle_bounds
+from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.objects.classes import ClassRule, class_rule
 from cellseg_batch.engine.objects.seeds import InstanceRule
@@ -21,10 +21,11 @@ from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.label_layout import Layout, lay_out
 from cellseg_batch.engine.slides.level_and_channels import ChannelChoice, LevelChoice, choose_channels, choose_level
 from cellseg_batch.engine.slides.pixel_meaning import PROBABILITY
+from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.kernels.instances import reach
 from cellseg_batch.kernels.moments import HALO
-from cellseg_batch.trainer.bundle import Card
+from cellseg_batch.trainer.card import Card
 
 
 @dataclass(frozen=True)
@@ -144,20 +145,40 @@ class SlidePlan:
 def pick_margin(settings: Settings, card: Card, downscale: int = 1) -> int:
     """The margin in px: that of the settings, else the card's.
 
-    ``exact`` means the network's own reach, and that of the decoder if instances are made, in whole strides.
+    If instances are made, ``exact`` adds the decoder's reach to the network's, in whole strides, and so does a model
+    that gives nothing close to a tile's edge.
 
     Args:
         settings: settings of the run.
         card: card of the model, for images that are downscaled by ``downscale``.
         downscale: factor by which the image is downscaled for the model.
+
+    Raises:
+        UsageError: the network has no reach of its own, or gives nothing so close to a tile's edge.
     """
-    if settings.margin is None:
-        return card.margin
-    if settings.margin != "exact":
-        return int(settings.margin)
-    decoder = DECODERS[card.decoder]
+    decoder, stride, crop = DECODERS[card.decoder], card.total_stride, card.output.crop
     reach = decoder.reach(decoder.instance_rule(card, downscale)) if settings.makes_ids else 0
-    return card.exact_margin + -(-reach // card.total_stride) * card.total_stride
+    least = crop + reach if crop else 0
+    if settings.margin is None:
+        return max(card.margin, -(-least // stride) * stride)
+    if settings.margin == "exact" and card.exact_margin is None:
+        raise UsageError(
+            "`margin=exact`",
+            expected=f"a model whose pixels see a bounded part of a tile, unlike {card.name}",
+            found="no exact margin in its card",
+            cause="the network sees the whole tile, or takes tiles of a single size",
+            remedy=f"use the card's own `margin={card.margin}`, or a larger one",
+        )
+    exact = (card.exact_margin or 0) + -(-reach // stride) * stride
+    margin = int(settings.margin if settings.margin != "exact" else exact)
+    if margin < least:
+        raise UsageError(
+            "`margin`",
+            expected=f"at least {least} px, which the model {card.name} gives no result for or its decoder looks at",
+            found=f"{margin}",
+            remedy=f"use `margin={max(card.margin, -(-least // stride) * stride)}`",
+        )
+    return margin
 
 
 def lay_lattice(
@@ -173,11 +194,21 @@ def lay_lattice(
         downscale: factor by which the image is downscaled for the model.
 
     Raises:
-        UsageError: tile and margin do not go together.
+        UsageError: tile and margin do not go together, or the model does not take such batches.
     """
+    if card.input.batch not in (None, settings.batch):
+        raise UsageError(
+            "`batch`",
+            expected=f"{card.input.batch}, the only batch that the graph of {card.name} takes",
+            found=f"{settings.batch}",
+            remedy=f"use `batch={card.input.batch}`, or export the model with a dynamic batch",
+        )
+    margin, size = pick_margin(settings, card, downscale), card.input.size
+    if size.fixed:
+        return lay_fixed(shape, size.fixed, margin)
     entry = KNOWN_BACKENDS.get(backend or settings.backend)
     lay = fit_squares if entry is not None and entry.eager else fit_lattice
-    return lay(shape, settings.tile, pick_margin(settings, card, downscale), card.total_stride)
+    return lay(shape, settings.tile, margin, card.total_stride, size.min)
 
 
 def choose_input(slide: Slide, settings: Settings, card: Card) -> tuple[LevelChoice, ChannelChoice]:
@@ -186,39 +217,44 @@ def choose_input(slide: Slide, settings: Settings, card: Card) -> tuple[LevelCho
     Raises:
         SlideError: the slide has no such level or channel, or has channels that the model cannot take.
     """
-    level = choose_level(slide, settings.level, settings.pixel_size, card.pixel_size_um)
+    level = choose_level(slide, settings.level, settings.pixel_size, card.input.pixel_size_um)
     channels = choose_channels(slide, settings.channel)
-    if len(channels.indices) not in (1, card.channels):
+    if len(channels.indices) not in (1, card.input.count):
         raise SlideError(
             slide.location,
-            expected=f"an image of 1 or {card.channels} channels for the model {card.name}",
+            expected=f"an image of 1 or {card.input.count} channels for the model {card.name}",
             found=f"{len(channels.indices)} ({channels.reason})",
             remedy="choose one with `channel`",
         )
     return level, channels
 
 
-def plan_slide(
-    slide: Slide, paths: OutputPaths, settings: Settings, card: Card, bounds: Bounds | None = None
-) -> SlidePlan:
-    """Settle level, channels, lattice, blocks and normalisation of a slide.
+def open_reader(slide: Slide, settings: Settings, card: Card) -> SlideReader:
+    """Open the level and the channels of a slide that the model is to see.
+
+    Raises:
+        SlideError: see `choose_input`.
+        ReadError: the level cannot be opened.
+    """
+    level, channels = choose_input(slide, settings, card)
+    return SlideReader(slide, level.level, channels.indices)
+
+
+def plan_slide(slide: Slide, paths: OutputPaths, settings: Settings, card: Card, bounds: Bounds) -> SlidePlan:
+    """Settle level, channels, lattice and blocks of a slide.
 
     Args:
         slide: the image.
         paths: paths of its output.
         settings: settings of the run.
         card: card of the model.
-        bounds: pixel values that normalisation maps to 0 and 1, if they are settled already; None samples the slide.
+        bounds: pixel values that normalisation maps to 0 and 1.
 
     Raises:
-        SlideError: the slide has no such level or channel, cannot be read, or has channels that the model cannot take.
+        SlideError: see `choose_input`.
         UsageError: tile and margin do not go together.
     """
     level, channels = choose_input(slide, settings, card)
-    if bounds is None:
-        sampled = card.normalisation.rule != "fixed"
-        sample = sample_slide(slide, channels.indices, level.level) if sampled else []
-        bounds = settle_bounds(sample, card.normalisation)
     if settings.stitch == "blend" and not pick_margin(settings, card):
         raise UsageError(
             "`stitch=blend`",
@@ -230,7 +266,7 @@ def plan_slide(
     planes = slide.planes(level.level)
     # Blending a tile takes the logits of its neighbours, flat ones too.
     skips = settings.skip_background == "auto" and settings.stitch == "crop"
-    flat = flat_limit(bounds, card.normalisation) if skips else 0.0
+    flat = flat_limit(bounds, card.input.normalisation) if skips else 0.0
     return SlidePlan(
         slide=slide,
         paths=paths,
@@ -239,7 +275,7 @@ def plan_slide(
         grid=lay_blocks(lattice, settings.block_side(), planes, ring=settings.stitch == "blend"),
         bounds=bounds,
         threshold=settings.threshold if settings.threshold is not None else card.threshold,
-        shape=(settings.batch, card.channels, *lattice.tile),
+        shape=(settings.batch, card.input.count, *lattice.tile),
         decoder=card.decoder,
         outputs=output_images(paths, settings, DECODERS[card.decoder]),
         stitch=settings.stitch,

@@ -41,11 +41,11 @@ from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.kernels import hover_reference, instances_reference
 from cellseg_batch.kernels.hover import hover_rule
 from cellseg_batch.kernels.instances import reach
-from cellseg_batch.trainer.bundle import Bundle, Hover, Instances, save_bundle
+from cellseg_batch.trainer.bundle import Bundle, save_bundle
+from cellseg_batch.trainer.card import Hover, Instances, plain_output
 from cellseg_batch.trainer.decode import decode_instances
-from cellseg_batch.trainer.metrics import instance_overlaps
 from cellseg_batch.trainer.unet import load_network
-from tests.support.hover_maps import crowded_nuclei, draw_maps
+from tests.support.hover_maps import crowded_nuclei, draw_maps, f1_of
 from tests.support.images import blobs, check_table, labels_of, write_ome_zarr
 from tests.support.networks import Alone, predictor_of
 
@@ -137,17 +137,6 @@ def test_blocks_give_what_one_piece_gives(tmp_path_factory, pattern, seed, shape
     assert set(np.unique(labels)) - {0} == set(range(1, count + 1)), "ids are contiguous"
 
 
-def f1_of(labels, others, core):
-    """F1 at an IoU of 0.5 of two label images, over the objects of each that touch no edge of a core."""
-    edges = np.indices(labels.shape) % core
-    edge = ((edges == 0) | (edges == core - 1)).any(0)
-    ious, shares = instance_overlaps(labels, others).ious, []
-    for image, axis in ((labels, 1), (others, 0)):
-        whole = np.setdiff1d(image, image[edge])
-        shares.append(np.mean((ious > 0.5).any(axis)[whole[whole > 0] - 1]))
-    return 2 * np.prod(shares) / sum(shares)
-
-
 def test_nuclei_drawn_as_hover_maps_come_back_however_their_slide_is_cut(tmp_path):
     truth = crowded_nuclei(500, 620, 420)
     maps = draw_maps(truth, noise=0.2)
@@ -174,8 +163,8 @@ def test_nuclei_drawn_as_hover_maps_come_back_however_their_slide_is_cut(tmp_pat
     in_one, count = in_one_piece(codes, lattice.core, rule)
     np.testing.assert_array_equal(labels, in_one)
     assert merged.objects == count
-    assert f1_of(labels[0], truth, lattice.core[0]) > 0.98
-    assert f1_of(labels[0], decode_instances(maps, "hover", 0.5, Hover()), lattice.core[0]) > 0.98
+    assert f1_of(labels[0], truth, lattice.core) > 0.98
+    assert f1_of(labels[0], decode_instances(maps, "hover", 0.5, Hover()), lattice.core) > 0.98
 
 
 def test_an_object_as_large_as_three_blocks_has_one_id(tmp_path):
@@ -375,7 +364,7 @@ def test_planes_share_one_row_of_ids(tmp_path, segment, model):
 
 def test_a_model_without_distance_gives_components_of_its_mask(tmp_path, segment, pixels, bundle):
     architecture = {**bundle.card.architecture, "outputs": 1}
-    card = replace(bundle.card, outputs=("foreground",), decoder="mask", architecture=architecture)
+    card = replace(bundle.card, output=plain_output("foreground"), decoder="mask", architecture=architecture)
     weights = {name: array[:4] if name.startswith("head.") else array for name, array in bundle.weights.items()}
     save_bundle(replace(bundle, card=card, weights=weights), tmp_path / "semantic")
     model = str(tmp_path / "semantic")
@@ -391,8 +380,8 @@ def test_a_model_without_distance_gives_components_of_its_mask(tmp_path, segment
 
 
 def test_a_model_with_hover_maps_gives_instances(tmp_path, segment, pixels, tiny_bundle):
-    outputs, hover = ("foreground", "horizontal", "vertical"), Hover(seed_level=-0.1, smallest_seed=2)
-    card = replace(tiny_bundle.card, outputs=outputs, decoder="hover", hover=hover)
+    output, hover = plain_output("foreground", "horizontal", "vertical"), Hover(seed_level=-0.1, smallest_seed=2)
+    card = replace(tiny_bundle.card, output=output, decoder="hover", hover=hover)
     save_bundle(replace(tiny_bundle, card=card), tmp_path / "hover")
     path, model = write_ome_zarr(tmp_path / "a.zarr", pixels), str(tmp_path / "hover")
     usual = {"instances": True, "model": model, "downscale": 2, "tile": 160}

@@ -26,7 +26,8 @@ from cellseg_batch.engine.reports.report import write_page
 from cellseg_batch.engine.reports.verify import verify
 from cellseg_batch.engine.run import measure_pass as measuring
 from cellseg_batch.engine.storage.lock import Locks
-from cellseg_batch.trainer.bundle import Bundle, Instances, ObjectClass, load_bundle, save_bundle
+from cellseg_batch.trainer.bundle import Bundle, load_bundle, save_bundle
+from cellseg_batch.trainer.card import Instances, ObjectClass, plain_output
 from cellseg_batch.trainer.unet import load_network
 from tests.support.images import blobs, check_table, fill_ome_zarr, labels_of, write_ome_zarr, write_plate
 
@@ -111,7 +112,7 @@ def model_with_classes(tiny_bundle, tmp_path):
     card = replace(
         tiny_bundle.card,
         architecture={**tiny_bundle.card.architecture, "outputs": 6},
-        outputs=(*tiny_bundle.card.outputs, "background", "tumour", "stroma"),
+        output=plain_output(*tiny_bundle.outputs, "no class", "tumour", "stroma"),
         instances=Instances(seed_level=-1.0, smallest_seed=3, growth=1),
         classes=classes,
     )
