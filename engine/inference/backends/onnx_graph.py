@@ -64,12 +64,12 @@ def plain_graph(bundle: Bundle) -> bytes:
     graph.add("Identity", logits, gives=LOGITS)
     size = [card.input.size.fixed, card.input.size.fixed] if card.input.size.fixed else ["height", "width"]
     batch = card.input.batch or "batch"
-    for values, name, channels in (
-        (model.graph.input, PIXELS, card.input.count),
-        (model.graph.output, LOGITS, len(bundle.outputs)),
+    for values, name, shape in (
+        (model.graph.input, PIXELS, [batch, card.input.count, *size]),
+        (model.graph.output, LOGITS, [batch, len(bundle.outputs), None, None]),
     ):
         del values[:]
-        values.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, channels, *size]))
+        values.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
     # Shapes that the graph states of its own tensors are those of other sizes.
     del model.graph.value_info[:]
     model.ir_version = max(model.ir_version, 4)  # since then initial values are no inputs

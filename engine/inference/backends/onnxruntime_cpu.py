@@ -10,7 +10,8 @@ from cellseg_batch.engine.inference.backends.onnx_graph import LOGITS, PIXELS, p
 from cellseg_batch.engine.inference.backends.protocol import BackendRequest, CompiledModel, Logits, Shape
 from cellseg_batch.trainer.bundle import Bundle
 
-_ERRORS_ONLY = 3
+# Errors are raised; the library would also print them.
+_FATAL_ONLY = 4
 
 
 def supported_precisions() -> tuple[str, ...]:
@@ -20,21 +21,26 @@ def supported_precisions() -> tuple[str, ...]:
 
 def make(bundle: Bundle, request: BackendRequest) -> OnnxRuntimeBackend:
     """Make the backend of a bundle's graph."""
-    return OnnxRuntimeBackend(bundle, request.threads)
+    return OnnxRuntimeBackend(plain_graph(bundle), request.threads)
 
 
 class OnnxRuntimeBackend:
-    """A bundle's graph in ONNX Runtime."""
+    """A plain graph in ONNX Runtime.
+
+    Args:
+        graph: serialised graph of `plain_graph`.
+        threads: number of threads.
+    """
 
     name = "onnxruntime"
     precision = "fp32"
     version = str(onnxruntime.__version__)
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
+    def __init__(self, graph: bytes, threads: int) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = _ERRORS_ONLY
-        self._session = onnxruntime.InferenceSession(plain_graph(bundle), options, providers=["CPUExecutionProvider"])
+        options.log_severity_level = _FATAL_ONLY
+        self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
     def compile(self, shape: Shape) -> CompiledModel:
         """Return the model; ONNX Runtime takes batches of any shape."""
