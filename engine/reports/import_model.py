@@ -27,9 +27,11 @@ from cellseg_batch.trainer.card import (
     LAYOUTS,
     ONNX,
     Card,
+    Hover,
     Input,
     Instances,
     Normalisation,
+    ObjectClass,
     Output,
     Size,
     Tensor,
@@ -113,6 +115,8 @@ class CardDraft:
     input: InputDraft = field(default_factory=InputDraft)
     output: OutputDraft = field(default_factory=OutputDraft)
     instances: Instances = field(default_factory=Instances)
+    hover: Hover = field(default_factory=Hover)
+    classes: tuple[ObjectClass, ...] = ()
     name: str = ""
     licence: str = ""
     citation: str = ""
@@ -180,6 +184,7 @@ def _bundle_of(source: Path, path: Path, graph: GraphFile, draft: CardDraft) -> 
         output = Output(_tensors_of(source, graph, draft.output, taken.layout))
         card = Card(draft.name, taken, output, draft.output.decoder, total_stride=1, exact_margin=None, margin=0)
         card = replace(card, format=ONNX, threshold=draft.output.threshold, instances=draft.instances)
+        card = replace(card, hover=draft.hover, classes=draft.classes)
         card.check()
         card = _measured(source, path, replace(card, licence=draft.licence, citation=draft.citation), draft)
         card.check()

@@ -1,84 +1,76 @@
 """A network shaped like HoVer-Net, as a graph of tiles of one size whose edges give nothing, in whole runs."""
 
 import numpy as np
-import onnx
 import pyarrow.parquet as pq
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
-from cellseg_batch.trainer.bundle import Bundle, save_bundle
-from cellseg_batch.trainer.card import ONNX, Card, Input, Normalisation, ObjectClass, Output, Size, Tensor
+from cellseg_batch.engine.reports.import_model import import_model
 from cellseg_batch.trainer.metrics import instance_overlaps
+from tests.support.graphs import write_graph
 from tests.support.hover_maps import crowded_nuclei, draw_maps, f1_of
 from tests.support.images import labels_of, write_ome_zarr
 
 CROP, TILE = 10, 128
-
-
-def save_graph(path):
-    """Write a graph whose outputs follow from the pixels alone: nucleus (2), maps (2), types (no class and two).
-
-    The first channel is the logit of a nucleus, which is above 6 for one of the types.
-    """
-    nodes, constants = [], []
-
-    def add(operator, *inputs, gives, **options):
-        for number, value in enumerate(inputs):
-            if not isinstance(value, str):
-                constants.append(numpy_helper.from_array(value, f"{gives}_{number}"))
-        names = [value if isinstance(value, str) else f"{gives}_{number}" for number, value in enumerate(inputs)]
-        nodes.append(helper.make_node(operator, names, [gives], **options))
-
-    add("Mul", "pixels", np.float32([16]), gives="scaled")
-    add("Sub", "scaled", np.float32([8]), gives="maps")
-    sides = np.int64([CROP, CROP]), np.int64([TILE - CROP, TILE - CROP]), np.int64([2, 3])
-    add("Slice", "maps", *sides, gives="cropped")
-    add("Split", "cropped", np.int64([1, 2]), gives="parts", axis=1)
-    nodes[-1].output[:] = ["nucleus", "hv"]
-    add("Sub", "nucleus", np.float32([6]), gives="kind")
-    for name, nothing in (("nucleus", -1), ("kind", 0)):
-        add("Mul", name, np.float32([-1]), gives=f"-{name}")
-        add("Mul", name, np.float32([nothing]), gives=f"no {name}")
-    add("Concat", "no nucleus", "nucleus", gives="np", axis=1)
-    add("Concat", "no kind", "kind", "-kind", gives="types", axis=1)
-    tensors = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", channels, side, side])
-        for name, channels, side in (("pixels", 3, TILE), ("np", 2, None), ("hv", 2, None), ("types", 3, None))
-    ]
-    graph = helper.make_graph(nodes, "hover", tensors[:1], tensors[1:], constants)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), path)
+# The outputs follow from the pixels alone; the first channel is the logit of a nucleus, above 6 for one of the types.
+GRAPH = (
+    ("Mul", "x 16", "scaled"),
+    ("Sub", "scaled 8", "maps"),
+    ("Slice", "maps start stop sides", "cropped"),
+    ("Split", "cropped channels", "nucleus hv"),
+    ("Neg", "nucleus", "ground"),
+    ("Sub", "nucleus 6", "tumour"),
+    ("Neg", "tumour", "stroma"),
+    ("Sub", "tumour tumour", "none"),
+    ("Concat", "ground nucleus", "np"),
+    ("Concat", "none tumour stroma", "types"),
+)
+WEIGHTS = {number: np.float32([int(number)]) for number in ("16", "8", "6")} | {
+    "start": np.int64([CROP, CROP]),
+    "stop": np.int64([TILE - CROP, TILE - CROP]),
+    "sides": np.int64([2, 3]),
+    "channels": np.int64([1, 2]),
+}
+CARD = f"""
+[input]
+channels = ["rgb"]
+normalisation = {{kind = "fixed", low = 0, high = 255}}
+[output]
+decoder = "hover"
+margin = {CROP}
+tensors = [
+    {{name = "np", channels = ["background", "foreground"]}},
+    {{name = "hv", channels = ["horizontal", "vertical"]}},
+    {{name = "types", channels = ["no class", "tumour", "stroma"]}},
+]
+[[classes]]
+name = "tumour"
+colour = "#c80000"
+[[classes]]
+name = "stroma"
+colour = "#00c800"
+"""
 
 
 @pytest.fixture
 def model(tmp_path):
-    card = Card(
-        name="hover",
-        input=Input(("rgb",), Normalisation("fixed", (0.0,), (255.0,)), Size(TILE, 0)),
-        output=Output(
-            (
-                Tensor(("background", "foreground"), "np"),
-                Tensor(("horizontal", "vertical"), "hv"),
-                Tensor(("no class", "tumour", "stroma"), "types"),
-            ),
-            crop=CROP,
-        ),
-        decoder="hover",
-        total_stride=1,
-        exact_margin=None,
-        margin=CROP,
-        classes=(ObjectClass("tumour", "#c80000"), ObjectClass("stroma", "#00c800")),
-        format=ONNX,
-    )
-    save_graph(tmp_path / "hover.onnx")
-    save_bundle(Bundle(card, graph=tmp_path / "hover.onnx"), tmp_path / "model")
+    nodes = [
+        helper.make_node(
+            operator, inputs.split(), outputs.split(), **({"axis": 1} if operator in ("Concat", "Split") else {})
+        )
+        for operator, inputs, outputs in GRAPH
+    ]
+    shape, any_shape = ("n", 3, TILE, TILE), (None,) * 4
+    write_graph(tmp_path / "hover.onnx", nodes, shape, any_shape, WEIGHTS, outputs=("np", "hv", "types"))
+    (tmp_path / "card.toml").write_text(CARD)
+    import_model(tmp_path / "hover.onnx", tmp_path / "model", tmp_path / "card.toml")
     return str(tmp_path / "model")
 
 
 def test_nuclei_and_their_types_come_back_from_a_hover_net(tmp_path, segment, model):
     # Drawn maps that are mirrored at the slide's edge are not those that a network would give.
     truth = np.pad(crowded_nuclei(260, 300, 130), 20)
-    rng = np.random.default_rng(0)
-    kinds = rng.choice([0, 4], truth.max() + 1)
+    kinds = np.random.default_rng(0).choice([0, 4], truth.max() + 1)
     maps = draw_maps(truth)
     maps[0] += np.where(truth > 0, kinds[truth], 0)
     slide = write_ome_zarr(tmp_path / "a.zarr", np.clip(255 / 16 * (maps + 8) + 0.5, 0, 255).astype(np.uint8))
