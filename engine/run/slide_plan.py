@@ -49,6 +49,7 @@ class SlidePlan:
         instances: rule by which logits become instances; None for a mask.
         objects: whether to measure the instances.
         classes: class map by which the instances get classes; None if there is none, or they are not measured.
+        notes: remarks on the model for the user.
     """
 
     slide: Slide
@@ -67,6 +68,7 @@ class SlidePlan:
     instances: InstanceRule | None = None
     objects: bool = False
     classes: ClassRule | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def pixels(self) -> int:
@@ -218,7 +220,7 @@ def choose_input(slide: Slide, settings: Settings, card: Card) -> tuple[LevelCho
         SlideError: the slide has no such level or channel, or has channels that the model cannot take.
     """
     level = choose_level(slide, settings.level, settings.pixel_size, card.input.pixel_size_um)
-    channels = choose_channels(slide, settings.channel)
+    channels = choose_channels(slide, settings.channel, card.input.channels)
     if len(channels.indices) not in (1, card.input.count):
         raise SlideError(
             slide.location,
@@ -283,4 +285,5 @@ def plan_slide(slide: Slide, paths: OutputPaths, settings: Settings, card: Card,
         instances=DECODERS[card.decoder].instance_rule(card) if settings.makes_ids else None,
         objects=settings.objects,
         classes=class_rule(card) if settings.objects else None,
+        notes=card.notes,
     )

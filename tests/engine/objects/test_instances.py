@@ -140,7 +140,7 @@ def test_blocks_give_what_one_piece_gives(tmp_path_factory, pattern, seed, shape
 def test_nuclei_drawn_as_hover_maps_come_back_however_their_slide_is_cut(tmp_path):
     truth = crowded_nuclei(500, 620, 420)
     maps = draw_maps(truth, noise=0.2)
-    decoder, rule, bounds = DECODERS["hover"], InstanceRule(None, hover=Hover()), Bounds(-8.0, 8.0)
+    decoder, rule, bounds = DECODERS["hover"], InstanceRule(None, hover=Hover()), Bounds((-8.0,), (8.0,))
     margin = decoder.reach(rule)
     lattice = fit_lattice(truth.shape, 128, margin, 1)
     prediction = PredictionRule(lattice, (2, 3, *lattice.tile), "float32", bounds, 0.5, decoder=decoder, instances=rule)
