@@ -61,7 +61,7 @@ def val(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         labels, sample = labels_of(report, number), samples[Path(slide["path"]).stem]
         precisions.append(average_precisions(instance_overlaps(labels, relabel_sequential(sample.labels)[0]).ious))
         downscale, logits = predict_sample(network, sample, bundle)
-        grown = decode_instances(logits, card.decoder, card.threshold, card.instances, downscale)
+        grown = decode_instances(logits, card.decoder, card.threshold, card.rule, downscale)
         alike += matches(instance_overlaps(labels, grown).ious, _ALIKE)[0]
         objects += slide["objects"]
     evaluated = summarise(evaluate(bundle, network, samples.values()))

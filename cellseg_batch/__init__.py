@@ -196,7 +196,7 @@ class Model:
             channel: index of the channel with the nuclei; None takes the model's setting, or chooses as a run does.
 
         Returns:
-            (Y, X) uint32 (uint64 beyond 4 thousand million objects), of which 0 is background, and 1, 2, ... are objects.
+            (Y, X) uint32 (uint64 beyond 4 thousand million objects): 0 is background, 1, 2, ... are objects.
 
         Raises:
             CellsegError: the array is no image, or not one for this model.

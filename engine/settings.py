@@ -105,7 +105,7 @@ class Settings:
         threshold: probability above which a pixel is foreground, in (0, 1); None takes the card's.
         tile: side in px of a square whose area no tile exceeds; the lattice fits the tile to the slide.
         stitch: one of `STITCHES`.
-        margin: px cut from each side of a tile, ``exact`` for the network's own reach; None takes the card's.
+        margin: px cut from each side of a tile, ``exact`` for the reach of network and decoder; None takes the card's.
         batch: tiles per call of the model.
         block: target side in px of the box that one task writes, rounded to whole tile cores; None as `block_side`.
         workers: blocks in flight, or worker processes if ``scheduler`` is a cluster.

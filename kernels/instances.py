@@ -46,6 +46,11 @@ class SeedRule(NamedTuple):
     border_level: int
     """Smoothed distance minus border at or below which a foreground pixel is border."""
 
+    @property
+    def reach(self) -> int:
+        """How many px around a pixel decide its code."""
+        return (len(self.weights) - 1) * self.spacing
+
 
 class Seeds(NamedTuple):
     """The numbered seeds of a block, ordered by their ids 1, 2, ..."""

@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.kernels._jit import jit
+from cellseg_batch.kernels._taps_numba import sum_column, sum_row
 
 if TYPE_CHECKING:
     from cellseg_batch.kernels.instances import SeedRule
 
 Logits = NDArray[np.float32]
-_ONE_BITS, _STEPS, _RANGE = 14, 128, 8
+_STEPS, _RANGE = 128, 8
 _SCALE, _OFFSET, _LAST = np.float32(_STEPS), np.float32(_RANGE * _STEPS + 0.5), np.float32(2 * _RANGE * _STEPS)
 
 
@@ -27,37 +28,6 @@ def _score_row(distance: Logits, border: Logits, rule: SeedRule, first: int, row
         high = high if high > 0 else np.float32(0)  # also where it is NaN
         low = low if low > 0 else np.float32(0)
         row[i] = rule.distance[int(min(high, _LAST))] - rule.border[int(min(low, _LAST))]
-
-
-@jit
-def _smooth_row(row: NDArray[np.int32], rule: SeedRule, out: NDArray[np.int32]) -> None:
-    radius, width = (len(rule.weights) - 1) * rule.spacing, len(out)
-    half = np.int32(1 << (_ONE_BITS - 1))
-    for x in range(width):
-        out[x] = rule.weights[0] * row[radius + x] + half
-    for tap in range(1, len(rule.weights)):
-        weight = rule.weights[tap]
-        left, right = row[radius - tap * rule.spacing :], row[radius + tap * rule.spacing :]
-        for x in range(width):
-            out[x] += weight * (left[x] + right[x])
-    for x in range(width):
-        out[x] >>= _ONE_BITS
-
-
-@jit
-def _smooth_column(ring: NDArray[np.int32], y: int, rule: SeedRule, out: NDArray[np.int32]) -> None:
-    """Smooth row ``y`` along y; the ring holds row i in slot i modulo its length."""
-    half = np.int32(1 << (_ONE_BITS - 1))
-    centre = ring[y % len(ring)]
-    for x in range(len(out)):
-        out[x] = rule.weights[0] * centre[x] + half
-    for tap in range(1, len(rule.weights)):
-        weight = rule.weights[tap]
-        above, below = ring[(y - tap * rule.spacing) % len(ring)], ring[(y + tap * rule.spacing) % len(ring)]
-        for x in range(len(out)):
-            out[x] += weight * (above[x] + below[x])
-    for x in range(len(out)):
-        out[x] >>= _ONE_BITS
 
 
 @jit
@@ -89,9 +59,9 @@ def classify_pixels(
                 if held[line % size] != line:
                     source = min(max(from_y + line, 0), logits.shape[2] - 1)
                     _score_row(distance[source], border[source], rule, from_x - radius, row)
-                    _smooth_row(row, rule, ring[line % size])
+                    sum_row(row, rule.weights, rule.spacing, ring[line % size])
                     held[line % size] = line
-            _smooth_column(ring, y, rule, score)
+            sum_column(ring, y, rule.weights, rule.spacing, score)
             for x in range(width):
                 if mask[x] > rule.foreground:
                     target[x] = 1 + (score[x] > rule.border_level) + (score[x] > rule.seed_level)

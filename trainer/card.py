@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -28,7 +29,11 @@ DECODER_OUTPUTS: dict[str, tuple[str, ...]] = {
     "mask": ("foreground",),
     "seeds": ("foreground", "border", "distance"),
     "classes": (BACKGROUND,),
+    "hover": ("foreground", "horizontal", "vertical"),
 }
+# Meaning of the first output of a class map if it says that a pixel is of no class.
+NO_CLASS = "no class"
+_MOST_CLASSES = 255
 # Role of an input channel -> channels of the network's input that it stands for.
 _CHANNELS_OF = {"rgb": 3}
 
@@ -244,16 +249,41 @@ class Instances:
 
 
 @dataclass(frozen=True)
-class ClassName:
-    """A class of pixels; its number is its place in the card, counted from 1.
+class Hover:
+    """How the maps of HoVer-Net become instances; in px of the image that the model is shown.
+
+    The *rise* of a pixel is the lower gradient of the horizontal map along x and the vertical map along y, from -1
+    where one falls from 1 to -1 to 1 where both do the opposite.  Its high parts are the seeds.
 
     Attributes:
-        name: its name.
-        colour: red, green and blue, 0 to 255, for viewers.
+        seed_level: rise above which a foreground pixel is a seed.
+        border_level: rise at or below which seeds grow into a pixel last.
+        smallest_seed: px; smaller seeds are no objects.
+        growth: px by which seeds grow into the other foreground, and again into the border.
+    """
+
+    seed_level: float = 0.05
+    border_level: float = -0.3
+    smallest_seed: int = 10
+    growth: int = 8
+
+
+@dataclass(frozen=True)
+class ModelClass:
+    """A class that a model tells apart: of pixels, such as tumour, or of objects, such as a type of cells.
+
+    Attributes:
+        name: its name, which is also the meaning of its output.
+        colour: its colour on screens, ``#rrggbb``.
     """
 
     name: str
-    colour: tuple[int, int, int]
+    colour: str
+
+    def __post_init__(self) -> None:
+        """Refuse what is no colour; raises ValueError."""
+        if not re.fullmatch("#[0-9a-f]{6}", self.colour):
+            raise ValueError(f"the colour of a class is such as #c80000, not {self.colour!r}")
 
 
 @dataclass(frozen=True)
@@ -265,8 +295,9 @@ class Card:
         input: what the network takes.
         output: what it gives.
         decoder: how logits become masks and instances, a name in `DECODER_OUTPUTS`: ``mask`` makes an object of every
-            component of the foreground, ``seeds`` tells touching objects apart by border and distance, ``classes``
-            gives every pixel the number of its likeliest class.
+            component of the foreground, ``seeds`` tells touching objects apart by border and distance, ``hover`` by
+            how far each pixel lies from the centre of its nucleus; ``classes`` gives every pixel the number of its
+            likeliest class.
         total_stride: px; tiles, cores and margins are multiples of it.
         exact_margin: px of context beyond which nothing changes a pixel's logits; None for a network that sees the
             whole tile, or whose reach is unknown.
@@ -275,8 +306,10 @@ class Card:
         architecture: ``{"name": ..., **arguments}`` of `cellseg_batch.trainer.unet.build_network`; {} for a graph.
         downscale: factor -> width of objects in px of the image downscaled by it, from which on the model is shown
             that image; see `cellseg_batch.trainer.scale`. Empty: always the image as it is.
-        instances: how logits become instances.
-        classes: the classes of the decoder ``classes``, without background.
+        instances: how the decoders ``mask``, ``seeds`` and ``classes`` make instances.
+        hover: how the decoder ``hover`` does.
+        classes: classes of pixels of the decoder ``classes``; for others, classes of objects that the network tells
+            apart, if it does.  It has an output of each name, and may have one of the meaning ``no class``.
         licence: licence of the weights; "" if unknown.
         citation: what to cite; "" if unknown.
         training: data, recipe.
@@ -297,7 +330,8 @@ class Card:
     architecture: dict[str, Any] = field(default_factory=dict)
     downscale: dict[str, float] = field(default_factory=dict)
     instances: Instances = field(default_factory=Instances)
-    classes: tuple[ClassName, ...] = ()
+    hover: Hover = field(default_factory=Hover)
+    classes: tuple[ModelClass, ...] = ()
     licence: str = ""
     citation: str = ""
     training: dict[str, Any] = field(default_factory=dict)
@@ -341,16 +375,19 @@ class Card:
         _demand_one_of("format", self.format, FORMATS)
         _demand_one_of("decoder", self.decoder, tuple(DECODER_OUTPUTS))
         expected, found = self.decoded, self.output.channels
+        names = [one.name for one in self.classes]
+        if len(set(expected)) < len(expected):
+            raise ValueError(f"classes: expected names of their own, found {', '.join(names)}")
         # A graph may give more, in any order; a network of ours gives what its decoder takes.
         if found != expected if self.format == SAFETENSORS else not set(expected) - {BACKGROUND} <= set(found):
             raise ValueError(
                 f"outputs: expected {', '.join(expected)} for the decoder {self.decoder}, found {', '.join(found)}"
             )
-        names = [one.name for one in self.classes]
-        if bool(names) != (self.decoder == "classes") or len({BACKGROUND, *names}) <= len(names) or len(names) > 255:
+        least = int(self.decoder == "classes")
+        if len({BACKGROUND, *names}) <= len(names) or not least <= len(names) <= _MOST_CLASSES:
             raise ValueError(
-                "classes: the decoder classes, and no other, takes 1 to 255 names of classes without background, "
-                f"found {names} for {self.decoder}"
+                f"classes: expected {least} to {_MOST_CLASSES} names without background, found {names} for the decoder "
+                f"{self.decoder}"
             )
         if self.margin < self.output.crop:
             raise ValueError(
@@ -371,8 +408,15 @@ class Card:
 
     @property
     def decoded(self) -> tuple[str, ...]:
-        """Meaning of each output that the decoder takes, in its order."""
-        return (*DECODER_OUTPUTS[self.decoder], *(one.name for one in self.classes))
+        """Meaning of each output that the decoder takes, in its order, then of those of the class map."""
+        names = tuple(one.name for one in self.classes)
+        none = (NO_CLASS,) if names and NO_CLASS in self.output.channels else ()
+        return (*DECODER_OUTPUTS[self.decoder], *none, *names)
+
+    @property
+    def rule(self) -> Instances | Hover:
+        """How the card's decoder makes instances."""
+        return self.hover if self.decoder == "hover" else self.instances
 
 
 def _demand_one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:

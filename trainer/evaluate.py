@@ -104,7 +104,7 @@ def evaluate(bundle: Bundle, network: nn.Module, samples: Iterable[Sample]) -> l
         downscale, logits = predict_sample(network, sample, bundle)
         seconds = time.perf_counter() - start
         truth = relabel_sequential(sample.labels)[0]
-        decoded = decode_instances(logits, card.decoder, card.threshold, card.instances, downscale)
+        decoded = decode_instances(logits, card.decoder, card.threshold, card.rule, downscale)
         overlaps = instance_overlaps(decoded, truth)
         matched, spurious, missed = matches(overlaps.ious, 0.5)
         scores.append(

@@ -57,7 +57,7 @@ def plot_predictions(bundle: Bundle, samples: Sequence[Sample], path: Path, rows
     figure = _figure(11, 2.9 * len(chosen))
     for line, sample in zip(figure.subplots(len(chosen), 4, squeeze=False), chosen, strict=True):
         logits = predict_logits(network, sample.pixels, card.total_stride, "fp32").numpy()
-        decoded = decode_instances(logits, card.decoder, card.threshold, card.instances)
+        decoded = decode_instances(logits, card.decoder, card.threshold, card.rule)
         pictures = (
             _bytes(sample.pixels),
             outlined(_bytes(sample.pixels), sample.labels),

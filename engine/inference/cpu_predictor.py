@@ -24,7 +24,7 @@ from cellseg_batch.engine.inference.prediction import (
 from cellseg_batch.engine.inference.session import Session
 from cellseg_batch.engine.inference.stitching import make_stitch
 from cellseg_batch.engine.stage_clock import StageClock
-from cellseg_batch.kernels import instances, stitch
+from cellseg_batch.kernels import pixel_codes, stitch
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,19 @@ class CpuPredictor:
         """
         rule = self.rule
         if not block.tiles:
-            return no_foreground(pixels, block, rule.probability)
+            return no_foreground(pixels, block, rule)
         # Pixels outside all tiles are background.
         mask = np.zeros(block.box.shape, np.uint8)
         probability = np.zeros(block.box.shape, np.uint8) if rule.probability else None
+        classes = np.zeros(block.box.shape, np.uint8) if rule.classes else None
         stitching = make_stitch(
             rule,
             block,
             mask,
             probability,
+            classes,
             kernels=stitch,
-            codes=instances,
+            codes=pixel_codes,
             empty=partial(np.empty, dtype=np.float32),
         )
         count = rule.shape[0]
@@ -72,7 +74,7 @@ class CpuPredictor:
         with self.clock.stage("stitch"):
             foreground, undefined = (sum(counts) for counts in zip(*stitching.finish(), strict=True))
         refuse_nan(block, undefined)
-        return BlockResult(mask, probability, foreground, count_missing(pixels, block))
+        return BlockResult(mask, probability, foreground, count_missing(pixels, block), classes)
 
 
 def tile_logits(

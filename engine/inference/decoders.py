@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.objects.seeds import InstanceRule
 from cellseg_batch.engine.slides.pixel_meaning import CLASSES, MASK, PixelMeaning
-from cellseg_batch.kernels.instances import seed_rule
+from cellseg_batch.kernels.hover import HoverRule, hover_rule
+from cellseg_batch.kernels.instances import SeedRule, seed_rule
 from cellseg_batch.kernels.stitch import logit_threshold, sigmoid
 from cellseg_batch.trainer.bundle import Bundle
 from cellseg_batch.trainer.card import BACKGROUND, Card
@@ -50,6 +51,14 @@ class Decoder(ABC):
     def mask_meaning(self, card: Card) -> PixelMeaning:
         """Return the meaning of the pixels of a mask of a card's model."""
         return MASK
+
+    def instance_rule(self, card: Card, downscale: int = 1) -> InstanceRule:
+        """Return the rule for the instances of a slide that is downscaled by this factor for the model."""
+        return InstanceRule(card.instances, downscale)
+
+    def reach(self, rule: InstanceRule) -> int:
+        """Return how many px around a pixel decide its code, beside those that decide its logits."""
+        return 0
 
     def probability(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return the probability (N, H, W) of logits (N, K, H, W), to compare results."""
@@ -87,7 +96,7 @@ class Decoder(ABC):
         Args:
             rule: rule for the instances of the slide.
             threshold: probability above which a pixel is foreground.
-            kernels: module with the functions of `cellseg_batch.kernels.instances` for the arrays at hand.
+            kernels: module with the functions of `cellseg_batch.kernels.pixel_codes` for the arrays at hand.
         """
 
 
@@ -107,10 +116,19 @@ class Seeds(Decoder):
 
     name: ClassVar[str] = "seeds"
 
+    def reach(self, rule: InstanceRule) -> int:
+        """See `Decoder.reach`."""
+        return self._seed_rule(rule, 0.5).reach
+
     def code_writer(self, rule: InstanceRule, threshold: float, kernels: Any) -> PixelWriter:
         """See `Decoder.code_writer`."""
+        seeds = self._seed_rule(rule, threshold)
+        return lambda logits, places, out: kernels.classify_pixels(logits, places, seeds, out)
+
+    def _seed_rule(self, rule: InstanceRule, threshold: float) -> SeedRule:
         card = rule.card
-        seeds = seed_rule(
+        assert card is not None
+        return seed_rule(
             logit_threshold(threshold),
             card.border_weight,
             card.smoothing,
@@ -118,7 +136,30 @@ class Seeds(Decoder):
             card.seed_level,
             card.border_level,
         )
-        return lambda logits, places, out: kernels.classify_pixels(logits, places, seeds, out)
+
+
+class Hover(Decoder):
+    """Takes foreground, horizontal and vertical map of HoVer-Net; seeds lie where both maps rise."""
+
+    name: ClassVar[str] = "hover"
+
+    def instance_rule(self, card: Card, downscale: int = 1) -> InstanceRule:
+        """See `Decoder.instance_rule`."""
+        return InstanceRule(None, downscale, card.hover)
+
+    def reach(self, rule: InstanceRule) -> int:
+        """See `Decoder.reach`."""
+        return self._hover_rule(rule, 0.5).reach
+
+    def code_writer(self, rule: InstanceRule, threshold: float, kernels: Any) -> PixelWriter:
+        """See `Decoder.code_writer`."""
+        maps = self._hover_rule(rule, threshold)
+        return lambda logits, places, out: kernels.classify_maps(logits, places, maps, out)
+
+    def _hover_rule(self, rule: InstanceRule, threshold: float) -> HoverRule:
+        hover = rule.hover
+        assert hover is not None
+        return hover_rule(logit_threshold(threshold), rule.downscale, hover.seed_level, hover.border_level)
 
 
 class Classes(Decoder):
@@ -137,7 +178,7 @@ class Classes(Decoder):
     def mask_meaning(self, card: Card) -> PixelMeaning:
         """See `Decoder.mask_meaning`."""
         numbered = list(enumerate(card.classes, start=1))
-        colours = tuple((number, (*one.colour, _OPACITY)) for number, one in numbered)
+        colours = tuple((number, (*bytes.fromhex(one.colour[1:]), _OPACITY)) for number, one in numbered)
         names = tuple((number, one.name) for number, one in numbered)
         return PixelMeaning(CLASSES, "uint8", is_label=True, colours=colours, names=names)
 
@@ -172,5 +213,5 @@ def _over_background(logits: Any) -> Any:
     return best - background
 
 
-DECODERS: dict[str, Decoder] = {decoder.name: decoder for decoder in (Mask(), Seeds(), Classes())}
+DECODERS: dict[str, Decoder] = {decoder.name: decoder for decoder in (Mask(), Seeds(), Hover(), Classes())}
 """Name in a card -> decoder."""

@@ -2,7 +2,7 @@
 
     incoming    pinned host memory -> pixels of the read box
     computing   gather -> network -> stitch, in batches shared with other blocks (`gpu_batch_queue`)
-    outgoing    mask, probability and counts -> pinned host memory
+    outgoing    mask, probability, class codes and counts -> pinned host memory
 
 It has the interface of `cpu_predictor.CpuPredictor`.  Each thread waits once, for its own result.  torch allocates the
 pinned memory and keeps freed memory for the next block.  Masks come back as bytes, because the writer takes bytes, and
@@ -38,7 +38,7 @@ from cellseg_batch.engine.inference.prediction import (
 )
 from cellseg_batch.engine.inference.stitching import make_stitch
 from cellseg_batch.engine.stage_clock import StageClock
-from cellseg_batch.kernels import blend_triton, gather_triton, instances_triton, stitch_triton
+from cellseg_batch.kernels import blend_triton, gather_triton, pixel_codes_triton, stitch_triton
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class GpuPredictor:
             ComputeError: the model returned NaN, or the GPU's memory is full even with batches of one tile.
         """
         if not block.tiles:
-            return no_foreground(pixels, block, self.rule.probability)
+            return no_foreground(pixels, block, self.rule)
         with self.queue() as queue:
             while True:
                 with queue.admission.stay() as stay:
@@ -94,14 +94,14 @@ class GpuPredictor:
             queue.incoming.synchronize()
             queue.computing.synchronize()
             raise
-        mask, probability, (foreground, undefined) = tiles.fetch()
+        mask, probability, classes, (foreground, undefined) = tiles.fetch()
         self.clock.worked("model", queue.busy_seconds())
         refuse_nan(block, undefined)
-        return BlockResult(mask, probability, foreground, count_missing(pixels, block))
+        return BlockResult(mask, probability, foreground, count_missing(pixels, block), classes)
 
 
 class _BlockOnDevice:
-    """Hold a block's pixels, mask and probability on the device; the queue takes it as the block's `Tiles`.
+    """Hold a block's pixels, mask, probability and classes on the device; the queue takes it as the block's `Tiles`.
 
     It holds everything until the results are on the host, so no stream gets memory that another stream still reads.
     """
@@ -121,13 +121,15 @@ class _BlockOnDevice:
             # Pixels outside all tiles are background.
             self._mask = self._device.zeros(block.box.shape, torch.uint8)
             self._probability = self._device.zeros(block.box.shape, torch.uint8) if rule.probability else None
+            self._classes = self._device.zeros(block.box.shape, torch.uint8) if rule.classes else None
             self._stitch = make_stitch(
                 rule,
                 block,
                 self._mask,
                 self._probability,
+                self._classes,
                 kernels=stitch_triton if rule.stitch == "crop" else blend_triton,
-                codes=instances_triton,
+                codes=pixel_codes_triton,
                 empty=partial(self._device.empty, dtype=torch.half),
             )
         self._counts: Tensor | None = None
@@ -146,18 +148,21 @@ class _BlockOnDevice:
             self._counts = torch.stack(self._stitch.finish()).sum(0)
             self._finished.record(self._queue.computing)
 
-    def fetch(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None, tuple[int, int]]:
-        """Wait for the results and return mask (h, w), probability (h, w), and (foreground pixels, NaN logits)."""
+    def fetch(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None, NDArray[np.uint8] | None, tuple[int, int]]:
+        """Wait for the results: mask, probability and class codes, each (h, w), and (foreground pixels, NaN logits)."""
         assert self._counts is not None
         done = self._device.event()
         with self._device.on(self._queue.outgoing):
             self._queue.outgoing.wait_event(self._finished)
             mask, counts = self._device.receive(self._mask), self._device.receive(self._counts)
-            probability = None if self._probability is None else self._device.receive(self._probability).numpy()
+            probability, classes = (
+                None if image is None else self._device.receive(image).numpy()
+                for image in (self._probability, self._classes)
+            )
             done.record(self._queue.outgoing)
         done.synchronize()
         foreground, undefined = counts.tolist()
-        return mask.numpy(), probability, (foreground, undefined)
+        return mask.numpy(), probability, classes, (foreground, undefined)
 
 
 def _to_kernel_dtype(pixels: NDArray[Any]) -> NDArray[Any]:

@@ -14,6 +14,7 @@ from cellseg_batch.engine.geometry import Block, Box, Lattice, Tile, reflect
 from cellseg_batch.engine.inference.backends.protocol import Shape
 from cellseg_batch.engine.inference.decoders import DECODERS, Decoder
 from cellseg_batch.engine.inference.normalise import Bounds
+from cellseg_batch.engine.objects.classes import ClassRule
 from cellseg_batch.engine.objects.seeds import InstanceRule
 
 
@@ -32,6 +33,7 @@ class PredictionRule:
         downscale: factor by which the slide is downscaled for the model.
         decoder: decoder of the model.
         instances: rule that makes pixel codes instead of the mask; None for a mask.
+        classes: class map whose codes are made too; None for none.
     """
 
     lattice: Lattice
@@ -44,6 +46,7 @@ class PredictionRule:
     downscale: int = 1
     decoder: Decoder = DECODERS["mask"]
     instances: InstanceRule | None = None
+    classes: ClassRule | None = None
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,22 @@ class BlockResult:
         probability: (h, w) uint8, 255 is certain; None unless asked for.
         foreground: number of foreground pixels.
         missing: number of NaN values in the block's pixels, which the model sees as 0.
+        classes: (h, w) uint8, the class codes; None unless asked for.
     """
 
     mask: NDArray[np.uint8]
     probability: NDArray[np.uint8] | None
     foreground: int
     missing: int
+    classes: NDArray[np.uint8] | None = None
 
 
-def no_foreground(pixels: NDArray[Any], block: Block, probability: bool) -> BlockResult:
+def no_foreground(pixels: NDArray[Any], block: Block, rule: PredictionRule) -> BlockResult:
     """Return the result of a block without tiles to compute: all background."""
     mask = np.zeros(block.box.shape, np.uint8)
-    return BlockResult(mask, mask if probability else None, 0, count_missing(pixels, block))
+    return BlockResult(
+        mask, mask if rule.probability else None, 0, count_missing(pixels, block), mask if rule.classes else None
+    )
 
 
 def source_tables(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,6 +37,7 @@ def make_stitch(
     block: Block,
     mask: Any,
     probability: Any,
+    classes: Any,
     kernels: Any,
     codes: Any,
     empty: Callable[[tuple[int, ...]], Any],
@@ -47,8 +49,9 @@ def make_stitch(
         block: the block to stitch; for blend its tiles must reach one core beyond it.
         mask: (h, w) uint8 of the block, overwritten with its mask or pixel codes.
         probability: (h, w) uint8 of the block, overwritten; None if it is not wanted.
+        classes: (h, w) uint8 of the block, overwritten with its class codes, for crop; None if they are not wanted.
         kernels: module with the functions of `cellseg_batch.kernels.stitch` for these arrays.
-        codes: module with the functions of `cellseg_batch.kernels.instances` that read logits, for these arrays.
+        codes: module with the functions of `cellseg_batch.kernels.pixel_codes` for these arrays.
         empty: makes an array for logits from its shape.
     """
     decoder, stitch = rule.decoder, rule.stitch
@@ -56,8 +59,17 @@ def make_stitch(
         write_mask = decoder.mask_writer(stitch, rule.threshold, kernels)
     else:
         write_mask = decoder.code_writer(rule.instances, rule.threshold, codes)
-    out = _Output(mask, write_mask, probability, decoder.probability_writer(stitch, kernels))
+    out = _Output(
+        mask, write_mask, probability, decoder.probability_writer(stitch, kernels), classes, _class_writer(rule, codes)
+    )
     return _Crop(out, block) if stitch == "crop" else _Blend(out, block, rule, empty)
+
+
+def _class_writer(rule: PredictionRule, codes: Any) -> PixelWriter | None:
+    if rule.classes is None:
+        return None
+    first, background = rule.classes.first, rule.classes.background
+    return lambda logits, places, out: codes.write_classes(logits, places, first, background, out)
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,8 @@ class _Output:
     write_mask: PixelWriter
     probability: Any
     write_probability: PixelWriter
+    classes: Any
+    write_classes: PixelWriter | None
 
 
 class _Crop:
@@ -74,17 +88,19 @@ class _Crop:
     def __init__(self, out: _Output, block: Block) -> None:
         self._out = out
         self._block = block
-        self._counts: dict[int, Any] = {}
+        self._counts: dict[int, list[Any]] = {}
 
     def add(self, first: int, logits: Any) -> None:
         places = core_places(self._block.tiles[first : first + len(logits)], self._block.box)
         out = self._out
-        self._counts[first] = out.write_mask(logits, places, out.mask)
+        self._counts[first] = [out.write_mask(logits, places, out.mask)]
         if out.probability is not None:
             out.write_probability(logits, places, out.probability)
+        if out.write_classes is not None:
+            self._counts[first].append(out.write_classes(logits, places, out.classes))
 
     def finish(self) -> list[Any]:
-        return list(self._counts.values())
+        return list(chain.from_iterable(self._counts.values()))
 
 
 class _Blend:

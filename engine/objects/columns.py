@@ -40,6 +40,7 @@ class Origin:
         plane_axes: names of its leading axes, out of t and z.
         pixel_size_um: µm per px of the label image; None if unknown.
         channels: names of the measured channels.
+        classes: names of the classes that objects may have.
     """
 
     slide: str
@@ -49,6 +50,7 @@ class Origin:
     plane_axes: str
     pixel_size_um: float | None
     channels: tuple[str, ...]
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Measured:
 
     Attributes:
         origin: the image.
-        objects: moments of the objects.
+        objects: moments of the objects; behind those of the channels are those of a channel for each class, which is 1
+            in the pixels of the class.
         channel: index of the channel, for a column per channel.
     """
 
@@ -72,6 +75,12 @@ class Measured:
     def channel_moment(self, number: int) -> Floats:
         """Values (n,) of a moment of the channel: LOW, HIGH, SUM or SQUARES."""
         return self.moment(m.CHANNELS + m.PER_CHANNEL * self.channel + number)
+
+    @cached_property
+    def class_pixels(self) -> Floats:
+        """Number (n, classes) of pixels of each class."""
+        first = m.CHANNELS + m.PER_CHANNEL * len(self.origin.channels) + m.SUM
+        return self.objects.rows[:, first :: m.PER_CHANNEL]
 
     @cached_property
     def ellipse(self) -> tuple[Floats, Floats, Floats]:
@@ -91,6 +100,7 @@ class Column:
         is_measurement: the column measures the object; the other columns identify and locate it.
         per_channel: the table has such a column for every measured channel.
         needs_pixel_size: the values are null if the pixel size is unknown.
+        needs_classes: tables of objects without classes lack the column.
     """
 
     name: str
@@ -100,6 +110,7 @@ class Column:
     is_measurement: bool = True
     per_channel: bool = False
     needs_pixel_size: bool = False
+    needs_classes: bool = False
 
     def name_for(self, channel: str) -> str:
         """Name in the table of this column for ``channel``."""
@@ -127,10 +138,16 @@ class TableField:
     channel: int = 0
 
 
-def table_fields(channels: Sequence[str]) -> list[TableField]:
-    """Fields of a table of objects in order; a group of neighbouring columns per channel is repeated per channel."""
+def table_fields(channels: Sequence[str], classes: bool) -> list[TableField]:
+    """Fields of a table of objects in order; a group of neighbouring columns per channel is repeated per channel.
+
+    Args:
+        channels: names of the measured channels.
+        classes: whether the objects have classes.
+    """
     fields: list[TableField] = []
-    for per_channel, group in groupby(COLUMNS, key=lambda column: column.per_channel):
+    present = (column for column in COLUMNS if classes or not column.needs_classes)
+    for per_channel, group in groupby(present, key=lambda column: column.per_channel):
         columns = list(group)
         if per_channel:
             fields += (
@@ -143,11 +160,11 @@ def table_fields(channels: Sequence[str]) -> list[TableField]:
     return fields
 
 
-def table_schema(channels: Sequence[str]) -> pa.Schema:
-    """Schema of a table of objects; the metadata of each field hold its ``unit``."""
+def table_schema(origin: Origin) -> pa.Schema:
+    """Schema of the table of an image's objects; the metadata of each field hold its ``unit``."""
     return pa.schema(
         pa.field(field.name, field.column.type, metadata={"unit": field.column.unit})
-        for field in table_fields(channels)
+        for field in table_fields(origin.channels, bool(origin.classes))
     )
 
 
@@ -215,6 +232,13 @@ def _touches_border(measured: Measured) -> NDArray[np.bool_]:
     return touches
 
 
+def _class(measured: Measured) -> pa.Array:
+    """The class that most of an object's pixels are of, the first of equal ones; null if they are of none."""
+    pixels = measured.class_pixels
+    indices = pa.array(pixels.argmax(axis=1).astype(np.int32), mask=pixels.max(axis=1) == 0)
+    return pa.DictionaryArray.from_arrays(indices, pa.array(measured.origin.classes))
+
+
 ID = Column("id", "", INT, lambda measured: measured.objects.ids, is_measurement=False)
 SLIDE = _name("slide")
 NAMES = (SLIDE, _name("well"), _name("field"))
@@ -242,6 +266,7 @@ PERIMETER = Column("perimeter", "px", FLOAT, lambda measured: moments.perimeter(
 AXIS_MAJOR = Column("axis_major", "px", FLOAT, lambda measured: measured.ellipse[0])
 AXIS_MINOR = Column("axis_minor", "px", FLOAT, lambda measured: measured.ellipse[1])
 INTENSITY_MEAN = Column("intensity_mean", "", FLOAT, _mean, per_channel=True)
+CLASS = Column("class", "", TEXT, _class, is_measurement=False, needs_classes=True)
 TOUCHES_BORDER = Column("touches_border", "", FLAG, _touches_border, is_measurement=False)
 
 COLUMNS: tuple[Column, ...] = (
@@ -271,6 +296,14 @@ COLUMNS: tuple[Column, ...] = (
         "",
         FLOAT,
         lambda measured: measured.moment(m.PROBABILITY) / (255 * measured.moment(m.AREA)),
+    ),
+    CLASS,
+    Column(
+        "class_share",
+        "",
+        FLOAT,
+        lambda measured: measured.class_pixels.max(axis=1) / measured.moment(m.AREA),
+        needs_classes=True,
     ),
     TOUCHES_BORDER,
 )

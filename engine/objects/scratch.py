@@ -2,6 +2,7 @@
 
     <journal>/scratch/codes/         the numbered codes, a file for each block
     <journal>/scratch/probability/   the probability, a file for each block, if objects are measured
+    <journal>/scratch/classes/       the class codes, a file for each block, if objects get classes
     <journal>/scratch/ids/           the final ids from the merge
     <journal>/scratch/objects/       the moments of each block's objects
 
@@ -97,6 +98,17 @@ class Scratch:
                 cause="files between two passes were removed or damaged",
                 remedy="begin this image anew with `overwrite`",
             ) from error
+
+    def read_block(self, block: Block) -> NDArray[Any]:
+        """Read the pixels (h, w) of a block.
+
+        Raises:
+            OutputError: the pixels cannot be read.
+        """
+        pixels = np.empty(block.box.shape, self._dtype)
+        for box, values in self.read(block, block.box):
+            pixels[box.seen_from(block.box).slices()] = values
+        return pixels
 
     def exists(self) -> bool:
         """Whether the image has been created and not removed."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block, BlockGrid
 from cellseg_batch.kernels.instances import label_seeds
-from cellseg_batch.trainer.card import Instances
+from cellseg_batch.trainer.card import Hover, Instances
 
 TOP, LEFT, BOTTOM, RIGHT = "top", "left", "bottom", "right"
 
@@ -24,22 +24,31 @@ class InstanceRule:
     """Numbers by which logits become instances on a slide.
 
     Attributes:
-        card: the model's rule, in px of its input image.
+        card: the model's rule, in px of its input image; None if its decoder is ``hover``.
         downscale: factor by which the slide is downscaled for the model.
+        hover: the model's rule if its decoder is ``hover``.
     """
 
-    card: Instances
+    card: Instances | None
     downscale: int = 1
+    hover: Hover | None = None
+
+    @property
+    def numbers(self) -> Instances | Hover:
+        """The one rule that there is."""
+        numbers = self.card or self.hover
+        assert numbers is not None
+        return numbers
 
     @property
     def smallest_seed(self) -> int:
         """Area of the smallest seed, in px of the slide."""
-        return self.card.smallest_seed * self.downscale**2
+        return self.numbers.smallest_seed * self.downscale**2
 
     @property
     def steps(self) -> int:
         """Number of growth steps in each of the two rounds."""
-        return self.card.growth * self.downscale
+        return self.numbers.growth * self.downscale
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,6 +50,7 @@ class Provenance:
         segmented_channels: names of the channels that the model saw.
         quality: name of each measured channel -> its quality.
         provenance: provenance of the labels, from the attributes of their group: model, settings, versions.
+        classes: name of each class that objects may have -> its colour, ``#rrggbb``.
     """
 
     image: str
@@ -61,6 +62,7 @@ class Provenance:
     segmented_channels: tuple[str, ...]
     quality: dict[str, ChannelQuality]
     provenance: dict[str, Any]
+    classes: dict[str, str] = field(default_factory=dict)
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -81,7 +83,7 @@ def write_table(path: Path, origin: Origin, pieces: Iterable[Objects], provenanc
         OutputError: the file cannot be written.
     """
     origin = replace(origin, slide=printable(origin.slide))
-    schema = table_schema(origin.channels).with_metadata({METADATA_KEY: json.dumps(asdict(provenance))})
+    schema = table_schema(origin).with_metadata({METADATA_KEY: json.dumps(asdict(provenance))})
     count = 0
     with whole_file(path) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
         for piece in pieces:
@@ -110,6 +112,7 @@ def read_provenance(path: Path) -> Provenance:
             segmented_channels=tuple(content["segmented_channels"]),
             quality=quality,
             provenance=content["provenance"],
+            classes=content["classes"],
         )
 
 
@@ -165,7 +168,7 @@ def reading_table(path: Path) -> Iterator[None]:
 
 def _batch(origin: Origin, objects: Objects, schema: pa.Schema) -> pa.RecordBatch:
     by_channel = [Measured(origin, objects, channel) for channel in range(max(1, len(origin.channels)))]
-    fields = table_fields(origin.channels)
+    fields = table_fields(origin.channels, bool(origin.classes))
     with np.errstate(over="ignore", invalid="ignore"):  # figures of infinite pixels are infinite or NaN
-        columns = [field.column.values(by_channel[field.channel]) for field in fields]
+        columns = [one.column.values(by_channel[one.channel]) for one in fields]
     return pa.record_batch(columns, schema=schema)

@@ -24,8 +24,8 @@ from cellseg_batch.engine.objects.columns import (
     BOX,
     CENTROID,
     CENTROID_UM,
+    CLASS,
     ID,
-    NAMES,
     SLIDE,
     TEXT,
     TableField,
@@ -135,11 +135,13 @@ def _write_anndata(tables: Tables, out: Path) -> int:
     in_um = table[CENTROID_UM[0].name].null_count == 0
     y, x = (table[column.name].to_numpy() for column in (CENTROID_UM if in_um else CENTROID))
     # Text as plain objects: older versions of anndata cannot read pandas' own type of text.
-    names = {column.name: table[column.name].cast(pa.string()).to_numpy() for column in NAMES}
+    names = {
+        field.name: table[field.name].cast(pa.string()).to_numpy() for field in fields if field.column.type == TEXT
+    }
     rows = pd.Index(names["slide"] + ":" + table[ID.name].to_numpy().astype(str).astype(object), dtype=object)
     observed = pd.DataFrame({name: table[name].to_numpy() for name in described if name not in names}, index=rows)
     for name, values in names.items():
-        observed[name] = pd.Categorical(values, categories=pd.Index(np.unique(values), dtype=object))
+        observed[name] = pd.Categorical(values, categories=pd.Index(sorted(set(values) - {None}), dtype=object))
     data = AnnData(
         np.stack([table[name].to_numpy() for name in figures], axis=1, dtype=np.float32),
         obs=observed,
@@ -220,8 +222,8 @@ def _slide_of(table: Path) -> str | None:
 
 
 def _fields(schema: pa.Schema, channels: tuple[str, ...]) -> list[TableField]:
-    """The fields that a table has; an earlier version may have written fewer columns."""
-    return [field for field in table_fields(channels) if field.name in schema.names]
+    """The fields that a table has: without classes, or of an earlier version, it may have fewer columns."""
+    return [field for field in table_fields(channels, classes=True) if field.name in schema.names]
 
 
 def _features(batch: pa.RecordBatch, reader: SlideReader, provenance: Provenance) -> Iterator[dict[str, Any]]:
@@ -237,6 +239,7 @@ def _features(batch: pa.RecordBatch, reader: SlideReader, provenance: Provenance
         planes = np.ravel_multi_index(index, lengths)
     fields = _fields(batch.schema, provenance.channels)
     measured = batch.select([field.name for field in fields if field.column.is_measurement]).to_pylist()
+    classes = batch[CLASS.name].to_pylist() if provenance.classes else [None] * len(ids)
     squares = np.stack([planes, *(boxes[:, :2] // _SQUARE).T])
     order = np.lexsort(squares[::-1])
     starts = np.flatnonzero(np.any(np.diff(squares[:, order], axis=1), axis=0)) + 1
@@ -254,9 +257,17 @@ def _features(batch: pa.RecordBatch, reader: SlideReader, provenance: Provenance
                 "properties": {
                     "objectType": "detection",
                     "name": str(ids[row]),
+                    **_classification(classes[row], provenance),
                     "measurements": {key: value for key, value in measured[row].items() if value is not None},
                 },
             }
+
+
+def _classification(name: str | None, provenance: Provenance) -> dict[str, Any]:
+    """QuPath's property of a detection that says of which class it is; none for an object without one."""
+    if name is None:
+        return {}
+    return {"classification": {"name": name, "color": list(bytes.fromhex(provenance.classes[name][1:]))}}
 
 
 def _plane(labels: Slide, plane: int) -> dict[str, Any]:

@@ -29,9 +29,10 @@ from cellseg_batch.trainer.card import (
     LAYOUTS,
     ONNX,
     Card,
-    ClassName,
+    Hover,
     Input,
     Instances,
+    ModelClass,
     Normalisation,
     Output,
     Size,
@@ -119,6 +120,7 @@ class CardDraft:
     input: InputDraft = field(default_factory=InputDraft)
     output: OutputDraft = field(default_factory=OutputDraft)
     instances: Instances = field(default_factory=Instances)
+    hover: Hover = field(default_factory=Hover)
     name: str = ""
     licence: str = ""
     citation: str = ""
@@ -192,6 +194,7 @@ def _bundle_of(source: Path, path: Path, graph: GraphFile, draft: CardDraft) -> 
         card = Card(draft.name, taken, output, draft.output.decoder, total_stride=1, exact_margin=None, margin=0)
         card = replace(card, classes=_coloured(draft.output.classes))
         card = replace(card, format=ONNX, threshold=draft.output.threshold, instances=draft.instances)
+        card = replace(card, hover=draft.hover)
         card.check()
         card = _measured(source, path, replace(card, licence=draft.licence, citation=draft.citation), draft)
         card.check()
@@ -205,11 +208,11 @@ def _bundle_of(source: Path, path: Path, graph: GraphFile, draft: CardDraft) -> 
     return Bundle(card, graph=path)
 
 
-def _coloured(names: tuple[str, ...]) -> tuple[ClassName, ...]:
+def _coloured(names: tuple[str, ...]) -> tuple[ModelClass, ...]:
     """Classes in colours of evenly spread hues."""
     hues = (colorsys.hsv_to_rgb(number / len(names), 0.75, 1.0) for number in range(len(names)))
-    colours = [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in hues]
-    return tuple(ClassName(name, colour) for name, colour in zip(names, colours, strict=True))
+    colours = ["#" + bytes(round(255 * light) for light in hue).hex() for hue in hues]
+    return tuple(ModelClass(name, colour) for name, colour in zip(names, colours, strict=True))
 
 
 def _with_own_card(source: Path, path: Path, graph: GraphFile, name: str | None) -> Bundle:

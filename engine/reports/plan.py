@@ -357,12 +357,12 @@ def most_records(counts: list[int]) -> int:
 def most_scratch_files(plan: SlidePlan) -> int:
     """Number of scratch files and folders between the passes over a slide.
 
-    These are the codes and, if objects are measured, probability and moments.
+    These are the codes and, if objects are measured, probability, moments and class codes.
     """
     if plan.instances is None:
         return 0
     blocks = len(plan.grid)
-    kinds = 3 if plan.objects else 1  # codes; probability and moments
+    kinds = (3 if plan.objects else 1) + (plan.classes is not None)  # codes; probability and moments; class codes
     return kinds * (blocks + -(-blocks // BUCKET) + 2) + _FILES_OF_FINAL_IDS
 
 

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import CellsegError, OutputError, brief
-from cellseg_batch.engine.objects.columns import AREA, INTENSITY_MEAN, TOUCHES_BORDER
+from cellseg_batch.engine.objects.columns import AREA, CLASS, INTENSITY_MEAN, TOUCHES_BORDER
 from cellseg_batch.engine.objects.table import read_batches, read_provenance
 from cellseg_batch.engine.reports.plate_heatmap import heatmaps
 from cellseg_batch.engine.run.failed_images import FailedImages, location
@@ -64,6 +64,7 @@ class _Tally:
 
     areas: list[NDArray[np.int64]] = field(default_factory=list)
     border: int = 0
+    classes: dict[str, int] = field(default_factory=dict)
     intensities: dict[str, float] = field(default_factory=dict)
     pixels: int = 0
     labelled: float = 0.0
@@ -82,7 +83,11 @@ class _Tally:
         self.focus += [quality.focus] if quality.focus is not None else []
         self.saturation.append(quality.saturation)
         means = {channel: INTENSITY_MEAN.name_for(channel) for channel in provenance.channels}
-        for batch in read_batches(table, [AREA.name, TOUCHES_BORDER.name, *means.values()]):
+        self.classes = dict.fromkeys(provenance.classes, 0) | self.classes
+        of_class = [CLASS.name] if provenance.classes else []
+        for batch in read_batches(table, [AREA.name, TOUCHES_BORDER.name, *of_class, *means.values()]):
+            for name in batch[CLASS.name].drop_null().to_pylist() if of_class else ():
+                self.classes[name] += 1
             self.areas.append(batch[AREA.name].to_numpy())
             self.border += batch[TOUCHES_BORDER.name].true_count
             for channel, name in means.items():
@@ -96,6 +101,7 @@ class _Tally:
         area = float(np.median(areas)) if count else None
         return {
             "count": count if self.pixels else None,
+            **{f"count_{name}": total for name, total in self.classes.items()},
             "median_area": area,
             "median_area_um2": area * self.area_um2 if area and self.area_um2 else None,
             **{f"mean_intensity_{name}": total / count for name, total in self.intensities.items() if count},
@@ -245,4 +251,5 @@ def _write_tables(path: Path, rows: list[dict[str, Any]], plate: str) -> None:
 def _type_of(column: str) -> pa.DataType:
     if column in ("well", "row", "column", "field", "status", "reason"):
         return pa.string()
-    return pa.int64() if column in ("count", "fields", "failed_fields") else pa.float64()
+    is_count = column in ("count", "fields", "failed_fields") or column.startswith("count_")
+    return pa.int64() if is_count else pa.float64()

@@ -74,7 +74,7 @@ def grow_block(slide: OpenSlide, number: int) -> GrowthRecord:
         return GrowthRecord(int(np.count_nonzero(labels)))
     with slide.clock.stage("measure"):
         pixels = slide.reader.of_channels(measured_channels(plan.slide))
-        return measure_block(plan, block, with_halo, pixels, slide.scratch_probability)
+        return measure_block(plan, block, with_halo, pixels, slide.scratch_probability, slide.scratch_classes)
 
 
 def tabulate(slide: OpenSlide, _: int) -> TableRecord:

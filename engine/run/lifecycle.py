@@ -104,7 +104,7 @@ def finish_slide(worker: AnyWorker, prepared: PreparedSlide) -> SlideReport:
     with worker.here().slides.opened(plan, prepared.backend) as slide:
         demand_complete(journal, list(slide.images.values()), prepared.passes)
     figures = totals(plan, journal)
-    scratch, _ = scratch_of(plan)
+    scratch, *_ = scratch_of(plan)
     if scratch is not None:
         scratch.remove()
     for output in plan.outputs:
@@ -352,7 +352,7 @@ def _create_scratch(plan: SlidePlan) -> None:
 
 def _lacks_scratch(plan: SlidePlan, passes: tuple[Pass, ...], journal: Journal) -> bool:
     """Whether a missing task needs the scratch although there is none: it is deleted once a slide is finished."""
-    scratch, _ = scratch_of(plan)
+    scratch, *_ = scratch_of(plan)
     scratch_passes = (slide_pass for slide_pass in passes if slide_pass.scratch)
     missing = chain.from_iterable(journal.missing(slide_pass.name, slide_pass.count) for slide_pass in scratch_passes)
     return scratch is not None and not scratch.exists() and next(missing, None) is not None
@@ -363,7 +363,7 @@ def _block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
     channels = measured_channels(plan.slide) if plan.objects else plan.channels.indices
     read = max(channels) - min(channels) + 1
     held = read if read == len(channels) else read + len(channels)  # others between them are read, and left out
-    return block_memory(plan.slide, plan.level.level, held, plan.grid, plan.needs_probability, on_gpu, plan.frame)
+    return block_memory(plan.slide, plan.level.level, held, plan.grid, plan.images_of_bytes, on_gpu, plan.frame)
 
 
 def fit_memory(

@@ -36,6 +36,7 @@ def measure_block(
     labels: NDArray[Any],
     pixels: SlideReader,
     probability: Scratch,
+    classes: Scratch | None,
 ) -> GrowthRecord:
     """Measure the objects in a block and write their moments into the scratch.
 
@@ -45,6 +46,7 @@ def measure_block(
         labels: (h + 2 * HALO, w + 2 * HALO) final labels of the block and HALO px around it; 0 outside the slide.
         pixels: reads every channel that is measured.
         probability: scratch with the probability of every pixel, uint8; 255 is a probability of 1.
+        classes: scratch with the class code of every pixel, uint8; None if objects get no classes.
 
     Raises:
         SlideError: pixels cannot be read, or the moments cannot be written.
@@ -52,20 +54,30 @@ def measure_block(
     quality = [Quality()] * len(pixels.channels)
     parts = []
     slide = Box(0, 0, *plan.grid.lattice.shape)
-    probabilities = np.empty(block.box.shape, np.uint8)
-    for box, values in probability.read(block, block.box):
-        probabilities[box.seen_from(block.box).slices()] = values
+    probabilities = probability.read_block(block)
+    class_codes = None if classes is None else classes.read_block(block)
     for strip in _strips(block):
         window = strip.grown(HALO).within(slide)
         channels = np.ascontiguousarray(pixels.read(block.plane, window))
         core = strip.seen_from(window).slices()
         strip_labels = labels[strip.y0 - block.box.y0 :][: strip.shape[0] + 2 * HALO]
-        strip_probabilities = probabilities[strip.seen_from(block.box).slices()]
-        parts.append(measure(strip_labels, channels[:, *core], strip_probabilities, (strip.y0, strip.x0)))
+        inside = strip.seen_from(block.box).slices()
+        light = channels[:, *core]
+        if class_codes is not None:
+            light = np.concatenate([light, _channels_of_classes(plan, class_codes[inside]).astype(light.dtype)])
+        parts.append(measure(strip_labels, light, probabilities[inside], (strip.y0, strip.x0)))
         quality = [sums + survey(channel, core) for sums, channel in zip(quality, channels, strict=True)]
     ids, rows = merge(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     write_part(probability.objects, block.index, block.plane, ids, rows)
     return GrowthRecord(int(rows[:, AREA].sum()), tuple(quality))
+
+
+def _channels_of_classes(plan: SlidePlan, class_codes: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """A channel (h, w) of each class that is 1 in its pixels, so that its sum over an object counts them."""
+    assert plan.classes is not None
+    codes = np.arange(1, 1 + len(plan.classes.names))
+    is_class: NDArray[np.bool_] = class_codes == codes[:, None, None]
+    return is_class
 
 
 def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord]) -> TableRecord:
@@ -101,6 +113,7 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord])
         segmented_channels=tuple(names[index] for index in plan.channels.indices),
         quality={name: ChannelQuality(sums.focus, sums.saturation) for name, sums in zip(names, quality, strict=True)},
         provenance=manifest,
+        classes=dict(zip(plan.classes.names, plan.classes.colours, strict=True)) if plan.classes else {},
     )
     origin = Origin(
         slide=slide.name,
@@ -110,6 +123,7 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord])
         plane_axes=slide.plane_axes,
         pixel_size_um=plan.level.pixel_size_um,
         channels=names,
+        classes=tuple(provenance.classes),
     )
     return TableRecord(write_table(paths.table, origin, merge_parts(parts), provenance))
 

@@ -20,7 +20,7 @@ RUN_OVERHEAD_BYTES = 96 << 20
 
 
 def block_memory(
-    slide: Slide, level: int, channels: int, grid: BlockGrid, probability: bool, on_gpu: bool, frame: int | None = None
+    slide: Slide, level: int, channels: int, grid: BlockGrid, images: int, on_gpu: bool, frame: int | None = None
 ) -> int:
     """Host memory in bytes that a block of ``grid`` holds at most while it is read, computed and written.
 
@@ -29,7 +29,7 @@ def block_memory(
         level: level that is processed.
         channels: number of channels that are read.
         grid: blocks of the slide.
-        probability: whether the probability is computed too.
+        images: number of uint8 images that are computed.
         on_gpu: whether a GPU computes the block.
         frame: width in px of the frame around a block that instances need; None for a mask.
     """
@@ -42,7 +42,7 @@ def block_memory(
     for axis, length, chunk in zip(slide.axes, slide.levels[level].shape, slide.levels[level].chunks, strict=True):
         touched *= min(1 + math.ceil((sides.get(axis, 1) - 1) / chunk), math.ceil(length / chunk))
     decoding = min(_CHUNKS_IN_FLIGHT, touched) * math.prod(slide.levels[level].chunks) * itemsize
-    written = math.prod(grid.block_shape) * (2 if probability else 1)
+    written = math.prod(grid.block_shape) * images
     read = math.prod(sides.values()) * itemsize
     # Data to and from a GPU pass through pinned memory, which torch allocates in powers of two.
     computing = 2 * (read + written) if on_gpu else _blended_logits(grid)

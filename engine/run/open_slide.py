@@ -37,6 +37,7 @@ class OpenSlide:
         images: name of each output image -> its writer.
         scratch: codes between the two passes that instances take; None for a mask.
         scratch_probability: the probability between these passes; None if objects are not measured.
+        scratch_classes: the class codes between these passes; None if objects get no classes.
         journal: journal of the output.
         clock: clock of the process.
     """
@@ -47,6 +48,7 @@ class OpenSlide:
     images: dict[str, ImageWriter]
     scratch: Scratch | None
     scratch_probability: Scratch | None
+    scratch_classes: Scratch | None
     journal: Journal
     clock: StageClock
 
@@ -138,7 +140,7 @@ def open_slide(
             found=own_backend.version,
             remedy="install one version everywhere",
         )
-    scratch, scratch_probability = scratch_of(plan)
+    scratch, scratch_probability, scratch_classes = scratch_of(plan)
     return OpenSlide(
         plan=plan,
         reader=reader,
@@ -146,6 +148,7 @@ def open_slide(
         images=image_writers(plan),
         scratch=scratch,
         scratch_probability=scratch_probability,
+        scratch_classes=scratch_classes,
         journal=Journal(plan.paths.journal),
         clock=clock,
     )
@@ -160,8 +163,11 @@ def image_writers(plan: SlidePlan) -> dict[str, ImageWriter]:
     }
 
 
-def scratch_of(plan: SlidePlan) -> tuple[Scratch | None, Scratch | None]:
-    """The scratch of a slide's codes and of its probability; None for those that the plan does not need."""
+def scratch_of(plan: SlidePlan) -> tuple[Scratch | None, Scratch | None, Scratch | None]:
+    """The scratch of a slide's codes, probability and class codes; None for those that the plan does not need."""
     journal = plan.paths.journal
-    codes = Scratch(journal, "codes", np.uint32, plan.frame) if plan.frame is not None else None
-    return codes, Scratch(journal, "probability", np.uint8, frame=0) if plan.objects else None
+    return (
+        Scratch(journal, "codes", np.uint32, plan.frame) if plan.frame is not None else None,
+        Scratch(journal, "probability", np.uint8, frame=0) if plan.objects else None,
+        Scratch(journal, "classes", np.uint8, frame=0) if plan.classes is not None else None,
+    )

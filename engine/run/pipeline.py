@@ -86,6 +86,8 @@ def segment_block(slide: OpenSlide, number: int) -> BlockRecord:
         _write_outputs(slide, block, result)
         if slide.scratch_probability is not None and result.probability is not None:
             slide.scratch_probability.write(block, result.probability)
+        if slide.scratch_classes is not None and result.classes is not None:
+            slide.scratch_classes.write(block, result.classes)
     return BlockRecord(
         seeds=seeds,
         foreground=result.foreground,

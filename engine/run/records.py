@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from cellseg_batch.engine.geometry import BlockGrid, Lattice
 from cellseg_batch.engine.inference.normalise import Bounds
+from cellseg_batch.engine.objects.classes import ClassRule
 from cellseg_batch.engine.objects.seeds import InstanceRule, SeedRecord
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.slide import fits_axes
@@ -125,6 +126,7 @@ class Decisions:
         outputs: names of the images that are written.
         instances: numbers by which logits become instances; None for a mask.
         objects: whether the instances are measured.
+        classes: class map by which the measured instances get classes; None for none.
     """
 
     input: InputPixels
@@ -140,6 +142,7 @@ class Decisions:
     outputs: tuple[str, ...]
     instances: InstanceRule | None
     objects: bool
+    classes: ClassRule | None
 
     def changes(self, now: Decisions) -> list[str]:
         """The differences between these decisions and ``now``, one phrase each; settings are in backticks."""

@@ -12,6 +12,7 @@ from cellseg_batch.engine.inference.background import flat_limit
 from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
+from cellseg_batch.engine.objects.classes import ClassRule, class_rule
 from cellseg_batch.engine.objects.seeds import InstanceRule
 from cellseg_batch.engine.run.output_images import OutputImage, output_images
 from cellseg_batch.engine.run.output_paths import OutputPaths
@@ -47,6 +48,7 @@ class SlidePlan:
         flat: difference of pixel values below which a tile is background and not computed; 0 computes all.
         instances: rule by which logits become instances; None for a mask.
         objects: whether to measure the instances.
+        classes: class map by which the instances get classes; None if there is none, or they are not measured.
         notes: remarks on the model for the user.
     """
 
@@ -65,6 +67,7 @@ class SlidePlan:
     flat: float = 0.0
     instances: InstanceRule | None = None
     objects: bool = False
+    classes: ClassRule | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -82,6 +85,11 @@ class SlidePlan:
     def needs_probability(self) -> bool:
         """Whether blocks need the probability, to write it or to measure objects."""
         return self.objects or any(output.meaning == PROBABILITY for output in self.outputs)
+
+    @property
+    def images_of_bytes(self) -> int:
+        """Number of uint8 images that the prediction of a block makes."""
+        return 1 + self.needs_probability + (self.classes is not None)
 
     @property
     def layout(self) -> Layout:
@@ -115,6 +123,7 @@ class SlidePlan:
             outputs=tuple(output.name for output in self.outputs),
             instances=self.instances,
             objects=self.objects,
+            classes=self.classes,
         )
 
     @property
@@ -131,17 +140,29 @@ class SlidePlan:
             downscale=self.downscale,
             decoder=DECODERS[self.decoder],
             instances=self.instances,
+            classes=self.classes,
         )
 
 
-def pick_margin(settings: Settings, card: Card) -> int:
-    """The margin in px: that of the settings, where ``exact`` means the network's own reach, else the card's.
+def pick_margin(settings: Settings, card: Card, downscale: int = 1) -> int:
+    """The margin in px: that of the settings, else the card's.
+
+    If instances are made, ``exact`` adds the decoder's reach to the network's, in whole strides, and so does a model
+    that gives nothing close to a tile's edge.
+
+    Args:
+        settings: settings of the run.
+        card: card of the model, for images that are downscaled by ``downscale``.
+        downscale: factor by which the image is downscaled for the model.
 
     Raises:
         UsageError: the network has no reach of its own, or gives nothing so close to a tile's edge.
     """
+    decoder, stride, crop = DECODERS[card.decoder], card.total_stride, card.output.crop
+    reach = decoder.reach(decoder.instance_rule(card, downscale)) if settings.makes_ids else 0
+    least = crop + reach if crop else 0
     if settings.margin is None:
-        return card.margin
+        return max(card.margin, -(-least // stride) * stride)
     if settings.margin == "exact" and card.exact_margin is None:
         raise UsageError(
             "`margin=exact`",
@@ -150,25 +171,29 @@ def pick_margin(settings: Settings, card: Card) -> int:
             cause="the network sees the whole tile, or takes tiles of a single size",
             remedy=f"use the card's own `margin={card.margin}`, or a larger one",
         )
-    margin = int(settings.margin if settings.margin != "exact" else card.exact_margin or 0)
-    if margin < card.output.crop:
+    exact = (card.exact_margin or 0) + -(-reach // stride) * stride
+    margin = int(settings.margin if settings.margin != "exact" else exact)
+    if margin < least:
         raise UsageError(
             "`margin`",
-            expected=f"at least {card.output.crop} px, which the model {card.name} gives no result for",
+            expected=f"at least {least} px, which the model {card.name} gives no result for or its decoder looks at",
             found=f"{margin}",
-            remedy=f"use `margin={card.margin}`",
+            remedy=f"use `margin={max(card.margin, -(-least // stride) * stride)}`",
         )
     return margin
 
 
-def lay_lattice(shape: tuple[int, int], settings: Settings, card: Card, backend: str | None = None) -> Lattice:
+def lay_lattice(
+    shape: tuple[int, int], settings: Settings, card: Card, backend: str | None = None, downscale: int = 1
+) -> Lattice:
     """The lattice of tiles over a plane: of few shapes for a backend whose compiling takes long, else fitted.
 
     Args:
         shape: (height, width) of the plane in px.
         settings: settings of the run.
-        card: card of the model.
+        card: card of the model, for images that are downscaled by ``downscale``.
         backend: name of the backend that computes the slide; None if none is chosen yet: then that of the settings.
+        downscale: factor by which the image is downscaled for the model.
 
     Raises:
         UsageError: tile and margin do not go together, or the model does not take such batches.
@@ -180,7 +205,7 @@ def lay_lattice(shape: tuple[int, int], settings: Settings, card: Card, backend:
             found=f"{settings.batch}",
             remedy=f"use `batch={card.input.batch}`, or export the model with a dynamic batch",
         )
-    margin, size = pick_margin(settings, card), card.input.size
+    margin, size = pick_margin(settings, card, downscale), card.input.size
     if size.fixed:
         return lay_fixed(shape, size.fixed, margin)
     entry = KNOWN_BACKENDS.get(backend or settings.backend)
@@ -264,7 +289,8 @@ def plan_slide(slide: Slide, paths: OutputPaths, settings: Settings, card: Card,
         outputs=output_images(paths, settings, card),
         stitch=settings.stitch,
         flat=flat,
-        instances=InstanceRule(card.instances) if settings.makes_ids else None,
+        instances=DECODERS[card.decoder].instance_rule(card) if settings.makes_ids else None,
         objects=settings.objects,
+        classes=class_rule(card) if settings.objects else None,
         notes=card.notes,
     )

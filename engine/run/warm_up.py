@@ -47,7 +47,7 @@ class WarmUp:
         and needs no more memory.
         """
         slide = plan.slide
-        kind = slide.dtype, slide.axes, plan.needs_probability, plan.instances, plan.objects, plan.downscale
+        kind = slide.dtype, slide.axes, plan.images_of_bytes, plan.instances, plan.objects, plan.downscale
         size = math.prod(plan.shape)
         if self._has(kind, size):
             return  # without waiting for the network of another slide

@@ -66,7 +66,7 @@ def lay_tiles(
         UsageError: tile and margin do not go together.
     """
     card = bundle.downscaled(factor).card
-    lattice = lay_lattice(plan.grid.lattice.shape, settings, card, backend)
+    lattice = lay_lattice(plan.grid.lattice.shape, settings, card, backend, factor)
     return replace(
         plan,
         grid=lay_blocks(lattice, settings.block_side(), plan.grid.planes, plan.grid.ring),

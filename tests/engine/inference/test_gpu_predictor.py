@@ -21,9 +21,10 @@ from cellseg_batch.engine.inference.gpu_admission import Admission
 from cellseg_batch.engine.inference.gpu_batch_queue import BatchQueue
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
+from cellseg_batch.engine.objects.classes import ClassRule
 from cellseg_batch.engine.objects.seeds import InstanceRule
 from cellseg_batch.engine.stage_clock import StageClock
-from cellseg_batch.trainer.card import Instances
+from cellseg_batch.trainer.card import Hover, Instances
 from tests.support.images import blobs, labels_of, write_ome_zarr
 from tests.support.networks import predictor_of
 
@@ -129,15 +130,18 @@ def test_a_block_becomes_what_it_does_on_the_cpu(dtype, stitch):
     assert predictor.clock.seconds["model"] > 0
 
 
-@pytest.mark.parametrize(("decoder", "downscale", "codes"), [("mask", 1, 2), ("seeds", 2, 4)])
+@pytest.mark.parametrize(("decoder", "downscale", "codes"), [("mask", 1, 2), ("seeds", 2, 4), ("hover", 1, 4)])
 def test_pixel_codes_of_instances_are_those_of_the_cpu(decoder, downscale, codes):
-    instances = InstanceRule(Instances(seed_level=0.4, border_level=0.35), downscale)
-    how = {"decoder": DECODERS[decoder], "instances": instances}
+    instances = InstanceRule(Instances(seed_level=0.4, border_level=0.35), downscale, Hover(border_level=-0.05))
+    classes = ClassRule(("a", "b"), ("#000000", "#ffffff"), first=1, background=False)
+    how = {"decoder": DECODERS[decoder], "instances": instances, "classes": classes}
     image, (queue, _) = image_of(), queue_of(4)
     (block,) = lay_blocks(LATTICE, 999)
-    result = gpu_predictor_of(queue, **how).predict(image, block)
-    assert_same(result, expected_of(image, block, **how))
+    result, expected = gpu_predictor_of(queue, **how).predict(image, block), expected_of(image, block, **how)
+    assert_same(result, expected)
     assert len(np.unique(result.mask)) == codes
+    np.testing.assert_array_equal(result.classes, expected.classes)
+    assert len(np.unique(result.classes)) == 2
 
 
 def test_channels_that_are_interleaved_go_up_as_they_are():
@@ -273,7 +277,7 @@ def test_memory_that_runs_out_between_two_blocks_of_a_batch_counts_nothing_twice
     thread.join()
     expected = expected_of(image, block)
     for one in (first, second):
-        mask, _, counts = one.fetch()
+        mask, *_, counts = one.fetch()
         np.testing.assert_array_equal(mask, expected.mask)
         assert counts == (expected.foreground, 0)
 

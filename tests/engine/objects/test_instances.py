@@ -22,8 +22,11 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from cellseg_batch.engine.errors import UsageError
-from cellseg_batch.engine.geometry import BlockGrid, Box, Lattice
+from cellseg_batch.engine.geometry import BlockGrid, Box, Lattice, fit_lattice, lay_blocks
 from cellseg_batch.engine.inference.backends import cuda
+from cellseg_batch.engine.inference.decoders import DECODERS
+from cellseg_batch.engine.inference.normalise import Bounds
+from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.objects.merge import FinalIds, merge_seeds
 from cellseg_batch.engine.objects.seeds import InstanceRule, number_seeds
 from cellseg_batch.engine.profiling.bench_slides import Form, shipped_pieces, write_slide
@@ -35,12 +38,16 @@ from cellseg_batch.engine.run.instance_passes import final_labels, keep_seeds
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
 from cellseg_batch.engine.storage.journal import Journal
-from cellseg_batch.kernels import instances_reference
+from cellseg_batch.kernels import hover_reference, instances_reference
+from cellseg_batch.kernels.hover import hover_rule
 from cellseg_batch.kernels.instances import reach
 from cellseg_batch.trainer.bundle import Bundle, save_bundle
-from cellseg_batch.trainer.card import Instances, plain_output
+from cellseg_batch.trainer.card import Hover, Instances, plain_output
+from cellseg_batch.trainer.decode import decode_instances
 from cellseg_batch.trainer.unet import load_network
+from tests.support.hover_maps import crowded_nuclei, draw_maps, f1_of
 from tests.support.images import blobs, check_table, labels_of, write_ome_zarr
+from tests.support.networks import Alone, predictor_of
 
 RULE = InstanceRule(Instances(smallest_seed=4, growth=3))
 
@@ -128,6 +135,36 @@ def test_blocks_give_what_one_piece_gives(tmp_path_factory, pattern, seed, shape
     np.testing.assert_array_equal(labels, expected)
     assert merged.objects == count
     assert set(np.unique(labels)) - {0} == set(range(1, count + 1)), "ids are contiguous"
+
+
+def test_nuclei_drawn_as_hover_maps_come_back_however_their_slide_is_cut(tmp_path):
+    truth = crowded_nuclei(500, 620, 420)
+    maps = draw_maps(truth, noise=0.2)
+    decoder, rule, bounds = DECODERS["hover"], InstanceRule(None, hover=Hover()), Bounds((-8.0,), (8.0,))
+    margin = decoder.reach(rule)
+    lattice = fit_lattice(truth.shape, 128, margin, 1)
+    prediction = PredictionRule(lattice, (2, 3, *lattice.tile), "float32", bounds, 0.5, decoder=decoder, instances=rule)
+    predictor = predictor_of(Alone(lambda batch, out=None: batch * 16 - 8), prediction)
+    results = []
+    for block in (120, 300):
+        grid, codes = lay_blocks(lattice, block), np.empty((1, *truth.shape), np.uint8)
+        for part in grid:
+            codes[0][part.box.slices()] = predictor.predict(maps[:, *part.read_box.slices()], part).mask
+        results.append((codes, *block_by_block(codes, grid, rule, tmp_path)))
+    (codes, labels, merged), (other_codes, other_labels, _) = results
+    np.testing.assert_array_equal(codes, other_codes)
+    np.testing.assert_array_equal(labels, other_labels)
+
+    shown = np.pad((maps + np.float32(8)) / 16, ((0, 0), (margin, margin), (margin, margin)), "reflect") * 16 - 8
+    untiled = np.empty(truth.shape, np.uint8)
+    place = np.array([[margin, margin, 0, 0, *truth.shape]])
+    hover_reference.classify_maps(shown[None], place, hover_rule(0.0, 1, 0.05, -0.3), untiled)
+    np.testing.assert_array_equal(codes[0], untiled, "tiles with a margin of the decoder's reach have no seams")
+    in_one, count = in_one_piece(codes, lattice.core, rule)
+    np.testing.assert_array_equal(labels, in_one)
+    assert merged.objects == count
+    assert f1_of(labels[0], truth, lattice.core) > 0.98
+    assert f1_of(labels[0], decode_instances(maps, "hover", 0.5, Hover()), lattice.core) > 0.98
 
 
 def test_an_object_as_large_as_three_blocks_has_one_id(tmp_path):
@@ -303,7 +340,7 @@ def test_labels_and_scratch_that_a_run_leaves(tmp_path, segment, pixels, bundle,
     provenance = group.attrs[OUTPUT_MARK]
     assert provenance["kind"] == "instances"
     assert provenance["model"]["sha256"] == bundle.sha256
-    assert provenance["instances"] == {"card": vars(bundle.card.instances), "downscale": 2}
+    assert provenance["instances"] == {"card": vars(bundle.card.instances), "downscale": 2, "hover": None}
     assert provenance["decoder"] == "seeds"
     skipped = segment(path, instances=True, model=model, downscale=2)
     assert (skipped.status, skipped.slides[0].objects) == ("skipped", report.slides[0].objects)
@@ -340,6 +377,25 @@ def test_a_model_without_distance_gives_components_of_its_mask(tmp_path, segment
     assert report.slides[0].objects == len(np.unique(components[large & (mask > 0)]))
     provenance = zarr.open_group(report.slides[0].labels, mode="r").attrs[OUTPUT_MARK]
     assert provenance["decoder"] == "mask"
+
+
+def test_a_model_with_hover_maps_gives_instances(tmp_path, segment, pixels, tiny_bundle):
+    output, hover = plain_output("foreground", "horizontal", "vertical"), Hover(seed_level=-0.1, smallest_seed=2)
+    card = replace(tiny_bundle.card, output=output, decoder="hover", hover=hover)
+    save_bundle(replace(tiny_bundle, card=card), tmp_path / "hover")
+    path, model = write_ome_zarr(tmp_path / "a.zarr", pixels), str(tmp_path / "hover")
+    usual = {"instances": True, "model": model, "downscale": 2, "tile": 160}
+    reports = [segment(path, name=f"cells{block}", block=block, **usual) for block in (32, 1000)]
+    labels = [labels_of(report) for report in reports]
+    np.testing.assert_array_equal(*labels)
+    assert reports[0].slides[0].objects == labels[0].max() > 9
+    mask = labels_of(segment(path, name="mask", model=model, downscale=2, tile=160))
+    assert not labels[0][mask == 0].any()
+    provenance = zarr.open_group(reports[0].slides[0].labels, mode="r").attrs[OUTPUT_MARK]
+    assert provenance["instances"] == {"card": None, "downscale": 2, "hover": vars(card.hover)}
+    usual |= {"margin": "exact", "downscale": 1}
+    exact = [segment(path, name=f"exact {more}", **usual | {"instances": more}) for more in (True, False)]
+    assert exact[0].margin - exact[1].margin == -(-9 // card.total_stride) * card.total_stride
 
 
 def test_a_killed_run_goes_on_in_either_pass(tmp_path, model, segment):

@@ -1,5 +1,6 @@
 """Runs that measure: tables of slides, and summaries of plates."""
 
+import csv
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import zarr
 from PIL import Image
 
@@ -24,8 +26,9 @@ from cellseg_batch.engine.reports.report import write_page
 from cellseg_batch.engine.reports.verify import verify
 from cellseg_batch.engine.run import measure_pass as measuring
 from cellseg_batch.engine.storage.lock import Locks
-from cellseg_batch.trainer.bundle import load_bundle, save_bundle
-from cellseg_batch.trainer.card import Instances
+from cellseg_batch.trainer.bundle import Bundle, load_bundle, save_bundle
+from cellseg_batch.trainer.card import Instances, ModelClass, plain_output
+from cellseg_batch.trainer.unet import load_network
 from tests.support.images import blobs, check_table, fill_ome_zarr, labels_of, write_ome_zarr, write_plate
 
 
@@ -100,6 +103,74 @@ def test_tables_do_not_depend_on_blocks_and_workers(tmp_path, measure):
         tables.append(pq.read_table(measure(path, block=block, workers=workers).slides[0].table))
     assert tables[0].equals(tables[1])
     assert tables[0].equals(tables[2])
+
+
+@pytest.fixture
+def model_with_classes(tiny_bundle, tmp_path):
+    """The small network with a class map: tumour above the usual difference of border and distance, stroma below it."""
+    classes = (ModelClass("tumour", "#c80000"), ModelClass("stroma", "#00c800"))
+    card = replace(
+        tiny_bundle.card,
+        architecture={**tiny_bundle.card.architecture, "outputs": 6},
+        output=plain_output(*tiny_bundle.outputs, "no class", "tumour", "stroma"),
+        instances=Instances(seed_level=-1.0, smallest_seed=3, growth=1),
+        classes=classes,
+    )
+    heads = {name: array for name, array in tiny_bundle.weights.items() if name.startswith("head.")}
+    for name, array in heads.items():
+        difference = array[4:8] - array[8:]
+        heads[name] = np.concatenate([array, 0 * difference, difference, -difference])
+    shown = torch.from_numpy(blobs(128, 128)[None] / np.float32(255))
+    with torch.inference_mode():
+        logits = load_network(Bundle(card, tiny_bundle.weights | heads))(shown)[0]
+    inside = logits[4][logits[0] > 0]
+    usual = inside.median()
+    heads["head.bias"][12:] += np.repeat([(inside - usual).abs().quantile(0.3), -usual, usual], 4)
+    save_bundle(Bundle(card, tiny_bundle.weights | heads), tmp_path / "classes")
+    return load_bundle(tmp_path / "classes")
+
+
+def test_objects_are_of_the_class_of_most_of_their_pixels(tmp_path, segment, model_with_classes):
+    pixels, margin = blobs(200, 260), 64
+    how = {"model": str(tmp_path / "classes"), "objects": True, "tile": 160, "margin": "exact", "downscale": 1}
+    reports = [
+        segment(write_ome_zarr(tmp_path / str(block) / "a.zarr", pixels), block=block, **how) for block in (32, 500)
+    ]
+    table, other = (pq.read_table(report.slides[0].table) for report in reports)
+    assert table.equals(other)
+    labels = labels_of(reports[0])
+    shown = np.pad(pixels / np.float32(255), ((0, 0), (margin, margin + 8), (margin, margin + 12)), "reflect")
+    with torch.inference_mode():
+        logits = load_network(model_with_classes)(torch.from_numpy(shown[None]))[0].numpy()
+    codes = logits[3:, margin : margin + 200, margin : margin + 260].argmax(0)
+    votes = np.stack([np.bincount(labels[codes == code], minlength=len(table) + 1)[1:] for code in (1, 2)])
+    names = np.where(votes.max(0) > 0, np.array(["tumour", "stroma"], object)[votes.argmax(0)], None)
+    assert {None, "tumour", "stroma"} >= set(names) >= {"tumour", "stroma"}
+    assert table["class"].to_pylist() == names.tolist()
+    np.testing.assert_array_equal(table["class_share"], votes.max(0) / table["area"].to_numpy())
+
+    store = tmp_path / "32" / "a.zarr"
+    export_objects([store], "geojson", tmp_path / "a.geojson", "cellseg", None, None)
+    colours = {"tumour": [200, 0, 0], "stroma": [0, 200, 0], None: None}
+    for feature, name in zip(json.loads((tmp_path / "a.geojson").read_text())["features"], names, strict=True):
+        given = feature["properties"].get("classification", {"name": None, "color": None})
+        assert given == {"name": name, "color": colours[name]}
+    export_objects([store], "csv", tmp_path / "a.csv", "cellseg", None, None)
+    with open(tmp_path / "a.csv") as stream:
+        assert [row["class"] or None for row in csv.DictReader(stream)] == names.tolist()
+
+
+def test_plates_count_the_objects_of_each_class(tmp_path, segment, model_with_classes):
+    plate = write_plate(tmp_path / "p.zarr", ["A/01", "B/02"], ["0", "1"], side=64)
+    report = segment(plate, model=str(tmp_path / "classes"), objects=True)
+    found = {}
+    for slide in report.slides:
+        for row in pq.read_table(slide.table).to_pylist():
+            found.setdefault(row["well"], []).append(row["class"])
+    (summary,) = report.plates
+    for row in pq.read_table(Path(summary.folder) / "wells.parquet").to_pylist():
+        for name in ("tumour", "stroma"):
+            assert row[f"count_{name}"] == found[row["well"]].count(name) > 0
 
 
 @pytest.mark.parametrize("victim", ["write_part", "write_table"])

@@ -22,7 +22,7 @@ from cellseg_batch.engine.inference.race_result import Candidate, RaceResult, Re
 from cellseg_batch.engine.models import build_torch_network, load_model, shipped_models
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import Bundle, save_bundle
-from cellseg_batch.trainer.card import plain_output
+from cellseg_batch.trainer.card import ModelClass, plain_output
 from cellseg_batch.trainer.unet import build_network
 from tests.support.networks import trained
 
@@ -229,10 +229,13 @@ def test_unknown_models_and_wrong_weights_are_refused(tiny_bundle, tmp_path):
     with pytest.raises(ModelError, match="newer version"):
         build_torch_network(replace(tiny_bundle, card=unknown))
     for changes, words in (
-        ({"decoder": "hover"}, "one of mask, seeds, found 'hover'"),
+        ({"decoder": "rays"}, "one of mask, seeds, classes, hover, found 'rays'"),
         ({"decoder": "mask"}, "foreground for the decoder mask, found foreground, border, distance"),
         ({"output": plain_output("background", "tumour", "stroma")}, "found background, tumour, stroma"),
         ({"version": 1}, "a card of version 1 where this version reads 2"),
+        ({"classes": (ModelClass("a", "#00c800"),)}, "border, distance, a for the decoder seeds, found foreground"),
+        ({"classes": (ModelClass("border", "#00c800"),)}, "names of their own, found border"),
+        ({"classes": ({"name": "a", "colour": "red"},)}, "such as #c80000, not 'red'"),
     ):
         save_bundle(replace(tiny_bundle, card=replace(tiny_bundle.card, **changes)), tmp_path)
         with pytest.raises(ModelError, match=words):
