@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from cellseg_batch.trainer.bundle import Bundle
 from cellseg_batch.trainer.card import CARD_PROPERTY, ONNX, Card, Output, Tensor
 from cellseg_batch.trainer.unet import load_network
+
+Rewrite = Callable[[nn.Module], nn.Module]
 
 FORMATS = ("torch", "onnx")
 LARGEST_BATCH = 64
@@ -19,7 +23,7 @@ _LARGEST_SIDE = 1 << 16
 _PIXELS, _LOGITS = "pixels", "logits"
 
 
-def export_network(bundle: Bundle, kind: str, tile: int, out: Path) -> None:
+def export_network(bundle: Bundle, kind: str, tile: int, out: Path, rewrite: Rewrite = lambda network: network) -> None:
     """Write the network to ``out``.
 
     Its input ``pixels`` is (N, C, tile, tile) float32 in [0, 1] with N from 1 to 64, its output ``logits``
@@ -31,6 +35,7 @@ def export_network(bundle: Bundle, kind: str, tile: int, out: Path) -> None:
         kind: ``torch`` (a ``.pt2`` of `torch.export.save`) or ``onnx``.
         tile: side in px, a multiple of the network's total stride.
         out: the file.
+        rewrite: makes a network that computes the same; by default the network stays as it is.
 
     Raises:
         ValueError: the tile does not fit the network, or there is no such format.
@@ -43,7 +48,7 @@ def export_network(bundle: Bundle, kind: str, tile: int, out: Path) -> None:
         raise ValueError(f"`tile={tile}` is no multiple of the network's total stride of {bundle.card.total_stride} px")
     if bundle.graph is not None:
         raise ValueError(f"{bundle.card.name} is a graph already; take {bundle.graph}")
-    network = load_network(bundle)
+    network = rewrite(load_network(bundle))
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     # Of two, because an example of one would be taken for a constant.
     example = torch.zeros(2, bundle.card.input.count, tile, tile)

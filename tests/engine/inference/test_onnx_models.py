@@ -243,6 +243,10 @@ def broken(folder, name):
         write_zip(path, {"model/data.pkl": b"", "model/code/__torch__.py": b"", "model/constants.pkl": b""})
     elif name == "pt2":
         write_zip(path, {"model/archive_format": b"pt2", "model/models/model.json": b""})
+    elif name == "package":
+        write_zip(path, {"rdf.yaml": b"", "weights.onnx": b""})
+    elif name == "folder":
+        path.mkdir()
     elif name == "noise":
         path.write_bytes(bytes(range(256)))
     elif name == "custom operator":
@@ -276,6 +280,8 @@ def broken(folder, name):
         ("state dict", "an archive of pickles by torch.save, which runs code"),
         ("TorchScript", "a TorchScript archive"),
         ("pt2", "a .pt2 program"),
+        ("package", "a bioimage.io package; take the .onnx file out of it"),
+        ("folder", "found a folder; name the .onnx file"),
         ("noise", "expected an ONNX file"),
         ("custom operator", "com.lab.Magic"),
         ("loop", "no If, Loop, Scan"),
