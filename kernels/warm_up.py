@@ -12,20 +12,24 @@ from cellseg_batch.kernels.gather import gather
 from cellseg_batch.kernels.instances import grow, label_seeds, reach, renumber
 from cellseg_batch.kernels.moments import HALO, measure
 from cellseg_batch.kernels.quality import survey
+from cellseg_batch.kernels.stardist import OPEN, Stars, draw, suppress
 from cellseg_batch.kernels.stitch import blend_mask, stitch_probability
 from cellseg_batch.kernels.tiling import TileGrid
 
 _SIDE = 8
 
 
-def compile_kernels(dtype: DTypeLike, *, probability: bool, blend: bool, instances: bool, objects: bool) -> None:
+def compile_kernels(
+    dtype: DTypeLike, *, probability: bool, blend: bool, instances: bool, stars: bool, objects: bool
+) -> None:
     """Compile the kernels of a run; a plain mask of uint8 pixels needs none, so Numba is not imported for it.
 
     Args:
         dtype: dtype of the pixels as they are read, in native byte order.
         probability: whether the run makes the probability.
         blend: whether the run blends tiles.
-        instances: whether the run makes instances.
+        instances: whether the run grows instances.
+        stars: whether the run makes stars.
         objects: whether the run measures objects.
     """
     if np.dtype(dtype) != np.uint8:
@@ -36,6 +40,8 @@ def compile_kernels(dtype: DTypeLike, *, probability: bool, blend: bool, instanc
         blend_mask(_logits(), TileGrid(1, 1, 2, 1, 1, 2, 2), 0.0, np.zeros((2, 2), np.uint8))
     if instances:
         _number_and_grow()
+    if stars:
+        _suppress_and_draw()
     if objects:
         _measure(dtype)
 
@@ -58,6 +64,13 @@ def _number_and_grow() -> None:
     stored.flags.writeable = False  # like codes read from a file; Numba compiles for read-only arrays separately
     renumber(stored, np.arange(codes.max() + 1, dtype=np.uint32), around[frame:-frame, frame:-frame])
     grow(around, steps, codes)
+
+
+def _suppress_and_draw() -> None:
+    places, logits = np.full(2, _SIDE, np.int32), np.zeros(2, np.float32)
+    stars = Stars(places, places, logits, np.ones((2, 4), np.float32))
+    suppress(stars, np.full(2, OPEN, np.uint8), np.zeros(2, np.bool_), 0.5)
+    draw(stars, np.ones(2, np.uint32), np.zeros((_SIDE, _SIDE), np.uint32))
 
 
 def _measure(dtype: DTypeLike) -> None:

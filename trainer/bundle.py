@@ -22,7 +22,13 @@ WEIGHTS_FILE = "weights.safetensors"
 # The architecture of a bundle that works on downscaled images, which only `Bundle.downscaled` makes.
 DOWNSCALED = "downscaled"
 # Decoder -> meaning of the outputs that it takes, in the network's order.
-DECODER_OUTPUTS = {"mask": ("foreground",), "seeds": ("foreground", "border", "distance")}
+DECODER_OUTPUTS = {
+    "mask": ("foreground",),
+    "seeds": ("foreground", "border", "distance"),
+    "stardist": ("probability", "ray"),
+}
+# Its last output stands for any number of rays from three on.
+_STARDIST = "stardist"
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,31 @@ class Instances:
 
 
 @dataclass(frozen=True)
+class StarDist:
+    """How a network for star-convex polygons is read; in px of the image that the model is shown.
+
+    Attributes:
+        overlap: pixels that two objects share, per pixel of the smaller one, above which only the better one survives;
+            in [0, 1].
+        longest_ray: px to which longer rays are cut.
+    """
+
+    overlap: float = 0.4
+    longest_ray: int = 128
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no star can have.
+
+        Raises:
+            ValueError: a number is out of its range.
+        """
+        if not 0 <= self.overlap <= 1:
+            raise ValueError(f"stardist.overlap lies from 0 to 1, found {self.overlap}")
+        if not 1 <= self.longest_ray <= 2048:
+            raise ValueError(f"stardist.longest_ray lies from 1 to 2048 px, found {self.longest_ray}")
+
+
+@dataclass(frozen=True)
 class Card:
     """What a bundle says about its model.
 
@@ -100,7 +131,8 @@ class Card:
         channels: input channels.
         outputs: meaning of each logit, in the network's order.
         decoder: how logits become masks and instances, a name in `DECODER_OUTPUTS`: ``mask`` makes an object of every
-            component of the foreground, ``seeds`` tells touching objects apart by border and distance.
+            component of the foreground, ``seeds`` tells touching objects apart by border and distance, ``stardist``
+            takes star-convex polygons: an object's probability, and its rays in px of the image.
         total_stride: px; tiles, cores and margins are multiples of it.
         exact_margin: px of context beyond which nothing changes a pixel's logits.
         margin: px of context cut from each side of a tile by default.
@@ -109,7 +141,8 @@ class Card:
         normalisation: how a slide's pixels become the input.
         downscale: factor -> width of objects in px of the image downscaled by it, from which on the model is shown
             that image; see `cellseg_batch.trainer.scale`. Empty: always the image as it is.
-        instances: how logits become instances.
+        instances: how logits become instances, by growth.
+        stardist: how they do as star-convex polygons.
         training: data, licence, recipe.
         metrics: what it reached, on which data.
     """
@@ -127,6 +160,7 @@ class Card:
     normalisation: Normalisation
     downscale: dict[str, float] = field(default_factory=dict)
     instances: Instances = field(default_factory=Instances)
+    stardist: StarDist = field(default_factory=StarDist)
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -142,6 +176,7 @@ class Card:
             fields["outputs"] = tuple(fields["outputs"])
             fields["normalisation"] = Normalisation(**fields["normalisation"])
             fields["instances"] = Instances(**fields.get("instances", {}))
+            fields["stardist"] = StarDist(**fields.get("stardist", {}))
             card = cls(**fields)
             _check_decoder(card)
         except (TypeError, KeyError, AttributeError) as error:
@@ -154,6 +189,8 @@ def _check_decoder(card: Card) -> None:
     if card.decoder not in DECODER_OUTPUTS:
         raise ValueError(f"decoder: expected one of {', '.join(DECODER_OUTPUTS)}, found {card.decoder!r}")
     expected = DECODER_OUTPUTS[card.decoder]
+    if card.decoder == _STARDIST:
+        expected += expected[-1:] * max(2, len(card.outputs) - len(expected))
     if card.outputs != expected:
         raise ValueError(
             f"outputs: expected {', '.join(expected)} for the decoder {card.decoder}, found {', '.join(card.outputs)}"

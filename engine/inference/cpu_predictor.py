@@ -49,7 +49,7 @@ class CpuPredictor:
         """
         rule = self.rule
         if not block.tiles:
-            return no_foreground(pixels, block, rule.probability)
+            return no_foreground(pixels, block, rule)
         # Pixels outside all tiles are background.
         mask = np.zeros(block.box.shape, np.uint8)
         probability = np.zeros(block.box.shape, np.uint8) if rule.probability else None
@@ -72,7 +72,7 @@ class CpuPredictor:
         with self.clock.stage("stitch"):
             foreground, undefined = (sum(counts) for counts in zip(*stitching.finish(), strict=True))
         refuse_nan(block, undefined)
-        return BlockResult(mask, probability, foreground, count_missing(pixels, block))
+        return BlockResult(mask, probability, foreground, count_missing(pixels, block), stitching.stars())
 
 
 def tile_logits(

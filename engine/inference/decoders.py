@@ -36,11 +36,13 @@ class Decoder(ABC):
         name: value of `Card.decoder`.
         mask_outputs: outputs that a mask needs, in the network's order.
         mask_meaning: meaning of the pixels of a mask.
+        makes_stars: whether its instances are stars; others grow from pixel codes.
     """
 
     name: ClassVar[str]
     mask_outputs: ClassVar[tuple[str, ...]] = ("foreground",)
     mask_meaning: ClassVar[PixelMeaning] = MASK
+    makes_stars: ClassVar[bool] = False
 
     def network(self, bundle: Bundle, *, instances: bool) -> Bundle:
         """Return the model with the outputs that instances need, which are all, or with those that a mask needs."""
@@ -116,5 +118,17 @@ class Seeds(Decoder):
         return lambda logits, places, out: kernels.classify_pixels(logits, places, seeds, out)
 
 
-DECODERS: dict[str, Decoder] = {decoder.name: decoder for decoder in (Mask(), Seeds())}
+class StarDist(Decoder):
+    """Takes an object's probability and its rays; the mask is where the probability is high, the middle of objects."""
+
+    name: ClassVar[str] = "stardist"
+    mask_outputs: ClassVar[tuple[str, ...]] = ("probability",)
+    makes_stars: ClassVar[bool] = True
+
+    def code_writer(self, rule: InstanceRule, threshold: float, kernels: Any) -> PixelWriter:
+        """Refuse: stars do not grow from seeds; `stitching` collects them."""
+        raise NotImplementedError
+
+
+DECODERS: dict[str, Decoder] = {decoder.name: decoder for decoder in (Mask(), Seeds(), StarDist())}
 """Name in a card -> decoder."""

@@ -15,6 +15,8 @@ from cellseg_batch.engine.inference.backends.protocol import Shape
 from cellseg_batch.engine.inference.decoders import DECODERS, Decoder
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.objects.seeds import InstanceRule
+from cellseg_batch.engine.objects.stars import StarRule
+from cellseg_batch.kernels.stardist import Stars, join
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class PredictionRule:
         downscale: factor by which the slide is downscaled for the model.
         decoder: decoder of the model.
         instances: rule that makes pixel codes instead of the mask; None for a mask.
+        stars: rule that makes candidates instead of the mask; None for a mask.
+        grid: px between two points of the network's output.
     """
 
     lattice: Lattice
@@ -44,6 +48,8 @@ class PredictionRule:
     downscale: int = 1
     decoder: Decoder = DECODERS["mask"]
     instances: InstanceRule | None = None
+    stars: StarRule | None = None
+    grid: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,22 +57,25 @@ class BlockResult:
     """The prediction of one block.
 
     Attributes:
-        mask: (h, w) uint8, 1 is foreground; for instances the pixel codes.
+        mask: (h, w) uint8, 1 is foreground; for instances the pixel codes; all background for stars.
         probability: (h, w) uint8, 255 is certain; None unless asked for.
         foreground: number of foreground pixels.
         missing: number of NaN values in the block's pixels, which the model sees as 0.
+        stars: the candidates whose centres lie in the block, in px of the slide; None unless the rule asks for them.
     """
 
     mask: NDArray[np.uint8]
     probability: NDArray[np.uint8] | None
     foreground: int
     missing: int
+    stars: Stars | None = None
 
 
-def no_foreground(pixels: NDArray[Any], block: Block, probability: bool) -> BlockResult:
+def no_foreground(pixels: NDArray[Any], block: Block, rule: PredictionRule) -> BlockResult:
     """Return the result of a block without tiles to compute: all background."""
     mask = np.zeros(block.box.shape, np.uint8)
-    return BlockResult(mask, mask if probability else None, 0, count_missing(pixels, block))
+    stars = None if rule.stars is None else join([], rule.stars.rays)
+    return BlockResult(mask, mask if rule.probability else None, 0, count_missing(pixels, block), stars)
 
 
 def source_tables(

@@ -104,9 +104,8 @@ def finish_slide(worker: AnyWorker, prepared: PreparedSlide) -> SlideReport:
     with worker.here().slides.opened(plan, prepared.backend) as slide:
         demand_complete(journal, list(slide.images.values()), prepared.passes)
     figures = totals(plan, journal)
-    scratch, _ = scratch_of(plan)
-    if scratch is not None:
-        scratch.remove()
+    for folder in scratch_of(plan).folders:
+        folder.remove()
     for output in plan.outputs:
         if output.meaning.is_label:
             labels, _, name = output.path.rpartition("/")
@@ -341,16 +340,16 @@ def _create_outputs(slide: OpenSlide, prepared: PreparedSlide, model_pool: Model
 
 def _create_scratch(plan: SlidePlan) -> None:
     """Create the scratch."""
-    for scratch in filter(None, scratch_of(plan)):
-        scratch.create()
+    for folder in scratch_of(plan).folders:
+        folder.create()
 
 
 def _lacks_scratch(plan: SlidePlan, passes: tuple[Pass, ...], journal: Journal) -> bool:
     """Whether a missing task needs the scratch although there is none: it is deleted once a slide is finished."""
-    scratch, _ = scratch_of(plan)
+    folders = scratch_of(plan).folders
     scratch_passes = (slide_pass for slide_pass in passes if slide_pass.scratch)
     missing = chain.from_iterable(journal.missing(slide_pass.name, slide_pass.count) for slide_pass in scratch_passes)
-    return scratch is not None and not scratch.exists() and next(missing, None) is not None
+    return bool(folders) and not folders[0].exists() and next(missing, None) is not None
 
 
 def _block_bytes(plan: SlidePlan, on_gpu: bool) -> int:

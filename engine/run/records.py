@@ -16,6 +16,7 @@ from msgspec import Meta
 from cellseg_batch.engine.geometry import BlockGrid, Lattice
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.objects.seeds import InstanceRule, SeedRecord
+from cellseg_batch.engine.objects.stars import StarRule
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.slide import fits_axes
 from cellseg_batch.engine.storage.checksums import WrittenBox
@@ -123,7 +124,8 @@ class Decisions:
         threshold: probability above which a pixel is foreground.
         decoder: name of the decoder by which logits become masks and instances.
         outputs: names of the images that are written.
-        instances: numbers by which logits become instances; None for a mask.
+        instances: numbers by which logits become instances by growth; None for a mask, or if they are stars.
+        stars: numbers by which logits become stars; None for a mask, or if instances grow.
         objects: whether the instances are measured.
     """
 
@@ -139,6 +141,7 @@ class Decisions:
     decoder: str
     outputs: tuple[str, ...]
     instances: InstanceRule | None
+    stars: StarRule | None
     objects: bool
 
     def changes(self, now: Decisions) -> list[str]:
@@ -206,7 +209,7 @@ class BlockRecord:
     """A segmented block.
 
     Attributes:
-        seeds: its seeds, for the merge; None for a mask.
+        seeds: its seeds, for the merge; None where nothing grows.
         foreground: number of foreground pixels.
         missing: number of NaN pixels in the input, taken as 0.
         skipped_tiles: number of flat tiles, which are not computed.
@@ -224,13 +227,15 @@ class BlockRecord:
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """The merged seeds of all blocks.
+    """The merged seeds or stars of all blocks.
 
     Attributes:
         objects: number of objects of the slide.
+        cut_rays: number of stars among them with a ray that was cut to the longest one allowed.
     """
 
     objects: Count
+    cut_rays: Count = 0
 
 
 @dataclass(frozen=True)
@@ -289,6 +294,7 @@ class FinishedRecord:
         objects: number of objects; None for a mask.
         unreached: number of foreground pixels that belong to no object.
         infinite: number of pixels in the input that are infinite in float32.
+        cut_rays: number of objects with a ray that was cut to the longest one allowed.
     """
 
     foreground: Count = 0
@@ -297,11 +303,16 @@ class FinishedRecord:
     objects: Count | None = None
     unreached: Count = 0
     infinite: Count = 0
+    cut_rays: Count = 0
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Remarks for the user on pixel values that are no numbers, or none that the model can take."""
-        counts = {"NaN pixels taken as 0": self.missing, "infinite pixels, or beyond 3.4e38": self.infinite}
+        """Remarks for the user on pixel values and rays that were not taken as they are."""
+        counts = {
+            "NaN pixels taken as 0": self.missing,
+            "infinite pixels, or beyond 3.4e38": self.infinite,
+            "objects with rays cut to the longest that the model's card allows": self.cut_rays,
+        }
         return tuple(f"{count} {pixels}" for pixels, count in counts.items() if count)
 
 

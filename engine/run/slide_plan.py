@@ -13,6 +13,7 @@ from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.normalise import Bounds, sample_slide, settle_bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.objects.seeds import InstanceRule
+from cellseg_batch.engine.objects.stars import StarRule
 from cellseg_batch.engine.run.output_images import OutputImage, output_images
 from cellseg_batch.engine.run.output_paths import OutputPaths
 from cellseg_batch.engine.run.records import BackendIdentity, Decisions, InputPixels, ModelIdentity, TileLattice
@@ -44,7 +45,8 @@ class SlidePlan:
         downscale: factor by which the image is downscaled for the model.
         stitch: crop or blend.
         flat: difference of pixel values below which a tile is background and not computed; 0 computes all.
-        instances: rule by which logits become instances; None for a mask.
+        instances: rule by which logits become instances by growth; None for a mask, or if they are stars.
+        stars: rule by which logits become stars; None for a mask, or if instances grow.
         objects: whether to measure the instances.
     """
 
@@ -62,6 +64,7 @@ class SlidePlan:
     stitch: str = "crop"
     flat: float = 0.0
     instances: InstanceRule | None = None
+    stars: StarRule | None = None
     objects: bool = False
 
     @property
@@ -71,8 +74,13 @@ class SlidePlan:
         return height * width * self.grid.planes
 
     @property
+    def makes_ids(self) -> bool:
+        """Whether every object gets an id of its own."""
+        return self.instances is not None or self.stars is not None
+
+    @property
     def frame(self) -> int | None:
-        """Width in px of the frame around a block that instances need; None for a mask."""
+        """Width in px of the frame around a block that growth needs; None where nothing grows."""
         return None if self.instances is None else reach(self.instances.steps) + HALO * self.objects
 
     @property
@@ -111,6 +119,7 @@ class SlidePlan:
             decoder=self.decoder,
             outputs=tuple(output.name for output in self.outputs),
             instances=self.instances,
+            stars=self.stars,
             objects=self.objects,
         )
 
@@ -128,6 +137,7 @@ class SlidePlan:
             downscale=self.downscale,
             decoder=DECODERS[self.decoder],
             instances=self.instances,
+            stars=self.stars,
         )
 
 
@@ -206,6 +216,7 @@ def plan_slide(
     # Blending a tile takes the logits of its neighbours, flat ones too.
     skips = settings.skip_background == "auto" and settings.stitch == "crop"
     flat = flat_limit(bounds, card.normalisation) if skips else 0.0
+    makes_stars = DECODERS[card.decoder].makes_stars
     return SlidePlan(
         slide=slide,
         paths=paths,
@@ -219,6 +230,7 @@ def plan_slide(
         outputs=output_images(paths, settings, DECODERS[card.decoder]),
         stitch=settings.stitch,
         flat=flat,
-        instances=InstanceRule(card.instances) if settings.makes_ids else None,
+        instances=InstanceRule(card.instances) if settings.makes_ids and not makes_stars else None,
+        stars=StarRule(card.stardist, len(card.outputs) - 1) if settings.makes_ids and makes_stars else None,
         objects=settings.objects,
     )

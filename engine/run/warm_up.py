@@ -47,7 +47,7 @@ class WarmUp:
         and needs no more memory.
         """
         slide = plan.slide
-        kind = slide.dtype, slide.axes, plan.needs_probability, plan.instances, plan.objects, plan.downscale
+        kind = slide.dtype, slide.axes, plan.needs_probability, plan.makes_ids, plan.objects, plan.downscale
         size = math.prod(plan.shape)
         if self._has(kind, size):
             return  # without waiting for the network of another slide
@@ -65,6 +65,7 @@ class WarmUp:
                         probability=plan.needs_probability,
                         blend=plan.stitch == "blend",
                         instances=plan.instances is not None,
+                        stars=plan.stars is not None,
                         objects=plan.objects,
                     )
                     make_predictor(self._model_pool, backend, plan.prediction, StageClock()).predict(pixels, tile)
