@@ -41,11 +41,13 @@ class ScratchFolder:
         name: name of the folder in the scratch.
 
     Attributes:
+        name: as given.
         ids: folder of the final ids.
         objects: folder of the moments.
     """
 
     def __init__(self, journal: Path, name: str) -> None:
+        self.name = name
         self._folder = journal / "scratch" / name
         self.ids = journal / "scratch" / "ids"
         self.objects = journal / "scratch" / "objects"

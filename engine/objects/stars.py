@@ -75,7 +75,10 @@ def _exposed(stars: Stars, window: Box, shape: tuple[int, int], longest: int) ->
     """Whether a star with rays of up to ``longest`` px outside the window, but inside the slide, may reach each one."""
     reach = stars.rays.max(axis=1, initial=0) + longest
     exposed = np.zeros(len(reach), np.bool_)
-    for centre, start, stop, length in ((stars.y, window.y0, window.y1, shape[0]), (stars.x, window.x0, window.x1, shape[1])):
+    for centre, start, stop, length in (
+        (stars.y, window.y0, window.y1, shape[0]),
+        (stars.x, window.x0, window.x1, shape[1]),
+    ):
         if start > 0:
             exposed |= centre - reach < start
         if stop < length:
