@@ -51,6 +51,11 @@ class PredictionRule:
     stars: StarRule | None = None
     grid: int = 1
 
+    @property
+    def on_host(self) -> bool:
+        """Whether logits become the result on the host, whichever device computes them."""
+        return self.stars is not None or self.grid > 1
+
 
 @dataclass(frozen=True)
 class BlockResult:
