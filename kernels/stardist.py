@@ -57,6 +57,12 @@ class Stars(NamedTuple):
         """Index (n,) of the stars from the highest rank down."""
         return np.lexsort((self.x, self.y, -self.logits))
 
+    def are_ranked(self) -> bool:
+        """Whether the stars are in the order of their ranks."""
+        upper, lower = self.take(slice(None, -1)), self.take(slice(1, None))
+        before = (upper.y < lower.y) | ((upper.y == lower.y) & (upper.x < lower.x))
+        return bool(((upper.logits > lower.logits) | ((upper.logits == lower.logits) & before)).all())
+
 
 def join(parts: list[Stars], rays: int) -> Stars:
     """Put lists of stars with ``rays`` rays one after the other."""
@@ -128,7 +134,7 @@ def suppress(
     Raises:
         ValueError: the stars are not in the order of their ranks.
     """
-    if not (stars.ranking() == np.arange(len(stars.y))).all():
+    if not stars.are_ranked():
         raise ValueError("stars out of the order of their ranks")
     decided = states.copy()
     fastest(__name__).suppress(stars, decided, exposed, threshold)

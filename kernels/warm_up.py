@@ -67,7 +67,7 @@ def _number_and_grow() -> None:
 
 
 def _suppress_and_draw() -> None:
-    places, logits = np.full(2, _SIDE, np.int32), np.zeros(2, np.float32)
+    places, logits = np.arange(2, dtype=np.int32), np.zeros(2, np.float32)
     stars = Stars(places, places, logits, np.ones((2, 4), np.float32))
     suppress(stars, np.full(2, OPEN, np.uint8), np.zeros(2, np.bool_), 0.5)
     draw(stars, np.ones(2, np.uint32), np.zeros((_SIDE, _SIDE), np.uint32))

@@ -1,4 +1,4 @@
-"""Decide the open stars of a slide, and give every star that is an object its final id.
+"""Decide the open stars of a slide, give every star that is an object its final id, and draw the objects.
 
 Open stars are decided block by block, each with a frame that holds all stars which may reach those of the block.  Of
 all open stars the one of the highest rank is decided in any case, since only higher ranks could keep it open; so
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +98,7 @@ def merge_stars(scratch: StarScratch, survivors: StarScratch, grid: BlockGrid, r
 
 def _settle(scratch: StarScratch, grid: BlockGrid, rule: StarRule) -> list[States]:
     """Decide the open stars of all blocks; the states of each block's stars, none of which is open."""
-    states = [scratch.read(block)[1] for block in grid]
+    states = [scratch.states(block) for block in grid]
     waiting = [block for block in grid if (states[block.index] == OPEN).any()]
     while waiting:
         for block in waiting:
@@ -112,23 +113,21 @@ def _settle_block(block: Block, scratch: StarScratch, states: list[States], grid
     window = block.box.grown(2 * rule.longest)
     parts = list(_standing(block.plane, window, scratch, states, grid))
     stars = join([stars for _, _, stars in parts], rule.rays)
-    known = np.concatenate([states[number][which] for number, which, _ in parts])
+    known = np.concatenate([states[number][places] for number, places, _ in parts])
     decided = decide(stars, known, window, grid.lattice.shape, rule)
-    start = 0
-    for number, which, part in parts:
-        stop = start + len(part.y)
-        states[number][which] = decided[start:stop]
-        start = stop
+    ends = np.cumsum([len(places) for _, places, _ in parts])
+    for (number, places, _), own in zip(parts, np.split(decided, ends[:-1]), strict=True):
+        states[number][places] = own
 
 
 def _standing(
     plane: int, window: Box, scratch: StarScratch, states: list[States], grid: BlockGrid
 ) -> Iterator[tuple[int, NDArray[np.int64], Stars]]:
-    """The stars of a window that are not suppressed; (block's number, their indices in its file, the stars)."""
+    """The stars of a window that are not suppressed: number of their block, places in its file, the stars."""
     for block in grid.touching(plane, window):
-        stars, _ = scratch.read(block)
-        which = np.flatnonzero(inside(stars, window) & (states[block.index] != SUPPRESSED))
-        yield block.index, which, stars.take(which)
+        places, stars = scratch.read(block, window)
+        standing = states[block.index][places] != SUPPRESSED
+        yield block.index, places[standing], stars.take(standing)
 
 
 def _objects_of(
@@ -143,9 +142,45 @@ def _objects_of(
     seen = np.zeros(canvas.shape, np.uint32)
     draw(stars.shifted(-canvas.y0, -canvas.x0), numbers, seen)
     is_seen = np.bincount(seen.ravel(), minlength=1 + len(numbers))[1:] > 0
-    objects = stars.take(inside(stars, block.box) & is_seen)
+    objects = stars.take(inside(stars.y, stars.x, block.box) & is_seen)
     core, cells = grid.lattice.core, cells_of(block, grid)
     columns = -(-block.box.shape[1] // core[1])
     cell = (objects.y - block.box.y0) // core[0] * columns + (objects.x - block.box.x0) // core[1]
     counts: Ids = np.bincount(cell, minlength=len(cells))
     return objects.take(np.lexsort((objects.x, objects.y, cell))), counts
+
+
+def draw_objects(
+    block: Block, halo: int, survivors: StarScratch, ids: StarIds, grid: BlockGrid, rule: StarRule
+) -> NDArray[Any]:
+    """Draw the labels of a block.
+
+    Args:
+        block: block of ``grid``.
+        halo: px around the block that are drawn too.
+        survivors: the objects of every block, from `merge_stars`.
+        ids: their ids.
+        grid: blocks of the slide.
+        rule: rule of the slide.
+
+    Returns:
+        (h + 2 * halo, w + 2 * halo) uint32 or uint64, 0 in the background and outside the slide.
+
+    Raises:
+        OutputError: the objects cannot be read.
+    """
+    target = block.box.grown(halo)
+    canvas = target.within(Box(0, 0, *grid.lattice.shape))
+    window = canvas.grown(rule.longest)
+    parts, own_ids = [], []
+    for touching in grid.touching(block.plane, window):
+        places, objects = survivors.read(touching, window)
+        parts.append(objects)
+        own_ids.append(ids.of_block(touching, grid)[places].astype(ids.dtype))
+    objects = join(parts, rule.rays)
+    ranking = objects.ranking()
+    drawn = np.zeros(canvas.shape, ids.dtype)
+    draw(objects.take(ranking).shifted(-canvas.y0, -canvas.x0), np.concatenate(own_ids)[ranking], drawn)
+    labels = np.zeros(target.shape, ids.dtype)
+    labels[canvas.seen_from(target).slices()] = drawn
+    return labels

@@ -8,8 +8,8 @@ order of passes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,9 +45,9 @@ class StarRule:
         return self.card.longest_ray * self.downscale
 
 
-def inside(stars: Stars, box: Box) -> NDArray[np.bool_]:
-    """Whether the centre (n,) of each star lies in a box."""
-    return (stars.y >= box.y0) & (stars.y < box.y1) & (stars.x >= box.x0) & (stars.x < box.x1)
+def inside(y: NDArray[np.int32], x: NDArray[np.int32], box: Box) -> NDArray[np.bool_]:
+    """Whether places (n,) lie in a box."""
+    return (y >= box.y0) & (y < box.y1) & (x >= box.x0) & (x < box.x1)
 
 
 def decide(stars: Stars, states: States, window: Box, shape: tuple[int, int], rule: StarRule) -> States:
@@ -101,7 +101,7 @@ class StarScratch(ScratchFolder):
         self._dtype = np.dtype(columns)
 
     def write(self, block: Block, stars: Stars, states: States) -> None:
-        """Write the stars of a block that are not suppressed, and wait until they are on disk.
+        """Write the stars of a block that are not suppressed, in their order, and wait until they are on disk.
 
         Raises:
             OutputError: they cannot be written.
@@ -111,18 +111,30 @@ class StarScratch(ScratchFolder):
         rows["y"], rows["x"], rows["logit"], rows["rays"] = stars.take(standing)
         rows["state"] = states[standing]
         with whole_file(self._path(block)) as stream:
-            np.save(stream, rows)
+            stream.write(rows.tobytes())
 
-    def read(self, block: Block) -> tuple[Stars, States]:
-        """Read the stars of a block, in the order in which they were written, and their states.
+    def read(self, block: Block, box: Box) -> tuple[NDArray[np.int64], Stars]:
+        """Read the stars of a block whose centres lie in ``box``; their places in the block's file, and the stars.
 
         Raises:
             OutputError: they cannot be read.
         """
+        rows = self._rows(block)
+        places = np.flatnonzero(inside(rows["y"], rows["x"], box))
+        return places, Stars(*(rows[name][places] for name in ("y", "x", "logit", "rays")))
+
+    def states(self, block: Block) -> States:
+        """Read the states of a block's stars, in the order of its file.
+
+        Raises:
+            OutputError: they cannot be read.
+        """
+        states: States = self._rows(block)["state"].copy()
+        return states
+
+    def _rows(self, block: Block) -> NDArray[Any]:
         with reading(self._path(block), "stars"):
-            rows = np.load(BytesIO(self._path(block).read_bytes()))
-            columns = (np.ascontiguousarray(rows[name]) for name in ("y", "x", "logit", "rays"))
-            return Stars(*columns), rows["state"].copy()
+            return np.frombuffer(self._path(block).read_bytes(), self._dtype)
 
     def _path(self, block: Block) -> Path:
-        return numbered(self._folder, block.index, ".npy")
+        return numbered(self._folder, block.index, ".stars")

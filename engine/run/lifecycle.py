@@ -25,7 +25,7 @@ from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.run.completeness import demand_complete
 from cellseg_batch.engine.run.input_state import files_state, has_changed
 from cellseg_batch.engine.run.measure_pass import measured_channels
-from cellseg_batch.engine.run.memory_model import block_memory
+from cellseg_batch.engine.run.memory_model import block_memory, star_memory
 from cellseg_batch.engine.run.open_slide import OpenSlide, scratch_of
 from cellseg_batch.engine.run.output_images import output_images
 from cellseg_batch.engine.run.output_paths import OutputPaths
@@ -355,7 +355,8 @@ def _lacks_scratch(plan: SlidePlan, passes: tuple[Pass, ...], journal: Journal) 
 def _block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
     """Bytes of host memory that a block of a slide holds at most."""
     channels = measured_channels(plan.slide) if plan.objects else plan.channels.indices
-    return block_memory(
+    stars = 0 if plan.stars is None else star_memory(plan.grid, plan.stars, plan.threshold, on_gpu)
+    return stars + block_memory(
         plan.slide, plan.level.level, len(channels), plan.grid, plan.needs_probability, on_gpu, plan.frame
     )
 

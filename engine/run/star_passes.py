@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.geometry import Block, Box
-from cellseg_batch.engine.objects.star_merge import StarIds, merge_stars
-from cellseg_batch.engine.objects.stars import StarRule, StarScratch, decide, inside
+from cellseg_batch.engine.geometry import Block
+from cellseg_batch.engine.objects.star_merge import StarIds, draw_objects, merge_stars
+from cellseg_batch.engine.objects.stars import StarRule, StarScratch, decide
 from cellseg_batch.engine.run.open_slide import OpenSlide
 from cellseg_batch.engine.run.records import MergeRecord
-from cellseg_batch.kernels.stardist import OPEN, Stars, draw, join
+from cellseg_batch.kernels.stardist import OPEN, Stars
 
 
 def keep_stars(slide: OpenSlide, block: Block, candidates: Stars) -> None:
@@ -43,26 +43,9 @@ def merge_block_stars(slide: OpenSlide, _: int) -> MergeRecord:
 
 def drawn_labels(slide: OpenSlide, block: Block, halo: int = 0) -> NDArray[Any]:
     """The labels (h + 2 * halo, w + 2 * halo) of a block and ``halo`` px around it, 0 outside the slide."""
-    grid, target = slide.plan.grid, block.box.grown(halo)
-    canvas = target.within(Box(0, 0, *grid.lattice.shape))
-    window = canvas.grown(_rule(slide).longest)
     scratch, survivors = _scratch(slide)
-    with slide.clock.stage("read"):
-        final_ids = StarIds.load(scratch.ids)
-        parts, ids = [], [np.empty(0, final_ids.dtype)]
-        for touching in grid.touching(block.plane, window):
-            stars, _ = survivors.read(touching)
-            near = inside(stars, window)
-            parts.append(stars.take(near))
-            ids.append(final_ids.of_block(touching, grid)[near].astype(final_ids.dtype))
     with slide.clock.stage("draw"):
-        stars = join(parts, _rule(slide).rays).shifted(-canvas.y0, -canvas.x0)
-        ranking = stars.ranking()
-        drawn = np.zeros(canvas.shape, final_ids.dtype)
-        draw(stars.take(ranking), np.concatenate(ids)[ranking], drawn)
-        labels = np.zeros(target.shape, final_ids.dtype)
-        labels[canvas.seen_from(target).slices()] = drawn
-    return labels
+        return draw_objects(block, halo, survivors, StarIds.load(scratch.ids), slide.plan.grid, _rule(slide))
 
 
 def _rule(slide: OpenSlide) -> StarRule:

@@ -102,7 +102,7 @@ class Known:
 
     def predict(self, pixels, block):
         stars = self.planes[block.plane]
-        own = self.rng.permutation(np.flatnonzero(inside(stars, block.box)))
+        own = self.rng.permutation(np.flatnonzero(inside(stars.y, stars.x, block.box)))
         mask = np.zeros(block.box.shape, np.uint8)
         return BlockResult(mask, mask + np.uint8(200), 0, 0, stars.take(own))
 
