@@ -43,7 +43,8 @@ from cellseg_batch.engine.reports.gpu_proof import ProvenPart, keep_proof, today
 from cellseg_batch.engine.run.campaign import run
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.storage.cache import Artefacts
-from cellseg_batch.trainer.bundle import Bundle, Card, Normalisation
+from cellseg_batch.trainer.bundle import Bundle
+from cellseg_batch.trainer.card import Card, Input, Normalisation, Size, plain_output
 from cellseg_batch.trainer.unet import build_network
 
 _HERE = Path(__file__).parent
@@ -152,7 +153,8 @@ def random_bundle(name: str) -> Bundle:
     torch.manual_seed(0)
     network = build_network(_ARCHITECTURES[name])
     weights = {key: value.numpy() for key, value in network.state_dict().items()}
-    card = Card(name, _ARCHITECTURES[name], 3, ("foreground",), "mask", 32, 128, 64, 0.5, 0.5, Normalisation())
+    taken = Input(("rgb",), Normalisation(), Size(32, 32), 0.5)
+    card = Card(name, taken, plain_output("foreground"), "mask", 32, 128, 64, architecture=_ARCHITECTURES[name])
     return Bundle(card, weights)
 
 

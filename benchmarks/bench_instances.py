@@ -30,7 +30,7 @@ from skimage.segmentation import relabel_sequential
 
 from cellseg_batch.engine.models import build_torch_network, load_model
 from cellseg_batch.engine.profiling.bench_slides import PATTERN, Form, write_slide
-from cellseg_batch.trainer.bundle import Normalisation
+from cellseg_batch.trainer.card import Normalisation
 from cellseg_batch.trainer.data.dataset import load_dataset
 from cellseg_batch.trainer.decode import decode_instances
 from cellseg_batch.trainer.evaluate import evaluate, predict_sample, summarise

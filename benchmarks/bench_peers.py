@@ -24,10 +24,11 @@ from common import engine_flags, finish, pieces_of, row, save, segment, work_fol
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.inference.backends.registry import why_not
-from cellseg_batch.engine.inference.normalise import sample_slide, settle_bounds
+from cellseg_batch.engine.inference.normalise import settle_bounds
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.profiling.bench_slides import Form, write_slide
 from cellseg_batch.engine.slides.discover import find_images
+from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
 
 # Large arrays are given back to the system and faulted in again on every call unless malloc is told otherwise.
@@ -66,7 +67,8 @@ def measure(slide: Path, folder: Path, rounds: int, slow_rounds: int) -> list[di
     """Measure every peer that is installed and every precision of ours that this machine has; returns their rows."""
     (image,) = find_images(slide, None)
     assert isinstance(image, Slide)
-    bounds = settle_bounds(sample_slide(image, (0, 1, 2), 0), load_model("nuclei").card.normalisation)
+    with SlideReader(image, 0, (0, 1, 2)) as reader:
+        bounds = settle_bounds(reader, load_model("nuclei").card.input.normalisation)
     low_high = str(bounds.low), str(bounds.high)
     truth = zarr.open_group(str(slide), mode="r").get("labels/truth")
     untiled = ours_mask(segment(slide, folder / "untiled", *engine_flags("fp32"), "--margin", "exact", keep=True))

@@ -24,7 +24,7 @@ from cellseg_batch.engine.objects.star_merge import draw_objects, merge_stars
 from cellseg_batch.engine.objects.stars import StarRule, StarScratch, decide, inside
 from cellseg_batch.kernels.stardist import OPEN, SHORTEST_RAY, SURVIVOR, Stars, join, suppress
 from cellseg_batch.kernels.warm_up import compile_kernels
-from cellseg_batch.trainer.bundle import StarDist
+from cellseg_batch.trainer.card import StarDist
 
 _RAYS, _GRID = 32, 2
 

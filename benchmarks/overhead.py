@@ -36,7 +36,7 @@ def main() -> None:
     bundle = load_model(settings.model)
     observer = RunProgress(Console(), verbosity=-1)
     model_pool = ModelPool(bundle, settings)
-    (part,) = take_sample(slide, settings, bundle.card.pixel_size_um)
+    (part,) = take_sample(slide, settings, bundle.card.input.pixel_size_um)
     walls, commands, models = [], [], []
     with opened_alone(part, settings, model_pool, folder / "alone") as opened:
         plan = opened.plan

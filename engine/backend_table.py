@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from cellseg_batch.trainer.card import FORMATS, ONNX, SAFETENSORS
+
 
 @dataclass(frozen=True)
 class Package:
@@ -26,6 +28,7 @@ class BackendEntry:
         package: the library.
         module: module of the backend, in `cellseg_batch.engine.inference.backends`.
         precisions: precisions that it may offer.
+        formats: formats of weights that it runs; see `cellseg_batch.trainer.card.FORMATS`.
         on_gpu: whether it runs on a GPU, or on the CPU.
         extras: precision -> package that it needs besides the library.
         decisive: names of other packages that may affect its speed or its results.
@@ -39,6 +42,7 @@ class BackendEntry:
     package: Package
     module: str
     precisions: tuple[str, ...]
+    formats: tuple[str, ...] = (SAFETENSORS,)
     on_gpu: bool = False
     extras: Mapping[str, Package] = field(default_factory=dict)
     decisive: tuple[str, ...] = ()
@@ -91,7 +95,15 @@ KNOWN_BACKENDS: Mapping[str, BackendEntry] = {
         Package("openvino", "pip install openvino"),
         "openvino_cpu",
         ("fp32", "bf16", "int8"),
+        FORMATS,
         extras={"int8": Package("nncf", "pip install 'cellseg-batch[int8]'")},
+    ),
+    "onnxruntime": BackendEntry(
+        Package("onnxruntime", "pip install 'cellseg-batch[onnx]'"),
+        "onnxruntime_cpu",
+        ("fp32",),
+        (ONNX,),
+        decisive=("onnx",),
     ),
     "torch-cuda": _TORCH_ON_GPU,
     "torch-compile": replace(_TORCH_ON_GPU, proof_part="compile-tests", eager="torch-cuda"),

@@ -151,7 +151,7 @@ class Lattice:
         return computed / (self.shape[0] * self.shape[1])
 
 
-def fit_lattice(shape: tuple[int, int], tile: int, margin: int, total_stride: int) -> Lattice:
+def fit_lattice(shape: tuple[int, int], tile: int, margin: int, total_stride: int, least: int = 0) -> Lattice:
     """Choose a lattice of equal tiles of at most ``tile`` x ``tile`` px in area, with little waste on margins.
 
     The network's memory grows with a tile's area and not with its sides, so tiles of 1216 x 2288 px are taken where
@@ -163,25 +163,26 @@ def fit_lattice(shape: tuple[int, int], tile: int, margin: int, total_stride: in
         tile: side in px of the square that no tile exceeds in area.
         margin: px of context cut from each side of a tile.
         total_stride: px; the network takes multiples of it.
+        least: side in px of the smallest tile that the network takes.
 
     Raises:
         UsageError: margin is no multiple of the stride, or leaves no core in the tile.
     """
-    _check_margin(tile, margin, total_stride)
+    smallest = _smallest_core(tile, margin, total_stride, least)
 
     def fit(length: int, count: int) -> int:
         """Side in px of the smallest core of which ``count`` cover ``length`` px."""
-        return -(-length // (count * total_stride)) * total_stride
+        return max(smallest, -(-length // (count * total_stride)) * total_stride)
 
     height, width = shape
     fitted = []
     # The tile's area bounds the number of cores to try, however long the slide is.
-    tallest = min(fit(height, 1), tile**2 // (2 * margin + total_stride))
-    for core in range(total_stride, tallest + 1, total_stride):
+    tallest = min(fit(height, 1), tile**2 // (2 * margin + smallest))
+    for core in range(smallest, tallest + 1, total_stride):
         if core != fit(height, -(-height // core)):
             continue  # a smaller core makes as many rows
         widest = (tile**2 // (core + 2 * margin) - 2 * margin) // total_stride * total_stride
-        if widest > 0:
+        if widest >= smallest:
             fewest = -(-width // widest)
             fitted += [Lattice(shape, (core, fit(width, columns)), margin) for columns in (fewest, fewest + 1)]
     good = _nearly_cheapest(fitted)
@@ -189,7 +190,7 @@ def fit_lattice(shape: tuple[int, int], tile: int, margin: int, total_stride: in
     return min(good, key=lambda lattice: (max(lattice.tile), lattice.cost, lattice.core[0]))
 
 
-def fit_squares(shape: tuple[int, int], tile: int, margin: int, total_stride: int) -> Lattice:
+def fit_squares(shape: tuple[int, int], tile: int, margin: int, total_stride: int, least: int = 0) -> Lattice:
     """Choose a lattice of square tiles whose side is a quarter, two, three or four quarters of ``tile`` px.
 
     So slides of any shapes need four networks at most.  Cores may stick out of the slide, which is mirrored there.  Of
@@ -197,13 +198,40 @@ def fit_squares(shape: tuple[int, int], tile: int, margin: int, total_stride: in
 
     Arguments and errors as `fit_lattice`.
     """
-    _check_margin(tile, margin, total_stride)
+    smallest = _smallest_core(tile, margin, total_stride, least)
     cores = (tile * quarters // 4 // total_stride * total_stride - 2 * margin for quarters in (4, 3, 2, 1))
-    return _nearly_cheapest([Lattice(shape, (core, core), margin) for core in cores if core > 0])[0]
+    return _nearly_cheapest([Lattice(shape, (core, core), margin) for core in cores if core >= smallest])[0]
 
 
-def _check_margin(tile: int, margin: int, total_stride: int) -> None:
-    """Check that a tile has a core within margins of whole strides; raises UsageError."""
+def lay_fixed(shape: tuple[int, int], side: int, margin: int) -> Lattice:
+    """Lay the only lattice of a network that takes square tiles of ``side`` px alone.
+
+    Args:
+        shape: (height, width) of the slide's level in px.
+        side: side of every tile in px.
+        margin: px of context cut from each side of a tile.
+
+    Raises:
+        UsageError: the margin leaves no core in the tile.
+    """
+    core = side - 2 * margin
+    if core < 1:
+        raise UsageError(
+            "`margin`",
+            expected=f"less than {side // 2} px, as the model takes tiles of {side} px alone",
+            found=f"{margin}",
+            remedy="leave it out for the model's own",
+        )
+    return Lattice(shape, (core, core), margin)
+
+
+def _smallest_core(tile: int, margin: int, total_stride: int, least: int) -> int:
+    """Side in px of the smallest core that tiles of at least ``least`` px have between margins of whole strides.
+
+    Raises:
+        UsageError: margin is no multiple of the stride, or leaves no core in the tile.
+    """
+    smallest = max(1, -(-(least - 2 * margin) // total_stride)) * total_stride
     if margin % total_stride:
         nearest = -(-margin // total_stride) * total_stride
         raise UsageError(
@@ -212,13 +240,14 @@ def _check_margin(tile: int, margin: int, total_stride: int) -> None:
             found=f"{margin}",
             remedy=f"use `margin={nearest}`",
         )
-    if tile < 2 * margin + total_stride:
+    if tile < 2 * margin + smallest:
         raise UsageError(
             "`tile`",
-            expected=f"at least {2 * margin + total_stride} px for margins of {margin} px",
+            expected=f"at least {2 * margin + smallest} px for margins of {margin} px",
             found=f"{tile}",
             remedy="use a larger tile or a smaller margin",
         )
+    return smallest
 
 
 def _nearly_cheapest(lattices: list[Lattice]) -> list[Lattice]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from cellseg_batch.engine.errors import ModelError
 from cellseg_batch.engine.machine import is_path
-from cellseg_batch.trainer.bundle import CARD_FILE, Bundle, load_bundle
+from cellseg_batch.trainer.bundle import CARD_FILE, WEIGHTS_FILES, Bundle, load_bundle
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,7 +50,8 @@ def load_model(model: str) -> Bundle:
 def _missing(model: str, found: str) -> ModelError:
     return ModelError(
         f"`model={model}`",
-        expected=f"a shipped model ({', '.join(shipped_models())}) or a folder with card.json and weights.safetensors",
+        expected=f"a shipped model ({', '.join(shipped_models())}) or a folder with {CARD_FILE} "
+        f"and {' or '.join(WEIGHTS_FILES.values())}",
         found=found,
         remedy="check the name or the path",
     )

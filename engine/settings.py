@@ -101,7 +101,7 @@ class Settings:
         backend: one of `BACKENDS`.
         precision: one of `PRECISIONS`.
         device: auto, cpu, or GPUs as `gpus_of` reads them; auto takes the fastest device, and at most one GPU.
-        gate: False runs the chosen backend and precision even if they do not agree with torch fp32.
+        gate: False runs the chosen backend and precision even if they do not agree with the fp32 reference.
         threshold: probability above which a pixel is foreground, in (0, 1); None takes the card's.
         tile: side in px of a square whose area no tile exceeds; the lattice fits the tile to the slide.
         stitch: one of `STITCHES`.

@@ -23,7 +23,8 @@ from cellseg_batch.engine.cli.main import app
 from cellseg_batch.engine.reports.plates import summarise_plates
 from cellseg_batch.engine.run.campaign import run as run_campaign
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.trainer.bundle import Bundle, Card, Normalisation, load_bundle, save_bundle
+from cellseg_batch.trainer.bundle import Bundle, load_bundle, save_bundle
+from cellseg_batch.trainer.card import Card, Input, Normalisation, Size, plain_output
 from cellseg_batch.trainer.footprint import measure_footprint
 from cellseg_batch.trainer.unet import build_network
 from tests.support.images import blobs
@@ -63,18 +64,17 @@ def tiny_model(tmp_path_factory):
         # Each of the pixel shuffle's four phases by itself, or masks might be stripes.
         network.head.bias -= torch.pixel_unshuffle(logits[0], 2).flatten(1).median(dim=1).values
     footprint = measure_footprint(network, in_channels=3)
+    stride = footprint.total_stride
     card = Card(
         name="tiny",
         architecture=TINY,
-        channels=3,
-        outputs=("foreground", "border", "distance"),
+        input=Input(("rgb",), Normalisation("fixed", (0.0,), (255.0,)), Size(stride, stride), 0.5),
+        output=plain_output("foreground", "border", "distance"),
         decoder="seeds",
-        total_stride=footprint.total_stride,
+        total_stride=stride,
         exact_margin=footprint.exact_margin,
-        margin=footprint.total_stride,
+        margin=stride,
         threshold=0.5,
-        pixel_size_um=0.5,
-        normalisation=Normalisation("fixed", 0.0, 255.0),
     )
     folder = tmp_path_factory.mktemp("tiny")
     save_bundle(Bundle(card, {name: value.numpy() for name, value in network.state_dict().items()}), folder)

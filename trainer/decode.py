@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.segmentation import relabel_sequential, watershed
 
-from cellseg_batch.trainer.bundle import Instances
+from cellseg_batch.trainer.card import Instances
 
 
 def foreground_mask(logits: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]:

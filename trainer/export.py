@@ -39,7 +39,7 @@ def export_network(bundle: Bundle, kind: str, tile: int, out: Path) -> None:
     network = load_network(bundle)
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     # Of two, because an example of one would be taken for a constant.
-    example = torch.zeros(2, bundle.card.channels, tile, tile)
+    example = torch.zeros(2, bundle.card.input.count, tile, tile)
     program = torch.export.export(network, (example,), dynamic_shapes={"pixels": {0: batch}})
     if kind == "torch":
         with open(out, "wb") as stream:

@@ -23,7 +23,7 @@ class Head:
         name: name in a recipe.
         outputs: meaning of each logit, in the network's order.
         loss: returns the loss from logits (N, K, S, S), the batch, and the names of terms in `losses.LOSSES`.
-        decoder: decoder in the trained model's card, which takes these outputs; see `bundle.DECODER_OUTPUTS`.
+        decoder: decoder in the trained model's card, which takes these outputs; see `card.DECODER_OUTPUTS`.
     """
 
     name: str

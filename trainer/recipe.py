@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from cellseg_batch.trainer.bundle import Normalisation
+from cellseg_batch.trainer.card import Normalisation
 from cellseg_batch.trainer.heads import HEADS
 from cellseg_batch.trainer.losses import LOSSES
 from cellseg_batch.trainer.unet import ARCHITECTURES
@@ -177,7 +177,7 @@ class Recipe:
     @property
     def normalisation(self) -> Normalisation:
         """The rule by which pixel values become the network's input."""
-        return Normalisation(self.normalise, self.low, self.high)
+        return Normalisation(self.normalise, (self.low,), (self.high,))
 
     @property
     def downscale(self) -> dict[str, float]:

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from cellseg_batch.trainer.augment import Augmenter, Batch
-from cellseg_batch.trainer.bundle import Bundle, Card, load_bundle, save_bundle
+from cellseg_batch.trainer.bundle import Bundle, load_bundle, save_bundle
+from cellseg_batch.trainer.card import Card, Input, Size, plain_output
 from cellseg_batch.trainer.checkpoint import CHECKPOINT_FILE, Checkpoint, check_same, load_checkpoint, save_checkpoint
 from cellseg_batch.trainer.data.dataset import Dataset, load_dataset
 from cellseg_batch.trainer.data.sample import Sample
@@ -196,19 +197,17 @@ class _Keeper:
         return epoch
 
     def _bundle(self, learner: Learner, epoch: Epoch) -> Bundle:
-        recipe, head = self.recipe, HEADS[self.recipe.head]
+        recipe, head, stride = self.recipe, HEADS[self.recipe.head], self.footprint.total_stride
         card = Card(
             name=recipe.name,
-            architecture=recipe.architecture,
-            channels=3,
-            outputs=head.outputs,
+            input=Input(("rgb",), recipe.normalisation, Size(stride, stride), recipe.pixel_size_um or None),
+            output=plain_output(*head.outputs),
             decoder=head.decoder,
-            total_stride=self.footprint.total_stride,
+            total_stride=stride,
             exact_margin=self.footprint.exact_margin,
             margin=recipe.margin,
             threshold=recipe.threshold,
-            pixel_size_um=recipe.pixel_size_um or None,
-            normalisation=recipe.normalisation,
+            architecture=recipe.architecture,
             downscale=recipe.downscale,
             training={
                 "images": len(self.dataset.splits["train"]),

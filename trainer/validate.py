@@ -11,7 +11,7 @@ from skimage.segmentation import relabel_sequential
 from torch import nn
 
 from cellseg_batch.trainer.augment import Batch
-from cellseg_batch.trainer.bundle import Instances
+from cellseg_batch.trainer.card import Instances
 from cellseg_batch.trainer.data.sample import Sample
 from cellseg_batch.trainer.decode import decode_instances, foreground_mask
 from cellseg_batch.trainer.heads import HEADS

@@ -32,7 +32,7 @@ def compile_model(
     clear: Annotated[bool, typer.Option("--clear", help="Remove what is kept, and do nothing else.")] = False,
     json_file: Json = None,
 ) -> None:
-    """Race the backends for a model on this machine, hold each against torch fp32, and keep the result."""
+    """Race the backends for a model on this machine, hold each against the fp32 reference, and keep the result."""
     from cellseg_batch.engine.inference.compiled import clear_compiled, list_compiled, race_every_precision
 
     check_json(json_file)
@@ -67,7 +67,7 @@ def print_race(race_result: RaceResult, settings: Settings, console: Console) ->
         table.add_row(*map(Text, _row(candidate, candidate == winner)))
     parities = [candidate.parity for candidate in race_result.candidates if candidate.parity is not None]
     objects = max((parity.objects for parity in parities), default=0)
-    console.print(table, f"compared with torch fp32 on {objects} objects", highlight=False)
+    console.print(table, f"compared with the fp32 reference on {objects} objects", highlight=False)
 
 
 def _row(candidate: Candidate, wins: bool) -> tuple[str, ...]:

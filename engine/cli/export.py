@@ -36,5 +36,5 @@ def export(
                     found=str(error),
                     remedy="pip install 'cellseg-batch[onnx]'",
                 ) from error
-        shape = f"(1 to 64, {model.card.channels}, {tile}, {tile})"
+        shape = f"(1 to 64, {model.card.input.count}, {tile}, {tile})"
         print_text(f"{out}: input {shape} float32 in [0, 1]")

@@ -140,7 +140,7 @@ _SETTINGS_FLAGS: dict[str, Any] = {
     "backend": _flag(str, "--backend", _MODEL, _choice(BACKENDS)),
     "precision": _flag(str, "--precision", _MODEL, _choice(PRECISIONS)),
     "device": _flag(str, "--device", _MODEL, "auto, cpu, cuda or cuda:0,1 (one model per GPU)."),
-    "gate": _flag(bool, "--gate/--no-gate", _MODEL, "Refuse a backend that disagrees with torch fp32."),
+    "gate": _flag(bool, "--gate/--no-gate", _MODEL, "Refuse a backend that disagrees with the fp32 reference."),
     "threshold": _flag(float | None, "--threshold", _MODEL, "Probability of a foreground pixel; default: the model's."),
     "threads": Threads,
     "tile": _flag(int, "--tile", _SHAPE, "Side in px of a square as large as a tile may be."),

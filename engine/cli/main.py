@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from cellseg_batch.engine.cli.bench import bench
+from cellseg_batch.engine.cli.check_model import check_model
 from cellseg_batch.engine.cli.compile import compile_model
 from cellseg_batch.engine.cli.console import note_flags, printing_never_fails
 from cellseg_batch.engine.cli.convert import convert
@@ -22,6 +23,7 @@ from cellseg_batch.engine.cli.doctor import doctor
 from cellseg_batch.engine.cli.evaluate import evaluate
 from cellseg_batch.engine.cli.export import export
 from cellseg_batch.engine.cli.export_objects import export_objects
+from cellseg_batch.engine.cli.import_model import import_model
 from cellseg_batch.engine.cli.info import info
 from cellseg_batch.engine.cli.plan import plan
 from cellseg_batch.engine.cli.preview import preview
@@ -47,6 +49,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "export-objects": export_objects,
     "verify-seams": verify_seams,
     "compile": compile_model,
+    "import-model": import_model,
+    "check-model": check_model,
     "profile": profile,
     "train": train,
     "evaluate": evaluate,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cellseg_batch.engine.geometry import Block, Box, Lattice, source_box
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.kernels.flat import is_flat
-from cellseg_batch.trainer.bundle import Normalisation
+from cellseg_batch.trainer.card import Normalisation
 
 # Share of the slide's contrast (high - low) below which a tile is flat.  In real images that were dimmed step by step,
 # the shipped model still found nuclei at 0.0139 (small ones, in fluorescence).  In the undimmed images, no image in
@@ -26,7 +26,7 @@ def flat_limit(bounds: Bounds, rule: Normalisation) -> float:
 
     Under a fixed rule it is 0: fixed bounds do not measure the slide's contrast, so nuclei may span little of them.
     """
-    return FLAT * (bounds.high - bounds.low) if rule.rule == "percentile" else 0.0
+    return FLAT * (bounds.high - bounds.low) if rule.kind == "percentile" else 0.0
 
 
 def without_background(block: Block, pixels: NDArray[Any], lattice: Lattice, limit: float) -> Block:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cellseg_batch.engine.inference.backends.registry import REFERENCE, candidates
+from cellseg_batch.engine.inference.backends.registry import REFERENCES, candidates, demand_format
 from cellseg_batch.engine.inference.race import load_or_race, request_of
 from cellseg_batch.engine.inference.race_result import RaceResult
 from cellseg_batch.engine.machine import cores
@@ -41,8 +41,9 @@ def choose(settings: Settings, bundle: Bundle, racing: Callable[[], None] = lamb
     Raises:
         BackendError: no backend fits the settings.
     """
-    fitting = candidates(settings.backend, settings.precision, settings.device)
-    if fitting == [REFERENCE] or (len(fitting) == 1 and not settings.gate):
+    demand_format(settings.backend, bundle)
+    fitting = candidates(bundle.card.format, settings.backend, settings.precision, settings.device)
+    if fitting == [REFERENCES[bundle.card.format]] or (len(fitting) == 1 and not settings.gate):
         return Choice(*fitting[0], None)  # a single candidate and no gate to pass: nothing to race
     result = load_or_race(request_of(settings, bundle.card), bundle, Artefacts(), racing)
     best = result.pick(settings.backend, settings.precision, settings.gate)

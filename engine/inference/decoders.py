@@ -1,6 +1,6 @@
 """List the decoders, which say how the logits of a model become pixels.
 
-A card names its decoder; `cellseg_batch.trainer.bundle.DECODER_OUTPUTS` has the outputs that each decoder takes.  A
+A card names its decoder; `cellseg_batch.trainer.card.DECODER_OUTPUTS` has the outputs that each decoder takes.  A
 decoder knows logits and kernels; it must not know backends, tiles or slides.
 """
 

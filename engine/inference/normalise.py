@@ -7,7 +7,8 @@ the cost does not grow with the slide and the same slide always gives the same b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -19,7 +20,7 @@ from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
-from cellseg_batch.trainer.bundle import Normalisation
+from cellseg_batch.trainer.card import Normalisation
 
 _ENOUGH_PIXELS = 1 << 20
 _MAX_VALUES = 1 << 22
@@ -40,29 +41,34 @@ class Bounds:
         return 1.0 / (self.high - self.low) if self.high > self.low else 0.0
 
 
-def sample_slide(slide: Slide, channels: tuple[int, ...], level: int) -> list[NDArray[Any]]:
-    """Return parts (C, h, w) that represent the whole slide, in the stored dtype.
+def sample_slide(reader: SlideReader) -> list[NDArray[Any]]:
+    """Return parts (C, h, w) that represent a whole slide, in the stored dtype, of the reader's level or a lower one.
 
     Raises:
         ReadError: none of the sampled pixels can be read.
     """
-    level = _sampling_level(slide, level)
+    slide, channels = reader.slide, reader.channels
+    level = _sampling_level(slide, reader.level)
     count = slide.planes(level)
     planes = sorted({round(i) for i in np.linspace(0, count - 1, min(count, _PLANES))})
     limit = _MAX_VALUES // len(channels) // len(planes)
     boxes = list(product(planes, _boxes_of_plane(*slide.plane_shape(level), limit=limit)))
-    with SlideReader(slide, level, channels) as reader:
-        parts = [part for plane, box in boxes for part in _readable(reader, plane, box)]
+    with nullcontext(reader) if level == reader.level else SlideReader(slide, level, channels) as sampled:
+        parts = [part for plane, box in boxes for part in _readable(sampled, plane, box)]
         if not parts:
-            reader.read(*boxes[0])  # raises the reason
+            sampled.read(*boxes[0])  # raises the reason
     return parts
 
 
-def settle_bounds(sample: Sequence[NDArray[Any]], rule: Normalisation) -> Bounds:
-    """Return bounds by the model card's rule, shared by all channels and planes; a fixed rule needs no sample."""
-    if rule.rule == "fixed":
-        return Bounds(rule.low, rule.high)
-    return Bounds(*rule.bounds_of(np.concatenate([_finite(part) for part in sample])))
+def settle_bounds(reader: SlideReader, rule: Normalisation) -> Bounds:
+    """Return a slide's bounds by the model card's rule, shared by all channels and planes.
+
+    Raises:
+        ReadError: see `sample_slide`.
+    """
+    if not rule.asks_slide:
+        return Bounds(rule.low[0], rule.high[0])
+    return Bounds(*rule.bounds_of(np.concatenate([_finite(part) for part in sample_slide(reader)])))
 
 
 def _readable(reader: SlideReader, plane: int, box: Box) -> Iterator[NDArray[Any]]:

@@ -1,4 +1,4 @@
-"""Race the backends: time every backend that loads here, compare it with torch fp32 on real tiles, keep the result.
+"""Race the backends: time all that load here, compare them with an fp32 reference on real tiles, keep the result.
 
 The race runs in its own process, so that its memory (torch and every network) does not stay in the run.  It must not
 know slides.
@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.geometry import fit_squares
-from cellseg_batch.engine.inference.backends.gate import TILE, Parity, limits_of, logits_of, measure_parity, real_tiles
+from cellseg_batch.engine.inference.backends.gate import TILE, Parity, limits_of, logits_of, measure_parity, tiles_for
 from cellseg_batch.engine.inference.backends.protocol import CONVERSION_VERSION, Backend, Shape
-from cellseg_batch.engine.inference.backends.registry import REFERENCE, candidates, make_backend, packages, why_not
+from cellseg_batch.engine.inference.backends.registry import REFERENCES, candidates, make_backend, packages, why_not
 from cellseg_batch.engine.inference.decoders import DECODERS, Decoder
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.race_result import Candidate, RaceResult, Request, may_win
@@ -34,7 +34,8 @@ from cellseg_batch.engine.machine import cores, gpus, package_version, processor
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.settings import Settings, race_device
 from cellseg_batch.engine.storage.cache import Artefacts, Key
-from cellseg_batch.trainer.bundle import Bundle, Card
+from cellseg_batch.trainer.bundle import Bundle
+from cellseg_batch.trainer.card import Card
 
 _log = logging.getLogger(__name__)
 
@@ -51,15 +52,19 @@ _HOPELESS = 3.0
 def request_of(settings: Settings, card: Card) -> Request:
     """Return the race for a run with ``settings`` and the model of ``card``; tiles are large only if a GPU may win."""
     device = race_device(settings.device)
-    fitting = candidates(settings.backend, settings.precision, device)
+    fitting = candidates(card.format, settings.backend, settings.precision, device)
     on_gpu = any(KNOWN_BACKENDS[name].on_gpu for name, _ in fitting)
-    tile = large_tile(card) if on_gpu and (device != "auto" or (gpus() and visible_gpus())) else _SMALL_TILE
+    is_large = on_gpu and (device != "auto" or (gpus() and visible_gpus()))
+    tile = large_tile(card) if is_large else _SMALL_TILE
     return Request(settings.model, settings.backend, settings.precision, tile, 1, settings.threads or cores(), device)
 
 
 def large_tile(card: Card) -> tuple[int, int]:
     """Return (height, width) in px of a large slide's tiles, with the default settings and the card's margin."""
-    return fit_squares(_LARGE_SLIDE, Settings.tile, card.margin, card.total_stride).tile
+    size = card.input.size
+    if size.fixed:
+        return size.fixed, size.fixed
+    return fit_squares(_LARGE_SLIDE, Settings.tile, card.margin, card.total_stride, size.min).tile
 
 
 def load_or_race(
@@ -94,22 +99,22 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> RaceResult:
     """Run the race in this process: build, gate and time every candidate; the candidates take turns."""
     threshold, decoder = bundle.card.threshold, DECODERS[bundle.card.decoder]
     network = decoder.network(bundle, instances=False)
-    tiles = real_tiles("gate", bundle.card.channels)
-    reference = make_backend(network, *REFERENCE, request.threads, artefacts)
+    tiles = tiles_for("gate", bundle.card)
+    name_of_reference = REFERENCES[bundle.card.format]
+    reference = make_backend(network, *name_of_reference, request.threads, artefacts)
     expected = logits_of(reference.compile((1, *tiles.shape[1:])), tiles)
-    stride = bundle.card.total_stride
-    height, width = (max(1, side // stride) * stride for side in request.tile)
-    shape = (request.batch, bundle.card.channels, height, width)
+    height, width = (bundle.card.input.size.below(side, bundle.card.total_stride) for side in request.tile)
+    shape = (request.batch, bundle.card.input.count, height, width)
     rows: dict[tuple[str, str], Candidate] = {}
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     parities: dict[tuple[str, str], Parity] = {}
     pixels = _lay_out(shape, tiles)
     gpu = "cuda:0" if request.device in ("auto", "cpu") else request.device
-    for name in _candidates_to_race(request):
+    for name in _candidates_to_race(request, bundle):
         missing = why_not(*name)
         if not missing:
             try:
-                if name == REFERENCE:
+                if name == name_of_reference:
                     backend, parities[name] = reference, measure_parity(expected, expected, threshold, decoder)
                 else:
                     backend = make_backend(network, *name, request.threads, artefacts, gpu)
@@ -217,9 +222,9 @@ def _race_elsewhere(request: Request, artefacts: Artefacts, folder: Path) -> Non
         )
 
 
-def _candidates_to_race(request: Request) -> list[tuple[str, str]]:
+def _candidates_to_race(request: Request, bundle: Bundle) -> list[tuple[str, str]]:
     """Return (backend, precision) of each candidate."""
-    fitting = candidates(request.backend, request.precision, request.device)
+    fitting = candidates(bundle.card.format, request.backend, request.precision, request.device)
     return [name for name in fitting if request.complete or may_win(name[1], request.precision)]
 
 
@@ -237,7 +242,7 @@ def _key(request: Request, bundle: Bundle) -> Key:
         "processor": processor(),
         "gpus": gpus(),
         "versions": _versions(),
-        "raced": [" ".join(name) for name in _candidates_to_race(request)],
+        "raced": [" ".join(name) for name in _candidates_to_race(request, bundle)],
         **conditions,
     }
 

@@ -54,7 +54,7 @@ class Candidate:
         missing: reason why it did not run; "" if it did.
         mpx_per_s: input pixels per second in Mpx/s, median of the rounds; 0 if it did not run.
         slowest, fastest: speed of the slowest and the fastest round in Mpx/s.
-        parity: agreement with torch fp32; None if it did not run.
+        parity: agreement with the fp32 reference; None if it did not run.
     """
 
     backend: str
@@ -123,7 +123,7 @@ class RaceResult:
         missing = [f"{row.name}: {row.missing}" for row in fitting if row.missing]
         raise BackendError(
             f"`backend={backend}` `precision={precision}`",
-            expected="a backend that can be had here and agrees with torch fp32",
+            expected="a backend that can be had here and agrees with the reference in fp32",
             found="; ".join(failed + missing) or "none that this version knows",
             remedy="`gate=False` uses it all the same" if failed else "see cellseg-batch doctor, or leave both to auto",
         )

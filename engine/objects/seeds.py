@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block, BlockGrid
 from cellseg_batch.kernels.instances import label_seeds
-from cellseg_batch.trainer.bundle import Instances
+from cellseg_batch.trainer.card import Instances
 
 TOP, LEFT, BOTTOM, RIGHT = "top", "left", "bottom", "right"
 

@@ -18,7 +18,7 @@ from cellseg_batch.engine.geometry import Block, Box
 from cellseg_batch.engine.objects.scratch import ScratchFolder, reading
 from cellseg_batch.engine.storage.atomic_files import numbered, whole_file
 from cellseg_batch.kernels.stardist import SUPPRESSED, Stars, suppress
-from cellseg_batch.trainer.bundle import StarDist
+from cellseg_batch.trainer.card import StarDist
 
 States = NDArray[np.uint8]
 

@@ -45,7 +45,7 @@ def run_suite(settings: Settings, rounds: int, side: int, folder: Path, observer
     }
     settings = replace(settings, downscale=1, skip_background="off", overwrite=True, output=folder / "out")
     bundle = load_model(settings.model)
-    (slide,) = take_sample(folder / "slide.zarr", settings, bundle.card.pixel_size_um)
+    (slide,) = take_sample(folder / "slide.zarr", settings, bundle.card.input.pixel_size_um)
     model_pool = ModelPool(bundle, settings, observer.racing)
     rates: dict[str, list[float]] = defaultdict(list)
     yardstick = []

@@ -66,7 +66,7 @@ def profile_slide(path: Path, settings: Settings, observer: Observer) -> Profile
             remedy="copy a slide's result by hand to see how fast the store takes it",
         )
     bundle = load_model(settings.model)
-    sample = take_sample(path, settings, bundle.card.pixel_size_um)
+    sample = take_sample(path, settings, bundle.card.input.pixel_size_um)
     if settings.output is not None:
         settings.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="cellseg-profile-", dir=settings.output) as name:

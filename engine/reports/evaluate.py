@@ -69,7 +69,7 @@ def evaluate_model(
     """
     bundle = load_model(model)
     with trainer_errors(f"evaluate {data}"):
-        dataset = load_dataset(data, bundle.card.normalisation, only=(split,))
+        dataset = load_dataset(data, bundle.card.input.normalisation, only=(split,))
     samples = dataset.splits[split]
     if factor != 1:
         samples = [rescale(sample, factor) for sample in samples]

@@ -14,7 +14,7 @@ from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_all_images
 from cellseg_batch.engine.slides.level_and_channels import ChannelChoice, LevelChoice, choose_channels, choose_level
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
-from cellseg_batch.trainer.bundle import Card
+from cellseg_batch.trainer.card import Card
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _describe(image: Slide | UnreadableImage, settings: Settings, card: Card) ->
 
 
 def _cut(slide: Slide, settings: Settings, card: Card) -> Cut:
-    level = choose_level(slide, settings.level, settings.pixel_size, card.pixel_size_um)
+    level = choose_level(slide, settings.level, settings.pixel_size, card.input.pixel_size_um)
     channels = choose_channels(slide, settings.channel)
     lattice = lay_lattice(slide.plane_shape(level.level), settings, card)
     grid = lay_blocks(lattice, settings.block_side(), slide.planes(level.level))

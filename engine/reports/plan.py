@@ -20,7 +20,7 @@ import psutil
 from cellseg_batch.engine.errors import OutputError, SlideError
 from cellseg_batch.engine.geometry import BlockGrid, Box
 from cellseg_batch.engine.inference.model_pool import ModelPool
-from cellseg_batch.engine.inference.normalise import Bounds
+from cellseg_batch.engine.inference.normalise import Bounds, settle_bounds
 from cellseg_batch.engine.machine import resident_bytes
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.objects.merge import FinalIds
@@ -32,7 +32,7 @@ from cellseg_batch.engine.run.open_slide import image_writers, scratch_of
 from cellseg_batch.engine.run.output_paths import output_paths, refuse_output_inside
 from cellseg_batch.engine.run.pipeline import passes_of
 from cellseg_batch.engine.run.results import RunReport, SlideReport
-from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
+from cellseg_batch.engine.run.slide_plan import SlidePlan, open_reader, plan_slide
 from cellseg_batch.engine.run.worker import Worker
 from cellseg_batch.engine.run.working_scale import lay_tiles, possible_downscales, settle_downscale
 from cellseg_batch.engine.settings import Settings
@@ -43,7 +43,7 @@ from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.engine.storage.atomic_files import BUCKET
-from cellseg_batch.trainer.bundle import Card
+from cellseg_batch.trainer.card import Card
 
 # Tiles along each side of the part that is measured.
 _TILES = 2
@@ -283,8 +283,9 @@ def _look(worker: Worker, image: _Image) -> _Image:
     settings, model_pool = worker.settings, worker.model_pool
     try:
         laid = image.plans[0]
-        plan = plan_slide(laid.slide, laid.paths, settings, model_pool.bundle.card)
-        with SlideReader(plan.slide, plan.level.level, plan.channels.indices) as reader:
+        card = model_pool.bundle.card
+        with open_reader(laid.slide, settings, card) as reader:
+            plan = plan_slide(laid.slide, laid.paths, settings, card, settle_bounds(reader, card.input.normalisation))
             plan = compile_plan(worker, plan, settle_downscale(plan, settings, model_pool, reader), reader)
     except SlideError as error:
         return _Image(replace(image.entry, reason=error.detail))

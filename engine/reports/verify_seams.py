@@ -15,22 +15,24 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from cellseg_batch.engine.errors import UsageError
 from cellseg_batch.engine.geometry import Box, Lattice, Tile, source_box
 from cellseg_batch.engine.inference.backends.protocol import Backend
 from cellseg_batch.engine.inference.cpu_predictor import tile_logits
 from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
+from cellseg_batch.engine.inference.normalise import settle_bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.inference.session import Session, compile_network
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.output_paths import output_paths
-from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
+from cellseg_batch.engine.run.slide_plan import SlidePlan, open_reader, plan_slide
 from cellseg_batch.engine.run.working_scale import lay_tiles, settle_downscale
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_images, first_slide
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.stage_clock import StageClock
-from cellseg_batch.trainer.bundle import Card
+from cellseg_batch.trainer.card import Card
 
 _WINDOW = 2048
 
@@ -115,10 +117,18 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
     """
     slide = first_slide(find_images(path, settings.axes))
     bundle = load_model(settings.model)
+    if bundle.card.input.size.fixed:
+        raise UsageError(
+            f"verify-seams with {bundle.card.name}",
+            expected="a model that takes tiles of several sizes, so that there is an untiled result",
+            found=f"tiles of {bundle.card.input.size.fixed} px alone",
+            remedy="export the model with a dynamic height and width",
+        )
     decoder = DECODERS[bundle.card.decoder]
     model_pool = ModelPool(bundle, settings)
-    plan = plan_slide(slide, output_paths(slide, settings.name, None), settings, bundle.card)
-    with SlideReader(slide, plan.level.level, plan.channels.indices) as reader:
+    paths = output_paths(slide, settings.name, None)
+    with open_reader(slide, settings, bundle.card) as reader:
+        plan = plan_slide(slide, paths, settings, bundle.card, settle_bounds(reader, bundle.card.input.normalisation))
         factor = settle_downscale(plan, settings, model_pool, reader)
         backend = model_pool.downscaled(model_pool.chosen, factor)
         plan = lay_tiles(plan, settings, bundle, factor, backend.name)
@@ -151,7 +161,9 @@ def _compare(
     tiled, untiled = np.empty(shape, np.float32), np.empty(shape, np.float32)
     for tile in _tiles_over(plan.grid.lattice, window):
         tiled_logits.put(tile, window, tiled)
-    frame = _grown(window, card.exact_margin, card.total_stride)
+    # A network that sees the whole tile is shown the window with the margin that its tiles have.
+    reach = plan.grid.lattice.margin if card.exact_margin is None else card.exact_margin
+    frame = _grown(window, reach, card.total_stride)
     _LogitsOf(plan, backend, reader).put(Tile(frame, window), window, untiled)
     return tiled, untiled
 
@@ -175,6 +187,7 @@ class _LogitsOf:
         read_box = source_box(tile.frame, lattice.shape)
         pixels = self._reader.read(0, read_box)
         logits = tile_logits(self._session, rule, pixels, read_box, [tile], StageClock())
+        logits = logits.repeat(plan.output_grid, axis=2).repeat(plan.output_grid, axis=3)
         part = tile.core.within(window)
         out[..., *part.seen_from(window).slices()] = logits[..., *part.seen_from(tile.frame).slices()]
 

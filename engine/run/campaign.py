@@ -17,7 +17,6 @@ from typing import Protocol
 from uuid import uuid4
 
 from cellseg_batch.engine.errors import CellsegError, OutputError, SlideError, brief
-from cellseg_batch.engine.geometry import fit_lattice
 from cellseg_batch.engine.inference.backends.registry import preloaded_modules
 from cellseg_batch.engine.inference.choice import Choice, choose_backend, settings_elsewhere
 from cellseg_batch.engine.inference.decoders import DECODERS
@@ -30,7 +29,7 @@ from cellseg_batch.engine.run.output_images import claim_outputs
 from cellseg_batch.engine.run.output_paths import refuse_output_inside
 from cellseg_batch.engine.run.prepared_slide import PreparedSlide
 from cellseg_batch.engine.run.results import RunReport, SlideReport
-from cellseg_batch.engine.run.slide_plan import SlidePlan, choose_input, pick_margin
+from cellseg_batch.engine.run.slide_plan import SlidePlan, choose_input, lay_lattice, pick_margin
 from cellseg_batch.engine.run.worker import AnyWorker, Outcome, Worker, WorkerElsewhere, run_task
 from cellseg_batch.engine.scheduling.dask_pools import open_pool, threads_per_process
 from cellseg_batch.engine.scheduling.scheduler import Pool, TaskGroup, Workflow, ask, call_alone, run_workflows
@@ -376,4 +375,4 @@ def _give_up(journal: Journal, part: str, failures: dict[int, str], number: int,
 
 def _refuse_margin_off_grid(settings: Settings, bundle: Bundle) -> None:
     """Refuse a tile and margin that would fail for every slide, before any slide is opened."""
-    fit_lattice((1, 1), settings.tile, pick_margin(settings, bundle.card), bundle.card.total_stride)
+    lay_lattice((1, 1), settings, bundle.card)

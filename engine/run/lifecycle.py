@@ -22,6 +22,7 @@ from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.inference.backends.protocol import Backend
 from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
+from cellseg_batch.engine.inference.normalise import settle_bounds
 from cellseg_batch.engine.run.completeness import demand_complete
 from cellseg_batch.engine.run.input_state import files_state, has_changed
 from cellseg_batch.engine.run.measure_pass import measured_channels
@@ -40,7 +41,7 @@ from cellseg_batch.engine.run.records import (
     ModelIdentity,
 )
 from cellseg_batch.engine.run.results import SlideReport
-from cellseg_batch.engine.run.slide_plan import SlidePlan, plan_slide
+from cellseg_batch.engine.run.slide_plan import SlidePlan, open_reader, plan_slide
 from cellseg_batch.engine.run.worker import AnyWorker, Worker
 from cellseg_batch.engine.run.working_scale import lay_tiles, settle_downscale
 from cellseg_batch.engine.settings import Settings
@@ -187,8 +188,10 @@ def _manifest_to_continue(worker: Worker, request: Request, journal: Journal) ->
 def _begin(worker: Worker, request: Request) -> PreparedSlide:
     """Prepare a slide that has no output to continue."""
     settings, model_pool = worker.settings, worker.model_pool
-    plan = plan_slide(request.slide, request.paths, settings, model_pool.bundle.card)
-    with _reader_of(plan) as reader:
+    card = model_pool.bundle.card
+    with _closed_on_error(open_reader(request.slide, settings, card)) as reader:
+        bounds = settle_bounds(reader, card.input.normalisation)
+        plan = plan_slide(request.slide, request.paths, settings, card, bounds)
         plan = compile_plan(worker, plan, settle_downscale(plan, settings, model_pool, reader), reader)
         backend = model_pool.downscaled(model_pool.chosen, plan.downscale)
         prepared = fit_memory(plan, backend, settings, worker.warm_up.held_bytes)
@@ -232,7 +235,7 @@ def _plan_again(worker: Worker, request: Request, journal: Journal, manifest: Ma
 def _continue(worker: Worker, request: Request, journal: Journal, manifest: Manifest) -> PreparedSlide:
     """Prepare a slide that an earlier run has begun and not finished."""
     plan, backend = _plan_again(worker, request, journal, manifest)
-    with _reader_of(plan) as reader:
+    with _closed_on_error(SlideReader(plan.slide, plan.level.level, plan.channels.indices)) as reader:
         worker.warm_up.compile_for(plan, backend, reader)
         prepared = fit_memory(plan, backend, worker.settings, worker.warm_up.held_bytes, keeps_blocks=True)
         for folder in (journal.folder, *(output.folder for output in plan.outputs)):
@@ -251,9 +254,8 @@ def _continue(worker: Worker, request: Request, journal: Journal, manifest: Mani
 
 
 @contextmanager
-def _reader_of(plan: SlidePlan) -> Iterator[SlideReader]:
-    """Open a reader of the slide, and close it if the context ends with an error."""
-    reader = SlideReader(plan.slide, plan.level.level, plan.channels.indices)
+def _closed_on_error(reader: SlideReader) -> Iterator[SlideReader]:
+    """Close a reader if the context ends with an error."""
     try:
         yield reader
     except BaseException:

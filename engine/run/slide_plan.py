@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import SlideError, UsageError
-from cellseg_batch.engine.geometry import BlockGrid, Lattice, fit_lattice, fit_squares, lay_blocks
+from cellseg_batch.engine.geometry import BlockGrid, Lattice, fit_lattice, fit_squares, lay_blocks, lay_fixed
 from cellseg_batch.engine.inference.backends.protocol import Shape
 from cellseg_batch.engine.inference.background import flat_limit
 from cellseg_batch.engine.inference.decoders import DECODERS
-from cellseg_batch.engine.inference.normalise import Bounds, sample_slide, settle_bounds
+from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.objects.seeds import InstanceRule
 from cellseg_batch.engine.objects.stars import StarRule
@@ -21,10 +21,11 @@ from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.label_layout import Layout, lay_out
 from cellseg_batch.engine.slides.level_and_channels import ChannelChoice, LevelChoice, choose_channels, choose_level
 from cellseg_batch.engine.slides.pixel_meaning import PROBABILITY
+from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.kernels.instances import reach
 from cellseg_batch.kernels.moments import HALO
-from cellseg_batch.trainer.bundle import Card
+from cellseg_batch.trainer.card import Card
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class SlidePlan:
         flat: difference of pixel values below which a tile is background and not computed; 0 computes all.
         instances: rule by which logits become instances by growth; None for a mask, or if they are stars.
         stars: rule by which logits become stars; None for a mask, or if instances grow.
+        output_grid: px between two points of the network's output.
         objects: whether to measure the instances.
     """
 
@@ -65,6 +67,7 @@ class SlidePlan:
     flat: float = 0.0
     instances: InstanceRule | None = None
     stars: StarRule | None = None
+    output_grid: int = 1
     objects: bool = False
 
     @property
@@ -138,14 +141,35 @@ class SlidePlan:
             decoder=DECODERS[self.decoder],
             instances=self.instances,
             stars=self.stars,
+            grid=self.output_grid,
         )
 
 
 def pick_margin(settings: Settings, card: Card) -> int:
-    """The margin in px: that of the settings, where ``exact`` means the network's own reach, else the card's."""
+    """The margin in px: that of the settings, where ``exact`` means the network's own reach, else the card's.
+
+    Raises:
+        UsageError: the network has no reach of its own, or gives nothing so close to a tile's edge.
+    """
     if settings.margin is None:
         return card.margin
-    return card.exact_margin if settings.margin == "exact" else int(settings.margin)
+    if settings.margin == "exact" and card.exact_margin is None:
+        raise UsageError(
+            "`margin=exact`",
+            expected=f"a model whose pixels see a bounded part of a tile, unlike {card.name}",
+            found="no exact margin in its card",
+            cause="the network sees the whole tile, or takes tiles of a single size",
+            remedy=f"use the card's own `margin={card.margin}`, or a larger one",
+        )
+    margin = int(settings.margin if settings.margin != "exact" else card.exact_margin or 0)
+    if margin < card.output.crop:
+        raise UsageError(
+            "`margin`",
+            expected=f"at least {card.output.crop} px, which the model {card.name} gives no result for",
+            found=f"{margin}",
+            remedy=f"use `margin={card.margin}`",
+        )
+    return margin
 
 
 def lay_lattice(shape: tuple[int, int], settings: Settings, card: Card, backend: str | None = None) -> Lattice:
@@ -158,11 +182,21 @@ def lay_lattice(shape: tuple[int, int], settings: Settings, card: Card, backend:
         backend: name of the backend that computes the slide; None if none is chosen yet: then that of the settings.
 
     Raises:
-        UsageError: tile and margin do not go together.
+        UsageError: tile and margin do not go together, or the model does not take such batches.
     """
+    if card.input.batch not in (None, settings.batch):
+        raise UsageError(
+            "`batch`",
+            expected=f"{card.input.batch}, the only batch that the graph of {card.name} takes",
+            found=f"{settings.batch}",
+            remedy=f"use `batch={card.input.batch}`, or export the model with a dynamic batch",
+        )
+    margin, size = pick_margin(settings, card), card.input.size
+    if size.fixed:
+        return lay_fixed(shape, size.fixed, margin)
     entry = KNOWN_BACKENDS.get(backend or settings.backend)
     lay = fit_squares if entry is not None and entry.eager else fit_lattice
-    return lay(shape, settings.tile, pick_margin(settings, card), card.total_stride)
+    return lay(shape, settings.tile, margin, card.total_stride, size.min)
 
 
 def choose_input(slide: Slide, settings: Settings, card: Card) -> tuple[LevelChoice, ChannelChoice]:
@@ -171,39 +205,44 @@ def choose_input(slide: Slide, settings: Settings, card: Card) -> tuple[LevelCho
     Raises:
         SlideError: the slide has no such level or channel, or has channels that the model cannot take.
     """
-    level = choose_level(slide, settings.level, settings.pixel_size, card.pixel_size_um)
+    level = choose_level(slide, settings.level, settings.pixel_size, card.input.pixel_size_um)
     channels = choose_channels(slide, settings.channel)
-    if len(channels.indices) not in (1, card.channels):
+    if len(channels.indices) not in (1, card.input.count):
         raise SlideError(
             slide.location,
-            expected=f"an image of 1 or {card.channels} channels for the model {card.name}",
+            expected=f"an image of 1 or {card.input.count} channels for the model {card.name}",
             found=f"{len(channels.indices)} ({channels.reason})",
             remedy="choose one with `channel`",
         )
     return level, channels
 
 
-def plan_slide(
-    slide: Slide, paths: OutputPaths, settings: Settings, card: Card, bounds: Bounds | None = None
-) -> SlidePlan:
-    """Settle level, channels, lattice, blocks and normalisation of a slide.
+def open_reader(slide: Slide, settings: Settings, card: Card) -> SlideReader:
+    """Open the level and the channels of a slide that the model is to see.
+
+    Raises:
+        SlideError: see `choose_input`.
+        ReadError: the level cannot be opened.
+    """
+    level, channels = choose_input(slide, settings, card)
+    return SlideReader(slide, level.level, channels.indices)
+
+
+def plan_slide(slide: Slide, paths: OutputPaths, settings: Settings, card: Card, bounds: Bounds) -> SlidePlan:
+    """Settle level, channels, lattice and blocks of a slide.
 
     Args:
         slide: the image.
         paths: paths of its output.
         settings: settings of the run.
         card: card of the model.
-        bounds: pixel values that normalisation maps to 0 and 1, if they are settled already; None samples the slide.
+        bounds: pixel values that normalisation maps to 0 and 1.
 
     Raises:
-        SlideError: the slide has no such level or channel, cannot be read, or has channels that the model cannot take.
+        SlideError: see `choose_input`.
         UsageError: tile and margin do not go together.
     """
     level, channels = choose_input(slide, settings, card)
-    if bounds is None:
-        sampled = card.normalisation.rule != "fixed"
-        sample = sample_slide(slide, channels.indices, level.level) if sampled else []
-        bounds = settle_bounds(sample, card.normalisation)
     if settings.stitch == "blend" and not pick_margin(settings, card):
         raise UsageError(
             "`stitch=blend`",
@@ -215,7 +254,7 @@ def plan_slide(
     planes = slide.planes(level.level)
     # Blending a tile takes the logits of its neighbours, flat ones too.
     skips = settings.skip_background == "auto" and settings.stitch == "crop"
-    flat = flat_limit(bounds, card.normalisation) if skips else 0.0
+    flat = flat_limit(bounds, card.input.normalisation) if skips else 0.0
     makes_stars = DECODERS[card.decoder].makes_stars
     return SlidePlan(
         slide=slide,
@@ -225,12 +264,13 @@ def plan_slide(
         grid=lay_blocks(lattice, settings.block_side(), planes, ring=settings.stitch == "blend"),
         bounds=bounds,
         threshold=settings.threshold if settings.threshold is not None else card.threshold,
-        shape=(settings.batch, card.channels, *lattice.tile),
+        shape=(settings.batch, card.input.count, *lattice.tile),
         decoder=card.decoder,
         outputs=output_images(paths, settings, DECODERS[card.decoder]),
         stitch=settings.stitch,
         flat=flat,
         instances=InstanceRule(card.instances) if settings.makes_ids and not makes_stars else None,
-        stars=StarRule(card.stardist, len(card.outputs) - 1) if settings.makes_ids and makes_stars else None,
+        stars=StarRule(card.stardist, len(card.decoded) - 1, card.grid) if settings.makes_ids and makes_stars else None,
+        output_grid=card.grid,
         objects=settings.objects,
     )

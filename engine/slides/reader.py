@@ -1,4 +1,4 @@
-"""Read pixels of a level of a slide box by box, straight from its store, without a cache."""
+"""Read pixels of a level of a slide box by box, straight from its store; only a small plane is kept."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.slides.formats import format_of
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.slides.zarr_codecs import use_zarrs
+
+# A plane of up to this many values is kept once it was read as a whole: it is sampled, looked at and segmented.
+_SMALL = 1 << 22
 
 
 class SlideReader:
@@ -31,6 +34,7 @@ class SlideReader:
         self.slide = slide
         self.level = level
         self.channels = channels
+        self._kept: tuple[int, NDArray[Any]] | None = None
         try:
             self.array: Any = format_of(slide).open_level(slide, level)
         except ReadError:
@@ -52,6 +56,7 @@ class SlideReader:
         """A reader of other channels of the same open level."""
         reader = copy(self)
         reader.channels = channels
+        reader._kept = self._kept if channels == self.channels else None
         return reader
 
     def read(self, plane: int, box: Box) -> NDArray[Any]:
@@ -60,6 +65,15 @@ class SlideReader:
         Raises:
             ReadError: the data of a chunk are missing, damaged or of an unknown codec.
         """
+        kept = self._kept  # another thread may replace it meanwhile
+        if kept is not None and kept[0] == plane:
+            return kept[1][:, *box.slices()]
+        pixels = self._decode(plane, box)
+        if pixels.size <= _SMALL and box.shape == self.slide.plane_shape(self.level):
+            self._kept = plane, pixels
+        return pixels
+
+    def _decode(self, plane: int, box: Box) -> NDArray[Any]:
         axes = self.slide.axes
         rows, columns = box.shifted(self.slide.levels[self.level].origin).slices()
         # Neighbouring channels are read as a slice, because not every store can read a list of indices.

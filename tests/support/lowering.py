@@ -91,7 +91,8 @@ def lower_all() -> int:
     print(f"torch {torch.__version__}, torch-tensorrt {torch_tensorrt.__version__}")
     wrong = 0
     for name, architecture in networks.items():
-        bundle = types.SimpleNamespace(card=types.SimpleNamespace(architecture=architecture, channels=3))
+        card = types.SimpleNamespace(architecture=architecture, input=types.SimpleNamespace(count=3))
+        bundle = types.SimpleNamespace(card=card)
         program = pre_export_lowering(tensorrt_gpu.export_half(bundle, (64, 64), cuda.Device("cpu")), settings)
         program = program.run_decompositions(get_decompositions())
         graph = post_lowering(program.module(), settings)

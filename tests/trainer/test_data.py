@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from skimage.io import imsave
 
-from cellseg_batch.trainer.bundle import Normalisation
+from cellseg_batch.trainer.card import Normalisation
 from cellseg_batch.trainer.data.dataset import load_dataset
 from cellseg_batch.trainer.data.dsb2018 import decode_runs, merge_masks
 

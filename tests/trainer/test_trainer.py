@@ -8,7 +8,8 @@ import torch
 from cellseg_batch.engine.inference import decoders
 from cellseg_batch.trainer import decode
 from cellseg_batch.trainer.augment import Augmenter, Batch, flatten
-from cellseg_batch.trainer.bundle import DECODER_OUTPUTS, Instances, Normalisation, load_bundle
+from cellseg_batch.trainer.bundle import load_bundle
+from cellseg_batch.trainer.card import DECODER_OUTPUTS, Instances, Normalisation
 from cellseg_batch.trainer.data.sample import Entry, Sample, instance_distance, make_sample
 from cellseg_batch.trainer.decode import decode_instances
 from cellseg_batch.trainer.encoders import ENCODERS, load_encoder_weights
@@ -186,7 +187,7 @@ def square_sample():
     labels = np.zeros((80, 100), np.int32)
     labels[20:60, 30:80] = 1
     pixels = np.repeat((labels > 0)[..., None], 3, axis=-1).astype(np.float32)
-    return make_sample(Entry("a", "fluo", "", lambda: (pixels, labels)), Normalisation("fixed", 0, 1))
+    return make_sample(Entry("a", "fluo", "", lambda: (pixels, labels)), Normalisation("fixed", (0,), (1,)))
 
 
 @pytest.mark.parametrize("framing", ["crop", "resize"])
@@ -312,7 +313,7 @@ def test_a_model_can_be_cut_down_to_some_of_its_outputs(tiny_bundle):
         expected = load_network(tiny_bundle)(pixels)[:, [2, 0]]
         given = load_network(tiny_bundle.with_outputs(("distance", "foreground")))(pixels)
     torch.testing.assert_close(given, expected)
-    assert tiny_bundle.with_outputs(tiny_bundle.card.outputs) is tiny_bundle
+    assert tiny_bundle.with_outputs(tiny_bundle.outputs) is tiny_bundle
 
 
 def test_every_head_has_a_decoder_that_takes_its_outputs():

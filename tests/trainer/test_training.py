@@ -14,7 +14,8 @@ import torch
 from skimage.io import imsave
 
 from cellseg_batch.trainer import train as training
-from cellseg_batch.trainer.bundle import Normalisation, load_bundle
+from cellseg_batch.trainer.bundle import load_bundle
+from cellseg_batch.trainer.card import Normalisation
 from cellseg_batch.trainer.checkpoint import load_checkpoint
 from cellseg_batch.trainer.data.dataset import load_dataset
 from cellseg_batch.trainer.heads import HEADS
@@ -83,7 +84,7 @@ def test_a_run_writes_a_bundle_that_the_engine_runs(dataset, tmp_path, segment):
     assert watch.steps == [1, 2, 3, 4, 5, 6]
     assert [epoch.step for epoch in watch.epochs] == [3, 6]
     assert [problem.file for problem in watch.problems] == ["8"]
-    assert bundle.card.outputs == ("foreground", "border", "distance")
+    assert bundle.outputs == ("foreground", "border", "distance")
     assert bundle.card.total_stride == 4
     assert bundle.card.training["width"] == 4
     with open(tmp_path / "b" / "log.csv", newline="") as stream:

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cellseg_batch.trainer.bundle import Normalisation
+from cellseg_batch.trainer.card import Normalisation
 from cellseg_batch.trainer.data.dsb2018 import list_dsb2018
 from cellseg_batch.trainer.data.folder import list_folder
 from cellseg_batch.trainer.data.livecell import list_coco

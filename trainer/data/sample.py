@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from cellseg_batch.trainer.bundle import Normalisation
+from cellseg_batch.trainer.card import Normalisation
 
 # Red, green, blue and the opacity.
 _MOST_CHANNELS = 4

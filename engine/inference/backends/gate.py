@@ -1,4 +1,4 @@
-"""The gate: allow a fast path only if its masks agree with torch fp32 on real tiles that it was not tuned on.
+"""The gate: allow a fast path only if its masks agree with an fp32 reference on real tiles that it was not tuned on.
 
 A run with a race result on disk does not call the gate, so the libraries of the gate are imported inside its functions.
 """
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from cellseg_batch.engine.backend_table import KNOWN_PRECISIONS, Limits
 from cellseg_batch.engine.inference.backends.protocol import Logits
 from cellseg_batch.engine.inference.decoders import Decoder
+from cellseg_batch.trainer.card import Card
 
 TILE = 512
 
@@ -27,7 +28,7 @@ def limits_of(precision: str) -> Limits:
 
 @dataclass(frozen=True)
 class Parity:
-    """The difference between a backend's result and torch fp32's on the gate tiles.
+    """The difference between a backend's result and the reference's on the gate tiles.
 
     Attributes:
         max_dp: largest difference of the probabilities of a pixel.
@@ -70,6 +71,24 @@ def real_tiles(purpose: str, channels: int) -> NDArray[np.float32]:
         pixels = np.moveaxis(image, -1, 0) if image.ndim == 3 else image[None]
         tiles.append(pixels if pixels.shape[0] == channels else np.repeat(pixels[:1], channels, axis=0))
     return np.ascontiguousarray(np.stack(tiles))
+
+
+def tiles_for(purpose: str, card: Card) -> NDArray[np.float32]:
+    """Load real tiles as the network of a card takes them: of its channels and sizes, and normalised as 8-bit images.
+
+    A network that downscales its input gets them enlarged, so that it sees what the other networks see.
+
+    Returns:
+        (N, C, side, side) float32; smaller sides give more tiles, larger ones mirror the tiles at their edges.
+    """
+    factor = int(card.architecture.get("factor", 1))
+    tiles = real_tiles(purpose, card.input.count).repeat(factor, 2).repeat(factor, 3)
+    whole, side = tiles.shape[-1], card.input.size.below(tiles.shape[-1], card.total_stride)
+    if side > whole:
+        tiles = np.pad(tiles, ((0, 0), (0, 0), (0, side - whole), (0, side - whole)), mode="reflect")
+    starts = range(0, tiles.shape[-1] - side + 1, side)
+    parts = [tiles[..., y : y + side, x : x + side] for y in starts for x in starts]
+    return np.ascontiguousarray(np.concatenate(parts))
 
 
 def logits_of(model: Callable[[NDArray[np.float32]], Logits], tiles: NDArray[np.float32]) -> NDArray[np.float32]:

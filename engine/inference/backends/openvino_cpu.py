@@ -1,8 +1,9 @@
 """Run networks in OpenVINO on the CPU, where it is the fastest: fp32, int8, and bf16 if the processor has it.
 
-The network goes from ``torch.export`` straight into OpenVINO with dynamic batch and size, and is cached on disk, so
-that only the first run needs torch.  Each batch shape is then compiled separately, which takes a fraction of a second.
-int8 is post-training quantisation by NNCF (explicit fake-quantise nodes, calibrated on real tiles).
+A network of ours goes from ``torch.export`` straight into OpenVINO with dynamic batch and size, and is cached on disk,
+so that only the first run needs torch; a graph is read as it is.  Each batch shape is then compiled separately, which
+takes a fraction of a second.  int8 is post-training quantisation by NNCF (explicit fake-quantise nodes, calibrated on
+real tiles).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.inference.backends.gate import real_tiles
+from cellseg_batch.engine.inference.backends.gate import tiles_for
 from cellseg_batch.engine.inference.backends.protocol import (
     CONVERSION_VERSION,
     BackendRequest,
@@ -136,7 +137,7 @@ def _normalising(model: Any) -> Any:
 
 def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
     """Return the folder of the converted network, which serves every processor, shape and number of threads."""
-    packages = ("torch", "openvino", "nncf") if quantised else ("torch", "openvino")
+    packages = ["onnx" if bundle.graph is not None else "torch", "openvino", *(["nncf"] if quantised else [])]
     key = {
         "what": "openvino network",
         "model": bundle.card.name,
@@ -148,9 +149,7 @@ def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
 
     def make(folder: Path) -> None:
         if quantised:
-            # Enlarge the tiles for a network that downscales its input, so that it sees what the other networks see.
-            factor = int(bundle.card.architecture.get("factor", 1))
-            tiles = real_tiles("calibration", bundle.card.channels).repeat(factor, 2).repeat(factor, 3)
+            tiles = tiles_for("calibration", bundle.card)
             model = _quantise(_convert(bundle, tiles), tiles)
         else:
             model = _convert(bundle)
@@ -161,7 +160,15 @@ def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
 
 
 def _convert(bundle: Bundle, tiles: NDArray[np.float32] | None = None) -> Any:
-    """Convert the network to OpenVINO; with ``tiles`` (N, C, H, W), prepare its weights for int8 on these tiles."""
+    """Convert the network to OpenVINO.
+
+    With ``tiles`` (N, C, H, W), the weights of a network of ours are prepared for int8 on these tiles; a graph is read
+    as it is.
+    """
+    if bundle.graph is not None:
+        from cellseg_batch.engine.inference.backends.onnx_graph import plain_graph
+
+        return openvino.Core().read_model(plain_graph(bundle))
     import torch
     from torch.export import Dim
 
@@ -174,7 +181,7 @@ def _convert(bundle: Bundle, tiles: NDArray[np.float32] | None = None) -> Any:
     height = stride * Dim("height", min=1, max=_LARGEST_SIDE // stride)
     width = stride * Dim("width", min=1, max=_LARGEST_SIDE // stride)
     # torch.export would take a batch of 1 for a constant.
-    example = torch.zeros(2, bundle.card.channels, 8 * stride, 8 * stride)
+    example = torch.zeros(2, bundle.card.input.count, 8 * stride, 8 * stride)
     with TORCH_TURN, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         network = fold_upsampling(fold_batch_norm(build_torch_network(bundle)))
@@ -191,7 +198,9 @@ def _edge_filters(model: Any) -> list[str]:
     MobileNets and EfficientNets begin with filters of edges: large weights of both signs, which almost cancel.
     Rounding these or what they read to bfloat16 changes the logits more than rounding all other layers does.
     """
-    first, second = _convolutions(model)[:2]
+    first, second, *_ = (*_convolutions(model), None, None)
+    if first is None or second is None:
+        return []
     return [node.get_friendly_name() for node in (first, second)] if second.get_type_name() == _DEPTHWISE else []
 
 
@@ -233,7 +242,7 @@ def _quantise(model: Any, tiles: NDArray[np.float32]) -> Any:
     )
 
     convolutions = [node.get_friendly_name() for node in _convolutions(model)]
-    in_floats = {convolutions[0], convolutions[-1], *_edge_filters(model)}
+    in_floats = {*convolutions[:1], *convolutions[-1:], *_edge_filters(model)}
     outliers = StatisticsCollectorParameters(
         statistics_type=StatisticsType.QUANTILE, aggregator_type=AggregatorType.MEAN, quantile_outlier_prob=1e-6
     )

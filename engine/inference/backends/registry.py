@@ -12,11 +12,13 @@ from cellseg_batch.engine.inference.backends.protocol import Backend, BackendMod
 from cellseg_batch.engine.machine import package_version
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import Bundle
+from cellseg_batch.trainer.card import ONNX, SAFETENSORS
 
 _log = logging.getLogger(__name__)
 _MODULES = __name__.rpartition(".")[0]
 
-REFERENCE = ("torch", "fp32")
+# Format of weights -> backend and precision whose result the others are held against.
+REFERENCES = {SAFETENSORS: ("torch", "fp32"), ONNX: ("onnxruntime", "fp32")}
 
 
 def why_not(backend: str, precision: str) -> str:
@@ -39,10 +41,11 @@ def why_not(backend: str, precision: str) -> str:
     return "" if precision in offered else f"this processor has no native {precision}"
 
 
-def candidates(backend: str, precision: str, device: str = "auto") -> list[tuple[str, str]]:
+def candidates(weights: str, backend: str, precision: str, device: str = "auto") -> list[tuple[str, str]]:
     """Return (backend, precision) of every known backend that fits the request, installed or not.
 
     Args:
+        weights: format of the model's weights.
         backend: a name or auto.
         precision: a name or auto.
         device: auto, cpu, or GPUs.
@@ -50,7 +53,9 @@ def candidates(backend: str, precision: str, device: str = "auto") -> list[tuple
     return [
         (name, offered)
         for name, entry in KNOWN_BACKENDS.items()
-        if backend in ("auto", name) and (device == "auto" or entry.on_gpu == (device != "cpu"))
+        if weights in entry.formats
+        and backend in ("auto", name)
+        and (device == "auto" or entry.on_gpu == (device != "cpu"))
         for offered in entry.precisions
         if precision in ("auto", offered)
     ]
@@ -64,6 +69,7 @@ def make_backend(
     Raises:
         BackendError: the backend is not installed, or does not offer this precision here.
     """
+    demand_format(backend, bundle)
     reason = why_not(backend, precision)
     if reason:
         raise BackendError(
@@ -73,6 +79,23 @@ def make_backend(
             remedy="see cellseg-batch doctor, or leave the choice to auto",
         )
     return _load(backend).make(bundle, BackendRequest(backend, precision, threads, artefacts, gpu))
+
+
+def demand_format(backend: str, bundle: Bundle) -> None:
+    """Check that a backend runs the format of a bundle's weights; auto always does.
+
+    Raises:
+        BackendError: it does not.
+    """
+    entry, weights = KNOWN_BACKENDS.get(backend), bundle.card.format
+    if entry is not None and weights not in entry.formats:
+        able = ", ".join(name for name, other in KNOWN_BACKENDS.items() if weights in other.formats)
+        raise BackendError(
+            f"`backend={backend}`",
+            expected=f"a backend that runs {weights} models such as {bundle.card.name} ({able})",
+            found=f"one that runs {', '.join(entry.formats)}",
+            remedy="choose one of these, or leave the choice to auto",
+        )
 
 
 def preloaded_modules(backend: str) -> list[str]:

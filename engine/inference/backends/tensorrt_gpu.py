@@ -219,7 +219,7 @@ def export_half(bundle: Bundle, sides: tuple[int, int], device: Device) -> Expor
     """
     network = _with_plain_clamps(fold_batch_norm(build_torch_network(bundle))).half().to(device.torch_device)
     # torch.export would take a batch of 1 for a constant.
-    example = torch.zeros(2, bundle.card.channels, *sides, dtype=torch.half, device=device.torch_device)
+    example = torch.zeros(2, bundle.card.input.count, *sides, dtype=torch.half, device=device.torch_device)
     batch = Dim("batch", min=1, max=_LARGEST_BATCH)
     with TORCH_TURN, torch.no_grad(), _quiet():
         return torch.export.export(network, (example,), dynamic_shapes=({0: batch},))

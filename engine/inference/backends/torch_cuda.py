@@ -59,7 +59,7 @@ class TorchCudaBackend:
         network = fold_batch_norm(build_torch_network(bundle))
         with TORCH_TURN, torch.no_grad():
             side = bundle.card.total_stride
-            self._outputs = network(torch.zeros(1, bundle.card.channels, side, side)).shape[1]
+            self._outputs = network(torch.zeros(1, bundle.card.input.count, side, side)).shape[1]
         # With timing, cuDNN could choose other convolutions in each run, and a resumed run would round differently.
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True

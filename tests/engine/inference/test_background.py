@@ -17,7 +17,8 @@ from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.kernels import flat_reference
 from cellseg_batch.kernels.flat import is_flat
-from cellseg_batch.trainer.bundle import Normalisation, save_bundle
+from cellseg_batch.trainer.bundle import save_bundle
+from cellseg_batch.trainer.card import Normalisation
 from tests.support.images import blobs, labels_of, write_ome_zarr
 
 
@@ -52,7 +53,7 @@ def test_what_cannot_be_judged_is_not_flat():
 
 def test_fixed_bounds_say_nothing_of_a_slides_contrast():
     assert flat_limit(Bounds(10.0, 110.0), Normalisation()) == pytest.approx(100 * FLAT)
-    assert flat_limit(Bounds(10.0, 110.0), Normalisation("fixed", 10.0, 110.0)) == 0
+    assert flat_limit(Bounds(10.0, 110.0), Normalisation("fixed", (10.0,), (110.0,))) == 0
 
 
 @pytest.mark.parametrize("base", [0.0, 0.5, 0.98])
@@ -72,7 +73,9 @@ def test_the_shipped_model_finds_nothing_in_what_is_flat(base):
 def percentile_model(tiny_bundle, tmp_path_factory):
     """The small random network, for slides that are normalised by what they show."""
     folder = tmp_path_factory.mktemp("percentile")
-    save_bundle(replace(tiny_bundle, card=replace(tiny_bundle.card, normalisation=Normalisation())), folder)
+    card = tiny_bundle.card
+    card = replace(card, input=replace(card.input, normalisation=Normalisation()))
+    save_bundle(replace(tiny_bundle, card=card), folder)
     return str(folder)
 
 

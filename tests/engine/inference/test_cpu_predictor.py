@@ -18,7 +18,7 @@ from cellseg_batch.engine.objects.stars import StarRule
 from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.kernels.stardist import SHORTEST_RAY, join
 from cellseg_batch.kernels.stitch import sigmoid
-from cellseg_batch.trainer.bundle import StarDist
+from cellseg_batch.trainer.card import StarDist
 from cellseg_batch.trainer.footprint import measure_footprint
 from tests.support.networks import Alone, Filter, predictor_of
 

@@ -37,7 +37,7 @@ def bundle():
 
 @pytest.fixture(scope="module")
 def tiles(bundle):
-    return real_tiles("gate", bundle.card.channels)
+    return real_tiles("gate", bundle.card.input.count)
 
 
 @pytest.fixture(scope="module")

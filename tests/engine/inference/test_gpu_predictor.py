@@ -24,7 +24,7 @@ from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.objects.seeds import InstanceRule
 from cellseg_batch.engine.objects.stars import StarRule
 from cellseg_batch.engine.stage_clock import StageClock
-from cellseg_batch.trainer.bundle import Instances, StarDist
+from cellseg_batch.trainer.card import Instances, StarDist
 from tests.support.images import blobs, labels_of, write_ome_zarr
 from tests.support.networks import predictor_of
 

@@ -141,7 +141,9 @@ def test_the_result_is_kept_and_raced_again_only_on_request(asking, tiny_bundle,
 
 
 def test_int8_is_raced_where_it_is_asked_for_or_everything_is(asking, tiny_bundle, monkeypatch, tmp_path):
-    monkeypatch.setattr(racing, "why_not", lambda *name: "" if name == racing.REFERENCE else "not today")
+    monkeypatch.setattr(
+        racing, "why_not", lambda *name: "" if name == racing.REFERENCES["safetensors"] else "not today"
+    )
     for precision, complete, listed in [("auto", False, False), ("auto", True, True), ("int8", False, True)]:
         result = race(asking(precision=precision, complete=complete), tiny_bundle, Artefacts(tmp_path))
         assert (("openvino", "int8") in {(one.backend, one.precision) for one in result.candidates}) == listed

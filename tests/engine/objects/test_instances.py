@@ -37,7 +37,8 @@ from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
 from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.kernels import instances_reference
 from cellseg_batch.kernels.instances import reach
-from cellseg_batch.trainer.bundle import Bundle, Instances, save_bundle
+from cellseg_batch.trainer.bundle import Bundle, save_bundle
+from cellseg_batch.trainer.card import Instances, plain_output
 from cellseg_batch.trainer.unet import load_network
 from tests.support.images import blobs, check_table, labels_of, write_ome_zarr
 
@@ -327,7 +328,7 @@ def test_planes_share_one_row_of_ids(tmp_path, segment, model):
 
 def test_a_model_without_distance_gives_components_of_its_mask(tmp_path, segment, pixels, bundle):
     architecture = {**bundle.card.architecture, "outputs": 1}
-    card = replace(bundle.card, outputs=("foreground",), decoder="mask", architecture=architecture)
+    card = replace(bundle.card, output=plain_output("foreground"), decoder="mask", architecture=architecture)
     weights = {name: array[:4] if name.startswith("head.") else array for name, array in bundle.weights.items()}
     save_bundle(replace(bundle, card=card, weights=weights), tmp_path / "semantic")
     model = str(tmp_path / "semantic")

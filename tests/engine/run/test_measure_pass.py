@@ -13,6 +13,7 @@ from skimage.draw import polygon2mask
 from skimage.measure import label as components
 from skimage.measure import regionprops_table
 
+from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.objects import columns
 from cellseg_batch.engine.objects.columns import Column
 from cellseg_batch.engine.objects.scratch import Scratch
@@ -43,7 +44,7 @@ def measured(tmp_path, tiny_bundle):
         fill_ome_zarr(group, path, labels, axes=axes.replace("c", ""), levels=1)
         group.attrs["cellseg-batch-output"] = {"model": "tiny"}
         settings = Settings(tile=96, block=block, level=0)
-        plan = plan_slide(slide, paths, settings, tiny_bundle.card)
+        plan = plan_slide(slide, paths, settings, tiny_bundle.card, Bounds(0, 255))
         records = []
         probability = Scratch(paths.journal, "probability", "uint8", frame=0)
         probability.create()

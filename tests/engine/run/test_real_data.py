@@ -13,7 +13,7 @@ from cellseg_batch.engine.models import build_torch_network, load_model
 from cellseg_batch.engine.reports.verify_seams import prove_seams
 from cellseg_batch.engine.run.campaign import run as run_campaign
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.trainer.bundle import Normalisation
+from cellseg_batch.trainer.card import Normalisation
 from cellseg_batch.trainer.data.dataset import load_dataset
 from cellseg_batch.trainer.evaluate import evaluate, summarise
 from cellseg_batch.trainer.metrics import average_precisions, instance_overlaps, pixel_score

@@ -25,7 +25,8 @@ from cellseg_batch.engine.run.memory_model import RUN_OVERHEAD_BYTES
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.storage.journal import Journal
-from cellseg_batch.trainer.bundle import Normalisation, save_bundle
+from cellseg_batch.trainer.bundle import save_bundle
+from cellseg_batch.trainer.card import Normalisation
 from tests.support.images import blobs, labels_of, write_ome_zarr
 
 # What needs no race.
@@ -285,7 +286,8 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, tiny_model, segment):
 @pytest.fixture
 def percentile_model(tiny_bundle, tmp_path):
     """The small network with bounds that depend on the slide."""
-    card = replace(tiny_bundle.card, normalisation=Normalisation("percentile", 0.1, 99.9))
+    card = tiny_bundle.card
+    card = replace(card, input=replace(card.input, normalisation=Normalisation("percentile", (0.1,), (99.9,))))
     save_bundle(replace(tiny_bundle, card=card), tmp_path / "percentile")
     return str(tmp_path / "percentile")
 

@@ -24,7 +24,8 @@ from cellseg_batch.engine.reports.report import write_page
 from cellseg_batch.engine.reports.verify import verify
 from cellseg_batch.engine.run import measure_pass as measuring
 from cellseg_batch.engine.storage.lock import Locks
-from cellseg_batch.trainer.bundle import Instances, load_bundle, save_bundle
+from cellseg_batch.trainer.bundle import load_bundle, save_bundle
+from cellseg_batch.trainer.card import Instances
 from tests.support.images import blobs, check_table, fill_ome_zarr, labels_of, write_ome_zarr, write_plate
 
 

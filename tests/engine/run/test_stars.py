@@ -24,7 +24,8 @@ from cellseg_batch.engine.slides.writer import ImageWriter
 from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.kernels import stardist_reference
 from cellseg_batch.kernels.stardist import OPEN, SURVIVOR, Stars, join
-from cellseg_batch.trainer.bundle import Bundle, Normalisation, StarDist, save_bundle
+from cellseg_batch.trainer.bundle import Bundle, save_bundle
+from cellseg_batch.trainer.card import Normalisation, StarDist, plain_output
 from cellseg_batch.trainer.unet import load_network
 from tests.support.images import blobs, check_table, labels_of, write_ome_zarr
 
@@ -138,10 +139,10 @@ def star_bundle(tiny_bundle, **changes):
     weights["head.bias"] = np.repeat([0.0, 6.0], [4, 4 * RAYS]).astype(np.float16)
     card = replace(
         tiny_bundle.card,
-        outputs=("probability", *["ray"] * RAYS),
+        output=plain_output("probability", *(f"ray {ray}" for ray in range(1, 1 + RAYS))),
         decoder="stardist",
         architecture={**tiny_bundle.card.architecture, "outputs": 1 + RAYS},
-        normalisation=Normalisation(),
+        input=replace(tiny_bundle.card.input, normalisation=Normalisation()),
         stardist=RULE,
         **changes,
     )

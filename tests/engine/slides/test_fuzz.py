@@ -6,6 +6,7 @@ number, which is also its folder: ``python -m tests.support.mutations NUMBER FOL
 """
 
 import json
+import math
 import os
 import sys
 from contextlib import suppress
@@ -93,9 +94,11 @@ def _zarr_shapes(path, level):
     node = zarr.open(path, mode="r", use_consolidated=False)
     if isinstance(node, zarr.Array):
         yield node.shape
-    else:
-        (image, *_) = node.attrs.get("ome", node.attrs)["multiscales"]
-        yield [node[dataset["path"]].shape for dataset in image["datasets"] if dataset["path"] in node][level]
+    elif described := node.attrs.get("ome", node.attrs).get("multiscales"):
+        paths = [dataset["path"] for dataset in described[0]["datasets"]]
+        yield [node[path].shape for path in paths if path in node][level]
+    else:  # a pyramid of arrays that nothing describes
+        yield sorted((array.shape for _, array in node.arrays()), key=math.prod, reverse=True)[level]
 
 
 def _file_shapes(path):

@@ -21,6 +21,7 @@ from cellseg_batch.engine.inference.race_result import Candidate, RaceResult, Re
 from cellseg_batch.engine.models import build_torch_network, load_model, shipped_models
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import Bundle, save_bundle
+from cellseg_batch.trainer.card import plain_output
 from cellseg_batch.trainer.unet import build_network
 from tests.support.networks import trained
 
@@ -97,7 +98,7 @@ def test_a_tiles_result_does_not_depend_on_its_batch(tiny_bundle, name, precisio
 def shipped():
     """The shipped model, its gate tiles and their logits in torch fp32."""
     bundle = load_model("nuclei")
-    tiles = real_tiles("gate", bundle.card.channels)
+    tiles = real_tiles("gate", bundle.card.input.count)
     return bundle, tiles, gate_logits(make(bundle, "torch", "fp32"), tiles)
 
 
@@ -225,7 +226,8 @@ def test_unknown_models_and_wrong_weights_are_refused(tiny_bundle, tmp_path):
     for changes, words in (
         ({"decoder": "hover"}, "one of mask, seeds, found 'hover'"),
         ({"decoder": "mask"}, "foreground for the decoder mask, found foreground, border, distance"),
-        ({"outputs": ("background", "tumour", "stroma")}, "found background, tumour, stroma"),
+        ({"output": plain_output("background", "tumour", "stroma")}, "found background, tumour, stroma"),
+        ({"version": 1}, "a card of version 1 where this version reads 2"),
     ):
         save_bundle(replace(tiny_bundle, card=replace(tiny_bundle.card, **changes)), tmp_path)
         with pytest.raises(ModelError, match=words):
@@ -234,8 +236,17 @@ def test_unknown_models_and_wrong_weights_are_refused(tiny_bundle, tmp_path):
     (tmp_path / "weights.safetensors").write_bytes(b"\x10")
     with pytest.raises(ModelError, match="damaged"):
         load_model(str(tmp_path))
-    (tmp_path / "card.json").write_text('{"name": "x"}')
-    with pytest.raises(ModelError, match="card"):
+    for text, words in (
+        ('{"name": "x"}', "a card of version 1"),
+        ('{"version": 2}', "not a model card"),
+        ("[]", "card"),
+    ):
+        (tmp_path / "card.json").write_text(text)
+        with pytest.raises(ModelError, match=words):
+            load_model(str(tmp_path))
+    card = tiny_bundle.card.to_json()
+    (tmp_path / "card.json").write_text(card.replace('"crop": 0', '"crop": 0, "colour": 1'))
+    with pytest.raises(ModelError, match="unknown field colour of output"):
         load_model(str(tmp_path))
 
 

@@ -27,7 +27,7 @@ def backend(bundle, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiles(bundle):
-    return real_tiles("gate", bundle.card.channels)
+    return real_tiles("gate", bundle.card.input.count)
 
 
 def test_masks_of_real_tiles_agree_with_torch_fp32(bundle, backend, tiles):

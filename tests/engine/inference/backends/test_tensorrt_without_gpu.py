@@ -233,7 +233,7 @@ def test_the_race_goes_on_when_tensorrt_fails(pair, monkeypatch, tiny_bundle, tm
 def test_every_architecture_is_float16_throughout(monkeypatch, name):
     """Casts to float32 would be kept by TensorRT: slower, and not what was asked for."""
     monkeypatch.setattr(tensorrt_gpu, "build_torch_network", random_network)
-    card = SimpleNamespace(architecture={"name": name, **SMALL[name]}, channels=3)
+    card = SimpleNamespace(architecture={"name": name, **SMALL[name]}, input=SimpleNamespace(count=3))
     program = export_half(SimpleNamespace(card=card), (64, 32), cuda.Device("cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,0 +1,215 @@
+"""Read an ONNX file that somebody else made, without running any of it, and say what the graph takes and gives.
+
+Parsing is by `onnx` alone; nothing is ever unpickled.  What could run code, read other files or loop is refused.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cellseg_batch.engine.errors import ModelError, brief
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, ValueInfoProto
+
+_LARGEST = 1 << 30
+_LEAST_OPSET = 11
+_DOMAINS = ("", "ai.onnx")
+_CONTROL = ("If", "Loop", "Scan")
+# First bytes of what torch.save, joblib and pickle write: a zip archive, or a pickle of protocol 2 or later.
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+EXPORT = 'torch.onnx.export(network, example, "model.onnx", dynamo=True) where the model was trained'
+
+
+@dataclass(frozen=True)
+class Port:
+    """A tensor that a graph takes or gives.
+
+    Attributes:
+        name: its name.
+        dtype: float32 or float16.
+        shape: length of each axis; None where the graph leaves it open.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """A graph that can be taken.
+
+    Attributes:
+        serialised: the whole model, its weights inside.
+        input: what it takes.
+        outputs: what it gives.
+        opset: version of the operators.
+        makers: name of each output -> operator that makes it.
+        properties: remarks of the file's writer.
+    """
+
+    serialised: bytes
+    input: Port
+    outputs: tuple[Port, ...]
+    opset: int
+    makers: dict[str, str]
+    properties: dict[str, str]
+
+
+def read_graph(path: Path) -> GraphFile:
+    """Read and check an ONNX file.
+
+    Raises:
+        ModelError: there is no such file, it is something else, or it holds what is not taken; the error says how to
+            get a file that is.
+    """
+    try:
+        import onnx
+        from onnx import inliner
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            str(path),
+            expected="the package onnx",
+            found=str(error),
+            remedy="pip install 'cellseg-batch[onnx]'",
+        ) from error
+
+    content = _content_of(path)
+    try:
+        model = onnx.load_model_from_string(content)
+        # Dimensions of operators' own functions are none of the graph's; the exporter of torch writes some.
+        model = inliner.inline_local_functions(model) if model.functions else model
+    except Exception as error:  # protobuf's own errors
+        raise _refused(path, "an ONNX file", brief(error), f"write one: {EXPORT}") from error
+    if not model.graph.node or not model.opset_import:
+        raise _refused(path, "an ONNX file", "no graph in it", f"write one: {EXPORT}")
+    _refuse_operators(path, model)
+    opset = next((entry.version for entry in model.opset_import if entry.domain in _DOMAINS), 0)
+    newest = onnx.defs.onnx_opset_version()
+    if not _LEAST_OPSET <= opset <= newest:
+        remedy = f"export it again with an opset from {_LEAST_OPSET} to {newest}"
+        raise _refused(path, f"operators of an opset from {_LEAST_OPSET} to {newest}", f"opset {opset}", remedy)
+    del model.opset_import[:]
+    model.opset_import.append(onnx.helper.make_opsetid("", opset))
+    _take_in_external_data(path, model)
+    _refuse_nan(path, model)
+    try:
+        onnx.checker.check_model(model)
+    except Exception as error:  # the checker's own errors
+        raise _refused(path, "a valid ONNX graph", brief(error), f"export it again: {EXPORT}") from error
+    initial = {value.name for value in model.graph.initializer}
+    inputs = [_port(path, value) for value in model.graph.input if value.name not in initial]
+    if len(inputs) != 1:
+        found = ", ".join(port.name for port in inputs) or "none"
+        raise _refused(path, "a graph with one input", found, "export the network alone, on an image alone")
+    made_by = {output: node.op_type for node in model.graph.node for output in node.output}
+    outputs = tuple(_port(path, value) for value in model.graph.output)
+    return GraphFile(
+        serialised=model.SerializeToString(),
+        input=inputs[0],
+        outputs=outputs,
+        opset=opset,
+        makers={port.name: made_by.get(port.name, "") for port in outputs},
+        properties={entry.key: entry.value for entry in model.metadata_props},
+    )
+
+
+def _refused(path: Path, expected: str, found: str, remedy: str) -> ModelError:
+    return ModelError(str(path), expected=expected, found=found, remedy=remedy)
+
+
+def _content_of(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST:
+            raise _refused(
+                path,
+                f"at most {_LARGEST >> 20} MiB",
+                f"{size >> 20} MiB",
+                "export the model in float16, or a smaller one",
+            )
+        content = path.read_bytes()
+    except OSError as error:
+        raise _refused(path, "an ONNX file that can be read", brief(error), "check the path") from error
+    kind = _other_kind(path, content)
+    if kind:
+        raise _refused(path, "an ONNX file", f"{kind}, which runs code when it is read", f"convert it: {EXPORT}")
+    return content
+
+
+def _other_kind(path: Path, content: bytes) -> str:
+    """The kind of a file that is never opened; "" for one that may be ONNX."""
+    if content[:4] == _ZIP:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if any("/code/" in name or name.endswith("constants.pkl") for name in names):
+            return "a TorchScript archive"
+        if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
+            return "a .pt2 program of torch.export"
+        return "an archive of pickles by torch.save" if any(name.endswith(".pkl") for name in names) else "an archive"
+    is_pickle = content[:1] == _PICKLE and content[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    return "a pickle" if is_pickle else ""
+
+
+def _refuse_operators(path: Path, model: ModelProto) -> None:
+    """Refuse operators of other domains and those that hold graphs of their own."""
+    for node in model.graph.node:
+        name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+        if node.domain not in _DOMAINS:
+            raise _refused(path, "operators of ONNX's own domain, ai.onnx", name, "export it without custom operators")
+        if node.op_type in _CONTROL:
+            remedy = "export it by tracing one image, without branches and loops over its values"
+            raise _refused(path, f"no {', '.join(_CONTROL)}", name, remedy)
+
+
+def _take_in_external_data(path: Path, model: ModelProto) -> None:
+    """Read weights from files beside the graph, by plain names alone."""
+    from onnx import external_data_helper as external
+
+    tensors = [tensor for tensor in external._get_all_tensors(model) if external.uses_external_data(tensor)]
+    names = {external.ExternalDataInfo(tensor).location for tensor in tensors}
+    for name in names:
+        beside = path.parent / name
+        if Path(name).name != name or beside.is_symlink() or not beside.is_file():
+            remedy = "save it in one file: onnx.save(model, path, save_as_external_data=False)"
+            raise _refused(path, "weights in the file or in a file beside it", f"weights in {name!r}", remedy)
+        if beside.stat().st_size > _LARGEST:
+            raise _refused(path, f"at most {_LARGEST >> 20} MiB of weights", f"more in {name}", "use a smaller model")
+    if names:
+        external.load_external_data_for_model(model, str(path.parent))
+
+
+def _refuse_nan(path: Path, model: ModelProto) -> None:
+    from onnx import numpy_helper
+
+    for tensor in model.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.dtype.kind == "f" and np.isnan(values).any():
+            raise _refused(
+                path,
+                "weights that are numbers",
+                f"NaN in {tensor.name}",
+                "export an earlier checkpoint of the training",
+            )
+
+
+def _port(path: Path, value: ValueInfoProto) -> Port:
+    from onnx import TensorProto
+
+    tensor = value.type.tensor_type
+    dtypes: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
+    shape = tuple(axis.dim_value or None for axis in tensor.shape.dim)
+    name = value.name
+    if tensor.elem_type not in dtypes or len(shape) != 4:
+        kind = TensorProto.DataType.Name(tensor.elem_type).lower()
+        found = f"{name}: {kind} with {len(shape)} axes"
+        remedy = "export the network of one 2-D image, without what turns numbers into labels"
+        expected = "tensors of four axes (batch, channels, height, width) in float32 or float16"
+        raise _refused(path, expected, found, remedy)
+    return Port(name, dtypes[tensor.elem_type], shape)

@@ -1,0 +1,185 @@
+"""Total stride and exact margin of any graph, found by changing a column or a row of its input.
+
+The outputs that change are those that see it.  Two networks are asked, and the wider answer counts: the graph itself on
+noise, and the same graph with means instead of its weights on an empty image.  There nothing cancels, and what is seen
+faintly is not rounded away.  The graph is also run on a shifted image: where its result is not the shifted one, a
+pixel's logits depend on where it lies in the tile, and no margin is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from cellseg_batch.engine.inference.backends.onnx_graph import plain_graph
+from cellseg_batch.engine.inference.backends.onnxruntime_cpu import OnnxRuntimeBackend
+from cellseg_batch.trainer.bundle import Bundle
+
+_LARGEST_STRIDE = 64
+# Stride of most networks; that of one whose pixels see the whole tile cannot be seen.
+_USUAL_STRIDE = 32
+_SPANS = (512, 1024, 2048)
+_ACROSS = 64
+# Change of the noise, which lies in [0, 1], and of the empty image, which each layer makes a mean of.
+_CHANGE, _LARGE_CHANGE = 100.0, 1e20
+_SAME = 1e-4
+
+Pixels = NDArray[np.float32]
+Model = Callable[[Pixels], NDArray[np.float32]]
+"""Function (N, C, H, W) -> (N, K, H, W)."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What the outputs of a network can see.
+
+    Attributes:
+        total_stride: px; period with which the footprint repeats.
+        exact_margin: px of context beyond which nothing changes a pixel's logits, in whole strides; None if there is no
+            such number.
+        reason: why there is none; "" if there is one.
+    """
+
+    total_stride: int
+    exact_margin: int | None
+    reason: str = ""
+
+
+def measure_footprint(bundle: Bundle, threads: int) -> Footprint:
+    """Measure the footprint of a bundle's graph along both axes.
+
+    Args:
+        bundle: a bundle whose graph takes tiles of several sizes.
+        threads: threads of ONNX Runtime.
+    """
+    graph, card = plain_graph(bundle), bundle.card
+    stride = _coarsest(graph, card.input.count)
+    if stride is None:
+        return Footprint(_USUAL_STRIDE, None, "the network sees the whole tile")
+    across = 2 * card.output.crop + max(_ACROSS, card.input.size.min)
+    across = -(-across // _LARGEST_STRIDE) * _LARGEST_STRIDE
+    model, means = (_Probe(serialised, threads, card.grid) for serialised in (graph, _with_means(graph)))
+    margin = 0
+    for axis in (_as_it_is, _turned):
+        reach = _reach_along_x(axis(model), axis(means), card.input.count, card.output.crop, across, stride)
+        if reach is None:
+            return Footprint(_USUAL_STRIDE, None, "the network sees the whole tile")
+        margin = max(margin, reach)
+    if not _shifts(model, card.input.count, stride, margin + card.output.crop):
+        return Footprint(_USUAL_STRIDE, None, "a pixel's logits depend on where in the tile it lies")
+    return Footprint(stride, margin)
+
+
+class _Probe:
+    """A serialised plain graph, ready to run; logits that lie ``grid`` px apart are repeated."""
+
+    def __init__(self, serialised: bytes, threads: int, grid: int) -> None:
+        self._grid = grid
+        self._run = OnnxRuntimeBackend(serialised, threads).compile((1, 1, 1, 1))
+
+    def __call__(self, pixels: Pixels) -> NDArray[np.float32]:
+        return self._run(np.ascontiguousarray(pixels)).repeat(self._grid, axis=2).repeat(self._grid, axis=3)
+
+
+def _as_it_is(model: Model) -> Model:
+    return model
+
+
+def _turned(model: Model) -> Model:
+    return lambda pixels: model(pixels.swapaxes(2, 3)).swapaxes(2, 3)
+
+
+def _coarsest(graph: bytes, channels: int) -> int | None:
+    """Px of the input that one pixel of the coarsest features stands for; None if that is the whole image."""
+    side = 16 * _LARGEST_STRIDE
+    model = onnx.load_model_from_string(graph)
+    for axis, length in zip(model.graph.input[0].type.tensor_type.shape.dim, (1, channels, side, side), strict=True):
+        axis.dim_value = length
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    shapes = [[axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in inferred.value_info]
+    # Channels last or first: the two axes of an image are next to each other and equally long.
+    pairs = [pair for shape in shapes if len(shape) == 4 for pair in ((shape[2], shape[3]), (shape[1], shape[2]))]
+    smallest = min((high for high, wide in pairs if high == wide and side % max(1, high) == 0 < high), default=side)
+    return side // smallest if smallest >= side // _LARGEST_STRIDE else None
+
+
+def _with_means(graph: bytes) -> bytes:
+    """The same graph with layers that take means, without biases."""
+    model = onnx.load_model_from_string(graph)
+    initial = {value.name: value for value in model.graph.initializer}
+
+    def put(name: str, value: float) -> None:
+        if name in initial:
+            old = numpy_helper.to_array(initial[name])
+            initial[name].CopyFrom(numpy_helper.from_array(np.full_like(old, value), name))
+
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "ConvTranspose") and node.input[1] in initial:
+            shape = initial[node.input[1]].dims
+            inputs = shape[0] if node.op_type == "ConvTranspose" else np.prod(shape[1:])
+            put(node.input[1], 1 / float(inputs))
+            for bias in node.input[2:]:
+                put(bias, 0.0)
+        elif node.op_type == "BatchNormalization":
+            for name, value in zip(node.input[1:], (1.0, 0.0, 0.0, 1.0), strict=True):
+                put(name, value)
+    serialised: bytes = model.SerializeToString()
+    return serialised
+
+
+def _reach_along_x(model: Model, means: Model, channels: int, crop: int, across: int, stride: int) -> int | None:
+    """Px of context in whole strides such that no core on the stride's grid depends on more; None if all is seen."""
+    empty = np.zeros((1, channels, across, 0), np.float32)
+    for span in _SPANS:
+        noise = np.random.default_rng(0).random((1, channels, across, span), np.float32)
+        empty = np.zeros_like(noise)
+        plain, nothing = model(noise), means(empty)
+
+        def seen_by(column: int, noise: Pixels = noise, empty: Pixels = empty) -> tuple[int, int]:
+            changed = [
+                (other != before).any(axis=(0, 1, 2))
+                for other, before in (
+                    (model(_changed(noise, column, _CHANGE)), plain),  # noqa: B023
+                    (means(_changed(empty, column, _LARGE_CHANGE)), nothing),  # noqa: B023
+                )
+            ]
+            hit = np.flatnonzero(np.logical_or(*changed))
+            # An output that nothing changes, as of a saturated network, sees its own column.
+            return (int(hit[0]) - column, int(hit[-1]) - column) if hit.size else (0, 0)
+
+        middle = span // 2
+        before, after = seen_by(middle)
+        if middle + before > crop + _LARGEST_STRIDE and middle + after < span - crop - _LARGEST_STRIDE:
+            break
+    else:
+        return None
+    margin = 0
+    for phase in range(stride):
+        before, after = seen_by(middle + phase)
+        # The furthest core to the right that sees this column begins at core_start, to the left one ends at core_end.
+        core_start = (phase + after) // stride * stride
+        core_end = (phase + before) // stride * stride + stride
+        margin = max(margin, core_start - phase, phase + 1 - core_end)
+    return -(-margin // stride) * stride
+
+
+def _changed(pixels: Pixels, column: int, change: float) -> Pixels:
+    other = pixels.copy()
+    other[..., column] += np.float32(change)
+    return other
+
+
+def _shifts(model: Model, channels: int, stride: int, margin: int) -> bool:
+    """Whether the result of an image shifted by one stride is the shifted result, ``margin`` px from its edges."""
+    side = -(-(2 * margin + 2 * _ACROSS) // _LARGEST_STRIDE) * _LARGEST_STRIDE
+    image = np.random.default_rng(1).random((1, channels, side + stride, side + stride), np.float32)
+    first, second = (model(image[..., start : start + side, start : start + side]) for start in (0, stride))
+    later, earlier = slice(margin + stride, side - margin), slice(margin, side - margin - stride)
+    expected, found = first[..., later, later], second[..., earlier, earlier]
+    scale = max(1.0, float(np.abs(expected).max()))
+    return bool(np.abs(expected - found).max() <= _SAME * scale)

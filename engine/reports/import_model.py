@@ -1,0 +1,374 @@
+"""Make a bundle of a model that somebody else trained: its graph, and a card that was checked against the graph.
+
+What a graph shows is read from it; the rest is said by a ``card.toml``, and what is missing is asked for by name.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import tomllib
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from cellseg_batch.engine.errors import ModelError, UsageError, brief, writing_to
+from cellseg_batch.engine.inference.backends.registry import REFERENCES, make_backend
+from cellseg_batch.engine.inference.onnx_file import GraphFile, Port, read_graph
+from cellseg_batch.engine.inference.onnx_footprint import Footprint, measure_footprint
+from cellseg_batch.engine.machine import cores
+from cellseg_batch.engine.storage.cache import Artefacts
+from cellseg_batch.trainer.bundle import Bundle, save_bundle
+from cellseg_batch.trainer.card import (
+    DECODER_OUTPUTS,
+    LAYOUTS,
+    ONNX,
+    RAY,
+    RAYS,
+    Card,
+    Input,
+    Instances,
+    Normalisation,
+    Output,
+    Size,
+    StarDist,
+    Tensor,
+    refuse_unknown,
+)
+
+Numbers = float | tuple[float, ...]
+# A model whose card says no margin gets this one, in px, or its exact margin where that is smaller.
+_MARGIN = 64
+# Sides in px that are tried on a graph that takes several.
+_SIDES = (256, 512, 1024)
+# Missing field -> line that says it.
+_EXAMPLES = {
+    "input.channels": 'channels = ["rgb"]  # or ["grey"], or names of stains such as ["nuclei", "membrane"]',
+    "input.normalisation": 'normalisation = {kind = "linear", low = 0, high = 255}  # or percentile, zscore, fixed',
+    "output.decoder": 'decoder = "mask"  # ' + " or ".join(DECODER_OUTPUTS),
+    "output.channels": 'channels = ["background", "foreground"]  # the meaning of each channel, in order',
+    "input.layout": 'layout = "NCHW"  # or "NHWC"',
+    "input.size": "size = {min = 128, step = 16}  # sides in px that it takes",
+    "output.margin": "margin = 64  # px of context cut from each side of a tile",
+}
+
+
+@dataclass(frozen=True)
+class NormalisationDraft:
+    """As `Normalisation`; one number may stand for all channels, and clip for what is usual."""
+
+    kind: str
+    low: Numbers | None = None
+    high: Numbers | None = None
+    joint: bool = True
+    clip: bool | None = None
+    per_tile: bool = False
+
+
+@dataclass(frozen=True)
+class InputDraft:
+    """What a person says about the input; the rest is read from the graph."""
+
+    channels: tuple[str, ...] = ()
+    normalisation: NormalisationDraft | None = None
+    size: int | Size | None = None
+    pixel_size_um: float | None = None
+    layout: str = ""
+
+
+@dataclass(frozen=True)
+class TensorDraft:
+    """What a person says about one of several tensors that a graph gives."""
+
+    name: str
+    channels: tuple[str, ...]
+    activation: str | None = None
+
+
+@dataclass(frozen=True)
+class OutputDraft:
+    """What a person says about the output; the rest is read from the graph.
+
+    Attributes:
+        decoder: how logits become masks and instances.
+        channels: meaning of each channel, if the graph gives one tensor.
+        activation: activation that the graph applies to it; None sees for itself.
+        tensors: the tensors to take, if the graph gives several.
+        margin: default margin in px.
+        threshold: probability above which a pixel is foreground.
+    """
+
+    decoder: str = ""
+    channels: tuple[str, ...] = ()
+    activation: str | None = None
+    tensors: tuple[TensorDraft, ...] = ()
+    margin: int | None = None
+    threshold: float = 0.5
+
+
+@dataclass(frozen=True)
+class CardDraft:
+    """What a person says about a model; the fields are those of `Card`."""
+
+    input: InputDraft = field(default_factory=InputDraft)
+    output: OutputDraft = field(default_factory=OutputDraft)
+    instances: Instances = field(default_factory=Instances)
+    stardist: StarDist = field(default_factory=StarDist)
+    name: str = ""
+    licence: str = ""
+    citation: str = ""
+
+
+def read_draft(path: Path | None) -> CardDraft:
+    """Read a ``card.toml``; an empty draft without one.
+
+    Raises:
+        ModelError: it cannot be read, or has fields that no card has.
+    """
+    if path is None:
+        return CardDraft()
+    try:
+        content = tomllib.loads(path.read_text())
+        draft = msgspec.convert(content, CardDraft)
+        refuse_unknown(draft, content)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, ValueError) as error:
+        raise ModelError(
+            str(path),
+            expected="a card in TOML, with the tables input and output",
+            found=brief(error).replace("`", ""),
+            remedy=f"begin with [input] and {_EXAMPLES['input.channels']}",
+        ) from error
+    return draft
+
+
+def import_model(source: Path, out: Path, card: Path | None = None, name: str | None = None) -> Bundle:
+    """Write the bundle of an ONNX file to the folder ``out``.
+
+    Args:
+        source: an ONNX file.
+        out: folder of the bundle, which must not exist.
+        card: the ``card.toml``; None if the file says everything itself, as those do that ``export`` wrote.
+        name: name of the model; None takes the card's, else the file's.
+
+    Raises:
+        ModelError: the file or the card is refused, or the card lacks what the graph does not show.
+        UsageError: there is something at ``out``.
+        OutputError: the bundle cannot be written.
+    """
+    if out.exists():
+        raise UsageError(f"`out={out}`", expected="a folder that is not there yet", found="one", remedy="name another")
+    graph = read_graph(source)
+    draft = read_draft(card)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(graph.serialised)
+        bundle = _bundle_of(source, path, graph, replace(draft, name=name or draft.name or source.stem))
+        with writing_to(out, "a bundle"):
+            save_bundle(bundle, out)
+    return bundle
+
+
+def _bundle_of(source: Path, path: Path, graph: GraphFile, draft: CardDraft) -> Bundle:
+    """The bundle of the graph at ``path``, measured with what the draft says."""
+    if not draft.input.channels:
+        raise _missing(source, "input.channels", f"an input of shape {_words(graph.input)}")
+    if draft.input.normalisation is None:
+        raise _missing(source, "input.normalisation", "none in the file")
+    if not draft.output.decoder:
+        raise _missing(source, "output.decoder", f"outputs {', '.join(_words(port) for port in graph.outputs)}")
+    try:
+        taken = _input_of(source, graph.input, draft.input)
+        output = Output(_tensors_of(source, graph, draft.output, taken.layout))
+        card = Card(draft.name, taken, output, draft.output.decoder, total_stride=1, exact_margin=None, margin=0)
+        card = replace(card, format=ONNX, threshold=draft.output.threshold)
+        card = replace(card, instances=draft.instances, stardist=draft.stardist)
+        card.check()
+        card = _measured(source, path, replace(card, licence=draft.licence, citation=draft.citation), draft)
+        card.check()
+    except ValueError as error:
+        raise ModelError(
+            str(source),
+            expected="a card that agrees with itself and with the graph",
+            found=str(error),
+            remedy="correct the card.toml",
+        ) from error
+    return Bundle(card, graph=path)
+
+
+def _missing(source: Path, name: str, found: str) -> ModelError:
+    table, _, key = name.partition(".")
+    return ModelError(
+        str(source),
+        expected=f"{key} in the table [{table}] of a card.toml",
+        found=found,
+        remedy=f"add to [{table}] of --card: {_EXAMPLES[name]}",
+    )
+
+
+def _words(port: Port) -> str:
+    return f"{port.name} ({', '.join('?' if side is None else str(side) for side in port.shape)})"
+
+
+def _input_of(source: Path, port: Port, draft: InputDraft) -> Input:
+    """What the graph takes; its size is settled later if the graph leaves it open.
+
+    Raises:
+        ValueError: the draft's parts do not go together.
+    """
+    assert draft.normalisation is not None
+    given = draft.normalisation
+    if given.kind in ("fixed", "linear") and (given.low is None or given.high is None):
+        raise ValueError(f"normalisation {given.kind} needs low and high, the pixel values that become 0 and 1")
+    plain = Normalisation()
+    normalisation = Normalisation(
+        given.kind,
+        plain.low if given.low is None else _tuple(given.low),
+        plain.high if given.high is None else _tuple(given.high),
+        given.joint,
+        given.kind in ("percentile", "fixed") if given.clip is None else given.clip,
+        given.per_tile,
+    )
+    count = Input(draft.channels, replace(normalisation, low=(0.0,), high=(1.0,)), Size(1, 1)).count
+    layout = draft.layout or _layout_of(source, port, count)
+    batch, *sides = (port.shape[axis] for axis in ((0, 1, 2, 3) if layout == LAYOUTS[0] else (0, 3, 1, 2)))
+    channels, height, width = sides
+    if channels not in (None, count):
+        raise ValueError(f"channels: the graph takes {channels}, the card names {count} ({', '.join(draft.channels)})")
+    if height != width:
+        raise ValueError(f"size: the graph takes {_words(port)}; tiles are squares of one or of any size")
+    if batch not in (None, 1):
+        raise ValueError(f"batch: the graph takes {batch} images at once; export it for 1 or for any number")
+    size = Size(draft.size, 0) if isinstance(draft.size, int) else draft.size
+    if height is not None:
+        if size is not None and size.fixed != height:
+            raise ValueError(f"size: the graph takes {height} px alone, the card says {draft.size}")
+        size = Size(height, 0)
+    return Input(draft.channels, normalisation, size or Size(0, 1), draft.pixel_size_um, layout, batch)
+
+
+def _tuple(numbers: Numbers) -> tuple[float, ...]:
+    return numbers if isinstance(numbers, tuple) else (float(numbers),)
+
+
+def _layout_of(source: Path, port: Port, count: int) -> str:
+    fitting = [layout for layout, axis in zip(LAYOUTS, (1, 3), strict=True) if port.shape[axis] == count]
+    if fitting:
+        return fitting[0]
+    if port.shape[1] is None and port.shape[3] is None:
+        raise _missing(source, "input.layout", f"an input of shape {_words(port)}")
+    raise ValueError(f"channels: the graph takes {_words(port)}, the card names {count}")
+
+
+def _tensors_of(source: Path, graph: GraphFile, draft: OutputDraft, layout: str) -> tuple[Tensor, ...]:
+    """The tensors that are taken of the graph, each with the activation that the graph has applied.
+
+    Raises:
+        ValueError: the graph does not give what the draft says.
+    """
+    ports = {port.name: port for port in graph.outputs}
+    if draft.tensors:
+        drafts = draft.tensors
+    elif len(ports) == 1:
+        channels = draft.channels or DECODER_OUTPUTS.get(draft.decoder, ())
+        drafts = (TensorDraft(next(iter(ports)), channels, draft.activation),)
+    else:
+        raise ValueError(
+            f"output: the graph gives {', '.join(ports)}; say which to take: "
+            'tensors = [{name = "...", channels = ["..."]}]'
+        )
+    tensors = []
+    for tensor in drafts:
+        if tensor.name not in ports:
+            raise ValueError(f"output.tensors: the graph gives {', '.join(ports)}, not {tensor.name}")
+        found = ports[tensor.name].shape[LAYOUTS.index(layout) * 2 + 1]
+        channels = _with_rays(tensor.channels, found)
+        if found is not None and found != len(channels):
+            named = ", ".join(tensor.channels) or "none"
+            raise _missing(source, "output.channels", f"{found} channels in {tensor.name}, and the names {named}")
+        applied = {"Sigmoid": "sigmoid", "Softmax": "softmax"}.get(graph.makers[tensor.name], "none")
+        tensors.append(Tensor(channels, tensor.name, tensor.activation or applied))
+    return tuple(tensors)
+
+
+def _with_rays(channels: tuple[str, ...], count: int | None) -> tuple[str, ...]:
+    """The meaning of each channel of ``count``, where ``rays`` stands for all rays."""
+    if RAYS not in channels or count is None:
+        return channels
+    at = channels.index(RAYS)
+    rays = tuple(f"{RAY}{number + 1}" for number in range(count - len(channels) + 1))
+    return (*channels[:at], *rays, *channels[at + 1 :])
+
+
+def _measured(source: Path, path: Path, card: Card, draft: CardDraft) -> Card:
+    """The card with the sizes, crop, strides and margins that the graph shows when it runs.
+
+    Raises:
+        ValueError: the graph runs at no size, or gives another one than its card says.
+    """
+    size = card.input.size
+    trials = [size.fixed] if size.fixed else [side for side in _SIDES if side >= size.min]
+    failures = []
+    for side in trials:
+        try:
+            height, width = _sides_of(path, card, side)
+            break
+        except Exception as error:  # the library's own errors
+            failures.append(brief(error))
+    else:
+        raise ValueError(f"size: the graph runs at none of {trials} px ({failures[0]}); say {_EXAMPLES['input.size']}")
+    if height != width or height > side:
+        raise ValueError(f"output: {height} x {width} values for a tile of {side} px")
+    coarser = side // height
+    stride = coarser if side % height == 0 else 1
+    crop = 0 if stride > 1 else (side - height) // 2
+    if stride == 1 and (side - height) % 2:
+        raise ValueError(f"output: {height} px for a tile of {side} px; as much must be cut from each side")
+    card = replace(card, output=replace(card.output, crop=crop, stride=stride))
+    if size.fixed:
+        footprint, least = Footprint(1, None, "it takes tiles of a single size"), size
+    else:
+        footprint = measure_footprint(Bundle(card, graph=path), cores())
+        # A person's step counts where none can be seen.
+        seen = 1 if footprint.exact_margin is None and size.step > 1 else footprint.total_stride
+        step = math.lcm(seen, size.step)
+        if size.min % step:
+            raise ValueError(f"size: tiles are whole strides of {step} px, which {size.min} px is not")
+        exact = None if footprint.exact_margin is None else -(-footprint.exact_margin // step) * step
+        footprint = replace(footprint, total_stride=step, exact_margin=exact)
+        least = Size(size.min or _least_side(path, card, step), step)
+    margin = _margin_of(footprint, crop, draft.output.margin)
+    return replace(
+        card,
+        input=replace(card.input, size=least),
+        total_stride=footprint.total_stride,
+        exact_margin=footprint.exact_margin,
+        margin=margin,
+    )
+
+
+def _margin_of(footprint: Footprint, crop: int, said: int | None) -> int:
+    """The default margin in px: the card's, else the exact one up to 64 px, in whole strides."""
+    wanted = _MARGIN if said is None else said
+    if said is None and footprint.exact_margin is not None:
+        wanted = min(wanted, footprint.exact_margin)
+    return -(-max(wanted, crop) // footprint.total_stride) * footprint.total_stride
+
+
+def _least_side(path: Path, card: Card, stride: int) -> int:
+    """The smallest side in px, ``stride`` times a power of two, at which the network runs."""
+    for side in (stride << power for power in range(6)):
+        with suppress(Exception):  # the library's own errors
+            _sides_of(path, card, side)
+            return side
+    raise ValueError(f"size: the graph runs at no whole strides of {stride} px; say {_EXAMPLES['input.size']}")
+
+
+def _sides_of(path: Path, card: Card, side: int) -> tuple[int, int]:
+    """Height and width of what the graph gives for a tile of ``side`` px, in the library that is the reference."""
+    shape = (1, card.input.count, side, side)
+    backend = make_backend(Bundle(card, graph=path), *REFERENCES[ONNX], cores(), Artefacts())
+    logits = backend.compile(shape)(np.zeros(shape, np.float32))
+    return logits.shape[2], logits.shape[3]
