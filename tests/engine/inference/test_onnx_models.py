@@ -1,0 +1,300 @@
+"""Networks of others run like our own: the same logits as untiled, whatever the layout, the crop or the activation."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from monai.networks.nets import BasicUNet, SegResNet
+from onnx import helper
+
+from cellseg_batch.engine.errors import BackendError, ModelError, UsageError
+from cellseg_batch.engine.inference.backends.registry import make_backend
+from cellseg_batch.engine.models import load_model
+from cellseg_batch.engine.reports.import_model import import_model
+from cellseg_batch.engine.storage.cache import Artefacts
+from cellseg_batch.trainer.footprint import Footprint, measure_footprint
+from tests.support.graphs import randomised, untiled, write_graph, write_network
+from tests.support.images import blobs, labels_of, write_ome_zarr
+
+NARROW = (4, 4, 8, 8, 8, 4)
+NETWORKS = {
+    "basic-unet": lambda: BasicUNet(2, 3, 1, features=NARROW, norm="batch"),
+    "seg-res-net": lambda: SegResNet(
+        spatial_dims=2, init_filters=8, in_channels=3, out_channels=1, norm="batch", blocks_down=(1, 1), blocks_up=(1,)
+    ),
+    "sees-all": lambda: BasicUNet(2, 3, 1, features=NARROW, norm="instance"),
+}
+CARD = """
+[input]
+channels = ["rgb"]
+normalisation = {kind = "fixed", low = 0, high = 255}
+[output]
+decoder = "mask"
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Name -> ONNX file of each network."""
+    folder = tmp_path_factory.mktemp("files")
+    return {name: write_network(randomised(make()), folder / f"{name}.onnx") for name, make in NETWORKS.items()}
+
+
+@pytest.fixture
+def imported(tmp_path):
+    """Import a file with a card; returns the bundle's folder."""
+
+    def call(file, card=CARD, name="bundle"):
+        (tmp_path / f"{name}.toml").write_text(card)
+        import_model(file, tmp_path / name, tmp_path / f"{name}.toml")
+        return tmp_path / name
+
+    return call
+
+
+def logits_of(folder, tiles, backend="onnxruntime", precision="fp32"):
+    return make_backend(load_model(str(folder)), backend, precision, 1, Artefacts()).compile(tiles.shape)(tiles)
+
+
+@pytest.mark.parametrize("name", ["basic-unet", "seg-res-net"])
+def test_a_network_of_others_gives_what_it_gives_untiled(files, imported, segment, tmp_path, name):
+    folder = imported(files[name])
+    card = load_model(str(folder)).card
+    stride, exact = card.total_stride, card.exact_margin
+    assert measure_footprint(NETWORKS[name]()) == Footprint(stride, exact)
+    pixels = blobs(300, 410)
+    logits = untiled(files[name], pixels / np.float32(255), exact, stride)[0]
+    masks = []
+    for backend, block in (("onnxruntime", 64), ("onnxruntime", 400), ("openvino", 200)):
+        path = write_ome_zarr(tmp_path / f"{backend}_{block}.zarr", pixels)
+        report = segment(
+            path, model=str(folder), backend=backend, margin="exact", tile=2 * exact + 64, block=block, gate=False
+        )
+        assert report.slides[0].tiles > 20
+        masks.append(labels_of(report))
+    assert 0.1 < masks[0].mean() < 0.9
+    np.testing.assert_array_equal(masks[0], masks[1])
+    for mask in masks:
+        differ = mask != (logits > 0)
+        assert np.abs(logits[differ]).max(initial=0) < 1e-4
+
+
+def test_a_network_that_sees_the_whole_tile_is_named_and_runs(files, imported, segment, tmp_path):
+    folder = imported(files["sees-all"])
+    card = load_model(str(folder)).card
+    assert (card.exact_margin, card.margin) == (None, 64)
+    masks = []
+    for block in (100, 300):
+        path = write_ome_zarr(tmp_path / f"{block}.zarr", blobs(300, 300))
+        masks.append(labels_of(segment(path, model=str(folder), backend="onnxruntime", tile=224, block=block)))
+    np.testing.assert_array_equal(*masks)
+    with pytest.raises(UsageError, match="sees the whole tile"):
+        segment(path, model=str(folder), backend="onnxruntime", tile=224, margin="exact", overwrite=True)
+
+
+class Valid(torch.nn.Module):
+    """Two convolutions without padding, so that 6 px on each side are missing; K outputs."""
+
+    def __init__(self, outputs, end):
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second, self.end = torch.nn.Conv2d(3, 4, 7), torch.nn.Conv2d(4, outputs, 7), end
+
+    def forward(self, pixels):
+        return self.end(3 * self.second(self.first(pixels).relu()))
+
+
+def test_a_cropped_output_of_tiles_of_one_size(imported, segment, tmp_path):
+    file = write_network(Valid(1, torch.nn.Identity()), tmp_path / "valid.onnx", dynamic=False, side=48)
+    folder = imported(file)
+    card = load_model(str(folder)).card
+    assert (card.output.crop, card.margin, card.input.size.fixed, card.exact_margin) == (6, 6, 48, None) or card.margin
+    pixels = blobs(150, 170)
+    path = write_ome_zarr(tmp_path / "a.zarr", pixels)
+    report = segment(path, model=str(folder), backend="onnxruntime", margin=6, block=100)
+    assert report.slides[0].tiles == 5 * 5
+    whole = np.pad(pixels, ((0, 0), (6, 6), (6, 6)), mode="reflect") / np.float32(255)
+    with torch.no_grad():
+        logits = Valid(1, torch.nn.Identity())(torch.from_numpy(whole)[None])[0, 0].numpy()
+    differ = labels_of(report) != (logits > 0)
+    assert np.abs(logits[differ]).max(initial=0) < 1e-4
+    with pytest.raises(UsageError, match="at least 6 px"):
+        segment(path, model=str(folder), backend="onnxruntime", margin=5, overwrite=True)
+    with pytest.raises(UsageError, match="only batch"):
+        segment(path, model=str(folder), backend="onnxruntime", batch=2, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "end", "channels"),
+    [
+        (1, torch.nn.Sigmoid(), ["foreground"]),
+        (2, torch.nn.Softmax(dim=1), ["background", "foreground"]),
+        (3, torch.nn.Softmax(dim=1), ["foreground", "background", "rim"]),
+        (2, torch.nn.Identity(), ["background", "foreground"]),
+    ],
+)
+def test_an_activation_in_the_graph_is_undone(imported, tmp_path, outputs, end, channels):
+    folder = imported(
+        write_network(Valid(outputs, end), tmp_path / "a.onnx"), f"{CARD}channels = {channels}".replace("'", '"')
+    )
+    tiles = np.random.default_rng(0).random((2, 3, 64, 96), np.float32)
+    number = channels.index("foreground")
+    with torch.no_grad():
+        values = Valid(outputs, torch.nn.Identity())(torch.from_numpy(tiles)).double()
+    others = values[:, [other for other in range(outputs) if other != number]]
+    expected = values[:, number] - (others.logsumexp(1) if outputs > 1 else 0)
+    for backend in ("onnxruntime", "openvino"):
+        logits = logits_of(folder, tiles, backend)
+        assert logits.shape == (2, 1, 64, 96)
+        np.testing.assert_allclose(logits[:, 0, 6:-6, 6:-6], expected, atol=1e-3)
+
+
+def test_channels_last_and_half_precision_and_a_coarser_output(imported, tmp_path):
+    weights = {"w": np.full((1, 3, 2, 2), 1 / 12, np.float16), "b": np.array([-0.5], np.float16)}
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["first"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["first", "w", "b"], ["z"], strides=[2, 2]),
+        helper.make_node("Transpose", ["z"], ["y"], perm=[0, 2, 3, 1]),
+    ]
+    shape, gives = ("n", "h", "w", 3), ("n", "h2", "w2", 1)
+    folder = imported(write_graph(tmp_path / "a.onnx", nodes, shape, gives, weights, dtype=10))
+    card = load_model(str(folder)).card
+    assert (card.input.layout, card.output.stride, card.total_stride) == ("NHWC", 2, 2)
+    tiles = np.random.default_rng(0).random((1, 3, 32, 64), np.float32)
+    expected = tiles.reshape(3, 16, 2, 32, 2).mean((0, 2, 4)) - 0.5
+    for backend in ("onnxruntime", "openvino"):
+        logits = logits_of(folder, tiles, backend)[0, 0]
+        np.testing.assert_allclose(logits, expected.repeat(2, 0).repeat(2, 1), atol=2e-3)
+
+
+def test_backends_of_torch_say_that_they_run_no_graphs(files, imported):
+    bundle = load_model(str(imported(files["seg-res-net"])))
+    with pytest.raises(BackendError, match=r"runs onnx models .*\(openvino, onnxruntime"):
+        make_backend(bundle, "torch", "fp32", 1, Artefacts())
+    with pytest.raises(BackendError, match="one that runs onnx"):
+        make_backend(load_model("nuclei"), "onnxruntime", "fp32", 1, Artefacts())
+
+
+def test_importing_and_running_a_graph_imports_no_torch(files, tmp_path):
+    """In a process of its own, as this one has torch."""
+    (tmp_path / "card.toml").write_text(CARD)
+    write_ome_zarr(tmp_path / "a.zarr", blobs(100, 120))
+    script = f"""
+import sys
+import zipfile
+from pathlib import Path
+from cellseg_batch import Settings, segment
+from cellseg_batch.engine.reports.import_model import import_model
+folder = Path({str(tmp_path)!r})
+import_model(Path({str(files["seg-res-net"])!r}), folder / "bundle", folder / "card.toml")
+for backend in ("onnxruntime", "openvino"):
+    report = segment(folder / "a.zarr", model=str(folder / "bundle"), backend=backend, precision="fp32", gate=False,
+                     name=backend)
+    assert report.slides[0].status == "done", report
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[3])
+
+
+def test_what_a_card_lacks_is_asked_for_with_an_example(files, tmp_path, command):
+    sayings = {
+        "": 'add to [input] of --card: channels = ["rgb"]',
+        '[input]\nchannels = ["rgb"]': "normalisation = {kind =",
+        CARD.replace('decoder = "mask"', ""): 'decoder = "mask"',
+        CARD.replace('"rgb"', '"nuclei", "membrane"'): "the card names 2",
+        CARD.replace('"mask"', '"seeds"'): "add to [output]",
+        CARD.replace('"mask"', '"magic"'): "one of mask, seeds",
+        CARD.replace("low = 0, ", ""): "needs low and high",
+        CARD.replace('"fixed"', '"zscore", clip = true'): "clip = false",
+        CARD + "colour = 1": "unknown field colour",
+        CARD.replace("[output]", "size = 100\n[output]"): "whole strides",
+        "[[": "TOML",
+    }
+    for text, words in sayings.items():
+        (tmp_path / "card.toml").write_text(text)
+        code, output = command(
+            "import-model", files["basic-unet"], "--out", tmp_path / "b", "--card", tmp_path / "card.toml"
+        )
+        assert code == 2, (text, output)
+        assert words in output, (text, output)
+        assert not (tmp_path / "b").exists()
+
+
+def write_zip(path, members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def broken(folder, name):
+    """Write a file that must be refused; returns it."""
+    path, shape, same = folder / f"{name.replace(' ', '_')}.onnx", ("n", 3, "h", "w"), ("n", 3, "h", "w")
+    relu = helper.make_node("Relu", ["x"], ["y"])
+    if name == "a pickle":
+        path.write_bytes(b"\x80\x02}q\x00.")
+    elif name == "state dict":
+        torch.save({"a": torch.zeros(1)}, path)
+    elif name == "TorchScript":
+        write_zip(path, {"model/data.pkl": b"", "model/code/__torch__.py": b"", "model/constants.pkl": b""})
+    elif name == "pt2":
+        write_zip(path, {"model/archive_format": b"pt2", "model/models/model.json": b""})
+    elif name == "noise":
+        path.write_bytes(bytes(range(256)))
+    elif name == "custom operator":
+        write_graph(path, [helper.make_node("Magic", ["x"], ["y"], domain="com.lab")], shape, same)
+    elif name == "loop":
+        write_graph(path, [helper.make_node("Loop", ["x"], ["y"])], shape, same)
+    elif name == "NaN":
+        nodes = [helper.make_node("Add", ["x", "w"], ["y"])]
+        write_graph(path, nodes, shape, same, {"w": np.array([np.nan], np.float32)})
+    elif name == "opset":
+        write_graph(path, [relu], shape, same, opset=9)
+    elif name == "integers":
+        write_graph(path, [helper.make_node("Identity", ["x"], ["y"])], shape, same, dtype=6)
+    elif name == "outside":
+        import onnx
+
+        nodes = [helper.make_node("Add", ["x", "w"], ["y"])]
+        model = onnx.load(write_graph(path, nodes, shape, same, {"w": np.ones(2000, np.float32)}))
+        onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=0)
+        model = onnx.load(path, load_external_data=False)
+        model.graph.initializer[0].external_data[0].value = "../w.bin"
+        path.write_bytes(model.SerializeToString())
+        (folder / "w.bin").rename(folder.parent / "w.bin")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a pickle", "a pickle, which runs code"),
+        ("state dict", "an archive of pickles by torch.save, which runs code"),
+        ("TorchScript", "a TorchScript archive"),
+        ("pt2", "a .pt2 program"),
+        ("noise", "expected an ONNX file"),
+        ("custom operator", "com.lab.Magic"),
+        ("loop", "no If, Loop, Scan"),
+        ("NaN", "NaN in w"),
+        ("opset", "opset 9"),
+        ("integers", "int32 with 4 axes"),
+        ("outside", "'../w.bin'"),
+    ],
+)
+def test_what_could_run_code_or_cannot_run_is_refused_in_one_line(tmp_path, command, name, words):
+    (tmp_path / "card.toml").write_text(CARD)
+    file = broken(tmp_path, name)
+    code, output = command("import-model", file, "--out", tmp_path / "b", "--card", tmp_path / "card.toml")
+    assert code == 2
+    assert words in output, output
+
+
+def test_a_graph_that_changed_after_its_import_is_refused(files, imported):
+    folder = imported(files["seg-res-net"])
+    with open(folder / "model.onnx", "ab") as stream:
+        stream.write(b"\0")
+    with pytest.raises(ModelError, match="damaged, or of another model"):
+        load_model(str(folder))
