@@ -358,9 +358,7 @@ class Card:
                 f"outputs: expected {', '.join(expected)} for the decoder {self.decoder}, found {', '.join(found)}"
             )
         if RAYS in DECODER_OUTPUTS[self.decoder] and len(expected) < 4:
-            raise ValueError(
-                f"outputs: expected three rays or more, named {RAY}1, {RAY}2, ..., found {len(expected) - 1}"
-            )
+            raise ValueError(f"outputs: expected {RAY}1, {RAY}2, {RAY}3 at least, found {', '.join(found)}")
         if self.margin < self.output.crop:
             raise ValueError(
                 f"margin: expected at least the output's crop of {self.output.crop} px, found {self.margin}"

@@ -294,9 +294,15 @@ def _tensors_of(source: Path, graph: GraphFile, draft: OutputDraft, layout: str)
 
 
 def _with_rays(channels: tuple[str, ...], count: int | None) -> tuple[str, ...]:
-    """The meaning of each channel of ``count``, where ``rays`` stands for all rays."""
-    if RAYS not in channels or count is None:
+    """The meaning of each channel of ``count``, where ``rays`` stands for all rays.
+
+    Raises:
+        ValueError: there are such, and the graph does not say how many.
+    """
+    if RAYS not in channels:
         return channels
+    if count is None:
+        raise ValueError(f"output: the graph does not say how many rays it gives; name them {RAY}1, {RAY}2 and so on")
     at = channels.index(RAYS)
     rays = tuple(f"{RAY}{number + 1}" for number in range(count - len(channels) + 1))
     return (*channels[:at], *rays, *channels[at + 1 :])

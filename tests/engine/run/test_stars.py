@@ -8,14 +8,17 @@ from dataclasses import replace
 from functools import partial, partialmethod
 
 import numpy as np
+import onnxruntime
 import pyarrow.parquet as pq
 import pytest
 import torch
 import zarr
+from onnx import helper
 
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.inference.prediction import BlockResult
 from cellseg_batch.engine.objects.stars import StarScratch, inside
+from cellseg_batch.engine.reports.import_model import import_model
 from cellseg_batch.engine.reports.verify import verify
 from cellseg_batch.engine.run import open_slide, pipeline, warm_up
 from cellseg_batch.engine.run.star_passes import keep_stars
@@ -27,6 +30,7 @@ from cellseg_batch.kernels.stardist import OPEN, SURVIVOR, Stars, join
 from cellseg_batch.trainer.bundle import Bundle, save_bundle
 from cellseg_batch.trainer.card import Normalisation, StarDist, plain_output
 from cellseg_batch.trainer.unet import load_network
+from tests.support.graphs import write_graph
 from tests.support.images import blobs, check_table, labels_of, write_ome_zarr
 
 RAYS = 16
@@ -241,6 +245,88 @@ def test_a_run_gives_what_its_candidates_give_in_one_piece(tmp_path, monkeypatch
     assert provenance["instances"] is None
     assert not list(tmp_path.rglob("scratch"))
     assert not verify([path], "cells64-4", None, 2).damages
+
+
+CARD = """
+[input]
+channels = ["grey"]
+normalisation = {kind = "fixed", low = 0, high = 255}
+[stardist]
+longest_ray = 14
+[output]
+decoder = "stardist"
+threshold = 0.6
+margin = 16
+"""
+TENSORS = {
+    "two": 'tensors = [{name = "p", channels = ["probability"], activation = "sigmoid"}, {name = "d", channels = '
+    f"{[f'ray {ray}' for ray in range(1, 9)]}}}]",
+    "one": 'channels = ["probability", "rays"]\nactivation = "sigmoid"',
+}
+
+
+def write_stardist(path, outputs):
+    """Write a StarDist-shaped graph of 8 rays, channels last, on a grid of 2 px: means of pixels become its outputs."""
+    random = np.random.default_rng(0)
+    weights = {
+        "mean": np.full((1, 1, 6, 6), 1 / 36),
+        "to_p": np.full((1, 1, 1, 1), 20.0),
+        "p_bias": np.array([-8.0]),
+        "to_d": random.uniform(-1, 2, (8, 1, 3, 3)),
+        "d_bias": np.full(8, 6.0),
+    }
+    last = {"perm": [0, 2, 3, 1]}
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["first"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["first", "mean"], ["means"], strides=[2, 2], pads=[2, 2, 2, 2]),
+        helper.make_node("Conv", ["means", "to_p", "p_bias"], ["logits"]),
+        helper.make_node("Conv", ["means", "to_d", "d_bias"], ["rays"], pads=[1, 1, 1, 1]),
+        helper.make_node("Sigmoid", ["logits"], ["probability"]),
+    ]
+    if outputs == "one":
+        nodes.append(helper.make_node("Concat", ["probability", "rays"], ["both"], axis=1))
+        nodes.append(helper.make_node("Transpose", ["both"], ["y"], **last))
+        names, gives = ("y",), ("n", "h2", "w2", 9)
+    else:
+        nodes.append(helper.make_node("Transpose", ["probability"], ["p"], **last))
+        nodes.append(helper.make_node("Transpose", ["rays"], ["d"], **last))
+        names, gives = ("p", "d"), ("n", "h2", "w2", None)
+    weights = {name: values.astype(np.float32) for name, values in weights.items()}
+    return write_graph(path, nodes, ("n", "h", "w", 1), gives, weights, outputs=names)
+
+
+@pytest.mark.parametrize("outputs", ["two", "one"])
+def test_a_stardist_graph_is_imported_and_gives_what_it_gives_untiled(tmp_path, segment, watcher, outputs):
+    file = write_stardist(tmp_path / "a.onnx", outputs)
+    (tmp_path / "card.toml").write_text(CARD + TENSORS[outputs])
+    card = import_model(file, tmp_path / "bundle", tmp_path / "card.toml").card
+    assert (card.output.stride, card.grid, len(card.decoded)) == (2, 2, 9)
+    pixels = blobs(230, 190, 1)
+    path = write_ome_zarr(tmp_path / "a.zarr", pixels, levels=1)
+    usual = {"model": str(tmp_path / "bundle"), "objects": True, "tile": 96, "gate": False, "precision": "fp32"}
+    cuts = ((64, 1, "onnxruntime"), (1000, 4, "onnxruntime"), (64, 4, "openvino"))
+    reports = [
+        segment(path, name=f"{backend}{block}", block=block, workers=workers, backend=backend, **usual)
+        for block, workers, backend in cuts
+    ]
+    assert [report.status for report in reports] == ["done"] * 3, reports[0].slides[0].reason
+    assert len(watcher.plans[0].grid) > 4
+    padded = np.pad(pixels[0] / np.float32(255), 16, mode="reflect").astype(np.float32)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    values = np.concatenate(session.run(None, {"x": padded[None, ..., None]}), axis=3)[0, 8:-8, 8:-8]
+    y, x = np.nonzero(values[..., 0] > 0.6)
+    rays = np.clip(values[y, x, 1:], 1e-3, 14)
+    probability = values[y, x, 0].astype(np.float64)
+    stars = as_stars(2 * y, 2 * x, np.log(probability / (1 - probability)), rays)
+    expected, count = in_one_piece(stars, (230, 190), watcher.plans[0].grid.lattice.core, card.stardist)
+    labels = [labels_of(report) for report in reports]
+    np.testing.assert_array_equal(labels[0], labels[1])
+    assert count == reports[0].slides[0].objects > 30
+    # Logits of another shape of tile, or of a rounded probability, differ in their last bits.
+    for found in labels:
+        assert np.mean((found > 0) != (expected > 0)) < 1e-3
+    means = pq.read_table(reports[0].slides[0].table)["mean_probability"].to_numpy()
+    assert 0.3 < means.mean() < 1
 
 
 @pytest.mark.parametrize("victim", ["stars", "survivors", "labels"])
