@@ -20,8 +20,10 @@ from cellseg_batch.engine.inference.prediction import BlockResult
 from cellseg_batch.engine.objects.stars import StarScratch, inside
 from cellseg_batch.engine.reports.import_model import import_model
 from cellseg_batch.engine.reports.verify import verify
+from cellseg_batch.engine.reports.verify_seams import prove_seams
 from cellseg_batch.engine.run import open_slide, pipeline, warm_up
 from cellseg_batch.engine.run.star_passes import keep_stars
+from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
 from cellseg_batch.engine.slides.writer import ImageWriter
 from cellseg_batch.engine.storage.journal import Journal
@@ -327,6 +329,11 @@ def test_a_stardist_graph_is_imported_and_gives_what_it_gives_untiled(tmp_path, 
         assert np.mean((found > 0) != (expected > 0)) < 1e-3
     means = pq.read_table(reports[0].slides[0].table)["mean_probability"].to_numpy()
     assert 0.3 < means.mean() < 1
+    del usual["objects"]
+    mask = labels_of(segment(path, name="mask", block=64, backend="onnxruntime", **usual))
+    high = (values[..., 0] > 0.6).repeat(2, axis=0).repeat(2, axis=1)
+    assert np.mean(mask != high) < 1e-3
+    assert prove_seams(path, Settings(**usual, backend="onnxruntime", margin="exact"), full=True, most=1).flipped == 0
 
 
 @pytest.mark.parametrize("victim", ["stars", "survivors", "labels"])
