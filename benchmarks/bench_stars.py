@@ -22,6 +22,7 @@ from common import save
 from cellseg_batch.engine.geometry import BlockGrid, fit_lattice, lay_blocks
 from cellseg_batch.engine.objects.star_merge import draw_objects, merge_stars
 from cellseg_batch.engine.objects.stars import StarRule, StarScratch, decide, inside
+from cellseg_batch.engine.run.memory_model import star_memory
 from cellseg_batch.kernels.stardist import OPEN, SHORTEST_RAY, SURVIVOR, Stars, join, suppress
 from cellseg_batch.kernels.warm_up import compile_kernels
 from cellseg_batch.trainer.card import StarDist
@@ -113,6 +114,7 @@ def measure(folder: Path, side: int, block: int) -> dict[str, Any]:
         "hash": hash_of(objects),
         "labelled_fraction": labelled / side**2,
         "took_mb": (after - before) / 1024,
+        "announced_mb": star_memory(grid, rule, 0.5, on_gpu=False) / 1e6,
     }
 
 

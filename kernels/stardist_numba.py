@@ -7,7 +7,7 @@ come first, and they suppress most, so few pairs are compared.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +27,50 @@ Places = NDArray[np.int32]
 Floats = NDArray[np.float64]
 
 
+class _Shapes(NamedTuple):
+    """The pixels of the stars that stand; the entries of other stars are meaningless."""
+
+    y: Places
+    x: Places
+    boxes: NDArray[np.int32]
+    """(n, 4) y0, x0, y1, x1, half-open."""
+    areas: NDArray[np.int64]
+    spans: NDArray[np.int64]
+    """(n, 2) half-open range of each star's runs."""
+
+
+class _Cells(NamedTuple):
+    """The stars in every cell: a list of entries from the highest rank down, each of which names a star."""
+
+    corner: tuple[int, int]
+    firsts: NDArray[np.int32]
+    """(rows, columns) first entry of each cell; -1 for none."""
+    lasts: NDArray[np.int32]
+    """(rows, columns) last entry of each cell."""
+    followers: NDArray[np.int32]
+    """The next entry of each entry; -1 for none."""
+    members: NDArray[np.int32]
+    """The star of each entry."""
+
+
 def suppress(stars: Stars, states: NDArray[np.uint8], exposed: NDArray[np.bool_], threshold: float) -> None:
     """Decide the open ones of ``states``; arguments as `cellseg_batch.kernels.stardist.suppress`."""
-    if len(states):
-        _suppress(stars.y, stars.x, stars.rays, *directions(stars.rays.shape[1]), states, exposed, threshold)
+    if not len(states):
+        return
+    reaches = np.ceil(stars.rays.max(axis=1)).astype(np.int64) + 1
+    reach = int(reaches.max())
+    corner = int(stars.y.min()) - reach, int(stars.x.min()) - reach
+    sides = (
+        (values.max() + reach - start) // _CELL + 1 for values, start in zip((stars.y, stars.x), corner, strict=True)
+    )
+    firsts = np.full(tuple(map(int, sides)), -1, np.int32)
+    # A star touches at most so many cells.
+    entries = int(np.square(2 * reaches // _CELL + 2).sum())
+    cells = _Cells(corner, firsts, firsts.copy(), np.empty(entries, np.int32), np.empty(entries, np.int32))
+    count = len(states)
+    areas, spans = np.empty(count, np.int64), np.empty((count, 2), np.int64)
+    shapes = _Shapes(stars.y, stars.x, np.empty((count, 4), np.int32), areas, spans)
+    _suppress(shapes, cells, stars.rays, *directions(stars.rays.shape[1]), reach, states, exposed, threshold)
 
 
 def draw(stars: Stars, ids: NDArray[Any], out: NDArray[Any]) -> None:
@@ -41,76 +81,108 @@ def draw(stars: Stars, ids: NDArray[Any], out: NDArray[Any]) -> None:
 
 @jit
 def _suppress(
-    y: Places,
-    x: Places,
+    shapes: _Shapes,
+    cells: _Cells,
     rays: NDArray[np.float32],
     sines: Floats,
     cosines: Floats,
+    reach: int,
     states: NDArray[np.uint8],
     exposed: NDArray[np.bool_],
     threshold: float,
 ) -> None:
-    count, reach = len(states), int(np.ceil(rays.max())) + 1
-    top, left = y.min() - reach, x.min() - reach
-    rows, columns = (y.max() + reach - top) // _CELL + 1, (x.max() + reach - left) // _CELL + 1
-    # Each cell is a list of entries, from the first to the last; an entry names a star.
-    firsts, lasts = np.full((rows, columns), -1, np.int32), np.full((rows, columns), -1, np.int32)
-    followers, members, entries = np.empty(1024, np.int32), np.empty(1024, np.int32), 0
     crossings, crossed = np.empty((2 * reach, len(sines)), np.int32), np.empty(2 * reach, np.int32)
-    # Runs (y, start, stop) of the standing stars, from each star's centre, one star after the other.
     most_runs = reach * len(sines)
-    runs, held = np.empty((8 * most_runs, 3), np.int16), 0
-    spans, areas, boxes = np.empty((count, 2), np.int64), np.empty(count, np.int64), np.empty((count, 4), np.int32)
-    for star in range(count):
+    # Runs (y, start, stop) from each star's centre, one star after the other.
+    runs, held, entries = np.empty((8 * most_runs, 3), np.int16), 0, 0
+    for star in range(len(states)):
         if states[star] == _SUPPRESSED:
             continue
         if held + most_runs > len(runs):
             runs = np.concatenate((runs, np.empty_like(runs)))
         stop = _rasterise(rays[star], sines, cosines, crossings, crossed, runs, held)
-        own = runs[held:stop]
-        spans[star, 0], spans[star, 1] = held, stop
-        areas[star] = _measure(own, y[star], x[star], boxes[star])
-        box = boxes[star]
-        cell_rows = range((box[0] - top) // _CELL, (box[2] - 1 - top) // _CELL + 1)
-        cell_columns = range((box[1] - left) // _CELL, (box[3] - 1 - left) // _CELL + 1)
+        shapes.spans[star, 0], shapes.spans[star, 1] = held, stop
+        shapes.areas[star] = _measure(runs[held:stop], shapes.y[star], shapes.x[star], shapes.boxes[star])
         if states[star] == _OPEN:
-            states[star] = _OPEN if exposed[star] else _SURVIVOR
-            for row in cell_rows:
-                for column in cell_columns:
-                    entry = firsts[row, column]
-                    while entry >= 0 and states[star] != _SUPPRESSED:
-                        other = members[entry]
-                        entry = followers[entry]
-                        if states[star] == _OPEN and states[other] == _OPEN:
-                            continue
-                        other_box = boxes[other]
-                        y0, x0 = max(box[0], other_box[0]), max(box[1], other_box[1])
-                        if (y0 - top) // _CELL != row or (x0 - left) // _CELL != column:
-                            continue
-                        smaller = min(areas[star], areas[other])
-                        most = (min(box[2], other_box[2]) - y0) * (min(box[3], other_box[3]) - x0)
-                        if y0 >= other_box[2] or x0 >= other_box[3] or not most / smaller > threshold:
-                            continue
-                        shift = y[star] - y[other], x[star] - x[other]
-                        common = _common(runs[spans[other, 0] : spans[other, 1]], own, shift)
-                        if common / smaller > threshold:
-                            states[star] = _SUPPRESSED if states[other] == _SURVIVOR else _OPEN
-            if states[star] == _SUPPRESSED:
-                continue
-        held = stop
-        needed = entries + len(cell_rows) * len(cell_columns)
-        while needed > len(members):
-            followers = np.concatenate((followers, np.empty_like(followers)))
-            members = np.concatenate((members, np.empty_like(members)))
-        for row in cell_rows:
-            for column in cell_columns:
-                members[entries], followers[entries] = star, -1
-                if firsts[row, column] < 0:
-                    firsts[row, column] = entries
-                else:
-                    followers[lasts[row, column]] = entries
-                lasts[row, column] = entries
-                entries += 1
+            states[star] = _decide(shapes, cells, runs, states, star, exposed[star], threshold)
+        if states[star] != _SUPPRESSED:
+            held = stop
+            entries = _enter(cells, shapes.boxes[star], star, entries)
+
+
+@jit
+def _decide(
+    shapes: _Shapes,
+    cells: _Cells,
+    runs: Runs,
+    states: NDArray[np.uint8],
+    star: int,
+    exposed: bool,
+    threshold: float,
+) -> int:
+    """The state of a star that stands unless a star of higher rank says otherwise."""
+    state = _OPEN if exposed else _SURVIVOR
+    top, left, bottom, right = _touched(cells, shapes.boxes[star])
+    for row in range(top, bottom):
+        for column in range(left, right):
+            entry = cells.firsts[row, column]
+            while entry >= 0:
+                other = cells.members[entry]
+                entry = cells.followers[entry]
+                if state == _OPEN and states[other] == _OPEN:
+                    continue
+                y = max(shapes.boxes[star, 0], shapes.boxes[other, 0])
+                x = max(shapes.boxes[star, 1], shapes.boxes[other, 1])
+                if (y - cells.corner[0]) // _CELL != row or (x - cells.corner[1]) // _CELL != column:
+                    continue
+                if _overlap(shapes, runs, star, other, threshold):
+                    if states[other] == _SURVIVOR:
+                        return _SUPPRESSED
+                    state = _OPEN
+    return state
+
+
+@jit
+def _touched(cells: _Cells, box: NDArray[np.int32]) -> tuple[int, int, int, int]:
+    """The rows and columns of the cells that a box touches: first row, first column, and those behind the last."""
+    top, left = cells.corner
+    return (
+        (box[0] - top) // _CELL,
+        (box[1] - left) // _CELL,
+        (box[2] - 1 - top) // _CELL + 1,
+        (box[3] - 1 - left) // _CELL + 1,
+    )
+
+
+@jit
+def _enter(cells: _Cells, box: NDArray[np.int32], star: int, entries: int) -> int:
+    """Add a star at the end of the cells that its box touches; the number of entries, of which there were some."""
+    top, left, bottom, right = _touched(cells, box)
+    for row in range(top, bottom):
+        for column in range(left, right):
+            cells.members[entries], cells.followers[entries] = star, -1
+            if cells.firsts[row, column] < 0:
+                cells.firsts[row, column] = entries
+            else:
+                cells.followers[cells.lasts[row, column]] = entries
+            cells.lasts[row, column] = entries
+            entries += 1
+    return entries
+
+
+@jit
+def _overlap(shapes: _Shapes, runs: Runs, star: int, other: int, threshold: float) -> bool:
+    """Whether the overlap of two stars is above a threshold; the area that their boxes share bounds it."""
+    own, others = shapes.boxes[star], shapes.boxes[other]
+    height = min(own[2], others[2]) - max(own[0], others[0])
+    width = min(own[3], others[3]) - max(own[1], others[1])
+    smaller = min(shapes.areas[star], shapes.areas[other])
+    if height <= 0 or width <= 0 or not height * width / smaller > threshold:
+        return False
+    shift = shapes.y[star] - shapes.y[other], shapes.x[star] - shapes.x[other]
+    own_runs = runs[shapes.spans[star, 0] : shapes.spans[star, 1]]
+    other_runs = runs[shapes.spans[other, 0] : shapes.spans[other, 1]]
+    return _common(other_runs, own_runs, shift) / smaller > threshold
 
 
 @jit
