@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import save
 
 from cellseg_batch.engine.geometry import BlockGrid, fit_lattice, lay_blocks
 from cellseg_batch.engine.objects.star_merge import draw_objects, merge_stars
@@ -135,7 +134,8 @@ def main() -> None:
     seconds = figures["decide_s"] + figures["merge_s"] + figures["draw_s"]
     rates = {"candidates_per_s": count / seconds, "mpx_per_s": arguments.side**2 / seconds / 1e6}
     about = {"candidates": count, "survivors": survivors, "same_as_one_call": same}
-    save("stars", [{"name": "stars", **about, **figures, **rates}], **vars(arguments))
+    for name, value in {**about, **figures, **rates}.items():
+        print(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
 
 
 if __name__ == "__main__":
