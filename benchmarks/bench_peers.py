@@ -69,7 +69,7 @@ def measure(slide: Path, folder: Path, rounds: int, slow_rounds: int) -> list[di
     assert isinstance(image, Slide)
     with SlideReader(image, 0, (0, 1, 2)) as reader:
         bounds = settle_bounds(reader, load_model("nuclei").card.input.normalisation)
-    low_high = str(bounds.low), str(bounds.high)
+    low_high = str(bounds.low[0]), str(bounds.high[0])
     truth = zarr.open_group(str(slide), mode="r").get("labels/truth")
     untiled = ours_mask(segment(slide, folder / "untiled", *engine_flags("fp32"), "--margin", "exact", keep=True))
     peers = _PEERS if importlib.util.find_spec("monai") else {}

@@ -37,7 +37,7 @@ def main() -> None:
     places = np.array([(margin, margin, 0, 0, core, core)], np.int64)
     mask = np.empty((core, core), np.uint8)
     foreground = torch.from_numpy(logits)[0, 0, margin:-margin, margin:-margin]
-    bounds = np.float32(10), np.float32(1 / 200)
+    bounds = 10.0, 1 / 200
 
     # Name -> (call, pixels, bytes a pixel).
     steps: dict[str, tuple[Callable[[], object], int, int]] = {

@@ -48,7 +48,7 @@ def main() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, shape[1:], np.uint8)
     rows, columns = (np.arange(length)[None] for length in lattice.tile)
     with model_pool.session(model_pool.chosen, shape, "uint8") as session:
-        session.fill(pixels, rows, columns, Bounds(0.0, 255.0))
+        session.fill(pixels, rows, columns, Bounds((0.0,), (255.0,)))
         for _ in range(turns):
             ours.append(_loop(session))
             theirs.append(_benchmark_app(network.sha256, precision, shape))

@@ -117,7 +117,8 @@ class Settings:
         pixel_size: µm per px of level 0, in place of the metadata's.
         skip_background: one of `SKIPS`; auto skips tiles without contrast.
         downscale: factor by which images are downscaled for the model; None lets the model's card and the slide decide.
-        channel: name or index of the channel with the nuclei; None picks by rule.
+        channel: name or index of the channel with the nuclei; for a model of several stains such as
+            "nuclei=DAPI,membrane=1"; None picks by rule.
         axes: axes of the images, such as "cyx"; those that name others themselves are refused, but for TIFFs.
         wells: names or patterns of the wells of plates to process, such as A01 and B*; () takes all.
         fields: names of the fields of each well to process; () takes all.

@@ -113,8 +113,8 @@ def variants() -> Iterator[Variant]:
         yield Variant(
             f"gather {sources} x {pixels} to 3 x {tiles}",
             gather_triton.gather_kernel,
-            (f"*{pixels}", "i32", "i32", "i32", "*i64", "*i64", "fp32", "fp32", f"*{tiles}", "i32", "i32"),
-            {"SOURCES": sources, "CHANNELS": 3, **block},
+            (f"*{pixels}", "i32", "i32", "i32", "*i64", "*i64", "*fp32", "*fp32", f"*{tiles}", "i32", "i32"),
+            {"SOURCES": sources, "CHANNELS": 3, "CLIP": 1, **block},
             {"num_warps": 4},
         )
 

@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from cellseg_batch.kernels._fastest import fastest
 
@@ -18,9 +18,10 @@ def gather(
     pixels: NDArray[Any],
     rows: NDArray[np.int64],
     columns: NDArray[np.int64],
-    low: float,
-    scale: float,
+    low: ArrayLike,
+    scale: ArrayLike,
     out: NDArray[np.float32],
+    clip: bool = True,
 ) -> None:
     """Fill ``out`` with ``clip((pixel - low) * scale, 0, 1)`` of every tile, in float32; a NaN becomes 0.
 
@@ -28,15 +29,27 @@ def gather(
         pixels: (S, h, w), any real dtype and memory layout; S channels of a block's read box.
         rows: (N, T_y) row in ``pixels`` of each row of each tile; the caller mirrors them at the slide's edge.
         columns: (N, T_x) column in ``pixels`` of each column of each tile; mirrored likewise.
-        low: pixel value that becomes 0.
-        scale: 1 / (high - low).
+        low: pixel value that becomes 0; one for all C channels or one for each.
+        scale: 1 / (high - low); as low.
         out: (N, C, T_y, T_x) float32, overwritten; C = S, or any C for S = 1, which is then replicated.
+        clip: False leaves values outside [0, 1] as they are.
 
     Raises:
         ValueError: the shapes do not fit together.
     """
     _check(pixels, rows, columns, out)
-    fastest(__name__).gather(pixels, rows, columns, np.float32(low), np.float32(scale), out)
+    fastest(__name__).gather(pixels, rows, columns, *by_channel(low, scale, out.shape[1]), out, clip)
+
+
+def by_channel(low: ArrayLike, scale: ArrayLike, channels: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return low and scale of each of ``channels`` channels, (C,) float32, from one for all or one for each.
+
+    Raises:
+        ValueError: they are of another number of channels.
+    """
+    pair = (np.broadcast_to(np.asarray(numbers, np.float32), (channels,)).copy() for numbers in (low, scale))
+    lows, scales = pair
+    return lows, scales
 
 
 def cut(pixels: NDArray[Any], rows: NDArray[np.int64], columns: NDArray[np.int64], out: NDArray[Any]) -> None:

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from cellseg_batch.kernels import gather_reference
 from cellseg_batch.kernels._tensors import upload
+from cellseg_batch.kernels.gather import by_channel
 
 # Four warps with 8 px per thread: a thread stores 16 bytes of float16 at once.
 BLOCK_Y, BLOCK_X = 8, 128
@@ -35,13 +36,14 @@ def gather_kernel(
     column_stride: tl.tensor,
     rows_ptr: tl.tensor,  # (N, T_y) int64
     columns_ptr: tl.tensor,  # (N, T_x) int64
-    low: tl.tensor,
-    scale: tl.tensor,
+    low_ptr: tl.tensor,  # (C,) float32
+    scale_ptr: tl.tensor,  # (C,) float32
     out_ptr: tl.tensor,  # (N, C, T_y, T_x), contiguous
     height: tl.tensor,  # height of a tile in px
     width: tl.tensor,
     SOURCES: tl.constexpr,
     CHANNELS: tl.constexpr,
+    CLIP: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ) -> None:
@@ -59,13 +61,17 @@ def gather_kernel(
     from_pixel = (row * row_stride)[:, None] + (column * column_stride)[None, :]
     to_pixel = (y * width)[:, None] + x[None, :]
     out_ptr += tile * CHANNELS * height * width
-    for _source in tl.static_range(SOURCES):
-        scaled = (tl.load(pixels_ptr + from_pixel, keep, 0).to(tl.float32) - low) * scale
-        # NaN is not above 0.
-        value = tl.where(scaled > 0, tl.where(scaled < 1, scaled, 1), 0).to(out_ptr.dtype.element_ty)
+    for source in tl.static_range(SOURCES):
+        pixel = tl.load(pixels_ptr + from_pixel, keep, 0).to(tl.float32)
         # One source channel is replicated.
-        for _copy in tl.static_range(CHANNELS if SOURCES == 1 else 1):
-            tl.store(out_ptr + to_pixel, value, keep)
+        for copy in tl.static_range(CHANNELS if SOURCES == 1 else 1):
+            scaled = (pixel - tl.load(low_ptr + source + copy)) * tl.load(scale_ptr + source + copy)
+            if CLIP:
+                # NaN is not above 0.
+                value = tl.where(scaled > 0, tl.where(scaled < 1, scaled, 1), 0)
+            else:
+                value = tl.where(scaled == scaled, scaled, 0)
+            tl.store(out_ptr + to_pixel, value.to(out_ptr.dtype.element_ty), keep)
             out_ptr += tl.cast(height, tl.int64) * width
         pixels_ptr += channel_stride
 
@@ -74,9 +80,10 @@ def gather(
     pixels: torch.Tensor,
     rows: NDArray[np.int64],
     columns: NDArray[np.int64],
-    low: float,
-    scale: float,
+    low: ArrayLike,
+    scale: ArrayLike,
     out: torch.Tensor,
+    clip: bool = True,
 ) -> None:
     """Fill ``out`` with ``clip((pixel - low) * scale, 0, 1)`` of every tile, in float32; a NaN becomes 0.
 
@@ -84,10 +91,11 @@ def gather(
         pixels: (S, h, w) uint8, uint16 or float32, any strides; S channels of a block's read box.
         rows: (N, T_y) row in ``pixels`` of each row of each tile, in host memory, where they are checked.
         columns: (N, T_x) column in ``pixels`` of each column of each tile, in host memory.
-        low: pixel value that becomes 0.
-        scale: 1 / (high - low).
+        low: pixel value that becomes 0; one for all C channels or one for each.
+        scale: 1 / (high - low); as low.
         out: (N, C, T_y, T_x) float16 or float32, contiguous, on the same device; C = S, or any C for S = 1, which is
             then replicated.
+        clip: False leaves values outside [0, 1] as they are.
 
     Raises:
         ValueError: a dtype or shape does not fit, or an index lies outside ``pixels``.
@@ -114,13 +122,13 @@ def gather(
         *pixels.stride(),
         upload(rows, out.device),
         upload(columns, out.device),
-        low,
-        scale,
+        *(upload(numbers, out.device) for numbers in by_channel(low, scale, channels)),
         out,
         height,
         width,
         SOURCES=pixels.shape[0],
         CHANNELS=channels,
+        CLIP=clip,
         BLOCK_Y=BLOCK_Y,
         BLOCK_X=BLOCK_X,
     )

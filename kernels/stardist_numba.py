@@ -182,7 +182,8 @@ def _overlap(shapes: _Shapes, runs: Runs, star: int, other: int, threshold: floa
     shift = shapes.y[star] - shapes.y[other], shapes.x[star] - shapes.x[other]
     own_runs = runs[shapes.spans[star, 0] : shapes.spans[star, 1]]
     other_runs = runs[shapes.spans[other, 0] : shapes.spans[other, 1]]
-    return _common(other_runs, own_runs, shift) / smaller > threshold
+    above: bool = _common(other_runs, own_runs, shift) / smaller > threshold
+    return above
 
 
 @jit

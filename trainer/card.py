@@ -365,6 +365,18 @@ class Card:
             )
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever runs the model should know of its results."""
+        notes = []
+        if self.input.normalisation.per_tile:
+            notes.append(f"{self.name} was trained on tiles normalised each for itself; it gets the slide's bounds")
+        if self.exact_margin is None and self.input.size.fixed:
+            notes.append(f"{self.name} takes tiles of {self.input.size.fixed} px alone, so no margin is exact")
+        elif self.exact_margin is None:
+            notes.append(f"{self.name} sees the whole tile, so no margin is exact; verify-seams says what seams cost")
+        return tuple(notes)
+
+    @property
     def decoded(self) -> tuple[str, ...]:
         """Meaning of each output that the decoder takes, in its order."""
         outputs = DECODER_OUTPUTS[self.decoder]

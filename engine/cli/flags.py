@@ -108,7 +108,9 @@ Workers = Annotated[int, typer.Option("--workers", help="Blocks in flight, or pr
 Channel = Annotated[
     str | None,
     typer.Option(
-        "--channel", help="Name or index; default: RGB, else DAPI/Hoechst/DNA, else 0.", rich_help_panel=_SLIDE
+        "--channel",
+        help="Name or index, or nuclei=DAPI,membrane=1; default: RGB, else DAPI/Hoechst/DNA, else 0.",
+        rich_help_panel=_SLIDE,
     ),
 ]
 Axes = Annotated[

@@ -89,7 +89,7 @@ def describe(plan: SlidePlan, peak_bytes: int) -> str:
     downscaled = f"downscaled {plan.downscale} times for its large nuclei, " if plan.downscale > 1 else ""
     return (
         f"{plan.slide.name}: {planes}{lattice.shape[0]} x {lattice.shape[1]} px, level {level.level} "
-        f"({size}{level.reason}), channel {plan.channels.reason}, values {plan.bounds.low:g}-{plan.bounds.high:g}, "
+        f"({size}{level.reason}), channel {plan.channels.reason}, values {plan.bounds}, "
         f"{downscaled}{counted(plan.tiles, 'tile')} of {lattice.tile[0]} x {lattice.tile[1]} in "
         f"{counted(len(plan.grid), 'block')}, "
         f"{lattice.cost:.2f} px computed per px, peak memory at most {peak_bytes / 1e6:.0f} MB"

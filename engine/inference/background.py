@@ -26,7 +26,9 @@ def flat_limit(bounds: Bounds, rule: Normalisation) -> float:
 
     Under a fixed rule it is 0: fixed bounds do not measure the slide's contrast, so nuclei may span little of them.
     """
-    return FLAT * (bounds.high - bounds.low) if rule.kind == "percentile" else 0.0
+    # Of all channels the least, so that a tile that shows something in any of them is computed.
+    contrast = min(high - low for low, high in zip(bounds.low, bounds.high, strict=True))
+    return FLAT * contrast if rule.kind == "percentile" else 0.0
 
 
 def without_background(block: Block, pixels: NDArray[Any], lattice: Lattice, limit: float) -> Block:

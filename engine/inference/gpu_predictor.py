@@ -147,7 +147,7 @@ class _BlockOnDevice:
         """See `Tiles.gather`."""
         lattice, bounds = self._rule.lattice, self._rule.bounds
         tables = source_tables(self._block.tiles[first:last], lattice.shape, self._block.read_box)
-        gather_triton.gather(self._pixels, *tables, bounds.low, bounds.scale, pixels)
+        gather_triton.gather(self._pixels, *tables, bounds.low, bounds.scale, pixels, bounds.clip)
 
     def stitch(self, first: int, last: int, logits: Tensor) -> None:
         """See `Tiles.stitch`; after the last tile the results can be fetched."""

@@ -30,15 +30,27 @@ _PLANES = 8
 
 @dataclass(frozen=True)
 class Bounds:
-    """Pixel values of a slide that become 0 and 1 by ``clip((x - low) / (high - low), 0, 1)`` in float32."""
+    """Pixel values of a slide that become 0 and 1 by ``(x - low) / (high - low)`` in float32.
 
-    low: float
-    high: float
+    Attributes:
+        low: value that becomes 0; one for all channels or one for each.
+        high: value that becomes 1; as low.
+        clip: whether the result is clipped to [0, 1].
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    clip: bool = True
 
     @property
-    def scale(self) -> float:
-        """1 / (high - low); 0 if the slide has a single value, so that all its pixels become 0."""
-        return 1.0 / (self.high - self.low) if self.high > self.low else 0.0
+    def scale(self) -> tuple[float, ...]:
+        """1 / (high - low); 0 for a channel of a single value, all of whose pixels become 0."""
+        pairs = zip(self.low, self.high, strict=True)
+        return tuple(1.0 / (high - low) if high > low else 0.0 for low, high in pairs)
+
+    def __str__(self) -> str:
+        """The values in words."""
+        return ", ".join(f"{low:g}-{high:g}" for low, high in zip(self.low, self.high, strict=True))
 
 
 def sample_slide(reader: SlideReader) -> list[NDArray[Any]]:
@@ -61,14 +73,24 @@ def sample_slide(reader: SlideReader) -> list[NDArray[Any]]:
 
 
 def settle_bounds(reader: SlideReader, rule: Normalisation) -> Bounds:
-    """Return a slide's bounds by the model card's rule, shared by all channels and planes.
+    """Return a slide's bounds by the model card's rule, shared by all planes.
 
     Raises:
         ReadError: see `sample_slide`.
     """
     if not rule.asks_slide:
-        return Bounds(rule.low[0], rule.high[0])
-    return Bounds(*rule.bounds_of(np.concatenate([_finite(part) for part in sample_slide(reader)])))
+        return Bounds(rule.low, rule.high, rule.clip)
+    sample = sample_slide(reader)
+    sources = sample[0].shape[0]
+    count = len(rule.low) if rule.joint or len(rule.low) > 1 else sources
+
+    def values_of(channel: int) -> NDArray[Any]:
+        """Finite pixels of a channel, or of all; one channel stands for all of the model's."""
+        chosen = slice(None) if rule.joint else slice(min(channel, sources - 1), min(channel, sources - 1) + 1)
+        return np.concatenate([_finite(part[chosen]) for part in sample])
+
+    pairs = [rule.bounds_of(values_of(channel), channel) for channel in range(count)]
+    return Bounds(tuple(low for low, _ in pairs), tuple(high for _, high in pairs), rule.clip)
 
 
 def _readable(reader: SlideReader, plane: int, box: Box) -> Iterator[NDArray[Any]]:

@@ -23,7 +23,14 @@ from numpy.typing import NDArray
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.geometry import fit_squares
-from cellseg_batch.engine.inference.backends.gate import TILE, Parity, limits_of, logits_of, measure_parity, tiles_for
+from cellseg_batch.engine.inference.backends.gate import (
+    Parity,
+    byte_bounds,
+    limits_of,
+    logits_of,
+    measure_parity,
+    tiles_for,
+)
 from cellseg_batch.engine.inference.backends.protocol import CONVERSION_VERSION, Backend, Shape
 from cellseg_batch.engine.inference.backends.registry import REFERENCES, candidates, make_backend, packages, why_not
 from cellseg_batch.engine.inference.decoders import DECODERS, Decoder
@@ -108,7 +115,10 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> RaceResult:
     rows: dict[tuple[str, str], Candidate] = {}
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     parities: dict[tuple[str, str], Parity] = {}
-    pixels = _lay_out(shape, tiles)
+    rule, channels = bundle.card.input.normalisation, bundle.card.input.count
+    low, high = (tuple(map(float, ends)) for ends in byte_bounds(rule, channels))
+    bounds = Bounds(low, high, rule.clip)
+    pixels = _lay_out(shape, tiles, bounds)
     gpu = "cuda:0" if request.device in ("auto", "cpu") else request.device
     for name in _candidates_to_race(request, bundle):
         missing = why_not(*name)
@@ -118,8 +128,8 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> RaceResult:
                     backend, parities[name] = reference, measure_parity(expected, expected, threshold, decoder)
                 else:
                     backend = make_backend(network, *name, request.threads, artefacts, gpu)
-                    parities[name] = worst_parity(backend, tiles, expected, threshold, decoder)
-                calls[name] = _timed_call(backend, shape, pixels)
+                    parities[name] = worst_parity(backend, tiles, expected, threshold, decoder, bounds)
+                calls[name] = _timed_call(backend, shape, pixels, bounds)
                 continue
             except Exception as error:  # this library cannot take the network; another library may
                 _log.debug("%s cannot run the model", name, exc_info=True)
@@ -168,26 +178,43 @@ def time_in_turns(calls: dict[tuple[str, str], Callable[[], object]]) -> dict[tu
 
 
 def worst_parity(
-    backend: Backend, tiles: NDArray[np.float32], expected: NDArray[np.float32], threshold: float, decoder: Decoder
+    backend: Backend,
+    tiles: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    threshold: float,
+    decoder: Decoder,
+    bounds: Bounds,
 ) -> Parity:
-    """Return the worse parity of the backend's two networks: for normalised pixels, and for bytes if it has one."""
-    models = _models(backend, (1, *tiles.shape[1:]))
+    """Return the worse parity of the backend's two networks: for normalised pixels, and for bytes if it has one.
+
+    Args:
+        backend: the backend.
+        tiles: (N, C, H, W) float32, normalised by ``bounds``.
+        expected: logits of the reference, (N, K, H, W).
+        threshold: probability above which a pixel is foreground.
+        decoder: decoder of the model.
+        bounds: bytes that are 0 and 1 in the tiles, for each channel.
+    """
+    models = _models(backend, (1, *tiles.shape[1:]), bounds)
     parities = [measure_parity(logits_of(model, tiles), expected, threshold, decoder) for model in models]
     return min(parities, key=lambda parity: (parity.within(limits_of(backend.precision)), -parity.flipped))
 
 
-def _models(backend: Backend, shape: Shape) -> Iterator[Callable[[NDArray[np.float32]], NDArray[np.float32]]]:
+def _models(
+    backend: Backend, shape: Shape, bounds: Bounds
+) -> Iterator[Callable[[NDArray[np.float32]], NDArray[np.float32]]]:
     """Yield the network for normalised pixels, and the network for bytes, adapted to take normalised pixels."""
     yield backend.compile(shape)
     if (of_bytes := backend.compile_bytes(shape)) is not None:
-        yield lambda tile: of_bytes(np.ascontiguousarray(np.moveaxis(_as_bytes(tile), 1, -1)), 0.0, 1 / 255)
+        low, scale = (np.array(numbers, np.float32) for numbers in (bounds.low, bounds.scale))
+        yield lambda tile: of_bytes(np.ascontiguousarray(np.moveaxis(_as_bytes(tile, bounds), 1, -1)), low, scale)
 
 
-def _timed_call(backend: Backend, shape: Shape, pixels: NDArray[np.uint8]) -> Callable[[], object]:
+def _timed_call(backend: Backend, shape: Shape, pixels: NDArray[np.uint8], bounds: Bounds) -> Callable[[], object]:
     """Return a call of the network on a batch of tiles that all show ``pixels`` (C, H, W), warmed up."""
     session = Session(compile_network(backend, shape, pixels.dtype))
     rows, columns = (np.tile(np.arange(side), (shape[0], 1)) for side in shape[2:])
-    session.fill(pixels, rows, columns, Bounds(0.0, 255.0))
+    session.fill(pixels, rows, columns, bounds)
     session.logits()
     repeat: Callable[[], object] | None = getattr(session.network.model, "repeat", None)
     if repeat is None:
@@ -196,18 +223,21 @@ def _timed_call(backend: Backend, shape: Shape, pixels: NDArray[np.uint8]) -> Ca
     return repeat  # a GPU's copies overlap its work in a run
 
 
-def _lay_out(shape: Shape, tiles: NDArray[np.float32]) -> NDArray[np.uint8]:
+def _lay_out(shape: Shape, tiles: NDArray[np.float32], bounds: Bounds) -> NDArray[np.uint8]:
     """Return pixels (C, H, W) for batches of ``shape``, filled with real tiles."""
     pixels = np.empty(shape[1:], np.uint8)
-    corners = [(y, x) for y in range(0, shape[2], TILE) for x in range(0, shape[3], TILE)]
+    side = tiles.shape[-1]
+    corners = [(y, x) for y in range(0, shape[2], side) for x in range(0, shape[3], side)]
     for number, (y, x) in enumerate(corners):
-        target = pixels[:, y : y + TILE, x : x + TILE]
-        target[...] = _as_bytes(tiles[number % len(tiles)])[:, : target.shape[1], : target.shape[2]]
+        target = pixels[:, y : y + side, x : x + side]
+        target[...] = _as_bytes(tiles[number % len(tiles)], bounds)[:, : target.shape[1], : target.shape[2]]
     return pixels
 
 
-def _as_bytes(tiles: NDArray[np.float32]) -> NDArray[np.uint8]:
-    return np.round(255 * tiles).astype(np.uint8)
+def _as_bytes(tiles: NDArray[np.float32], bounds: Bounds) -> NDArray[np.uint8]:
+    """The bytes that ``bounds`` make ``tiles`` (..., C, H, W) of."""
+    low, high = (np.array(ends, np.float32)[:, None, None] for ends in (bounds.low, bounds.high))
+    return np.clip(np.round(tiles * (high - low) + low), 0, 255).astype(np.uint8)
 
 
 def _race_elsewhere(request: Request, artefacts: Artefacts, folder: Path) -> None:

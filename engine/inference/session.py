@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from cellseg_batch.engine.inference.backends.protocol import Backend, Logits, Shape
 from cellseg_batch.engine.inference.normalise import Bounds
-from cellseg_batch.kernels.gather import cut, gather
+from cellseg_batch.kernels.gather import by_channel, cut, gather
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Session:
         else:
             self._batch = self._tiles = np.zeros(network.shape, np.float32)
         self._batch.fill(0)  # touch every page, so that a memory measurement from now on includes the batch
-        self._constants: tuple[float, ...] = ()
+        self._constants: tuple[NDArray[np.float32], ...] = ()
         self._logits: Logits | None = None
 
     def fill(self, pixels: NDArray[Any], rows: NDArray[np.int64], columns: NDArray[np.int64], bounds: Bounds) -> None:
@@ -74,9 +74,9 @@ class Session:
         tiles = self._tiles[: len(rows)]
         if self.network.takes_bytes:
             cut(pixels, rows, columns, tiles)
-            self._constants = bounds.low, bounds.scale
+            self._constants = by_channel(bounds.low, bounds.scale, tiles.shape[1])
         else:
-            gather(pixels, rows, columns, bounds.low, bounds.scale, tiles)
+            gather(pixels, rows, columns, bounds.low, bounds.scale, tiles, bounds.clip)
 
     def logits(self) -> Logits:
         """Return the logits (N, K, T_y, T_x) of the batch, valid until this session's next call."""

@@ -13,6 +13,8 @@ from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.trainer.card import ONNX, Card
 
+_ENOUGH_OBJECTS = 100
+
 
 @dataclass(frozen=True)
 class ModelCheck:
@@ -32,21 +34,15 @@ class ModelCheck:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know before the first run."""
-        card, notes = self.card, []
-        if self.footprint is not None and self.footprint.reason:
-            notes.append(
-                f"{self.footprint.reason}, so that tiled and untiled results differ; it runs with the margin of "
-                f"{card.margin} px, and verify-seams says what the seams cost"
-            )
-        if card.input.size.fixed:
-            notes.append(f"it takes tiles of {card.input.size.fixed} px alone, so that no margin is exact")
-        elif self.footprint is not None and self.footprint.exact_margin is not None:
+        card, notes = self.card, [*self.card.notes]
+        if self.footprint is not None and self.footprint.exact_margin is not None:
             if (card.exact_margin or 0) < self.footprint.exact_margin:
                 notes.append(f"it sees {self.footprint.exact_margin} px, more than its card says: {card.exact_margin}")
             if card.margin < self.footprint.exact_margin:
                 notes.append(f"margin {card.margin} px is below the exact margin of {self.footprint.exact_margin} px")
-        if card.input.normalisation.per_tile:
-            notes.append("it was trained on tiles normalised each for itself; it gets the slide's normalisation")
+        most = max((row.parity.objects for row in self.race_result.candidates if row.parity is not None), default=0)
+        if most < _ENOUGH_OBJECTS:
+            notes.append(f"it finds {most} objects in the gate's tiles, on which agreement of backends says little")
         return tuple(notes)
 
     def to_json(self) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def _describe(image: Slide | UnreadableImage, settings: Settings, card: Card) ->
 
 def _cut(slide: Slide, settings: Settings, card: Card) -> Cut:
     level = choose_level(slide, settings.level, settings.pixel_size, card.input.pixel_size_um)
-    channels = choose_channels(slide, settings.channel)
+    channels = choose_channels(slide, settings.channel, card.input.channels)
     lattice = lay_lattice(slide.plane_shape(level.level), settings, card)
     grid = lay_blocks(lattice, settings.block_side(), slide.planes(level.level))
     rows, columns = lattice.grid

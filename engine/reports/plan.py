@@ -215,7 +215,7 @@ def _lay(image: Slide | UnreadableImage, settings: Settings, card: Card) -> _Ima
     try:
         paths = output_paths(image, settings.name, settings.output)
         # The bounds decide no figure here, and sampling them would take long for many slides.
-        plan = plan_slide(image, paths, settings, card, Bounds(0.0, 1.0))
+        plan = plan_slide(image, paths, settings, card, Bounds((0.0,), (1.0,)))
     except SlideError as error:
         return _Image(SlideEstimate(image.location, error.detail))
     return _Image(_count(plan), (plan,))

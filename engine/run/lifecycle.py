@@ -144,7 +144,7 @@ def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str 
         unreached_pixels=figures.unreached,
         downscale=plan.downscale,
         channels=slide.channel_names(plan.channels.indices),
-        notes=figures.notes,
+        notes=figures.notes + plan.notes,
     )
 
 
@@ -357,9 +357,11 @@ def _lacks_scratch(plan: SlidePlan, passes: tuple[Pass, ...], journal: Journal) 
 def _block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
     """Bytes of host memory that a block of a slide holds at most."""
     channels = measured_channels(plan.slide) if plan.objects else plan.channels.indices
+    read = max(channels) - min(channels) + 1
+    held = read if read == len(channels) else read + len(channels)  # others between them are read, and left out
     stars = 0 if plan.stars is None else star_memory(plan.grid, plan.stars, plan.threshold, on_gpu)
     return stars + block_memory(
-        plan.slide, plan.level.level, len(channels), plan.grid, plan.needs_probability, on_gpu, plan.frame
+        plan.slide, plan.level.level, held, plan.grid, plan.needs_probability, on_gpu, plan.frame
     )
 
 

@@ -50,6 +50,7 @@ class SlidePlan:
         stars: rule by which logits become stars; None for a mask, or if instances grow.
         output_grid: px between two points of the network's output.
         objects: whether to measure the instances.
+        notes: remarks on the model for the user.
     """
 
     slide: Slide
@@ -69,6 +70,7 @@ class SlidePlan:
     stars: StarRule | None = None
     output_grid: int = 1
     objects: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def pixels(self) -> int:
@@ -206,7 +208,7 @@ def choose_input(slide: Slide, settings: Settings, card: Card) -> tuple[LevelCho
         SlideError: the slide has no such level or channel, or has channels that the model cannot take.
     """
     level = choose_level(slide, settings.level, settings.pixel_size, card.input.pixel_size_um)
-    channels = choose_channels(slide, settings.channel)
+    channels = choose_channels(slide, settings.channel, card.input.channels)
     if len(channels.indices) not in (1, card.input.count):
         raise SlideError(
             slide.location,
@@ -273,4 +275,5 @@ def plan_slide(slide: Slide, paths: OutputPaths, settings: Settings, card: Card,
         stars=StarRule(card.stardist, len(card.decoded) - 1, card.grid) if settings.makes_ids and makes_stars else None,
         output_grid=card.grid,
         objects=settings.objects,
+        notes=card.notes,
     )

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from cellseg_batch.engine.errors import SlideError
 from cellseg_batch.engine.slides.slide import Slide
 
+# Role of the channels of a model of pictures in colour, which takes grey ones too.
+LIGHT = ("rgb",)
 # Usual names of the channel of a stain that binds to DNA.
 _NUCLEAR = re.compile(r"dapi|hoechst|\bdna\b|_dna|dna_", re.IGNORECASE)
 
@@ -24,7 +26,7 @@ class LevelChoice:
 
 @dataclass(frozen=True)
 class ChannelChoice:
-    """Indices of one (grey) or three (RGB) channels and the reason in words for the user."""
+    """Indices of one (grey), three (RGB) or any (stains) channels and the reason in words for the user."""
 
     indices: tuple[int, ...]
     reason: str
@@ -65,17 +67,23 @@ def choose_level(slide: Slide, level: int | None, pixel_size: float | None, mode
     return LevelChoice(nearest, known[nearest], f"nearest to the model's {model_um:g} µm/px")
 
 
-def choose_channels(slide: Slide, channel: int | str | None) -> ChannelChoice:
+def choose_channels(slide: Slide, channel: int | str | None, roles: tuple[str, ...] = LIGHT) -> ChannelChoice:
     """Choose the channels: the user's, else RGB if the image says so, else the DNA stain by name, else the first.
+
+    A model of named stains gets one channel for each: the user's (``nuclei=DAPI,membrane=1``), else the one with the
+    stain's name; for ``nuclei`` also the DNA stain.
 
     Args:
         slide: the image.
+        roles: roles of the model's channels; ``rgb`` and ``grey`` are no stains.
         channel: index or name of the user's channel; None if the user named none. A text of digits is a name if there
             is such a name, else an index.
 
     Raises:
         SlideError: the slide has no such channel, or several.
     """
+    if not set(roles) <= {*LIGHT, "grey"}:
+        return _choose_stains(slide, channel, roles)
     if channel is not None:
         return ChannelChoice((_find_channel(slide, channel),), "asked for")
     count = slide.extent("c", 0)
@@ -85,6 +93,45 @@ def choose_channels(slide: Slide, channel: int | str | None) -> ChannelChoice:
         if _NUCLEAR.search(name):
             return ChannelChoice((index,), f"named {name}")
     return ChannelChoice((0,), "the only channel" if count == 1 else "the first channel; no name says DNA")
+
+
+def _choose_stains(slide: Slide, channel: int | str | None, roles: tuple[str, ...]) -> ChannelChoice:
+    """Choose one channel for each role, as `choose_channels`."""
+    text = "" if channel is None else str(channel)
+    if len(roles) == 1 and text and not text.startswith(f"{roles[0]}="):
+        text = f"{roles[0]}={text}"
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    asked = {role.strip(): name.strip() for role, _, name in pairs}
+    unknown = [role for role in asked if role not in roles or not asked[role]]
+    if unknown or len(asked) < len(pairs):
+        raise _unclear(slide, roles, f"`channel={text}`")
+    found = {role: _find_channel(slide, name) for role, name in asked.items()}
+    for role in roles:
+        if role not in found:
+            found[role] = _find_stain(slide, role, roles)
+    reason = ", ".join(f"{role} {slide.channel_names([found[role]])[0]}" for role in roles)
+    return ChannelChoice(tuple(found[role] for role in roles), reason)
+
+
+def _find_stain(slide: Slide, role: str, roles: tuple[str, ...]) -> int:
+    """Index of the only channel whose name says that it shows ``role``."""
+    names = slide.channels[: slide.extent("c", 0)]
+    exact = [index for index, name in enumerate(names) if name.lower() == role.lower()]
+    nuclear = [index for index, name in enumerate(names) if role == "nuclei" and _NUCLEAR.search(name)]
+    fitting = exact or nuclear
+    if len(fitting) != 1:
+        raise _unclear(slide, roles, f"{len(fitting)} channels of that name among {', '.join(names) or 'no names'}")
+    return fitting[0]
+
+
+def _unclear(slide: Slide, roles: tuple[str, ...], found: str) -> SlideError:
+    example = ",".join(f"{role}={index}" for index, role in enumerate(roles))
+    return SlideError(
+        slide.location,
+        expected=f"a channel for each of {', '.join(roles)}",
+        found=found,
+        remedy=f"say which, by names or indices: `channel={example}`",
+    )
 
 
 def _find_channel(slide: Slide, channel: int | str) -> int:

@@ -76,8 +76,9 @@ class SlideReader:
     def _decode(self, plane: int, box: Box) -> NDArray[Any]:
         axes = self.slide.axes
         rows, columns = box.shifted(self.slide.levels[self.level].origin).slices()
-        # Neighbouring channels are read as a slice, because not every store can read a list of indices.
-        channels = slice(self.channels[0], self.channels[-1] + 1)
+        # Channels are read as a slice, because not every store can read a list of indices.
+        first = min(self.channels)
+        channels = slice(first, max(self.channels) + 1)
         index = {"y": rows, "x": columns, "c": channels}
         # A plane is a slice of length 1, because zarrs cannot index by a number.
         index |= {axis: slice(number, number + 1) for axis, number in self.slide.plane_index(self.level, plane).items()}
@@ -92,7 +93,9 @@ class SlideReader:
         pixels = _computable(pixels).reshape([pixels.shape[axes.index(axis)] for axis in image_axes])
         if "c" not in image_axes:
             return pixels.transpose([image_axes.index(axis) for axis in "yx"])[None]
-        return pixels.transpose([image_axes.index(axis) for axis in "cyx"])
+        pixels = pixels.transpose([image_axes.index(axis) for axis in "cyx"])
+        wanted = [channel - first for channel in self.channels]
+        return pixels if wanted == list(range(len(pixels))) else pixels[wanted]
 
 
 def _computable(pixels: NDArray[Any]) -> NDArray[Any]:

@@ -61,6 +61,11 @@ def test_gather_equals_its_reference(dtype, channels, interleaved, tiles, seed):
     np.testing.assert_array_equal(out, expected)
     assert out.min() >= 0
     assert out.max() <= 1
+    lows, scales = rng.normal(10, 10, 3), rng.choice([0.0, 0.013], 3)
+    for clip in (True, False):
+        gather(pixels, rows, columns, lows, scales, out, clip)
+        gather_reference.gather(pixels, rows, columns, lows, scales, expected, clip)
+        np.testing.assert_array_equal(out, expected)
 
 
 def test_gather_cuts_the_pixels_that_it_is_told_to():
@@ -303,10 +308,10 @@ def test_gather_in_triton_equals_its_reference(dtype, precision, channels, inter
     rows, columns = rng.integers(0, 23, (2, 9)), rng.integers(0, 31, (2, int(rng.integers(1, 200))))
     expected = np.full((2, 3, 9, columns.shape[1]), -1, np.float32)
     out = torch.from_numpy(expected).to(precision)
-    low, scale = float(rng.normal(10, 10)), float(rng.choice([0.0, 0.013]))
+    low, scale, clip = rng.normal(10, 10, 3), rng.choice([0.0, 0.013], 3), bool(rng.integers(2))
     with np.errstate(all="ignore"):
-        gather_triton.gather(torch.from_numpy(pixels), rows, columns, low, scale, out)
-    gather_reference.gather(pixels, rows, columns, low, scale, expected)
+        gather_triton.gather(torch.from_numpy(pixels), rows, columns, low, scale, out, clip)
+    gather_reference.gather(pixels, rows, columns, low, scale, expected, clip)
     assert torch.equal(out, torch.from_numpy(expected).to(precision))
 
 

@@ -142,10 +142,10 @@ class FakeGpus:
         for work in graph.work:
             self.local.stream.enqueue(work)
 
-    def gather(self, pixels, rows, columns, low, scale, out):
+    def gather(self, pixels, rows, columns, low, scale, out, clip=True):
         def work():
             tiles = np.empty(out.shape, np.float32)
-            gather_reference.gather(pixels.numpy(), rows, columns, low, scale, tiles)
+            gather_reference.gather(pixels.numpy(), rows, columns, low, scale, tiles, clip)
             out.copy_(torch.from_numpy(tiles))
 
         self.launch(work, pixels, out)

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from cellseg_batch.engine.backend_table import KNOWN_PRECISIONS, Limits
 from cellseg_batch.engine.inference.backends.protocol import Logits
 from cellseg_batch.engine.inference.decoders import Decoder
-from cellseg_batch.trainer.card import Card
+from cellseg_batch.trainer.card import Card, Normalisation
 
 TILE = 512
+# Of the bytes of the gate tiles.
+_MEAN, _DEVIATION = 60.0, 85.0
 
 
 def limits_of(precision: str) -> Limits:
@@ -87,8 +89,25 @@ def tiles_for(purpose: str, card: Card) -> NDArray[np.float32]:
     if side > whole:
         tiles = np.pad(tiles, ((0, 0), (0, 0), (0, side - whole), (0, side - whole)), mode="reflect")
     starts = range(0, tiles.shape[-1] - side + 1, side)
-    parts = [tiles[..., y : y + side, x : x + side] for y in starts for x in starts]
-    return np.ascontiguousarray(np.concatenate(parts))
+    tiles = np.concatenate([tiles[..., y : y + side, x : x + side] for y in starts for x in starts])
+    low, high = byte_bounds(card.input.normalisation, card.input.count)
+    zero, span = low[:, None, None] / np.float32(255), (high - low)[:, None, None] / np.float32(255)
+    return np.ascontiguousarray((tiles - zero) / span)
+
+
+def byte_bounds(rule: Normalisation, channels: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the bytes that become 0 and 1 in `tiles_for`, (C,) float32 each.
+
+    The tiles stand for slides of any depth and contrast, so only a rule that does not clip has bytes of its own in
+    mind; the mean and the deviation that ``zscore`` takes are about those of the tiles.
+    """
+    pairs = list(zip(rule.low, rule.high, strict=True))
+    if rule.kind == "zscore":
+        pairs = [(_MEAN, _MEAN + _DEVIATION)]
+    elif rule.clip or rule.kind == "percentile":
+        pairs = [(0.0, 255.0)]
+    low, high = np.array(pairs, np.float32).T
+    return np.broadcast_to(low, channels), np.broadcast_to(high, channels)
 
 
 def logits_of(model: Callable[[NDArray[np.float32]], Logits], tiles: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -27,6 +27,7 @@ from cellseg_batch.engine.inference.backends.protocol import (
     ByteModel,
     CompiledModel,
     Logits,
+    Numbers,
     Shape,
 )
 from cellseg_batch.engine.inference.backends.torch_turn import TORCH_TURN
@@ -72,6 +73,7 @@ class OpenVinoBackend:
 
     def __init__(self, bundle: Bundle, precision: str, threads: int, artefacts: Artefacts) -> None:
         self.precision = precision
+        self._clip = bundle.card.input.normalisation.clip
         self._core = openvino.Core()
         self._options = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision] if _HINTS[precision] in _native() else "f32",
@@ -88,7 +90,7 @@ class OpenVinoBackend:
 
     def compile_bytes(self, shape: Shape) -> ByteModel:
         """Compile for one batch shape; the logits are the same bit for bit as `compile`'s (`test_session.py`)."""
-        return self._ready(_normalising(self._reshaped(shape)))
+        return self._ready(_normalising(self._reshaped(shape), self._clip))
 
     def _reshaped(self, shape: Shape) -> Any:
         model = self._model.clone()
@@ -106,27 +108,26 @@ class _Compiled:
         self._request = network.create_infer_request()
         self._logits_shape = tuple(network.output(0).shape)
 
-    def __call__(
-        self, batch: NDArray[Any], low: float = 0.0, scale: float | None = None, *, out: Logits | None = None
-    ) -> Logits:
+    def __call__(self, batch: NDArray[Any], *constants: Numbers, out: Logits | None = None) -> Logits:
         logits = np.empty(self._logits_shape, np.float32) if out is None else out
         self._request.set_input_tensor(0, openvino.Tensor(batch, shared_memory=True))
-        for number, value in enumerate(() if scale is None else (low, scale), start=1):
-            self._request.set_input_tensor(number, openvino.Tensor(np.array([value], np.float32)))
+        for number, values in enumerate(constants, start=1):
+            self._request.set_input_tensor(number, openvino.Tensor(values))
         self._request.set_output_tensor(0, openvino.Tensor(logits, shared_memory=True))
         self._request.infer()
         return logits
 
 
-def _normalising(model: Any) -> Any:
+def _normalising(model: Any, clip: bool) -> Any:
     """Replace the input of normalised pixels (N, C, H, W) by three inputs: bytes (N, H, W, C), low and scale."""
     (pixels,) = model.get_parameters()
     count, channels, height, width = pixels.get_output_partial_shape(0)
     # Channels last is the convolutions' own layout; for any other, the plugin would keep a second copy of the batch.
     raw = op.parameter(openvino.PartialShape([count, height, width, channels]), np.uint8, name="raw")
     # Bounds are inputs instead of constants, so that slides of one shape share one compiled network.
-    low, scale = op.parameter([1], np.float32, name="low"), op.parameter([1], np.float32, name="scale")
-    normalised = op.clamp(op.multiply(op.subtract(op.convert(raw, "f32"), low), scale), 0.0, 1.0)
+    low, scale = (op.parameter(openvino.PartialShape([channels]), np.float32, name=name) for name in ("low", "scale"))
+    normalised = op.multiply(op.subtract(op.convert(raw, "f32"), low), scale)
+    normalised = op.clamp(normalised, 0.0, 1.0) if clip else normalised
     for target in pixels.output(0).get_target_inputs():
         target.replace_source_output(op.transpose(normalised, [0, 3, 1, 2]).output(0))
     model.remove_parameter(pixels)

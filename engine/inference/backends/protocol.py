@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, int, int, int]
 Logits = NDArray[np.float32]
+Numbers = NDArray[np.float32]
 
 # Version of the conversion to OpenVINO. It is part of the cache keys of networks and races: raise it with every change
 # to folding, equalising, rounding or quantising.
@@ -40,8 +41,13 @@ class CompiledModel(Protocol):
 class ByteModel(Protocol):
     """A network ready to run at one batch shape; it takes bytes and normalises them itself."""
 
-    def __call__(self, batch: NDArray[np.uint8], low: float, scale: float, /, *, out: Logits | None = None) -> Logits:
-        """Return logits of ``clip((batch - low) * scale, 0, 1)`` for pixels (N, H, W, C) uint8; see `CompiledModel`."""
+    def __call__(
+        self, batch: NDArray[np.uint8], low: Numbers, scale: Numbers, /, *, out: Logits | None = None
+    ) -> Logits:
+        """Return logits of pixels (N, H, W, C) uint8, which become ``(batch - low) * scale``, clipped as the card says.
+
+        Low and scale are (C,) float32; see `CompiledModel` for the rest.
+        """
         ...
 
 

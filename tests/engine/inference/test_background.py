@@ -52,8 +52,8 @@ def test_what_cannot_be_judged_is_not_flat():
 
 
 def test_fixed_bounds_say_nothing_of_a_slides_contrast():
-    assert flat_limit(Bounds(10.0, 110.0), Normalisation()) == pytest.approx(100 * FLAT)
-    assert flat_limit(Bounds(10.0, 110.0), Normalisation("fixed", (10.0,), (110.0,))) == 0
+    assert flat_limit(Bounds((10.0,), (110.0,)), Normalisation()) == pytest.approx(100 * FLAT)
+    assert flat_limit(Bounds((10.0,), (110.0,)), Normalisation("fixed", (10.0,), (110.0,))) == 0
 
 
 @pytest.mark.parametrize("base", [0.0, 0.5, 0.98])

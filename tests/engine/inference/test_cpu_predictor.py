@@ -27,7 +27,7 @@ def run_blocks(image, lattice, block, batch, reach, stitch="crop"):
     """The mask of a whole image, block by block."""
     mask = np.full(image.shape[1:], 9, np.uint8)
     shape = (batch, 3, *lattice.tile)
-    rule = PredictionRule(lattice, shape, "uint8", Bounds(0.0, 255.0), 0.51, stitch=stitch)
+    rule = PredictionRule(lattice, shape, "uint8", Bounds((0.0,), (255.0,)), 0.51, stitch=stitch)
     predictor = predictor_of(Alone(Filter(reach)), rule)
     for part in lay_blocks(lattice, block, ring=stitch == "blend"):
         pixels = image[(slice(None), *part.read_box.slices())]
@@ -88,7 +88,9 @@ def test_a_blend_fades_from_tile_to_tile_around_the_edge_of_their_cores():
     thresholds = []
     for level in range(1, 32):
         threshold = 1 / (1 + np.exp(-(1 + (level - 0.5) / 32)))
-        rule = PredictionRule(lattice, (1, 1, *lattice.tile), "uint8", Bounds(0.0, 255.0), threshold, stitch="blend")
+        rule = PredictionRule(
+            lattice, (1, 1, *lattice.tile), "uint8", Bounds((0.0,), (255.0,)), threshold, stitch="blend"
+        )
         (block,) = lay_blocks(lattice, 999, ring=1)
         mask = predictor_of(Alone(Constant()), rule).predict(np.zeros((1, 48, 96), np.uint8), block).mask
         np.testing.assert_array_equal(mask, np.broadcast_to(mask[0], mask.shape))
@@ -102,7 +104,7 @@ def test_a_block_without_tiles_is_background_and_its_nan_are_counted():
     (block,) = lay_blocks(lattice, 999)
     pixels = np.ones((1, 40, 50), np.float32)
     pixels[0, 3, :7] = np.nan
-    rule = PredictionRule(lattice, (1, 1, *lattice.tile), "float32", Bounds(0.0, 1.0), 0.5, probability=True)
+    rule = PredictionRule(lattice, (1, 1, *lattice.tile), "float32", Bounds((0.0,), (1.0,)), 0.5, probability=True)
     result = predictor_of(Alone(Constant()), rule).predict(pixels, replace(block, tiles=()))
     assert (result.foreground, result.missing) == (0, 7)
     assert result.mask.shape == result.probability.shape == (40, 50)
@@ -126,7 +128,7 @@ def test_exact_margin_makes_a_real_network_seamless(tiny_bundle, height, width, 
     backend = TorchBackend(tiny_bundle, "fp32", threads=1)
     image = np.random.default_rng(width).integers(0, 256, (3, height, width), dtype=np.uint8)
     shape = (1, 3, *lattice.tile)
-    rule = PredictionRule(lattice, shape, image.dtype, Bounds(0, 255), 0.5)
+    rule = PredictionRule(lattice, shape, image.dtype, Bounds((0,), (255,)), 0.5)
     session = Session(compile_network(backend, shape, image.dtype))
     grid = lay_blocks(lattice, 10**6)
     margin, (rows, columns) = card.exact_margin, lattice.grid
@@ -166,7 +168,7 @@ def test_candidates_and_probability_of_a_grid_do_not_depend_on_tiles(height, wid
         lattice,
         (batch, 1, *lattice.tile),
         "uint8",
-        Bounds(0.0, 255.0),
+        Bounds((0.0,), (255.0,)),
         0.5,
         probability=True,
         decoder=DECODERS["stardist"],

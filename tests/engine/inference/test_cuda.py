@@ -73,11 +73,14 @@ def test_without_a_gpu_the_reason_is_given(monkeypatch):
 
 
 def test_candidates_are_those_of_the_device_that_was_asked_for():
-    everything = candidates("auto", "auto")
-    on_cpu, on_gpu = candidates("auto", "auto", "cpu"), candidates("auto", "auto", "cuda:1")
+    everything = candidates("safetensors", "auto", "auto")
+    on_cpu, on_gpu = (
+        candidates("safetensors", "auto", "auto", "cpu"),
+        candidates("safetensors", "auto", "auto", "cuda:1"),
+    )
     assert {name for name, _ in on_gpu} == {"torch-cuda", "torch-compile", "tensorrt"}
     assert sorted(on_cpu + on_gpu) == sorted(everything)
-    assert candidates("openvino", "auto", "cuda:0") == []
+    assert candidates("safetensors", "openvino", "auto", "cuda:0") == []
 
 
 @pytest.mark.parametrize(

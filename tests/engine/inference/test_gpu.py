@@ -85,7 +85,7 @@ def segment(queue, lattice, image, block, stitch="crop", at_once=1):
     from cellseg_batch.engine.inference.gpu_predictor import GpuPredictor
 
     rule = PredictionRule(
-        lattice, (1, 3, *lattice.tile), image.dtype, Bounds(0.0, 255.0), 0.5, probability=True, stitch=stitch
+        lattice, (1, 3, *lattice.tile), image.dtype, Bounds((0.0,), (255.0,)), 0.5, probability=True, stitch=stitch
     )
     predictor = GpuPredictor(lambda: nullcontext(queue), rule, StageClock())
     mask, counted = np.full(image.shape[1:], 9, np.uint8), []

@@ -37,7 +37,7 @@ with pytest.MonkeyPatch.context() as environment:
     from cellseg_batch.engine.inference.gpu_predictor import GpuPredictor
 
 LATTICE = fit_lattice((100, 120), 56, 8, 8)
-BOUNDS = Bounds(10.0, 240.0)
+BOUNDS = Bounds((10.0,), (240.0,))
 
 
 @pytest.fixture(autouse=True)

@@ -298,3 +298,70 @@ def test_a_graph_that_changed_after_its_import_is_refused(files, imported):
         stream.write(b"\0")
     with pytest.raises(ModelError, match="damaged, or of another model"):
         load_model(str(folder))
+
+
+STAINS = """
+[input]
+channels = ["nuclei", "membrane"]
+normalisation = {kind = "KIND", joint = false}
+[output]
+decoder = "mask"
+"""
+
+
+@pytest.fixture
+def two_stains(tmp_path):
+    """A file whose logit is the first channel less the second."""
+    nodes = [helper.make_node("Conv", ["x", "w"], ["y"])]
+    weights = {"w": np.array([1, -1], np.float32).reshape(1, 2, 1, 1)}
+    return write_graph(tmp_path / "stains.onnx", nodes, ("n", 2, "h", "w"), ("n", 1, "h", "w"), weights)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("kind", ["zscore", "percentile"])
+def test_stains_are_chosen_by_role_and_normalised_each_for_itself(
+    two_stains, imported, segment, tmp_path, dtype, backend, kind
+):
+    folder = imported(two_stains, STAINS.replace("KIND", kind))
+    pixels = (blobs(180, 200, 5) * np.array([1, 0.2, 1, 0.7, 1])[:, None, None]).astype(dtype)
+    pixels[1] += 40
+    names = [{"label": name} for name in ("a", "membrane", "b", "DAPI", "c")]
+    path = write_ome_zarr(tmp_path / "a.zarr", pixels, channels=names)
+    report = segment(path, model=str(folder), backend=backend, tile=64, gate=False)
+    assert report.slides[0].channels == ("DAPI", "membrane"), report.slides[0].reason
+    chosen = pixels[[3, 1]].astype(np.float32)
+    if kind == "zscore":
+        low, span = chosen.mean((1, 2)), chosen.std((1, 2))
+        normalised = (chosen - low[:, None, None]) / span[:, None, None]
+    else:
+        low, high = np.percentile(chosen, (0.1, 99.9), axis=(1, 2))
+        normalised = np.clip((chosen - low[:, None, None]) / (high - low)[:, None, None], 0, 1)
+    logits = normalised[0] - normalised[1]
+    differ = labels_of(report) != (logits > 0)
+    assert np.abs(logits[differ]).max(initial=0) < 1e-5
+    named = segment(path, model=str(folder), backend=backend, tile=64, gate=False, name="b", channel="membrane=1")
+    np.testing.assert_array_equal(labels_of(named), labels_of(report))
+    swapped = segment(path, model=str(folder), backend=backend, tile=64, name="c", channel="nuclei=1,membrane=DAPI")
+    assert swapped.slides[0].channels == ("membrane", "DAPI")
+
+
+@pytest.mark.parametrize("asked", ["DAPI", "nuclei=0", "nuclei=0,cells=1", "nuclei=0,nuclei=1", None])
+def test_a_stain_that_nobody_names_is_asked_for(two_stains, imported, segment, tmp_path, asked):
+    folder = imported(two_stains, STAINS.replace("KIND", "percentile"))
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(80, 80, 2), channels=[{"label": "DAPI"}, {"label": "actin"}])
+    report = segment(path, model=str(folder), backend="onnxruntime", tile=64, channel=asked)
+    assert report.slides[0].status == "failed"
+    assert "`channel=nuclei=0,membrane=1`" in report.slides[0].reason
+
+
+def test_values_of_the_card_are_neither_sampled_nor_clipped(two_stains, imported, segment, tmp_path):
+    card = STAINS.replace('kind = "KIND"', 'kind = "linear", low = [10, 20], high = [30, 70], per_tile = true')
+    folder = imported(two_stains, card)
+    pixels = blobs(100, 130, 2)
+    path = write_ome_zarr(tmp_path / "a.zarr", pixels)
+    report = segment(path, model=str(folder), backend="onnxruntime", tile=64, channel="nuclei=0,membrane=1")
+    logits = (pixels[0] - np.float32(10)) / 20 - (pixels[1] - np.float32(20)) / 50
+    differ = labels_of(report) != (logits > 0)
+    assert np.abs(logits[differ]).max(initial=0) < 1e-5
+    assert any("normalised each for itself" in note for note in report.slides[0].notes)

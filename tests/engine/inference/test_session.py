@@ -45,7 +45,7 @@ def test_bytes_and_normalised_pixels_give_the_same_bits(tiny_bundle, precision, 
     assert not of_floats.network.takes_bytes
     for channels in (1, 3):
         pixels = blobs(70, 90, channels)
-        for bounds in (Bounds(0.0, 255.0), Bounds(17.3, 101.9), Bounds(40.0, 40.0)):
+        for bounds in (Bounds((0.0,), (255.0,)), Bounds((17.3,), (101.9,)), Bounds((40.0,), (40.0,))):
             logits = logits_of(of_bytes, pixels, bounds)
             np.testing.assert_array_equal(logits, logits_of(of_floats, pixels, bounds))
             assert logits.std() > 0
@@ -54,7 +54,7 @@ def test_bytes_and_normalised_pixels_give_the_same_bits(tiny_bundle, precision, 
 def test_a_library_that_wants_normalised_pixels_gets_them(tiny_bundle):
     backend = make_backend(tiny_bundle, "torch", "fp32", 1, Artefacts())
     assert backend.compile_bytes((2, 3, 64, 64)) is None
-    pixels, bounds = blobs(70, 90), Bounds(10.0, 200.0)
+    pixels, bounds = blobs(70, 90), Bounds((10.0,), (200.0,))
     shape = (2, 3, 64, 64)
     floats = [logits_of(session_of(backend, shape, dtype), pixels.astype(dtype), bounds) for dtype in ("u1", "u2")]
     np.testing.assert_array_equal(*floats)
@@ -64,7 +64,7 @@ def test_a_library_that_wants_normalised_pixels_gets_them(tiny_bundle):
 def test_sessions_on_one_network_have_batches_and_logits_of_their_own(tiny_bundle, library):
     network = compile_network(make_backend(tiny_bundle, library, "fp32", 1, Artefacts()), (2, 3, 64, 64), "uint8")
     first, second = Session(network), Session(network)
-    image, other, bounds = blobs(70, 90), 255 - blobs(70, 90), Bounds(0.0, 255.0)
+    image, other, bounds = blobs(70, 90), 255 - blobs(70, 90), Bounds((0.0,), (255.0,))
     expected = logits_of(first, image, bounds)
     assert (logits_of(first, other, bounds) != expected).any()
     fill(first, image, bounds)

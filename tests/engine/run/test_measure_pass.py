@@ -44,7 +44,7 @@ def measured(tmp_path, tiny_bundle):
         fill_ome_zarr(group, path, labels, axes=axes.replace("c", ""), levels=1)
         group.attrs["cellseg-batch-output"] = {"model": "tiny"}
         settings = Settings(tile=96, block=block, level=0)
-        plan = plan_slide(slide, paths, settings, tiny_bundle.card, Bounds(0, 255))
+        plan = plan_slide(slide, paths, settings, tiny_bundle.card, Bounds((0,), (255,)))
         records = []
         probability = Scratch(paths.journal, "probability", "uint8", frame=0)
         probability.create()

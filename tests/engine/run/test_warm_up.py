@@ -34,7 +34,7 @@ def test_a_slide_whose_network_is_there_waits_for_no_other(tmp_path, tiny_bundle
 
     def compile_for(name, dtype):
         (slide,) = find_images(write_ome_zarr(tmp_path / name, blobs(64, 64).astype(dtype), levels=1))
-        plan = plan_slide(slide, output_paths(slide, "cellseg", None), settings, tiny_bundle.card, Bounds(0, 255))
+        plan = plan_slide(slide, output_paths(slide, "cellseg", None), settings, tiny_bundle.card, Bounds((0,), (255,)))
         with SlideReader(slide, 0, plan.channels.indices) as reader:
             warm_up.compile_for(plan, pool.chosen, reader)
 

@@ -16,6 +16,7 @@ from cellseg_batch.engine.inference.backends import openvino_cpu, registry
 from cellseg_batch.engine.inference.backends.gate import count_matches, limits_of, logits_of, measure_parity, real_tiles
 from cellseg_batch.engine.inference.backends.registry import candidates, make_backend, why_not
 from cellseg_batch.engine.inference.decoders import DECODERS
+from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.race import worst_parity
 from cellseg_batch.engine.inference.race_result import Candidate, RaceResult, Request
 from cellseg_batch.engine.models import build_torch_network, load_model, shipped_models
@@ -25,7 +26,7 @@ from cellseg_batch.trainer.card import plain_output
 from cellseg_batch.trainer.unet import build_network
 from tests.support.networks import trained
 
-EVERY = [name for name in candidates("auto", "auto") if not why_not(*name)]
+EVERY = [name for name in candidates("safetensors", "auto", "auto") if not why_not(*name)]
 STRICT = limits_of("fp32")
 MODEL = DECODERS["seeds"]
 FLOATS = [name for name in EVERY if name[1] in ("fp32", "bf16")]
@@ -92,6 +93,10 @@ def test_a_tiles_result_does_not_depend_on_its_batch(tiny_bundle, name, precisio
     single = backend.compile((1, *tiles.shape[1:]))
     for tile, expected in zip(tiles, together, strict=True):
         np.testing.assert_allclose(single(tile[None])[0], expected, atol=1e-5)
+
+
+# Bytes that are 0 and 1 in the gate tiles.
+BYTES = Bounds((0.0,) * 3, (255.0,) * 3)
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +169,10 @@ def test_a_single_nan_is_refused_and_named():
 def test_the_gate_looks_at_both_ways_into_a_network(shipped):
     bundle, tiles, expected = shipped
     backend = make(bundle, "openvino", "fp32")
-    assert worst_parity(backend, tiles[:2], expected[:2], 0.5, MODEL).within(STRICT)
+    assert worst_parity(backend, tiles[:2], expected[:2], 0.5, MODEL, BYTES).within(STRICT)
     right = backend.compile_bytes((1, *tiles.shape[1:]))
     backend.compile_bytes = lambda shape: lambda batch, low, scale: right(255 - batch, low, scale)
-    assert not worst_parity(backend, tiles[:2], expected[:2], 0.5, MODEL).within(STRICT)
+    assert not worst_parity(backend, tiles[:2], expected[:2], 0.5, MODEL, BYTES).within(STRICT)
 
 
 def test_the_gate_notices_lost_objects_that_hardly_cost_a_pixel():
