@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.draw import polygon
 
@@ -33,6 +33,7 @@ def decide(stars, threshold, states=None, exposed=None):
     return suppress(stars, states, np.zeros(count, bool) if exposed is None else exposed, threshold)
 
 
+@settings(max_examples=25)
 @given(
     seeds_of_generators,
     st.integers(0, 40),

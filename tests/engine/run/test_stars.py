@@ -89,15 +89,10 @@ def as_stars(y, x, logits, rays):
 
 
 def line(length, along):
-    """A chain of discs, each of which overlaps the next, whose ranks fall along it."""
-    steps = np.arange(0, length, 8)
+    """A chain of discs, each of which overlaps the next, whose ranks fall along it, against the order of blocks."""
+    steps = np.arange(0, length, 8)[::-1]
     across = np.full(len(steps), 40)
-    y, x = {
-        "right": (across, steps),
-        "left": (across, steps[::-1]),
-        "down": (steps, across),
-        "up": (steps[::-1], across),
-    }[along]
+    y, x = (across, steps) if along == "left" else (steps, across)
     return as_stars(y, x, np.arange(len(steps), 0, -1), np.full((len(steps), RAYS), 10.0))
 
 
@@ -178,9 +173,9 @@ def test_blocks_and_workers_give_greedy_suppression_over_the_whole_slide(segment
         np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("along", ["right", "left", "down", "up"])
+@pytest.mark.parametrize("along", ["left", "up"])
 def test_a_chain_across_many_blocks_is_decided_from_its_first_star(segment_known, watcher, along):
-    shape = (80, 400) if along in ("right", "left") else (400, 80)
+    shape = (80, 400) if along == "left" else (400, 80)
     stars = line(400, along)
     labels, slide = segment_known(shape, stars, block=32)
     assert len(watcher.plans[0].grid) >= 12
@@ -370,7 +365,7 @@ def test_a_run_that_is_killed_in_any_pass_goes_on_to_the_same_bits(tmp_path, mod
     journal = Journal(folder)
     passes = {
         "blocks": lambda: journal.numbers("blocks"),
-        "merge": lambda: list(folder.glob("scratch/survivors/*/*.npy")),
+        "merge": lambda: list(folder.glob("scratch/survivors/*/*.stars")),
         "instances": lambda: journal.numbers("instances"),
     }
     for name, done in passes.items():
