@@ -85,7 +85,7 @@ def measure(folder: Path, side: int, block: int) -> dict[str, Any]:
     """Decide, merge and draw, with the seconds of each and the most memory that they took."""
     grid, rule = grid_of(side, block), StarRule(StarDist(), _RAYS, _GRID)
     given, scratch, survivors = (StarScratch(folder, name, _RAYS) for name in ("candidates", "stars", "survivors"))
-    compile_kernels("uint8", probability=False, blend=False, instances=False, stars=True, objects=False)
+    compile_kernels("uint8", probability=False, blend=False, classes=False, instances=False, stars=True, objects=False)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds, standing = {"decide": 0.0}, 0
     for part in grid:

@@ -63,6 +63,27 @@ def stitch_probability(logits: NDArray[np.float32], places: NDArray[np.int64], o
     fastest(__name__).stitch_probability(logits, places, out)
 
 
+def stitch_classes(
+    logits: NDArray[np.float32], places: NDArray[np.int64], threshold: float, out: NDArray[np.uint8]
+) -> tuple[int, int]:
+    """Write the number of the likeliest class of every pixel of every tile's core into ``out``, 0 for background.
+
+    A pixel belongs to a class if the largest logit of a class exceeds the background's by more than ``threshold``; of
+    equal ones the first counts.
+
+    Args:
+        logits: (N, 1 + classes, T_y, T_x) float32 of a batch; logit 0 is the background.
+        places: as `stitch_mask`.
+        threshold: see `logit_threshold`; 0 takes the largest of all logits.
+        out: (H, W) uint8.
+
+    Returns:
+        (pixels of some class, pixels with a NaN logit); the latter are background.
+    """
+    foreground, missing = fastest(__name__).stitch_classes(logits, places, np.float32(threshold), out)
+    return int(foreground), int(missing)
+
+
 def blend_mask(
     logits: NDArray[np.float32], grid: TileGrid, threshold: float, out: NDArray[np.uint8]
 ) -> tuple[int, int]:

@@ -46,6 +46,29 @@ def stitch_probability(logits: Logits, places: NDArray[np.int64], out: Bytes) ->
 
 
 @jit
+def stitch_classes(logits: Logits, places: NDArray[np.int64], threshold: np.float32, out: Bytes) -> tuple[int, int]:
+    """Write the classes; arguments as `cellseg_batch.kernels.stitch.stitch_classes`."""
+    foreground = 0
+    missing = 0
+    for tile in range(len(places)):
+        from_y, from_x, to_y, to_x, height, width = places[tile]
+        for y in range(height):
+            rows = logits[tile, :, from_y + y, from_x : from_x + width]
+            for x in range(width):
+                best, number = rows[1, x], 1
+                undefined = rows[0, x] != rows[0, x] or best != best
+                for one in range(2, len(rows)):
+                    undefined |= rows[one, x] != rows[one, x]
+                    if rows[one, x] > best:
+                        best, number = rows[one, x], one
+                inside = not undefined and best - rows[0, x] > threshold
+                out[to_y + y, to_x + x] = number if inside else 0
+                foreground += inside
+                missing += undefined
+    return foreground, missing
+
+
+@jit
 def _add_tiles(logits: Logits, grid: TileGrid, tile_row: int, y: int, weight: np.float32, row: Logits) -> None:
     """Add line ``y`` of a row of tiles to the window's ``row``, from left to right."""
     width = logits.shape[3]

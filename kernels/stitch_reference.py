@@ -30,6 +30,19 @@ def stitch_mask(logits: Logits, places: NDArray[np.int64], threshold: float, out
     return foreground, missing
 
 
+def stitch_classes(logits: Logits, places: NDArray[np.int64], threshold: float, out: Bytes) -> tuple[int, int]:
+    """Write the classes; arguments as `cellseg_batch.kernels.stitch.stitch_classes`."""
+    foreground = missing = 0
+    for tile, (from_y, from_x, to_y, to_x, height, width) in enumerate(places):
+        background, *classes = logits[tile, :, from_y : from_y + height, from_x : from_x + width]
+        with np.errstate(invalid="ignore"):  # NaN, or infinity minus infinity
+            inside = np.max(classes, axis=0) - background > np.float32(threshold)
+        out[to_y : to_y + height, to_x : to_x + width] = np.where(inside, 1 + np.argmax(classes, axis=0), 0)
+        foreground += int(np.count_nonzero(inside))
+        missing += int(np.count_nonzero(np.isnan([background, *classes]).any(axis=0)))
+    return foreground, missing
+
+
 def stitch_probability(logits: Logits, places: NDArray[np.int64], out: Bytes) -> None:
     """Write the probability; arguments as `cellseg_batch.kernels.stitch.stitch_probability`."""
     for tile, (from_y, from_x, to_y, to_x, height, width) in enumerate(places):

@@ -118,6 +118,29 @@ def stitch_probability(logits: torch.Tensor, places: NDArray[np.int64], out: tor
     _crop(logits, places, 0.0, out, PROBABILITY)
 
 
+def stitch_classes(
+    logits: torch.Tensor, places: NDArray[np.int64], threshold: float, out: torch.Tensor
+) -> torch.Tensor:
+    """Write the number of each pixel's likeliest class; `cellseg_batch.kernels.stitch.stitch_classes`, `stitch_mask`.
+
+    Each class is compared in turn, in torch: a batch has few tiles, and every value is read once.
+    """
+    check_tensors(logits, out)
+    check_places(places, tuple(logits.shape), tuple(out.shape))
+    counts = torch.zeros(2, dtype=torch.int64, device=out.device)
+    for tile, (from_y, from_x, to_y, to_x, height, width) in enumerate(places.tolist()):
+        core = logits[tile, :, from_y : from_y + height, from_x : from_x + width].float()
+        best, number = core[1], torch.ones_like(core[1])
+        for one in range(2, len(core)):
+            better = core[one] > best
+            best, number = torch.where(better, core[one], best), torch.where(better, one, number)
+        undefined = core.isnan().any(0)
+        inside = (best - core[0] > threshold) & ~undefined
+        out[to_y : to_y + height, to_x : to_x + width] = torch.where(inside, number, 0).to(torch.uint8)
+        counts += torch.stack((inside.sum(), undefined.sum()))
+    return counts
+
+
 def _crop(
     logits: torch.Tensor, places: NDArray[np.int64], threshold: float, out: torch.Tensor, form: tl.constexpr
 ) -> torch.Tensor:

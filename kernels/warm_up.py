@@ -13,14 +13,21 @@ from cellseg_batch.kernels.instances import grow, label_seeds, reach, renumber
 from cellseg_batch.kernels.moments import HALO, measure
 from cellseg_batch.kernels.quality import survey
 from cellseg_batch.kernels.stardist import OPEN, Stars, draw, suppress
-from cellseg_batch.kernels.stitch import blend_mask, stitch_probability
+from cellseg_batch.kernels.stitch import blend_mask, stitch_classes, stitch_probability
 from cellseg_batch.kernels.tiling import TileGrid
 
 _SIDE = 8
 
 
 def compile_kernels(
-    dtype: DTypeLike, *, probability: bool, blend: bool, instances: bool, stars: bool, objects: bool
+    dtype: DTypeLike,
+    *,
+    probability: bool,
+    blend: bool,
+    classes: bool,
+    instances: bool,
+    stars: bool,
+    objects: bool,
 ) -> None:
     """Compile the kernels of a run; a plain mask of uint8 pixels needs none, so Numba is not imported for it.
 
@@ -28,6 +35,7 @@ def compile_kernels(
         dtype: dtype of the pixels as they are read, in native byte order.
         probability: whether the run makes the probability.
         blend: whether the run blends tiles.
+        classes: whether the run tells classes of pixels apart.
         instances: whether the run grows instances.
         stars: whether the run makes stars.
         objects: whether the run measures objects.
@@ -38,6 +46,8 @@ def compile_kernels(
         stitch_probability(_logits(), np.zeros((1, 6), np.int64), np.zeros((_SIDE, _SIDE), np.uint8))
     if blend:
         blend_mask(_logits(), TileGrid(1, 1, 2, 1, 1, 2, 2), 0.0, np.zeros((2, 2), np.uint8))
+    if classes:
+        stitch_classes(np.zeros((1, 2, 2, 2), np.float32), np.zeros((1, 6), np.int64), 0.0, np.zeros((2, 2), np.uint8))
     if instances:
         _number_and_grow()
     if stars:

@@ -19,10 +19,13 @@ SAFETENSORS, ONNX = FORMATS = ("safetensors", "onnx")
 LAYOUTS = ("NCHW", "NHWC")
 KINDS = ("percentile", "zscore", "fixed", "linear")
 ACTIVATIONS = ("none", "sigmoid", "softmax")
-# Decoder -> meaning of the outputs that it takes, in its order.
+# Output beside those of the classes; a graph that gives each class a probability of its own has none.
+BACKGROUND = "background"
+# Decoder -> meaning of the outputs that it takes, in its order; classes takes those of the card's classes too.
 DECODER_OUTPUTS: dict[str, tuple[str, ...]] = {
     "mask": ("foreground",),
     "seeds": ("foreground", "border", "distance"),
+    "classes": (BACKGROUND,),
     "stardist": ("probability", "rays"),
 }
 # An output of this meaning stands for "ray 1", "ray 2" and so on, as many as a network has.
@@ -267,6 +270,19 @@ class StarDist:
 
 
 @dataclass(frozen=True)
+class ClassName:
+    """A class of pixels; its number is its place in the card, counted from 1.
+
+    Attributes:
+        name: its name.
+        colour: red, green and blue, 0 to 255, for viewers.
+    """
+
+    name: str
+    colour: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
 class Card:
     """What a bundle says about its model.
 
@@ -275,9 +291,9 @@ class Card:
         input: what the network takes.
         output: what it gives.
         decoder: how logits become masks and instances, a name in `DECODER_OUTPUTS`: ``mask`` makes an object of every
-            component of the foreground, ``seeds`` tells touching objects apart by border and distance, ``stardist``
-            takes the probability of an object and the rays of its polygon, in px, the first along x and the next
-            towards y.
+            component of the foreground, ``seeds`` tells touching objects apart by border and distance, ``classes``
+            gives every pixel the number of its likeliest class, ``stardist`` takes the probability of an object and the
+            rays of its polygon, in px, the first along x and the next towards y.
         total_stride: px; tiles, cores and margins are multiples of it.
         exact_margin: px of context beyond which nothing changes a pixel's logits; None for a network that sees the
             whole tile, or whose reach is unknown.
@@ -288,6 +304,7 @@ class Card:
             that image; see `cellseg_batch.trainer.scale`. Empty: always the image as it is.
         instances: how logits become instances, by growth.
         stardist: how they do as star-convex polygons.
+        classes: the classes of the decoder ``classes``, without background.
         licence: licence of the weights; "" if unknown.
         citation: what to cite; "" if unknown.
         training: data, recipe.
@@ -309,6 +326,7 @@ class Card:
     downscale: dict[str, float] = field(default_factory=dict)
     instances: Instances = field(default_factory=Instances)
     stardist: StarDist = field(default_factory=StarDist)
+    classes: tuple[ClassName, ...] = ()
     licence: str = ""
     citation: str = ""
     training: dict[str, Any] = field(default_factory=dict)
@@ -353,12 +371,18 @@ class Card:
         _demand_one_of("decoder", self.decoder, tuple(DECODER_OUTPUTS))
         expected, found = self.decoded, self.output.channels
         # A graph may give more, in any order; a network of ours gives what its decoder takes.
-        if found != expected if self.format == SAFETENSORS else not set(expected) <= set(found):
+        if found != expected if self.format == SAFETENSORS else not set(expected) - {BACKGROUND} <= set(found):
             raise ValueError(
                 f"outputs: expected {', '.join(expected)} for the decoder {self.decoder}, found {', '.join(found)}"
             )
         if RAYS in DECODER_OUTPUTS[self.decoder] and len(expected) < 4:
             raise ValueError(f"outputs: expected {RAY}1, {RAY}2, {RAY}3 at least, found {', '.join(found)}")
+        names = [one.name for one in self.classes]
+        if bool(names) != (self.decoder == "classes") or len({BACKGROUND, *names}) <= len(names) or len(names) > 255:
+            raise ValueError(
+                "classes: the decoder classes, and no other, takes 1 to 255 names of classes without background, "
+                f"found {names} for {self.decoder}"
+            )
         if self.margin < self.output.crop:
             raise ValueError(
                 f"margin: expected at least the output's crop of {self.output.crop} px, found {self.margin}"
@@ -379,7 +403,7 @@ class Card:
     @property
     def decoded(self) -> tuple[str, ...]:
         """Meaning of each output that the decoder takes, in its order."""
-        outputs = DECODER_OUTPUTS[self.decoder]
+        outputs = (*DECODER_OUTPUTS[self.decoder], *(one.name for one in self.classes))
         if RAYS not in outputs:
             return outputs
         return (*outputs[:-1], *(channel for channel in self.output.channels if channel.startswith(RAY)))

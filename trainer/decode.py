@@ -60,9 +60,17 @@ def _grown_seeds(
     return labels
 
 
+def _components_of_classes(
+    probability: NDArray[np.float32], threshold: float, rule: Instances, downscale: int
+) -> NDArray[np.int32]:
+    """Every connected component of what is likelier some class than background is an instance."""
+    return _number_seeds(probability[1:].max(axis=0) > probability[0], rule.smallest_seed * downscale**2)
+
+
 DECODERS: dict[str, Callable[[NDArray[np.float32], float, Instances, int], NDArray[np.int32]]] = {
     "mask": _components,
     "seeds": _grown_seeds,
+    "classes": _components_of_classes,
 }
 """Name in a card -> function that decodes instances from probabilities (K, H, W); arguments as `decode_instances`."""
 

@@ -84,6 +84,7 @@ def print_report(report: RunReport, console: Console) -> None:
         ("busy seconds", stages),
         ("objects", _objects(report.slides)),
         ("foreground", _foreground(report.slides)),
+        ("classes", _classes(report.slides)),
         ("peak memory", _memory(report)),
         ("labels", _labels(report.slides)),
         *(("plate", _plate(plate)) for plate in report.plates),
@@ -119,6 +120,13 @@ def _rate(report: RunReport) -> str:
 def _foreground(slides: list[SlideReport]) -> str:
     shares = [slide.foreground_fraction for slide in slides if slide.foreground_fraction is not None]
     return f"{100 * sum(shares) / len(shares):.1f} % (mean over images)" if shares else ""
+
+
+def _classes(slides: list[SlideReport]) -> str:
+    shares = [slide.classes for slide in slides if slide.classes]
+    names = shares[0] if shares else {}
+    means = (f"{name} {100 * sum(share[name] for share in shares) / len(shares):.1f} %" for name in names)
+    return ", ".join(means) + (" (mean over images)" if shares else "")
 
 
 def _memory(report: RunReport) -> str:

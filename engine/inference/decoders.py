@@ -14,10 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.objects.seeds import InstanceRule
-from cellseg_batch.engine.slides.pixel_meaning import MASK, PixelMeaning
+from cellseg_batch.engine.slides.pixel_meaning import CLASSES, MASK, PixelMeaning
 from cellseg_batch.kernels.instances import seed_rule
 from cellseg_batch.kernels.stitch import logit_threshold, sigmoid
 from cellseg_batch.trainer.bundle import Bundle
+from cellseg_batch.trainer.card import BACKGROUND, Card
+
+_OPACITY = 160
 
 PixelWriter = Callable[[Any, Any, Any], Any]
 """Function that writes pixels: (logits, places or grid, out) -> (foreground pixels, NaN logits).
@@ -35,24 +38,26 @@ class Decoder(ABC):
     Attributes:
         name: value of `Card.decoder`.
         mask_outputs: outputs that a mask needs, in the network's order.
-        mask_meaning: meaning of the pixels of a mask.
         makes_stars: whether its instances are stars; others grow from pixel codes.
     """
 
     name: ClassVar[str]
     mask_outputs: ClassVar[tuple[str, ...]] = ("foreground",)
-    mask_meaning: ClassVar[PixelMeaning] = MASK
     makes_stars: ClassVar[bool] = False
 
     def network(self, bundle: Bundle, *, instances: bool) -> Bundle:
         """Return the model with the outputs that instances need, which are all, or with those that a mask needs."""
         return bundle if instances else bundle.with_outputs(self.mask_outputs)
 
+    def mask_meaning(self, card: Card) -> PixelMeaning:
+        """Return the meaning of the pixels of a mask of a card's model."""
+        return MASK
+
     def probability(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return the probability (N, H, W) of logits (N, K, H, W), to compare results."""
         return sigmoid(logits[:, 0])
 
-    def mask(self, logits: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]:
+    def mask(self, logits: NDArray[np.float32], threshold: float) -> NDArray[Any]:
         """Return the mask (N, H, W) of logits (N, K, H, W): where the probability is above ``threshold``.
 
         Gate and `verify-seams` compare two masks for equality; the working scale measures what is not 0.
@@ -130,5 +135,56 @@ class StarDist(Decoder):
         raise NotImplementedError
 
 
-DECODERS: dict[str, Decoder] = {decoder.name: decoder for decoder in (Mask(), Seeds(), StarDist())}
+class Classes(Decoder):
+    """Gives every pixel the number of its likeliest class; instances are the components of all classes together.
+
+    A pixel's logit is that of its likeliest class less that of the background.
+    """
+
+    name: ClassVar[str] = "classes"
+    mask_outputs: ClassVar[tuple[str, ...]] = (BACKGROUND,)
+
+    def network(self, bundle: Bundle, *, instances: bool) -> Bundle:
+        """See `Decoder.network`; a mask needs all outputs."""
+        return bundle
+
+    def mask_meaning(self, card: Card) -> PixelMeaning:
+        """See `Decoder.mask_meaning`."""
+        numbered = list(enumerate(card.classes, start=1))
+        colours = tuple((number, (*one.colour, _OPACITY)) for number, one in numbered)
+        names = tuple((number, one.name) for number, one in numbered)
+        return PixelMeaning(CLASSES, "uint8", is_label=True, colours=colours, names=names)
+
+    def probability(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
+        """See `Decoder.probability`."""
+        return sigmoid(_over_background(logits)[:, 0])
+
+    def mask(self, logits: NDArray[np.float32], threshold: float) -> NDArray[Any]:
+        """Return the classes (N, H, W) of logits (N, K, H, W)."""
+        inside = _over_background(logits)[:, 0] > logit_threshold(threshold)
+        return np.where(inside, 1 + logits[:, 1:].argmax(axis=1), 0).astype(np.uint8)
+
+    def mask_writer(self, stitch: str, threshold: float, kernels: Any) -> PixelWriter:
+        """See `Decoder.mask_writer`; only for crop."""
+        limit = logit_threshold(threshold)
+        return lambda logits, places, out: kernels.stitch_classes(logits, places, limit, out)
+
+    def probability_writer(self, stitch: str, kernels: Any) -> PixelWriter:
+        """See `Decoder.probability_writer`; only for crop."""
+        return lambda logits, places, out: kernels.stitch_probability(_over_background(logits), places, out)
+
+    def code_writer(self, rule: InstanceRule, threshold: float, kernels: Any) -> PixelWriter:
+        """See `Decoder.code_writer`."""
+        limit = logit_threshold(threshold)
+        return lambda logits, places, out: kernels.classify_foreground(_over_background(logits), places, limit, out)
+
+
+def _over_background(logits: Any) -> Any:
+    """Logits (N, 1, H, W) of the likeliest class, less those of the background; an array, or a tensor on a GPU."""
+    classes, background = logits[:, 1:], logits[:, :1]
+    best = classes.max(axis=1, keepdims=True) if isinstance(logits, np.ndarray) else classes.amax(1, keepdim=True)
+    return best - background
+
+
+DECODERS: dict[str, Decoder] = {decoder.name: decoder for decoder in (Mask(), Seeds(), Classes(), StarDist())}
 """Name in a card -> decoder."""

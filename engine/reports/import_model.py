@@ -5,6 +5,7 @@ What a graph shows is read from it; the rest is said by a ``card.toml``, and wha
 
 from __future__ import annotations
 
+import colorsys
 import math
 import tempfile
 import tomllib
@@ -29,6 +30,7 @@ from cellseg_batch.trainer.card import (
     RAY,
     RAYS,
     Card,
+    ClassName,
     Input,
     Instances,
     Normalisation,
@@ -50,6 +52,7 @@ _EXAMPLES = {
     "input.normalisation": 'normalisation = {kind = "linear", low = 0, high = 255}  # or percentile, zscore, fixed',
     "output.decoder": 'decoder = "mask"  # ' + " or ".join(DECODER_OUTPUTS),
     "output.channels": 'channels = ["background", "foreground"]  # the meaning of each channel, in order',
+    "output.classes": 'classes = ["tumour", "stroma"]  # names without background',
     "input.layout": 'layout = "NCHW"  # or "NHWC"',
     "input.size": "size = {min = 128, step = 16}  # sides in px that it takes",
     "output.margin": "margin = 64  # px of context cut from each side of a tile",
@@ -99,6 +102,7 @@ class OutputDraft:
         tensors: the tensors to take, if the graph gives several.
         margin: default margin in px.
         threshold: probability above which a pixel is foreground.
+        classes: names of the classes, without background.
     """
 
     decoder: str = ""
@@ -107,6 +111,7 @@ class OutputDraft:
     tensors: tuple[TensorDraft, ...] = ()
     margin: int | None = None
     threshold: float = 0.5
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -179,11 +184,13 @@ def _bundle_of(source: Path, path: Path, graph: GraphFile, draft: CardDraft) -> 
         raise _missing(source, "input.normalisation", "none in the file")
     if not draft.output.decoder:
         raise _missing(source, "output.decoder", f"outputs {', '.join(_words(port) for port in graph.outputs)}")
+    if draft.output.decoder == "classes" and not draft.output.classes:
+        raise _missing(source, "output.classes", "none")
     try:
         taken = _input_of(source, graph.input, draft.input)
         output = Output(_tensors_of(source, graph, draft.output, taken.layout))
         card = Card(draft.name, taken, output, draft.output.decoder, total_stride=1, exact_margin=None, margin=0)
-        card = replace(card, format=ONNX, threshold=draft.output.threshold)
+        card = replace(card, format=ONNX, threshold=draft.output.threshold, classes=_coloured(draft.output.classes))
         card = replace(card, instances=draft.instances, stardist=draft.stardist)
         card.check()
         card = _measured(source, path, replace(card, licence=draft.licence, citation=draft.citation), draft)
@@ -196,6 +203,13 @@ def _bundle_of(source: Path, path: Path, graph: GraphFile, draft: CardDraft) -> 
             remedy="correct the card.toml",
         ) from error
     return Bundle(card, graph=path)
+
+
+def _coloured(names: tuple[str, ...]) -> tuple[ClassName, ...]:
+    """Classes in colours of evenly spread hues."""
+    hues = (colorsys.hsv_to_rgb(number / len(names), 0.75, 1.0) for number in range(len(names)))
+    colours = [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in hues]
+    return tuple(ClassName(name, colour) for name, colour in zip(names, colours, strict=True))
 
 
 def _missing(source: Path, name: str, found: str) -> ModelError:
@@ -272,8 +286,11 @@ def _tensors_of(source: Path, graph: GraphFile, draft: OutputDraft, layout: str)
     if draft.tensors:
         drafts = draft.tensors
     elif len(ports) == 1:
-        channels = draft.channels or DECODER_OUTPUTS.get(draft.decoder, ())
-        drafts = (TensorDraft(next(iter(ports)), channels, draft.activation),)
+        (port,) = ports.values()
+        usual = (*DECODER_OUTPUTS.get(draft.decoder, ()), *draft.classes)
+        without_background = draft.classes and port.shape[LAYOUTS.index(layout) * 2 + 1] == len(draft.classes)
+        channels = draft.channels or (draft.classes if without_background else usual)
+        drafts = (TensorDraft(port.name, channels, draft.activation),)
     else:
         raise ValueError(
             f"output: the graph gives {', '.join(ports)}; say which to take: "

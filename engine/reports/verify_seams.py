@@ -133,16 +133,17 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
         backend = model_pool.downscaled(model_pool.chosen, factor)
         plan = lay_tiles(plan, settings, bundle, factor, backend.name)
         card = bundle.downscaled(factor).card
+        outputs = len(decoder.network(bundle, instances=False).outputs)
         windows = seam_windows(plan, full, most)
         tiled_logits = _LogitsOf(plan, backend, reader)
-        compared = [_compare(window, plan, card, backend, reader, tiled_logits) for window in windows]
+        compared = [_compare(window, plan, card, backend, reader, tiled_logits, outputs) for window in windows]
     masks = [[decoder.mask(logits, plan.threshold)[0] for logits in pair] for pair in compared]
     differences = (np.abs(decoder.probability(tiled) - decoder.probability(untiled)) for tiled, untiled in compared)
     return SeamReport(
         windows=len(windows),
         pixels=sum(window.area for window in windows),
         max_dp=max(float(difference.max()) for difference in differences),
-        flipped=sum(int(np.count_nonzero(tiled ^ untiled)) for tiled, untiled in masks),
+        flipped=sum(int(np.count_nonzero(tiled != untiled)) for tiled, untiled in masks),
         objects_tiled=sum(_count_objects(tiled) for tiled, _ in masks),
         objects_untiled=sum(_count_objects(untiled) for _, untiled in masks),
         backend=backend.name,
@@ -154,10 +155,16 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
 
 
 def _compare(
-    window: Box, plan: SlidePlan, card: Card, backend: Backend, reader: SlideReader, tiled_logits: _LogitsOf
+    window: Box,
+    plan: SlidePlan,
+    card: Card,
+    backend: Backend,
+    reader: SlideReader,
+    tiled_logits: _LogitsOf,
+    outputs: int,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Logits (1, K, h, w) of the outputs that a mask needs, in ``window``, tiled and untiled."""
-    shape = (1, len(DECODERS[plan.decoder].mask_outputs), *window.shape)
+    shape = (1, outputs, *window.shape)
     tiled, untiled = np.empty(shape, np.float32), np.empty(shape, np.float32)
     for tile in _tiles_over(plan.grid.lattice, window):
         tiled_logits.put(tile, window, tiled)
@@ -217,5 +224,5 @@ def _around(centre: int, length: int) -> tuple[int, int]:
     return start, min(start + _WINDOW, length)
 
 
-def _count_objects(mask: NDArray[np.bool_]) -> int:
+def _count_objects(mask: NDArray[Any]) -> int:
     return int(ndimage.label(mask)[1])

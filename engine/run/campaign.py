@@ -19,7 +19,6 @@ from uuid import uuid4
 from cellseg_batch.engine.errors import CellsegError, OutputError, SlideError, brief
 from cellseg_batch.engine.inference.backends.registry import preloaded_modules
 from cellseg_batch.engine.inference.choice import Choice, choose_backend, settings_elsewhere
-from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.machine import peak_resident_bytes
 from cellseg_batch.engine.models import load_model
@@ -256,7 +255,7 @@ class Campaign:
 
     def _segment(self, slide: Slide, number: int) -> Workflow[SlideReport]:
         """Segment one slide, holding the lock of its output unless it was finished before."""
-        paths = claim_outputs(slide, self.settings, DECODERS[self.card.decoder])
+        paths = claim_outputs(slide, self.settings, self.card)
         request = Request(slide, paths)
         if Journal(paths.journal).is_finished and not self.settings.overwrite:
             report = yield from ask(partial(report_if_finished, self.worker), request)

@@ -20,7 +20,6 @@ from itertools import chain
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.inference.backends.protocol import Backend
-from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.inference.normalise import settle_bounds
 from cellseg_batch.engine.run.completeness import demand_complete
@@ -141,6 +140,10 @@ def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str 
         missing_pixels=figures.missing,
         skipped_tiles=figures.skipped_tiles,
         objects=figures.objects,
+        classes={
+            name: pixels / plan.pixels
+            for (_, name), pixels in zip(plan.outputs[0].meaning.names, figures.classes, strict=True)
+        },
         unreached_pixels=figures.unreached,
         downscale=plan.downscale,
         channels=slide.channel_names(plan.channels.indices),
@@ -155,7 +158,7 @@ def _manifest_to_continue(worker: Worker, request: Request, journal: Journal) ->
         OutputError: an image without a journal has the name of an output image, or a finished slide lacks an image.
     """
     settings = worker.settings
-    outputs = output_images(request.paths, settings, DECODERS[worker.model_pool.bundle.card.decoder])
+    outputs = output_images(request.paths, settings, worker.model_pool.bundle.card)
     present = [output.folder for output in outputs if output.folder.exists()]
     if settings.overwrite or not present:
         return None

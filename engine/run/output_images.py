@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cellseg_batch.engine.inference.decoders import Decoder
+from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.run.output_paths import OutputPaths, output_paths
 from cellseg_batch.engine.run.places import claim
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.pixel_meaning import INSTANCES, PROBABILITY, PixelMeaning
 from cellseg_batch.engine.slides.slide import Slide
+from cellseg_batch.trainer.card import Card
 
 LABELS = "labels"
 
@@ -39,7 +40,7 @@ class OutputImage:
         return self.store / self.path
 
 
-def claim_outputs(slide: Slide, settings: Settings, decoder: Decoder) -> OutputPaths:
+def claim_outputs(slide: Slide, settings: Settings, card: Card) -> OutputPaths:
     """The paths of a slide's output, in a place that belongs to the slide from now on.
 
     Raises:
@@ -47,20 +48,20 @@ def claim_outputs(slide: Slide, settings: Settings, decoder: Decoder) -> OutputP
     """
     while True:
         paths = output_paths(slide, settings.name, settings.output)
-        outputs = output_images(paths, settings, decoder)
+        outputs = output_images(paths, settings, card)
         if paths.companion not in {output.store for output in outputs} or claim(paths.place):
             return paths
 
 
-def output_images(paths: OutputPaths, settings: Settings, decoder: Decoder) -> tuple[OutputImage, ...]:
+def output_images(paths: OutputPaths, settings: Settings, card: Card) -> tuple[OutputImage, ...]:
     """List the images that a run writes for a slide, the labels first.
 
     Args:
         paths: paths of the slide's output.
         settings: settings of the run.
-        decoder: decoder of the model.
+        card: card of the model.
     """
-    labels = INSTANCES if settings.makes_ids else decoder.mask_meaning
+    labels = INSTANCES if settings.makes_ids else DECODERS[card.decoder].mask_meaning(card)
     images = [OutputImage(LABELS, labels, paths.store, paths.labels, paths.source)]
     if settings.probability:
         images.append(OutputImage("probability", PROBABILITY, paths.companion, paths.in_companion("probability")))

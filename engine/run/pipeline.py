@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.inference.background import without_background
-from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.prediction import BlockResult, core_of, count_infinite
 from cellseg_batch.engine.run.input_state import pixels_state
 from cellseg_batch.engine.run.instance_passes import grow_block, keep_seeds, merge_blocks, tabulate
@@ -33,7 +34,7 @@ from cellseg_batch.engine.run.records import (
 )
 from cellseg_batch.engine.run.slide_plan import SlidePlan
 from cellseg_batch.engine.run.star_passes import keep_stars, merge_block_stars
-from cellseg_batch.engine.slides.pixel_meaning import PROBABILITY
+from cellseg_batch.engine.slides.pixel_meaning import CLASSES, MASK, PROBABILITY
 from cellseg_batch.engine.storage.journal import Journal
 
 # Rough shares of a slide's time, for the progress that the user sees; nothing else depends on them.
@@ -94,15 +95,22 @@ def segment_block(slide: OpenSlide, number: int) -> BlockRecord:
         missing=result.missing,
         skipped_tiles=len(block.tiles) - len(foreground_block.tiles),
         infinite=count_infinite(pixels, block),
+        classes=_count_classes(slide.plan, result),
         input_pixels=pixels_state(core_of(pixels, block)),
     )
 
 
+def _count_classes(plan: SlidePlan, result: BlockResult) -> tuple[int, ...]:
+    """Pixels of each class; () for labels that are none."""
+    count = len(plan.outputs[0].meaning.names)
+    return tuple(np.bincount(result.mask.ravel(), minlength=count + 1)[1:].tolist()) if count else ()
+
+
 def _write_outputs(slide: OpenSlide, block: Block, result: BlockResult) -> None:
     """Write the output images that come from a block's prediction alone; instances come from a later pass."""
-    made = {DECODERS[slide.plan.decoder].mask_meaning: result.mask, PROBABILITY: result.probability}
+    made = {MASK.name: result.mask, CLASSES: result.mask, PROBABILITY.name: result.probability}
     for output in slide.plan.outputs:
-        pixels = made.get(output.meaning)
+        pixels = made.get(output.meaning.name)
         if pixels is not None:
             slide.images[output.name].write(0, block.plane, block.box, pixels)
 
@@ -118,12 +126,14 @@ def build_shard(level: int, slide: OpenSlide, number: int) -> LevelRecord:
 def totals(plan: SlidePlan, journal: Journal) -> FinishedRecord:
     """Add up the figures of all records of a finished slide."""
     foreground = missing = skipped_tiles = infinite = 0
+    classes = [0] * len(plan.outputs[0].meaning.names)
     for _, block in journal.records(BLOCKS, TaskRecord[BlockRecord]):
         foreground += block.result.foreground
         missing += block.result.missing
         skipped_tiles += block.result.skipped_tiles
         infinite += block.result.infinite
-    figures = FinishedRecord(foreground, missing, skipped_tiles, infinite=infinite)
+        classes = [sum(counts) for counts in zip(classes, block.result.classes, strict=True)]
+    figures = FinishedRecord(foreground, missing, skipped_tiles, infinite=infinite, classes=tuple(classes))
     if not plan.makes_ids:
         return figures
     ((_, merge),) = journal.records(MERGE, TaskRecord[MergeRecord])

@@ -215,6 +215,7 @@ class BlockRecord:
         skipped_tiles: number of flat tiles, which are not computed.
         infinite: number of pixels in the input that are infinite in float32.
         input_pixels: `pixels_state` of the input.
+        classes: number of pixels of each class; () for labels that are none.
     """
 
     seeds: SeedRecord | None
@@ -223,6 +224,7 @@ class BlockRecord:
     skipped_tiles: Count = 0
     infinite: Count = 0
     input_pixels: Count = 0
+    classes: tuple[Count, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,7 @@ class FinishedRecord:
         unreached: number of foreground pixels that belong to no object.
         infinite: number of pixels in the input that are infinite in float32.
         cut_rays: number of objects with a ray that was cut to the longest one allowed.
+        classes: number of pixels of each class; () for labels that are none.
     """
 
     foreground: Count = 0
@@ -304,6 +307,7 @@ class FinishedRecord:
     unreached: Count = 0
     infinite: Count = 0
     cut_rays: Count = 0
+    classes: tuple[Count, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:

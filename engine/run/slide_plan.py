@@ -252,6 +252,13 @@ def plan_slide(slide: Slide, paths: OutputPaths, settings: Settings, card: Card,
             found="a margin of 0 px",
             remedy=f"use `margin={card.total_stride}` or more, or `stitch=crop`",
         )
+    if settings.stitch == "blend" and card.decoder == "classes":
+        raise UsageError(
+            "`stitch=blend`",
+            expected="a model of one foreground",
+            found=f"the classes of {card.name}",
+            remedy="use `stitch=crop`",
+        )
     lattice = lay_lattice(slide.plane_shape(level.level), settings, card)
     planes = slide.planes(level.level)
     # Blending a tile takes the logits of its neighbours, flat ones too.
@@ -268,7 +275,7 @@ def plan_slide(slide: Slide, paths: OutputPaths, settings: Settings, card: Card,
         threshold=settings.threshold if settings.threshold is not None else card.threshold,
         shape=(settings.batch, card.input.count, *lattice.tile),
         decoder=card.decoder,
-        outputs=output_images(paths, settings, DECODERS[card.decoder]),
+        outputs=output_images(paths, settings, card),
         stitch=settings.stitch,
         flat=flat,
         instances=InstanceRule(card.instances) if settings.makes_ids and not makes_stars else None,

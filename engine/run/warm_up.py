@@ -64,6 +64,7 @@ class WarmUp:
                         pixels.dtype,
                         probability=plan.needs_probability,
                         blend=plan.stitch == "blend",
+                        classes=plan.decoder == "classes",
                         instances=plan.instances is not None,
                         stars=plan.stars is not None,
                         objects=plan.objects,

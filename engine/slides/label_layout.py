@@ -138,4 +138,8 @@ def image_metadata(layout: Layout, name: str, source: str | None, meaning: Pixel
     for colour in dumped.get("image-label", {}).get("colors", ()):
         # The specification asks for a number, but readers expect an integer.
         colour["label-value"] = int(colour["label-value"])
+    if meaning.names:
+        # Properties may have any keys beside the value, which the models of yaozarrs would drop.
+        named = [{"label-value": value, "class": name} for value, name in meaning.names]
+        dumped["image-label"]["properties"] = named
     return {"ome": dumped} if layout.zarr_format == 3 else dumped

@@ -16,15 +16,19 @@ class PixelMeaning:
         dtype: numpy name of their type.
         is_label: whether the image is listed among the labels of the segmented image; others are intensity images.
         colours: (value, RGBA) for viewers, which give every other value a colour of its own.
+        names: (value, name of the class).
     """
 
     name: str
     dtype: str
     is_label: bool
     colours: tuple[tuple[int, Colour], ...] = ()
+    names: tuple[tuple[int, str], ...] = ()
 
 
 MASK = PixelMeaning("mask", "uint8", is_label=True, colours=((1, (255, 64, 160, 160)),))
+# Name of the meaning of a label image of classes, whose names and colours are the model's.
+CLASSES = "classes"
 # Ids of objects; the merge widens the type if there are too many objects.
 INSTANCES = PixelMeaning("instances", "uint32", is_label=True)
 # 0 is a probability of 0, 255 of 1.

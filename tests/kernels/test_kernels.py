@@ -16,7 +16,7 @@ from cellseg_batch.kernels import gather_reference, instances_reference, stitch,
 from cellseg_batch.kernels._fastest import fastest
 from cellseg_batch.kernels.gather import cut, gather
 from cellseg_batch.kernels.instances import seed_rule
-from cellseg_batch.kernels.stitch import logit_threshold, stitch_mask, stitch_probability
+from cellseg_batch.kernels.stitch import logit_threshold, stitch_classes, stitch_mask, stitch_probability
 from cellseg_batch.kernels.tiling import TileGrid, check_places
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -107,6 +107,25 @@ def stitches(draw):
     logits[rng.random(logits.shape) < 0.01] = np.nan
     places = np.array([[margin, margin, y * core, x * core, core, core] for y in range(cores) for x in range(cores)])
     return logits, places, cores * core
+
+
+@given(stitches(), st.sampled_from([0.5, 0.03, 0.9]), st.integers(1, 4), st.booleans())
+def test_classes_equal_their_reference(case, probability, classes, on_device):
+    logits, places, side = case
+    rng = np.random.default_rng(side)
+    more = np.round(rng.normal(0, 2, (len(logits), classes, *logits.shape[2:]))).astype(np.float32)  # many are equal
+    more[rng.random(more.shape) < 0.01] = rng.choice([np.nan, np.inf, -np.inf])
+    logits = np.concatenate([np.round(logits[:, :1]), more], axis=1)
+    labels, expected = np.full((2, side, side), 77, np.uint8)
+    threshold = logit_threshold(probability)
+    counts = stitch_reference.stitch_classes(logits, places, threshold, expected)
+    if on_device and HAS_TRITON:
+        found = stitch_triton.stitch_classes(torch.from_numpy(logits), places, threshold, torch.from_numpy(labels))
+        assert tuple(found.tolist()) == counts
+    else:
+        assert stitch_classes(logits, places, threshold, labels) == counts
+    np.testing.assert_array_equal(labels, expected)
+    assert counts[0] == np.count_nonzero(labels)
 
 
 @given(stitches(), st.sampled_from([0.5, 0.03, 0.9]))

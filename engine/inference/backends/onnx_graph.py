@@ -17,13 +17,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from cellseg_batch.trainer.bundle import Bundle
-from cellseg_batch.trainer.card import RAY, Tensor
+from cellseg_batch.trainer.card import BACKGROUND, RAY, Tensor
 
 # No name in a graph begins so.
 _OURS = "cellseg/"
 PIXELS, LOGITS = f"{_OURS}pixels", f"{_OURS}logits"
-# A channel of this meaning says that the channels of its tensor exclude each other: they are those of a softmax.
-_BACKGROUND = "background"
 # Probabilities are taken for at least this and at most 1 - this, so that their logits are finite.
 _SURE = 1e-6
 _TO_CHANNELS_LAST, _TO_CHANNELS_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
@@ -32,9 +30,9 @@ _TO_CHANNELS_LAST, _TO_CHANNELS_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 def plain_graph(bundle: Bundle) -> bytes:
     """Return the plain graph of a bundle, serialised.
 
+    A tensor with a channel for background is one of a softmax, whose logit is log(p / (1 - p)), but of classes log(p).
     The border that a cropped output lacks is filled with logits of 0; margins are at least as wide.  An output with a
-    stride is repeated to the size of its input, but for rays (`Card.grid`).  The logit of a softmax is
-    log(p / (1 - p)).
+    stride is repeated to the size of its input, but for rays (`Card.grid`).
 
     Args:
         bundle: a bundle with a graph whose card was checked against it.
@@ -51,10 +49,16 @@ def plain_graph(bundle: Bundle) -> bytes:
         if card.input.layout == "NHWC":
             pixels = graph.add("Transpose", pixels, perm=_TO_CHANNELS_LAST)
         graph.add("Cast", pixels, to=source.type.tensor_type.elem_type, gives=source.name)
-    parts = [_logits_of(graph, tensor, card.input.layout) for tensor in card.output.tensors]
+    parts = [_logits_of(graph, tensor, card.input.layout, card.decoder) for tensor in card.output.tensors]
+    channels = list(card.output.channels)
+    if BACKGROUND in bundle.outputs and BACKGROUND not in channels:
+        # Classes that do not exclude each other: where none has even odds, the logit of 0 of the background wins.
+        first = graph.add("Gather", parts[0], np.array([0], np.int64), axis=1)
+        parts.append(graph.add("Mul", first, np.array(0, np.float32)))
+        channels.append(BACKGROUND)
     logits = graph.add("Concat", *parts, axis=1) if len(parts) > 1 else parts[0]
-    order = [card.output.channels.index(output) for output in bundle.outputs]
-    if order != list(range(len(card.output.channels))):
+    order = [channels.index(output) for output in bundle.outputs]
+    if order != list(range(len(channels))):
         logits = graph.add("Gather", logits, np.array(order, np.int64), axis=1)
     if (repeats := card.output.stride // card.grid) > 1:
         logits = _enlarged(graph, logits, repeats, mode="nearest", nearest_mode="floor", at="asymmetric")
@@ -84,9 +88,12 @@ def inputs_of(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
     return [value for value in graph.input if value.name not in initial]
 
 
-def _logits_of(graph: _Graph, tensor: Tensor, layout: str) -> str:
-    """Name of a tensor's logits, (N, K, h, w) float32."""
-    exclusive = tensor.activation == "softmax" or _BACKGROUND in tensor.channels
+def _logits_of(graph: _Graph, tensor: Tensor, layout: str, decoder: str) -> str:
+    """Name of a tensor's logits, (N, K, h, w) float32.
+
+    Classes are compared with each other, so that theirs need no common scale: what a softmax takes is as good.
+    """
+    exclusive = (tensor.activation == "softmax" or BACKGROUND in tensor.channels) and decoder != "classes"
     # Taking the activation's own input loses nothing; what was rounded to 1 could not be told apart.
     applied = {"sigmoid": "Sigmoid", "softmax": "Softmax"}.get(tensor.activation)
     before = graph.input_of(tensor.name, applied) if applied else None
@@ -94,6 +101,8 @@ def _logits_of(graph: _Graph, tensor: Tensor, layout: str) -> str:
     values = graph.add("Cast", before if before is not None and undone else tensor.name, to=TensorProto.FLOAT)
     if layout == "NHWC":
         values = graph.add("Transpose", values, perm=_TO_CHANNELS_FIRST)
+    if not undone and decoder == "classes" and tensor.activation == "softmax":
+        return graph.add("Log", graph.add("Clip", values, np.array(_SURE, np.float32)))
     if not undone:
         rays = [number for number, channel in enumerate(tensor.channels) if channel.startswith(RAY)]
         if not rays:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zarr
 from monai.networks.nets import BasicUNet, SegResNet
 from onnx import helper
 
@@ -365,3 +366,58 @@ def test_values_of_the_card_are_neither_sampled_nor_clipped(two_stains, imported
     differ = labels_of(report) != (logits > 0)
     assert np.abs(logits[differ]).max(initial=0) < 1e-5
     assert any("normalised each for itself" in note for note in report.slides[0].notes)
+
+
+CLASSES = """
+[input]
+channels = ["grey"]
+normalisation = {kind = "linear", low = 0, high = 255}
+[output]
+decoder = "classes"
+classes = ["dim", "bright"]
+margin = 0
+"""
+
+
+def classes_of(folder, end):
+    """Write a graph of two classes: dim pixels from 0.3 on, bright ones from 0.6 on; with or without background."""
+    names = {"Softmax": ("background", "dim", "bright"), "Sigmoid": ("dim", "bright")}[end]
+    weights = {"background": (0, 0), "dim": (10, -3), "bright": (20, -9)}
+    w, b = (np.array([weights[name][part] for name in names], np.float32) for part in (0, 1))
+    options = {"axis": 1} if end == "Softmax" else {}
+    nodes = [helper.make_node("Conv", ["x", "w", "b"], ["z"]), helper.make_node(end, ["z"], ["y"], **options)]
+    shape, gives = ("n", 1, "h", "w"), ("n", len(names), "h", "w")
+    return write_graph(folder / f"{end}.onnx", nodes, shape, gives, {"w": w.reshape(-1, 1, 1, 1), "b": b})
+
+
+@pytest.mark.parametrize("end", ["Softmax", "Sigmoid"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_classes_are_numbered_named_and_counted(imported, segment, tmp_path, end, backend):
+    folder = imported(classes_of(tmp_path, end), CLASSES)
+    pixels = blobs(150, 170, 1)
+    path = write_ome_zarr(tmp_path / "a.zarr", pixels)
+    values = pixels[0] / np.float32(255)
+    dim, bright = 10 * values - 3, 20 * values - 9
+    expected = np.where(np.maximum(dim, bright) > 0, np.where(bright > dim, 2, 1), 0)
+    for block in (60, 300):
+        report = segment(
+            path, model=str(folder), backend=backend, tile=64, block=block, gate=False, name=f"b{block}",
+            skip_background="off", probability=True,
+        )  # fmt: skip
+        slide = report.slides[0]
+        labels = labels_of(report)
+        close = np.minimum(np.abs(np.maximum(dim, bright)), np.abs(bright - dim)) < 1e-4
+        np.testing.assert_array_equal(labels[~close], expected[~close])
+        assert slide.tiles > 5
+        assert slide.classes == {"dim": np.mean(labels == 1), "bright": np.mean(labels == 2)}
+        assert slide.foreground_fraction == pytest.approx(np.mean(labels > 0))
+    about = zarr.open_group(slide.labels, mode="r").attrs["ome"]["image-label"]
+    assert about["properties"] == [{"label-value": 1, "class": "dim"}, {"label-value": 2, "class": "bright"}]
+    assert [entry["label-value"] for entry in about["colors"]] == [1, 2]
+    probability = zarr.open_array(f"{slide.outputs['probability']}/0", mode="r")[...]
+    sure = 1 / (1 + np.exp(-np.maximum(dim, bright).astype(np.float64)))
+    assert np.abs(probability - 255 * sure).max() < 2
+    objects = segment(path, model=str(folder), backend=backend, tile=64, gate=False, name="ids", instances=True)
+    assert objects.slides[0].objects > 3
+    blended = segment(path, model=str(folder), backend=backend, tile=64, stitch="blend", margin=8, name="blend")
+    assert f"the classes of {end}" in blended.slides[0].reason
