@@ -9,7 +9,20 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-STAGES = ("read", "upload", "gather", "model", "stitch", "seeds", "growth", "measure", "write", "pyramid")
+STAGES = (
+    "read",
+    "upload",
+    "gather",
+    "model",
+    "stitch",
+    "seeds",
+    "growth",
+    "suppress",
+    "draw",
+    "measure",
+    "write",
+    "pyramid",
+)
 
 
 _thread_seconds: ContextVar[dict[str, float] | None] = ContextVar("thread_seconds", default=None)

@@ -12,6 +12,7 @@ from cellseg_batch.kernels.gather import gather
 from cellseg_batch.kernels.instances import grow, label_seeds, reach, renumber
 from cellseg_batch.kernels.moments import HALO, measure
 from cellseg_batch.kernels.quality import survey
+from cellseg_batch.kernels.stardist import OPEN, Stars, draw, suppress
 from cellseg_batch.kernels.stitch import blend_mask, stitch_classes, stitch_probability
 from cellseg_batch.kernels.tiling import TileGrid
 
@@ -19,7 +20,14 @@ _SIDE = 8
 
 
 def compile_kernels(
-    dtype: DTypeLike, *, probability: bool, blend: bool, classes: bool, instances: bool, objects: bool
+    dtype: DTypeLike,
+    *,
+    probability: bool,
+    blend: bool,
+    classes: bool,
+    instances: bool,
+    stars: bool,
+    objects: bool,
 ) -> None:
     """Compile the kernels of a run; a plain mask of uint8 pixels needs none, so Numba is not imported for it.
 
@@ -28,7 +36,8 @@ def compile_kernels(
         probability: whether the run makes the probability.
         blend: whether the run blends tiles.
         classes: whether the run tells classes of pixels apart.
-        instances: whether the run makes instances.
+        instances: whether the run grows instances.
+        stars: whether the run makes stars.
         objects: whether the run measures objects.
     """
     if np.dtype(dtype) != np.uint8:
@@ -41,6 +50,8 @@ def compile_kernels(
         stitch_classes(np.zeros((1, 2, 2, 2), np.float32), np.zeros((1, 6), np.int64), 0.0, np.zeros((2, 2), np.uint8))
     if instances:
         _number_and_grow()
+    if stars:
+        _suppress_and_draw()
     if objects:
         _measure(dtype)
 
@@ -63,6 +74,13 @@ def _number_and_grow() -> None:
     stored.flags.writeable = False  # like codes read from a file; Numba compiles for read-only arrays separately
     renumber(stored, np.arange(codes.max() + 1, dtype=np.uint32), around[frame:-frame, frame:-frame])
     grow(around, steps, codes)
+
+
+def _suppress_and_draw() -> None:
+    places, logits = np.arange(2, dtype=np.int32), np.zeros(2, np.float32)
+    stars = Stars(places, places, logits, np.ones((2, 4), np.float32))
+    suppress(stars, np.full(2, OPEN, np.uint8), np.zeros(2, np.bool_), 0.5)
+    draw(stars, np.ones(2, np.uint32), np.zeros((_SIDE, _SIDE), np.uint32))
 
 
 def _measure(dtype: DTypeLike) -> None:

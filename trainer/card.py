@@ -30,10 +30,13 @@ DECODER_OUTPUTS: dict[str, tuple[str, ...]] = {
     "seeds": ("foreground", "border", "distance"),
     "classes": (BACKGROUND,),
     "hover": ("foreground", "horizontal", "vertical"),
+    "stardist": ("probability", "rays"),
 }
 # Meaning of the first output of a class map if it says that a pixel is of no class.
 NO_CLASS = "no class"
 _MOST_CLASSES = 255
+# An output of this meaning stands for "ray 1", "ray 2" and so on, as many as a network has.
+RAYS, RAY = "rays", "ray "
 # Role of an input channel -> channels of the network's input that it stands for.
 _CHANNELS_OF = {"rgb": 3}
 
@@ -249,6 +252,31 @@ class Instances:
 
 
 @dataclass(frozen=True)
+class StarDist:
+    """How the outputs of a StarDist network become instances; in px of the image that the model is shown.
+
+    Attributes:
+        overlap: pixels that two objects share, per pixel of the smaller one, above which only the better one survives;
+            in [0, 1].
+        longest_ray: px to which longer rays are cut.
+    """
+
+    overlap: float = 0.4
+    longest_ray: int = 128
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be.
+
+        Raises:
+            ValueError: a number is out of its range.
+        """
+        if not 0 <= self.overlap <= 1:
+            raise ValueError(f"stardist.overlap lies from 0 to 1, found {self.overlap}")
+        if not 1 <= self.longest_ray <= 2048:
+            raise ValueError(f"stardist.longest_ray lies from 1 to 2048 px, found {self.longest_ray}")
+
+
+@dataclass(frozen=True)
 class Hover:
     """How the maps of HoVer-Net become instances; in px of the image that the model is shown.
 
@@ -297,7 +325,8 @@ class Card:
         decoder: how logits become masks and instances, a name in `DECODER_OUTPUTS`: ``mask`` makes an object of every
             component of the foreground, ``seeds`` tells touching objects apart by border and distance, ``hover`` by
             how far each pixel lies from the centre of its nucleus; ``classes`` gives every pixel the number of its
-            likeliest class.
+            likeliest class; ``stardist`` takes the probability of an object and the rays of its polygon, in px, the
+            first along x and the next towards y.
         total_stride: px; tiles, cores and margins are multiples of it.
         exact_margin: px of context beyond which nothing changes a pixel's logits; None for a network that sees the
             whole tile, or whose reach is unknown.
@@ -308,6 +337,7 @@ class Card:
             that image; see `cellseg_batch.trainer.scale`. Empty: always the image as it is.
         instances: how the decoders ``mask``, ``seeds`` and ``classes`` make instances.
         hover: how the decoder ``hover`` does.
+        stardist: how the decoder ``stardist`` does.
         classes: classes of pixels of the decoder ``classes``; for others, classes of objects that the network tells
             apart, if it does.  It has an output of each name, and may have one of the meaning ``no class``.
         licence: licence of the weights; "" if unknown.
@@ -331,6 +361,7 @@ class Card:
     downscale: dict[str, float] = field(default_factory=dict)
     instances: Instances = field(default_factory=Instances)
     hover: Hover = field(default_factory=Hover)
+    stardist: StarDist = field(default_factory=StarDist)
     classes: tuple[ModelClass, ...] = ()
     licence: str = ""
     citation: str = ""
@@ -383,10 +414,12 @@ class Card:
             raise ValueError(
                 f"outputs: expected {', '.join(expected)} for the decoder {self.decoder}, found {', '.join(found)}"
             )
-        least = int(self.decoder == "classes")
-        if len({BACKGROUND, *names}) <= len(names) or not least <= len(names) <= _MOST_CLASSES:
+        if RAYS in DECODER_OUTPUTS[self.decoder] and len(expected) < 4:
+            raise ValueError(f"outputs: expected {RAY}1, {RAY}2, {RAY}3 at least, found {', '.join(found)}")
+        least, most = int(self.decoder == "classes"), _MOST_CLASSES * (self.decoder != "stardist")
+        if len({BACKGROUND, *names}) <= len(names) or not least <= len(names) <= most:
             raise ValueError(
-                f"classes: expected {least} to {_MOST_CLASSES} names without background, found {names} for the decoder "
+                f"classes: expected {least} to {most} names without background, found {names} for the decoder "
                 f"{self.decoder}"
             )
         if self.margin < self.output.crop:
@@ -411,12 +444,20 @@ class Card:
         """Meaning of each output that the decoder takes, in its order, then of those of the class map."""
         names = tuple(one.name for one in self.classes)
         none = (NO_CLASS,) if names and NO_CLASS in self.output.channels else ()
-        return (*DECODER_OUTPUTS[self.decoder], *none, *names)
+        outputs = (*DECODER_OUTPUTS[self.decoder], *none, *names)
+        if RAYS not in outputs:
+            return outputs
+        return (*outputs[:-1], *(channel for channel in self.output.channels if channel.startswith(RAY)))
 
     @property
     def rule(self) -> Instances | Hover:
-        """How the card's decoder makes instances."""
+        """How the card's decoder grows instances."""
         return self.hover if self.decoder == "hover" else self.instances
+
+    @property
+    def grid(self) -> int:
+        """Px between two of the logits that a backend gives: rays are not repeated where the output is coarser."""
+        return self.output.stride if RAYS in DECODER_OUTPUTS[self.decoder] else 1
 
 
 def _demand_one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:

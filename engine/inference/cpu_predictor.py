@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -50,31 +50,58 @@ class CpuPredictor:
         rule = self.rule
         if not block.tiles:
             return no_foreground(pixels, block, rule)
-        # Pixels outside all tiles are background.
-        mask = np.zeros(block.box.shape, np.uint8)
-        probability = np.zeros(block.box.shape, np.uint8) if rule.probability else None
-        classes = np.zeros(block.box.shape, np.uint8) if rule.classes else None
-        stitching = make_stitch(
-            rule,
-            block,
-            mask,
-            probability,
-            classes,
-            kernels=stitch,
-            codes=pixel_codes,
-            empty=partial(np.empty, dtype=np.float32),
-        )
-        count = rule.shape[0]
         with self.session() as session:
-            for first in range(0, len(block.tiles), count):
-                batch = block.tiles[first : first + count]
-                logits = tile_logits(session, rule, pixels, block.read_box, batch, self.clock)
-                with self.clock.stage("stitch"):
-                    stitching.add(first, logits[: len(batch)])
-        with self.clock.stage("stitch"):
-            foreground, undefined = (sum(counts) for counts in zip(*stitching.finish(), strict=True))
-        refuse_nan(block, undefined)
-        return BlockResult(mask, probability, foreground, count_missing(pixels, block), classes)
+            return stitch_on_host(rule, pixels, block, self._batches(session, pixels, block), self.clock)
+
+    def _batches(self, session: Session, pixels: NDArray[Any], block: Block) -> Iterator[tuple[int, Logits]]:
+        """The logits of a block batch by batch, each with the number of its first tile."""
+        count = self.rule.shape[0]
+        for first in range(0, len(block.tiles), count):
+            batch = block.tiles[first : first + count]
+            logits = tile_logits(session, self.rule, pixels, block.read_box, batch, self.clock)
+            yield first, logits[: len(batch)]
+
+
+def stitch_on_host(
+    rule: PredictionRule,
+    pixels: NDArray[Any],
+    block: Block,
+    batches: Iterable[tuple[int, Logits]],
+    clock: StageClock,
+) -> BlockResult:
+    """Turn the logits of a block into its result.
+
+    Args:
+        rule: prediction rule of the slide.
+        pixels: (C, h, w) of the block's read box.
+        block: the block.
+        batches: number of the first tile and float32 logits (n, K, T_y, T_x) of each batch, in order of the tiles.
+        clock: counts the stage "stitch".
+
+    Raises:
+        ComputeError: there are NaN among the logits.
+    """
+    # Pixels outside all tiles are background.
+    mask = np.zeros(block.box.shape, np.uint8)
+    probability = np.zeros(block.box.shape, np.uint8) if rule.probability else None
+    classes = np.zeros(block.box.shape, np.uint8) if rule.classes else None
+    stitching = make_stitch(
+        rule,
+        block,
+        mask,
+        probability,
+        classes,
+        kernels=stitch,
+        codes=pixel_codes,
+        empty=partial(np.empty, dtype=np.float32),
+    )
+    for first, logits in batches:
+        with clock.stage("stitch"):
+            stitching.add(first, logits)
+    with clock.stage("stitch"):
+        foreground, undefined = (sum(counts) for counts in zip(*stitching.finish(), strict=True))
+    refuse_nan(block, undefined)
+    return BlockResult(mask, probability, foreground, count_missing(pixels, block), classes, stitching.stars())
 
 
 def tile_logits(

@@ -39,10 +39,12 @@ class Decoder(ABC):
     Attributes:
         name: value of `Card.decoder`.
         mask_outputs: outputs that a mask needs, in the network's order.
+        makes_stars: whether its instances are stars; others grow from pixel codes.
     """
 
     name: ClassVar[str]
     mask_outputs: ClassVar[tuple[str, ...]] = ("foreground",)
+    makes_stars: ClassVar[bool] = False
 
     def network(self, bundle: Bundle, *, instances: bool) -> Bundle:
         """Return the model with the outputs that instances need, which are all, or with those that a mask needs."""
@@ -162,6 +164,18 @@ class Hover(Decoder):
         return hover_rule(logit_threshold(threshold), rule.downscale, hover.seed_level, hover.border_level)
 
 
+class StarDist(Decoder):
+    """Takes an object's probability and its rays; the mask is where the probability is high, the middle of objects."""
+
+    name: ClassVar[str] = "stardist"
+    mask_outputs: ClassVar[tuple[str, ...]] = ("probability",)
+    makes_stars: ClassVar[bool] = True
+
+    def code_writer(self, rule: InstanceRule, threshold: float, kernels: Any) -> PixelWriter:
+        """Refuse: stars do not grow from seeds; `stitching` collects them."""
+        raise NotImplementedError
+
+
 class Classes(Decoder):
     """Gives every pixel the number of its likeliest class; instances are the components of all classes together.
 
@@ -213,5 +227,5 @@ def _over_background(logits: Any) -> Any:
     return best - background
 
 
-DECODERS: dict[str, Decoder] = {decoder.name: decoder for decoder in (Mask(), Seeds(), Hover(), Classes())}
+DECODERS: dict[str, Decoder] = {decoder.name: decoder for decoder in (Mask(), Seeds(), Hover(), Classes(), StarDist())}
 """Name in a card -> decoder."""

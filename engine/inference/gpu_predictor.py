@@ -2,7 +2,7 @@
 
     incoming    pinned host memory -> pixels of the read box
     computing   gather -> network -> stitch, in batches shared with other blocks (`gpu_batch_queue`)
-    outgoing    mask, probability, class codes and counts -> pinned host memory
+    outgoing    mask, probability, class codes and counts -> pinned host memory; or the logits, where the host decodes
 
 It has the interface of `cpu_predictor.CpuPredictor`.  Each thread waits once, for its own result.  torch allocates the
 pinned memory and keeps freed memory for the next block.  Masks come back as bytes, because the writer takes bytes, and
@@ -27,6 +27,8 @@ from torch import Tensor
 from cellseg_batch.engine.errors import ComputeError
 from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.inference.backends.cuda import is_out_of_memory
+from cellseg_batch.engine.inference.backends.protocol import Logits
+from cellseg_batch.engine.inference.cpu_predictor import stitch_on_host
 from cellseg_batch.engine.inference.gpu_batch_queue import BatchQueue
 from cellseg_batch.engine.inference.prediction import (
     BlockResult,
@@ -36,7 +38,7 @@ from cellseg_batch.engine.inference.prediction import (
     refuse_nan,
     source_tables,
 )
-from cellseg_batch.engine.inference.stitching import make_stitch
+from cellseg_batch.engine.inference.stitching import Stitch, make_stitch
 from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.kernels import blend_triton, gather_triton, pixel_codes_triton, stitch_triton
 
@@ -94,6 +96,10 @@ class GpuPredictor:
             queue.incoming.synchronize()
             queue.computing.synchronize()
             raise
+        if self.rule.on_host:
+            logits = tiles.fetch_logits()
+            self.clock.worked("model", queue.busy_seconds())
+            return stitch_on_host(self.rule, pixels, block, logits, self.clock)
         mask, probability, classes, (foreground, undefined) = tiles.fetch()
         self.clock.worked("model", queue.busy_seconds())
         refuse_nan(block, undefined)
@@ -122,18 +128,22 @@ class _BlockOnDevice:
             self._mask = self._device.zeros(block.box.shape, torch.uint8)
             self._probability = self._device.zeros(block.box.shape, torch.uint8) if rule.probability else None
             self._classes = self._device.zeros(block.box.shape, torch.uint8) if rule.classes else None
-            self._stitch = make_stitch(
-                rule,
-                block,
-                self._mask,
-                self._probability,
-                self._classes,
-                kernels=stitch_triton if rule.stitch == "crop" else blend_triton,
-                codes=pixel_codes_triton,
-                empty=partial(self._device.empty, dtype=torch.half),
-            )
+            self._stitch = None if rule.on_host else self._make_stitch()
+        self._logits: dict[int, Tensor] = {}
         self._counts: Tensor | None = None
         self._finished = self._device.event()
+
+    def _make_stitch(self) -> Stitch:
+        return make_stitch(
+            self._rule,
+            self._block,
+            self._mask,
+            self._probability,
+            self._classes,
+            kernels=stitch_triton if self._rule.stitch == "crop" else blend_triton,
+            codes=pixel_codes_triton,
+            empty=partial(self._device.empty, dtype=torch.half),
+        )
 
     def gather(self, first: int, last: int, pixels: Tensor) -> None:
         """See `Tiles.gather`."""
@@ -143,10 +153,23 @@ class _BlockOnDevice:
 
     def stitch(self, first: int, last: int, logits: Tensor) -> None:
         """See `Tiles.stitch`; after the last tile the results can be fetched."""
-        self._stitch.add(first, logits)
+        if self._stitch is None:
+            self._logits[first] = logits.clone()  # the next batch overwrites them
+        else:
+            self._stitch.add(first, logits)
         if last == self.count:
-            self._counts = torch.stack(self._stitch.finish()).sum(0)
+            self._counts = None if self._stitch is None else torch.stack(self._stitch.finish()).sum(0)
             self._finished.record(self._queue.computing)
+
+    def fetch_logits(self) -> list[tuple[int, Logits]]:
+        """Wait for the logits and return the first tile and the float32 logits (n, K, T_y, T_x) of each batch."""
+        done = self._device.event()
+        with self._device.on(self._queue.outgoing):
+            self._queue.outgoing.wait_event(self._finished)
+            batches = [(first, self._device.receive(logits)) for first, logits in sorted(self._logits.items())]
+            done.record(self._queue.outgoing)
+        done.synchronize()
+        return [(first, logits.float().numpy()) for first, logits in batches]
 
     def fetch(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None, NDArray[np.uint8] | None, tuple[int, int]]:
         """Wait for the results: mask, probability and class codes, each (h, w), and (foreground pixels, NaN logits)."""

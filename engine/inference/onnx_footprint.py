@@ -63,7 +63,7 @@ def measure_footprint(bundle: Bundle, threads: int) -> Footprint:
         return Footprint(_USUAL_STRIDE, None, "the network sees the whole tile")
     across = 2 * card.output.crop + max(_ACROSS, card.input.size.min)
     across = -(-across // _LARGEST_STRIDE) * _LARGEST_STRIDE
-    model, means = (_Probe(serialised, threads) for serialised in (graph, _with_means(graph)))
+    model, means = (_Probe(serialised, threads, card.grid) for serialised in (graph, _with_means(graph)))
     margin = 0
     for axis in (_as_it_is, _turned):
         reach = _reach_along_x(axis(model), axis(means), card.input.count, card.output.crop, across, stride)
@@ -76,13 +76,14 @@ def measure_footprint(bundle: Bundle, threads: int) -> Footprint:
 
 
 class _Probe:
-    """A serialised plain graph, ready to run."""
+    """A serialised plain graph, ready to run; logits that lie ``grid`` px apart are repeated."""
 
-    def __init__(self, serialised: bytes, threads: int) -> None:
+    def __init__(self, serialised: bytes, threads: int, grid: int) -> None:
+        self._grid = grid
         self._run = OnnxRuntimeBackend(serialised, threads).compile((1, 1, 1, 1))
 
     def __call__(self, pixels: Pixels) -> NDArray[np.float32]:
-        return self._run(np.ascontiguousarray(pixels))
+        return self._run(np.ascontiguousarray(pixels)).repeat(self._grid, axis=2).repeat(self._grid, axis=3)
 
 
 def _as_it_is(model: Model) -> Model:

@@ -16,6 +16,8 @@ from cellseg_batch.engine.inference.decoders import DECODERS, Decoder
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.objects.classes import ClassRule
 from cellseg_batch.engine.objects.seeds import InstanceRule
+from cellseg_batch.engine.objects.stars import StarRule
+from cellseg_batch.kernels.stardist import Stars, join
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class PredictionRule:
         decoder: decoder of the model.
         instances: rule that makes pixel codes instead of the mask; None for a mask.
         classes: class map whose codes are made too; None for none.
+        stars: rule that makes candidates instead of the mask; None for a mask.
+        grid: px between two points of the network's output.
     """
 
     lattice: Lattice
@@ -47,6 +51,13 @@ class PredictionRule:
     decoder: Decoder = DECODERS["mask"]
     instances: InstanceRule | None = None
     classes: ClassRule | None = None
+    stars: StarRule | None = None
+    grid: int = 1
+
+    @property
+    def on_host(self) -> bool:
+        """Whether logits become the result on the host, whichever device computes them."""
+        return self.stars is not None or self.grid > 1
 
 
 @dataclass(frozen=True)
@@ -54,11 +65,12 @@ class BlockResult:
     """The prediction of one block.
 
     Attributes:
-        mask: (h, w) uint8, 1 is foreground; for instances the pixel codes.
+        mask: (h, w) uint8, 1 is foreground; for instances the pixel codes; all background for stars.
         probability: (h, w) uint8, 255 is certain; None unless asked for.
         foreground: number of foreground pixels.
         missing: number of NaN values in the block's pixels, which the model sees as 0.
         classes: (h, w) uint8, the class codes; None unless asked for.
+        stars: the candidates whose centres lie in the block, in px of the slide; None unless the rule asks for them.
     """
 
     mask: NDArray[np.uint8]
@@ -66,13 +78,19 @@ class BlockResult:
     foreground: int
     missing: int
     classes: NDArray[np.uint8] | None = None
+    stars: Stars | None = None
 
 
 def no_foreground(pixels: NDArray[Any], block: Block, rule: PredictionRule) -> BlockResult:
     """Return the result of a block without tiles to compute: all background."""
     mask = np.zeros(block.box.shape, np.uint8)
     return BlockResult(
-        mask, mask if rule.probability else None, 0, count_missing(pixels, block), mask if rule.classes else None
+        mask,
+        mask if rule.probability else None,
+        0,
+        count_missing(pixels, block),
+        classes=mask if rule.classes else None,
+        stars=None if rule.stars is None else join([], rule.stars.rays),
     )
 
 

@@ -1,6 +1,8 @@
-"""Keep pixels between the two passes over a slide, in the journal's folder until the labels are done.
+"""Keep pixels between the passes over a slide, in the journal's folder until the labels are done.
 
     <journal>/scratch/codes/         the numbered codes, a file for each block
+    <journal>/scratch/stars/         the stars that are not suppressed in their block, a file for each block
+    <journal>/scratch/survivors/     the stars that are objects, a file for each block
     <journal>/scratch/probability/   the probability, a file for each block, if objects are measured
     <journal>/scratch/classes/       the class codes, a file for each block, if objects get classes
     <journal>/scratch/ids/           the final ids from the merge
@@ -13,7 +15,7 @@ read once as a whole and eight times for the frame of a neighbour.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,66 @@ _ROWS = 256
 _CODEC = Blosc("lz4", clevel=1, shuffle=Blosc.SHUFFLE)
 
 
-class Scratch:
+class ScratchFolder:
+    """A folder in the scratch of an output.
+
+    Args:
+        journal: folder of the output's journal.
+        name: name of the folder in the scratch.
+
+    Attributes:
+        name: as given.
+        ids: folder of the final ids.
+        objects: folder of the moments.
+    """
+
+    def __init__(self, journal: Path, name: str) -> None:
+        self.name = name
+        self._folder = journal / "scratch" / name
+        self.ids = journal / "scratch" / "ids"
+        self.objects = journal / "scratch" / "objects"
+
+    def create(self) -> None:
+        """Create the folder, empty.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        with whole_file(self._mark):
+            pass
+
+    def exists(self) -> bool:
+        """Whether the folder has been created and not removed."""
+        return self._mark.is_file()
+
+    def remove(self) -> None:
+        """Delete the whole scratch; what cannot be deleted stays."""
+        with suppress(OSError):
+            # The mark goes first, so that a half-removed scratch is never taken for a whole one.
+            self._mark.unlink(missing_ok=True)
+            remove_tree(self._folder.parent)
+
+    @property
+    def _mark(self) -> Path:
+        return self._folder / "made"
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Turn any error while a file of the scratch is read into an OutputError; ``what`` names its content."""
+    try:
+        yield
+    except Exception as error:  # Blosc raises errors of its own types
+        raise OutputError(
+            str(path),
+            expected=f"{what} that an earlier task of this run wrote",
+            found=f"{type(error).__name__}: {error}",
+            cause="files between two passes were removed or damaged",
+            remedy="begin this image anew with `overwrite`",
+        ) from error
+
+
+class Scratch(ScratchFolder):
     """An image in the scratch of an output, with a file for each block; safe for any number of threads.
 
     Args:
@@ -40,27 +101,12 @@ class Scratch:
         name: name of the image's folder in the scratch.
         dtype: type of its pixels.
         frame: px around a block that are read with it.
-
-    Attributes:
-        ids: folder of the final ids.
-        objects: folder of the moments.
     """
 
     def __init__(self, journal: Path, name: str, dtype: DTypeLike, frame: int) -> None:
-        self._folder = journal / "scratch" / name
+        super().__init__(journal, name)
         self._dtype = np.dtype(dtype)
         self._frame = frame
-        self.ids = journal / "scratch" / "ids"
-        self.objects = journal / "scratch" / "objects"
-
-    def create(self) -> None:
-        """Create the image, without pixels.
-
-        Raises:
-            OutputError: the folder cannot be written.
-        """
-        with whole_file(self._mark):
-            pass
 
     def write(self, block: Block, pixels: NDArray[Any]) -> None:
         """Write the ``pixels`` (h, w) of a block and wait until they are on disk.
@@ -80,7 +126,7 @@ class Scratch:
             OutputError: the pixels cannot be read.
         """
         pieces = self._pieces(block)
-        try:
+        with reading(self._path(block), "pixels"):
             content = memoryview(self._path(block).read_bytes())
             sizes = np.frombuffer(content, np.int64, len(pieces))
             stops = sizes.nbytes + np.cumsum(sizes)
@@ -90,14 +136,6 @@ class Scratch:
                 if wanted.area:
                     pixels = np.frombuffer(_CODEC.decode(content[start:stop]), self._dtype).reshape(piece.shape)
                     yield wanted, np.ascontiguousarray(pixels[wanted.seen_from(own).slices()])
-        except Exception as error:  # Blosc raises errors of its own types
-            raise OutputError(
-                str(self._path(block)),
-                expected="pixels that an earlier task of this run wrote",
-                found=f"{type(error).__name__}: {error}",
-                cause="files between two passes were removed or damaged",
-                remedy="begin this image anew with `overwrite`",
-            ) from error
 
     def read_block(self, block: Block) -> NDArray[Any]:
         """Read the pixels (h, w) of a block.
@@ -109,21 +147,6 @@ class Scratch:
         for box, values in self.read(block, block.box):
             pixels[box.seen_from(block.box).slices()] = values
         return pixels
-
-    def exists(self) -> bool:
-        """Whether the image has been created and not removed."""
-        return self._mark.is_file()
-
-    def remove(self) -> None:
-        """Delete the whole scratch; what cannot be deleted stays."""
-        with suppress(OSError):
-            # The mark goes first, so that a half-removed scratch is never taken for a whole one.
-            self._mark.unlink(missing_ok=True)
-            remove_tree(self._folder.parent)
-
-    @property
-    def _mark(self) -> Path:
-        return self._folder / "made"
 
     def _path(self, block: Block) -> Path:
         return numbered(self._folder, block.index, ".lz4")

@@ -28,6 +28,8 @@ from cellseg_batch.trainer.card import (
     DECODER_OUTPUTS,
     LAYOUTS,
     ONNX,
+    RAY,
+    RAYS,
     Card,
     Hover,
     Input,
@@ -36,6 +38,7 @@ from cellseg_batch.trainer.card import (
     Normalisation,
     Output,
     Size,
+    StarDist,
     Tensor,
     refuse_unknown,
 )
@@ -121,6 +124,7 @@ class CardDraft:
     output: OutputDraft = field(default_factory=OutputDraft)
     instances: Instances = field(default_factory=Instances)
     hover: Hover = field(default_factory=Hover)
+    stardist: StarDist = field(default_factory=StarDist)
     name: str = ""
     licence: str = ""
     citation: str = ""
@@ -192,9 +196,8 @@ def _bundle_of(source: Path, path: Path, graph: GraphFile, draft: CardDraft) -> 
         taken = _input_of(source, graph.input, draft.input)
         output = Output(_tensors_of(source, graph, draft.output, taken.layout))
         card = Card(draft.name, taken, output, draft.output.decoder, total_stride=1, exact_margin=None, margin=0)
-        card = replace(card, classes=_coloured(draft.output.classes))
-        card = replace(card, format=ONNX, threshold=draft.output.threshold, instances=draft.instances)
-        card = replace(card, hover=draft.hover)
+        card = replace(card, format=ONNX, threshold=draft.output.threshold, classes=_coloured(draft.output.classes))
+        card = replace(card, instances=draft.instances, hover=draft.hover, stardist=draft.stardist)
         card.check()
         card = _measured(source, path, replace(card, licence=draft.licence, citation=draft.citation), draft)
         card.check()
@@ -327,12 +330,28 @@ def _tensors_of(source: Path, graph: GraphFile, draft: OutputDraft, layout: str)
         if tensor.name not in ports:
             raise ValueError(f"output.tensors: the graph gives {', '.join(ports)}, not {tensor.name}")
         found = ports[tensor.name].shape[LAYOUTS.index(layout) * 2 + 1]
-        if found is not None and found != len(tensor.channels):
+        channels = _with_rays(tensor.channels, found)
+        if found is not None and found != len(channels):
             named = ", ".join(tensor.channels) or "none"
             raise _missing(source, "output.channels", f"{found} channels in {tensor.name}, and the names {named}")
         applied = {"Sigmoid": "sigmoid", "Softmax": "softmax"}.get(graph.makers[tensor.name], "none")
-        tensors.append(Tensor(tensor.channels, tensor.name, tensor.activation or applied))
+        tensors.append(Tensor(channels, tensor.name, tensor.activation or applied))
     return tuple(tensors)
+
+
+def _with_rays(channels: tuple[str, ...], count: int | None) -> tuple[str, ...]:
+    """The meaning of each channel of ``count``, where ``rays`` stands for all rays.
+
+    Raises:
+        ValueError: there are such, and the graph does not say how many.
+    """
+    if RAYS not in channels:
+        return channels
+    if count is None:
+        raise ValueError(f"output: the graph does not say how many rays it gives; name them {RAY}1, {RAY}2 and so on")
+    at = channels.index(RAYS)
+    rays = tuple(f"{RAY}{number + 1}" for number in range(count - len(channels) + 1))
+    return (*channels[:at], *rays, *channels[at + 1 :])
 
 
 def _measured(source: Path, path: Path, card: Card, draft: CardDraft) -> Card:

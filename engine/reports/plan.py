@@ -28,7 +28,7 @@ from cellseg_batch.engine.run.campaign import run_images
 from cellseg_batch.engine.run.lifecycle import compile_plan, fit_memory
 from cellseg_batch.engine.run.measure_pass import measured_channels
 from cellseg_batch.engine.run.memory_model import RUN_OVERHEAD_BYTES
-from cellseg_batch.engine.run.open_slide import image_writers
+from cellseg_batch.engine.run.open_slide import image_writers, scratch_of
 from cellseg_batch.engine.run.output_paths import output_paths, refuse_output_inside
 from cellseg_batch.engine.run.pipeline import passes_of
 from cellseg_batch.engine.run.results import RunReport, SlideReport
@@ -58,7 +58,7 @@ _FILES_OF_FINAL_IDS = len(FinalIds.__dataclass_fields__) + 2
 # The note of a place's owner; below `output` the owner's two notes and their two folders.
 _NOTES = 5
 # Stages that run on other threads while the device is busy.
-_BESIDE = ("read", "seeds", "growth", "measure", "write", "pyramid")
+_BESIDE = ("read", "seeds", "growth", "suppress", "draw", "measure", "write", "pyramid")
 
 
 @dataclass(frozen=True)
@@ -357,12 +357,13 @@ def most_records(counts: list[int]) -> int:
 def most_scratch_files(plan: SlidePlan) -> int:
     """Number of scratch files and folders between the passes over a slide.
 
-    These are the codes and, if objects are measured, probability, moments and class codes.
+    These are the codes, or the stars and those that are objects, and, if objects are measured, probability, moments
+    and class codes.
     """
-    if plan.instances is None:
+    if not plan.makes_ids:
         return 0
     blocks = len(plan.grid)
-    kinds = (3 if plan.objects else 1) + (plan.classes is not None)  # codes; probability and moments; class codes
+    kinds = len(scratch_of(plan).folders) + plan.objects  # moments have no folder of their own among them
     return kinds * (blocks + -(-blocks // BUCKET) + 2) + _FILES_OF_FINAL_IDS
 
 

@@ -194,6 +194,7 @@ class _LogitsOf:
         read_box = source_box(tile.frame, lattice.shape)
         pixels = self._reader.read(0, read_box)
         logits = tile_logits(self._session, rule, pixels, read_box, [tile], StageClock())
+        logits = logits.repeat(plan.output_grid, axis=2).repeat(plan.output_grid, axis=3)
         part = tile.core.within(window)
         out[..., *part.seen_from(window).slices()] = logits[..., *part.seen_from(tile.frame).slices()]
 

@@ -30,6 +30,7 @@ from cellseg_batch.engine.run.records import (
     TableRecord,
     TaskRecord,
 )
+from cellseg_batch.engine.run.star_passes import drawn_labels
 from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.kernels.instances import grow, reach, renumber
 from cellseg_batch.kernels.moments import HALO
@@ -65,23 +66,24 @@ def grow_block(slide: OpenSlide, number: int) -> GrowthRecord:
     """Write the final labels of one block, and measure its objects if the plan says so."""
     plan, block = slide.plan, slide.plan.grid[number]
     halo = HALO if plan.objects else 0
-    with_halo = final_labels(slide, block, halo)
+    make_labels = final_labels if plan.stars is None else drawn_labels
+    with_halo = make_labels(slide, block, halo)
     height, width = block.box.shape
     labels = with_halo[halo : halo + height, halo : halo + width]
     with slide.clock.stage("write"):
         slide.labels.write(0, block.plane, block.box, labels)
-    if slide.scratch_probability is None:
+    if slide.scratch.probability is None:
         return GrowthRecord(int(np.count_nonzero(labels)))
     with slide.clock.stage("measure"):
         pixels = slide.reader.of_channels(measured_channels(plan.slide))
-        return measure_block(plan, block, with_halo, pixels, slide.scratch_probability, slide.scratch_classes)
+        return measure_block(plan, block, with_halo, pixels, slide.scratch.probability, slide.scratch.classes)
 
 
 def tabulate(slide: OpenSlide, _: int) -> TableRecord:
     """Write the table of objects."""
     with slide.clock.stage("measure"):
         records = (task.result for _, task in slide.journal.records(INSTANCES, TaskRecord[GrowthRecord]))
-        return write_objects(slide.plan, _scratch(slide).objects, records)
+        return write_objects(slide.plan, slide.scratch.folders[0].objects, records)
 
 
 def _seeds_of(journal: Journal, block: Block) -> SeedRecord:
@@ -120,5 +122,5 @@ def _rule(slide: OpenSlide) -> InstanceRule:
 
 
 def _scratch(slide: OpenSlide) -> Scratch:
-    assert slide.scratch is not None
-    return slide.scratch
+    assert slide.scratch.codes is not None
+    return slide.scratch.codes

@@ -25,7 +25,7 @@ from cellseg_batch.engine.inference.normalise import settle_bounds
 from cellseg_batch.engine.run.completeness import demand_complete
 from cellseg_batch.engine.run.input_state import files_state, has_changed
 from cellseg_batch.engine.run.measure_pass import measured_channels
-from cellseg_batch.engine.run.memory_model import block_memory
+from cellseg_batch.engine.run.memory_model import block_memory, star_memory
 from cellseg_batch.engine.run.open_slide import OpenSlide, scratch_of
 from cellseg_batch.engine.run.output_images import output_images
 from cellseg_batch.engine.run.output_paths import OutputPaths
@@ -104,9 +104,8 @@ def finish_slide(worker: AnyWorker, prepared: PreparedSlide) -> SlideReport:
     with worker.here().slides.opened(plan, prepared.backend) as slide:
         demand_complete(journal, list(slide.images.values()), prepared.passes)
     figures = totals(plan, journal)
-    scratch, *_ = scratch_of(plan)
-    if scratch is not None:
-        scratch.remove()
+    for folder in scratch_of(plan).folders:
+        folder.remove()
     for output in plan.outputs:
         if output.meaning.is_label:
             labels, _, name = output.path.rpartition("/")
@@ -346,16 +345,16 @@ def _create_outputs(slide: OpenSlide, prepared: PreparedSlide, model_pool: Model
 
 def _create_scratch(plan: SlidePlan) -> None:
     """Create the scratch."""
-    for scratch in filter(None, scratch_of(plan)):
-        scratch.create()
+    for folder in scratch_of(plan).folders:
+        folder.create()
 
 
 def _lacks_scratch(plan: SlidePlan, passes: tuple[Pass, ...], journal: Journal) -> bool:
     """Whether a missing task needs the scratch although there is none: it is deleted once a slide is finished."""
-    scratch, *_ = scratch_of(plan)
+    folders = scratch_of(plan).folders
     scratch_passes = (slide_pass for slide_pass in passes if slide_pass.scratch)
     missing = chain.from_iterable(journal.missing(slide_pass.name, slide_pass.count) for slide_pass in scratch_passes)
-    return scratch is not None and not scratch.exists() and next(missing, None) is not None
+    return bool(folders) and not folders[0].exists() and next(missing, None) is not None
 
 
 def _block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
@@ -363,7 +362,8 @@ def _block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
     channels = measured_channels(plan.slide) if plan.objects else plan.channels.indices
     read = max(channels) - min(channels) + 1
     held = read if read == len(channels) else read + len(channels)  # others between them are read, and left out
-    return block_memory(plan.slide, plan.level.level, held, plan.grid, plan.images_of_bytes, on_gpu, plan.frame)
+    stars = 0 if plan.stars is None else star_memory(plan.grid, plan.stars, plan.threshold, on_gpu)
+    return stars + block_memory(plan.slide, plan.level.level, held, plan.grid, plan.images_of_bytes, on_gpu, plan.frame)
 
 
 def fit_memory(

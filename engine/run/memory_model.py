@@ -11,6 +11,7 @@ import numpy as np
 
 from cellseg_batch.engine.geometry import BlockGrid
 from cellseg_batch.engine.machine import cores
+from cellseg_batch.engine.objects.stars import StarRule
 from cellseg_batch.engine.slides.slide import Slide
 
 # zarr decodes ten chunks of one read at a time (zarr.config async.concurrency), zarrs one a core.
@@ -53,6 +54,29 @@ def block_memory(
 def _codes(grid: BlockGrid, frame: int | None) -> int:
     """Bytes of a block's codes while seeds are numbered or grown: codes, ids, and the encoder's copies of them."""
     return 0 if frame is None else 4 * 4 * math.prod(side + 2 * frame for side in grid.block_shape)
+
+
+def star_memory(grid: BlockGrid, rule: StarRule, threshold: float, on_gpu: bool) -> int:
+    """Host memory in bytes that stars take beside `block_memory`, while a block is decided, merged or drawn.
+
+    The probability of StarDist is the distance from an object's outline over the largest one, so in an object of any
+    size a share of (1 - threshold) ** 2 of the points are candidates; the slide is taken to be full of objects.
+
+    Args:
+        grid: blocks of the slide.
+        rule: rule of the slide.
+        threshold: probability above which a point is a candidate.
+        on_gpu: whether the logits come from a GPU as a whole.
+    """
+    block = math.prod(grid.block_shape)
+    window = math.prod(side + 4 * rule.longest for side in grid.block_shape)
+    candidates = window / rule.grid**2 * (1 - threshold) ** 2
+    # As they are read or found, joined, and in the order of their ranks; the runs of pixels take as much again.
+    stars = 4 * (13 + 4 * rule.rays) * candidates
+    tiles = math.prod(grid.cores) * math.prod(grid.lattice.tile)
+    logits = 3 * 2 * (1 + rule.rays) * tiles / rule.grid**2 if on_gpu else 0  # in float16 and in float32
+    # What is drawn, with its halo, and the encoder's copies.
+    return round(max(stars + logits, stars / 4 + 4 * 4 * block))
 
 
 def _blended_logits(grid: BlockGrid) -> int:

@@ -13,7 +13,8 @@ import numpy as np
 from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.inference.predictor import Predictor, make_predictor
-from cellseg_batch.engine.objects.scratch import Scratch
+from cellseg_batch.engine.objects.scratch import Scratch, ScratchFolder
+from cellseg_batch.engine.objects.stars import StarScratch
 from cellseg_batch.engine.run.output_images import LABELS
 from cellseg_batch.engine.run.records import BackendIdentity
 from cellseg_batch.engine.run.slide_plan import SlidePlan
@@ -27,6 +28,30 @@ _IDLE_SLIDES = 2
 
 
 @dataclass(frozen=True)
+class SlideScratch:
+    """What the passes over a slide keep for each other.
+
+    Attributes:
+        codes: the numbered codes; None where nothing grows.
+        stars: the stars of each block that it does not suppress; None where there are no stars.
+        survivors: the stars that are objects; None where there are no stars.
+        probability: the probability; None if objects are not measured.
+        classes: the class codes; None if objects get no classes.
+    """
+
+    codes: Scratch | None
+    stars: StarScratch | None
+    survivors: StarScratch | None
+    probability: Scratch | None
+    classes: Scratch | None
+
+    @property
+    def folders(self) -> list[ScratchFolder]:
+        """Those that the slide has, in order; the first stands for all when it is asked whether they exist."""
+        return [folder for folder in vars(self).values() if folder is not None]
+
+
+@dataclass(frozen=True)
 class OpenSlide:
     """The open objects that one slide's pixels pass through in this process.
 
@@ -35,9 +60,7 @@ class OpenSlide:
         reader: reader of the image.
         predictor: the network and its stitching, for several blocks at a time.
         images: name of each output image -> its writer.
-        scratch: codes between the two passes that instances take; None for a mask.
-        scratch_probability: the probability between these passes; None if objects are not measured.
-        scratch_classes: the class codes between these passes; None if objects get no classes.
+        scratch: what the passes of this slide keep for each other.
         journal: journal of the output.
         clock: clock of the process.
     """
@@ -46,9 +69,7 @@ class OpenSlide:
     reader: SlideReader
     predictor: Predictor
     images: dict[str, ImageWriter]
-    scratch: Scratch | None
-    scratch_probability: Scratch | None
-    scratch_classes: Scratch | None
+    scratch: SlideScratch
     journal: Journal
     clock: StageClock
 
@@ -140,15 +161,12 @@ def open_slide(
             found=own_backend.version,
             remedy="install one version everywhere",
         )
-    scratch, scratch_probability, scratch_classes = scratch_of(plan)
     return OpenSlide(
         plan=plan,
         reader=reader,
         predictor=make_predictor(model_pool, own_backend, plan.prediction, clock),
         images=image_writers(plan),
-        scratch=scratch,
-        scratch_probability=scratch_probability,
-        scratch_classes=scratch_classes,
+        scratch=scratch_of(plan),
         journal=Journal(plan.paths.journal),
         clock=clock,
     )
@@ -163,11 +181,13 @@ def image_writers(plan: SlidePlan) -> dict[str, ImageWriter]:
     }
 
 
-def scratch_of(plan: SlidePlan) -> tuple[Scratch | None, Scratch | None, Scratch | None]:
-    """The scratch of a slide's codes, probability and class codes; None for those that the plan does not need."""
-    journal = plan.paths.journal
-    return (
-        Scratch(journal, "codes", np.uint32, plan.frame) if plan.frame is not None else None,
-        Scratch(journal, "probability", np.uint8, frame=0) if plan.objects else None,
-        Scratch(journal, "classes", np.uint8, frame=0) if plan.classes is not None else None,
+def scratch_of(plan: SlidePlan) -> SlideScratch:
+    """The scratch of a slide."""
+    journal, stars = plan.paths.journal, plan.stars
+    return SlideScratch(
+        codes=Scratch(journal, "codes", np.uint32, plan.frame) if plan.frame is not None else None,
+        stars=StarScratch(journal, "stars", stars.rays) if stars is not None else None,
+        survivors=StarScratch(journal, "survivors", stars.rays) if stars is not None else None,
+        probability=Scratch(journal, "probability", np.uint8, frame=0) if plan.objects else None,
+        classes=Scratch(journal, "classes", np.uint8, frame=0) if plan.classes is not None else None,
     )

@@ -33,6 +33,7 @@ from cellseg_batch.engine.run.records import (
     TaskRecord,
 )
 from cellseg_batch.engine.run.slide_plan import SlidePlan
+from cellseg_batch.engine.run.star_passes import keep_stars, merge_block_stars
 from cellseg_batch.engine.slides.pixel_meaning import CLASSES, MASK, PROBABILITY
 from cellseg_batch.engine.storage.journal import Journal
 
@@ -62,8 +63,8 @@ class Pass:
 def passes_of(plan: SlidePlan) -> Iterator[Pass]:
     """The passes over a slide, in order."""
     yield Pass(BLOCKS, len(plan.grid), segment_block, _SEGMENT)
-    if plan.instances is not None:
-        yield Pass(MERGE, 1, merge_blocks, _SHORT)
+    if plan.makes_ids:
+        yield Pass(MERGE, 1, merge_blocks if plan.stars is None else merge_block_stars, _SHORT)
         yield Pass(INSTANCES, len(plan.grid), grow_block, _GROW)
     if plan.objects:
         yield Pass(TABLE, 1, tabulate, _SHORT)
@@ -82,12 +83,14 @@ def segment_block(slide: OpenSlide, number: int) -> BlockRecord:
         foreground_block = without_background(block, pixels, slide.plan.grid.lattice, slide.plan.flat)
     result = slide.predictor.predict(pixels, foreground_block)
     seeds = None if slide.plan.instances is None else keep_seeds(slide, block, result.mask)
+    if result.stars is not None:
+        keep_stars(slide, block, result.stars)
     with slide.clock.stage("write"):
         _write_outputs(slide, block, result)
-        if slide.scratch_probability is not None and result.probability is not None:
-            slide.scratch_probability.write(block, result.probability)
-        if slide.scratch_classes is not None and result.classes is not None:
-            slide.scratch_classes.write(block, result.classes)
+        if slide.scratch.probability is not None and result.probability is not None:
+            slide.scratch.probability.write(block, result.probability)
+        if slide.scratch.classes is not None and result.classes is not None:
+            slide.scratch.classes.write(block, result.classes)
     return BlockRecord(
         seeds=seeds,
         foreground=result.foreground,
@@ -133,8 +136,11 @@ def totals(plan: SlidePlan, journal: Journal) -> FinishedRecord:
         infinite += block.result.infinite
         classes = [sum(counts) for counts in zip(classes, block.result.classes, strict=True)]
     figures = FinishedRecord(foreground, missing, skipped_tiles, infinite=infinite, classes=tuple(classes))
-    if plan.instances is None:
+    if not plan.makes_ids:
         return figures
-    objects = sum(merge.result.objects for _, merge in journal.records(MERGE, TaskRecord[MergeRecord]))
+    ((_, merge),) = journal.records(MERGE, TaskRecord[MergeRecord])
     labelled = sum(growth.result.labelled for _, growth in journal.records(INSTANCES, TaskRecord[GrowthRecord]))
-    return replace(figures, objects=objects, unreached=foreground - labelled)
+    figures = replace(figures, objects=merge.result.objects, cut_rays=merge.result.cut_rays)
+    if plan.stars is not None:
+        return replace(figures, foreground=labelled)
+    return replace(figures, unreached=foreground - labelled)

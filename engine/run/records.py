@@ -17,6 +17,7 @@ from cellseg_batch.engine.geometry import BlockGrid, Lattice
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.objects.classes import ClassRule
 from cellseg_batch.engine.objects.seeds import InstanceRule, SeedRecord
+from cellseg_batch.engine.objects.stars import StarRule
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.slide import fits_axes
 from cellseg_batch.engine.storage.checksums import WrittenBox
@@ -124,7 +125,8 @@ class Decisions:
         threshold: probability above which a pixel is foreground.
         decoder: name of the decoder by which logits become masks and instances.
         outputs: names of the images that are written.
-        instances: numbers by which logits become instances; None for a mask.
+        instances: numbers by which logits become instances by growth; None for a mask, or if they are stars.
+        stars: numbers by which logits become stars; None for a mask, or if instances grow.
         objects: whether the instances are measured.
         classes: class map by which the measured instances get classes; None for none.
     """
@@ -141,6 +143,7 @@ class Decisions:
     decoder: str
     outputs: tuple[str, ...]
     instances: InstanceRule | None
+    stars: StarRule | None
     objects: bool
     classes: ClassRule | None
 
@@ -209,7 +212,7 @@ class BlockRecord:
     """A segmented block.
 
     Attributes:
-        seeds: its seeds, for the merge; None for a mask.
+        seeds: its seeds, for the merge; None where nothing grows.
         foreground: number of foreground pixels.
         missing: number of NaN pixels in the input, taken as 0.
         skipped_tiles: number of flat tiles, which are not computed.
@@ -229,13 +232,15 @@ class BlockRecord:
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """The merged seeds of all blocks.
+    """The merged seeds or stars of all blocks.
 
     Attributes:
         objects: number of objects of the slide.
+        cut_rays: number of stars among them with a ray that was cut to the longest one allowed.
     """
 
     objects: Count
+    cut_rays: Count = 0
 
 
 @dataclass(frozen=True)
@@ -294,6 +299,7 @@ class FinishedRecord:
         objects: number of objects; None for a mask.
         unreached: number of foreground pixels that belong to no object.
         infinite: number of pixels in the input that are infinite in float32.
+        cut_rays: number of objects with a ray that was cut to the longest one allowed.
         classes: number of pixels of each class; () for labels that are none.
     """
 
@@ -303,12 +309,17 @@ class FinishedRecord:
     objects: Count | None = None
     unreached: Count = 0
     infinite: Count = 0
+    cut_rays: Count = 0
     classes: tuple[Count, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Remarks for the user on pixel values that are no numbers, or none that the model can take."""
-        counts = {"NaN pixels taken as 0": self.missing, "infinite pixels, or beyond 3.4e38": self.infinite}
+        """Remarks for the user on pixel values and rays that were not taken as they are."""
+        counts = {
+            "NaN pixels taken as 0": self.missing,
+            "infinite pixels, or beyond 3.4e38": self.infinite,
+            "objects with rays cut to the longest that the model's card allows": self.cut_rays,
+        }
         return tuple(f"{count} {pixels}" for pixels, count in counts.items() if count)
 
 

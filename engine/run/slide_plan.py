@@ -14,6 +14,7 @@ from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.objects.classes import ClassRule, class_rule
 from cellseg_batch.engine.objects.seeds import InstanceRule
+from cellseg_batch.engine.objects.stars import StarRule
 from cellseg_batch.engine.run.output_images import OutputImage, output_images
 from cellseg_batch.engine.run.output_paths import OutputPaths
 from cellseg_batch.engine.run.records import BackendIdentity, Decisions, InputPixels, ModelIdentity, TileLattice
@@ -46,7 +47,9 @@ class SlidePlan:
         downscale: factor by which the image is downscaled for the model.
         stitch: crop or blend.
         flat: difference of pixel values below which a tile is background and not computed; 0 computes all.
-        instances: rule by which logits become instances; None for a mask.
+        instances: rule by which logits become instances by growth; None for a mask, or if they are stars.
+        stars: rule by which logits become stars; None for a mask, or if instances grow.
+        output_grid: px between two points of the network's output.
         objects: whether to measure the instances.
         classes: class map by which the instances get classes; None if there is none, or they are not measured.
         notes: remarks on the model for the user.
@@ -66,6 +69,8 @@ class SlidePlan:
     stitch: str = "crop"
     flat: float = 0.0
     instances: InstanceRule | None = None
+    stars: StarRule | None = None
+    output_grid: int = 1
     objects: bool = False
     classes: ClassRule | None = None
     notes: tuple[str, ...] = ()
@@ -77,8 +82,13 @@ class SlidePlan:
         return height * width * self.grid.planes
 
     @property
+    def makes_ids(self) -> bool:
+        """Whether every object gets an id of its own."""
+        return self.instances is not None or self.stars is not None
+
+    @property
     def frame(self) -> int | None:
-        """Width in px of the frame around a block that instances need; None for a mask."""
+        """Width in px of the frame around a block that growth needs; None where nothing grows."""
         return None if self.instances is None else reach(self.instances.steps) + HALO * self.objects
 
     @property
@@ -122,6 +132,7 @@ class SlidePlan:
             decoder=self.decoder,
             outputs=tuple(output.name for output in self.outputs),
             instances=self.instances,
+            stars=self.stars,
             objects=self.objects,
             classes=self.classes,
         )
@@ -141,6 +152,8 @@ class SlidePlan:
             decoder=DECODERS[self.decoder],
             instances=self.instances,
             classes=self.classes,
+            stars=self.stars,
+            grid=self.output_grid,
         )
 
 
@@ -276,6 +289,7 @@ def plan_slide(slide: Slide, paths: OutputPaths, settings: Settings, card: Card,
     # Blending a tile takes the logits of its neighbours, flat ones too.
     skips = settings.skip_background == "auto" and settings.stitch == "crop"
     flat = flat_limit(bounds, card.input.normalisation) if skips else 0.0
+    makes_stars = DECODERS[card.decoder].makes_stars
     return SlidePlan(
         slide=slide,
         paths=paths,
@@ -289,7 +303,9 @@ def plan_slide(slide: Slide, paths: OutputPaths, settings: Settings, card: Card,
         outputs=output_images(paths, settings, card),
         stitch=settings.stitch,
         flat=flat,
-        instances=DECODERS[card.decoder].instance_rule(card) if settings.makes_ids else None,
+        instances=DECODERS[card.decoder].instance_rule(card) if settings.makes_ids and not makes_stars else None,
+        stars=StarRule(card.stardist, len(card.decoded) - 1, card.grid) if settings.makes_ids and makes_stars else None,
+        output_grid=card.grid,
         objects=settings.objects,
         classes=class_rule(card) if settings.objects else None,
         notes=card.notes,

@@ -47,7 +47,15 @@ class WarmUp:
         and needs no more memory.
         """
         slide = plan.slide
-        kind = slide.dtype, slide.axes, plan.images_of_bytes, plan.instances, plan.objects, plan.downscale
+        kind = (
+            slide.dtype,
+            slide.axes,
+            plan.images_of_bytes,
+            plan.instances,
+            plan.makes_ids,
+            plan.objects,
+            plan.downscale,
+        )
         size = math.prod(plan.shape)
         if self._has(kind, size):
             return  # without waiting for the network of another slide
@@ -66,6 +74,7 @@ class WarmUp:
                         blend=plan.stitch == "blend",
                         classes=plan.decoder == "classes",
                         instances=plan.instances is not None,
+                        stars=plan.stars is not None,
                         objects=plan.objects,
                     )
                     make_predictor(self._model_pool, backend, plan.prediction, StageClock()).predict(pixels, tile)

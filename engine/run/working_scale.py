@@ -73,6 +73,7 @@ def lay_tiles(
         shape=(*plan.shape[:2], *lattice.tile),
         downscale=factor,
         instances=plan.instances and replace(plan.instances, downscale=factor),
+        stars=plan.stars and replace(plan.stars, downscale=factor),
     )
 
 

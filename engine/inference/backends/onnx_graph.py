@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from cellseg_batch.trainer.bundle import Bundle
-from cellseg_batch.trainer.card import BACKGROUND, Tensor
+from cellseg_batch.trainer.card import BACKGROUND, RAY, Tensor
 
 # No name in a graph begins so.
 _OURS = "cellseg/"
@@ -32,7 +32,7 @@ def plain_graph(bundle: Bundle) -> bytes:
 
     A tensor with a channel for background is one of a softmax, whose logit is log(p / (1 - p)), but of classes log(p).
     The border that a cropped output lacks is filled with logits of 0; margins are at least as wide.  An output with a
-    stride is repeated to the size of its input.
+    stride is repeated to the size of its input, but for rays (`Card.grid`).
 
     Args:
         bundle: a bundle with a graph whose card was checked against it.
@@ -60,8 +60,8 @@ def plain_graph(bundle: Bundle) -> bytes:
     order = [channels.index(output) for output in bundle.outputs]
     if order != list(range(len(channels))):
         logits = graph.add("Gather", logits, np.array(order, np.int64), axis=1)
-    if card.output.stride > 1:
-        logits = _enlarged(graph, logits, card.output.stride, mode="nearest", nearest_mode="floor", at="asymmetric")
+    if (repeats := card.output.stride // card.grid) > 1:
+        logits = _enlarged(graph, logits, repeats, mode="nearest", nearest_mode="floor", at="asymmetric")
     if border := card.output.crop // factor:
         logits = graph.add("Pad", logits, np.array([0, 0, border, border] * 2, np.int64), mode="constant")
     if factor > 1:
@@ -104,7 +104,14 @@ def _logits_of(graph: _Graph, tensor: Tensor, layout: str, decoder: str) -> str:
     if not undone and decoder == "classes" and tensor.activation == "softmax":
         return graph.add("Log", graph.add("Clip", values, np.array(_SURE, np.float32)))
     if not undone:
-        return _log_odds(graph, values)
+        rays = [number for number, channel in enumerate(tensor.channels) if channel.startswith(RAY)]
+        if not rays:
+            return _log_odds(graph, values)
+        # The activation is that of the other channels.
+        kept, others = np.array(rays, np.int64), np.setdiff1d(np.arange(len(tensor.channels)), rays)
+        odds = _log_odds(graph, graph.add("Gather", values, others, axis=1))
+        parted = graph.add("Concat", odds, graph.add("Gather", values, kept, axis=1), axis=1)
+        return graph.add("Gather", parted, np.argsort(np.append(others, kept)), axis=1)
     if not exclusive:
         return values
     if len(tensor.channels) == 2:

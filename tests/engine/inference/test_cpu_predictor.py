@@ -10,10 +10,15 @@ from hypothesis import strategies as st
 from cellseg_batch.engine.geometry import fit_lattice, lay_blocks
 from cellseg_batch.engine.inference.backends.torch_cpu import TorchBackend
 from cellseg_batch.engine.inference.cpu_predictor import tile_logits
+from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.inference.session import Session, compile_network
+from cellseg_batch.engine.objects.stars import StarRule
 from cellseg_batch.engine.stage_clock import StageClock
+from cellseg_batch.kernels.stardist import SHORTEST_RAY, join
+from cellseg_batch.kernels.stitch import sigmoid
+from cellseg_batch.trainer.card import StarDist
 from cellseg_batch.trainer.footprint import measure_footprint
 from tests.support.networks import Alone, Filter, predictor_of
 
@@ -145,3 +150,47 @@ def test_footprint_of_known_networks():
     footprint = measure_footprint(strided, 1)
     # An aligned pair of outputs sees the four inputs around it, one on either side.
     assert (footprint.total_stride, footprint.exact_margin) == (2, 2)
+
+
+def values_on_a_grid(batch, out=None):
+    """A stand-in network of 8 rays on a grid of 2 px; what it says of a point follows from the pixel there alone."""
+    pixels = batch[:, :1, ::2, ::2]
+    return np.concatenate([8 * pixels - 6, *(20 * abs(pixels - ray / 8) for ray in range(8))], axis=1)
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 120), st.integers(1, 120), st.sampled_from([(1, 1), (64, 3), (999, 2)]))
+def test_candidates_and_probability_of_a_grid_do_not_depend_on_tiles(height, width, how):
+    block, batch = how
+    lattice = fit_lattice((height, width), 56, 8, 8)
+    image = np.random.default_rng(height).integers(0, 256, (1, height, width), dtype=np.uint8)
+    rule = PredictionRule(
+        lattice,
+        (batch, 1, *lattice.tile),
+        "uint8",
+        Bounds((0.0,), (255.0,)),
+        0.5,
+        probability=True,
+        decoder=DECODERS["stardist"],
+        stars=StarRule(StarDist(longest_ray=15), rays=8, grid=2),
+        grid=2,
+    )
+    predictor = predictor_of(Alone(values_on_a_grid), rule)
+    grid = lay_blocks(lattice, block)
+    results = [predictor.predict(image[(slice(None), *part.read_box.slices())], part) for part in grid]
+    stars = join([result.stars for result in results], 8)
+    normalised = image[None] * np.float32(1 / 255)
+    logits = values_on_a_grid(normalised)[0]
+    y, x = np.nonzero(logits[0] > 0)
+    stars = stars.take(np.lexsort((stars.x, stars.y)))
+    np.testing.assert_array_equal((stars.y, stars.x), (2 * y, 2 * x))
+    np.testing.assert_array_equal(stars.rays, np.clip(logits[1:, y, x].T, SHORTEST_RAY, 15))
+    expected = sigmoid(logits[0]).repeat(2, axis=0).repeat(2, axis=1)
+    masks = predictor_of(Alone(values_on_a_grid), replace(rule, stars=None))
+    for part, result in zip(grid, results, strict=True):
+        inside = expected[part.box.slices()]
+        np.testing.assert_allclose(result.probability, 255 * inside, atol=1)
+        mask = masks.predict(image[(slice(None), *part.read_box.slices())], part)
+        np.testing.assert_array_equal(mask.mask, inside > 0.5)
+        assert mask.foreground == mask.mask.sum()
+        assert mask.stars is None

@@ -23,8 +23,9 @@ from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.objects.classes import ClassRule
 from cellseg_batch.engine.objects.seeds import InstanceRule
+from cellseg_batch.engine.objects.stars import StarRule
 from cellseg_batch.engine.stage_clock import StageClock
-from cellseg_batch.trainer.card import Hover, Instances
+from cellseg_batch.trainer.card import Hover, Instances, StarDist
 from tests.support.images import blobs, labels_of, write_ome_zarr
 from tests.support.networks import predictor_of
 
@@ -90,8 +91,11 @@ def gpu_predictor_of(queue, stitch="crop", **changes):
 class OnTheCpu:
     """A backend of the CPU with the same network."""
 
+    def __init__(self, network=network):
+        self.network = network
+
     def compile(self, shape):
-        return lambda batch, out=None: network(torch.from_numpy(batch).half()).float().numpy()
+        return lambda batch, out=None: self.network(torch.from_numpy(batch).half()).float().numpy()
 
     def compile_bytes(self, shape):
         return None
@@ -142,6 +146,36 @@ def test_pixel_codes_of_instances_are_those_of_the_cpu(decoder, downscale, codes
     assert len(np.unique(result.mask)) == codes
     np.testing.assert_array_equal(result.classes, expected.classes)
     assert len(np.unique(result.classes)) == 2
+
+
+def star_network(pixels):
+    """Logits of pixels (N, C, H, W) in float16: a probability and three rays."""
+    logits = network(pixels)
+    return torch.cat([logits[:, :1], 6 + logits], dim=1)
+
+
+class StarModel(Model):
+    """A compiled model of stars."""
+
+    def __init__(self, batch):
+        super().__init__(batch)
+        self.logits = torch.zeros(batch, 4, *LATTICE.tile, dtype=torch.half)
+
+    def enqueue(self):
+        self.logits.copy_(star_network(self.pixels))
+
+
+def test_candidates_are_those_of_the_cpu():
+    how = {"decoder": DECODERS["stardist"], "stars": StarRule(StarDist(), rays=3)}
+    image, queue = image_of(), BatchQueue(Device("cpu"), StarModel, 4, Admission(), lambda: False)
+    results = [gpu_predictor_of(queue, **how).predict(cut(image, block), block) for block in lay_blocks(LATTICE, 90)]
+    there = predictor_of(OnTheCpu(star_network), rule_of(**how))
+    for block, result in zip(lay_blocks(LATTICE, 90), results, strict=True):
+        expected = there.predict(cut(image, block), block)
+        for found, values in zip(result.stars, expected.stars, strict=True):
+            np.testing.assert_array_equal(found, values)
+        np.testing.assert_array_equal(result.probability, expected.probability)
+        assert len(result.stars.y) > 20
 
 
 def test_channels_that_are_interleaved_go_up_as_they_are():

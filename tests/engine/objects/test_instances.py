@@ -88,7 +88,8 @@ def block_by_block(pixel_codes, grid, rule, folder):
     merged.save(folder)
     labels = np.zeros(pixel_codes.shape, np.uint32)
     plan = SimpleNamespace(grid=grid, instances=rule)
-    slide = SimpleNamespace(plan=plan, scratch=scratch, clock=SimpleNamespace(stage=lambda _: nullcontext()))
+    codes = SimpleNamespace(codes=scratch)
+    slide = SimpleNamespace(plan=plan, scratch=codes, clock=SimpleNamespace(stage=lambda _: nullcontext()))
     for block in grid:
         labels[(block.plane, *block.box.slices())] = final_labels(slide, block)
     return labels, merged
