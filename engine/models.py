@@ -66,6 +66,13 @@ def build_torch_network(bundle: Bundle) -> nn.Module:
     from cellseg_batch.trainer.unet import ARCHITECTURES, load_network
 
     architecture = bundle.card.architecture
+    if bundle.graph is not None:
+        raise ModelError(
+            f"model {bundle.card.name}",
+            expected="a network of ours, whose layers torch can build",
+            found="an ONNX graph",
+            remedy="use what runs graphs: run, check-model, compile",
+        )
     try:
         return load_network(bundle)
     except (KeyError, TypeError) as error:

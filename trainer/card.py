@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 VERSION = 2
 SAFETENSORS, ONNX = FORMATS = ("safetensors", "onnx")
+# Name of the card among the remarks in an ONNX file of ours.
+CARD_PROPERTY = "cellseg_batch.card"
 LAYOUTS = ("NCHW", "NHWC")
 KINDS = ("percentile", "zscore", "fixed", "linear")
 ACTIVATIONS = ("none", "sigmoid", "softmax")

@@ -21,6 +21,7 @@ _LARGEST = 1 << 30
 _LEAST_OPSET = 11
 _DOMAINS = ("", "ai.onnx")
 _CONTROL = ("If", "Loop", "Scan")
+_PACKAGE = "a bioimage.io package"
 # First bytes of what torch.save, joblib and pickle write: a zip archive, or a pickle of protocol 2 or later.
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 EXPORT = 'torch.onnx.export(network, example, "model.onnx", dynamo=True) where the model was trained'
@@ -125,6 +126,8 @@ def _refused(path: Path, expected: str, found: str, remedy: str) -> ModelError:
 
 
 def _content_of(path: Path) -> bytes:
+    if path.is_dir():
+        raise _refused(path, "an ONNX file", "a folder", "name the .onnx file in it")
     try:
         size = path.stat().st_size
         if size > _LARGEST:
@@ -138,6 +141,9 @@ def _content_of(path: Path) -> bytes:
     except OSError as error:
         raise _refused(path, "an ONNX file that can be read", brief(error), "check the path") from error
     kind = _other_kind(path, content)
+    if kind == _PACKAGE:
+        remedy = "take the .onnx file out of it, and say the rest in a card.toml"
+        raise _refused(path, "an ONNX file", kind, remedy)
     if kind:
         raise _refused(path, "an ONNX file", f"{kind}, which runs code when it is read", f"convert it: {EXPORT}")
     return content
@@ -148,6 +154,8 @@ def _other_kind(path: Path, content: bytes) -> str:
     if content[:4] == _ZIP:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+        if any(name.endswith(("rdf.yaml", "bioimageio.yaml")) for name in names):
+            return _PACKAGE
         if any("/code/" in name or name.endswith("constants.pkl") for name in names):
             return "a TorchScript archive"
         if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):

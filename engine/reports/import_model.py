@@ -24,6 +24,7 @@ from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import Bundle, save_bundle
 from cellseg_batch.trainer.card import (
+    CARD_PROPERTY,
     DECODER_OUTPUTS,
     LAYOUTS,
     ONNX,
@@ -170,7 +171,10 @@ def import_model(source: Path, out: Path, card: Path | None = None, name: str | 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(graph.serialised)
-        bundle = _bundle_of(source, path, graph, replace(draft, name=name or draft.name or source.stem))
+        if card is None and CARD_PROPERTY in graph.properties:
+            bundle = _with_own_card(source, path, graph, name)
+        else:
+            bundle = _bundle_of(source, path, graph, replace(draft, name=name or draft.name or source.stem))
         with writing_to(out, "a bundle"):
             save_bundle(bundle, out)
     return bundle
@@ -210,6 +214,29 @@ def _coloured(names: tuple[str, ...]) -> tuple[ClassName, ...]:
     hues = (colorsys.hsv_to_rgb(number / len(names), 0.75, 1.0) for number in range(len(names)))
     colours = [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in hues]
     return tuple(ClassName(name, colour) for name, colour in zip(names, colours, strict=True))
+
+
+def _with_own_card(source: Path, path: Path, graph: GraphFile, name: str | None) -> Bundle:
+    """The bundle of a graph that ``export`` wrote, with the card inside it."""
+    try:
+        card = Card.from_json(graph.properties[CARD_PROPERTY])
+        card = replace(card, name=name or card.name)
+        side = card.input.size.min
+        given = [tensor.name for tensor in card.output.tensors]
+        if card.format != ONNX or set(given) - {port.name for port in graph.outputs}:
+            raise ValueError(f"it names {', '.join(given)}, the graph gives {_words(graph.outputs[0])}")
+        if graph.input.shape[1] not in (None, card.input.count):
+            raise ValueError(f"it names {card.input.count} channels, the graph takes {_words(graph.input)}")
+        if _sides_of(path, card, side) != (side, side):
+            raise ValueError(f"the graph gives another size for {side} px")
+    except ValueError as error:
+        raise ModelError(
+            str(source),
+            expected="a card in the file that agrees with its graph",
+            found=str(error),
+            remedy="export the model again, or give a card.toml",
+        ) from error
+    return Bundle(card, graph=path)
 
 
 def _missing(source: Path, name: str, found: str) -> ModelError:

@@ -243,6 +243,10 @@ def broken(folder, name):
         write_zip(path, {"model/data.pkl": b"", "model/code/__torch__.py": b"", "model/constants.pkl": b""})
     elif name == "pt2":
         write_zip(path, {"model/archive_format": b"pt2", "model/models/model.json": b""})
+    elif name == "package":
+        write_zip(path, {"rdf.yaml": b"", "weights.onnx": b""})
+    elif name == "folder":
+        path.mkdir()
     elif name == "noise":
         path.write_bytes(bytes(range(256)))
     elif name == "custom operator":
@@ -276,6 +280,8 @@ def broken(folder, name):
         ("state dict", "an archive of pickles by torch.save, which runs code"),
         ("TorchScript", "a TorchScript archive"),
         ("pt2", "a .pt2 program"),
+        ("package", "a bioimage.io package; take the .onnx file out of it"),
+        ("folder", "found a folder; name the .onnx file"),
         ("noise", "expected an ONNX file"),
         ("custom operator", "com.lab.Magic"),
         ("loop", "no If, Loop, Scan"),
@@ -421,3 +427,23 @@ def test_classes_are_numbered_named_and_counted(imported, segment, tmp_path, end
     assert objects.slides[0].objects > 3
     blended = segment(path, model=str(folder), backend=backend, tile=64, stitch="blend", margin=8, name="blend")
     assert f"the classes of {end}" in blended.slides[0].reason
+
+
+def test_an_exported_network_of_ours_comes_back_with_its_card(tiny_model, tiny_bundle, command, segment, tmp_path):
+    file, folder = tmp_path / "tiny.onnx", tmp_path / "back"
+    assert command("export", tiny_model, "--format", "onnx", "--tile", 64, "--out", file)[0] == 0
+    card = import_model(file, folder).card
+    ours = tiny_bundle.card
+    same = ("name", "input", "decoder", "total_stride", "exact_margin", "margin", "instances", "threshold")
+    assert [getattr(card, name) for name in same] == [getattr(ours, name) for name in same]
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(200, 230))
+    labels = []
+    for model in (tiny_model, folder):
+        backend = "torch" if model == tiny_model else "onnxruntime"
+        report = segment(path, model=str(model), backend=backend, name=backend, instances=True, downscale=2)
+        assert report.slides[0].objects > 3
+        labels.append(labels_of(report))
+    assert np.mean((labels[0] > 0) != (labels[1] > 0)) < 1e-4
+    code, output = command("export", folder, "--format", "onnx", "--out", tmp_path / "again.onnx")
+    assert code == 2
+    assert "is a graph already" in output
