@@ -106,7 +106,7 @@ class Known:
         stars = self.planes[block.plane]
         own = self.rng.permutation(np.flatnonzero(inside(stars.y, stars.x, block.box)))
         mask = np.zeros(block.box.shape, np.uint8)
-        return BlockResult(mask, mask + np.uint8(200), 0, 0, stars.take(own))
+        return BlockResult(mask, mask + np.uint8(200), 0, 0, stars=stars.take(own))
 
 
 @pytest.fixture
