@@ -193,6 +193,8 @@ def _bundle_of(source: Path, path: Path, graph: GraphFile, draft: CardDraft) -> 
     if draft.output.decoder == "classes" and not draft.output.classes:
         raise _missing(source, "output.classes", "none")
     try:
+        if draft.output.decoder not in DECODER_OUTPUTS:
+            raise ValueError(f"decoder: expected one of {', '.join(DECODER_OUTPUTS)}, found {draft.output.decoder!r}")
         taken = _input_of(source, graph.input, draft.input)
         output = Output(_tensors_of(source, graph, draft.output, taken.layout))
         card = Card(draft.name, taken, output, draft.output.decoder, total_stride=1, exact_margin=None, margin=0)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +40,15 @@ decoder = "mask"
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Name -> ONNX file of each network."""
+def file_of(tmp_path_factory):
+    """Write the ONNX file of a network by its name, once."""
     folder = tmp_path_factory.mktemp("files")
-    return {name: write_network(randomised(make()), folder / f"{name}.onnx") for name, make in NETWORKS.items()}
+
+    @cache
+    def call(name):
+        return write_network(randomised(NETWORKS[name]()), folder / f"{name}.onnx")
+
+    return call
 
 
 @pytest.fixture
@@ -61,14 +67,13 @@ def logits_of(folder, tiles, backend="onnxruntime", precision="fp32"):
     return make_backend(load_model(str(folder)), backend, precision, 1, Artefacts()).compile(tiles.shape)(tiles)
 
 
-@pytest.mark.parametrize("name", ["basic-unet", "seg-res-net"])
-def test_a_network_of_others_gives_what_it_gives_untiled(files, imported, segment, tmp_path, name):
-    folder = imported(files[name])
+@pytest.mark.parametrize("name", [pytest.param("basic-unet", marks=pytest.mark.slow), "seg-res-net"])
+def test_a_network_of_others_gives_what_it_gives_untiled(file_of, imported, segment, tmp_path, name):
+    folder = imported(file_of(name))
     card = load_model(str(folder)).card
     stride, exact = card.total_stride, card.exact_margin
-    assert measure_footprint(NETWORKS[name]()) == Footprint(stride, exact)
     pixels = blobs(300, 410)
-    logits = untiled(files[name], pixels / np.float32(255), exact, stride)[0]
+    logits = untiled(file_of(name), pixels / np.float32(255), exact, stride)[0]
     masks = []
     for backend, block in (("onnxruntime", 64), ("onnxruntime", 400), ("openvino", 200)):
         path = write_ome_zarr(tmp_path / f"{backend}_{block}.zarr", pixels)
@@ -84,8 +89,16 @@ def test_a_network_of_others_gives_what_it_gives_untiled(files, imported, segmen
         assert np.abs(logits[differ]).max(initial=0) < 1e-4
 
 
-def test_a_network_that_sees_the_whole_tile_is_named_and_runs(files, imported, segment, tmp_path):
-    folder = imported(files["sees-all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["basic-unet", "seg-res-net"])
+def test_stride_and_exact_margin_are_those_that_nan_finds_in_torch(file_of, imported, name):
+    card = load_model(str(imported(file_of(name)))).card
+    assert measure_footprint(NETWORKS[name]()) == Footprint(card.total_stride, card.exact_margin)
+
+
+@pytest.mark.slow
+def test_a_network_that_sees_the_whole_tile_is_named_and_runs(file_of, imported, segment, tmp_path):
+    folder = imported(file_of("sees-all"))
     card = load_model(str(folder)).card
     assert (card.exact_margin, card.margin) == (None, 64)
     masks = []
@@ -172,26 +185,28 @@ def test_channels_last_and_half_precision_and_a_coarser_output(imported, tmp_pat
         np.testing.assert_allclose(logits, expected.repeat(2, 0).repeat(2, 1), atol=2e-3)
 
 
-def test_backends_of_torch_say_that_they_run_no_graphs(files, imported):
-    bundle = load_model(str(imported(files["seg-res-net"])))
+def test_backends_of_torch_say_that_they_run_no_graphs(file_of, imported):
+    bundle = load_model(str(imported(file_of("seg-res-net"))))
     with pytest.raises(BackendError, match=r"runs onnx models .*\(openvino, onnxruntime"):
         make_backend(bundle, "torch", "fp32", 1, Artefacts())
     with pytest.raises(BackendError, match="one that runs onnx"):
         make_backend(load_model("nuclei"), "onnxruntime", "fp32", 1, Artefacts())
 
 
-def test_importing_and_running_a_graph_imports_no_torch(files, tmp_path):
+@pytest.mark.slow
+def test_importing_and_running_a_graph_imports_no_torch(file_of, tmp_path):
     """In a process of its own, as this one has torch."""
     (tmp_path / "card.toml").write_text(CARD)
     write_ome_zarr(tmp_path / "a.zarr", blobs(100, 120))
     script = f"""
 import sys
 import zipfile
+from functools import cache
 from pathlib import Path
 from cellseg_batch import Settings, segment
 from cellseg_batch.engine.reports.import_model import import_model
 folder = Path({str(tmp_path)!r})
-import_model(Path({str(files["seg-res-net"])!r}), folder / "bundle", folder / "card.toml")
+import_model(Path({str(file_of("seg-res-net"))!r}), folder / "bundle", folder / "card.toml")
 for backend in ("onnxruntime", "openvino"):
     report = segment(folder / "a.zarr", model=str(folder / "bundle"), backend=backend, precision="fp32", gate=False,
                      name=backend)
@@ -201,7 +216,7 @@ assert "torch" not in sys.modules
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[3])
 
 
-def test_what_a_card_lacks_is_asked_for_with_an_example(files, tmp_path, command):
+def test_what_a_card_lacks_is_asked_for_with_an_example(file_of, tmp_path, command):
     sayings = {
         "": 'add to [input] of --card: channels = ["rgb"]',
         '[input]\nchannels = ["rgb"]': "normalisation = {kind =",
@@ -212,13 +227,13 @@ def test_what_a_card_lacks_is_asked_for_with_an_example(files, tmp_path, command
         CARD.replace("low = 0, ", ""): "needs low and high",
         CARD.replace('"fixed"', '"zscore", clip = true'): "clip = false",
         CARD + "colour = 1": "unknown field colour",
-        CARD.replace("[output]", "size = 100\n[output]"): "whole strides",
+        CARD.replace("[output]", "size = {min = 101, step = 2}\n[output]"): "whole strides",
         "[[": "TOML",
     }
     for text, words in sayings.items():
         (tmp_path / "card.toml").write_text(text)
         code, output = command(
-            "import-model", files["basic-unet"], "--out", tmp_path / "b", "--card", tmp_path / "card.toml"
+            "import-model", file_of("seg-res-net"), "--out", tmp_path / "b", "--card", tmp_path / "card.toml"
         )
         assert code == 2, (text, output)
         assert words in output, (text, output)
@@ -299,8 +314,8 @@ def test_what_could_run_code_or_cannot_run_is_refused_in_one_line(tmp_path, comm
     assert words in output, output
 
 
-def test_a_graph_that_changed_after_its_import_is_refused(files, imported):
-    folder = imported(files["seg-res-net"])
+def test_a_graph_that_changed_after_its_import_is_refused(file_of, imported):
+    folder = imported(file_of("seg-res-net"))
     with open(folder / "model.onnx", "ab") as stream:
         stream.write(b"\0")
     with pytest.raises(ModelError, match="damaged, or of another model"):
@@ -324,9 +339,10 @@ def two_stains(tmp_path):
     return write_graph(tmp_path / "stains.onnx", nodes, ("n", 2, "h", "w"), ("n", 1, "h", "w"), weights)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-@pytest.mark.parametrize("kind", ["zscore", "percentile"])
+@pytest.mark.parametrize(
+    ("dtype", "backend", "kind"),
+    [("uint8", "openvino", "zscore"), ("uint16", "onnxruntime", "zscore"), ("uint8", "openvino", "percentile")],
+)
 def test_stains_are_chosen_by_role_and_normalised_each_for_itself(
     two_stains, imported, segment, tmp_path, dtype, backend, kind
 ):
@@ -396,8 +412,7 @@ def classes_of(folder, end):
     return write_graph(folder / f"{end}.onnx", nodes, shape, gives, {"w": w.reshape(-1, 1, 1, 1), "b": b})
 
 
-@pytest.mark.parametrize("end", ["Softmax", "Sigmoid"])
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(("end", "backend"), [("Softmax", "onnxruntime"), ("Sigmoid", "openvino")])
 def test_classes_are_numbered_named_and_counted(imported, segment, tmp_path, end, backend):
     folder = imported(classes_of(tmp_path, end), CLASSES)
     pixels = blobs(150, 170, 1)
@@ -429,6 +444,7 @@ def test_classes_are_numbered_named_and_counted(imported, segment, tmp_path, end
     assert f"the classes of {end}" in blended.slides[0].reason
 
 
+@pytest.mark.slow
 def test_an_exported_network_of_ours_comes_back_with_its_card(tiny_model, tiny_bundle, command, segment, tmp_path):
     file, folder = tmp_path / "tiny.onnx", tmp_path / "back"
     assert command("export", tiny_model, "--format", "onnx", "--tile", 64, "--out", file)[0] == 0
