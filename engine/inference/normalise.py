@@ -30,7 +30,12 @@ _PLANES = 8
 
 @dataclass(frozen=True)
 class Bounds:
-    """Pixel values of a slide that become 0 and 1 by ``clip((x - low) / (high - low), 0, 1)`` in float32."""
+    """Pixel values of a slide that become 0 and 1 by ``clip((x - low) / (high - low), 0, 1)`` in float32.
+
+    Attributes:
+        low: pixel value that becomes 0.
+        high: pixel value that becomes 1.
+    """
 
     low: float
     high: float
