@@ -159,7 +159,7 @@ class Manifest:
         images: path of each output image in its store -> its folder, relative to the journal's.
         location: path of the input image, as a user would type it.
         software: versions of packages that decide no pixel.
-        input_files: hash of sizes and times of some files of the input (`files_state`), before its first block was read.
+        input_files: hash of sizes and times of some files of the input (`files_state`), before a block was read.
     """
 
     STRICT: ClassVar[tuple[str, ...]] = ("decisions",)
