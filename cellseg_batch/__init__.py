@@ -196,7 +196,7 @@ class Model:
             channel: index of the channel with the nuclei; None takes the model's setting, or chooses as a run does.
 
         Returns:
-            (Y, X) uint32 (uint64 beyond 4 thousand million objects): 0 is background, 1, 2, ... are objects.
+            (Y, X) uint32 (uint64 beyond 4 thousand million objects), 0 for background and 1, 2, ... for objects.
 
         Raises:
             CellsegError: the array is no image, or not one for this model.
@@ -217,7 +217,7 @@ class Model:
             channel: as in `segment`.
 
         Returns:
-            (Y, X) uint8, of which 0 is a probability of 0, and 255 of 1.
+            (Y, X) uint8, 0 for a probability of 0 and 255 for 1.
 
         Raises:
             CellsegError: the array is no image, or not one for this model.

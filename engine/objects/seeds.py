@@ -72,7 +72,8 @@ class SideRuns:
 
     Attributes:
         ids: id in the block of each run's seed.
-        starts, stops: half-open range of each run, in px from the block's corner.
+        starts: where each run begins, in px from the block's corner.
+        stops: where each run ends, not included.
     """
 
     ids: list[int]

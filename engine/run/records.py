@@ -88,7 +88,8 @@ class BackendIdentity:
     """The library that computes the logits.
 
     Attributes:
-        name, precision: name and precision of the backend.
+        name: name of the backend.
+        precision: precision of the backend.
         version: version of the library.
     """
 
@@ -116,7 +117,8 @@ class Decisions:
 
     Attributes:
         input: the pixels that are read.
-        model, backend: the model and the library that compute the logits.
+        model: the model that computes the logits.
+        backend: the library that computes them.
         downscale: factor by which the image is downscaled for the model.
         normalisation: pixel values that become 0 and 1.
         lattice: lattice of the tiles.
@@ -163,7 +165,7 @@ class Manifest:
         images: path of each output image in its store -> its folder, relative to the journal's.
         location: path of the input image, as a user would type it.
         software: versions of packages that decide no pixel.
-        input_files: `files_state` of the input image when its first block was about to be read.
+        input_files: hash of sizes and times of some files of the input (`files_state`), before a block was read.
     """
 
     STRICT: ClassVar[tuple[str, ...]] = ("decisions",)
@@ -217,7 +219,7 @@ class BlockRecord:
         missing: number of NaN pixels in the input, taken as 0.
         skipped_tiles: number of flat tiles, which are not computed.
         infinite: number of pixels in the input that are infinite in float32.
-        input_pixels: `pixels_state` of the input.
+        input_pixels: checksum of some rows of the input (`pixels_state`).
         classes: number of pixels of each class; () for labels that are none.
     """
 

@@ -68,7 +68,9 @@ class PlateReport:
     Attributes:
         plate: path of the plate.
         folder: folder of its tables and pictures; None if they could not be made.
-        wells, fields, failed: number of wells, of fields, and of failed fields.
+        wells: number of wells.
+        fields: number of fields.
+        failed: number of failed fields.
         reason: reason why there is no summary; "" if there is one.
     """
 
@@ -87,9 +89,13 @@ class RunReport:
     Attributes:
         seconds: seconds from the command's start to the last journal entry, without `compile_seconds`.
         compile_seconds: seconds in which the model was chosen, compiled and warmed up.
-        backend, precision, tile, margin, batch, block, workers: the values that were used; where slides differ, those
-            of the largest.  If no image could be used, backend and precision are ""; without a slide to work on, tile
-            and block are None.
+        backend: backend that was used; "" if no image could be used.
+        precision: its precision; "" if no image could be used.
+        tile: (height, width) of a tile in px of the largest slide; None without a slide to work on.
+        margin: margin in px of the largest slide.
+        batch: number of tiles per call of the model.
+        block: (height, width) of a block in px of the largest slide; None without a slide to work on.
+        workers: number of blocks in flight, or of worker processes.
         peak_rss_bytes: largest resident memory of the process.
         planned_peak_bytes: host memory that was announced as the most that the run would need.
         stages: busy seconds of each stage, over all threads.

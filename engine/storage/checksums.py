@@ -22,7 +22,8 @@ class WrittenBox:
 
     Attributes:
         path: path of the image inside its store.
-        level, plane: level and plane of the image.
+        level: level of the image.
+        plane: t/z plane of the image.
         box: (y0, x0, y1, x1) in px of the level.
         crc32: `checksum` of the pixels.
     """
