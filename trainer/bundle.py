@@ -30,7 +30,7 @@ class Bundle:
 
     Attributes:
         card: the card.
-        weights: name -> array, as stored (float16); {} for a graph.
+        weights: name -> array, as stored; {} for a graph.
         graph: the ONNX graph on disk; None for a network of ours.
         taken: outputs that are taken of a graph; None takes those of its decoder.
     """
@@ -138,22 +138,25 @@ def load_bundle(folder: Path) -> Bundle:
 
 
 def save_bundle(bundle: Bundle, folder: Path) -> None:
-    """Write a bundle; floating point weights are stored as float16, a graph is copied."""
+    """Write a bundle; floating point weights are stored as float16 where it holds them, a graph is copied."""
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / WEIGHTS_FILES[bundle.card.format]
     if bundle.graph is None:
-        halved = {
-            name: np.ascontiguousarray(array.astype(np.float16) if array.dtype.kind == "f" else array)
-            for name, array in bundle.weights.items()
-        }
-        save_file(halved, path)
+        save_file({name: np.ascontiguousarray(_halved(array)) for name, array in bundle.weights.items()}, path)
     elif bundle.graph.resolve() != path.resolve():
         shutil.copyfile(bundle.graph, path)
     path.chmod(0o644)  # safetensors writes for its owner alone
     card = replace(bundle.card, weights_sha256=_sha256_of(path))
     (folder / CARD_FILE).write_text(card.to_json())
+
+
+def _halved(array: NDArray[Any]) -> NDArray[Any]:
+    """Floats as float16, or as they are if one is too large for it, such as the variance of strong features."""
+    if array.dtype.kind != "f" or np.abs(array).max(initial=0) > np.finfo(np.float16).max:
+        return array
+    return array.astype(np.float16)
 
 
 def _sha256_of(path: Path) -> str:

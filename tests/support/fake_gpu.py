@@ -48,13 +48,13 @@ class FakeGpus:
 
     def install(self, monkeypatch):
         """Put these GPUs where the real ones would be."""
-        from cellseg_batch.kernels import blend_triton, gather_triton, instances_triton, stitch_triton
+        from cellseg_batch.kernels import blend_triton, gather_triton, pixel_codes_triton, stitch_triton
 
         monkeypatch.setattr(cuda, "available", lambda: True)
         monkeypatch.setattr(cuda, "Device", lambda name: FakeDevice(self, name))
         monkeypatch.setattr(gather_triton, "gather", self.gather)
         classify = self._kernel(instances_reference.classify_pixels, True)
-        monkeypatch.setattr(instances_triton, "classify_pixels", classify)
+        monkeypatch.setattr(pixel_codes_triton, "classify_pixels", classify)
         for module, names in ((stitch_triton, "stitch"), (blend_triton, "blend")):
             for form in ("mask", "probability"):
                 name = f"{names}_{form}"

@@ -1,5 +1,7 @@
 """Metrics against hand-computed cases, recipes, targets, losses, augmentation, networks and export."""
 
+from dataclasses import replace
+
 import numpy as np
 import openvino
 import pytest
@@ -8,7 +10,7 @@ import torch
 from cellseg_batch.engine.inference import decoders
 from cellseg_batch.trainer import decode
 from cellseg_batch.trainer.augment import Augmenter, Batch, flatten
-from cellseg_batch.trainer.bundle import load_bundle
+from cellseg_batch.trainer.bundle import load_bundle, save_bundle
 from cellseg_batch.trainer.card import DECODER_OUTPUTS, Instances, Normalisation
 from cellseg_batch.trainer.data.sample import Entry, Sample, instance_distance, make_sample
 from cellseg_batch.trainer.decode import decode_instances
@@ -434,3 +436,13 @@ def test_a_bundle_of_every_network_can_be_exported(name):
     program = torch.export.export(network, (torch.zeros(2, 3, 64, 64),), dynamic_shapes={"pixels": {0: batch}})
     with torch.inference_mode():
         assert program.module()(torch.zeros(3, 3, 64, 64)).shape[0] == 3
+
+
+def test_weights_too_large_for_float16_are_stored_as_they_are(tiny_bundle, tmp_path):
+    large = {name: array.astype(np.float32) for name, array in tiny_bundle.weights.items()}
+    name = next(name for name in large if name.endswith("running_var"))
+    large[name] = large[name] * np.float32(1e6)
+    save_bundle(replace(tiny_bundle, weights=large), tmp_path)
+    stored = load_bundle(tmp_path).weights
+    np.testing.assert_array_equal(stored[name], large[name])
+    assert {array.dtype.name for other, array in stored.items() if other != name} <= {"float16", "int64"}
