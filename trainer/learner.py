@@ -27,6 +27,7 @@ class Learner:
     Args:
         recipe: what to build and how to train it.
         device: where it lives.
+        pretrained: whether to load the published weights; False if others take their place.
 
     Attributes:
         averaged: the network that is scored and saved; the trained one itself when the recipe does not average.
@@ -37,7 +38,7 @@ class Learner:
         ValueError: they are of another network.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, pretrained: bool = True) -> None:
         self.recipe = recipe
         self.device = device
         torch.manual_seed(recipe.seed)
@@ -48,7 +49,8 @@ class Learner:
                 raise RecipeError(
                     "encoder_weights", f"none, as {recipe.network} has no published encoder", recipe.encoder_weights
                 )
-            load_encoder_weights(network.encoder, recipe.encoder_weights)
+            if pretrained:
+                load_encoder_weights(network.encoder, recipe.encoder_weights)
             self.provenance = network.encoder.provenance
         self._settle(network)
 

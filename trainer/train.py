@@ -117,7 +117,7 @@ def train(
     epoch_steps = recipe.epoch_steps or math.ceil(len(samples) / recipe.batch)
     steps = min(epoch_steps * recipe.epochs, max_steps or epoch_steps * recipe.epochs)
     start = Checkpoint(asdict(recipe), dataset.names, steps)
-    learner = Learner(recipe, torch.device(_pick_device(device)))
+    learner = Learner(recipe, torch.device(_pick_device(device)), pretrained=not resume and fine_tune is None)
     if resume:
         checkpoint = load_checkpoint(out)
         check_same(checkpoint, start)
