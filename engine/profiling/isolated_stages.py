@@ -69,7 +69,7 @@ def opened_alone(slide: Slide, settings: Settings, model_pool: ModelPool, folder
 
 def first_read(slide: OpenSlide, blocks: list[Block]) -> float:
     """Seconds to read the blocks for the first time, on every core, with caches as they are."""
-    return _timed(lambda block: slide.reader.read(block.plane, block.read_box), blocks)
+    return _timed(lambda block: slide.reader.decode(block.plane, block.read_box), blocks)
 
 
 def measure_alone(slide: OpenSlide, blocks: list[Block], first: float) -> Alone:
@@ -83,7 +83,7 @@ def measure_alone(slide: OpenSlide, blocks: list[Block], first: float) -> Alone:
     sizes: list[int] = []
 
     def read(block: Block) -> NDArray[Any]:
-        pixels = slide.reader.read(block.plane, block.read_box)
+        pixels = slide.reader.decode(block.plane, block.read_box)
         sizes.append(pixels.nbytes)
         return pixels
 
@@ -91,7 +91,7 @@ def measure_alone(slide: OpenSlide, blocks: list[Block], first: float) -> Alone:
     slide.clock.drain()
     masks: dict[int, NDArray[np.uint8]] = {}
     for block in blocks:
-        pixels = slide.reader.read(block.plane, block.read_box)
+        pixels = slide.reader.decode(block.plane, block.read_box)
         shown = without_background(block, pixels, slide.plan.grid.lattice, slide.plan.flat)
         masks[block.index] = slide.predictor.predict(pixels, shown).mask
     computing = {name: seconds for name, seconds in slide.clock.drain().items() if seconds}

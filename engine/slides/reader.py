@@ -68,12 +68,13 @@ class SlideReader:
         kept = self._kept  # another thread may replace it meanwhile
         if kept is not None and kept[0] == plane:
             return kept[1][:, *box.slices()]
-        pixels = self._decode(plane, box)
+        pixels = self.decode(plane, box)
         if pixels.size <= _SMALL and box.shape == self.slide.plane_shape(self.level):
             self._kept = plane, pixels
         return pixels
 
-    def _decode(self, plane: int, box: Box) -> NDArray[Any]:
+    def decode(self, plane: int, box: Box) -> NDArray[Any]:
+        """Read pixels from the store, as `read`, even if the plane is kept."""
         axes = self.slide.axes
         rows, columns = box.shifted(self.slide.levels[self.level].origin).slices()
         # Channels are read as a slice, because not every store can read a list of indices.

@@ -229,7 +229,7 @@ def test_unknown_models_and_wrong_weights_are_refused(tiny_bundle, tmp_path):
     with pytest.raises(ModelError, match="newer version"):
         build_torch_network(replace(tiny_bundle, card=unknown))
     for changes, words in (
-        ({"decoder": "rays"}, "one of mask, seeds, classes, hover, found 'rays'"),
+        ({"decoder": "rays"}, "one of mask, seeds, classes, hover, stardist, found 'rays'"),
         ({"decoder": "mask"}, "foreground for the decoder mask, found foreground, border, distance"),
         ({"output": plain_output("background", "tumour", "stroma")}, "found background, tumour, stroma"),
         ({"version": 1}, "a card of version 1 where this version reads 2"),
