@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.kernels._jit import jit
+from cellseg_batch.kernels.instances import ONE_BITS
 
 Ints = NDArray[np.int32]
-_ONE_BITS = 14
 
 
 @jit
@@ -59,7 +59,7 @@ def difference_column(ring: Ints, line: int, weights: Ints, spacing: int, out: I
 
 @jit
 def _begin(weight: np.int32, centre: Ints, out: Ints) -> None:
-    half = np.int32(1 << (_ONE_BITS - 1))
+    half = np.int32(1 << (ONE_BITS - 1))
     for x in range(len(out)):
         out[x] = weight * centre[x] + half
 
@@ -79,4 +79,4 @@ def _add_difference(weight: np.int32, before: Ints, after: Ints, out: Ints) -> N
 @jit
 def _shift(out: Ints) -> None:
     for x in range(len(out)):
-        out[x] >>= _ONE_BITS
+        out[x] >>= ONE_BITS

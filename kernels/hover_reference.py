@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import correlate1d
 
+from cellseg_batch.kernels.instances import ONE_BITS
+
 if TYPE_CHECKING:
     from cellseg_batch.kernels.hover import HoverRule
 
 Ints = NDArray[np.int32]
-_ONE_BITS = 14
 
 
 def classify_maps(
@@ -39,7 +40,7 @@ def classify_maps(
 
 def _fixed_point(values: NDArray[np.float32]) -> Ints:
     """Values from -1 to 1 in units of 2 ** -14."""
-    unit = np.float32(1 << _ONE_BITS)
+    unit = np.float32(1 << ONE_BITS)
     # fmax returns 0 where a value is NaN.
     steps: Ints = np.fmin(np.fmax(values * unit + (unit + np.float32(0.5)), np.float32(0)), 2 * unit).astype(np.int32)
     return steps - np.int32(unit)
@@ -55,5 +56,5 @@ def _spread(half: Ints, sign: int, spacing: int) -> Ints:
 def _correlate(values: Ints, kernel: Ints, axis: int) -> Ints:
     # Sums stay below 2 ** 29, which float64 holds exactly.
     total = correlate1d(values.astype(np.float64), kernel, axis, mode="nearest").astype(np.int64)
-    rounded: Ints = ((total + (1 << (_ONE_BITS - 1))) >> _ONE_BITS).astype(np.int32)
+    rounded: Ints = ((total + (1 << (ONE_BITS - 1))) >> ONE_BITS).astype(np.int32)
     return rounded

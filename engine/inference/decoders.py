@@ -31,7 +31,7 @@ Logits (N, K, T_y, T_x) are those of some tiles for `crop`, with the places of t
 """
 
 
-class Decoder(ABC):
+class Decoder:
     """Rules by which logits become pixels; unless a decoder says otherwise, the first output is the foreground's.
 
     A decoder is an object in `DECODERS`. Plans hold its name, as they travel between processes.
@@ -39,12 +39,10 @@ class Decoder(ABC):
     Attributes:
         name: value of `Card.decoder`.
         mask_outputs: outputs that a mask needs, in the network's order.
-        makes_stars: whether its instances are stars; others grow from pixel codes.
     """
 
     name: ClassVar[str]
     mask_outputs: ClassVar[tuple[str, ...]] = ("foreground",)
-    makes_stars: ClassVar[bool] = False
 
     def network(self, bundle: Bundle, *, instances: bool) -> Bundle:
         """Return the model with the outputs that instances need, which are all, or with those that a mask needs."""
@@ -53,14 +51,6 @@ class Decoder(ABC):
     def mask_meaning(self, card: Card) -> PixelMeaning:
         """Return the meaning of the pixels of a mask of a card's model."""
         return MASK
-
-    def instance_rule(self, card: Card, downscale: int = 1) -> InstanceRule:
-        """Return the rule for the instances of a slide that is downscaled by this factor for the model."""
-        return InstanceRule(card.instances, downscale)
-
-    def reach(self, rule: InstanceRule) -> int:
-        """Return how many px around a pixel decide its code, beside those that decide its logits."""
-        return 0
 
     def probability(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return the probability (N, H, W) of logits (N, K, H, W), to compare results."""
@@ -91,6 +81,18 @@ class Decoder(ABC):
         writer: PixelWriter = kernels.stitch_probability if stitch == "crop" else kernels.blend_probability
         return writer
 
+
+class GrowingDecoder(Decoder, ABC):
+    """Rules by which logits become the pixel codes from which instances grow."""
+
+    def instance_rule(self, card: Card, downscale: int = 1) -> InstanceRule:
+        """Return the rule for the instances of a slide that is downscaled by this factor for the model."""
+        return InstanceRule(card.instances, downscale)
+
+    def reach(self, rule: InstanceRule) -> int:
+        """Return how many px around a pixel decide its code, beside those that decide its logits."""
+        return 0
+
     @abstractmethod
     def code_writer(self, rule: InstanceRule, threshold: float, kernels: Any) -> PixelWriter:
         """Make the writer of pixel codes, from which seeds grow into instances; for `crop`.
@@ -102,28 +104,28 @@ class Decoder(ABC):
         """
 
 
-class Mask(Decoder):
+class Mask(GrowingDecoder):
     """Takes the foreground alone; every component of the foreground is an object."""
 
     name: ClassVar[str] = "mask"
 
     def code_writer(self, rule: InstanceRule, threshold: float, kernels: Any) -> PixelWriter:
-        """See `Decoder.code_writer`."""
+        """See `GrowingDecoder.code_writer`."""
         limit = logit_threshold(threshold)
         return lambda logits, places, out: kernels.classify_foreground(logits, places, limit, out)
 
 
-class Seeds(Decoder):
+class Seeds(GrowingDecoder):
     """Takes foreground, border and distance; seeds lie where distance minus border is high."""
 
     name: ClassVar[str] = "seeds"
 
     def reach(self, rule: InstanceRule) -> int:
-        """See `Decoder.reach`."""
+        """See `GrowingDecoder.reach`."""
         return self._seed_rule(rule, 0.5).reach
 
     def code_writer(self, rule: InstanceRule, threshold: float, kernels: Any) -> PixelWriter:
-        """See `Decoder.code_writer`."""
+        """See `GrowingDecoder.code_writer`."""
         seeds = self._seed_rule(rule, threshold)
         return lambda logits, places, out: kernels.classify_pixels(logits, places, seeds, out)
 
@@ -140,21 +142,21 @@ class Seeds(Decoder):
         )
 
 
-class Hover(Decoder):
+class Hover(GrowingDecoder):
     """Takes foreground, horizontal and vertical map of HoVer-Net; seeds lie where both maps rise."""
 
     name: ClassVar[str] = "hover"
 
     def instance_rule(self, card: Card, downscale: int = 1) -> InstanceRule:
-        """See `Decoder.instance_rule`."""
+        """See `GrowingDecoder.instance_rule`."""
         return InstanceRule(None, downscale, card.hover)
 
     def reach(self, rule: InstanceRule) -> int:
-        """See `Decoder.reach`."""
+        """See `GrowingDecoder.reach`."""
         return self._hover_rule(rule, 0.5).reach
 
     def code_writer(self, rule: InstanceRule, threshold: float, kernels: Any) -> PixelWriter:
-        """See `Decoder.code_writer`."""
+        """See `GrowingDecoder.code_writer`."""
         maps = self._hover_rule(rule, threshold)
         return lambda logits, places, out: kernels.classify_maps(logits, places, maps, out)
 
@@ -165,18 +167,16 @@ class Hover(Decoder):
 
 
 class StarDist(Decoder):
-    """Takes an object's probability and its rays; the mask is where the probability is high, the middle of objects."""
+    """Takes an object's probability and its rays; the mask is where the probability is high, the middle of objects.
+
+    Its instances are stars, which `stitching` collects; they do not grow.
+    """
 
     name: ClassVar[str] = "stardist"
     mask_outputs: ClassVar[tuple[str, ...]] = ("probability",)
-    makes_stars: ClassVar[bool] = True
-
-    def code_writer(self, rule: InstanceRule, threshold: float, kernels: Any) -> PixelWriter:
-        """Refuse: stars do not grow from seeds; `stitching` collects them."""
-        raise NotImplementedError
 
 
-class Classes(Decoder):
+class Classes(GrowingDecoder):
     """Gives every pixel the number of its likeliest class; instances are the components of all classes together.
 
     A pixel's logit is that of its likeliest class less that of the background.
@@ -215,7 +215,7 @@ class Classes(Decoder):
         return lambda logits, places, out: kernels.stitch_probability(_over_background(logits), places, out)
 
     def code_writer(self, rule: InstanceRule, threshold: float, kernels: Any) -> PixelWriter:
-        """See `Decoder.code_writer`."""
+        """See `GrowingDecoder.code_writer`."""
         limit = logit_threshold(threshold)
         return lambda logits, places, out: kernels.classify_foreground(_over_background(logits), places, limit, out)
 

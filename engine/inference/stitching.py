@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block, Box, Tile
-from cellseg_batch.engine.inference.decoders import PixelWriter
+from cellseg_batch.engine.inference.decoders import GrowingDecoder, PixelWriter
 from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.objects.stars import StarRule
 from cellseg_batch.kernels.stardist import Stars, find_stars, join
@@ -68,6 +68,7 @@ def make_stitch(
     if rule.instances is None:
         write_mask = on_grid(decoder.mask_writer(stitch, rule.threshold, kernels), rule.grid)
     else:
+        assert isinstance(decoder, GrowingDecoder)
         write_mask = decoder.code_writer(rule.instances, rule.threshold, codes)
     out = _Output(mask, write_mask, probability, write_probability, classes, _class_writer(rule, codes))
     return _Crop(out, block) if stitch == "crop" else _Blend(out, block, rule, empty)

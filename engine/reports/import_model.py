@@ -197,11 +197,25 @@ def _bundle_of(source: Path, path: Path, graph: GraphFile, draft: CardDraft) -> 
             raise ValueError(f"decoder: expected one of {', '.join(DECODER_OUTPUTS)}, found {draft.output.decoder!r}")
         taken = _input_of(source, graph.input, draft.input)
         output = Output(_tensors_of(source, graph, draft.output, taken.layout))
-        card = Card(draft.name, taken, output, draft.output.decoder, total_stride=1, exact_margin=None, margin=0)
-        card = replace(card, format=ONNX, threshold=draft.output.threshold, classes=_coloured(draft.output.classes))
-        card = replace(card, instances=draft.instances, hover=draft.hover, stardist=draft.stardist)
+        card = Card(
+            name=draft.name,
+            input=taken,
+            output=output,
+            decoder=draft.output.decoder,
+            total_stride=1,
+            exact_margin=None,
+            margin=0,
+            threshold=draft.output.threshold,
+            instances=draft.instances,
+            hover=draft.hover,
+            stardist=draft.stardist,
+            classes=_coloured(draft.output.classes),
+            licence=draft.licence,
+            citation=draft.citation,
+            format=ONNX,
+        )
         card.check()
-        card = _measured(source, path, replace(card, licence=draft.licence, citation=draft.citation), draft)
+        card = _measured(source, path, card, draft)
         card.check()
     except ValueError as error:
         raise ModelError(

@@ -9,7 +9,7 @@ from cellseg_batch.engine.errors import SlideError, UsageError
 from cellseg_batch.engine.geometry import BlockGrid, Lattice, fit_lattice, fit_squares, lay_blocks, lay_fixed
 from cellseg_batch.engine.inference.backends.protocol import Shape
 from cellseg_batch.engine.inference.background import flat_limit
-from cellseg_batch.engine.inference.decoders import DECODERS
+from cellseg_batch.engine.inference.decoders import DECODERS, GrowingDecoder
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.objects.classes import ClassRule, class_rule
@@ -172,7 +172,9 @@ def pick_margin(settings: Settings, card: Card, downscale: int = 1) -> int:
         UsageError: the network has no reach of its own, or gives nothing so close to a tile's edge.
     """
     decoder, stride, crop = DECODERS[card.decoder], card.total_stride, card.output.crop
-    reach = decoder.reach(decoder.instance_rule(card, downscale)) if settings.makes_ids else 0
+    reach = 0
+    if settings.makes_ids and isinstance(decoder, GrowingDecoder):
+        reach = decoder.reach(decoder.instance_rule(card, downscale))
     least = crop + reach if crop else 0
     if settings.margin is None:
         return max(card.margin, -(-least // stride) * stride)
@@ -289,7 +291,11 @@ def plan_slide(slide: Slide, paths: OutputPaths, settings: Settings, card: Card,
     # Blending a tile takes the logits of its neighbours, flat ones too.
     skips = settings.skip_background == "auto" and settings.stitch == "crop"
     flat = flat_limit(bounds, card.input.normalisation) if skips else 0.0
-    makes_stars = DECODERS[card.decoder].makes_stars
+    decoder, instances, stars = DECODERS[card.decoder], None, None
+    if settings.makes_ids and isinstance(decoder, GrowingDecoder):
+        instances = decoder.instance_rule(card)
+    elif settings.makes_ids:
+        stars = StarRule(card.stardist, len(card.decoded) - 1, card.grid)
     return SlidePlan(
         slide=slide,
         paths=paths,
@@ -303,8 +309,8 @@ def plan_slide(slide: Slide, paths: OutputPaths, settings: Settings, card: Card,
         outputs=output_images(paths, settings, card),
         stitch=settings.stitch,
         flat=flat,
-        instances=DECODERS[card.decoder].instance_rule(card) if settings.makes_ids and not makes_stars else None,
-        stars=StarRule(card.stardist, len(card.decoded) - 1, card.grid) if settings.makes_ids and makes_stars else None,
+        instances=instances,
+        stars=stars,
         output_grid=card.grid,
         objects=settings.objects,
         classes=class_rule(card) if settings.objects else None,

@@ -33,6 +33,16 @@ def wait_for_records(journal, count, process):
         time.sleep(0.005)
 
 
+def kill_when(command, reached):
+    """Run a command and kill it, so that nothing can be cleaned up, once ``reached()``."""
+    process = subprocess.Popen(command)
+    while not reached():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+
+
 def watch(command, most_cpu_seconds, most_seconds, most_bytes):
     """Run a command, and kill it once it takes more; returns (exit code, what it printed, what it took too much of)."""
     excess, deadline = "", time.monotonic() + most_seconds

@@ -1,10 +1,7 @@
 """Instances: the same ids and pixels however a slide is cut, equal to labelling it in one piece."""
 
 import json
-import signal
-import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -48,6 +45,7 @@ from cellseg_batch.trainer.unet import load_network
 from tests.support.hover_maps import crowded_nuclei, draw_maps, f1_of
 from tests.support.images import blobs, check_table, labels_of, write_ome_zarr
 from tests.support.networks import Alone, predictor_of
+from tests.support.processes import kill_when
 
 RULE = InstanceRule(Instances(smallest_seed=4, growth=3))
 
@@ -407,12 +405,7 @@ def test_a_killed_run_goes_on_in_either_pass(tmp_path, model, segment):
     run = [sys.executable, "-m", "cellseg_batch.engine.cli", "run", str(path), *map(str, arguments)]
     journal = Journal(tmp_path / "a.zarr.cellseg" / "labels" / "cellseg")
     for part in ("blocks", "instances"):
-        process = subprocess.Popen(run)
-        while len(journal.numbers(part)) < 5:
-            assert process.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill_when(run, lambda part=part: len(journal.numbers(part)) >= 5)
         assert not journal.is_finished, "it was killed too late to prove anything"
     report = segment(path, block=64, instances=True, model=model)
     assert report.status == "done"

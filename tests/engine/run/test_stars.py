@@ -1,9 +1,6 @@
 """Instances of stars: the same however a slide is cut, equal to greedy suppression over the whole slide."""
 
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial, partialmethod
 
@@ -34,6 +31,7 @@ from cellseg_batch.trainer.card import Normalisation, StarDist, plain_output
 from cellseg_batch.trainer.unet import load_network
 from tests.support.graphs import write_graph
 from tests.support.images import blobs, check_table, labels_of, write_ome_zarr
+from tests.support.processes import kill_when
 
 RAYS = 16
 ANGLES = 2 * np.pi / RAYS * np.arange(RAYS)
@@ -369,12 +367,7 @@ def test_a_run_that_is_killed_in_any_pass_goes_on_to_the_same_bits(tmp_path, mod
         "instances": lambda: journal.numbers("instances"),
     }
     for name, done in passes.items():
-        process = subprocess.Popen(run)
-        while len(done()) < 5:
-            assert process.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill_when(run, lambda done=done: len(done()) >= 5)
         assert len(journal.numbers("merge")) == (name == "instances")
         assert not journal.is_finished, "it was killed too late to prove anything"
     report = segment(path, block=32, instances=True, model=model)
