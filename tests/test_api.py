@@ -305,6 +305,7 @@ def test_importing_it_imports_nothing_else():
     assert set(cellseg_batch.__all__) <= {*dir(cellseg_batch), *cellseg_batch._LAZY}
 
 
+@pytest.mark.slow
 def test_the_example_of_the_readme_runs_as_it_stands(tmp_path):
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     subprocess.run([sys.executable, "-m", "cellseg_batch.engine.cli", "demo"], cwd=tmp_path, check=True)

@@ -93,7 +93,7 @@ def torment(path, settings, draw):
     return kills
 
 
-@pytest.mark.parametrize("scheduler", ["threads", "processes"])
+@pytest.mark.parametrize("scheduler", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_again_and_again_gives_the_same_bits(tmp_path, tiny_model, scheduler):
     side = 500
     draw = random.Random(SEED)

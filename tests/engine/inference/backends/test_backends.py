@@ -111,7 +111,10 @@ def gate_logits(backend, tiles):
     return logits_of(backend.compile((1, *tiles.shape[1:])), tiles)
 
 
-@pytest.mark.parametrize(("name", "precision"), [name for name in EVERY if name != ("torch", "fp32")])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [pytest.param(*name, marks=[pytest.mark.slow] * ("int8" in name)) for name in EVERY if name != ("torch", "fp32")],
+)
 def test_the_shipped_model_passes_the_gate(shipped, name, precision):
     bundle, tiles, expected = shipped
     parity = measure_parity(gate_logits(make(bundle, name, precision), tiles), expected, 0.5, MODEL)
