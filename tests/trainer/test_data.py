@@ -294,14 +294,15 @@ def test_boxes_of_ground_show_no_nucleus_and_are_trained_on(tmp_path):
     pixels = np.arange(20 * 30, dtype=np.uint16).reshape(20, 30)
     (tmp_path / "ground" / "slides").mkdir(parents=True)
     tifffile.imwrite(tmp_path / "ground" / "slides" / "a.svs", pixels)
-    rows = ["image,y0,x0,y1,x1", "slides/a.svs,2,3,12,23", "slides/a.svs,10,3,25,23", "slides/b.svs,0,0,5,5"]
+    rows = ["image,y0,x0,y1,x1,kind", "slides/a.svs,2,3,12,23,skin", "slides/a.svs,10,3,25,23", "slides/b.svs,0,0,5,5,"]
+    rows.append("slides/a.svs,0,0,9,9,")
     (tmp_path / "ground" / "ground.csv").write_text("\n".join(rows))
     image(tmp_path / "pair" / "images" / "b.png")
     image(tmp_path / "pair" / "labels" / "b.png")
     (tmp_path / "pair" / "index.csv").write_text("id,split\nb,train\n")
     found = read(tmp_path)
-    ground, pair = found.splits["train"]
-    assert (ground.kind, pair.name) == ("ground", "pair/b")
+    ground, other, pair = found.splits["train"]
+    assert (ground.kind, other.kind, pair.name) == ("skin", "ground", "pair/b")
     np.testing.assert_array_equal(ground.image[..., 0], pixels[2:12, 3:23])
     assert not ground.labels.any()
     reasons = [problem.reason for problem in found.problems]

@@ -1,7 +1,8 @@
 """Ground: boxes of images that show no nucleus, such as glass, ink and torn keratin, listed in ``ground.csv``.
 
-Its columns are ``image`` (a path from the file's folder), ``y0``, ``x0``, ``y1`` and ``x1`` (px, half-open).  All of it
-is for training: scores on pictures without nuclei say little.
+Its columns are ``image`` (a path from the file's folder), ``y0``, ``x0``, ``y1`` and ``x1`` (px, half-open), and
+``kind``: the kind of image that the box is drawn together with; ``ground`` without.  All of it is for training: scores
+on pictures without nuclei say little.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def list_ground(folder: Path) -> list[Entry]:
             where = f"{folder / GROUND_FILE}, row {number}"
             raise ValueError(f"{where}: expected image, y0, x0, y1, x1: {error}") from error
         read = partial(_read, folder / image, (slice(y0, y1), slice(x0, x1)))
-        entries.append(Entry(f"{image} {y0}-{y1}, {x0}-{x1}", "ground", "train", read))
+        entries.append(Entry(f"{image} {y0}-{y1}, {x0}-{x1}", row.get("kind") or "ground", "train", read))
     return entries
 
 
