@@ -24,6 +24,8 @@ from cellseg_batch.engine.scheduling.signals import Stopped
 _INTERRUPTED = 130
 _STANDARD_ERROR = 2
 _SETTING = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""What moves the cursor or recolours a terminal; tabs and new lines do no harm."""
 _flags: dict[str, tuple[str, str]] = {}
 """Parameter of a command -> its flag, and the opposite flag ("" if there is none)."""
 
@@ -105,14 +107,19 @@ def write_json(file: Path | None, content: dict[str, Any]) -> None:
             file.write_text(as_flags(json.dumps(content, indent=2)) + "\n")
 
 
+def as_text(text: str, style: str = "") -> Text:
+    """A text that may hold paths: nothing in it is markup or emoji, and control characters are written as ``\\x..``."""
+    return Text(_CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text), style)
+
+
 def print_text(text: str) -> None:
-    """Print a text as it is: paths in it may hold what rich takes for markup or emoji."""
-    Console().print(Text(text), soft_wrap=True)
+    """Print a text that may hold paths, without wrapping it."""
+    Console().print(as_text(text), soft_wrap=True)
 
 
 def print_line(console: Console, state: str, colour: str, text: str) -> None:
     """Print a line that begins with a coloured word, such as failed, and is not wrapped."""
-    console.print(Text.assemble((state, colour), f"  {as_flags(text)}"), soft_wrap=True)
+    console.print(Text.assemble((state, colour), "  ", as_text(as_flags(text))), soft_wrap=True)
 
 
 @contextmanager

@@ -9,9 +9,8 @@ import typer
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
-from rich.text import Text
 
-from cellseg_batch.engine.cli.console import as_flags, check_json, counted, print_line, write_json
+from cellseg_batch.engine.cli.console import as_flags, as_text, check_json, counted, print_line, write_json
 from cellseg_batch.engine.cli.flags import Json, Slides, takes_settings
 from cellseg_batch.engine.settings import Settings
 
@@ -35,10 +34,10 @@ def print_info(info: Info, console: Console) -> None:
     """Print the metadata and the cut of each image, and the reason of each image that cannot be used."""
     for image in info.images:
         if image.cut is not None:
-            console.print(Text(image.cut.slide.name, "bold"), soft_wrap=True)
+            console.print(as_text(image.cut.slide.name, "bold"), soft_wrap=True)
             rows = Table.grid(padding=(0, 2))
             for heading, text in _rows(image.cut):
-                rows.add_row(heading, Text(text))
+                rows.add_row(heading, as_text(text))
             console.print(Padding(rows, (0, 0, 0, 2)))
     for image in info.refused:
         label = "broken" if image.shape is None else "refused"  # whose metadata could be read, but not as asked

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from cellseg_batch.engine.cli.console import check_json, counted, print_line, write_json
+from cellseg_batch.engine.cli.console import as_text, check_json, counted, print_line, write_json
 from cellseg_batch.engine.cli.flags import ENGINE, SLIDE, TILES, Json, Slides, takes_settings
 from cellseg_batch.engine.machine import bound_heaps
 from cellseg_batch.engine.settings import Settings
@@ -51,7 +50,7 @@ def print_estimate(estimate: Estimate, console: Console) -> None:
         table.add_column(heading, overflow="fold", justify="left" if heading == "image" else "right")
     shown = sorted((slide for slide in estimate.slides if not slide.reason), key=lambda slide: -slide.pixels)
     for slide in shown[:_MOST_ROWS]:
-        table.add_row(Text(slide.path), *_figures([getattr(slide, name) for name in _COUNTS], slide.seconds))
+        table.add_row(as_text(slide.path), *_figures([getattr(slide, name) for name in _COUNTS], slide.seconds))
     table.add_section()
     totals = [estimate.total(name) for name in _COUNTS]
     table.add_row(counted(len(shown), "image"), *_figures(totals, estimate.seconds))

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from cellseg_batch.engine.cli.console import as_flags, check_json, write_json
+from cellseg_batch.engine.cli.console import as_flags, as_text, check_json, write_json
 from cellseg_batch.engine.cli.flags import ENGINE, SLIDE, TILES, Json, Slide, takes_settings
 from cellseg_batch.engine.machine import bound_heaps
 from cellseg_batch.engine.settings import Settings
@@ -80,4 +79,4 @@ def print_profile(profile: Profile, console: Console) -> None:
     ]
     if profile.gpu:
         lines.insert(1, ", ".join(f"{name.replace('_', ' ')} {value:.0f}" for name, value in profile.gpu.items()))
-    console.print(Text(as_flags("\n".join(lines))), soft_wrap=True)
+    console.print(as_text(as_flags("\n".join(lines))), soft_wrap=True)

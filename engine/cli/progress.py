@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from cellseg_batch.engine.cli.console import as_flags, counted
+from cellseg_batch.engine.cli.console import as_flags, as_text, counted
 from cellseg_batch.engine.cli.progress_bar import ProgressBar
 from cellseg_batch.engine.run.results import SlideReport
 from cellseg_batch.engine.run.slide_plan import SlidePlan
@@ -64,7 +64,7 @@ class RunProgress(ProgressBar):
         self._bar.update(self._task, total=self._planned_pixels * self._images / self._planned)
         self._bar.advance(self._task, done)
         if self._verbosity >= 1 or (self._verbosity == 0 and self._planned <= _FEW_IMAGES):
-            self.console.print(Text(describe(plan, peak_bytes)), soft_wrap=True)
+            self.console.print(as_text(describe(plan, peak_bytes)), soft_wrap=True)
         elif self._verbosity == 0 and self._planned == _FEW_IMAGES + 1:
             self.console.print("... (-v describes every image)")
 
@@ -78,7 +78,7 @@ class RunProgress(ProgressBar):
         self._bar.update(self._task, description=f"{self._ended}/{self._images} images")
         if self._verbosity >= 1:
             reason = f" ({as_flags(report.reason)})" if report.reason else ""
-            self.console.print(Text(f"{report.status}: {report.path}{reason}"), soft_wrap=True)
+            self.console.print(as_text(f"{report.status}: {report.path}{reason}"), soft_wrap=True)
 
 
 def describe(plan: SlidePlan, peak_bytes: int) -> str:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cellseg_batch.engine import IMPORTED_AT
-from cellseg_batch.engine.cli.console import as_flags, check_json, counted, print_line, write_json
+from cellseg_batch.engine.cli.console import as_flags, as_text, check_json, counted, print_line, write_json
 from cellseg_batch.engine.cli.flags import EVERY, Json, Quiet, Slides, Verbose, takes_settings
 from cellseg_batch.engine.machine import bound_heaps
 from cellseg_batch.engine.settings import Settings
@@ -90,7 +90,7 @@ def print_report(report: RunReport, console: Console) -> None:
         *(("plate", _plate(plate)) for plate in report.plates),
     ):
         if value:
-            table.add_row(name, Text(as_flags(value)))
+            table.add_row(name, as_text(as_flags(value)))
     console.print(table)
     counts = {state: sum(slide.status == state for slide in report.slides) for state in _STATES}
     states = [Text(f"{count} {state}", _COLOURS.get(state, "")) for state, count in counts.items() if count]

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cellseg_batch.engine.cli.console import check_json, counted, plain_errors, print_line, write_json
+from cellseg_batch.engine.cli.console import as_text, check_json, counted, plain_errors, print_line, write_json
 from cellseg_batch.engine.cli.flags import Debug, Json, Name, Output, RunInputs
 from cellseg_batch.engine.settings import Settings
 
@@ -52,7 +52,7 @@ def print_status(status: Status, console: Console) -> None:
     for slide in shown[:_MOST_ROWS]:
         share = f"{100 * slide.tasks_done / slide.tasks:.0f} %" if slide.tasks else ""
         blocks = f"{slide.blocks_done:,} of {slide.blocks:,}" if slide.blocks else ""
-        table.add_row(Text(slide.path), Text(slide.state, _COLOURS.get(slide.state, "")), blocks, share)
+        table.add_row(as_text(slide.path), Text(slide.state, _COLOURS.get(slide.state, "")), blocks, share)
     console.print(table)
     for slide in status.slides:
         if slide.state == "failed":

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
+from cellseg_batch.engine.cli.console import as_text
 from cellseg_batch.engine.cli.progress_bar import ProgressBar
 from cellseg_batch.trainer.data.dataset import Dataset
 from cellseg_batch.trainer.data.sample import Problem
@@ -62,4 +63,4 @@ class TrainingProgress(ProgressBar):
 def print_problems(problems: Iterable[Problem], console: Console) -> None:
     """Print a line for each annotated image that cannot be used."""
     for problem in problems:
-        console.print(f"skipped {problem.file}: {problem.reason}", highlight=False, markup=False, soft_wrap=True)
+        console.print(as_text(f"skipped {problem.file}: {problem.reason}"), soft_wrap=True)
