@@ -93,11 +93,12 @@ def test_debug_shows_where_an_error_of_ours_comes_from(tmp_path, command):
         command("run", path, "--model", "nothing", "--debug")
 
 
-def test_file_names_do_not_steer_the_terminal(tmp_path, command):
+def test_file_names_do_not_steer_the_terminal(tmp_path, command, tiny_model):
     for name in ("a\x1b[31m.zarr", "a\x9b2J.zarr"):
         write_ome_zarr(tmp_path / "slides" / name, blobs(60, 60))
     (tmp_path / "slides" / "b\x1b]0;title\x07.tif").write_bytes(b"no image")
-    for arguments in (["info"], ["status"], ["run", "--json", tmp_path / "report.json"]):
+    run = ["run", "--model", tiny_model, "--backend", "torch", "--json", tmp_path / "report.json"]
+    for arguments in (["info", "--model", tiny_model], ["status"], run):
         _, output = command(*arguments, tmp_path / "slides")
         assert not re.search("[\x07\x1b\x9b]", output)
         assert r"b\x1b]0;title\x07.tif" in output
