@@ -21,25 +21,26 @@ def randomised(network, channels=3):
 
 
 class Centred(torch.nn.Module):
-    """A network whose logits are spread around 0 on an example."""
+    """A network whose outputs are spread around 0 on an example, each of them."""
 
     def __init__(self, network, example):
         super().__init__()
         self.network = network
         with torch.no_grad():
             logits = network(example)
-        self.register_buffer("middle", logits.median())
-        self.register_buffer("gain", 4 / logits.std())
+        outputs = logits.movedim(1, 0).flatten(1)
+        self.register_buffer("middle", outputs.median(dim=1).values[:, None, None])
+        self.register_buffer("gain", 4 / outputs.std(dim=1)[:, None, None])
 
     def forward(self, pixels):
         return (self.network(pixels) - self.middle) * self.gain
 
 
-def write_network(network, path, channels=3, dynamic=True, side=128):
+def write_network(network, path, channels=3, dynamic=True, side=128, outputs=("y",)):
     """Write a torch network as an ONNX file, for tiles of any size or of ``side`` px alone; returns the path."""
-    axes = {"x": {0: "n", 2: "h", 3: "w"}, "y": {0: "n", 2: "h", 3: "w"}} if dynamic else None
+    axes = {name: {0: "n", 2: "h", 3: "w"} for name in ("x", *outputs)} if dynamic else None
     example = torch.zeros(2 if dynamic else 1, channels, side, side)
-    names = {"input_names": ["x"], "output_names": ["y"], "opset_version": 17}
+    names = {"input_names": ["x"], "output_names": list(outputs), "opset_version": 17}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own
         torch.onnx.export(network, (example,), str(path), dynamo=False, dynamic_axes=axes, **names)
