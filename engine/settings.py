@@ -127,6 +127,7 @@ class Settings:
         probability: also write the probability image.
         overwrite: replace existing labels of this name.
         retry_failed: process only the images that failed before.
+        shard: part of the images to process, such as 0/4 to 3/4, as `shard_numbers` reads it; None takes all.
     """
 
     output: Path | None = None
@@ -160,6 +161,7 @@ class Settings:
     probability: bool = False
     overwrite: bool = False
     retry_failed: bool = False
+    shard: str | None = None
 
     @property
     def makes_ids(self) -> bool:
@@ -201,6 +203,8 @@ class Settings:
             _refuse("level", "0 (full resolution) or more", self.level, "see cellseg-batch info for the levels")
         if self.pixel_size is not None and not 0 < self.pixel_size < math.inf:
             _refuse("pixel_size", "a finite number of µm per px above 0", self.pixel_size, "try 0.5")
+        if self.shard is not None:
+            shard_numbers(self.shard)
         check_name(self.name)
 
     def block_side(self, backend: str | None = None) -> int:
@@ -248,6 +252,19 @@ def gpus_of(device: str) -> tuple[str, ...]:
         _refuse("device", "auto, cpu, cuda, cuda:0 or cuda:0,1", device, "see cellseg-batch doctor")
     numbers = device.removeprefix("cuda:").split(",")
     return tuple(f"cuda:{int(number)}" for number in dict.fromkeys(numbers))
+
+
+def shard_numbers(shard: str) -> tuple[int, int]:
+    """The number of a part, from 0 on, and the number of all parts, that a text such as ``0/4`` names.
+
+    Raises:
+        UsageError: it names no part.
+    """
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard, re.ASCII)
+    number, count = map(int, found.groups()) if found else (0, 0)
+    if number >= count:
+        _refuse("shard", "I/N with I from 0 to N - 1, such as 0/4 to 3/4", shard, "arrays that begin at 1 need I - 1")
+    return number, count
 
 
 def race_device(device: str) -> str:

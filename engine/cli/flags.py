@@ -187,6 +187,9 @@ _SETTINGS_FLAGS: dict[str, Any] = {
     "axes": Axes,
     "wells": _flag(str | None, "--wells", _SLIDE, "Only these wells of plates.", parser=_names, metavar="A01,B*"),
     "fields": _flag(str | None, "--fields", _SLIDE, "Only these fields of each well.", parser=_names, metavar="0,1"),
+    "shard": _flag(
+        str | None, "--shard", _SLIDE, "Only this part of the images, e.g. 0/4 in the first of 4 jobs.", metavar="I/N"
+    ),
     "instances": _flag(bool, "--instances", _OUTPUT, "Tell objects apart: each gets an id of its own."),
     "objects": _flag(bool, "--objects", _OUTPUT, "Measure every object into a table; implies --instances."),
     "probability": _flag(bool, "--probability", _OUTPUT, "Also write the probability as an image."),

@@ -23,7 +23,18 @@ _COUNTS = ("blocks", "tiles", "bytes_in", "bytes_out", "files")
 
 
 @takes_settings(
-    *ENGINE, *TILES, "max_memory", *SLIDE, "wells", "fields", "output", "name", "instances", "objects", "probability"
+    *ENGINE,
+    *TILES,
+    "max_memory",
+    *SLIDE,
+    "wells",
+    "fields",
+    "shard",
+    "output",
+    "name",
+    "instances",
+    "objects",
+    "probability",
 )
 def plan(
     slides: Slides,

@@ -32,6 +32,7 @@ from cellseg_batch.engine.run.open_slide import image_writers, scratch_of
 from cellseg_batch.engine.run.output_paths import output_paths, refuse_output_inside
 from cellseg_batch.engine.run.pipeline import passes_of
 from cellseg_batch.engine.run.results import RunReport, SlideReport
+from cellseg_batch.engine.run.shards import images_of_shard
 from cellseg_batch.engine.run.slide_plan import SlidePlan, open_reader, plan_slide
 from cellseg_batch.engine.run.worker import Worker
 from cellseg_batch.engine.run.working_scale import lay_tiles, possible_downscales, settle_downscale
@@ -184,7 +185,8 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
     refuse_output_inside(settings.output, inputs)
     bundle = load_model(settings.model)
     choice = FieldChoice(settings.wells, settings.fields)
-    images = [_lay(image, settings, bundle.card) for image in find_all_images(inputs, settings.axes, choice)]
+    found = images_of_shard(find_all_images(inputs, settings.axes, choice), settings.shard)
+    images = [_lay(image, settings, bundle.card) for image in found]
     if not any(image.plans for image in images):
         return Estimate(processes, 0.0, 0.0, "", "", slides=[image.entry for image in images])
     worker = Worker(settings, ModelPool(bundle, settings, racing), StageClock())

@@ -28,6 +28,7 @@ from cellseg_batch.engine.run.output_images import claim_outputs
 from cellseg_batch.engine.run.output_paths import refuse_output_inside
 from cellseg_batch.engine.run.prepared_slide import PreparedSlide
 from cellseg_batch.engine.run.results import RunReport, SlideReport
+from cellseg_batch.engine.run.shards import images_of_shard
 from cellseg_batch.engine.run.slide_plan import SlidePlan, choose_input, lay_lattice, pick_margin
 from cellseg_batch.engine.run.worker import AnyWorker, Outcome, Worker, WorkerElsewhere, run_task
 from cellseg_batch.engine.scheduling.dask_pools import open_pool, threads_per_process
@@ -91,7 +92,7 @@ def run(
     started = search_started if started is None else started
     refuse_output_inside(settings.output, inputs)
     choice = FieldChoice(settings.wells, settings.fields)
-    images = find_all_images(inputs, settings.axes, choice)
+    images = images_of_shard(find_all_images(inputs, settings.axes, choice), settings.shard)
     report = run_images(images, settings, observer, started=started, stop=stop)
     return replace(report, starting_seconds=search_started - started)
 
