@@ -1,7 +1,6 @@
 """Jobs that take a part of the images each, by --shard, take every image once between them."""
 
 import json
-import subprocess
 
 import pytest
 from PIL import Image
