@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from cellseg_batch.engine.errors import CellsegError, CellsegWarning
     from cellseg_batch.engine.inference.model_pool import ModelPool
-    from cellseg_batch.engine.run.results import PlateReport, RunReport, SlideReport
+    from cellseg_batch.engine.run.results import EndedTask, PlateReport, RunReport, SlideReport
     from cellseg_batch.engine.run.slide_plan import SlidePlan
     from cellseg_batch.engine.settings import Settings
 
@@ -430,9 +430,9 @@ class _Observer:
         self._done += done
         self._say()
 
-    def advanced(self, pixels: float) -> None:
+    def advanced(self, task: EndedTask) -> None:
         """So many more pixels are done."""
-        self._done += pixels
+        self._done += task.pixels
         self._say()
 
     def ended(self, report: SlideReport) -> None:

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from cellseg_batch.engine.cli.console import as_flags, as_text, counted
 from cellseg_batch.engine.cli.progress_bar import ProgressBar
-from cellseg_batch.engine.run.results import SlideReport
+from cellseg_batch.engine.run.results import EndedTask, SlideReport
 from cellseg_batch.engine.run.slide_plan import SlidePlan
 
 _FEW_IMAGES = 12
@@ -68,9 +68,9 @@ class RunProgress(ProgressBar):
         elif self._verbosity == 0 and self._planned == _FEW_IMAGES + 1:
             self.console.print("... (-v describes every image)")
 
-    def advanced(self, pixels: float) -> None:
-        """Move the bar by a number of pixels that are done."""
-        self._bar.advance(self._task, pixels)
+    def advanced(self, task: EndedTask) -> None:
+        """Move the bar by the pixels that are done."""
+        self._bar.advance(self._task, task.pixels)
 
     def ended(self, report: SlideReport) -> None:
         """Count a slide that is done, failed, skipped or held."""

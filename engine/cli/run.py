@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cellseg_batch.engine import IMPORTED_AT
+from cellseg_batch.engine.cli.config_file import Config, WriteConfig, write_flags
 from cellseg_batch.engine.cli.console import as_flags, as_text, check_json, counted, print_line, write_json
-from cellseg_batch.engine.cli.flags import EVERY, Json, Quiet, Slides, Verbose, takes_settings
+from cellseg_batch.engine.cli.flags import EVERY, Json, Log, Quiet, Slides, Verbose, takes_settings
 from cellseg_batch.engine.machine import bound_heaps
 from cellseg_batch.engine.settings import Settings
 
@@ -27,28 +28,36 @@ _COLOURS = {"held": "yellow", "failed": "red"}
 def run(
     slides: Slides,
     settings: Settings,
+    context: typer.Context,
+    config_file: Config = None,
+    write_config: WriteConfig = None,
     json_file: Json = None,
+    log_file: Log = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
     """Segment every image that SLIDES hold; an unfinished run goes on where it stopped."""
     from cellseg_batch.engine.cli.progress import RunProgress
+    from cellseg_batch.engine.cli.run_log import logged
     from cellseg_batch.engine.run.campaign import run as run_campaign
     from cellseg_batch.engine.scheduling.signals import Stop
 
     check_json(json_file)
+    write_flags(write_config, context, settings)
     bound_heaps()
     stop = Stop()
-    with stop.on_signals(), RunProgress(Console(), verbosity=verbose - quiet) as progress:
-        report = run_campaign(slides, settings, progress, IMPORTED_AT, stop)
-        if settings.objects:
-            from cellseg_batch.engine.reports.plates import summarise_plates  # slow, as it imports pyarrow
+    progress = RunProgress(Console(), verbosity=verbose - quiet)
+    with logged(log_file, progress) as observer:
+        with stop.on_signals(), progress:
+            report = run_campaign(slides, settings, observer, IMPORTED_AT, stop)
+            if settings.objects:
+                from cellseg_batch.engine.reports.plates import summarise_plates  # slow, as it imports pyarrow
 
-            report = summarise_plates(report, settings)
-    print_failures(report, Console(stderr=True))
-    if not quiet:
-        print_report(report, Console())
-    write_json(json_file, report.to_json())
+                report = summarise_plates(report, settings)
+        print_failures(report, Console(stderr=True))
+        if not quiet:
+            print_report(report, Console())
+        write_json(json_file, report.to_json())
     raise typer.Exit(report.status == "failed")
 
 

@@ -31,7 +31,7 @@ from cellseg_batch.engine.run.memory_model import RUN_OVERHEAD_BYTES
 from cellseg_batch.engine.run.open_slide import image_writers, scratch_of
 from cellseg_batch.engine.run.output_paths import output_paths, refuse_output_inside
 from cellseg_batch.engine.run.pipeline import passes_of
-from cellseg_batch.engine.run.results import RunReport, SlideReport
+from cellseg_batch.engine.run.results import EndedTask, RunReport, SlideReport
 from cellseg_batch.engine.run.shards import images_of_shard
 from cellseg_batch.engine.run.slide_plan import SlidePlan, open_reader, plan_slide
 from cellseg_batch.engine.run.worker import Worker
@@ -404,7 +404,7 @@ class _Unheard:
     def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: float) -> None:
         """Ignored."""
 
-    def advanced(self, pixels: float) -> None:
+    def advanced(self, task: EndedTask) -> None:
         """Ignored."""
 
     def ended(self, report: SlideReport) -> None:

@@ -27,7 +27,7 @@ from cellseg_batch.engine.run.lifecycle import Request, finish_slide, prepare_sl
 from cellseg_batch.engine.run.output_images import claim_outputs
 from cellseg_batch.engine.run.output_paths import refuse_output_inside
 from cellseg_batch.engine.run.prepared_slide import PreparedSlide
-from cellseg_batch.engine.run.results import RunReport, SlideReport
+from cellseg_batch.engine.run.results import EndedTask, RunReport, SlideReport
 from cellseg_batch.engine.run.shards import images_of_shard
 from cellseg_batch.engine.run.slide_plan import SlidePlan, choose_input, lay_lattice, pick_margin
 from cellseg_batch.engine.run.worker import AnyWorker, Outcome, Worker, WorkerElsewhere, run_task
@@ -62,8 +62,8 @@ class Observer(Protocol):
         The run will need at most ``peak_bytes`` of host memory; ``done`` pixels are done already, as `advanced` counts.
         """
 
-    def advanced(self, pixels: float) -> None:
-        """``pixels`` more pixels of the slides are done; each pass over a slide counts as a share of its pixels."""
+    def advanced(self, task: EndedTask) -> None:
+        """A task has ended, and with it so many more pixels are done."""
 
     def ended(self, report: SlideReport) -> None:
         """A slide is done, failed, skipped or held."""
@@ -274,11 +274,12 @@ class Campaign:
         journal = Journal(paths.journal)
         for slide_pass in prepared.passes:
             failures: dict[int, str] = {}
+            told = EndedTask(slide.location, slide_pass.name, 0, prepared.progress_of(slide_pass))
             yield TaskGroup(
                 call=partial(run_task, self.worker, prepared, slide_pass),
                 items=journal.missing(slide_pass.name, slide_pass.count),
-                collect=partial(self._collect, prepared.progress_of(slide_pass), failures),
-                lost=partial(_give_up, journal, slide_pass.name, failures),
+                collect=partial(self._collect, told, failures),
+                lost=partial(self._give_up, journal, told, failures),
             )
             if failures:
                 summary = f" [{len(failures)} of {slide_pass.count} blocks failed; the others are kept]"
@@ -289,12 +290,23 @@ class Campaign:
         self._written_stores.update(output.store for output in prepared.plan.outputs)
         return report
 
-    def _collect(self, progress: float, failures: dict[int, str], outcome: Outcome) -> None:
-        if outcome.reason:
-            failures[outcome.number] = outcome.reason
-        else:
-            self.observer.advanced(progress)
+    def _collect(self, told: EndedTask, failures: dict[int, str], outcome: Outcome) -> None:
+        self._tell(told, outcome.number, outcome.reason, failures)
         self._figures.count(outcome.stages)
+
+    def _give_up(
+        self, journal: Journal, told: EndedTask, failures: dict[int, str], number: int, loss: BaseException
+    ) -> None:
+        """Note a task that killed its worker processes."""
+        reason = f"the processes that worked on it died ({type(loss).__name__}); use more memory, or see their logs"
+        journal.fail(told.pass_name, number, reason)
+        self._tell(told, number, reason, failures)
+
+    def _tell(self, told: EndedTask, number: int, reason: str, failures: dict[int, str]) -> None:
+        if reason:
+            failures[number] = reason
+        pixels = 0.0 if reason else told.pixels
+        self.observer.advanced(replace(told, number=number, pixels=pixels, reason=reason))
 
     def _announce(self, number: int, prepared: PreparedSlide | SlideReport) -> None:
         if isinstance(prepared, SlideReport):
@@ -363,14 +375,6 @@ def _failed(image: Slide | UnreadableImage, error: Exception) -> SlideReport:
 def _imports(settings: Settings) -> list[str]:
     """Modules that every worker process needs, as far as they are known before the backend is chosen."""
     return ["cellseg_batch.engine.run.worker", *preloaded_modules(settings.backend)]
-
-
-def _give_up(journal: Journal, part: str, failures: dict[int, str], number: int, loss: BaseException) -> None:
-    """Note a task that killed its worker processes."""
-    failures[number] = (
-        f"the processes that worked on it died ({type(loss).__name__}); use more memory, or see their logs"
-    )
-    journal.fail(part, number, failures[number])
 
 
 def _refuse_margin_off_grid(settings: Settings, bundle: Bundle) -> None:

@@ -62,6 +62,25 @@ class SlideReport:
 
 
 @dataclass(frozen=True)
+class EndedTask:
+    """A task of a slide that is done or has failed.
+
+    Attributes:
+        slide: path of the slide, as a user would type it.
+        pass_name: name of the pass over the slide, such as blocks.
+        number: number of the task in its pass; in the pass blocks, that of the block.
+        pixels: number of pixels of the slide that are done by it, as each pass counts for a share; 0 if it failed.
+        reason: reason why it failed; "" if it is done.
+    """
+
+    slide: str
+    pass_name: str
+    number: int
+    pixels: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class PlateReport:
     """The report of a plate.
 

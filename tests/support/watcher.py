@@ -18,8 +18,8 @@ class Watcher:
     def planned(self, plan, peak_bytes, number, done):
         self.plans.append(plan)
 
-    def advanced(self, pixels):
-        self.pixels += pixels
+    def advanced(self, task):
+        self.pixels += task.pixels
 
     def ended(self, report):
         self.reports.append(report)
