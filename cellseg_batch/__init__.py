@@ -111,7 +111,7 @@ class Progress:
 
 
 def segment(
-    slides: str | PathLike[str] | Iterable[str | PathLike[str]],
+    slides: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     *,
     progress: Callable[[Progress], None] | None = None,
     **settings: Any,
@@ -119,7 +119,7 @@ def segment(
     """Segment every image that ``slides`` hold, as ``cellseg-batch run`` does; an unfinished run goes on.
 
     Args:
-        slides: path or URL of an image, a store or a folder of them, or several.
+        slides: path or URL of an image, a store or a folder of them, or several; none with a ``manifest``.
         progress: called in this thread at every step; an exception that it raises ends the run, whose
             finished work stays.
         settings: fields of `Settings`, which are the flags of ``cellseg-batch run``: ``model``, ``output``,
@@ -140,7 +140,7 @@ def segment(
     chosen = _settings(settings, [field.name for field in fields(Settings)])
     several = isinstance(slides, Iterable) and not isinstance(slides, (str, bytes, PathLike))
     paths = [_text_of(path, "slides", "paths or URLs") for path in (slides if several else [slides])]
-    if not paths:
+    if not paths and chosen.manifest is None:
         raise UsageError("slides", expected="at least one path or URL", found="none", remedy="name what to segment")
     if not (progress is None or callable(progress)):
         raise UsageError("progress", expected="a function", found=repr(progress), remedy="leave it out, or name one")
@@ -388,8 +388,9 @@ def _settings(values: dict[str, Any], allowed: Sequence[str]) -> Settings:
                 remedy=f"did you mean {likely[0]}?" if likely else "leave it out",
             )
     values = {name: _plain(value) for name, value in values.items()}
-    if isinstance(values.get("output"), (str, PathLike)):
-        values["output"] = locate(str(values["output"]))
+    for name in ("output", "manifest"):
+        if isinstance(values.get(name), (str, PathLike)):
+            values[name] = locate(str(values[name]))
     if isinstance(values.get("model"), PathLike):
         values["model"] = str(values["model"])
     for name in ("wells", "fields"):

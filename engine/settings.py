@@ -127,6 +127,7 @@ class Settings:
         probability: also write the probability image.
         overwrite: replace existing labels of this name.
         retry_failed: process only the images that failed before.
+        manifest: a CSV file that lists the images, as `slide_list.read_rows` reads it, in place of inputs.
         shard: part of the images to process, such as 0/4 to 3/4, as `shard_numbers` reads it; None takes all.
     """
 
@@ -161,6 +162,7 @@ class Settings:
     probability: bool = False
     overwrite: bool = False
     retry_failed: bool = False
+    manifest: Path | None = None
     shard: str | None = None
 
     @property

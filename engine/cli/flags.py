@@ -82,6 +82,12 @@ Slide = Annotated[
         parser=to_path, metavar="SLIDE", help="One image, or a path that holds images (the first is taken)."
     ),
 ]
+SlidesOrManifest = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        parser=to_path, metavar="SLIDES", help="Images: stores, files, or folders of them; or --manifest lists them."
+    ),
+]
 RunInputs = Annotated[
     list[Path],
     typer.Argument(parser=to_path, metavar="SLIDES", help="The inputs of a run, or its output folder."),
@@ -193,6 +199,13 @@ _SETTINGS_FLAGS: dict[str, Any] = {
     "axes": Axes,
     "wells": _flag(str | None, "--wells", _SLIDE, "Only these wells of plates.", parser=_names, metavar="A01,B*"),
     "fields": _flag(str | None, "--fields", _SLIDE, "Only these fields of each well.", parser=_names, metavar="0,1"),
+    "manifest": _flag(
+        Path | None,
+        "--manifest",
+        _SLIDE,
+        "Images from this CSV file: columns path, and any of pixel_size, channel, level.",
+        metavar="FILE",
+    ),
     "shard": _flag(
         str | None, "--shard", _SLIDE, "Only this part of the images, e.g. 0/4 in the first of 4 jobs.", metavar="I/N"
     ),

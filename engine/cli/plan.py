@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cellseg_batch.engine.cli.console import as_text, check_json, counted, print_line, write_json
-from cellseg_batch.engine.cli.flags import ENGINE, SLIDE, TILES, Json, Slides, takes_settings
+from cellseg_batch.engine.cli.flags import ENGINE, SLIDE, TILES, Json, SlidesOrManifest, takes_settings
 from cellseg_batch.engine.machine import bound_heaps
 from cellseg_batch.engine.settings import Settings
 
@@ -29,6 +29,7 @@ _COUNTS = ("blocks", "tiles", "bytes_in", "bytes_out", "files")
     *SLIDE,
     "wells",
     "fields",
+    "manifest",
     "shard",
     "output",
     "name",
@@ -37,8 +38,8 @@ _COUNTS = ("blocks", "tiles", "bytes_in", "bytes_out", "files")
     "probability",
 )
 def plan(
-    slides: Slides,
     settings: Settings,
+    slides: SlidesOrManifest = None,
     processes: Annotated[int, typer.Option("--processes", min=1, help="Worker processes that share the work.")] = 1,
     json_file: Json = None,
 ) -> None:
@@ -48,7 +49,7 @@ def plan(
     check_json(json_file)
     bound_heaps()  # as `run` does, whose memory this predicts
     console = Console()
-    estimated = estimate(slides, settings, processes, lambda: console.print("racing the backends, once ..."))
+    estimated = estimate(slides or [], settings, processes, lambda: console.print("racing the backends, once ..."))
     print_estimate(estimated, console)
     write_json(json_file, estimated.to_json())
     raise typer.Exit(bool(estimated.refused))

@@ -12,7 +12,7 @@ from rich.text import Text
 from cellseg_batch.engine import IMPORTED_AT
 from cellseg_batch.engine.cli.config_file import Config, WriteConfig, write_flags
 from cellseg_batch.engine.cli.console import as_flags, as_text, check_json, counted, print_line, write_json
-from cellseg_batch.engine.cli.flags import EVERY, Json, Log, Quiet, Slides, Verbose, takes_settings
+from cellseg_batch.engine.cli.flags import EVERY, Json, Log, Quiet, SlidesOrManifest, Verbose, takes_settings
 from cellseg_batch.engine.machine import bound_heaps
 from cellseg_batch.engine.settings import Settings
 
@@ -26,9 +26,9 @@ _COLOURS = {"held": "yellow", "failed": "red"}
 
 @takes_settings(*EVERY)
 def run(
-    slides: Slides,
-    settings: Settings,
     context: typer.Context,
+    settings: Settings,
+    slides: SlidesOrManifest = None,
     config_file: Config = None,
     write_config: WriteConfig = None,
     json_file: Json = None,
@@ -49,7 +49,7 @@ def run(
     progress = RunProgress(Console(), verbosity=verbose - quiet)
     with logged(log_file, progress) as observer:
         with stop.on_signals(), progress:
-            report = run_campaign(slides, settings, observer, IMPORTED_AT, stop)
+            report = run_campaign(slides or [], settings, observer, IMPORTED_AT, stop)
             if settings.objects:
                 from cellseg_batch.engine.reports.plates import summarise_plates  # slow, as it imports pyarrow
 

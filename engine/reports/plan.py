@@ -29,17 +29,15 @@ from cellseg_batch.engine.run.lifecycle import compile_plan, fit_memory
 from cellseg_batch.engine.run.measure_pass import measured_channels
 from cellseg_batch.engine.run.memory_model import RUN_OVERHEAD_BYTES
 from cellseg_batch.engine.run.open_slide import image_writers, scratch_of
-from cellseg_batch.engine.run.output_paths import output_paths, refuse_output_inside
+from cellseg_batch.engine.run.output_paths import output_paths
 from cellseg_batch.engine.run.pipeline import passes_of
 from cellseg_batch.engine.run.results import EndedTask, RunReport, SlideReport
-from cellseg_batch.engine.run.shards import images_of_shard
+from cellseg_batch.engine.run.run_images import find_run_images
 from cellseg_batch.engine.run.slide_plan import SlidePlan, open_reader, plan_slide
 from cellseg_batch.engine.run.worker import Worker
 from cellseg_batch.engine.run.working_scale import lay_tiles, possible_downscales, settle_downscale
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.slides.discover import find_all_images
 from cellseg_batch.engine.slides.label_layout import Layout
-from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.stage_clock import StageClock
@@ -174,7 +172,7 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
     """Estimate a run of ``settings`` over every image below ``inputs``.
 
     Args:
-        inputs: files, zarr stores or folders of them.
+        inputs: files, zarr stores or folders of them; none with a manifest.
         settings: settings of the run.
         processes: number of worker processes that share the work.
         racing: called before backends are raced, which happens once for a model and machine.
@@ -182,11 +180,8 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
     Raises:
         UsageError: nothing can be run as asked.
     """
-    refuse_output_inside(settings.output, inputs)
     bundle = load_model(settings.model)
-    choice = FieldChoice(settings.wells, settings.fields)
-    found = images_of_shard(find_all_images(inputs, settings.axes, choice), settings.shard)
-    images = [_lay(image, settings, bundle.card) for image in found]
+    images = [_lay(image, settings, bundle.card) for image in find_run_images(inputs, settings, bundle.card)]
     if not any(image.plans for image in images):
         return Estimate(processes, 0.0, 0.0, "", "", slides=[image.entry for image in images])
     worker = Worker(settings, ModelPool(bundle, settings, racing), StageClock())

@@ -25,18 +25,15 @@ from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.failed_images import FailedImages, location
 from cellseg_batch.engine.run.lifecycle import Request, finish_slide, prepare_slide, report_if_finished
 from cellseg_batch.engine.run.output_images import claim_outputs
-from cellseg_batch.engine.run.output_paths import refuse_output_inside
 from cellseg_batch.engine.run.prepared_slide import PreparedSlide
 from cellseg_batch.engine.run.results import EndedTask, RunReport, SlideReport
-from cellseg_batch.engine.run.shards import images_of_shard
+from cellseg_batch.engine.run.run_images import find_run_images
 from cellseg_batch.engine.run.slide_plan import SlidePlan, choose_input, lay_lattice, pick_margin
 from cellseg_batch.engine.run.worker import AnyWorker, Outcome, Worker, WorkerElsewhere, run_task
 from cellseg_batch.engine.scheduling.dask_pools import open_pool, threads_per_process
 from cellseg_batch.engine.scheduling.scheduler import Pool, TaskGroup, Workflow, ask, call_alone, run_workflows
 from cellseg_batch.engine.scheduling.signals import Stop
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.slides.discover import find_all_images
-from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
 from cellseg_batch.engine.slides.writer import consolidate_again
 from cellseg_batch.engine.stage_clock import STAGES, StageClock
@@ -75,7 +72,7 @@ def run(
     """Segment every image below ``inputs``.
 
     Args:
-        inputs: files, zarr stores or folders of them.
+        inputs: files, zarr stores or folders of them; none with a manifest.
         settings: settings of the run.
         observer: told of every event.
         started: ``time.perf_counter()`` at the command's start; None takes the present time.
@@ -90,9 +87,7 @@ def run(
     """
     search_started = time.perf_counter()
     started = search_started if started is None else started
-    refuse_output_inside(settings.output, inputs)
-    choice = FieldChoice(settings.wells, settings.fields)
-    images = images_of_shard(find_all_images(inputs, settings.axes, choice), settings.shard)
+    images = find_run_images(inputs, settings, load_model(settings.model).card)
     report = run_images(images, settings, observer, started=started, stop=stop)
     return replace(report, starting_seconds=search_started - started)
 

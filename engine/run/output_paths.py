@@ -7,6 +7,7 @@ setting ``output``, which mirrors the inputs.  `places` keeps every place for on
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -150,7 +151,7 @@ def _source(slide: Slide, labels: Path) -> str | None:
     return os.path.relpath(slide.location, str(labels)) if slide.holds_labels and both_local_or_remote else None
 
 
-def refuse_output_inside(output: Path | None, inputs: list[Path]) -> None:
+def refuse_output_inside(output: Path | None, inputs: Sequence[Path]) -> None:
     """Refuse an output folder inside an input: the next run would take its content for images.
 
     Raises:

@@ -33,10 +33,10 @@ class ChannelChoice:
 
 
 def choose_level(slide: Slide, level: int | None, pixel_size: float | None, model_um: float | None) -> LevelChoice:
-    """Choose the level: the user's, else that nearest to the model's pixel size, else the full resolution.
+    """Choose the level: that asked for, else that nearest to the model's pixel size, else the full resolution.
 
     Args:
-        slide: the image.
+        slide: the image; what is asked for it alone comes before ``level`` and ``pixel_size``.
         level: number of the user's level; None if the user named none.
         pixel_size: µm per px of level 0 from the user; None takes it from the metadata.
         model_um: µm per px that the model was trained at; None if unknown.
@@ -45,7 +45,8 @@ def choose_level(slide: Slide, level: int | None, pixel_size: float | None, mode
         SlideError: the slide has no such level.
     """
     count = len(slide.levels)
-    full = pixel_size or slide.pixel_size_um(0)
+    level = level if slide.asked.level is None else slide.asked.level
+    full = slide.asked.pixel_size or pixel_size or slide.pixel_size_um(0)
     base = slide.plane_shape(0)[1]
     sizes = [full * base / max(1, slide.plane_shape(i)[1]) if full else None for i in range(count)]
     if level is not None:
@@ -74,7 +75,7 @@ def choose_channels(slide: Slide, channel: int | str | None, roles: tuple[str, .
     stain's name; for ``nuclei`` also the DNA stain.
 
     Args:
-        slide: the image.
+        slide: the image; what is asked for it alone comes before ``channel``.
         roles: roles of the model's channels; ``rgb`` and ``grey`` are no stains.
         channel: index or name of the user's channel; None if the user named none. A text of digits is a name if there
             is such a name, else an index.
@@ -82,6 +83,7 @@ def choose_channels(slide: Slide, channel: int | str | None, roles: tuple[str, .
     Raises:
         SlideError: the slide has no such channel, or several.
     """
+    channel = channel if slide.asked.channel is None else slide.asked.channel
     if not set(roles) <= {*LIGHT, "grey"}:
         return _choose_stains(slide, channel, roles)
     if channel is not None:

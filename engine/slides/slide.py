@@ -63,6 +63,21 @@ class Level:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What the user asks for one image in place of the run's settings; None leaves it to them.
+
+    Attributes:
+        level: resolution to process.
+        channel: name or index of the channel, as the setting ``channel``.
+        pixel_size: µm per px of level 0.
+    """
+
+    level: int | None = None
+    channel: str | None = None
+    pixel_size: float | None = None
+
+
+@dataclass(frozen=True)
 class Slide:
     """An image to segment.
 
@@ -85,6 +100,7 @@ class Slide:
         holds_labels: whether labels can be written into the image's own group.
         notes: remarks for the user on what the image's metadata say and what is left out.
         parts: other files that hold planes of the image.
+        asked: what the user asks for this image alone.
     """
 
     name: str
@@ -105,6 +121,7 @@ class Slide:
     size_is_doubtful: bool = False
     notes: tuple[str, ...] = ()
     parts: tuple[Path, ...] = ()
+    asked: Asked = Asked()
 
     @property
     def location(self) -> str:

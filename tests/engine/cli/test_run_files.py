@@ -7,7 +7,19 @@ import pytest
 
 from tests.support.images import blobs, write_ome_zarr
 
-FLAGS = ["--backend", "torch", "--precision", "fp32", "--tile", "256", "--block", "64", "--margin", "exact", "--no-gate"]
+FLAGS = [
+    "--backend",
+    "torch",
+    "--precision",
+    "fp32",
+    "--tile",
+    "256",
+    "--block",
+    "64",
+    "--margin",
+    "exact",
+    "--no-gate",
+]
 
 
 def manifest(store):
