@@ -17,7 +17,8 @@ from cellseg_batch.engine.errors import UsageError
 from cellseg_batch.engine.machine import gpus, visible_gpus
 
 BACKENDS = ("auto", *KNOWN_BACKENDS)
-SCHEDULERS = ("threads", "processes", "slurm")
+QUEUES = ("slurm", "pbs", "lsf")
+SCHEDULERS = ("threads", "processes", *QUEUES)
 PRECISIONS = ("auto", *KNOWN_PRECISIONS)
 SKIPS = ("auto", "off")
 STITCHES = ("crop", "blend")
@@ -61,13 +62,13 @@ def _type_name(kind: Any) -> str:
 
 @dataclass(frozen=True)
 class ClusterSettings:
-    """Resources of the SLURM job of each worker; None leaves a field to dask-jobqueue's own configuration.
+    """Resources of the batch job of each worker; None leaves a field to dask-jobqueue's own configuration.
 
     Attributes:
-        queue: partition.
-        account: account that is charged.
+        queue: queue, or SLURM's partition.
+        account: account that is charged; with LSF a project.
         walltime: time limit of the job, such as ``04:00:00``.
-        gres: generic resources, such as ``gpu:1``.
+        gres: GPUs of the job in the words of the scheduler: ``gpu:1`` (SLURM), ``ngpus=1`` (PBS) or ``num=1`` (LSF).
         cores: cores of the job.
         memory: memory of the job, such as ``16GB``.
         config: a configuration file of dask-jobqueue.
@@ -109,8 +110,8 @@ class Settings:
         batch: tiles per call of the model.
         block: target side in px of the box that one task writes, rounded to whole tile cores; None as `block_side`.
         workers: blocks in flight, or worker processes if ``scheduler`` is a cluster.
-        scheduler: ``threads``, ``processes``, ``slurm`` or the address of a dask scheduler.
-        cluster: resources that SLURM is asked for.
+        scheduler: one of `SCHEDULERS`, or the address of a dask scheduler.
+        cluster: resources that jobs are asked for.
         threads: threads of the model; None uses every core.
         max_memory: bytes of host memory that the run must stay under; None sets no limit.
         level: resolution to process; None picks the one nearest the model's pixel size.

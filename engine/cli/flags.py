@@ -216,10 +216,10 @@ _SETTINGS_FLAGS: dict[str, Any] = {
     "retry_failed": _flag(bool, "--retry-failed", _OUTPUT, "Take up only the images that failed before."),
 }
 _CLUSTER_FLAGS: dict[str, Any] = {
-    "queue": _flag(str | None, "--queue", _CLUSTER, "SLURM partition."),
-    "account": _flag(str | None, "--account", _CLUSTER, "SLURM account."),
+    "queue": _flag(str | None, "--queue", _CLUSTER, "Queue, or SLURM's partition."),
+    "account": _flag(str | None, "--account", _CLUSTER, "Who is charged; with LSF a project."),
     "walltime": _flag(str | None, "--walltime", _CLUSTER, "Time limit of each job, such as 04:00:00."),
-    "gres": _flag(str | None, "--gres", _CLUSTER, "Resources of each job, such as gpu:1."),
+    "gres": _flag(str | None, "--gres", _CLUSTER, "GPUs of each job: gpu:1 (SLURM), ngpus=1 (PBS), num=1 (LSF)."),
     "cores": _flag(int | None, "--cores", _CLUSTER, "Cores of each job."),
     "memory": _flag(str | None, "--memory", _CLUSTER, "Memory of each job, such as 16GB."),
     "config": _flag(Path | None, "--cluster-config", _CLUSTER, "A file of dask-jobqueue.", metavar="FILE"),

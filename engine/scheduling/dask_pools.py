@@ -1,4 +1,4 @@
-"""Open pools of workers: threads or processes of this machine, any dask cluster, SLURM.
+"""Open pools of workers: threads or processes of this machine, any dask cluster, jobs of a batch queue.
 
 Every pool implements `scheduler.Pool`.  This module must not know what a task does.  dask is imported only for a
 cluster.
@@ -24,7 +24,7 @@ from cellseg_batch.engine.machine import GPU_SHARE, cores, visible_gpus
 from cellseg_batch.engine.scheduling.process_keeper import Processes
 from cellseg_batch.engine.scheduling.scheduler import Pool, ThreadPool
 from cellseg_batch.engine.scheduling.signals import SIGNALS
-from cellseg_batch.engine.settings import ClusterSettings, Settings, gpus_of
+from cellseg_batch.engine.settings import QUEUES, ClusterSettings, Settings, gpus_of
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -43,6 +43,7 @@ _CONNECT_SECONDS = 30
 _COUNT_SECONDS = 5
 _END_SECONDS = 5.0
 _GPU = "GPU"
+_JOBQUEUE_CLASSES = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster"}
 # dask does not repeat a task whose worker died: the run decides what to do with it.
 _QUIET = {"silence_logs": logging.ERROR}
 _SCHEDULER = {"allowed_failures": 0, "dashboard": False}
@@ -63,8 +64,8 @@ def open_pool(settings: Settings, imports: Sequence[str] = ()) -> Pool:
     threads = threads_per_process(settings)
     if settings.scheduler == "processes":
         return _open_processes(_devices(settings), settings.workers, threads, imports)
-    if settings.scheduler == "slurm":
-        return _open_slurm(settings.workers, threads, settings.cluster)
+    if settings.scheduler in QUEUES:
+        return _open_queue(settings.scheduler, settings.workers, threads, settings.cluster)
     return _connect(settings.scheduler)
 
 
@@ -76,7 +77,7 @@ def threads_per_process(settings: Settings) -> int:
     share = 0
     if settings.scheduler == "processes" and (devices := _devices(settings)):
         share = cores() // (len(devices) * _processes_per_gpu(len(devices)))
-    elif settings.scheduler == "slurm" and settings.cluster.gres is not None:
+    elif settings.scheduler in QUEUES and settings.cluster.gres is not None:
         share = settings.cluster.cores or 0
     return max(THREADS_PER_PROCESS, min(share, _MOST_THREADS))
 
@@ -240,13 +241,13 @@ def _no_process(reason: str) -> ClusterError:
     )
 
 
-def _open_slurm(workers: int, threads: int, resources: ClusterSettings) -> Pool:
-    """Open a pool of up to ``workers`` SLURM jobs of one process each, which start and end with the work to do."""
+def _open_queue(queue: str, workers: int, threads: int, resources: ClusterSettings) -> Pool:
+    """Open a pool of up to ``workers`` batch jobs of one process each, which start and end with the work to do."""
     try:
         import dask_jobqueue
     except ImportError as error:
         raise UsageError(
-            "`scheduler=slurm`",
+            f"`scheduler={queue}`",
             expected="dask-jobqueue",
             found="no such package",
             remedy="pip install 'cellseg-batch[hpc]'",
@@ -260,28 +261,44 @@ def _open_slurm(workers: int, threads: int, resources: ClusterSettings) -> Pool:
     worker_arguments = ["--nthreads", str(threads), "--memory-limit", "0", "--no-dashboard"]
     if resources.gres is not None:
         worker_arguments += ["--resources", f"{_GPU}={threads}"]
-    options = {
-        "queue": resources.queue,
-        "account": resources.account,
-        "walltime": resources.walltime,
-        "cores": resources.cores,
-        "memory": resources.memory,
-        "job_extra_directives": None if resources.gres is None else [f"--gres={resources.gres}"],
-    }
-    chosen = {name: value for name, value in options.items() if value is not None}
     try:
-        cluster = dask_jobqueue.SLURMCluster(
-            processes=1, worker_extra_args=worker_arguments, scheduler_options=_SCHEDULER, **chosen
+        cluster = getattr(dask_jobqueue, _JOBQUEUE_CLASSES[queue])(
+            processes=1,
+            worker_extra_args=worker_arguments,
+            scheduler_options=_SCHEDULER,
+            **_job_options(queue, resources),
         )
     except (ValueError, OSError) as error:
         raise UsageError(
-            "`scheduler=slurm`",
-            expected="what a SLURM job needs: `cores` and `memory` at least",
+            f"`scheduler={queue}`",
+            expected="what a job needs: `cores` and `memory` at least",
             found=str(error),
             remedy="add them, or a dask-jobqueue file with `config`",
         ) from error
     cluster.adapt(minimum=0, maximum=workers)
     return DaskPool(Client(cluster), lambda wait: cluster.close(), resources.gres is not None, most=threads * workers)
+
+
+def _job_options(queue: str, resources: ClusterSettings) -> dict[str, Any]:
+    """Options of dask-jobqueue's cluster for a job with these resources; what is None is left to its configuration."""
+    hours, _, _ = (resources.walltime or "").rpartition(":")
+    options: dict[str, Any] = {
+        "queue": resources.queue,
+        "project" if queue == "lsf" else "account": resources.account,
+        # LSF counts in hours and minutes.
+        "walltime": hours if queue == "lsf" and ":" in hours else resources.walltime,
+        "cores": resources.cores,
+        "memory": resources.memory,
+    }
+    if resources.gres is not None and queue == "pbs":
+        # Of one chunk, which dask-jobqueue would describe by cores and memory alone.
+        parts = {"ncpus": resources.cores, "mem": resources.memory}
+        chunk = [f"{name}={value}" for name, value in parts.items() if value is not None]
+        options["resource_spec"] = ":".join(["select=1", *chunk, resources.gres])
+    elif resources.gres is not None:
+        directive = f"-gpu {resources.gres}" if queue == "lsf" else f"--gres={resources.gres}"
+        options["job_extra_directives"] = [directive]
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _connect(address: str) -> Pool:
