@@ -167,7 +167,7 @@ def load_model(model: str | PathLike[str] = "nuclei", **settings: Any) -> Model:
     from cellseg_batch.engine.models import load_model as load_bundle
 
     chosen = replace(_settings({"model": model, **settings}, ("model", *_ARRAY_SETTINGS)), instances=True)
-    return Model(chosen, ModelPool(load_bundle(chosen.model), chosen))
+    return Model(chosen, ModelPool(load_bundle(chosen.model), chosen, pixels=0))
 
 
 class Model:

@@ -126,3 +126,6 @@ KNOWN_PRECISIONS: Mapping[str, Precision] = {
     # It flips 2e-4 more of the pixels than bf16; a user who asks for it by name accepts that for its speed.
     "int8": Precision(Limits(6e-4, 0.99), on_request=True),
 }
+
+LIKELY_WINNERS = (("openvino", "bf16"), ("openvino", "fp32"))
+"""(backend, precision) of what wins races on CPUs, the likeliest first."""

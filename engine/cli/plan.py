@@ -49,7 +49,7 @@ def plan(
     check_json(json_file)
     bound_heaps()  # as `run` does, whose memory this predicts
     console = Console()
-    estimated = estimate(slides or [], settings, processes, lambda: console.print("racing the backends, once ..."))
+    estimated = estimate(slides or [], settings, processes, lambda: console.print("choosing a backend, once ..."))
     print_estimate(estimated, console)
     write_json(json_file, estimated.to_json())
     raise typer.Exit(bool(estimated.refused))

@@ -117,7 +117,8 @@ def _model(report: RunReport) -> str:
     if not report.backend:
         return ""
     tile = f"tile {report.tile[0]} x {report.tile[1]}, " if report.tile else ""
-    return f"{report.backend} {report.precision}, {tile}margin {report.margin} px"
+    race = " (likely the fastest; cellseg-batch compile races all)" if report.short_race else ""
+    return f"{report.backend} {report.precision}{race}, {tile}margin {report.margin} px"
 
 
 def _rate(report: RunReport) -> str:

@@ -55,6 +55,7 @@ class ModelPool:
         settings: settings with model, backend, precision and threads.
         racing: called before a race is run, which happens if this machine has no result for this model.
         choice: choice of the backend, if it was made already.
+        pixels: number of pixels that there are to segment, as `choose` takes it.
 
     Attributes:
         choice: choice of the backend.
@@ -73,6 +74,7 @@ class ModelPool:
         settings: Settings,
         racing: Callable[[], None] = lambda: None,
         choice: Choice | None = None,
+        pixels: float = math.inf,
     ) -> None:
         self.bundle = bundle
         # Outputs that a mask does not need take a twentieth of the time and twice the foreground's memory.
@@ -84,7 +86,7 @@ class ModelPool:
         self._admissions = {gpu: Admission() for gpu in self._gpus}
         self._artefacts = Artefacts()
         with self.counted():
-            self.choice = choice or choose(settings, bundle, racing)
+            self.choice = choice or choose(settings, bundle, racing, pixels)
             self._threads = settings.threads or cores()
             winner = self.choice.backend, self.choice.precision
             self.chosen = make_backend(self._network, *winner, self._threads, self._artefacts, self._gpus[0])

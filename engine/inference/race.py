@@ -20,7 +20,7 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
+from cellseg_batch.engine.backend_table import KNOWN_BACKENDS, LIKELY_WINNERS
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.geometry import fit_squares
 from cellseg_batch.engine.inference.backends.gate import (
@@ -74,12 +74,20 @@ def large_tile(card: Card) -> tuple[int, int]:
     return fit_squares(_LARGE_SLIDE, Settings.tile, card.margin, card.total_stride, size.min).tile
 
 
+def likely_winner(request: Request, bundle: Bundle) -> tuple[str, str] | None:
+    """The (backend, precision) that a short race tries; None where a GPU may win, or nothing likely can be had."""
+    fitting = _candidates_to_race(request, bundle)
+    if gpus() and any(KNOWN_BACKENDS[name].on_gpu for name, _ in fitting):
+        return None
+    return next((name for name in LIKELY_WINNERS if name in fitting and not why_not(*name)), None)
+
+
 def load_or_race(
     request: Request, bundle: Bundle, artefacts: Artefacts, started: Callable[[], None], again: bool = False
 ) -> RaceResult:
     """Return the result of this race on this machine; race now, in a separate process, if none is on disk.
 
-    The result of a complete race serves too.
+    The result of a complete race serves too, and for a short race that of a whole one.
 
     Args:
         request: candidates and conditions.
@@ -94,8 +102,9 @@ def load_or_race(
     key = _key(request, bundle)
     if again:
         artefacts.drop(key)
-    complete = key if again else _key(replace(request, complete=True), bundle)
-    folder = artefacts.find(complete) or artefacts.find(key)
+    longer = () if again else (replace(request, complete=True, short=False), replace(request, short=False))
+    found = (artefacts.find(known) for known in (*(_key(longer_request, bundle) for longer_request in longer), key))
+    folder = next(filter(None, found), None)
     if folder is None:
         started()
         folder = artefacts.get(key, lambda partial: _race_elsewhere(request, artefacts, partial))
@@ -150,6 +159,8 @@ def race(request: Request, bundle: Bundle, artefacts: Artefacts) -> RaceResult:
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         candidates=tuple(sorted(rows.values(), key=lambda row: -row.mpx_per_s)),
     )
+    if request.short:  # a run converts what it needs
+        return race_result
     with suppress(BackendError):  # no candidate won; picking from the result will say why
         winner = race_result.pick(request.backend, request.precision)
         # Convert the winner's networks now, so that a run with a downscaled slide or instances need not load torch.
@@ -166,7 +177,7 @@ def time_in_turns(calls: dict[tuple[str, str], Callable[[], object]]) -> dict[tu
     Each call must have run before, so that no warm-up is timed.
     """
     seconds: dict[tuple[str, str], list[float]] = {name: [] for name in calls}
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS if len(calls) > 1 else 1):
         for name, call in calls.items():
             best = min((min(times) for times in seconds.values() if times), default=float("inf"))
             if seconds[name] and min(seconds[name]) > _HOPELESS * best:
@@ -255,6 +266,9 @@ def _race_elsewhere(request: Request, artefacts: Artefacts, folder: Path) -> Non
 def _candidates_to_race(request: Request, bundle: Bundle) -> list[tuple[str, str]]:
     """Return (backend, precision) of each candidate."""
     fitting = candidates(bundle.card.format, request.backend, request.precision, request.device)
+    if request.short:
+        winner = likely_winner(replace(request, short=False), bundle)
+        return [] if winner is None else [winner]
     return [name for name in fitting if request.complete or may_win(name[1], request.precision)]
 
 

@@ -28,6 +28,7 @@ class Request:
         threads: number of CPU threads that the model uses.
         device: auto, cpu or a GPU; the first of several.
         complete: whether candidates that win only if they are asked for by name are raced too.
+        short: whether only the likely winner of a CPU runs, and is held against the reference.
     """
 
     model: str
@@ -38,6 +39,7 @@ class Request:
     threads: int
     device: str = "auto"
     complete: bool = False
+    short: bool = False
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Request:

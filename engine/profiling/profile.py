@@ -26,6 +26,7 @@ from cellseg_batch.engine.profiling.timeline import busy_seconds, occupied, pred
 from cellseg_batch.engine.run.campaign import Observer, run_images
 from cellseg_batch.engine.run.open_slide import OpenSlide
 from cellseg_batch.engine.run.results import RunReport
+from cellseg_batch.engine.run.slide_plan import input_pixels
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.stage_clock import Interval, StageClock
@@ -71,7 +72,8 @@ def profile_slide(path: Path, settings: Settings, observer: Observer) -> Profile
         settings.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="cellseg-profile-", dir=settings.output) as name:
         folder = Path(name)
-        model_pool = ModelPool(bundle, settings, observer.racing)
+        pixels = sum(input_pixels(slide, settings, bundle.card) for slide in sample)
+        model_pool = ModelPool(bundle, settings, observer.racing, pixels=pixels)
         with opened_alone(sample[0], settings, model_pool, folder / "alone") as slide:
             plan = slide.plan
             first = first_read(slide, list(plan.grid))

@@ -184,7 +184,8 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Cal
     images = [_lay(image, settings, bundle.card) for image in find_run_images(inputs, settings, bundle.card)]
     if not any(image.plans for image in images):
         return Estimate(processes, 0.0, 0.0, "", "", slides=[image.entry for image in images])
-    worker = Worker(settings, ModelPool(bundle, settings, racing), StageClock())
+    pixels = sum(image.entry.pixels for image in images)
+    worker = Worker(settings, ModelPool(bundle, settings, racing, pixels=pixels), StageClock())
     with _Networks(worker.model_pool, settings.workers) as networks:
         images = _settle(worker, images, networks)
         largest = max(images, key=lambda image: image.entry.pixels if image.plans else -1)

@@ -125,7 +125,7 @@ def prove_seams(path: Path, settings: Settings, full: bool, most: int) -> SeamRe
             remedy="export the model with a dynamic height and width",
         )
     decoder = DECODERS[bundle.card.decoder]
-    model_pool = ModelPool(bundle, settings)
+    model_pool = ModelPool(bundle, settings, pixels=0)
     paths = output_paths(slide, settings.name, None)
     with open_reader(slide, settings, bundle.card) as reader:
         plan = plan_slide(slide, paths, settings, bundle.card, settle_bounds(reader, bundle.card.input.normalisation))

@@ -28,7 +28,7 @@ from cellseg_batch.engine.run.output_images import claim_outputs
 from cellseg_batch.engine.run.prepared_slide import PreparedSlide
 from cellseg_batch.engine.run.results import EndedTask, RunReport, SlideReport
 from cellseg_batch.engine.run.run_images import find_run_images
-from cellseg_batch.engine.run.slide_plan import SlidePlan, choose_input, lay_lattice, pick_margin
+from cellseg_batch.engine.run.slide_plan import SlidePlan, choose_input, input_pixels, lay_lattice, pick_margin
 from cellseg_batch.engine.run.worker import AnyWorker, Outcome, Worker, WorkerElsewhere, run_task
 from cellseg_batch.engine.scheduling.dask_pools import open_pool, threads_per_process
 from cellseg_batch.engine.scheduling.scheduler import Pool, TaskGroup, Workflow, ask, call_alone, run_workflows
@@ -187,7 +187,7 @@ class Campaign:
 
     def _segment_all(self, slides: Mapping[int, Slide], reports: dict[int, SlideReport], stop: Stop | None) -> None:
         """Segment the slides in a pool and put a report of each under its number into ``reports``."""
-        pool = self._open_pool()
+        pool = self._open_pool(sum(input_pixels(slide, self.settings, self.card) for slide in slides.values()))
         workflows = (self._workflow(slide, number, reports) for number, slide in slides.items())
         try:
             with closing(run_workflows(workflows, pool, stop)) as ended:
@@ -204,29 +204,29 @@ class Campaign:
                     if report.labels and report.labels.startswith(f"{store}/"):
                         reports[number] = replace(report, notes=(*report.notes, note))
 
-    def _open_pool(self) -> Pool:
-        """Open a pool of workers and choose the backend that they use."""
+    def _open_pool(self, pixels: int) -> Pool:
+        """Open a pool of workers and choose the backend that they use for so many pixels."""
         pool = open_pool(self.settings, _imports(self.settings))
         try:
-            self._choose_backend(pool)
+            self._choose_backend(pool, pixels)
         except BaseException:
             pool.close(wait=False)
             raise
         return pool
 
-    def _choose_backend(self, pool: Pool) -> None:
+    def _choose_backend(self, pool: Pool, pixels: int) -> None:
         started = time.perf_counter()
         settings, model_pool = self.settings, self._model_pool
         self._pool_seconds_before = 0.0 if model_pool is None else model_pool.seconds
         if settings.scheduler == "threads":
-            model_pool = model_pool or ModelPool(self._bundle, settings, self.observer.racing)
+            model_pool = model_pool or ModelPool(self._bundle, settings, self.observer.racing, pixels=pixels)
             self.choice = model_pool.choice
             self.worker: AnyWorker = Worker(settings, model_pool, self._clock)
         else:
             # Choose in a worker: this machine may be a login node without the workers' devices.
             workers = max(settings.workers, threads_per_process(settings))  # blocks in flight in one process
             settings = replace(settings_elsewhere(settings), workers=workers)
-            self.choice = call_alone(pool, choose_backend, settings)
+            self.choice = call_alone(pool, choose_backend, settings, pixels)
             self.worker = WorkerElsewhere(settings, self.choice, uuid4().hex)
         self.compile_seconds = time.perf_counter() - started
 
@@ -320,6 +320,7 @@ class Campaign:
             compile_seconds=self.compile_seconds,
             backend=self.choice.backend,
             precision=self.choice.precision,
+            short_race=self.choice.is_likely,
             tile=largest.grid.lattice.tile if largest else None,
             margin=pick_margin(self.settings, self.card),
             batch=self.settings.batch,

@@ -110,6 +110,7 @@ class RunReport:
         compile_seconds: seconds in which the model was chosen, compiled and warmed up.
         backend: backend that was used; "" if no image could be used.
         precision: its precision; "" if no image could be used.
+        short_race: whether it is the likely fastest, and not all were raced.
         tile: (height, width) of a tile in px of the largest slide; None without a slide to work on.
         margin: margin in px of the largest slide.
         batch: number of tiles per call of the model.
@@ -128,6 +129,7 @@ class RunReport:
     compile_seconds: float
     backend: str
     precision: str
+    short_race: bool
     tile: tuple[int, int] | None
     margin: int
     batch: int

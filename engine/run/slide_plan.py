@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
@@ -244,6 +245,16 @@ def choose_input(slide: Slide, settings: Settings, card: Card) -> tuple[LevelCho
             remedy="choose one with `channel`",
         )
     return level, channels
+
+
+def input_pixels(slide: Slide, settings: Settings, card: Card) -> int:
+    """Number of pixels of all planes of the level that the model is to see.
+
+    Raises:
+        SlideError: see `choose_input`.
+    """
+    level = choose_input(slide, settings, card)[0].level
+    return math.prod(slide.plane_shape(level)) * slide.planes(level)
 
 
 def open_reader(slide: Slide, settings: Settings, card: Card) -> SlideReader:

@@ -1,14 +1,15 @@
 """Run networks in OpenVINO on the CPU, where it is the fastest: fp32, int8, and bf16 if the processor has it.
 
 A network of ours goes from ``torch.export`` straight into OpenVINO with dynamic batch and size, and is cached on disk,
-so that only the first run needs torch; a graph is read as it is.  Each batch shape is then compiled separately, which
-takes a fraction of a second.  int8 is post-training quantisation by NNCF (explicit fake-quantise nodes, calibrated on
-real tiles).
+so that only the first run needs torch, in a process of its own; a graph is read as it is.  Each batch shape is then
+compiled separately, which takes a fraction of a second.  int8 is post-training quantisation by NNCF (explicit
+fake-quantise nodes, calibrated on real tiles).
 """
 
 from __future__ import annotations
 
 import logging
+import pickle
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
+from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.inference.backends.gate import tiles_for
 from cellseg_batch.engine.inference.backends.protocol import (
     CONVERSION_VERSION,
@@ -31,6 +33,7 @@ from cellseg_batch.engine.inference.backends.protocol import (
     Shape,
 )
 from cellseg_batch.engine.inference.backends.torch_turn import TORCH_TURN
+from cellseg_batch.engine.machine import run_module
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import Bundle
@@ -148,16 +151,33 @@ def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
         "versions": {package: version(package) for package in packages},
     }
 
-    def make(folder: Path) -> None:
-        if quantised:
-            tiles = tiles_for("calibration", bundle.card)
-            model = _quantise(_convert(bundle, tiles), tiles)
-        else:
-            model = _convert(bundle)
-        openvino.save_model(model, folder / _FILE, compress_to_fp16=False)
-        _keep_floats(folder / _FILE, _edge_filters(model))
+    needs_torch = bundle.graph is None and "torch" not in sys.modules
+    write = _write_elsewhere if needs_torch else _write
+    return artefacts.get(key, lambda folder: write(bundle, quantised, folder))
 
-    return artefacts.get(key, make)
+
+def _write(bundle: Bundle, quantised: bool, folder: Path) -> None:
+    """Write the converted network into a folder."""
+    if quantised:
+        tiles = tiles_for("calibration", bundle.card)
+        model = _quantise(_convert(bundle, tiles), tiles)
+    else:
+        model = _convert(bundle)
+    openvino.save_model(model, folder / _FILE, compress_to_fp16=False)
+    _keep_floats(folder / _FILE, _edge_filters(model))
+
+
+def _write_elsewhere(bundle: Bundle, quantised: bool, folder: Path) -> None:
+    """Do `_write` in a process of its own, so that the memory of torch does not stay in the run."""
+    _, failure = run_module(__name__, given=pickle.dumps((bundle, quantised, folder)))
+    if failure:
+        raise BackendError(
+            f"network of {bundle.card.name}",
+            expected="a process that converts it for OpenVINO",
+            found=failure,
+            cause="too little memory",
+            remedy="run with `backend=torch`, or see cellseg-batch doctor",
+        )
 
 
 def _convert(bundle: Bundle, tiles: NDArray[np.float32] | None = None) -> Any:
@@ -267,3 +287,7 @@ def _quantise(model: Any, tiles: NDArray[np.float32]) -> Any:
                 smooth_quant_alphas=AdvancedSmoothQuantParameters(convolution=-1, matmul=-1),
             ),
         )
+
+
+if __name__ == "__main__":
+    _write(*pickle.loads(sys.stdin.buffer.read()))  # of the process that started this one
