@@ -106,7 +106,9 @@ def description_0_5(files):
         return {"source": name, "sha256": sha256_of(files[name])}
 
     def space(size, **other):
-        return [{"type": "space", "id": axis, "unit": "nanometer", "scale": 250, **size(axis), **other} for axis in "yx"]
+        return [
+            {"type": "space", "id": axis, "unit": "nanometer", "scale": 250, **size(axis), **other} for axis in "yx"
+        ]
 
     return {
         **about("0.5.4"),
