@@ -22,6 +22,7 @@ LARGEST = 1 << 30
 _LEAST_OPSET = 11
 _DOMAINS = ("", "ai.onnx")
 _CONTROL = ("If", "Loop", "Scan")
+_ARCHIVE = "an archive that is damaged or of something else"
 # First bytes of what torch.save, joblib and pickle write: a zip archive, or a pickle of protocol 2 or later.
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 EXPORT = 'torch.onnx.export(network, example, "model.onnx", dynamo=True) where the model was trained'
@@ -61,6 +62,10 @@ class GraphFile:
     opset: int
     makers: dict[str, str]
     properties: dict[str, str]
+
+    def activation_of(self, output: str) -> str:
+        """Activation that makes an output: none, sigmoid or softmax."""
+        return {"Sigmoid": "sigmoid", "Softmax": "softmax"}.get(self.makers[output], "none")
 
 
 def read_graph(path: Path) -> GraphFile:
@@ -142,6 +147,9 @@ def _content_of(path: Path) -> bytes:
     except OSError as error:
         raise _refused(path, "an ONNX file that can be read", brief(error), "check the path") from error
     kind = _other_kind(path, content)
+    if kind == _ARCHIVE:
+        remedy = "name the .onnx file in it, or a whole bioimage.io package"
+        raise _refused(path, "an ONNX file", kind, remedy)
     if kind:
         raise _refused(path, "an ONNX file", f"{kind}, which runs code when it is read", f"convert it: {EXPORT}")
     return content
@@ -154,12 +162,12 @@ def _other_kind(path: Path, content: bytes) -> str:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
         except zipfile.BadZipFile:
-            return "a damaged archive"
+            return _ARCHIVE
         if any("/code/" in name or name.endswith("constants.pkl") for name in names):
             return "a TorchScript archive"
         if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
             return "a .pt2 program of torch.export"
-        return "an archive of pickles by torch.save" if any(name.endswith(".pkl") for name in names) else "an archive"
+        return "an archive of pickles by torch.save" if any(name.endswith(".pkl") for name in names) else _ARCHIVE
     is_pickle = content[:1] == _PICKLE and content[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
     return "a pickle" if is_pickle else ""
 

@@ -15,14 +15,14 @@ from cellseg_batch.trainer.bundle import Bundle
 from cellseg_batch.trainer.card import LAYOUTS
 
 _FILE = "test.safetensors"
-_INPUT, _OUTPUT, _STEPS = "input", "output ", "steps"
+_INPUT, _OUTPUT, _ENDINGS = "input", "output ", "endings"
 # Differences that the specification of bioimage.io allows by default, and the share of values that may differ more.
 _RELATIVE, _ABSOLUTE, _FEW = 1e-3, 1e-3, 1e-4
 
 
 @dataclass(frozen=True)
-class Steps:
-    """What is done to a tensor of the network before it is compared.
+class Ending:
+    """What is done behind the network to one of its tensors before it is compared.
 
     Attributes:
         tensor: its name in the graph.
@@ -74,23 +74,23 @@ class ExpectedOutput:
     """
 
     pixels: NDArray[Any]
-    outputs: tuple[tuple[Steps, NDArray[Any]], ...]
+    outputs: tuple[tuple[Ending, NDArray[Any]], ...]
 
     def save(self, folder: Path) -> None:
         """Write it into a bundle."""
         from safetensors.numpy import save_file
 
         arrays = {_INPUT: self.pixels, **{f"{_OUTPUT}{i}": values for i, (_, values) in enumerate(self.outputs)}}
-        steps = json.dumps([asdict(steps) for steps, _ in self.outputs])
+        endings = json.dumps([asdict(ending) for ending, _ in self.outputs])
         path = folder / _FILE
-        save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, path, {_STEPS: steps})
+        save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, path, {_ENDINGS: endings})
         path.chmod(0o644)
 
     def compare(self, bundle: Bundle, threads: int) -> tuple[Agreement, ...]:
         """Compare what the bundle's graph gives; each image of the test input is normalised as a slide would be.
 
         Raises:
-            ValueError: the graph does not run on the test input, or gives tensors of other names or shapes.
+            ValueError: the graph does not run on the test input, or gives other shapes or what is no number.
         """
         from cellseg_batch.engine.inference.backends.onnxruntime_cpu import run_graph
 
@@ -101,13 +101,15 @@ class ExpectedOutput:
         except Exception as error:  # the library's own errors
             raise ValueError(f"the graph does not run on the test input of shape {self.pixels.shape}") from error
         agreements = []
-        for steps, expected in self.outputs:
-            given = np.concatenate([image[steps.tensor] for image in images]).astype(np.float64)
-            given = _cropped(_after(steps, given, channel_axis=3 if layout == LAYOUTS[1] else 1), expected)
+        for ending, expected in self.outputs:
+            given = np.concatenate([image[ending.tensor] for image in images]).astype(np.float64)
+            given = _cropped(_after(ending, given, channel_axis=3 if layout == LAYOUTS[1] else 1), expected)
+            if not np.isfinite(given).all():
+                raise ValueError(f"the graph gives NaN or infinite values in {ending.tensor} for the test input")
             wanted = expected.astype(np.float64)
             differences = np.abs(given - wanted)
             differing = float(np.mean(~(differences <= _ABSOLUTE + _RELATIVE * np.abs(wanted))))
-            agreements.append(Agreement(steps.tensor, float(differences.max()), differing))
+            agreements.append(Agreement(ending.tensor, float(differences.max()), differing))
         return tuple(agreements)
 
     def _normalised(self, image: NDArray[Any], bundle: Bundle) -> NDArray[np.float32]:
@@ -134,20 +136,20 @@ def read_expected_output(folder: Path) -> ExpectedOutput | None:
         return None
     try:
         with safe_open(folder / _FILE, framework="numpy") as file:
-            steps = [Steps(**one) for one in json.loads(file.metadata()[_STEPS])]
-            outputs = tuple((one, file.get_tensor(f"{_OUTPUT}{i}")) for i, one in enumerate(steps))
+            endings = [Ending(**one) for one in json.loads(file.metadata()[_ENDINGS])]
+            outputs = tuple((one, file.get_tensor(f"{_OUTPUT}{i}")) for i, one in enumerate(endings))
             return ExpectedOutput(file.get_tensor(_INPUT), outputs)
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{_FILE} is damaged: {error}") from error
 
 
-def _after(steps: Steps, values: NDArray[np.float64], channel_axis: int) -> NDArray[np.float64]:
-    if steps.activation == "sigmoid":
+def _after(ending: Ending, values: NDArray[np.float64], channel_axis: int) -> NDArray[np.float64]:
+    if ending.activation == "sigmoid":
         values = 1 / (1 + np.exp(-values))
-    elif steps.activation == "softmax":
+    elif ending.activation == "softmax":
         values = np.exp(values - values.max(channel_axis, keepdims=True))
         values /= values.sum(channel_axis, keepdims=True)
-    return values if steps.threshold is None else (values > steps.threshold).astype(np.float64)
+    return values if ending.threshold is None else (values > ending.threshold).astype(np.float64)
 
 
 def _cropped(given: NDArray[np.float64], expected: NDArray[Any]) -> NDArray[np.float64]:

@@ -306,8 +306,7 @@ def _tensors_of(source: Path, graph: GraphFile, draft: OutputDraft, layout: str)
         if found is not None and found != len(channels):
             named = ", ".join(tensor.channels) or "none"
             raise _missing(source, "output.channels", f"{found} channels in {tensor.name}, and the names {named}")
-        applied = {"Sigmoid": "sigmoid", "Softmax": "softmax"}.get(graph.makers[tensor.name], "none")
-        tensors.append(Tensor(channels, tensor.name, tensor.activation or applied))
+        tensors.append(Tensor(channels, tensor.name, tensor.activation or graph.activation_of(tensor.name)))
     return tuple(tensors)
 
 

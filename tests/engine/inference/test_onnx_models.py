@@ -298,7 +298,7 @@ def broken(folder, name):
         ("TorchScript", "a TorchScript archive"),
         ("pt2", "a .pt2 program"),
         ("package", "expected type: model in rdf.yaml, found NoneType"),
-        ("damaged archive", "a damaged archive"),
+        ("damaged archive", "an archive that is damaged"),
         ("folder", "found a folder; name the .onnx file"),
         ("noise", "expected an ONNX file"),
         ("custom operator", "com.lab.Magic"),

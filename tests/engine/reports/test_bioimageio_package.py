@@ -6,13 +6,15 @@ import socket
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+from onnx import helper
 
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.reports import bioimageio_package
 from cellseg_batch.engine.reports.expected_output import read_expected_output
 from cellseg_batch.engine.reports.import_model import import_model
-from tests.support.graphs import untiled
+from tests.support.graphs import untiled, write_graph
 from tests.support.images import blobs, labels_of, write_ome_zarr
 from tests.support.packages import (
     SIDE,
@@ -58,15 +60,14 @@ def test_a_package_is_imported_and_runs_as_onnx_runtime_does(tmp_path, card, seg
         patched.setattr(socket.socket, "connect", refuse)
         patched.setattr(socket, "getaddrinfo", refuse)
         imported = import_model(package, tmp_path / "bundle", card)
-    found, bundle = imported.card, load_model(str(tmp_path / "bundle"))
+    found = imported.card
     assert (found.name, found.licence) == ("Cells of a test", "CC-BY-4.0")
     assert found.citation == "A paper (https://doi.org/10.1234/cells)"
     assert found.training == {"authors": "Ada Author, Bo Author", "documentation": "README.md"}
     assert (found.margin, found.input.size.fixed) == (8, SIDE if version == "0.4" else None)
     assert found.input.pixel_size_um == (None if version == "0.4" else pytest.approx(0.25))
     assert ("normalised each for itself" in " ".join(found.notes)) == (version == "0.5")
-    (agreement,) = read_expected_output(tmp_path / "bundle").compare(bundle, 1)
-    assert agreement.agrees, agreement
+    assert only_agreement(tmp_path / "bundle").agrees
     pixels = blobs(150, 170)
     # The weights of 0.4 are those of tiles of one size; the same for any give the untiled result.
     logits = untiled(write_weights(tmp_path / "any.onnx"), normalised(pixels, version), 8, 8)[0]
@@ -86,8 +87,7 @@ def test_weights_in_a_file_of_their_own_are_taken(tmp_path, card):
         description["weights"]["onnx"]["external_data"] = data
 
     import_model(arranged(tmp_path, "0.5", parted), tmp_path / "bundle", card)
-    (agreement,) = read_expected_output(tmp_path / "bundle").compare(load_model(str(tmp_path / "bundle")), 1)
-    assert agreement.agrees
+    assert only_agreement(tmp_path / "bundle").agrees
 
 
 @pytest.mark.slow
@@ -226,7 +226,7 @@ def of_a_volume(files, description):
     [
         (only_torch, "found torchscript; export the model to ONNX"),
         (of_a_volume, "found b, c, z, y, x; export the network of one 2-D image"),
-        (pre(step("clip", min=0, max=3)), "found the step clip to others"),
+        (pre(step("clip", min=0, max=3)), "found the step clip to other values"),
         (pre(step("scale_linear", gain=2), step("zero_mean_unit_variance")), "zero_mean_unit_variance after scale_lin"),
         (pre(step("scale_range", axes=["channel"])), "found the step scale_range over c"),
         (pre(step("binarize", threshold=3)), "found the step binarize; take the .onnx file out"),
@@ -294,6 +294,86 @@ def test_steps_in_front_of_the_network_become_one_rule(tmp_path, card, steps, ru
     if "batch" in str(steps):
         assert imported.notes == ("scale_range takes the values of a whole data set; each slide gets its own",)
         assert found.joint
+
+
+def put_graph(files, description, path, pixels, output):
+    """Put a graph and test tensors into a package."""
+    files |= {"weights.onnx": path.read_bytes(), "test_input.npy": npy(pixels), "test_output.npy": npy(output)}
+    description["weights"]["onnx"]["sha256"] = sha256_of(files["weights.onnx"])
+    for tensor, name in ((description["inputs"][0], "test_input.npy"), (description["outputs"][0], "test_output.npy")):
+        if "test_tensor" in tensor:
+            tensor["test_tensor"]["sha256"] = sha256_of(files[name])
+
+
+def only_agreement(folder):
+    (agreement,) = read_expected_output(folder).compare(load_model(str(folder)), 1)
+    return agreement
+
+
+def test_channels_last_and_probabilities_whose_operator_does_not_end_the_graph(tmp_path, card):
+    def change(files, description):
+        nodes = [
+            helper.make_node("ReduceMean", ["x"], ["m"], axes=[3]),
+            helper.make_node("Sigmoid", ["m"], ["s"]),
+            helper.make_node("Identity", ["s"], ["y"]),
+        ]
+        path = write_graph(tmp_path / "last.onnx", nodes, ("n", "h", "w", 3), ("n", "h", "w", 1))
+        pixels = np.moveaxis(blobs(64, 64), 0, -1)[None]
+        mean = (pixels / 255 * 4 - 2).mean(-1, keepdims=True)
+        put_graph(files, description, path, pixels, (1 / (1 + np.exp(-mean))).astype(np.float32))
+        for tensor in (description["inputs"][0], description["outputs"][0]):
+            tensor["axes"].append(tensor["axes"].pop(1))
+        pre(step("scale_linear", gain=4 / 255, offset=-2))(files, description)
+        description["outputs"][0] |= {"data": {"type": "float32", "range": [0, 1]}, "postprocessing": []}
+
+    found = import_model(arranged(tmp_path, "0.5", change), tmp_path / "b", card).card
+    assert (found.input.layout, found.output.tensors[0].activation) == ("NHWC", "sigmoid")
+    assert only_agreement(tmp_path / "b").agrees
+
+
+def test_a_cropped_output_of_two_classes_as_0_4_says_it(tmp_path, card):
+    def change(files, description):
+        rng = np.random.default_rng(0)
+        weights = {"w": rng.normal(0, 0.3, (2, 3, 5, 5)).astype(np.float32)}
+        conv = helper.make_node("Conv", ["x", "w"], ["y"])
+        path = write_graph(tmp_path / "crop.onnx", [conv], ("n", 3, "h", "w"), ("n", 2, "h2", "w2"), weights)
+        pixels = blobs(64, 64).astype(np.float32)
+        low, high = np.percentile(pixels, (1, 99.8), axis=(1, 2))[..., None, None]
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        (logits,) = session.run(None, {"x": ((pixels - low) / (high - low))[None].astype(np.float32)})
+        put_graph(files, description, path, pixels[None], (logits > 0).astype(np.uint8))
+        kwargs = {"mode": "per_sample", "axes": "yx", "min_percentile": 1, "max_percentile": 99.8}
+        description["inputs"][0] |= {
+            "shape": {"min": [1, 3, 32, 32], "step": [0, 0, 8, 8]},
+            "preprocessing": [{"name": "scale_range", "kwargs": kwargs}],
+        }
+        description["outputs"][0] |= {
+            "shape": {"reference_tensor": "raw", "scale": [1, 0, 1, 1], "offset": [0, 1, -2, -2]},
+            "halo": [0, 0, 6, 6],
+            "postprocessing": [{"name": "binarize", "kwargs": {"threshold": 0}}],
+        }
+
+    card.write_text(CARD + 'channels = ["background", "foreground"]')
+    found = import_model(arranged(tmp_path, "0.4", change), tmp_path / "b", card).card
+    assert (found.margin, found.output.crop, found.threshold) == (8, 2, 0.5)
+    assert only_agreement(tmp_path / "b").agrees
+
+
+def test_stars_are_known_by_their_step(tmp_path):
+    rule = {"prob_threshold": 0.6, "nms_threshold": 0.3, "n_rays": 8, "grid": [2, 2], "b": 2}
+
+    def change(files, description):
+        weights = {"w": np.full((9, 3, 2, 2), 0.1, np.float32)}
+        conv = helper.make_node("Conv", ["x", "w"], ["y"], strides=[2, 2])
+        path = write_graph(tmp_path / "stars.onnx", [conv], ("n", 3, "h", "w"), ("n", 9, "h2", "w2"), weights)
+        put_graph(files, description, path, blobs(64, 64)[None], np.zeros((1, 1, 64, 64), np.uint16))
+        post(step("stardist_postprocessing", **rule))(files, description)
+
+    imported = import_model(arranged(tmp_path, "0.5", change), tmp_path / "b")
+    found = imported.card
+    assert (found.decoder, found.threshold, found.stardist.overlap) == ("stardist", 0.6, 0.3)
+    assert (found.output.stride, found.output.channels[-1]) == (2, "ray 8")
+    assert imported.notes == ("stars are not compared with test tensors",)
 
 
 def test_a_threshold_is_the_cards_and_the_card_counts_before_the_package(tmp_path, card):
