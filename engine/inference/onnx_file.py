@@ -22,6 +22,7 @@ LARGEST = 1 << 30
 _LEAST_OPSET = 11
 _DOMAINS = ("", "ai.onnx")
 _CONTROL = ("If", "Loop", "Scan")
+_PACKAGE = "a bioimage.io package with bioimageio.yaml or rdf.yaml at its top"
 _ARCHIVE = "an archive that is damaged or of something else"
 # First bytes of what torch.save, joblib and pickle write: a zip archive, or a pickle of protocol 2 or later.
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
@@ -132,7 +133,7 @@ def _refused(path: Path, expected: str, found: str, remedy: str) -> ModelError:
 
 def _content_of(path: Path) -> bytes:
     if path.is_dir():
-        remedy = "name the .onnx file in it, or the folder of a bioimage.io package"
+        remedy = f"name the .onnx file in it, or {_PACKAGE}"
         raise _refused(path, "an ONNX file", "a folder", remedy)
     try:
         size = path.stat().st_size
@@ -148,7 +149,7 @@ def _content_of(path: Path) -> bytes:
         raise _refused(path, "an ONNX file that can be read", brief(error), "check the path") from error
     kind = _other_kind(path, content)
     if kind == _ARCHIVE:
-        remedy = "name the .onnx file in it, or a whole bioimage.io package"
+        remedy = f"name the .onnx file in it, or {_PACKAGE}"
         raise _refused(path, "an ONNX file", kind, remedy)
     if kind:
         raise _refused(path, "an ONNX file", f"{kind}, which runs code when it is read", f"convert it: {EXPORT}")

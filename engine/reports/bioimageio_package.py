@@ -151,7 +151,10 @@ def _roles(tensor: TensorFacts) -> tuple[str, ...]:
     """Roles of the input's channels; () where the package does not say them."""
     if tensor.channels == 1:
         return ("grey",)
-    return ("rgb",) if tuple(name.lower() for name in tensor.names) in _RGB else tensor.names
+    if tuple(name.lower() for name in tensor.names) in _RGB:
+        return ("rgb",)
+    # What divides the roles in `channel` is in no role.
+    return () if {",", "="} & set("".join(tensor.names)) else tensor.names
 
 
 def _output(outputs: Sequence[TensorFacts], endings: Sequence[Ending | Stars], stars: Stars | None) -> OutputDraft:

@@ -115,8 +115,10 @@ def _affine(tensor: TensorFacts, step: Any) -> tuple[Values, Values]:
     """Factor and term of a step that multiplies and adds, for all channels or for each."""
     if _kind_of(step) == "scale_linear":
         return _numbers(tensor, step, "gain"), _numbers(tensor, step, "offset")
-    factor = 1 / _numbers(tensor, step, "std")
-    return factor, -_numbers(tensor, step, "mean") * factor
+    deviation = _numbers(tensor, step, "std")
+    if not (deviation > 0).all():
+        raise ValueError(f"the step {_kind_of(step)} with a std that is not above 0")
+    return 1 / deviation, -_numbers(tensor, step, "mean") / deviation
 
 
 def _numbers(tensor: TensorFacts, step: Any, field: str) -> Values:

@@ -59,6 +59,7 @@ _MARGIN = 64
 _THRESHOLD = 0.5
 # Sides in px that are tried on a graph that takes several.
 _SIDES = (256, 512, 1024)
+_LARGEST_SIDE = 4096
 
 
 @dataclass(frozen=True)
@@ -332,7 +333,9 @@ def _measured(source: Path, path: Path, card: Card, draft: CardDraft) -> Card:
         ValueError: the graph runs at no size, or gives another one than its card says.
     """
     size = card.input.size
-    trials = [size.fixed] if size.fixed else [side for side in _SIDES if side >= size.min]
+    if size.min > _LARGEST_SIDE:
+        raise ValueError(f"size: tiles of at least {size.min} px; at most {_LARGEST_SIDE} px can be taken")
+    trials = [size.fixed] if size.fixed else [side for side in _SIDES if side >= size.min] or [size.min]
     failures = []
     for side in trials:
         try:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from cellseg_batch.engine.errors import ModelError, brief
 
-# Names of the file that describes a package, in the order in which they are looked for.
+# Names of the file that describes a package, or ends of them, in the order in which they are looked for.
 _DESCRIPTIONS = ("bioimageio.yaml", "rdf.yaml", "model.yaml")
 # An archive unpacks to at most this, or this many times its own size.
 _MOST_UNPACKED, _MOST_TIMES = 64 << 20, 100
@@ -26,14 +26,14 @@ def is_package(source: Path) -> bool:
 def _description_of(source: Path) -> str:
     """Name of the description at the top of ``source``; "" if it has none or is something else."""
     if source.is_dir():
-        present = [name for name in _DESCRIPTIONS if (source / name).is_file()]
+        listed = [path.name for path in source.iterdir()]
     elif zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as archive:
-            listed = set(archive.namelist())
-        present = [name for name in _DESCRIPTIONS if name in listed]
+            listed = [name for name in archive.namelist() if "/" not in name]
     else:
-        present = []
-    return present[0] if present else ""
+        listed = []
+    present = (name for usual in _DESCRIPTIONS for name in sorted(listed) if f".{name}".endswith(f".{usual}"))
+    return next(present, "")
 
 
 class PackageFiles:

@@ -3,6 +3,7 @@
 import json
 import pickle
 import socket
+import sys
 
 import numpy as np
 import onnx
@@ -221,9 +222,22 @@ def of_a_volume(files, description):
     axes.insert(2, {"type": "space", "id": "z", "size": 1})
 
 
+def of_huge_tiles(files, description):
+    for axis in description["inputs"][0]["axes"][2:]:
+        axis["size"] = {"min": 1 << 20, "step": 1 << 20}
+
+
+def of_nested_aliases(files, description):
+    """In text, as JSON has no aliases."""
+    levels = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+    files["bioimageio.yaml"] = f"type: model\nformat_version: 0.5.4\na0: &a0 [x]\n{levels}".encode()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (of_huge_tiles, "found size: tiles of at least 1048576 px"),
+        (of_nested_aliases, "expected at most 100000 values in bioimageio.yaml"),
         (only_torch, "found torchscript; export the model to ONNX"),
         (of_a_volume, "found b, c, z, y, x; export the network of one 2-D image"),
         (pre(step("clip", min=0, max=3)), "found the step clip to other values"),
@@ -382,6 +396,13 @@ def test_a_threshold_is_the_cards_and_the_card_counts_before_the_package(tmp_pat
     card.write_text(CARD + 'threshold = 0.6\nmargin = 16\n[training]\ndata = "mine"')
     found = import_model(package, tmp_path / "b", card, "other").card
     assert (found.name, found.threshold, found.margin, found.training) == ("other", 0.6, 16, {"data": "mine"})
+
+
+def test_the_library_that_reads_packages_is_asked_for(tmp_path, card, command, monkeypatch):
+    package = arranged(tmp_path, "0.5")
+    monkeypatch.setitem(sys.modules, "bioimageio.spec", None)
+    code, output = command("import-model", package, "--out", tmp_path / "b", "--card", card)
+    assert (code, "pip install 'cellseg-batch[bioimageio]'" in output) == (2, True), output
 
 
 def test_large_test_tensors_are_not_kept(tmp_path, card, monkeypatch):
