@@ -106,8 +106,10 @@ def read_description(files: PackageFiles) -> Description:
     old = isinstance(valid.inputs[0].axes, str)
     try:
         taken = _input_of_0_4(valid) if old else _input_of_0_5(valid, notes)
+        given = _outputs_of_0_4(valid) if old else _outputs_of_0_5(valid)
     except ValueError as error:
-        raise files.refused("tiles that are squares", str(error), "export the network of squares") from error
+        expected = "a length for each axis, the same along y and x"
+        raise files.refused(expected, str(error), "export the network of squares") from error
     onnx = valid.weights.onnx
     external = getattr(onnx, "external_data", None)
     attached = getattr(getattr(onnx, "attachments", None), "files", None) or ()
@@ -120,7 +122,7 @@ def read_description(files: PackageFiles) -> Description:
         weights=None if onnx is None else _file(onnx),
         beside=(*([] if external is None else [_file(external)]), *(NamedFile(str(name)) for name in attached)),
         input=taken,
-        outputs=tuple(_outputs_of_0_4(valid) if old else _outputs_of_0_5(valid)),
+        outputs=tuple(given),
         notes=tuple(notes),
     )
 
@@ -181,8 +183,8 @@ def _file(entry: Any) -> NamedFile:
 def _input_of_0_4(valid: Any) -> TensorFacts:
     """Facts of the input; raises ValueError if it is not square."""
     (tensor,), tests = valid.inputs, valid.test_inputs
-    least = dict(zip(tensor.axes, getattr(tensor.shape, "min", tensor.shape), strict=True))
-    steps = dict(zip(tensor.axes, getattr(tensor.shape, "step", [0] * len(tensor.axes)), strict=True))
+    least = _by_axis(tensor, getattr(tensor.shape, "min", tensor.shape))
+    steps = _by_axis(tensor, getattr(tensor.shape, "step", [0] * len(tensor.axes)))
     sides = {axis: Size(least[axis], steps[axis]) if steps[axis] else least[axis] for axis in "yx" if axis in least}
     facts = _facts_of_0_4(tensor, tensor.preprocessing, least.get("c", 0), tests[0] if tests else None)
     return replace(facts, size=_one_of(sides))
@@ -190,23 +192,30 @@ def _input_of_0_4(valid: Any) -> TensorFacts:
 
 def _outputs_of_0_4(valid: Any) -> list[TensorFacts]:
     (source,) = valid.inputs
-    of_input = dict(zip(source.axes, getattr(source.shape, "min", source.shape), strict=True))
+    of_input = _by_axis(source, getattr(source.shape, "min", source.shape))
     tests = [*valid.test_outputs, *[None] * len(valid.outputs)]
     facts = []
     for tensor, test in zip(valid.outputs, tests, strict=False):
-        halo = dict(zip(tensor.axes, tensor.halo or [0] * len(tensor.axes), strict=True))
+        halo = _by_axis(tensor, tensor.halo or [0] * len(tensor.axes))
         if hasattr(tensor.shape, "scale"):
-            scales = {axis: scale or 0 for axis, scale in zip(tensor.axes, tensor.shape.scale, strict=True)}
-            offsets = dict(zip(tensor.axes, tensor.shape.offset, strict=True))
-        else:  # as many px as the shape says, whatever the input has
-            scales, offsets = {}, {}
-            of_input |= dict(zip(tensor.axes, tensor.shape, strict=True))
-        channels = int(scales.get("c", 1) * of_input.get("c", 0) + 2 * offsets.get("c", 0))
+            lengths = of_input
+            scales = {axis: scale or 0 for axis, scale in _by_axis(tensor, tensor.shape.scale).items()}
+            offsets = _by_axis(tensor, tensor.shape.offset)
+        else:
+            lengths, scales, offsets = _by_axis(tensor, tensor.shape), {}, {}
+        channels = int(scales.get("c", 1) * lengths.get("c", 0) + 2 * offsets.get("c", 0))
         # Of the output, a px of the input is ``scale`` px.
         cut = [(halo.get(axis, 0) - offsets.get(axis, 0)) / (scales.get(axis) or 1) for axis in "yx"]
         found = _facts_of_0_4(tensor, tensor.postprocessing, channels, test)
-        facts.append(replace(found, margin=math.ceil(max(cut))))
+        facts.append(replace(found, margin=_whole(cut)))
     return facts
+
+
+def _by_axis(tensor: Any, values: Sequence[Any]) -> dict[str, Any]:
+    """Letter of each axis of a tensor of 0.4 -> value; raises ValueError if there are not as many."""
+    if len(values) != len(tensor.axes):
+        raise ValueError(f"{len(values)} lengths for the axes {tensor.axes}")
+    return dict(zip(tensor.axes, values, strict=True))
 
 
 def _facts_of_0_4(tensor: Any, steps: Sequence[Any], channels: int, test: Any) -> TensorFacts:
@@ -252,7 +261,7 @@ def _outputs_of_0_5(valid: Any) -> list[TensorFacts]:
             if letter in "yx" and letter in source:
                 stride = axis.scale / source[letter].scale
                 cut.append((getattr(axis, "halo", 0) - getattr(axis.size, "offset", 0) / 2) * stride)
-        facts.append(replace(_facts_of_0_5(tensor, tensor.postprocessing), margin=math.ceil(max(cut))))
+        facts.append(replace(_facts_of_0_5(tensor, tensor.postprocessing), margin=_whole(cut)))
     return facts
 
 
@@ -273,6 +282,17 @@ def _facts_of_0_5(tensor: Any, steps: Sequence[Any]) -> TensorFacts:
 def _by_letter(tensor: Any) -> dict[str, Any]:
     """Axes of a tensor of 0.5 by the letters of 0.4, in order."""
     return {str(axis.id) if axis.type == "space" else axis.type[0]: axis for axis in tensor.axes}
+
+
+def _whole(margins: Sequence[float]) -> int:
+    """The largest of margins in px, rounded up.
+
+    Raises:
+        ValueError: one is no number.
+    """
+    if not all(math.isfinite(margin) for margin in margins):
+        raise ValueError("an output whose scale no image has")
+    return math.ceil(max(margins))
 
 
 def _one_of(sides: dict[str, int | Size]) -> int | Size | None:

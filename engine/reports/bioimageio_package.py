@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from cellseg_batch.engine.errors import brief
 from cellseg_batch.engine.inference.onnx_file import EXPORT, LARGEST, GraphFile, Port
@@ -34,8 +34,8 @@ class Package:
     Attributes:
         files: its files.
         description: what it says.
-        weights: content of the ONNX file.
-        beside: name -> content of a file beside it that holds its weights.
+        graph: name of the ONNX file.
+        weights: name -> content of the ONNX file and of the files beside it that hold its weights.
         said: draft of what it says, whatever the graph shows.
         endings: what is done behind each output; () if they become stars.
         tests: test tensors of the input and of each output; () if there are none that a bundle keeps.
@@ -44,8 +44,8 @@ class Package:
 
     files: PackageFiles
     description: Description
-    weights: bytes
-    beside: dict[str, bytes]
+    graph: str
+    weights: dict[str, bytes]
     said: CardDraft
     endings: tuple[Ending, ...]
     tests: tuple[NDArray[Any], ...]
@@ -71,7 +71,7 @@ class Package:
                 raise self.files.refused("one activation", found, TAKE_OUT)
             is_logit = made == ending.activation == "none"
             if ending.threshold is not None:
-                threshold = 1 / (1 + math.exp(-ending.threshold)) if is_logit else ending.threshold
+                threshold = float(expit(ending.threshold)) if is_logit else ending.threshold
                 if not 0 < threshold < 1:
                     found = f"binarize at {threshold:g}"
                     raise self.files.refused("a threshold of probabilities, above 0 and below 1", found, TAKE_OUT)
@@ -122,9 +122,10 @@ def read_package(source: Path) -> Package:
     return Package(
         files=files,
         description=description,
-        weights=files.read(description.weights.name, LARGEST, description.weights.sha256),
-        beside={
-            PurePosixPath(file.name).name: files.read(file.name, LARGEST, file.sha256) for file in description.beside
+        graph=PurePosixPath(description.weights.name).name,
+        weights={
+            PurePosixPath(file.name).name: files.read(file.name, LARGEST, file.sha256)
+            for file in (*description.beside, description.weights)
         },
         said=CardDraft(
             input=InputDraft(

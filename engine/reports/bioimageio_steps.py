@@ -100,6 +100,8 @@ def ending_of(tensor: TensorFacts) -> Ending | Stars:
             ending = replace(ending, threshold=float(step.kwargs.threshold))
         elif name == "stardist_postprocessing" and len(step.kwargs.grid) == 2:
             stars = Stars(float(step.kwargs.prob_threshold), float(step.kwargs.nms_threshold))
+            if not (0 < stars.threshold < 1 and 0 <= stars.overlap <= 1):
+                raise ValueError(f"the step {name} with thresholds that do not lie from 0 to 1")
         elif name != "ensure_dtype":
             raise ValueError(f"the step {name}")
     return stars or ending

@@ -53,7 +53,7 @@ class ModelCheck:
     def to_json(self) -> dict[str, Any]:
         """The check as plain JSON values."""
         footprint = None if self.footprint is None else asdict(self.footprint)
-        tests = [{**asdict(agreement), "agrees": agreement.agrees} for agreement in self.agreements]
+        tests = [asdict(agreement) for agreement in self.agreements]
         return {"footprint": footprint, "notes": list(self.notes), "tests": tests, **self.race_result.to_json()}
 
 

@@ -96,7 +96,7 @@ def import_model(source: Path, out: Path, card: Path | None = None, name: str | 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         package = read_package(source) if is_package(source) else None
-        graph = read_graph(source) if package is None else _graph_in(package, source, path)
+        graph = read_graph(source) if package is None else _graph_in(package, source, Path(folder) / "package")
         path.write_bytes(graph.serialised)
         if package is None and card is None and CARD_PROPERTY in graph.properties:
             bundle = _with_own_card(source, path, graph, name)
@@ -111,14 +111,13 @@ def import_model(source: Path, out: Path, card: Path | None = None, name: str | 
     return ImportedModel(bundle.card, () if package is None else package.notes)
 
 
-def _graph_in(package: Package, source: Path, path: Path) -> GraphFile:
-    """The graph of a package, whose files are written to the folder of ``path``."""
-    path.write_bytes(package.weights)
-    for name, content in package.beside.items():
-        if name != path.name:
-            (path.parent / name).write_bytes(content)
+def _graph_in(package: Package, source: Path, folder: Path) -> GraphFile:
+    """The graph of a package, whose weights are written to ``folder``."""
+    folder.mkdir()
+    for name, content in package.weights.items():
+        (folder / name).write_bytes(content)
     try:
-        return read_graph(path)
+        return read_graph(folder / package.graph)
     except ModelError as error:
         raise ModelError.with_detail(str(source), error.detail) from error
 
