@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from cellseg_batch.engine.errors import brief
-from cellseg_batch.engine.inference.onnx_file import EXPORT, LARGEST, GraphFile, Port
+from cellseg_batch.engine.inference.onnx_file import LARGEST, GraphFile, Port
 from cellseg_batch.engine.reports.bioimageio_description import TAKE_OUT, Description, TensorFacts, read_description
 from cellseg_batch.engine.reports.bioimageio_steps import Stars, ending_of, normalisation_of
 from cellseg_batch.engine.reports.card_draft import CardDraft, InputDraft, OutputDraft
@@ -105,7 +105,8 @@ def read_package(source: Path) -> Package:
     description = read_description(files)
     if description.weights is None:
         found = ", ".join(description.formats)
-        raise files.refused("ONNX weights in the package", found, f"export the model to ONNX: {EXPORT}")
+        remedy = "export the model to ONNX where it was trained: torch.onnx.export, or tf2onnx for Keras and TensorFlow"
+        raise files.refused("ONNX weights in the package", found, remedy)
     try:
         normalisation, notes = normalisation_of(description.input)
         endings = [ending_of(facts) for facts in description.outputs]
