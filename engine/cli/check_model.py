@@ -43,4 +43,6 @@ def print_check(check: ModelCheck) -> None:
     )
     for note in check.notes:
         print_text(f"note: {note}")
+    for agreement in check.agreements:
+        print_text(str(agreement))
     print_race(check.race_result, Settings(), Console())

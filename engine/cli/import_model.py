@@ -13,12 +13,17 @@ from cellseg_batch.engine.cli.flags import Debug, Json, Threads
 
 
 def import_model(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="An .onnx file.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC", help="An .onnx file, or a bioimage.io package (folder or zip) with ONNX weights."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", metavar="BUNDLE", help="The bundle's folder to write.")],
     card: Annotated[
-        Path | None, typer.Option("--card", metavar="TOML", help="What the file does not say of the model.")
+        Path | None, typer.Option("--card", metavar="TOML", help="What the file or package does not say of the model.")
     ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Name of the model; default: the file's.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the model; default: the source's.")] = None,
     threads: Threads = None,
     json_file: Json = None,
     debug: Debug = False,
@@ -29,7 +34,9 @@ def import_model(
 
     with plain_errors(debug):
         check_json(json_file)
-        import_model(source, out, card, name)
+        imported = import_model(source, out, card, name)
+        for note in imported.notes:
+            print_text(f"note: {note}")
         check = check_model(str(out), threads)
         print_check(check)
         write_json(json_file, check.to_json())

@@ -78,9 +78,13 @@ def settle_bounds(reader: SlideReader, rule: Normalisation) -> Bounds:
     Raises:
         ReadError: see `sample_slide`.
     """
+    return bounds_of_sample(sample_slide(reader) if rule.asks_slide else [], rule)
+
+
+def bounds_of_sample(sample: list[NDArray[Any]], rule: Normalisation) -> Bounds:
+    """Return the bounds of parts (C, h, w) that represent a slide by the model card's rule."""
     if not rule.asks_slide:
         return Bounds(rule.low, rule.high, rule.clip)
-    sample = sample_slide(reader)
     sources = sample[0].shape[0]
     count = len(rule.low) if rule.joint or len(rule.low) > 1 else sources
 

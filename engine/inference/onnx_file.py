@@ -17,11 +17,13 @@ from cellseg_batch.engine.errors import ModelError, brief
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto
 
-_LARGEST = 1 << 30
+# Bytes of a graph and its weights that are taken.
+LARGEST = 1 << 30
 _LEAST_OPSET = 11
 _DOMAINS = ("", "ai.onnx")
 _CONTROL = ("If", "Loop", "Scan")
-_PACKAGE = "a bioimage.io package"
+_PACKAGE = "a bioimage.io package with bioimageio.yaml or rdf.yaml at its top"
+_ARCHIVE = "an archive that is damaged or of something else"
 # First bytes of what torch.save, joblib and pickle write: a zip archive, or a pickle of protocol 2 or later.
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 EXPORT = 'torch.onnx.export(network, example, "model.onnx", dynamo=True) where the model was trained'
@@ -61,6 +63,10 @@ class GraphFile:
     opset: int
     makers: dict[str, str]
     properties: dict[str, str]
+
+    def activation_of(self, output: str) -> str:
+        """Activation that makes an output: none, sigmoid or softmax."""
+        return {"Sigmoid": "sigmoid", "Softmax": "softmax"}.get(self.makers[output], "none")
 
 
 def read_graph(path: Path) -> GraphFile:
@@ -127,13 +133,14 @@ def _refused(path: Path, expected: str, found: str, remedy: str) -> ModelError:
 
 def _content_of(path: Path) -> bytes:
     if path.is_dir():
-        raise _refused(path, "an ONNX file", "a folder", "name the .onnx file in it")
+        remedy = f"name the .onnx file in it, or {_PACKAGE}"
+        raise _refused(path, "an ONNX file", "a folder", remedy)
     try:
         size = path.stat().st_size
-        if size > _LARGEST:
+        if size > LARGEST:
             raise _refused(
                 path,
-                f"at most {_LARGEST >> 20} MiB",
+                f"at most {LARGEST >> 20} MiB",
                 f"{size >> 20} MiB",
                 "export the model in float16, or a smaller one",
             )
@@ -141,8 +148,8 @@ def _content_of(path: Path) -> bytes:
     except OSError as error:
         raise _refused(path, "an ONNX file that can be read", brief(error), "check the path") from error
     kind = _other_kind(path, content)
-    if kind == _PACKAGE:
-        remedy = "take the .onnx file out of it, and say the rest in a card.toml"
+    if kind == _ARCHIVE:
+        remedy = f"name the .onnx file in it, or {_PACKAGE}"
         raise _refused(path, "an ONNX file", kind, remedy)
     if kind:
         raise _refused(path, "an ONNX file", f"{kind}, which runs code when it is read", f"convert it: {EXPORT}")
@@ -152,15 +159,16 @@ def _content_of(path: Path) -> bytes:
 def _other_kind(path: Path, content: bytes) -> str:
     """The kind of a file that is never opened; "" for one that may be ONNX."""
     if content[:4] == _ZIP:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        if any(name.endswith(("rdf.yaml", "bioimageio.yaml")) for name in names):
-            return _PACKAGE
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except zipfile.BadZipFile:
+            return _ARCHIVE
         if any("/code/" in name or name.endswith("constants.pkl") for name in names):
             return "a TorchScript archive"
         if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
             return "a .pt2 program of torch.export"
-        return "an archive of pickles by torch.save" if any(name.endswith(".pkl") for name in names) else "an archive"
+        return "an archive of pickles by torch.save" if any(name.endswith(".pkl") for name in names) else _ARCHIVE
     is_pickle = content[:1] == _PICKLE and content[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
     return "a pickle" if is_pickle else ""
 
@@ -187,8 +195,8 @@ def _take_in_external_data(path: Path, model: ModelProto) -> None:
         if Path(name).name != name or beside.is_symlink() or not beside.is_file():
             remedy = "save it in one file: onnx.save(model, path, save_as_external_data=False)"
             raise _refused(path, "weights in the file or in a file beside it", f"weights in {name!r}", remedy)
-        if beside.stat().st_size > _LARGEST:
-            raise _refused(path, f"at most {_LARGEST >> 20} MiB of weights", f"more in {name}", "use a smaller model")
+        if beside.stat().st_size > LARGEST:
+            raise _refused(path, f"at most {LARGEST >> 20} MiB of weights", f"more in {name}", "use a smaller model")
     if names:
         external.load_external_data_for_model(model, str(path.parent))
 

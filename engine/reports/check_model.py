@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cellseg_batch.engine.errors import ModelError
 from cellseg_batch.engine.inference.compiled import race_every_precision
 from cellseg_batch.engine.inference.onnx_footprint import Footprint, measure_footprint
 from cellseg_batch.engine.inference.race_result import RaceResult
 from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.models import load_model
+from cellseg_batch.engine.reports.expected_output import Agreement, read_expected_output
 from cellseg_batch.engine.settings import Settings
+from cellseg_batch.trainer.bundle import Bundle
 from cellseg_batch.trainer.card import ONNX, Card
 
 _ENOUGH_OBJECTS = 100
@@ -25,11 +28,13 @@ class ModelCheck:
         footprint: what its outputs see, as measured; None for tiles of a single size, and for a network of ours, whose
             training measured it.
         race_result: agreement with the reference and rate of every backend.
+        agreements: of each test tensor in the bundle with what the network gives in the reference.
     """
 
     card: Card
     footprint: Footprint | None
     race_result: RaceResult
+    agreements: tuple[Agreement, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -48,7 +53,8 @@ class ModelCheck:
     def to_json(self) -> dict[str, Any]:
         """The check as plain JSON values."""
         footprint = None if self.footprint is None else asdict(self.footprint)
-        return {"footprint": footprint, "notes": list(self.notes), **self.race_result.to_json()}
+        tests = [asdict(agreement) for agreement in self.agreements]
+        return {"footprint": footprint, "notes": list(self.notes), "tests": tests, **self.race_result.to_json()}
 
 
 def check_model(model: str, threads: int | None = None) -> ModelCheck:
@@ -66,4 +72,23 @@ def check_model(model: str, threads: int | None = None) -> ModelCheck:
     card = bundle.card
     measured = card.format == ONNX and not card.input.size.fixed
     footprint = measure_footprint(bundle, threads or cores()) if measured else None
-    return ModelCheck(card, footprint, race_every_precision(Settings(model=model, threads=threads)))
+    agreements = _agreements(bundle, threads or cores())
+    return ModelCheck(card, footprint, race_every_precision(Settings(model=model, threads=threads)), agreements)
+
+
+def _agreements(bundle: Bundle, threads: int) -> tuple[Agreement, ...]:
+    """How the network compares with the test tensors in its bundle; () if there are none."""
+    if bundle.graph is None:
+        return ()
+    folder = bundle.graph.parent
+    try:
+        expected = read_expected_output(folder)
+        return () if expected is None else expected.compare(bundle, threads)
+    except ValueError as error:
+        raise ModelError(
+            str(folder),
+            expected="test tensors that go with the graph",
+            found=str(error),
+            cause="an incomplete copy",
+            remedy="import the model again",
+        ) from error

@@ -1,6 +1,7 @@
 """Make a bundle of a model that somebody else trained: its graph, and a card that was checked against the graph.
 
-What a graph shows is read from it; the rest is said by a ``card.toml``, and what is missing is asked for by name.
+What a graph shows is read from it; the rest is said by a ``card.toml`` or by the package that the graph came in, and
+what is missing is asked for by name.
 """
 
 from __future__ import annotations
@@ -8,12 +9,10 @@ from __future__ import annotations
 import colorsys
 import math
 import tempfile
-import tomllib
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from cellseg_batch.engine.errors import ModelError, UsageError, brief, writing_to
@@ -21,6 +20,18 @@ from cellseg_batch.engine.inference.backends.registry import REFERENCES, make_ba
 from cellseg_batch.engine.inference.onnx_file import GraphFile, Port, read_graph
 from cellseg_batch.engine.inference.onnx_footprint import Footprint, measure_footprint
 from cellseg_batch.engine.machine import cores
+from cellseg_batch.engine.reports.bioimageio_package import Package, read_package
+from cellseg_batch.engine.reports.card_draft import (
+    EXAMPLES,
+    CardDraft,
+    InputDraft,
+    Numbers,
+    OutputDraft,
+    TensorDraft,
+    read_draft,
+)
+from cellseg_batch.engine.reports.expected_output import ExpectedOutput
+from cellseg_batch.engine.reports.package_files import is_package
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import Bundle, save_bundle
 from cellseg_batch.trainer.card import (
@@ -40,146 +51,90 @@ from cellseg_batch.trainer.card import (
     Size,
     StarDist,
     Tensor,
-    refuse_unknown,
 )
 
-Numbers = float | tuple[float, ...]
 # A model whose card says no margin gets this one, in px, or its exact margin where that is smaller.
 _MARGIN = 64
+# Probability above which a pixel is foreground, if nothing else is said.
+_THRESHOLD = 0.5
 # Sides in px that are tried on a graph that takes several.
 _SIDES = (256, 512, 1024)
-# Missing field -> line that says it.
-_EXAMPLES = {
-    "input.channels": 'channels = ["rgb"]  # or ["grey"], or names of stains such as ["nuclei", "membrane"]',
-    "input.normalisation": 'normalisation = {kind = "linear", low = 0, high = 255}  # or percentile, zscore, fixed',
-    "output.decoder": 'decoder = "mask"  # ' + " or ".join(DECODER_OUTPUTS),
-    "output.channels": 'channels = ["background", "foreground"]  # the meaning of each channel, in order',
-    "output.classes": 'classes = ["tumour", "stroma"]  # names without background',
-    "input.layout": 'layout = "NCHW"  # or "NHWC"',
-    "input.size": "size = {min = 128, step = 16}  # sides in px that it takes",
-    "output.margin": "margin = 64  # px of context cut from each side of a tile",
-}
+_LARGEST_SIDE = 4096
 
 
 @dataclass(frozen=True)
-class NormalisationDraft:
-    """As `Normalisation`; one number may stand for all channels, and clip for what is usual."""
-
-    kind: str
-    low: Numbers | None = None
-    high: Numbers | None = None
-    joint: bool = True
-    clip: bool | None = None
-    per_tile: bool = False
-
-
-@dataclass(frozen=True)
-class InputDraft:
-    """What a person says about the input; the rest is read from the graph."""
-
-    channels: tuple[str, ...] = ()
-    normalisation: NormalisationDraft | None = None
-    size: int | Size | None = None
-    pixel_size_um: float | None = None
-    layout: str = ""
-
-
-@dataclass(frozen=True)
-class TensorDraft:
-    """What a person says about one of several tensors that a graph gives."""
-
-    name: str
-    channels: tuple[str, ...]
-    activation: str | None = None
-
-
-@dataclass(frozen=True)
-class OutputDraft:
-    """What a person says about the output; the rest is read from the graph.
+class ImportedModel:
+    """What was made of a model.
 
     Attributes:
-        decoder: how logits become masks and instances.
-        channels: meaning of each channel, if the graph gives one tensor.
-        activation: activation that the graph applies to it; None sees for itself.
-        tensors: the tensors to take, if the graph gives several.
-        margin: default margin in px.
-        threshold: probability above which a pixel is foreground.
-        classes: names of the classes, without background.
+        card: the card of its bundle.
+        notes: what to know of how a package was taken.
     """
 
-    decoder: str = ""
-    channels: tuple[str, ...] = ()
-    activation: str | None = None
-    tensors: tuple[TensorDraft, ...] = ()
-    margin: int | None = None
-    threshold: float = 0.5
-    classes: tuple[str, ...] = ()
+    card: Card
+    notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class CardDraft:
-    """What a person says about a model; the fields are those of `Card`."""
-
-    input: InputDraft = field(default_factory=InputDraft)
-    output: OutputDraft = field(default_factory=OutputDraft)
-    instances: Instances = field(default_factory=Instances)
-    hover: Hover = field(default_factory=Hover)
-    stardist: StarDist = field(default_factory=StarDist)
-    name: str = ""
-    licence: str = ""
-    citation: str = ""
-
-
-def read_draft(path: Path | None) -> CardDraft:
-    """Read a ``card.toml``; an empty draft without one.
-
-    Raises:
-        ModelError: it cannot be read, or has fields that no card has.
-    """
-    if path is None:
-        return CardDraft()
-    try:
-        content = tomllib.loads(path.read_text())
-        draft = msgspec.convert(content, CardDraft)
-        refuse_unknown(draft, content)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, ValueError) as error:
-        raise ModelError(
-            str(path),
-            expected="a card in TOML, with the tables input and output",
-            found=brief(error).replace("`", ""),
-            remedy=f"begin with [input] and {_EXAMPLES['input.channels']}",
-        ) from error
-    return draft
-
-
-def import_model(source: Path, out: Path, card: Path | None = None, name: str | None = None) -> Bundle:
-    """Write the bundle of an ONNX file to the folder ``out``.
+def import_model(source: Path, out: Path, card: Path | None = None, name: str | None = None) -> ImportedModel:
+    """Write the bundle of a model to the folder ``out``.
 
     Args:
-        source: an ONNX file.
+        source: an ONNX file, or a bioimage.io package with ONNX weights, a folder or a zip archive.
         out: folder of the bundle, which must not exist.
-        card: the ``card.toml``; None if the file says everything itself, as those do that ``export`` wrote.
-        name: name of the model; None takes the card's, else the file's.
+        card: the ``card.toml``, which counts before what a package says; None if the source says everything itself, as
+            files do that ``export`` wrote.
+        name: name of the model; None takes the card's, else the source's.
 
     Raises:
-        ModelError: the file or the card is refused, or the card lacks what the graph does not show.
+        ModelError: the source or the card is refused, or the card lacks what the graph does not show.
         UsageError: there is something at ``out``.
         OutputError: the bundle cannot be written.
     """
     if out.exists():
         raise UsageError(f"`out={out}`", expected="a folder that is not there yet", found="one", remedy="name another")
-    graph = read_graph(source)
-    draft = read_draft(card)
+    said = replace(read_draft(card), name=name) if name else read_draft(card)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
+        package = read_package(source) if is_package(source) else None
+        graph = read_graph(source) if package is None else _graph_in(package, source, Path(folder) / "package")
         path.write_bytes(graph.serialised)
-        if card is None and CARD_PROPERTY in graph.properties:
+        if package is None and card is None and CARD_PROPERTY in graph.properties:
             bundle = _with_own_card(source, path, graph, name)
         else:
-            bundle = _bundle_of(source, path, graph, replace(draft, name=name or draft.name or source.stem))
+            draft = said if package is None else said.completed_by(package.draft(graph))
+            bundle = _bundle_of(source, path, graph, replace(draft, name=draft.name or source.stem))
+        expected = None if package is None else _checked(source, package.expected_output(graph), bundle)
         with writing_to(out, "a bundle"):
             save_bundle(bundle, out)
-    return bundle
+            if expected is not None:
+                expected.save(out)
+    return ImportedModel(bundle.card, () if package is None else package.notes)
+
+
+def _graph_in(package: Package, source: Path, folder: Path) -> GraphFile:
+    """The graph of a package, whose weights are written to ``folder``."""
+    folder.mkdir()
+    for name, content in package.weights.items():
+        (folder / name).write_bytes(content)
+    try:
+        return read_graph(folder / package.graph)
+    except ModelError as error:
+        raise ModelError.with_detail(str(source), error.detail) from error
+
+
+def _checked(source: Path, expected: ExpectedOutput | None, bundle: Bundle) -> ExpectedOutput | None:
+    """The expected output, after the graph has run on its input."""
+    try:
+        if expected is not None:
+            expected.compare(bundle, cores())
+    except ValueError as error:
+        raise ModelError(
+            str(source),
+            expected="test tensors of the graph's shapes",
+            found=str(error),
+            remedy="correct the package",
+        ) from error
+    return expected
 
 
 def _bundle_of(source: Path, path: Path, graph: GraphFile, draft: CardDraft) -> Bundle:
@@ -205,13 +160,14 @@ def _bundle_of(source: Path, path: Path, graph: GraphFile, draft: CardDraft) -> 
             total_stride=1,
             exact_margin=None,
             margin=0,
-            threshold=draft.output.threshold,
-            instances=draft.instances,
-            hover=draft.hover,
-            stardist=draft.stardist,
+            threshold=_THRESHOLD if draft.output.threshold is None else draft.output.threshold,
+            instances=draft.instances or Instances(),
+            hover=draft.hover or Hover(),
+            stardist=draft.stardist or StarDist(),
             classes=_coloured(draft.output.classes),
             licence=draft.licence,
             citation=draft.citation,
+            training=dict(draft.training),
             format=ONNX,
         )
         card.check()
@@ -222,7 +178,7 @@ def _bundle_of(source: Path, path: Path, graph: GraphFile, draft: CardDraft) -> 
             str(source),
             expected="a card that agrees with itself and with the graph",
             found=str(error),
-            remedy="correct the card.toml",
+            remedy="correct the card.toml (--card), which counts before what a package says",
         ) from error
     return Bundle(card, graph=path)
 
@@ -263,7 +219,7 @@ def _missing(source: Path, name: str, found: str) -> ModelError:
         str(source),
         expected=f"{key} in the table [{table}] of a card.toml",
         found=found,
-        remedy=f"add to [{table}] of --card: {_EXAMPLES[name]}",
+        remedy=f"add to [{table}] of --card: {EXAMPLES[name]}",
     )
 
 
@@ -350,8 +306,7 @@ def _tensors_of(source: Path, graph: GraphFile, draft: OutputDraft, layout: str)
         if found is not None and found != len(channels):
             named = ", ".join(tensor.channels) or "none"
             raise _missing(source, "output.channels", f"{found} channels in {tensor.name}, and the names {named}")
-        applied = {"Sigmoid": "sigmoid", "Softmax": "softmax"}.get(graph.makers[tensor.name], "none")
-        tensors.append(Tensor(channels, tensor.name, tensor.activation or applied))
+        tensors.append(Tensor(channels, tensor.name, tensor.activation or graph.activation_of(tensor.name)))
     return tuple(tensors)
 
 
@@ -377,7 +332,9 @@ def _measured(source: Path, path: Path, card: Card, draft: CardDraft) -> Card:
         ValueError: the graph runs at no size, or gives another one than its card says.
     """
     size = card.input.size
-    trials = [size.fixed] if size.fixed else [side for side in _SIDES if side >= size.min]
+    if size.min > _LARGEST_SIDE:
+        raise ValueError(f"size: tiles of at least {size.min} px; at most {_LARGEST_SIDE} px can be taken")
+    trials = [size.fixed] if size.fixed else [side for side in _SIDES if side >= size.min] or [size.min]
     failures = []
     for side in trials:
         try:
@@ -386,7 +343,7 @@ def _measured(source: Path, path: Path, card: Card, draft: CardDraft) -> Card:
         except Exception as error:  # the library's own errors
             failures.append(brief(error))
     else:
-        raise ValueError(f"size: the graph runs at none of {trials} px ({failures[0]}); say {_EXAMPLES['input.size']}")
+        raise ValueError(f"size: the graph runs at none of {trials} px ({failures[0]}); say {EXAMPLES['input.size']}")
     if height != width or height > side:
         raise ValueError(f"output: {height} x {width} values for a tile of {side} px")
     coarser = side // height
@@ -431,7 +388,7 @@ def _least_side(path: Path, card: Card, stride: int) -> int:
         with suppress(Exception):  # the library's own errors
             _sides_of(path, card, side)
             return side
-    raise ValueError(f"size: the graph runs at no whole strides of {stride} px; say {_EXAMPLES['input.size']}")
+    raise ValueError(f"size: the graph runs at no whole strides of {stride} px; say {EXAMPLES['input.size']}")
 
 
 def _sides_of(path: Path, card: Card, side: int) -> tuple[int, int]:

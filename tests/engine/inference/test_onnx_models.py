@@ -260,6 +260,8 @@ def broken(folder, name):
         write_zip(path, {"model/archive_format": b"pt2", "model/models/model.json": b""})
     elif name == "package":
         write_zip(path, {"rdf.yaml": b"", "weights.onnx": b""})
+    elif name == "damaged archive":
+        path.write_bytes(b"PK\x03\x04" + bytes(100))
     elif name == "folder":
         path.mkdir()
     elif name == "noise":
@@ -295,7 +297,8 @@ def broken(folder, name):
         ("state dict", "an archive of pickles by torch.save, which runs code"),
         ("TorchScript", "a TorchScript archive"),
         ("pt2", "a .pt2 program"),
-        ("package", "a bioimage.io package; take the .onnx file out of it"),
+        ("package", "expected type: model in rdf.yaml, found NoneType"),
+        ("damaged archive", "an archive that is damaged"),
         ("folder", "found a folder; name the .onnx file"),
         ("noise", "expected an ONNX file"),
         ("custom operator", "com.lab.Magic"),
