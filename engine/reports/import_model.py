@@ -5,7 +5,6 @@ What a graph shows is read from it; the rest is said by a ``card.toml``, and wha
 
 from __future__ import annotations
 
-import colorsys
 import math
 import tempfile
 import tomllib
@@ -40,6 +39,7 @@ from cellseg_batch.trainer.card import (
     Size,
     StarDist,
     Tensor,
+    class_colours,
     refuse_unknown,
 )
 
@@ -228,10 +228,8 @@ def _bundle_of(source: Path, path: Path, graph: GraphFile, draft: CardDraft) -> 
 
 
 def _coloured(names: tuple[str, ...]) -> tuple[ModelClass, ...]:
-    """Classes in colours of evenly spread hues."""
-    hues = (colorsys.hsv_to_rgb(number / len(names), 0.75, 1.0) for number in range(len(names)))
-    colours = ["#" + bytes(round(255 * light) for light in hue).hex() for hue in hues]
-    return tuple(ModelClass(name, colour) for name, colour in zip(names, colours, strict=True))
+    """Classes in colours of their own."""
+    return tuple(ModelClass(*pair) for pair in zip(names, class_colours(len(names)), strict=True))
 
 
 def _with_own_card(source: Path, path: Path, graph: GraphFile, name: str | None) -> Bundle:

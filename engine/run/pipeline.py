@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.inference.background import without_background
@@ -26,6 +27,7 @@ from cellseg_batch.engine.run.records import (
     MERGE,
     TABLE,
     BlockRecord,
+    ClassRecord,
     FinishedRecord,
     GrowthRecord,
     LevelRecord,
@@ -128,19 +130,34 @@ def build_shard(level: int, slide: OpenSlide, number: int) -> LevelRecord:
 def totals(plan: SlidePlan, journal: Journal) -> FinishedRecord:
     """Add up the figures of all records of a finished slide."""
     foreground = missing = skipped_tiles = infinite = 0
-    classes = [0] * len(plan.outputs[0].meaning.names)
+    of_labels = np.zeros(len(plan.outputs[0].meaning.names), np.int64)
     for _, block in journal.records(BLOCKS, TaskRecord[BlockRecord]):
         foreground += block.result.foreground
         missing += block.result.missing
         skipped_tiles += block.result.skipped_tiles
         infinite += block.result.infinite
-        classes = [sum(counts) for counts in zip(classes, block.result.classes, strict=True)]
-    figures = FinishedRecord(foreground, missing, skipped_tiles, infinite=infinite, classes=tuple(classes))
+        of_labels += block.result.classes
+    figures = FinishedRecord(foreground, missing, skipped_tiles, infinite=infinite, classes=_classes(plan, of_labels))
     if not plan.makes_ids:
         return figures
     ((_, merge),) = journal.records(MERGE, TaskRecord[MergeRecord])
-    labelled = sum(growth.result.labelled for _, growth in journal.records(INSTANCES, TaskRecord[GrowthRecord]))
+    grown = [growth.result for _, growth in journal.records(INSTANCES, TaskRecord[GrowthRecord])]
+    labelled = sum(block.labelled for block in grown)
     figures = replace(figures, objects=merge.result.objects, cut_rays=merge.result.cut_rays)
+    if plan.classes is not None:
+        of_objects = np.sum([block.classes for block in grown], axis=0)
+        figures = replace(figures, classes=_classes(plan, of_objects))
     if plan.stars is not None:
         return replace(figures, foreground=labelled)
     return replace(figures, unreached=foreground - labelled)
+
+
+def _classes(plan: SlidePlan, pixels: NDArray[np.int64]) -> tuple[ClassRecord, ...]:
+    """The classes of a slide's labels, or of its measured objects, with the number of pixels of each."""
+    if plan.classes is not None:
+        named = zip(plan.classes.names, plan.classes.colours, strict=True)
+    else:
+        meaning = plan.outputs[0].meaning
+        colours = ("#" + bytes(colour[:3]).hex() for _, colour in meaning.colours)
+        named = zip((name for _, name in meaning.names), colours, strict=False)
+    return tuple(ClassRecord(*one, int(count)) for one, count in zip(named, pixels, strict=False))

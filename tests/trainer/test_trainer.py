@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from cellseg_batch.engine.inference import decoders
+from cellseg_batch.engine.reports.scores import ImageScore, summarise
 from cellseg_batch.trainer import decode
 from cellseg_batch.trainer.augment import Augmenter, Batch, flatten
 from cellseg_batch.trainer.bundle import load_bundle, save_bundle
 from cellseg_batch.trainer.card import DECODER_OUTPUTS, Instances, Normalisation
-from cellseg_batch.trainer.data.sample import Entry, Sample, instance_distance, make_sample
+from cellseg_batch.trainer.data.sample import Annotation, Entry, Sample, instance_distance, make_sample, rescale
 from cellseg_batch.trainer.decode import decode_instances
 from cellseg_batch.trainer.encoders import ENCODERS, load_encoder_weights
-from cellseg_batch.trainer.evaluate import ImageScore, rescale, summarise
 from cellseg_batch.trainer.export import export_network
 from cellseg_batch.trainer.footprint import measure_footprint
 from cellseg_batch.trainer.heads import HEADS
@@ -70,6 +70,7 @@ def test_aggregated_jaccard_adds_what_nothing_claims():
 
 def test_every_preset_is_a_recipe():
     assert set(list_presets()) == {
+        "classes",
         "nuclei",
         "nuclei-lite0",
         "s1-unet",
@@ -93,7 +94,7 @@ def test_a_recipe_is_changed_field_by_field_and_checked(tmp_path):
     for changes in ({"network": "resnet"}, {"loss": "bce+iou"}, {"batch": 0}, {"zoom_min": 3.0, "zoom_max": 2.0}):
         with pytest.raises(ValueError, match=f"{next(iter(changes))}: expected"):
             load_preset("s3-unet", **changes)
-    with pytest.raises(ValueError, match="there are nuclei"):
+    with pytest.raises(ValueError, match="there are classes"):
         load_preset("s9")
     (tmp_path / "mine.toml").write_text("width = 8\n")
     assert load_preset(str(tmp_path / "mine.toml")).name == "mine"
@@ -137,7 +138,7 @@ def test_losses_by_hand():
 def test_the_loss_is_the_sum_of_its_terms():
     labels = torch.zeros(1, 16, 16, dtype=torch.long)
     labels[0, 4:12, 4:12] = 1
-    batch = Batch(torch.zeros(1, 3, 16, 16), labels, (labels > 0).float())
+    batch = Batch(torch.zeros(1, 3, 16, 16), labels, (labels > 0).float(), (labels > 0).long())
     logits = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(1))
     semantic, instance = HEADS["semantic"].loss, HEADS["instance"].loss
     parts = [semantic(logits, batch, (term,)) for term in ("bce", "dice", "focal")]
@@ -189,7 +190,7 @@ def square_sample():
     labels = np.zeros((80, 100), np.int32)
     labels[20:60, 30:80] = 1
     pixels = np.repeat((labels > 0)[..., None], 3, axis=-1).astype(np.float32)
-    return make_sample(Entry("a", "fluo", "", lambda: (pixels, labels)), Normalisation("fixed", (0,), (1,)))
+    return make_sample(Entry("a", "fluo", "", lambda: Annotation(pixels, labels)), Normalisation("fixed", (0,), (1,)))
 
 
 @pytest.mark.parametrize("framing", ["crop", "resize"])
@@ -198,7 +199,7 @@ def test_augmentation_moves_image_labels_and_distance_together(framing, augmenta
     recipe = Recipe("a", framing=framing, augmentation=augmentation, size=64, zoom_min=0.5, zoom_max=2.0)
     augmenter = Augmenter(recipe, np.random.default_rng(3))
     for _ in range(10):
-        warped, ids, distance = augmenter._picture(square_sample(), plain=augmentation != "full")
+        warped, ids, distance, _ = augmenter._picture(square_sample(), plain=augmentation != "full")
         agree = ((warped[0] > 0.5) == (ids > 0)).float().mean()
         assert agree > 0.97
         assert not distance[ids == 0].any()
@@ -206,7 +207,7 @@ def test_augmentation_moves_image_labels_and_distance_together(framing, augmenta
 
 def test_resize_shows_the_whole_image():
     recipe = Recipe("a", framing="resize", augmentation="none", size=64)
-    _, ids, _ = Augmenter(recipe, np.random.default_rng(0))._picture(square_sample(), plain=True)
+    _, ids, *_ = Augmenter(recipe, np.random.default_rng(0))._picture(square_sample(), plain=True)
     assert ids.float().mean().item() == pytest.approx(40 * 50 / 80 / 100, abs=0.02)
 
 
@@ -254,7 +255,7 @@ def test_changed_crops_show_labels_where_their_pixels_are():
     sample = Sample("a", "", ids.astype(np.float32)[..., None], (0.0, float(side)), ids, np.zeros_like(ids, np.uint8))
     recipe = Recipe("a", size=32, zoom_min=1.5, zoom_max=1.5)
     pictures = [Augmenter(recipe, np.random.default_rng(seed))._picture(sample, plain=False) for seed in range(40)]
-    offset = torch.stack([pixels[0] * side - labels for pixels, labels, _ in pictures]).mean()
+    offset = torch.stack([pixels[0] * side - labels for pixels, labels, *_ in pictures]).mean()
     assert abs(float(offset)) < 0.1
 
 
@@ -380,7 +381,7 @@ def test_published_architectures_have_their_size(architecture, millions, stride)
 
 
 def score_of(name, pixels, ap, found, spurious, missed, seconds):
-    return ImageScore(name, "k", pixels, (ap,) * 10, ap, found, spurious, missed, 2.0, seconds)
+    return ImageScore(name, "k", pixels, (ap,) * 10, ap, ap, found, spurious, missed, 2.0, seconds, 1, {})
 
 
 def test_summary_pools_instances_and_averages_images():
@@ -389,7 +390,7 @@ def test_summary_pools_instances_and_averages_images():
     assert summary.mean["dice"] == 0.75
     assert summary.pooled["dice"] == pytest.approx(30 / 40)
     assert summary.pooled["accuracy"] == pytest.approx(30 / 40)
-    assert summary.competition == summary.aji == pytest.approx(0.5)
+    assert summary.competition == summary.aji == summary.pq == pytest.approx(0.5)
     assert summary.mpx_per_s == 1.0
     assert summary.f1 == pytest.approx(8 / (8 + 2 + 1))
 
