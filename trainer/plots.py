@@ -66,7 +66,7 @@ def plot_predictions(
     """
     from matplotlib.patches import Patch
 
-    colours = [one.colour for one in classes]
+    colours = {number: one.colour for number, one in enumerate(classes, start=1)}
     chosen = _one_of_each_kind(samples, rows)
     figure = _figure(11, 2.9 * len(chosen))
     for line, sample in zip(figure.subplots(len(chosen), 4, squeeze=False), chosen, strict=True):

@@ -271,7 +271,10 @@ def _plates(facts: _Facts) -> Iterator[tuple[str, str]]:
             yield plate, f'<img class="heatmap" alt="heat maps" src="{_data_url("png", heatmap.read_bytes())}">'
         else:
             means = {name: {well: fmean(parts) for well, parts in wells.items()} for name, wells in charts.items()}
-            yield plate, "".join(plate_chart(wells, f"% {name}") for name, wells in islice(means.items(), _MOST_CHARTS))
+            shown = [plate_chart(wells, f"% {name}") for name, wells in islice(means.items(), _MOST_CHARTS)]
+            more = len(means) - len(shown)
+            note = f'<p class="note">and {more:,} more classes</p>' if more else ""
+            yield plate, "".join([*shown, note])
 
 
 def _classes(facts: _Facts) -> str:

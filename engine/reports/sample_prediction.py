@@ -1,8 +1,8 @@
 """Predict annotated images, for scores: a network of ours in one pass over the whole image, a graph by a run.
 
 The plain network in torch fp32, mirrored at the image's edges, is what a training made, and what a run comes close to.
-Of a graph there is no such network, and its decoder may need several passes: the engine segments the image as a run
-would, with the reference backend.
+Of a graph there is no such network, and stars are decoded by the engine alone: it segments the image as a run would,
+with the reference backend.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from cellseg_batch.engine.run.slide_plan import SlidePlan
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.arrays import HeldArray
 from cellseg_batch.kernels.classes import write_classes
+from cellseg_batch.trainer import decode
 from cellseg_batch.trainer.bundle import Bundle
 from cellseg_batch.trainer.card import Card
 from cellseg_batch.trainer.data.sample import Sample
@@ -81,7 +82,7 @@ def make_predictor(bundle: Bundle, model: str, threads: int | None = None) -> Pr
         ModelError: the bundle's network cannot be built.
         BackendError: the reference backend cannot run here.
     """
-    if bundle.graph is not None:
+    if bundle.graph is not None or bundle.card.decoder not in decode.DECODERS:
         return _Engine(bundle, model, threads)
     import torch
 

@@ -102,7 +102,7 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord])
     of_classes = np.zeros(len(plan.classes.names) if plan.classes else 0, np.int64)
     for record in records:
         labelled += record.labelled
-        of_classes += record.classes
+        of_classes += np.array(record.classes, np.int64)
         quality = [sums + block_sums for sums, block_sums in zip(quality, record.quality, strict=True)]
     names = channel_names(slide)
     full, shape = slide.plane_shape(0), plan.grid.lattice.shape

@@ -136,7 +136,7 @@ def totals(plan: SlidePlan, journal: Journal) -> FinishedRecord:
         missing += block.result.missing
         skipped_tiles += block.result.skipped_tiles
         infinite += block.result.infinite
-        of_labels += block.result.classes
+        of_labels += np.array(block.result.classes, np.int64)
     figures = FinishedRecord(foreground, missing, skipped_tiles, infinite=infinite, classes=_classes(plan, of_labels))
     if not plan.makes_ids:
         return figures

@@ -19,14 +19,16 @@ from cellseg_batch.trainer.encoders import ENCODERS, load_encoder_weights
 from cellseg_batch.trainer.export import export_network
 from cellseg_batch.trainer.footprint import measure_footprint
 from cellseg_batch.trainer.heads import HEADS
-from cellseg_batch.trainer.losses import bce_loss, dice_loss, focal_loss, touching_border
+from cellseg_batch.trainer.losses import CLASS_LOSSES, LOSSES, bce_loss, dice_loss, focal_loss, touching_border
 from cellseg_batch.trainer.metrics import (
     PixelScore,
     aggregated_jaccard,
     average_precisions,
     competition_metric,
     instance_overlaps,
+    majority_classes,
     matches,
+    panoptic_quality,
     pixel_score,
 )
 from cellseg_batch.trainer.recipe import Recipe, list_presets, load_preset
@@ -59,7 +61,17 @@ def test_instance_figures_by_hand():
     # 3 of 4 pixels, 2 of 4, and one true pixel that nothing matches.
     assert aggregated_jaccard(overlaps) == pytest.approx(5 / 9)
     nothing = instance_overlaps(np.zeros((2, 2), int), np.zeros((2, 2), int))
-    assert competition_metric(nothing.ious) == aggregated_jaccard(nothing) == 1
+    assert competition_metric(nothing.ious) == aggregated_jaccard(nothing) == panoptic_quality(nothing.ious) == 1
+    # One match of IoU 0.75; F1 is 2 / (2 + 1 + 2).
+    assert panoptic_quality(overlaps.ious) == pytest.approx(0.75 * 2 / 5)
+    assert panoptic_quality(overlaps.ious[:0]) == 0
+
+
+def test_an_instance_is_of_the_class_of_most_of_its_pixels():
+    labels = np.array([[1, 1, 1, 2, 2, 3, 3, 4, 0]])
+    classes = np.array([[2, 2, 1, 1, 2, 0, 0, 7, 1]])
+    assert majority_classes(labels, classes, 2).tolist() == [2, 1, 0, 0]
+    assert majority_classes(labels, 0 * classes, 2).tolist() == [0, 0, 0, 0]
 
 
 def test_aggregated_jaccard_adds_what_nothing_claims():
@@ -135,6 +147,19 @@ def test_losses_by_hand():
     assert dice_loss(z, target, once).item() == pytest.approx(1 - 2 / 3)
 
 
+def test_losses_of_two_classes_are_those_of_a_foreground():
+    """The softmax of (0, z) is the sigmoid of z."""
+    generator = torch.Generator().manual_seed(2)
+    z, target = torch.randn(2, 6, 6, generator=generator), torch.randint(0, 2, (2, 6, 6), generator=generator)
+    both, once = torch.stack([torch.zeros_like(z), z], dim=1), torch.ones_like(z)
+    for term in ("bce", "focal"):
+        expected = LOSSES[term](z, target.float(), once).item()
+        assert CLASS_LOSSES[term](both, target).item() == pytest.approx(expected, abs=1e-5)
+    expected = (dice_loss(z, target.float(), once) + dice_loss(-z, 1 - target.float(), once)) / 2
+    assert CLASS_LOSSES["dice"](both, target).item() == pytest.approx(expected.item())
+    assert CLASS_LOSSES.keys() == LOSSES.keys()
+
+
 def test_the_loss_is_the_sum_of_its_terms():
     labels = torch.zeros(1, 16, 16, dtype=torch.long)
     labels[0, 4:12, 4:12] = 1
@@ -203,6 +228,24 @@ def test_augmentation_moves_image_labels_and_distance_together(framing, augmenta
         agree = ((warped[0] > 0.5) == (ids > 0)).float().mean()
         assert agree > 0.97
         assert not distance[ids == 0].any()
+
+
+def test_augmentation_moves_classes_with_the_pixels_and_keeps_their_colours():
+    labels = np.zeros((80, 100), np.int32)
+    labels[10:40, 10:90], labels[45:75, 10:90] = 1, 2
+    colours = np.array([(240, 240, 240), (150, 30, 30), (30, 30, 150)], np.uint8)
+    sample = make_sample(
+        Entry("a", "", "", lambda: Annotation(colours[labels], labels, labels)), Normalisation("fixed", (0,), (255,)), 2
+    )
+    for head in ("classes", "semantic"):
+        batch = Augmenter(Recipe("a", head=head, size=64), np.random.default_rng(3)).batch([sample] * 80)
+        assert torch.equal(batch.classes, batch.labels)
+        alike = 0
+        for pixels, classes in zip(batch.pixels, batch.classes, strict=True):
+            if (classes == 1).any() and (classes == 2).any():
+                red, blue = (pixels[:, classes == number].mean(dim=1) for number in (1, 2))
+                alike += bool(abs((red - blue)[0] - (red - blue)[2]) < 0.003)
+        assert alike == 0 if head == "classes" else alike > 5
 
 
 def test_resize_shows_the_whole_image():
@@ -340,6 +383,13 @@ def test_every_head_has_a_decoder_that_takes_its_outputs():
     assert decode.DECODERS.keys() | {"stardist"} == decoders.DECODERS.keys() == DECODER_OUTPUTS.keys()
     for name, decoder in decoders.DECODERS.items():
         assert set(decoder.mask_outputs) <= set(DECODER_OUTPUTS[name])
+
+
+def test_classes_are_decoded_as_in_a_run():
+    logits = np.random.default_rng(0).normal(0, 2, (4, 40, 50)).astype(np.float32)
+    for threshold in (0.3, 0.5, 0.8):
+        expected = decoders.DECODERS["classes"].mask(logits[None], threshold)[0]
+        np.testing.assert_array_equal(decode.class_map(logits, threshold), expected)
 
 
 def test_encoders_have_the_published_number_of_parameters():

@@ -1,0 +1,96 @@
+"""Any bundle is scored on annotated images: its figures are those of what a run writes."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from onnx import helper
+from skimage.io import imsave
+
+from cellseg_batch.engine.reports.import_model import import_model
+from tests.support.graphs import write_graph
+from tests.support.images import blobs, labels_of
+
+# Decoder -> (weight of the pixel, or of its slope along x or y, and bias) of each output of a 3 x 3 px convolution.
+BRIGHT, FLAT = (20, 0, 0, -8), (0, 0, 0, -5)
+NETWORKS = {
+    "mask": (BRIGHT,),
+    "seeds": (BRIGHT, FLAT, (20, 0, 0, -9)),
+    "hover": (BRIGHT, (0, -4, 0, 0), (0, 0, -4, 0)),
+    "stardist": (BRIGHT, *[(0, 0, 0, 5)] * 8),
+    "classes": ((0, 0, 0, 0), (10, 0, 0, -3), (20, 0, 0, -9)),
+}
+
+
+def write_model(folder, decoder, classes=("dim", "bright")):
+    """Import a network of one convolution of grey pixels; returns the bundle's folder."""
+    taps = np.zeros((3, 3, 3), np.float32)
+    taps[0, 1, 1], taps[1, 1], taps[2, :, 1] = 1, (-1, 0, 1), (-1, 0, 1)
+    rows = np.float32(NETWORKS[decoder])
+    weights = {"w": np.einsum("ks,syx->kyx", rows[:, :3], taps)[:, None], "b": rows[:, 3]}
+    nodes = [helper.make_node("Conv", ["x", "w", "b"], ["y"], pads=[1, 1, 1, 1])]
+    write_graph(folder / f"{decoder}.onnx", nodes, ("n", 1, "h", "w"), ("n", len(rows), "h", "w"), weights)
+    named = f"classes = {list(classes)}" if decoder == "classes" else ""
+    if decoder == "stardist":
+        named = 'channels = ["probability", "rays"]'
+    card = f"""
+[input]
+channels = ["grey"]
+normalisation = {{kind = "percentile", low = 1, high = 99}}
+[output]
+decoder = "{decoder}"
+margin = 16
+{named}
+"""
+    (folder / "card.toml").write_text(card)
+    import_model(folder / f"{decoder}.onnx", folder / decoder, folder / "card.toml")
+    return folder / decoder
+
+
+@pytest.fixture
+def evaluate(tmp_path, command):
+    """Score a model on ``tmp_path / "data"``; returns the figures of all images, and what was said."""
+
+    def call(model, *flags):
+        code, said = command("evaluate", model, tmp_path / "data", "--json", tmp_path / "e.json", *flags)
+        assert code == 0, said
+        return json.loads((tmp_path / "e.json").read_text())[str(model)]["summary"]["all"], said
+
+    return call
+
+
+@pytest.mark.parametrize("decoder", NETWORKS)
+def test_a_model_of_any_decoder_scores_full_marks_on_what_it_wrote_itself(tmp_path, segment, evaluate, decoder):
+    model, data = write_model(tmp_path, decoder), tmp_path / "data"
+    pixels = blobs(150, 170, 1, seed=3)[0]
+    usual = {"model": str(model), "backend": "onnxruntime", "skip_background": "off", "output": tmp_path / "out"}
+    parts = {"images": pixels}
+    imsave(tmp_path / "a.png", pixels, check_contrast=False)
+    objects = segment(tmp_path / "a.png", **usual, objects=True, name="objects")
+    assert objects.status == "done", objects.slides[0].reason
+    parts["labels"] = labels_of(objects).astype(np.uint16)
+    if decoder == "classes":
+        parts["classes"] = labels_of(segment(tmp_path / "a.png", **usual, name="classes"))
+    for part, values in parts.items():
+        (data / part).mkdir(parents=True)
+        imsave(data / part / "a.png", values, check_contrast=False)
+    (data / "index.csv").write_text("id,split\na,val\n")
+    if decoder == "classes":  # in another order, and with one more, than in the model
+        turned = np.uint8([0, 2, 1])[parts["classes"]]
+        turned[0, 0] = 3
+        imsave(data / "classes" / "a.png", turned, check_contrast=False)
+        (data / "classes.csv").write_text("value,name\n1,bright\n2,dim\n3,odd\n")
+    figures, said = evaluate(model, "--pictures", tmp_path / "pictures")
+    assert "Mpx/s, onnxruntime fp32" in said
+    assert (tmp_path / "pictures" / f"{decoder}.png").stat().st_size > 10_000
+    assert parts["labels"].max() > 10
+    assert (figures["f1"], figures["pq"], figures["aji"]) == (1, 1, 1)
+    assert figures["mean"]["dice"] > 0.99
+    assert set(figures["classes"]) == ({"dim", "bright"} if decoder == "classes" else set())
+    for name, of_class in figures["classes"].items():
+        assert of_class["f1"] == 1, name
+        assert of_class["iou"] > 0.999, name
+    assert ("the model has no class odd" in said) == (decoder == "classes")
+    if decoder == "classes":
+        assert set(pq.read_table(objects.slides[0].table)["class"].to_pylist()) == {"dim", "bright"}
