@@ -18,7 +18,13 @@ from cellseg_batch.trainer.card import Instances
 from cellseg_batch.trainer.data.sample import Sample
 from cellseg_batch.trainer.decode import class_map, decode_instances, foreground_mask
 from cellseg_batch.trainer.heads import HEADS
-from cellseg_batch.trainer.metrics import class_scores, competition_metric, instance_overlaps, pixel_score
+from cellseg_batch.trainer.metrics import (
+    class_scores,
+    competition_metric,
+    instance_overlaps,
+    majority_classes,
+    pixel_score,
+)
 from cellseg_batch.trainer.predict import predict_logits
 from cellseg_batch.trainer.recipe import Recipe
 
@@ -32,6 +38,7 @@ class Validation:
         dice, iou: of the foreground masks, in [0, 1]; of classes, the mean over the classes of their scores in all
             images together.
         competition: the competition metric, in [0, 1]; NaN unless it is the recipe's metric, because it takes longest.
+            Instances match only those of their own class.
     """
 
     loss: float
@@ -53,11 +60,17 @@ def validate(network: nn.Module, samples: Sequence[Sample], recipe: Recipe, tota
         loss = float(head.loss(logits[None], truth, recipe.loss_terms))
         pixels = pixel_score(foreground_mask(logits.numpy(), head.decoder, recipe.threshold), sample.labels > 0)
         if head.has_classes:
-            by_class.append(class_scores(class_map(logits.numpy(), recipe.threshold), classes, len(logits) - 1))
+            count, found_classes = len(logits) - 1, class_map(logits.numpy(), recipe.threshold)
+            by_class.append(class_scores(found_classes, classes, count))
         metric = np.nan
         if recipe.metric == "competition":
             decoded = decode_instances(logits.numpy(), head.decoder, recipe.threshold, Instances())
-            metric = competition_metric(instance_overlaps(decoded, relabel_sequential(sample.labels)[0]).ious)
+            true = relabel_sequential(sample.labels)[0]
+            ious = instance_overlaps(decoded, true).ious
+            if head.has_classes:
+                found_as = majority_classes(decoded, found_classes, count)
+                ious = np.where(found_as[:, None] == majority_classes(true, classes, count), ious, 0)
+            metric = competition_metric(ious)
         rows.append((loss, pixels.dice, pixels.iou, metric))
     loss, dice, iou, competition = (float(mean) for mean in np.mean(rows, axis=0))
     if head.has_classes:

@@ -1,7 +1,8 @@
 """Draw a slide with the outlines of its labels as a picture about a screen wide, whatever the slide's size.
 
 Where outlines would hide the objects, these are tinted, and a part at full resolution is shown beside the overview.
-Classes are tinted in their colours.  It reads the lowest resolution that is still large enough, strip by strip, so memory does not grow with the slide.
+Classes are tinted in their colours.  It reads the lowest resolution that is still large enough, strip by strip, so
+memory does not grow with the slide.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import zarr
 from numpy.typing import NDArray
 from skimage.segmentation import relabel_sequential
 
-from cellseg_batch.engine.errors import SlideError
+from cellseg_batch.engine.errors import ModelError, SlideError
 from cellseg_batch.engine.inference.backends.registry import REFERENCES
 from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
@@ -79,9 +79,17 @@ def make_predictor(bundle: Bundle, model: str, threads: int | None = None) -> Pr
         threads: threads of the model; None uses every core.
 
     Raises:
-        ModelError: the bundle's network cannot be built.
+        ModelError: the bundle's network cannot be built, or the model takes other images than pictures.
         BackendError: the reference backend cannot run here.
     """
+    roles = bundle.card.input.channels
+    if len(roles) > 1:
+        raise ModelError(
+            f"evaluate {model}",
+            expected="a model of one channel or of rgb, as annotated images are pictures",
+            found=f"one of {', '.join(roles)}",
+            remedy="segment the images with run, and look at the labels with preview",
+        )
     if bundle.graph is not None or bundle.card.decoder not in decode.DECODERS:
         return _Engine(bundle, model, threads)
     import torch
@@ -168,7 +176,7 @@ class _Engine:
             slide = replace(held, name=sample.name, rgb=pixels.ndim == 3)
 
             def run(settings: Settings, model_pool: ModelPool, name: str) -> tuple[SlideReport, float]:
-                settings = replace(settings, output=Path(folder), name=name)
+                settings = replace(settings, output=Path(folder), name=name, channel=0 if pixels.ndim == 2 else None)
                 report = run_images([slide], settings, _Silent(), model_pool=model_pool)
                 (outcome,) = report.slides
                 if outcome.status != "done":

@@ -23,20 +23,22 @@ NETWORKS = {
 }
 
 
-def write_model(folder, decoder, classes=("dim", "bright")):
-    """Import a network of one convolution of grey pixels; returns the bundle's folder."""
+def write_model(folder, decoder, channels=("grey",)):
+    """Import a network of one convolution; returns the bundle's folder."""
     taps = np.zeros((3, 3, 3), np.float32)
     taps[0, 1, 1], taps[1, 1], taps[2, :, 1] = 1, (-1, 0, 1), (-1, 0, 1)
     rows = np.float32(NETWORKS[decoder])
-    weights = {"w": np.einsum("ks,syx->kyx", rows[:, :3], taps)[:, None], "b": rows[:, 3]}
+    kernels = np.einsum("ks,syx->kyx", rows[:, :3], taps)[:, None].repeat(len(channels), axis=1)
+    weights = {"w": kernels, "b": rows[:, 3]}
     nodes = [helper.make_node("Conv", ["x", "w", "b"], ["y"], pads=[1, 1, 1, 1])]
-    write_graph(folder / f"{decoder}.onnx", nodes, ("n", 1, "h", "w"), ("n", len(rows), "h", "w"), weights)
-    named = f"classes = {list(classes)}" if decoder == "classes" else ""
+    shape, gives = ("n", len(channels), "h", "w"), ("n", len(rows), "h", "w")
+    write_graph(folder / f"{decoder}.onnx", nodes, shape, gives, weights)
+    named = 'classes = ["dim", "bright"]' if decoder == "classes" else ""
     if decoder == "stardist":
         named = 'channels = ["probability", "rays"]'
     card = f"""
 [input]
-channels = ["grey"]
+channels = {list(channels)}
 normalisation = {{kind = "percentile", low = 1, high = 99}}
 [output]
 decoder = "{decoder}"
@@ -94,3 +96,15 @@ def test_a_model_of_any_decoder_scores_full_marks_on_what_it_wrote_itself(tmp_pa
     assert ("the model has no class odd" in said) == (decoder == "classes")
     if decoder == "classes":
         assert set(pq.read_table(objects.slides[0].table)["class"].to_pylist()) == {"dim", "bright"}
+
+
+def test_a_model_of_stains_is_scored_on_pictures_if_it_takes_one(tmp_path, command):
+    for part, values in (("images", blobs(60, 60, 1)[0]), ("labels", (blobs(60, 60, 1)[0] > 90).astype(np.uint16))):
+        (tmp_path / "data" / part).mkdir(parents=True)
+        imsave(tmp_path / "data" / part / "a.png", values, check_contrast=False)
+    (tmp_path / "data" / "index.csv").write_text("id,split\na,val\n")
+    code, said = command("evaluate", write_model(tmp_path, "mask", channels=("membrane",)), tmp_path / "data")
+    assert code == 0, said
+    code, said = command("evaluate", write_model(tmp_path, "mask", channels=("nuclei", "membrane")), tmp_path / "data")
+    assert code == 2
+    assert "expected a model of one channel or of rgb, as annotated images are pictures, found one of nuclei" in said
