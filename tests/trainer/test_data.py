@@ -8,6 +8,7 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 from skimage.io import imsave
 
 from cellseg_batch.trainer.card import Normalisation
@@ -330,6 +331,10 @@ def test_class_maps_and_their_names_are_read(tmp_path):
     reasons = {problem.file: problem.reason for problem in dataset.problems}
     assert reasons["large"] == "its class map holds the value 4, and classes.csv names those from 1 to 2"
     assert "its labels (19, 30)" in reasons["small"]
+    shown_in_colours = Image.fromarray(kinds, mode="P")
+    shown_in_colours.putpalette([0, 0, 0, 250, 0, 0, 0, 250, 0])
+    shown_in_colours.save(tmp_path / "classes" / "alone.png")
+    np.testing.assert_array_equal(read(tmp_path).splits["train"][0].classes, kinds)
     (tmp_path / "labels").mkdir()
     for name in ("alone", "unknown"):
         image(tmp_path / "images" / f"{name}.png")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from cellseg_batch.trainer.data.classes import CLASSES_FOLDER
-from cellseg_batch.trainer.data.files import files_by_stem, read_pixels
+from cellseg_batch.trainer.data.files import files_by_stem, read_map, read_pixels
 from cellseg_batch.trainer.data.sample import Annotation, Entry
 
 ANNOTATIONS = ("labels", "masks", CLASSES_FOLDER)
@@ -62,20 +62,13 @@ def list_folder(folder: Path) -> list[Entry]:
 
 def _read(images: list[Path], marks: list[Path], class_maps: list[Path], name: str, kind: str) -> Annotation:
     image, mark = _only(images, "image", name), _only(marks, "annotation", name)
-    values = _read_map(mark)
+    values = read_map(mark)
     if kind == CLASSES_FOLDER:
         return Annotation(read_pixels(image), _components(values), values, has_objects=False)
     where = f"{mark.parent.name}/{mark.name}"
     labels = _instances_of_mask(values, where) if kind == "masks" else _ids(values, where)
-    class_map = _read_map(_only(class_maps, "class map", name)) if class_maps else None
+    class_map = read_map(_only(class_maps, "class map", name)) if class_maps else None
     return Annotation(read_pixels(image), labels, class_map)
-
-
-def _read_map(path: Path) -> NDArray[np.generic]:
-    values = read_pixels(path)
-    if values.ndim != 2:
-        raise ValueError(f"{path.name} is no single-channel map: shape {values.shape}")
-    return values
 
 
 def _only(files: list[Path], kind: str, name: str) -> Path:

@@ -5,49 +5,10 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from onnx import helper
 from skimage.io import imsave
 
-from cellseg_batch.engine.reports.import_model import import_model
-from tests.support.graphs import write_graph
+from tests.support.convolutions import CONVOLUTIONS, write_convolution
 from tests.support.images import blobs, labels_of
-
-# Decoder -> (weight of the pixel, or of its slope along x or y, and bias) of each output of a 3 x 3 px convolution.
-BRIGHT, FLAT = (20, 0, 0, -8), (0, 0, 0, -5)
-NETWORKS = {
-    "mask": (BRIGHT,),
-    "seeds": (BRIGHT, FLAT, (20, 0, 0, -9)),
-    "hover": (BRIGHT, (0, -4, 0, 0), (0, 0, -4, 0)),
-    "stardist": (BRIGHT, *[(0, 0, 0, 5)] * 8),
-    "classes": ((0, 0, 0, 0), (10, 0, 0, -3), (20, 0, 0, -9)),
-}
-
-
-def write_model(folder, decoder, channels=("grey",)):
-    """Import a network of one convolution; returns the bundle's folder."""
-    taps = np.zeros((3, 3, 3), np.float32)
-    taps[0, 1, 1], taps[1, 1], taps[2, :, 1] = 1, (-1, 0, 1), (-1, 0, 1)
-    rows = np.float32(NETWORKS[decoder])
-    kernels = np.einsum("ks,syx->kyx", rows[:, :3], taps)[:, None].repeat(len(channels), axis=1)
-    weights = {"w": kernels, "b": rows[:, 3]}
-    nodes = [helper.make_node("Conv", ["x", "w", "b"], ["y"], pads=[1, 1, 1, 1])]
-    shape, gives = ("n", len(channels), "h", "w"), ("n", len(rows), "h", "w")
-    write_graph(folder / f"{decoder}.onnx", nodes, shape, gives, weights)
-    named = 'classes = ["dim", "bright"]' if decoder == "classes" else ""
-    if decoder == "stardist":
-        named = 'channels = ["probability", "rays"]'
-    card = f"""
-[input]
-channels = {list(channels)}
-normalisation = {{kind = "percentile", low = 1, high = 99}}
-[output]
-decoder = "{decoder}"
-margin = 16
-{named}
-"""
-    (folder / "card.toml").write_text(card)
-    import_model(folder / f"{decoder}.onnx", folder / decoder, folder / "card.toml")
-    return folder / decoder
 
 
 @pytest.fixture
@@ -62,9 +23,9 @@ def evaluate(tmp_path, command):
     return call
 
 
-@pytest.mark.parametrize("decoder", NETWORKS)
+@pytest.mark.parametrize("decoder", CONVOLUTIONS)
 def test_a_model_of_any_decoder_scores_full_marks_on_what_it_wrote_itself(tmp_path, segment, evaluate, decoder):
-    model, data = write_model(tmp_path, decoder), tmp_path / "data"
+    model, data = write_convolution(tmp_path, decoder), tmp_path / "data"
     pixels = blobs(150, 170, 1, seed=3)[0]
     usual = {"model": str(model), "backend": "onnxruntime", "skip_background": "off", "output": tmp_path / "out"}
     parts = {"images": pixels}
@@ -103,8 +64,10 @@ def test_a_model_of_stains_is_scored_on_pictures_if_it_takes_one(tmp_path, comma
         (tmp_path / "data" / part).mkdir(parents=True)
         imsave(tmp_path / "data" / part / "a.png", values, check_contrast=False)
     (tmp_path / "data" / "index.csv").write_text("id,split\na,val\n")
-    code, said = command("evaluate", write_model(tmp_path, "mask", channels=("membrane",)), tmp_path / "data")
+    code, said = command("evaluate", write_convolution(tmp_path, "mask", channels=("membrane",)), tmp_path / "data")
     assert code == 0, said
-    code, said = command("evaluate", write_model(tmp_path, "mask", channels=("nuclei", "membrane")), tmp_path / "data")
+    code, said = command(
+        "evaluate", write_convolution(tmp_path / "two", "mask", channels=("nuclei", "membrane")), tmp_path / "data"
+    )
     assert code == 2
     assert "expected a model of one channel or of rgb, as annotated images are pictures, found one of nuclei" in said
