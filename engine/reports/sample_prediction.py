@@ -29,7 +29,7 @@ from cellseg_batch.engine.objects.classes import class_rule
 from cellseg_batch.engine.objects.columns import CLASS
 from cellseg_batch.engine.objects.table import read_batches
 from cellseg_batch.engine.run.campaign import run_images
-from cellseg_batch.engine.run.results import SlideReport
+from cellseg_batch.engine.run.results import EndedTask, SlideReport
 from cellseg_batch.engine.run.slide_plan import SlidePlan
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.arrays import HeldArray
@@ -213,7 +213,7 @@ class _Silent:
     def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: float) -> None:
         """See `Observer`."""
 
-    def advanced(self, pixels: float) -> None:
+    def advanced(self, task: EndedTask) -> None:
         """See `Observer`."""
 
     def ended(self, report: SlideReport) -> None:

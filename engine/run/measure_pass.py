@@ -99,7 +99,8 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord])
 
     paths, slide = plan.paths, plan.slide
     labelled, quality = 0, [Quality()] * len(measured_channels(slide))
-    of_classes = np.zeros(len(plan.classes.names) if plan.classes else 0, np.int64)
+    classes, colours = (plan.classes.names, plan.classes.colours) if plan.classes else ((), ())
+    of_classes = np.zeros(len(classes), np.int64)
     for record in records:
         labelled += record.labelled
         of_classes += np.array(record.classes, np.int64)
@@ -117,10 +118,8 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord])
         segmented_channels=tuple(names[index] for index in plan.channels.indices),
         quality={name: ChannelQuality(sums.focus, sums.saturation) for name, sums in zip(names, quality, strict=True)},
         provenance=manifest,
-        classes=dict(zip(plan.classes.names, plan.classes.colours, strict=True)) if plan.classes else {},
-        class_fractions=dict(zip(plan.classes.names, (of_classes / plan.pixels).tolist(), strict=True))
-        if plan.classes
-        else {},
+        classes=dict(zip(classes, colours, strict=True)),
+        class_fractions=dict(zip(classes, (of_classes / plan.pixels).tolist(), strict=True)),
     )
     origin = Origin(
         slide=slide.name,

@@ -6,7 +6,7 @@ may be a process on another machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -130,14 +130,15 @@ def build_shard(level: int, slide: OpenSlide, number: int) -> LevelRecord:
 def totals(plan: SlidePlan, journal: Journal) -> FinishedRecord:
     """Add up the figures of all records of a finished slide."""
     foreground = missing = skipped_tiles = infinite = 0
-    of_labels = np.zeros(len(plan.outputs[0].meaning.names), np.int64)
+    named = plan.outputs[0].meaning.classes
+    of_labels = np.zeros(len(named), np.int64)
     for _, block in journal.records(BLOCKS, TaskRecord[BlockRecord]):
         foreground += block.result.foreground
         missing += block.result.missing
         skipped_tiles += block.result.skipped_tiles
         infinite += block.result.infinite
         of_labels += np.array(block.result.classes, np.int64)
-    figures = FinishedRecord(foreground, missing, skipped_tiles, infinite=infinite, classes=_classes(plan, of_labels))
+    figures = FinishedRecord(foreground, missing, skipped_tiles, infinite=infinite, classes=_classes(named, of_labels))
     if not plan.makes_ids:
         return figures
     ((_, merge),) = journal.records(MERGE, TaskRecord[MergeRecord])
@@ -145,19 +146,13 @@ def totals(plan: SlidePlan, journal: Journal) -> FinishedRecord:
     labelled = sum(block.labelled for block in grown)
     figures = replace(figures, objects=merge.result.objects, cut_rays=merge.result.cut_rays)
     if plan.classes is not None:
-        of_objects = np.sum([block.classes for block in grown], axis=0)
-        figures = replace(figures, classes=_classes(plan, of_objects))
+        named = tuple(zip(plan.classes.names, plan.classes.colours, strict=True))
+        figures = replace(figures, classes=_classes(named, np.sum([block.classes for block in grown], axis=0)))
     if plan.stars is not None:
         return replace(figures, foreground=labelled)
     return replace(figures, unreached=foreground - labelled)
 
 
-def _classes(plan: SlidePlan, pixels: NDArray[np.int64]) -> tuple[ClassRecord, ...]:
-    """The classes of a slide's labels, or of its measured objects, with the number of pixels of each."""
-    if plan.classes is not None:
-        named = zip(plan.classes.names, plan.classes.colours, strict=True)
-    else:
-        meaning = plan.outputs[0].meaning
-        colours = ("#" + bytes(colour[:3]).hex() for _, colour in meaning.colours)
-        named = zip((name for _, name in meaning.names), colours, strict=False)
-    return tuple(ClassRecord(*one, int(count)) for one, count in zip(named, pixels, strict=False))
+def _classes(named: Iterable[tuple[str, str]], pixels: NDArray[np.int64]) -> tuple[ClassRecord, ...]:
+    """The classes, each with its name, its colour and its number of pixels."""
+    return tuple(ClassRecord(*one, int(count)) for one, count in zip(named, pixels, strict=True))

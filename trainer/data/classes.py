@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.trainer.card import ModelClass, class_colours
+from cellseg_batch.trainer.card import BACKGROUND, NO_CLASS, ModelClass, class_colours
 
 CLASSES_FILE, CLASSES_FOLDER = "classes.csv", "classes"
 _MOST = 255
@@ -36,8 +36,11 @@ def read_classes(folder: Path) -> tuple[ModelClass, ...]:
         raise ValueError(
             f"{path}: expected the columns value and name, with the values 1, 2, 3, ...: {error}"
         ) from error
-    if not 1 <= len(names) <= _MOST or len({"", *names}) <= len(names):
-        raise ValueError(f"{path}: expected 1 to {_MOST} names of their own, found {', '.join(names) or 'none'}")
+    if not 1 <= len(names) <= _MOST or len({"", BACKGROUND, NO_CLASS, *names}) < len(names) + 3:
+        raise ValueError(
+            f"{path}: expected 1 to {_MOST} names of their own, other than {BACKGROUND}, found "
+            f"{', '.join(names) or 'none'}"
+        )
     colours = class_colours(len(names))
     given = [(by_value[value].get("colour") or "").strip().lower() for value in range(1, 1 + len(names))]
     try:
