@@ -30,10 +30,11 @@ from skimage.segmentation import relabel_sequential
 
 from cellseg_batch.engine.models import build_torch_network, load_model
 from cellseg_batch.engine.profiling.bench_slides import PATTERN, Form, write_slide
+from cellseg_batch.engine.reports.sample_prediction import predict_in_one_pass
+from cellseg_batch.engine.reports.scores import score as score_sample
+from cellseg_batch.engine.reports.scores import summarise
 from cellseg_batch.trainer.card import Normalisation
 from cellseg_batch.trainer.data.dataset import load_dataset
-from cellseg_batch.trainer.decode import decode_instances
-from cellseg_batch.trainer.evaluate import evaluate, predict_sample, summarise
 from cellseg_batch.trainer.metrics import IOU_THRESHOLDS, average_precisions, instance_overlaps, matches
 
 _ALIKE = 0.9  # intersection over union
@@ -46,7 +47,7 @@ Labels = NDArray[np.unsignedinteger[Any]]
 
 def val(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     bundle = load_model("nuclei")
-    network, card = build_torch_network(bundle), bundle.card
+    network = build_torch_network(bundle)
     dataset = load_dataset(arguments.data, Normalisation(), only=("val",))
     samples = {sample.name: sample for sample in dataset.splits["val"]}
     pictures = folder / "pictures"
@@ -56,15 +57,15 @@ def val(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     images = folder / "images.zarr"
     finish([*COMMAND, "convert", str(pictures), str(images)])
     report = segment(images, folder / "val", *engine_flags("fp32"), "--instances", keep=True, downscale=True)
-    precisions, alike, objects = [], 0, 0
+    precisions, scores, alike, objects = [], [], 0, 0
     for number, slide in enumerate(report["slides"]):
         labels, sample = labels_of(report, number), samples[Path(slide["path"]).stem]
         precisions.append(average_precisions(instance_overlaps(labels, relabel_sequential(sample.labels)[0]).ious))
-        downscale, logits = predict_sample(network, sample, bundle)
-        grown = decode_instances(logits, card.decoder, card.threshold, card.rule, downscale)
-        alike += matches(instance_overlaps(labels, grown).ious, _ALIKE)[0]
+        prediction = predict_in_one_pass(bundle, network, sample)
+        scores.append(score_sample(prediction, sample, ()))
+        alike += matches(instance_overlaps(labels, prediction.labels).ious, _ALIKE)[0]
         objects += slide["objects"]
-    evaluated = summarise(evaluate(bundle, network, samples.values()))
+    evaluated = summarise(scores)
     ours = {"metric": float(np.mean(precisions)), "ap_50": float(np.mean(precisions, axis=0)[0])}
     trainer = {"metric": evaluated.competition, "ap_50": evaluated.ap[0]}
     return [

@@ -276,7 +276,8 @@ def open_labels(slide: SlideReport | str | PathLike[str], level: int = 0) -> zar
         level: level of the label pyramid; 0 is the resolution that was segmented.
 
     Returns:
-        An array with the slide's axes out of (T, Z, Y, X).  Foreground is 1 in a mask, and ids of objects otherwise.
+        An array with the slide's axes out of (T, Z, Y, X).  Foreground is 1 in a mask, the number of its class for a
+        model of classes, and ids of objects otherwise.
 
     Raises:
         CellsegError: the slide has no labels, or no such level.

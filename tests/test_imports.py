@@ -24,7 +24,8 @@ FLOOR_OF = {folder: floor for floor, folders in enumerate(FLOORS) for folder in 
 GROUND = len(FLOORS) - 1
 # What the engine may know of the trainer: a model's bundle, its network, and what both draw and decide.
 SHARED_WITH_TRAINER = {"blocks", "bundle", "card", "outlines", "scale", "unet"}
-RUNS_THE_TRAINER = {"cli.train", "cli.training_progress", "cli.evaluate", "cli.export", "reports.evaluate"}
+RUNS_THE_TRAINER = {"cli.train", "cli.training_progress", "cli.evaluate", "cli.export"}
+RUNS_THE_TRAINER |= {f"reports.{module}" for module in ("evaluate", "sample_prediction", "scores")}
 
 
 def modules_of(package):

@@ -5,6 +5,7 @@ A card is data: dataclasses of plain values, read and written as JSON.  Which li
 
 from __future__ import annotations
 
+import colorsys
 import json
 import math
 import re
@@ -312,6 +313,12 @@ class ModelClass:
         """Refuse what is no colour; raises ValueError."""
         if not re.fullmatch("#[0-9a-f]{6}", self.colour):
             raise ValueError(f"the colour of a class is such as #c80000, not {self.colour!r}")
+
+
+def class_colours(count: int) -> list[str]:
+    """Return colours of evenly spread hues for ``count`` classes."""
+    hues = (colorsys.hsv_to_rgb(number / count, 0.75, 1.0) for number in range(count))
+    return ["#" + bytes(round(255 * light) for light in hue).hex() for hue in hues]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ class Checkpoint:
         recipe: the recipe's fields.
         splits: train, val -> names of the images, in order.
         steps: length of the whole run.
+        classes: names of the classes that the network tells apart.
         step: steps done.
         network, averaged, optimiser, scaler: state dictionaries.
         history: one row of figures for each score so far.
@@ -34,6 +35,7 @@ class Checkpoint:
     recipe: dict[str, Any]
     splits: dict[str, list[str]]
     steps: int
+    classes: list[str] = field(default_factory=list)
     step: int = 0
     network: dict[str, Any] = field(default_factory=dict)
     averaged: dict[str, Any] = field(default_factory=dict)
@@ -84,5 +86,7 @@ def check_same(checkpoint: Checkpoint, planned: Checkpoint) -> None:
     changed += [
         f"images of {split} differ" for split, names in planned.splits.items() if checkpoint.splits.get(split) != names
     ]
+    if checkpoint.classes != planned.classes:
+        changed.append(f"classes were {', '.join(checkpoint.classes)}, are {', '.join(planned.classes)}")
     if changed:
         raise ValueError(f"`resume` with another recipe or other images: {'; '.join(changed)}")

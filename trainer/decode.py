@@ -14,15 +14,35 @@ from cellseg_batch.trainer.card import Hover, Instances
 Rule = Instances | Hover
 
 
-def foreground_mask(logits: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]:
-    """Decode the mask (H, W) from logits (K, H, W); the foreground is the first output of every decoder.
+def foreground_mask(logits: NDArray[np.float32], decoder: str, threshold: float) -> NDArray[np.bool_]:
+    """Decode the mask (H, W) from logits (K, H, W).
 
     Args:
         logits: (K, H, W) logits of the image.
+        decoder: name of the decoder in the model's card.
         threshold: probability above which a pixel is foreground.
     """
-    mask: NDArray[np.bool_] = logits[0] > float(np.log(threshold / (1 - threshold)))
+    return class_map(logits, threshold) > 0 if decoder == "classes" else _foreground(logits, threshold)
+
+
+def class_map(logits: NDArray[np.float32], threshold: float) -> NDArray[np.uint8]:
+    """Decode the classes (H, W) from logits (1 + K, H, W) of background and K classes; 0 is background.
+
+    A pixel is of its likeliest class, unless that one's probability beside the background's is below the threshold.
+    """
+    classes = logits[1:]
+    inside = classes.max(axis=0) - logits[0] > _logit(threshold)
+    return np.where(inside, 1 + classes.argmax(axis=0), 0).astype(np.uint8)
+
+
+def _foreground(logits: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]:
+    """The mask of all decoders but that of classes, whose first output is the foreground's."""
+    mask: NDArray[np.bool_] = logits[0] > _logit(threshold)
     return mask
+
+
+def _logit(probability: float) -> float:
+    return float(np.log(probability / (1 - probability)))
 
 
 def decode_instances(
@@ -45,7 +65,7 @@ def decode_instances(
 
 def _components(logits: NDArray[np.float32], threshold: float, rule: Rule, downscale: int) -> NDArray[np.int32]:
     """Every connected component of the foreground is an instance."""
-    return _number_seeds(foreground_mask(logits, threshold), rule.smallest_seed * downscale**2)
+    return _number_seeds(_foreground(logits, threshold), rule.smallest_seed * downscale**2)
 
 
 def _grown_seeds(logits: NDArray[np.float32], threshold: float, rule: Rule, downscale: int) -> NDArray[np.int32]:
@@ -53,7 +73,7 @@ def _grown_seeds(logits: NDArray[np.float32], threshold: float, rule: Rule, down
     assert isinstance(rule, Instances)
     border, distance = 0.5 * (1 + np.tanh(0.5 * logits[1:3]))
     seed_map = ndimage.gaussian_filter(distance - rule.border_weight * border, rule.smoothing * downscale)
-    return _grow(seed_map, foreground_mask(logits, threshold), rule, downscale)
+    return _grow(seed_map, _foreground(logits, threshold), rule, downscale)
 
 
 def _grown_maps(logits: NDArray[np.float32], threshold: float, rule: Rule, downscale: int) -> NDArray[np.int32]:
@@ -74,7 +94,7 @@ def _grown_maps(logits: NDArray[np.float32], threshold: float, rule: Rule, downs
         ndimage.correlate1d(ndimage.correlate1d(values, kernels[1], axis), kernels[0], 1 - axis)
         for values, axis in zip(maps, (1, 0), strict=True)
     ]
-    return _grow(np.minimum(*gradients), foreground_mask(logits, threshold), rule, downscale)
+    return _grow(np.minimum(*gradients), _foreground(logits, threshold), rule, downscale)
 
 
 def _grow(
@@ -86,10 +106,10 @@ def _grow(
 
 
 def _components_of_classes(
-    probability: NDArray[np.float32], threshold: float, rule: Rule, downscale: int
+    logits: NDArray[np.float32], threshold: float, rule: Rule, downscale: int
 ) -> NDArray[np.int32]:
     """Every connected component of what is likelier some class than background is an instance."""
-    return _number_seeds(probability[1:].max(axis=0) > probability[0], rule.smallest_seed * downscale**2)
+    return _number_seeds(class_map(logits, threshold) > 0, rule.smallest_seed * downscale**2)
 
 
 DECODERS: dict[str, Callable[[NDArray[np.float32], float, Rule, int], NDArray[np.int32]]] = {

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cellseg_batch.trainer.losses import outline, sum_terms, touching_border
+from cellseg_batch.trainer.card import DECODER_OUTPUTS
+from cellseg_batch.trainer.losses import outline, sum_class_terms, sum_terms, touching_border
 
 if TYPE_CHECKING:
     from cellseg_batch.trainer.augment import Batch
@@ -21,15 +22,17 @@ class Head:
 
     Attributes:
         name: name in a recipe.
-        outputs: meaning of each logit, in the network's order.
+        outputs: meaning of each logit, in the network's order; behind them are those of the classes, if it has any.
         loss: returns the loss from logits (N, K, S, S), the batch, and the names of terms in `losses.LOSSES`.
         decoder: decoder in the trained model's card, which takes these outputs; see `card.DECODER_OUTPUTS`.
+        has_classes: whether the network tells the classes of the data apart.
     """
 
     name: str
     outputs: tuple[str, ...]
     loss: Callable[[Tensor, Batch, Sequence[str]], Tensor]
     decoder: str
+    has_classes: bool = False
 
 
 def _semantic_loss(logits: Tensor, batch: Batch, terms: Sequence[str]) -> Tensor:
@@ -51,11 +54,16 @@ def _instance_loss(logits: Tensor, batch: Batch, terms: Sequence[str]) -> Tensor
     return loss + 4 * (error * (1 + 4 * border + 2 * foreground)).mean()
 
 
+def _class_loss(logits: Tensor, batch: Batch, terms: Sequence[str]) -> Tensor:
+    return sum_class_terms(terms, logits.float(), batch.classes)
+
+
 HEADS: dict[str, Head] = {
     head.name: head
     for head in (
         Head("semantic", ("foreground",), _semantic_loss, decoder="mask"),
         Head("instance", ("foreground", "border", "distance"), _instance_loss, decoder="seeds"),
+        Head("classes", DECODER_OUTPUTS["classes"], _class_loss, decoder="classes", has_classes=True),
     )
 }
 """Name in a recipe -> head."""

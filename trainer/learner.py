@@ -28,8 +28,10 @@ class Learner:
         recipe: what to build and how to train it.
         device: where it lives.
         pretrained: whether to load the published weights; False if others take their place.
+        classes: number of classes that the network tells apart.
 
     Attributes:
+        architecture: the argument of `build_network`.
         averaged: the network that is scored and saved; the trained one itself when the recipe does not average.
         provenance: of the published weights that its encoder began with; empty for none.
 
@@ -38,11 +40,12 @@ class Learner:
         ValueError: they are of another network.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device, pretrained: bool = True) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, pretrained: bool = True, classes: int = 0) -> None:
         self.recipe = recipe
+        self.architecture = recipe.architecture_of(classes)
         self.device = device
         torch.manual_seed(recipe.seed)
-        network = build_network(recipe.architecture)
+        network = build_network(self.architecture)
         self.provenance = ""
         if recipe.encoder_weights != "none":
             if not isinstance(network, EncoderUNet | EfficientUNet):
@@ -70,7 +73,7 @@ class Learner:
         try:
             self.network.load_state_dict(weights, strict=True)
         except RuntimeError as error:
-            wanted, given = self.recipe.architecture, bundle.card.architecture
+            wanted, given = self.architecture, bundle.card.architecture
             raise ValueError(f"`fine_tune`: the recipe's network is {wanted}, the model's {given}") from error
         self._settle(self.network)
 

@@ -1,6 +1,6 @@
 """Compute targets and terms of losses, from which a head makes its loss.
 
-All shapes are (N, S, S).
+All shapes are (N, S, S), but for the logits (N, K, S, S) of classes that exclude each other.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ def focal_loss(z: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 def dice_loss(z: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """One minus the mean soft Dice of the pictures (Milletari et al. 2016, arXiv:1606.04797); ignores the weights."""
-    probability = z.sigmoid()
+    return _lack_of_overlap(z.sigmoid(), target)
+
+
+def _lack_of_overlap(probability: Tensor, target: Tensor) -> Tensor:
     overlap = (probability * target).sum(dim=(1, 2))
     total = probability.sum(dim=(1, 2)) + target.sum(dim=(1, 2))
     return 1 - ((2 * overlap + 1) / (total + 1)).mean()
@@ -64,3 +67,34 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 def sum_terms(terms: Sequence[str], z: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """The sum of ``terms`` of `LOSSES` for one output."""
     return torch.stack([LOSSES[term](z, target, weight) for term in terms]).sum()
+
+
+def class_cross_entropy(z: Tensor, classes: Tensor) -> Tensor:
+    """Cross-entropy of the softmax of ``z`` (N, K, S, S) and the true classes, from 0 to K - 1."""
+    return F.cross_entropy(z, classes)
+
+
+def class_focal(z: Tensor, classes: Tensor) -> Tensor:
+    """`class_cross_entropy` times ``(1 - p of the truth) ** 2``, as `focal_loss`."""
+    truth = z.log_softmax(dim=1).gather(1, classes[:, None])
+    return -((1 - truth.exp()) ** _FOCUS * truth).mean()
+
+
+def class_dice(z: Tensor, classes: Tensor) -> Tensor:
+    """The mean over all classes of `dice_loss`, with the probabilities of a softmax."""
+    probability = z.softmax(dim=1)
+    parts = [_lack_of_overlap(probability[:, number], (classes == number).float()) for number in range(z.shape[1])]
+    return torch.stack(parts).mean()
+
+
+CLASS_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bce": class_cross_entropy,
+    "dice": class_dice,
+    "focal": class_focal,
+}
+"""Name in a recipe -> loss of (logits, true classes) that is its counterpart in `LOSSES` for several classes."""
+
+
+def sum_class_terms(terms: Sequence[str], z: Tensor, classes: Tensor) -> Tensor:
+    """The sum of ``terms`` of `CLASS_LOSSES`."""
+    return torch.stack([CLASS_LOSSES[term](z, classes) for term in terms]).sum()

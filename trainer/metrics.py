@@ -2,7 +2,7 @@
 
 AP at an IoU threshold is TP / (TP + FP + FN); the competition metric is its mean over 0.50, 0.55, ... 0.95,
 averaged over images (2018 Data Science Bowl; Caicedo et al. 2019, doi 10.1038/s41592-019-0612-7).  AJI: Kumar et
-al. 2017, doi 10.1109/TMI.2017.2677499.
+al. 2017, doi 10.1109/TMI.2017.2677499.  PQ: Kirillov et al. 2019, doi 10.1109/CVPR.2019.00963.
 """
 
 from __future__ import annotations
@@ -69,6 +69,28 @@ def pixel_score(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> Pixel
     return PixelScore(tp, fp, fn, truth.size - tp - fp - fn)
 
 
+def class_scores(predicted: NDArray[np.integer], truth: NDArray[np.integer], count: int) -> list[PixelScore]:
+    """Compare two class maps of the same shape: the score of each class's mask, from class 1 to class ``count``."""
+    return [pixel_score(predicted == number, truth == number) for number in range(1, 1 + count)]
+
+
+def majority_classes(labels: NDArray[np.integer], classes: NDArray[np.integer], count: int) -> NDArray[np.int64]:
+    """Class of each instance of a map: the one that most of its pixels are of, the first of equal ones, 0 for none.
+
+    Args:
+        labels: (H, W) instance map of 0 and contiguous ids.
+        classes: (H, W) class of each pixel, 0 for none.
+        count: number of classes; higher numbers are classes that do not matter.
+
+    Returns:
+        (n,), of instances 1, 2, ..., n.
+    """
+    pixels = instance_overlaps(labels, classes).pixels[1:, 1:]
+    chosen = pixels.argmax(axis=1) if pixels.size else np.zeros(len(pixels), np.int64)
+    is_known = (pixels.max(axis=1, initial=0) > 0) & (chosen < count)
+    return np.where(is_known, 1 + chosen, 0)
+
+
 @dataclass(frozen=True)
 class Overlaps:
     """Overlaps of the predicted and true instances of one image.
@@ -109,6 +131,14 @@ def average_precisions(ious: NDArray[np.float64]) -> tuple[float, ...]:
 def competition_metric(ious: NDArray[np.float64]) -> float:
     """Mean of `average_precisions`."""
     return float(np.mean(average_precisions(ious)))
+
+
+def panoptic_quality(ious: NDArray[np.float64]) -> float:
+    """PQ of one image: the mean IoU of matched instances times F1, both at IoU 0.5; 1 if both maps are empty."""
+    matched, spurious, missed = matches(ious, 0.5)
+    if not matched + spurious + missed:
+        return 1.0
+    return float(ious[ious > 0.5].sum()) / (matched + (spurious + missed) / 2)
 
 
 def aggregated_jaccard(overlaps: Overlaps) -> float:

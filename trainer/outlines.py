@@ -5,6 +5,8 @@ It knows arrays only, and neither torch nor files.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +30,21 @@ def outlined(picture: NDArray[np.uint8], labels: NDArray[np.integer]) -> NDArray
     line = borders(labels)
     drawn[_grown(line) & ~line & ~inside] = _EDGE
     drawn[line] = _LINE
+    return drawn
+
+
+def tinted(picture: NDArray[np.uint8], classes: NDArray[np.integer], colours: Mapping[int, str]) -> NDArray[np.uint8]:
+    """A copy of ``picture`` (H, W, 3) whose pixels are tinted by class.
+
+    Args:
+        picture: the picture.
+        classes: (H, W) numbers of the pixels' classes; 0 and what has no colour stay as they are.
+        colours: number of a class -> its colour, ``#rrggbb``.
+    """
+    drawn = picture.copy()
+    for number, colour in colours.items():
+        inside = classes == number
+        drawn[inside] = (drawn[inside].astype(np.uint16) + np.array(list(bytes.fromhex(colour[1:])))) // 2
     return drawn
 
 

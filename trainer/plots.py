@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.trainer.bundle import Bundle
+from cellseg_batch.trainer.card import ModelClass
 from cellseg_batch.trainer.data.sample import Sample
-from cellseg_batch.trainer.decode import decode_instances
-from cellseg_batch.trainer.outlines import outlined
-from cellseg_batch.trainer.predict import predict_logits
-from cellseg_batch.trainer.unet import load_network
+from cellseg_batch.trainer.outlines import outlined, tinted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Names of classes beside the pictures.
+_MOST_KEYS = 24
 _WRONG, _MISSED = (230, 60, 50), (60, 110, 240)
 
 
@@ -47,36 +46,55 @@ def plot_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def plot_predictions(bundle: Bundle, samples: Sequence[Sample], path: Path, rows: int = 8) -> None:
+def plot_predictions(
+    samples: Sequence[Sample],
+    predict: Callable[[Sample], NDArray[np.integer]],
+    path: Path,
+    classes: Sequence[ModelClass] = (),
+    rows: int = 8,
+) -> None:
     """A page of PNG: input, truth, prediction and error of images of each kind.
 
     In the last column white is right, red predicted but not true, blue true but missed.
+
+    Args:
+        samples: annotated images, of which some are shown.
+        predict: returns a sample's instances (H, W), or the classes of its pixels.
+        path: the file.
+        classes: the classes that ``predict`` returns; () for instances.
+        rows: the most images shown.
     """
-    network, card = load_network(bundle), bundle.card
+    from matplotlib.patches import Patch
+
+    colours = {number: one.colour for number, one in enumerate(classes, start=1)}
     chosen = _one_of_each_kind(samples, rows)
     figure = _figure(11, 2.9 * len(chosen))
     for line, sample in zip(figure.subplots(len(chosen), 4, squeeze=False), chosen, strict=True):
-        logits = predict_logits(network, sample.pixels, card.total_stride, "fp32").numpy()
-        decoded = decode_instances(logits, card.decoder, card.threshold, card.rule)
-        pictures = (
-            _bytes(sample.pixels),
-            outlined(_bytes(sample.pixels), sample.labels),
-            outlined(_bytes(sample.pixels), decoded),
-            error_map(decoded > 0, sample.labels > 0),
-        )
+        picture, found = _bytes(sample.pixels), predict(sample)
+        if classes and sample.classes is not None:
+            drawn = [tinted(picture, numbers, colours) for numbers in (sample.classes, found)]
+            errors = error_map(found, sample.classes)
+        else:
+            drawn = [outlined(picture, labels) for labels in (sample.labels, found)]
+            errors = error_map(found > 0, sample.labels > 0)
+        pictures = (picture, *drawn, errors)
         for axes, picture, title in zip(line, pictures, ("input", "truth", "prediction", "error"), strict=True):
             axes.imshow(picture)
             axes.set_title(f"{title}: {sample.kind}" if title == "input" and sample.kind else title, fontsize=9)
             axes.axis("off")
+    if classes:
+        keys = [Patch(color=one.colour, label=one.name) for one in classes[:_MOST_KEYS]]
+        figure.legend(handles=keys, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=80)
 
 
-def error_map(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8: right foreground white, right background black, wrong red, missed blue."""
+def error_map(predicted: NDArray[np.generic], truth: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 of masks or classes: right white, right background black, wrong red, missed blue."""
     picture = np.zeros((*truth.shape, 3), np.uint8)
-    picture[predicted & truth] = 255
-    picture[predicted & ~truth] = _WRONG
-    picture[~predicted & truth] = _MISSED
+    found, same = predicted != 0, predicted == truth
+    picture[found & same] = 255
+    picture[found & ~same] = _WRONG
+    picture[~found & ~same] = _MISSED
     return picture
 
 

@@ -113,7 +113,9 @@ class Recipe:
     encoder_weights: str = _field(
         "none", NETWORK, "none, imagenet (EfficientNet from the extra [imagenet], else downloaded) or a file."
     )
-    head: str = _field("semantic", NETWORK, "Foreground alone, or with touching borders and distance.", HEADS)
+    head: str = _field(
+        "semantic", NETWORK, "Foreground alone, or with touching borders and distance, or classes of pixels.", HEADS
+    )
     framing: str = _field("crop", PICTURES, "Random crops, or whole images resized.", ("crop", "resize"))
     size: int = _field(256, PICTURES, "Side in px, a multiple of the network's total stride.", least=1)
     normalise: str = _field(
@@ -132,7 +134,9 @@ class Recipe:
     flat: float = _field(0.0, PICTURES, "Share of the others in even colours, as if over-exposed.", least=0, most=1)
     blank: float = _field(0.0, PICTURES, "Share of the pictures that show noise alone.", least=0, most=1)
     group_power: float = _field(1.0, PICTURES, "Odds of a kind of image: its number of images to this power.")
-    loss: str = _field("bce+dice", OPTIMISATION, "Loss that is minimised.", LOSSES, summed=True)
+    loss: str = _field(
+        "bce+dice", OPTIMISATION, "Loss that is minimised; of classes, bce is their cross-entropy.", LOSSES, summed=True
+    )
     optimiser: str = _field("adamw", OPTIMISATION, "Optimiser; sgd has a momentum of 0.9.", ("adamw", "adam", "sgd"))
     learning_rate: float = _field(1e-3, OPTIMISATION, "Learning rate at the schedule's peak.", least=0)
     weight_decay: float = _field(0.01, OPTIMISATION, "Weight decay of the optimiser.", least=0)
@@ -150,10 +154,10 @@ class Recipe:
     threshold: float = _field(0.5, CARD, "Probability above which a pixel is foreground.", least=0, most=1)
     margin: int = _field(64, CARD, "Default tile margin in px.", least=0)
     downscale_2: float = _field(
-        0.0, CARD, "Width of objects in px from which images are downscaled by 2; 0: never.", least=0
+        0.0, CARD, "Width of objects in px from which images are downscaled by 2; 0, classes: never.", least=0
     )
     downscale_4: float = _field(
-        0.0, CARD, "Width of objects in px from which images are downscaled by 4; 0: never.", least=0
+        0.0, CARD, "Width of objects in px from which images are downscaled by 4; 0, classes: never.", least=0
     )
     pixel_size_um: float = _field(0.0, CARD, "µm per px of the training images; 0: not recorded.", least=0)
 
@@ -182,18 +186,30 @@ class Recipe:
 
     @property
     def downscale(self) -> dict[str, float]:
-        """The card's rule for large objects: factor -> their width in px from which images are downscaled by it."""
+        """The card's rule for large objects: factor -> their width in px from which images are downscaled by it.
+
+        Regions of a class may have any width.
+        """
+        if HEADS[self.head].has_classes:
+            return {}
         return {factor: width for factor, width in (("2", self.downscale_2), ("4", self.downscale_4)) if width}
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """The argument ``{"name": ..., **arguments}`` of `cellseg_batch.trainer.unet.build_network`."""
+        """The argument ``{"name": ..., **arguments}`` of `cellseg_batch.trainer.unet.build_network`.
+
+        Outputs are those that the head has with any data: `architecture_of` adds those of the classes.
+        """
         parameters = inspect.signature(ARCHITECTURES[self.network]).parameters
         arguments = {
             field: getattr(self, field) for field in ("width", "depth", "merge_convs", "up", "dropout", "grey")
         }
         chosen = {field: value for field, value in arguments.items() if field in parameters}
         return {"name": self.network, "outputs": len(HEADS[self.head].outputs), **chosen}
+
+    def architecture_of(self, classes: int) -> dict[str, Any]:
+        """`architecture` with an output more for each of the classes that the network tells apart."""
+        return {**self.architecture, "outputs": self.architecture["outputs"] + classes}
 
 
 def rules() -> dict[str, Rule]:

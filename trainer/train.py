@@ -14,25 +14,30 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import nn
 
 from cellseg_batch.trainer.augment import Augmenter, Batch
 from cellseg_batch.trainer.bundle import Bundle, load_bundle, save_bundle
-from cellseg_batch.trainer.card import Card, Input, Size, plain_output
+from cellseg_batch.trainer.card import Card, Input, ModelClass, Size, plain_output
 from cellseg_batch.trainer.checkpoint import CHECKPOINT_FILE, Checkpoint, check_same, load_checkpoint, save_checkpoint
 from cellseg_batch.trainer.data.dataset import Dataset, load_dataset
 from cellseg_batch.trainer.data.sample import Sample
+from cellseg_batch.trainer.decode import class_map, decode_instances
 from cellseg_batch.trainer.footprint import Footprint, measure_footprint
 from cellseg_batch.trainer.heads import HEADS
 from cellseg_batch.trainer.learner import Learner
 from cellseg_batch.trainer.plots import plot_curves, plot_predictions, write_log
+from cellseg_batch.trainer.predict import predict_logits
 from cellseg_batch.trainer.recipe import Recipe
 from cellseg_batch.trainer.schedule import learning_rate_at
-from cellseg_batch.trainer.unet import build_network
+from cellseg_batch.trainer.unet import build_network, load_network
 from cellseg_batch.trainer.validate import Validation, validate
 
 
@@ -112,12 +117,15 @@ def train(
     """
     if not resume and (out / CHECKPOINT_FILE).exists():
         raise ValueError(f"{out} holds a training run already; go on with `resume`, or choose another `out`")
-    dataset = load_dataset(data, recipe.normalisation)
+    head = HEADS[recipe.head]
+    dataset = load_dataset(data, recipe.normalisation, needs_classes=head.has_classes)
+    classes = dataset.classes if head.has_classes else ()
     samples = dataset.splits["train"]
     epoch_steps = recipe.epoch_steps or math.ceil(len(samples) / recipe.batch)
     steps = min(epoch_steps * recipe.epochs, max_steps or epoch_steps * recipe.epochs)
-    start = Checkpoint(asdict(recipe), dataset.names, steps)
-    learner = Learner(recipe, torch.device(_pick_device(device)), pretrained=not resume and fine_tune is None)
+    start = Checkpoint(asdict(recipe), dataset.names, steps, [one.name for one in classes])
+    pretrained = not resume and fine_tune is None
+    learner = Learner(recipe, torch.device(_pick_device(device)), pretrained, len(classes))
     if resume:
         checkpoint = load_checkpoint(out)
         check_same(checkpoint, start)
@@ -128,7 +136,7 @@ def train(
         if fine_tune is not None:
             learner.start_from(fine_tune)
     out.mkdir(parents=True, exist_ok=True)
-    keeper = _Keeper(out, recipe, dataset, _footprint(recipe), checkpoint)
+    keeper = _Keeper(out, recipe, dataset, classes, _footprint(recipe), checkpoint)
     observer.planned(dataset, steps, checkpoint.step, recipe.batch)
 
     def draw(step: int) -> Batch:
@@ -151,8 +159,17 @@ def train(
                 break
             losses, epoch_started = [], time.perf_counter()
     bundle = load_bundle(out)
-    plot_predictions(bundle, dataset.splits["val"], out / "pictures.png")
+    network = load_network(bundle)
+    plot_predictions(dataset.splits["val"], partial(_predict, bundle.card, network), out / "pictures.png", classes)
     return bundle
+
+
+def _predict(card: Card, network: nn.Module, sample: Sample) -> NDArray[np.integer]:
+    """The classes of a sample's pixels, for a model of classes, or its instances."""
+    logits = predict_logits(network, sample.pixels, card.total_stride, "fp32").numpy()
+    if card.decoder == "classes":
+        return class_map(logits, card.threshold)
+    return decode_instances(logits, card.decoder, card.threshold, card.rule)
 
 
 @dataclass
@@ -162,6 +179,7 @@ class _Keeper:
     out: Path
     recipe: Recipe
     dataset: Dataset
+    classes: tuple[ModelClass, ...]
     footprint: Footprint
     checkpoint: Checkpoint
 
@@ -201,14 +219,15 @@ class _Keeper:
         card = Card(
             name=recipe.name,
             input=Input(("rgb",), recipe.normalisation, Size(stride, stride), recipe.pixel_size_um or None),
-            output=plain_output(*head.outputs),
+            output=plain_output(*head.outputs, *(one.name for one in self.classes)),
             decoder=head.decoder,
             total_stride=stride,
             exact_margin=self.footprint.exact_margin,
             margin=recipe.margin,
             threshold=recipe.threshold,
-            architecture=recipe.architecture,
+            architecture=recipe.architecture_of(len(self.classes)),
             downscale=recipe.downscale,
+            classes=self.classes,
             training={
                 "images": len(self.dataset.splits["train"]),
                 "step": epoch.step,

@@ -10,12 +10,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cellseg_batch.engine.cli.console import check_json, plain_errors, write_json
+from cellseg_batch.engine.cli.console import check_json, plain_errors, print_text, write_json
 from cellseg_batch.engine.cli.flags import Debug, Json, Threads
 from cellseg_batch.engine.errors import UsageError
 
 if TYPE_CHECKING:
     from cellseg_batch.engine.reports.evaluate import Evaluation
+    from cellseg_batch.engine.reports.scores import Summary
     from cellseg_batch.trainer.data.sample import Sample
 
 
@@ -30,8 +31,7 @@ def evaluate(
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Score MODELS on the annotated images of the last argument: pixels, instances and speed, by kind of image."""
-    import torch
+    """Score MODELS on the annotated images of the last argument: pixels, instances, classes, speed, by kind."""
     from rich.progress import track
 
     from cellseg_batch.engine.cli.training_progress import print_problems
@@ -49,12 +49,12 @@ def evaluate(
             raise UsageError(
                 "evaluate", expected="a model and a folder of data", found=data, remedy=f"try: evaluate nuclei {data}"
             )
-        if threads is not None:
-            torch.set_num_threads(threads)
         results = {}
         for model in bundles:
-            evaluation = evaluate_model(model, Path(data), split, rescale, pictures, tracked)
+            evaluation = evaluate_model(model, Path(data), split, rescale, pictures, threads, tracked)
             print_problems(evaluation.problems, console)
+            for note in evaluation.notes:
+                print_text(f"note: {model}: {note}")
             print_evaluation(evaluation, console)
             results[model] = evaluation.to_json()
         write_json(json_file, results)
@@ -65,7 +65,8 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     table = Table(
         title=evaluation.model,
         title_justify="left",
-        caption="masks and AP: mean over images; F1: all instances together; metric: mean AP at IoU 0.5 ... 0.95",
+        caption="masks, AP, AJI and PQ: mean over images; F1 and classes: all images together; metric: mean AP at IoU "
+        "0.5 ... 0.95",
         caption_justify="left",
     )
     table.add_column("")
@@ -78,8 +79,24 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         "metric": [summary.competition for summary in summaries],
         "F1 at IoU 0.5": [summary.f1 for summary in summaries],
         "AJI": [summary.aji for summary in summaries],
+        "PQ": [summary.pq for summary in summaries],
     }
     for name, values in figures.items():
         table.add_row(name, *(f"{value:.3f}" for value in values))
-    table.add_row("Mpx/s, torch fp32", *(f"{summary.mpx_per_s:.2f}" for summary in summaries))
+    for name, of_kinds in _class_figures(summaries).items():
+        table.add_row(name, *("" if value is None else f"{value:.3f}" for value in of_kinds))
+    table.add_row(f"Mpx/s, {evaluation.backend}", *(f"{summary.mpx_per_s:.2f}" for summary in summaries))
     console.print(table)
+
+
+def _class_figures(summaries: list[Summary]) -> dict[str, list[float | None]]:
+    """Dice, IoU and F1 of each class -> the figures of each kind of image; without those that no kind has."""
+    names = dict.fromkeys(name for summary in summaries for name in summary.classes)
+    rows = {
+        f"{title}, {name}": [
+            getattr(summary.classes[name], figure) if name in summary.classes else None for summary in summaries
+        ]
+        for name in names
+        for title, figure in (("dice", "dice"), ("iou", "iou"), ("F1 at IoU 0.5", "f1"))
+    }
+    return {name: values for name, values in rows.items() if any(value is not None for value in values)}

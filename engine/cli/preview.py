@@ -27,7 +27,8 @@ def preview(
 ) -> None:
     """Write a picture of SLIDE, as it is stored, with the outlines of its labels.
 
-    Objects too small for outlines are tinted, and a part at full resolution is shown beside the overview.
+    Objects too small for outlines are tinted, and a part at full resolution is shown beside the overview. Classes are
+    tinted in their colours.
     """
     from cellseg_batch.engine.reports.preview import write_preview
 

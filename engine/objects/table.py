@@ -51,6 +51,7 @@ class Provenance:
         quality: name of each measured channel -> its quality.
         provenance: provenance of the labels, from the attributes of their group: model, settings, versions.
         classes: name of each class that objects may have -> its colour, ``#rrggbb``.
+        class_fractions: name of each class -> share of pixels that belong to an object and are of it.
     """
 
     image: str
@@ -63,6 +64,7 @@ class Provenance:
     quality: dict[str, ChannelQuality]
     provenance: dict[str, Any]
     classes: dict[str, str] = field(default_factory=dict)
+    class_fractions: dict[str, float] = field(default_factory=dict)
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -113,6 +115,7 @@ def read_provenance(path: Path) -> Provenance:
             quality=quality,
             provenance=content["provenance"],
             classes=content["classes"],
+            class_fractions=content["class_fractions"],
         )
 
 

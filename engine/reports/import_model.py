@@ -6,7 +6,6 @@ what is missing is asked for by name.
 
 from __future__ import annotations
 
-import colorsys
 import math
 import tempfile
 from contextlib import suppress
@@ -51,6 +50,7 @@ from cellseg_batch.trainer.card import (
     Size,
     StarDist,
     Tensor,
+    class_colours,
 )
 
 # A model whose card says no margin gets this one, in px, or its exact margin where that is smaller.
@@ -184,10 +184,8 @@ def _bundle_of(source: Path, path: Path, graph: GraphFile, draft: CardDraft) -> 
 
 
 def _coloured(names: tuple[str, ...]) -> tuple[ModelClass, ...]:
-    """Classes in colours of evenly spread hues."""
-    hues = (colorsys.hsv_to_rgb(number / len(names), 0.75, 1.0) for number in range(len(names)))
-    colours = ["#" + bytes(round(255 * light) for light in hue).hex() for hue in hues]
-    return tuple(ModelClass(name, colour) for name, colour in zip(names, colours, strict=True))
+    """Classes in colours of their own."""
+    return tuple(ModelClass(*pair) for pair in zip(names, class_colours(len(names)), strict=True))
 
 
 def _with_own_card(source: Path, path: Path, graph: GraphFile, name: str | None) -> Bundle:

@@ -25,6 +25,12 @@ _PANELS = {
     "saturation": "saturated pixels, share",
     "failed_fields": "failed fields",
 }
+# Beginning of columns of which there are several -> the panel that theirs follow, and their heading.
+_FAMILIES = {
+    "count_": ("count", "objects"),
+    "mean_intensity_": ("median_area_um2", "mean intensity"),
+    "confluence_": ("confluence", "confluence"),
+}
 _COLUMNS = 3
 
 
@@ -90,11 +96,14 @@ def draw_heatmaps(title: str, wells: list[dict[str, Any]], rows: list[str], colu
 
 
 def _panels(wells: list[dict[str, Any]]) -> dict[str, str]:
-    """Column -> heading of each panel to draw, with a panel for each channel's intensity after the areas."""
-    names = dict.fromkeys(name for well in wells for name in well if name.startswith("mean_intensity_"))
-    light = {name: f"mean intensity, {name.removeprefix('mean_intensity_')}" for name in names}
-    panels = list(_PANELS.items())
-    ordered = dict([*panels[:3], *light.items(), *panels[3:]])
+    """Column -> heading of each panel to draw, with those of classes and channels behind what they are parts of."""
+    names = dict.fromkeys(name for well in wells for name in well)
+    ordered = {}
+    for panel, heading in _PANELS.items():
+        ordered[panel] = heading
+        for start, (before, title) in _FAMILIES.items():
+            if before == panel:
+                ordered |= {name: f"{title}, {name.removeprefix(start)}" for name in names if name.startswith(start)}
     known = {name for name in ordered if any(_known(well, name) for well in wells)}
     if "median_area_um2" in known:
         known.remove("median_area")

@@ -65,6 +65,7 @@ class _Tally:
     areas: list[NDArray[np.int64]] = field(default_factory=list)
     border: int = 0
     classes: dict[str, int] = field(default_factory=dict)
+    class_pixels: dict[str, float] = field(default_factory=dict)
     intensities: dict[str, float] = field(default_factory=dict)
     pixels: int = 0
     labelled: float = 0.0
@@ -84,6 +85,8 @@ class _Tally:
         self.saturation.append(quality.saturation)
         means = {channel: INTENSITY_MEAN.name_for(channel) for channel in provenance.channels}
         self.classes = dict.fromkeys(provenance.classes, 0) | self.classes
+        for name, fraction in provenance.class_fractions.items():
+            self.class_pixels[name] = self.class_pixels.get(name, 0.0) + fraction * pixels
         of_class = [CLASS.name] if provenance.classes else []
         for batch in read_batches(table, [AREA.name, TOUCHES_BORDER.name, *of_class, *means.values()]):
             for name in batch[CLASS.name].drop_null().to_pylist() if of_class else ():
@@ -106,6 +109,7 @@ class _Tally:
             "median_area_um2": area * self.area_um2 if area and self.area_um2 else None,
             **{f"mean_intensity_{name}": total / count for name, total in self.intensities.items() if count},
             "confluence": self.labelled / self.pixels if self.pixels else None,
+            **{f"confluence_{name}": total / self.pixels for name, total in self.class_pixels.items()},
             "border_fraction": self.border / count if count else None,
             "focus": median(self.focus) if self.focus else None,
             "saturation": float(np.mean(self.saturation)) if self.saturation else None,

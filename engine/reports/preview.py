@@ -1,7 +1,8 @@
 """Draw a slide with the outlines of its labels as a picture about a screen wide, whatever the slide's size.
 
-Where outlines would hide the objects, these are tinted, and a part at full resolution is shown beside the overview.  It
-reads the lowest resolution that is still large enough, strip by strip, so memory does not grow with the slide.
+Where outlines would hide the objects, these are tinted, and a part at full resolution is shown beside the overview.
+Classes are tinted in their colours.  It reads the lowest resolution that is still large enough, strip by strip, so
+memory does not grow with the slide.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.run.output_paths import output_paths
 from cellseg_batch.engine.slides.discover import find_images, first_slide
 from cellseg_batch.engine.slides.level_and_channels import choose_channels
-from cellseg_batch.engine.slides.ome_zarr import open_written
+from cellseg_batch.engine.slides.ome_zarr import colours_of_classes, open_written
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
-from cellseg_batch.trainer.outlines import borders, outlined, too_small_to_outline
+from cellseg_batch.trainer.outlines import borders, outlined, tinted, too_small_to_outline
 
 _LONGEST = 1600
 _STRIP_PIXELS = 1 << 24
@@ -120,6 +121,9 @@ def draw_preview(
     level = _pick_level(labels, box, longest)
     bounds, picture, ids = _draw(slide, labels, channels, level, box, longest, None)
     zoom = ids.shape[1] / box.shape[1]
+    colours = colours_of_classes(paths.store, paths.labels)
+    if colours:
+        return Preview(slide.location, box, zoom, tinted(picture, ids, colours))
     overview = outlined(picture, ids)
     if not (ids.any() and too_small_to_outline(ids) and zoom <= 1 / 2):
         return Preview(slide.location, box, zoom, overview)

@@ -29,7 +29,7 @@ from cellseg_batch.engine.errors import CellsegError, OutputError, ReadError, wr
 from cellseg_batch.engine.reports.object_figures import ObjectFigures, read_object_figures, size_at
 from cellseg_batch.engine.reports.preview import draw_preview
 from cellseg_batch.engine.reports.status import SlideStatus, Status, read_status
-from cellseg_batch.engine.reports.svg_charts import bars, histogram, plate_chart, rate_chart
+from cellseg_batch.engine.reports.svg_charts import bars, histogram, plate_chart, rate_chart, stack
 from cellseg_batch.engine.run.output_paths import TABLE_NAME
 from cellseg_batch.engine.run.records import BLOCKS, FinishedRecord, Manifest, TaskRecord
 from cellseg_batch.engine.storage.journal import Journal
@@ -43,10 +43,19 @@ _MOST_ROWS = 500
 _MOST_MESSAGES = 100
 _MOST_NAMES = 10
 _MOST_PLATES = 12
+_MOST_CHARTS = 9
 # The states of images, those that need the reader first.
 _URGENCY = ("failed", "stopped", "running", "waiting", "done")
 # A field of a plate: .../plate.zarr/<row>/<column>/<field>
 _FIELD = re.compile(r"^(?P<plate>.+)/(?P<row>[A-Z]{1,2})/0*(?P<column>\d+)/[^/]+$")
+
+
+@dataclass(frozen=True)
+class ClassKey:
+    """Name and colour of a class."""
+
+    name: str
+    colour: str
 
 
 @dataclass
@@ -57,6 +66,7 @@ class _Facts:
         blocks: (POSIX time in seconds, pixels) of each block on disk.
         seconds: stage -> seconds, over all tasks.
         foreground: path of a finished image -> its share of foreground pixels.
+        classes: path of a finished image with classes -> the classes and their shares of its pixels.
         objects: number of objects of the finished images; None if none of them tells objects apart.
         manifests: manifests of the started images.
         tables: path of a finished image with measured objects -> file of its table.
@@ -67,6 +77,7 @@ class _Facts:
     blocks: list[tuple[float, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     foreground: dict[str, float] = field(default_factory=dict)
+    classes: dict[str, dict[ClassKey, float]] = field(default_factory=dict)
     objects: int | None = None
     manifests: list[Manifest] = field(default_factory=list)
     tables: dict[str, Path] = field(default_factory=dict)
@@ -105,6 +116,7 @@ def write_page(
         _section("To do", _messages(_tasks(status), as_written)),
         _section("To know", _messages(facts.notes, as_written)),
         *(_section(f"Plate {Path(plate).name}", chart) for plate, chart in islice(_plates(facts), _MOST_PLATES)),
+        _section("Classes", _classes(facts)),
         _section("Objects", objects),
         _section("Pictures", _pictures(status, name, output)),
         _section("Images", _table(status, facts)),
@@ -144,6 +156,9 @@ def _add(slide: SlideStatus, journal: Journal, facts: _Facts) -> None:
     finished = journal.finished(FinishedRecord)
     if finished is not None:
         facts.foreground[slide.path] = finished.foreground / slide.pixels
+        if finished.classes:
+            shares = {ClassKey(one.name, one.colour): one.pixels / slide.pixels for one in finished.classes}
+            facts.classes[slide.path] = shares
         if finished.objects is not None:
             facts.objects = (facts.objects or 0) + finished.objects
         for remark in finished.notes:
@@ -240,19 +255,46 @@ def _rows_table(rows: str, heads: str, more: int) -> str:
 
 
 def _plates(facts: _Facts) -> Iterator[tuple[str, str]]:
-    """Yield (plate, its heat maps; without measured objects, a chart of the mean foreground of each well)."""
-    plates: dict[str, dict[tuple[str, int], list[float]]] = {}
+    """Yield (plate, its heat maps; without measured objects, charts of the foreground and classes of each well)."""
+    plates: dict[str, dict[str, dict[tuple[str, int], list[float]]]] = {}
     for path, share in facts.foreground.items():
         field_path = _FIELD.match(path)
         if field_path:
-            wells = plates.setdefault(field_path["plate"], {})
-            wells.setdefault((field_path["row"], int(field_path["column"])), []).append(100 * share)
-    for plate, wells in sorted(plates.items()):
+            well = field_path["row"], int(field_path["column"])
+            of_classes = {key.name: part for key, part in facts.classes.get(path, {}).items()}
+            for name, part in {"foreground": share, **of_classes}.items():
+                charts = plates.setdefault(field_path["plate"], {})
+                charts.setdefault(name, {}).setdefault(well, []).append(100 * part)
+    for plate, charts in sorted(plates.items()):
         heatmap = facts.heatmaps[plate]
         if heatmap.is_file():
             yield plate, f'<img class="heatmap" alt="heat maps" src="{_data_url("png", heatmap.read_bytes())}">'
         else:
-            yield plate, plate_chart({well: fmean(shares) for well, shares in wells.items()}, "% foreground")
+            means = {name: {well: fmean(parts) for well, parts in wells.items()} for name, wells in charts.items()}
+            shown = [plate_chart(wells, f"% {name}") for name, wells in islice(means.items(), _MOST_CHARTS)]
+            more = len(means) - len(shown)
+            note = f'<p class="note">and {more:,} more classes</p>' if more else ""
+            yield plate, "".join([*shown, note])
+
+
+def _classes(facts: _Facts) -> str:
+    """A row for the mean over all images, and for each image, with what is of each class."""
+    keys = list(dict.fromkeys(key for shares in facts.classes.values() for key in shares))
+    means = {key: fmean(shares.get(key, 0.0) for shares in facts.classes.values()) for key in keys}
+    rows = [("mean over images", means)] if len(facts.classes) > 1 else []
+    rows += islice(facts.classes.items(), _MOST_ROWS)
+    heads = "".join(f'<th class="number">{_key(key)}</th>' for key in keys)
+    text = "".join(
+        f"<tr><td>{escape(path)}</td><td>{stack([(key.name, shares.get(key, 0.0), key.colour) for key in keys])}</td>"
+        + "".join(f'<td class="number">{f"{100 * shares[key]:.1f} %" if key in shares else ""}</td>' for key in keys)
+        + "</tr>"
+        for path, shares in rows
+    )
+    return _rows_table(text, f"<th>image</th><th>area</th>{heads}", len(facts.classes) - _MOST_ROWS) if keys else ""
+
+
+def _key(key: ClassKey) -> str:
+    return f'<span class="key" style="background:{key.colour}"></span> {escape(key.name)}'
 
 
 def _objects(facts: _Facts) -> str:
@@ -378,6 +420,8 @@ th.number{text-align:right}td,th{padding:7px 10px 7px 0;border-bottom:1px solid 
 .scroll{max-height:640px;overflow:auto}@media print{.scroll{max-height:none}}
 td:first-child{overflow-wrap:anywhere;min-width:140px}
 .number{white-space:nowrap}tr:last-child td{border-bottom:0}
+.stack{display:flex;min-width:180px}.stack span{height:100%}
+.key{display:inline-block;width:10px;height:10px;border-radius:3px}
 .bin{fill:var(--accent)}svg.small{width:180px}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(420px,100%),1fr));gap:16px}figure{margin:0}
 figure img{max-width:100%;max-height:560px;border-radius:8px;display:block}img.heatmap{max-width:100%}

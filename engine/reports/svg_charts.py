@@ -1,4 +1,4 @@
-"""Draw small charts as SVG text: rate over time, shares of a whole, a plate of wells, sizes.
+"""Draw small charts as SVG text or boxes: rate over time, shares of a whole, a plate of wells, sizes.
 
 The charts know numbers and labels only. Their colours are CSS variables of the page around them, so they follow its
 light or dark theme.
@@ -7,7 +7,7 @@ light or dark theme.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 _WIDTH, _HEIGHT = 860, 220
@@ -61,6 +61,19 @@ def bars(values: Mapping[str, float], unit: str) -> str:
         figure = f'<span class="value">{value:,.1f} {escape(unit)}</span>'
         rows.append(f'<div class="bar"><span class="name">{escape(name)}</span>{track}{figure}</div>')
     return "".join(rows)
+
+
+def stack(parts: Iterable[tuple[str, float, str]]) -> str:
+    """Draw shares of a whole, one behind the other; the rest of the whole stays empty.
+
+    Args:
+        parts: name, share in [0, 1] and colour (``#rrggbb``) of each.
+    """
+    spans = (
+        f'<span style="width:{100 * share:.2f}%;background:{colour}" title="{escape(name)} {100 * share:.1f} %"></span>'
+        for name, share, colour in parts
+    )
+    return f'<div class="track stack">{"".join(spans)}</div>'
 
 
 def plate_chart(wells: Mapping[tuple[str, int], float], unit: str) -> str:

@@ -140,10 +140,7 @@ def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str 
         missing_pixels=figures.missing,
         skipped_tiles=figures.skipped_tiles,
         objects=figures.objects,
-        classes={
-            name: pixels / plan.pixels
-            for (_, name), pixels in zip(plan.outputs[0].meaning.names, figures.classes, strict=True)
-        },
+        classes={one.name: one.pixels / plan.pixels for one in figures.classes},
         unreached_pixels=figures.unreached,
         downscale=plan.downscale,
         channels=slide.channel_names(plan.channels.indices),

@@ -24,7 +24,7 @@ from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.storage.paths import zarr_store
 from cellseg_batch.kernels.moments import HALO, measure, merge
-from cellseg_batch.kernels.moments_columns import AREA
+from cellseg_batch.kernels.moments_columns import AREA, CHANNELS, PER_CHANNEL, SUM
 from cellseg_batch.kernels.quality import Quality, survey
 
 _RGB = ("red", "green", "blue")
@@ -69,7 +69,9 @@ def measure_block(
         quality = [sums + survey(channel, core) for sums, channel in zip(quality, channels, strict=True)]
     ids, rows = merge(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     write_part(probability.objects, block.index, block.plane, ids, rows)
-    return GrowthRecord(int(rows[:, AREA].sum()), tuple(quality))
+    first = CHANNELS + PER_CHANNEL * len(pixels.channels) + SUM
+    of_classes = rows[:, first::PER_CHANNEL].sum(axis=0) if class_codes is not None else ()
+    return GrowthRecord(int(rows[:, AREA].sum()), tuple(quality), tuple(map(int, of_classes)))
 
 
 def _channels_of_classes(plan: SlidePlan, class_codes: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -97,8 +99,11 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord])
 
     paths, slide = plan.paths, plan.slide
     labelled, quality = 0, [Quality()] * len(measured_channels(slide))
+    classes, colours = (plan.classes.names, plan.classes.colours) if plan.classes else ((), ())
+    of_classes = np.zeros(len(classes), np.int64)
     for record in records:
         labelled += record.labelled
+        of_classes += np.array(record.classes, np.int64)
         quality = [sums + block_sums for sums, block_sums in zip(quality, record.quality, strict=True)]
     names = channel_names(slide)
     full, shape = slide.plane_shape(0), plan.grid.lattice.shape
@@ -113,7 +118,8 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord])
         segmented_channels=tuple(names[index] for index in plan.channels.indices),
         quality={name: ChannelQuality(sums.focus, sums.saturation) for name, sums in zip(names, quality, strict=True)},
         provenance=manifest,
-        classes=dict(zip(plan.classes.names, plan.classes.colours, strict=True)) if plan.classes else {},
+        classes=dict(zip(classes, colours, strict=True)),
+        class_fractions=dict(zip(classes, (of_classes / plan.pixels).tolist(), strict=True)),
     )
     origin = Origin(
         slide=slide.name,

@@ -6,12 +6,13 @@ may be a process on another machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.inference.background import without_background
@@ -26,6 +27,7 @@ from cellseg_batch.engine.run.records import (
     MERGE,
     TABLE,
     BlockRecord,
+    ClassRecord,
     FinishedRecord,
     GrowthRecord,
     LevelRecord,
@@ -128,19 +130,29 @@ def build_shard(level: int, slide: OpenSlide, number: int) -> LevelRecord:
 def totals(plan: SlidePlan, journal: Journal) -> FinishedRecord:
     """Add up the figures of all records of a finished slide."""
     foreground = missing = skipped_tiles = infinite = 0
-    classes = [0] * len(plan.outputs[0].meaning.names)
+    named = plan.outputs[0].meaning.classes
+    of_labels = np.zeros(len(named), np.int64)
     for _, block in journal.records(BLOCKS, TaskRecord[BlockRecord]):
         foreground += block.result.foreground
         missing += block.result.missing
         skipped_tiles += block.result.skipped_tiles
         infinite += block.result.infinite
-        classes = [sum(counts) for counts in zip(classes, block.result.classes, strict=True)]
-    figures = FinishedRecord(foreground, missing, skipped_tiles, infinite=infinite, classes=tuple(classes))
+        of_labels += np.array(block.result.classes, np.int64)
+    figures = FinishedRecord(foreground, missing, skipped_tiles, infinite=infinite, classes=_classes(named, of_labels))
     if not plan.makes_ids:
         return figures
     ((_, merge),) = journal.records(MERGE, TaskRecord[MergeRecord])
-    labelled = sum(growth.result.labelled for _, growth in journal.records(INSTANCES, TaskRecord[GrowthRecord]))
+    grown = [growth.result for _, growth in journal.records(INSTANCES, TaskRecord[GrowthRecord])]
+    labelled = sum(block.labelled for block in grown)
     figures = replace(figures, objects=merge.result.objects, cut_rays=merge.result.cut_rays)
+    if plan.classes is not None:
+        named = tuple(zip(plan.classes.names, plan.classes.colours, strict=True))
+        figures = replace(figures, classes=_classes(named, np.sum([block.classes for block in grown], axis=0)))
     if plan.stars is not None:
         return replace(figures, foreground=labelled)
     return replace(figures, unreached=foreground - labelled)
+
+
+def _classes(named: Iterable[tuple[str, str]], pixels: NDArray[np.int64]) -> tuple[ClassRecord, ...]:
+    """The classes, each with its name, its colour and its number of pixels."""
+    return tuple(ClassRecord(*one, int(count)) for one, count in zip(named, pixels, strict=True))

@@ -252,10 +252,12 @@ class GrowthRecord:
     Attributes:
         labelled: number of pixels that belong to an object.
         quality: quality of each measured channel; () if objects are not measured.
+        classes: number of these pixels that are of each class; () if objects get no classes.
     """
 
     labelled: Count
     quality: tuple[Quality, ...] = ()
+    classes: tuple[Count, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -291,6 +293,21 @@ def record_of(part: str) -> type[TaskRecord[Any]]:
 
 
 @dataclass(frozen=True)
+class ClassRecord:
+    """A class of a slide's foreground.
+
+    Attributes:
+        name: its name.
+        colour: its colour, ``#rrggbb``.
+        pixels: number of pixels that are of it.
+    """
+
+    name: str
+    colour: str
+    pixels: Count
+
+
+@dataclass(frozen=True)
 class FinishedRecord:
     """The figures of a finished slide.
 
@@ -302,7 +319,7 @@ class FinishedRecord:
         unreached: number of foreground pixels that belong to no object.
         infinite: number of pixels in the input that are infinite in float32.
         cut_rays: number of objects with a ray that was cut to the longest one allowed.
-        classes: number of pixels of each class; () for labels that are none.
+        classes: the classes of labels that are classes, or of measured objects; () if there are none.
     """
 
     foreground: Count = 0
@@ -312,7 +329,7 @@ class FinishedRecord:
     unreached: Count = 0
     infinite: Count = 0
     cut_rays: Count = 0
-    classes: tuple[Count, ...] = ()
+    classes: tuple[ClassRecord, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ class SlideReport:
         tiles: number of tiles.
         skipped_tiles: number of flat tiles, which are not computed.
         foreground_fraction: share of foreground pixels.
-        classes: name of each class -> its share of the pixels; {} for labels that are no classes.
+        classes: name of each class -> its share of the pixels; {} unless labels are classes, or objects have some.
         missing_pixels: number of NaN pixels in the input, taken as 0.
         objects: number of objects; None for a mask, which has none.
         unreached_pixels: number of foreground pixels that belong to no object, without a seed or too far from it.

@@ -310,6 +310,19 @@ def open_written(store: Path, path: str) -> Slide:
     )
 
 
+def colours_of_classes(store: Path, path: str) -> dict[int, str]:
+    """Value -> colour (``#rrggbb``) of the classes of the label image ``path`` of ``store``; {} if it shows no classes.
+
+    Raises:
+        ReadError: there is no such image.
+    """
+    about = ome_metadata(zarr.open_group(zarr_store(store), path=path, mode="r", use_consolidated=False))
+    label = about.get("image-label", {})
+    named = {entry["label-value"] for entry in label.get("properties", ()) if "class" in entry}
+    colours = {entry["label-value"]: entry.get("rgba", ()) for entry in label.get("colors", ())}
+    return {value: "#" + bytes(rgba[:3]).hex() for value, rgba in colours.items() if value in named and len(rgba) == 4}
+
+
 def _is_output(node: zarr.Group, metadata: dict[str, Any]) -> bool:
     """Whether a group holds labels, of whatever program, or another output of this one."""
     return "image-label" in metadata or OUTPUT_MARK in node.attrs

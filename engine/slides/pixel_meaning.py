@@ -25,6 +25,12 @@ class PixelMeaning:
     colours: tuple[tuple[int, Colour], ...] = ()
     names: tuple[tuple[int, str], ...] = ()
 
+    @property
+    def classes(self) -> tuple[tuple[str, str], ...]:
+        """Name and colour (``#rrggbb``) of each class."""
+        colours = dict(self.colours)
+        return tuple((name, "#" + bytes(colours[value][:3]).hex()) for value, name in self.names)
+
 
 MASK = PixelMeaning("mask", "uint8", is_label=True, colours=((1, (255, 64, 160, 160)),))
 # Name of the meaning of a label image of classes, whose names and colours are the model's.

@@ -160,7 +160,7 @@ def test_shrunk_pictures_show_labels_where_their_pixels_are():
     sample = sample_of((ids / np.float32(200))[..., None], ids)
     offsets = []
     for seed in range(40):
-        pixels, labels, _ = augmenter(seed, zoom_min=0.5, zoom_max=0.5)._picture(sample, False)
+        pixels, labels, *_ = augmenter(seed, zoom_min=0.5, zoom_max=0.5)._picture(sample, False)
         inside = (labels > 20) & (labels < 180)
         offsets.append((pixels[0] * 200 - labels)[inside].mean())
     assert abs(float(torch.stack(offsets).mean())) < 0.1

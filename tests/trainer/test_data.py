@@ -8,6 +8,7 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 from skimage.io import imsave
 
 from cellseg_batch.trainer.card import Normalisation
@@ -310,4 +311,69 @@ def test_boxes_of_ground_show_no_nucleus_and_are_trained_on(tmp_path):
     assert "b.svs" in reasons[1]
     (tmp_path / "ground" / "ground.csv").write_text("image,y0,x0,y1,x1\na.svs,2,3,x,23\n")
     with pytest.raises(ValueError, match="row 1: expected image, y0, x0, y1, x1"):
+        read(tmp_path)
+
+
+def test_class_maps_and_their_names_are_read(tmp_path):
+    (tmp_path / "classes").mkdir()
+    kinds = np.uint8([0, 2, 1])[TRUTH]  # of objects 1 and 2
+    for name, values in (("alone", kinds), ("large", 2 * kinds), ("small", kinds[1:])):
+        image(tmp_path / "images" / f"{name}.png")
+        imsave(tmp_path / "classes" / f"{name}.png", values, check_contrast=False)
+    (tmp_path / "index.csv").write_text("id,split\nalone,train\nlarge,train\nsmall,train\n")
+    (tmp_path / "classes.csv").write_text("value,name,colour\n2,stroma,#00FF00\n1,tumour,\n")
+    dataset = read(tmp_path)
+    assert [(one.name, one.colour) for one in dataset.classes] == [("tumour", "#ff4040"), ("stroma", "#00ff00")]
+    (alone,) = dataset.splits["train"]
+    np.testing.assert_array_equal(alone.classes, kinds)
+    assert same_instances(alone.labels, TRUTH)
+    assert not alone.has_objects
+    reasons = {problem.file: problem.reason for problem in dataset.problems}
+    assert reasons["large"] == "its class map holds the value 4, and classes.csv names those from 1 to 2"
+    assert "its labels (19, 30)" in reasons["small"]
+    shown_in_colours = Image.fromarray(kinds, mode="P")
+    shown_in_colours.putpalette([0, 0, 0, 250, 0, 0, 0, 250, 0])
+    shown_in_colours.save(tmp_path / "classes" / "alone.png")
+    np.testing.assert_array_equal(read(tmp_path).splits["train"][0].classes, kinds)
+    (tmp_path / "labels").mkdir()
+    for name in ("alone", "unknown"):
+        image(tmp_path / "images" / f"{name}.png")
+        imsave(tmp_path / "labels" / f"{name}.png", TRUTH.astype(np.uint16), check_contrast=False)
+    (tmp_path / "index.csv").write_text("id,split\nalone,train\nunknown,train\n")
+    alone, unknown = read(tmp_path).splits["train"]
+    assert alone.has_objects
+    assert (alone.labels.max(), alone.classes.max(), unknown.classes) == (2, 2, None)
+    (needed,) = load_dataset(tmp_path, Normalisation(), only=("train",), needs_classes=True).problems
+    assert needed.reason == "no class map in classes/"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("value,name\n1,tumour\n3,stroma\n", "with the values 1, 2, 3"),
+        ("value,name\n1,tumour\n1,stroma\n", "with the values 1, 2, 3"),
+        ("name\ntumour\n", "the columns value and name"),
+        ("value,name\n1,tumour\n2,tumour\n", "names of their own, other than background, found tumour, tumour"),
+        ("value,name\n", "found none"),
+        ("value,name\n1,background\n", "other than background, found background"),
+        ("value,name,colour\n1,tumour,red\n", "not 'red'"),
+        (None, "and classes.csv with their names"),
+    ],
+)
+def test_names_of_classes_that_cannot_be_are_refused(tmp_path, command, text, words):
+    image(tmp_path / "images" / "a.png")
+    mask(tmp_path / "classes" / "a.png", TRUTH > 0)
+    if text is not None:
+        (tmp_path / "classes.csv").write_text(text)
+    code, said = command("train", tmp_path, "--out", tmp_path / "out", "--preset", "classes")
+    assert code == 2
+    assert words in said
+
+
+def test_parts_of_a_data_set_have_the_same_classes(tmp_path):
+    for part, name in (("one", "tumour"), ("two", "stroma")):
+        image(tmp_path / part / "images" / "a.png")
+        mask(tmp_path / part / "classes" / "a.png", TRUTH > 0)
+        (tmp_path / part / "classes.csv").write_text(f"value,name\n1,{name}\n")
+    with pytest.raises(ValueError, match="expected the same classes in all of them"):
         read(tmp_path)

@@ -8,25 +8,27 @@ import pytest
 import torch
 
 from cellseg_batch.engine.inference import decoders
+from cellseg_batch.engine.reports.scores import ImageScore, summarise
 from cellseg_batch.trainer import decode
 from cellseg_batch.trainer.augment import Augmenter, Batch, flatten
 from cellseg_batch.trainer.bundle import load_bundle, save_bundle
 from cellseg_batch.trainer.card import DECODER_OUTPUTS, Instances, Normalisation
-from cellseg_batch.trainer.data.sample import Entry, Sample, instance_distance, make_sample
+from cellseg_batch.trainer.data.sample import Annotation, Entry, Sample, instance_distance, make_sample, rescale
 from cellseg_batch.trainer.decode import decode_instances
 from cellseg_batch.trainer.encoders import ENCODERS, load_encoder_weights
-from cellseg_batch.trainer.evaluate import ImageScore, rescale, summarise
 from cellseg_batch.trainer.export import export_network
 from cellseg_batch.trainer.footprint import measure_footprint
 from cellseg_batch.trainer.heads import HEADS
-from cellseg_batch.trainer.losses import bce_loss, dice_loss, focal_loss, touching_border
+from cellseg_batch.trainer.losses import CLASS_LOSSES, LOSSES, bce_loss, dice_loss, focal_loss, touching_border
 from cellseg_batch.trainer.metrics import (
     PixelScore,
     aggregated_jaccard,
     average_precisions,
     competition_metric,
     instance_overlaps,
+    majority_classes,
     matches,
+    panoptic_quality,
     pixel_score,
 )
 from cellseg_batch.trainer.recipe import Recipe, list_presets, load_preset
@@ -59,7 +61,17 @@ def test_instance_figures_by_hand():
     # 3 of 4 pixels, 2 of 4, and one true pixel that nothing matches.
     assert aggregated_jaccard(overlaps) == pytest.approx(5 / 9)
     nothing = instance_overlaps(np.zeros((2, 2), int), np.zeros((2, 2), int))
-    assert competition_metric(nothing.ious) == aggregated_jaccard(nothing) == 1
+    assert competition_metric(nothing.ious) == aggregated_jaccard(nothing) == panoptic_quality(nothing.ious) == 1
+    # One match of IoU 0.75; F1 is 2 / (2 + 1 + 2).
+    assert panoptic_quality(overlaps.ious) == pytest.approx(0.75 * 2 / 5)
+    assert panoptic_quality(overlaps.ious[:0]) == 0
+
+
+def test_an_instance_is_of_the_class_of_most_of_its_pixels():
+    labels = np.array([[1, 1, 1, 2, 2, 3, 3, 4, 0]])
+    classes = np.array([[2, 2, 1, 1, 2, 0, 0, 7, 1]])
+    assert majority_classes(labels, classes, 2).tolist() == [2, 1, 0, 0]
+    assert majority_classes(labels, 0 * classes, 2).tolist() == [0, 0, 0, 0]
 
 
 def test_aggregated_jaccard_adds_what_nothing_claims():
@@ -70,6 +82,7 @@ def test_aggregated_jaccard_adds_what_nothing_claims():
 
 def test_every_preset_is_a_recipe():
     assert set(list_presets()) == {
+        "classes",
         "nuclei",
         "nuclei-lite0",
         "s1-unet",
@@ -93,7 +106,7 @@ def test_a_recipe_is_changed_field_by_field_and_checked(tmp_path):
     for changes in ({"network": "resnet"}, {"loss": "bce+iou"}, {"batch": 0}, {"zoom_min": 3.0, "zoom_max": 2.0}):
         with pytest.raises(ValueError, match=f"{next(iter(changes))}: expected"):
             load_preset("s3-unet", **changes)
-    with pytest.raises(ValueError, match="there are nuclei"):
+    with pytest.raises(ValueError, match="there are classes"):
         load_preset("s9")
     (tmp_path / "mine.toml").write_text("width = 8\n")
     assert load_preset(str(tmp_path / "mine.toml")).name == "mine"
@@ -134,10 +147,23 @@ def test_losses_by_hand():
     assert dice_loss(z, target, once).item() == pytest.approx(1 - 2 / 3)
 
 
+def test_losses_of_two_classes_are_those_of_a_foreground():
+    """The softmax of (0, z) is the sigmoid of z."""
+    generator = torch.Generator().manual_seed(2)
+    z, target = torch.randn(2, 6, 6, generator=generator), torch.randint(0, 2, (2, 6, 6), generator=generator)
+    both, once = torch.stack([torch.zeros_like(z), z], dim=1), torch.ones_like(z)
+    for term in ("bce", "focal"):
+        expected = LOSSES[term](z, target.float(), once).item()
+        assert CLASS_LOSSES[term](both, target).item() == pytest.approx(expected, abs=1e-5)
+    expected = (dice_loss(z, target.float(), once) + dice_loss(-z, 1 - target.float(), once)) / 2
+    assert CLASS_LOSSES["dice"](both, target).item() == pytest.approx(expected.item())
+    assert CLASS_LOSSES.keys() == LOSSES.keys()
+
+
 def test_the_loss_is_the_sum_of_its_terms():
     labels = torch.zeros(1, 16, 16, dtype=torch.long)
     labels[0, 4:12, 4:12] = 1
-    batch = Batch(torch.zeros(1, 3, 16, 16), labels, (labels > 0).float())
+    batch = Batch(torch.zeros(1, 3, 16, 16), labels, (labels > 0).float(), (labels > 0).long())
     logits = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(1))
     semantic, instance = HEADS["semantic"].loss, HEADS["instance"].loss
     parts = [semantic(logits, batch, (term,)) for term in ("bce", "dice", "focal")]
@@ -189,7 +215,7 @@ def square_sample():
     labels = np.zeros((80, 100), np.int32)
     labels[20:60, 30:80] = 1
     pixels = np.repeat((labels > 0)[..., None], 3, axis=-1).astype(np.float32)
-    return make_sample(Entry("a", "fluo", "", lambda: (pixels, labels)), Normalisation("fixed", (0,), (1,)))
+    return make_sample(Entry("a", "fluo", "", lambda: Annotation(pixels, labels)), Normalisation("fixed", (0,), (1,)))
 
 
 @pytest.mark.parametrize("framing", ["crop", "resize"])
@@ -198,15 +224,33 @@ def test_augmentation_moves_image_labels_and_distance_together(framing, augmenta
     recipe = Recipe("a", framing=framing, augmentation=augmentation, size=64, zoom_min=0.5, zoom_max=2.0)
     augmenter = Augmenter(recipe, np.random.default_rng(3))
     for _ in range(10):
-        warped, ids, distance = augmenter._picture(square_sample(), plain=augmentation != "full")
+        warped, ids, distance, _ = augmenter._picture(square_sample(), plain=augmentation != "full")
         agree = ((warped[0] > 0.5) == (ids > 0)).float().mean()
         assert agree > 0.97
         assert not distance[ids == 0].any()
 
 
+def test_augmentation_moves_classes_with_the_pixels_and_keeps_their_colours():
+    labels = np.zeros((80, 100), np.int32)
+    labels[10:40, 10:90], labels[45:75, 10:90] = 1, 2
+    colours = np.array([(240, 240, 240), (150, 30, 30), (30, 30, 150)], np.uint8)
+    sample = make_sample(
+        Entry("a", "", "", lambda: Annotation(colours[labels], labels, labels)), Normalisation("fixed", (0,), (255,)), 2
+    )
+    for head in ("classes", "semantic"):
+        batch = Augmenter(Recipe("a", head=head, size=64), np.random.default_rng(3)).batch([sample] * 80)
+        assert torch.equal(batch.classes, batch.labels)
+        alike = 0
+        for pixels, classes in zip(batch.pixels, batch.classes, strict=True):
+            if (classes == 1).any() and (classes == 2).any():
+                red, blue = (pixels[:, classes == number].mean(dim=1) for number in (1, 2))
+                alike += bool(abs((red - blue)[0] - (red - blue)[2]) < 0.003)
+        assert alike == 0 if head == "classes" else alike > 5
+
+
 def test_resize_shows_the_whole_image():
     recipe = Recipe("a", framing="resize", augmentation="none", size=64)
-    _, ids, _ = Augmenter(recipe, np.random.default_rng(0))._picture(square_sample(), plain=True)
+    _, ids, *_ = Augmenter(recipe, np.random.default_rng(0))._picture(square_sample(), plain=True)
     assert ids.float().mean().item() == pytest.approx(40 * 50 / 80 / 100, abs=0.02)
 
 
@@ -254,7 +298,7 @@ def test_changed_crops_show_labels_where_their_pixels_are():
     sample = Sample("a", "", ids.astype(np.float32)[..., None], (0.0, float(side)), ids, np.zeros_like(ids, np.uint8))
     recipe = Recipe("a", size=32, zoom_min=1.5, zoom_max=1.5)
     pictures = [Augmenter(recipe, np.random.default_rng(seed))._picture(sample, plain=False) for seed in range(40)]
-    offset = torch.stack([pixels[0] * side - labels for pixels, labels, _ in pictures]).mean()
+    offset = torch.stack([pixels[0] * side - labels for pixels, labels, *_ in pictures]).mean()
     assert abs(float(offset)) < 0.1
 
 
@@ -341,6 +385,13 @@ def test_every_head_has_a_decoder_that_takes_its_outputs():
         assert set(decoder.mask_outputs) <= set(DECODER_OUTPUTS[name])
 
 
+def test_classes_are_decoded_as_in_a_run():
+    logits = np.random.default_rng(0).normal(0, 2, (4, 40, 50)).astype(np.float32)
+    for threshold in (0.3, 0.5, 0.8):
+        expected = decoders.DECODERS["classes"].mask(logits[None], threshold)[0]
+        np.testing.assert_array_equal(decode.class_map(logits, threshold), expected)
+
+
 def test_encoders_have_the_published_number_of_parameters():
     counts = {name: sum(one.numel() for one in ENCODERS[name]().parameters()) for name in ("resnet34", "mobilenetv2")}
     # torchvision: 21,797,672 and 3,504,872 with their classifiers of 513,000 and 1,281,000.
@@ -380,7 +431,7 @@ def test_published_architectures_have_their_size(architecture, millions, stride)
 
 
 def score_of(name, pixels, ap, found, spurious, missed, seconds):
-    return ImageScore(name, "k", pixels, (ap,) * 10, ap, found, spurious, missed, 2.0, seconds)
+    return ImageScore(name, "k", pixels, (ap,) * 10, ap, ap, found, spurious, missed, 2.0, seconds, 1, {})
 
 
 def test_summary_pools_instances_and_averages_images():
@@ -389,7 +440,7 @@ def test_summary_pools_instances_and_averages_images():
     assert summary.mean["dice"] == 0.75
     assert summary.pooled["dice"] == pytest.approx(30 / 40)
     assert summary.pooled["accuracy"] == pytest.approx(30 / 40)
-    assert summary.competition == summary.aji == pytest.approx(0.5)
+    assert summary.competition == summary.aji == summary.pq == pytest.approx(0.5)
     assert summary.mpx_per_s == 1.0
     assert summary.f1 == pytest.approx(8 / (8 + 2 + 1))
 

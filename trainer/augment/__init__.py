@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from cellseg_batch.trainer.augment.blank import blank
 from cellseg_batch.trainer.augment.stains import REFERENCE, find_stains, separate, show, stain_immune
 from cellseg_batch.trainer.data.sample import Sample, normalise
+from cellseg_batch.trainer.heads import HEADS
 from cellseg_batch.trainer.recipe import Recipe
 
 # Pictures shrunk by more than this are sampled at twice as many points: an objective shows no finer detail than its
@@ -41,11 +42,13 @@ class Batch:
         pixels: (N, 3, S, S) float32 in [0, 1].
         labels: (N, S, S) int64 instance ids, 0 background.
         distance: (N, S, S) float32 distance target in [0, 1].
+        classes: (N, S, S) int64 classes of the pixels, 0 background; all background where nobody told them apart.
     """
 
     pixels: Tensor
     labels: Tensor
     distance: Tensor
+    classes: Tensor
 
 
 class Augmenter:
@@ -65,15 +68,15 @@ class Augmenter:
         share = self.recipe.plain if self.recipe.augmentation == "full" else 1.0
         plain = self._chosen(share, len(samples))
         pictures = [self._picture(sample, bool(is_plain)) for sample, is_plain in zip(samples, plain, strict=True)]
-        pixels, labels, distance = (torch.stack(parts) for parts in zip(*pictures, strict=True))
+        pixels, labels, distance, classes = (torch.stack(parts) for parts in zip(*pictures, strict=True))
         if not plain.all():
             changed = ~plain
             colourful = torch.tensor([_is_colour(sample) for sample in samples])[changed]
             pixels[changed] = self._appearance(pixels[changed], colourful, labels[changed])
         for empty in self._chosen(self.recipe.blank, len(samples)).nonzero():
             pixels[empty] = blank(self.recipe.size, self.rng, self._jpeg)
-            labels[empty], distance[empty] = 0, 0
-        return Batch(pixels, labels, distance)
+            labels[empty], distance[empty], classes[empty] = 0, 0, 0
+        return Batch(pixels, labels, distance, classes)
 
     def _uniform(self, low: float, high: float, count: int) -> Tensor:
         return torch.from_numpy(self.rng.uniform(low, high, count).astype(np.float32))
@@ -90,8 +93,8 @@ class Augmenter:
     def _between(self, low: float, high: float) -> float:
         return float(self.rng.uniform(low, high))
 
-    def _picture(self, sample: Sample, plain: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels (3, S, S), labels (S, S) and distance (S, S) of one picture."""
+    def _picture(self, sample: Sample, plain: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pixels (3, S, S), labels (S, S), distance (S, S) and classes (S, S) of one picture."""
         height, width = sample.labels.shape
         zoom = 1.0 if plain else float(self._log_uniform(self.recipe.zoom_min, self.recipe.zoom_max, 1))
         fine = 2 if zoom < _COARSE else 1
@@ -111,13 +114,15 @@ class Augmenter:
             align_corners=False,
         )
         warped = (F.avg_pool2d(sampled, fine) if fine > 1 else sampled)[0]
-        ids = torch.from_numpy(sample.labels.astype(np.float32))[None, None]
+        maps = sample.labels if sample.classes is None else np.stack([sample.labels, sample.classes])
+        numbers = torch.from_numpy(maps.astype(np.float32)).view(1, -1, height, width)
         centres = grid_at(F.avg_pool2d(positions, fine) if fine > 1 else positions)
-        labels = F.grid_sample(ids, centres, mode="nearest", padding_mode="reflection", align_corners=False)[0, 0]
+        shown = F.grid_sample(numbers, centres, mode="nearest", padding_mode="reflection", align_corners=False)[0]
+        labels, classes = shown[0], shown[1] if len(shown) > 1 else torch.zeros_like(shown[0])
         pixels = warped[:-1] if len(warped) == 4 else warped[:1].expand(3, -1, -1)
         if not plain and self.rng.random() < self.recipe.flat:
             pixels = torch.lerp(pixels, flatten(pixels, labels.long()), float(self.rng.uniform(0.7, 1)))
-        return pixels, labels.long(), warped[-1] * (labels > 0)
+        return pixels, labels.long(), warped[-1] * (labels > 0), classes.long()
 
     def _positions(self, height: int, width: int, plain: bool, zoom: float, fine: int) -> tuple[Tensor, Tensor]:
         """Row and column of the image that each pixel of the picture shows; 0 is the first pixel's centre.
@@ -154,14 +159,17 @@ class Augmenter:
         return centre_y + dy, centre_x + dx
 
     def _appearance(self, pixels: Tensor, colourful: Tensor, labels: Tensor) -> Tensor:
-        """Change stain, colour, contrast, focus and noise of pixels (N, 3, S, S); ``labels`` are (N, S, S)."""
-        count = len(pixels)
+        """Change stain, colour, contrast, focus and noise of pixels (N, 3, S, S); ``labels`` are (N, S, S).
+
+        What tells classes apart is kept: no nuclei become brown, and no picture grey.
+        """
+        count, has_classes = len(pixels), HEADS[self.recipe.head].has_classes
         every = (count, 1, 1, 1)
         stained = ~colourful & self._chosen(0.15, count)
         if stained.any():
             pixels = torch.where(stained.view(every), self._virtual_stain(pixels), pixels)
         colourful = colourful | stained
-        immune = colourful & self._chosen(0.12, count)
+        immune = colourful & self._chosen(0 if has_classes else 0.12, count)
         restained = colourful & ~immune & self._chosen(0.8, count)
         pixels = self._each(restained, self._restain, pixels)
         pixels = self._each(immune, self._immune, pixels, labels)
@@ -170,7 +178,7 @@ class Augmenter:
         mixed = torch.einsum("nij,njhw->nihw", mix, pixels)
         pixels = torch.where((colourful & self._chosen(0.5, count)).view(every), mixed, pixels)
         grey = pixels.mean(dim=1, keepdim=True).expand_as(pixels)
-        pixels = torch.where(self._chosen(0.1, count).view(every), grey, pixels)
+        pixels = torch.where(self._chosen(0 if has_classes else 0.1, count).view(every), grey, pixels)
 
         tint = torch.from_numpy(self.rng.uniform(0.05, 1, (count, 3, 1, 1)).astype(np.float32))
         tint = tint / tint.amax(dim=1, keepdim=True)

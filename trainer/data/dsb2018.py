@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.trainer.data.files import read_pixels
-from cellseg_batch.trainer.data.sample import Entry
+from cellseg_batch.trainer.data.sample import Annotation, Entry
 
 
 def list_dsb2018(folder: Path) -> list[Entry]:
@@ -67,10 +67,10 @@ def merge_masks(masks: list[NDArray[np.bool_]], shape: tuple[int, int]) -> NDArr
     return labels
 
 
-def _read_masks(folder: Path) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
+def _read_masks(folder: Path) -> Annotation:
     image = _read_image(folder)
     files = sorted(path for path in (folder / "masks").iterdir() if not path.name.startswith("."))
-    return image, merge_masks([_read_mask(path) for path in files], image.shape[:2])
+    return Annotation(image, merge_masks([_read_mask(path) for path in files], image.shape[:2]))
 
 
 def _read_mask(path: Path) -> NDArray[np.bool_]:
@@ -92,10 +92,12 @@ def _read_mask(path: Path) -> NDArray[np.bool_]:
     return shown
 
 
-def _read_encoded(folder: Path, runs: list[str]) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
+def _read_encoded(folder: Path, runs: list[str]) -> Annotation:
     image = _read_image(folder)
     height, width = image.shape[:2]
-    return image, merge_masks([decode_runs(mask_runs, height, width) for mask_runs in runs], (height, width))
+    return Annotation(
+        image, merge_masks([decode_runs(mask_runs, height, width) for mask_runs in runs], (height, width))
+    )
 
 
 def _read_image(folder: Path) -> NDArray[np.generic]:

@@ -8,10 +8,13 @@ import imagecodecs
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
+from PIL import Image
 from skimage.io import imread
 
 SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 _PNG = b"\x89PNG\r\n\x1a\n"
+# Colour type of a PNG.
+_PALETTE = 3
 _TIFFS = (b"II*\0", b"MM\0*")
 
 
@@ -27,6 +30,23 @@ def read_pixels(path: Path) -> NDArray[np.generic]:
     else:
         pixels = imread(path)
     return pixels
+
+
+def read_map(path: Path) -> NDArray[np.generic]:
+    """The values (H, W) of a map in a file; where it has a palette, which shows them in colours, their indices.
+
+    Raises:
+        ValueError: the file has several channels.
+    """
+    with open(path, "rb") as stream:
+        header = stream.read(26)
+    if header.startswith(_PNG) and header[25] == _PALETTE:
+        with Image.open(path) as picture:
+            return np.asarray(picture)
+    values = read_pixels(path)
+    if values.ndim != 2:
+        raise ValueError(f"{path.name} is no single-channel map: shape {values.shape}")
+    return values
 
 
 def files_by_stem(folder: Path) -> dict[str, list[Path]]:

@@ -12,10 +12,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cellseg_batch.trainer.data.files import read_pixels
-from cellseg_batch.trainer.data.sample import Entry
+from cellseg_batch.trainer.data.sample import Annotation, Entry
 
 GROUND_FILE = "ground.csv"
 
@@ -40,9 +39,10 @@ def list_ground(folder: Path) -> list[Entry]:
     return entries
 
 
-def _read(path: Path, box: tuple[slice, slice]) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
+def _read(path: Path, box: tuple[slice, slice]) -> Annotation:
     image = read_pixels(path)
     part = image[box]
     if part.shape[:2] != tuple(side.stop - side.start for side in box):
         raise ValueError(f"the box reaches beyond the image of {image.shape[0]} x {image.shape[1]} px")
-    return part, np.zeros(part.shape[:2], np.int32)
+    nothing = np.zeros(part.shape[:2], np.int32)
+    return Annotation(part, nothing, classes=nothing)

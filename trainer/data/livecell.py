@@ -17,7 +17,7 @@ from skimage.draw import polygon2mask
 
 from cellseg_batch.trainer.data.dsb2018 import merge_masks
 from cellseg_batch.trainer.data.files import read_pixels
-from cellseg_batch.trainer.data.sample import Entry
+from cellseg_batch.trainer.data.sample import Annotation, Entry
 
 _SPLITS = ("train", "val", "test")
 
@@ -48,12 +48,12 @@ def list_coco(folder: Path) -> list[Entry]:
     return entries
 
 
-def _read(path: Path | None, name: str, cells: list[Any]) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
+def _read(path: Path | None, name: str, cells: list[Any]) -> Annotation:
     if path is None:
         raise FileNotFoundError(f"images/ holds no {name}")
     image: NDArray[np.generic] = read_pixels(path)
     shape = image.shape[:2]
-    return image, merge_masks([_fill(polygons, shape) for polygons in cells], shape)
+    return Annotation(image, merge_masks([_fill(polygons, shape) for polygons in cells], shape))
 
 
 def _fill(polygons: list[list[float]], shape: tuple[int, int]) -> NDArray[np.bool_]:

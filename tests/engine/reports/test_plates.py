@@ -24,7 +24,12 @@ def field(folder, plate, row, column, name, areas, quality=(2.0, 0.0)):
     lines = [[5 * y, 5, 5 * y + 1, 5 + area, area, *[0] * 9, 1, 3, 2 * area, 4 * area] for y, area in enumerate(areas)]
     rows = np.array(lines, float).reshape(-1, 18)
     origin = Origin("s", position.well, name, (100, 50), "", 0.5, ("DAPI",))
-    provenance = replace(PROVENANCE, labelled_fraction=sum(areas) / 5000, quality={"DAPI": ChannelQuality(*quality)})
+    provenance = replace(
+        PROVENANCE,
+        labelled_fraction=sum(areas) / 5000,
+        quality={"DAPI": ChannelQuality(*quality)},
+        class_fractions={"tumour": max(areas, default=0) / 5000, "stroma": 0.0},
+    )
     path = folder / f"{position.well}-{name}.parquet"
     objects = Objects(np.arange(1, len(areas) + 1).astype(np.uint64), rows[:, 0] * 0, rows)
     write_table(path, origin, [objects], provenance)
@@ -51,6 +56,8 @@ def test_wells_add_up_their_fields(tmp_path, plate):
     assert (first["median_area"], first["median_area_um2"]) == (25, 6.25)
     assert first["mean_intensity_DAPI"] == 2
     assert first["confluence"] == pytest.approx(100 / 10000)
+    assert first["confluence_tumour"] == pytest.approx((30 + 40) / 10000)
+    assert (first["confluence_stroma"], third["confluence_tumour"]) == (0, None)
     assert (first["border_fraction"], first["focus"], first["saturation"]) == (0.5, 3, pytest.approx(0.2))
     assert (second["count"], second["failed_fields"], second["median_area"]) == (0, 1, None)
     assert second["reason"] == "1: a damaged chunk, alas"

@@ -8,7 +8,8 @@ import zarr
 from PIL import Image
 
 from cellseg_batch.trainer.outlines import outlined
-from tests.support.images import fill_ome_zarr, write_ome_zarr
+from tests.support.convolutions import write_convolution
+from tests.support.images import blobs, fill_ome_zarr, labels_of, write_ome_zarr
 
 
 def discs(height, width, step=50, radius=18):
@@ -132,3 +133,16 @@ def test_labels_without_their_finest_level_are_not_drawn_as_if_they_were_whole(t
     code, printed = command("preview", path, "--out", tmp_path / "x.png")
     assert code == 1
     assert "found one without its level 0" in printed
+
+
+def test_classes_are_tinted_in_their_colours(tmp_path, segment, command):
+    model = write_convolution(tmp_path, "classes")
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(120, 100, 1), levels=1)
+    labels = labels_of(segment(path, model=str(model), backend="onnxruntime", margin=16))
+    code, said = command("preview", path, "--out", tmp_path / "p.png")
+    assert code == 0, said
+    picture = np.asarray(Image.open(tmp_path / "p.png")).astype(int)
+    enlarged = picture.shape[0] // 120
+    red, _, blue = np.moveaxis(picture[enlarged // 2 :: enlarged, enlarged // 2 :: enlarged], -1, 0)
+    for value, is_more_red in ((0, 0), (1, 1), (2, -1)):
+        assert (np.sign(red - blue)[labels == value] == is_more_red).all(), value

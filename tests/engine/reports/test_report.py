@@ -10,6 +10,7 @@ import pytest
 import zarr
 
 from cellseg_batch.engine.reports.svg_charts import bars, histogram, nice_ceiling, plate_chart, rate_chart
+from tests.support.convolutions import write_convolution
 from tests.support.images import blobs, fill_ome_zarr, write_ome_zarr
 
 _VOID = {"meta", "img"}
@@ -114,6 +115,27 @@ def test_objects_have_counts_densities_and_sizes_and_plates_their_heat_maps(tmp_
         assert float(median.split()[0]) == pytest.approx(np.median(areas), rel=0.01)
         assert (density.split()[1], median.split()[1]) == (("/mm²", "µm²") if slide.pixel_size_um else ("/Mpx", "px"))
     assert not known
+
+
+def test_classes_have_their_shares_in_their_colours_by_image_and_by_well(tmp_path, segment, page):
+    model = write_convolution(tmp_path, "classes", ("rgb",))
+    write_plate(tmp_path / "in" / "plate.zarr")
+    usual = {"model": str(model), "backend": "onnxruntime", "margin": 16}
+    for name, objects in (("classes", False), ("objects", True)):
+        report = segment(tmp_path / "in", **usual, objects=objects, name=name)
+        text = page(tmp_path / "in", "--name", name)
+        assert Outline(text).headings[1:3] == ["Plate plate.zarr", "Classes"]
+        section = text[text.index("<h2>Classes") :].split("</section>")[0]
+        rows = dict(re.findall(r"<tr><td>(.*?)</td>(.*?)</tr>", section))
+        assert set(rows) == {"mean over images", *(slide.path for slide in report.slides)}
+        for slide in report.slides:
+            assert min(slide.classes.values()) > 0.01
+            assert re.findall(r'"number">([^<]*)<', rows[slide.path]) == [
+                f"{100 * s:.1f} %" for s in slide.classes.values()
+            ]
+        assert all(colour in section for colour in ("#ff4040", "#40ffff"))
+        # Without a summary of the plate, a chart of the foreground and of each class.
+        assert [f"% {kind}, the highest" in text for kind in ("foreground", "dim", "bright")] == [not objects] * 3
 
 
 def test_messages_that_images_share_are_said_once_and_long_lists_are_cut(tmp_path, segment, page):

@@ -10,12 +10,13 @@ from skimage.io import imread
 from skimage.segmentation import relabel_sequential
 
 from cellseg_batch.engine.models import build_torch_network, load_model
+from cellseg_batch.engine.reports.sample_prediction import predict_in_one_pass
+from cellseg_batch.engine.reports.scores import score, summarise
 from cellseg_batch.engine.reports.verify_seams import prove_seams
 from cellseg_batch.engine.run.campaign import run as run_campaign
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.trainer.card import Normalisation
 from cellseg_batch.trainer.data.dataset import load_dataset
-from cellseg_batch.trainer.evaluate import evaluate, summarise
 from cellseg_batch.trainer.metrics import average_precisions, instance_overlaps, pixel_score
 from tests.support.images import write_ome_zarr
 
@@ -95,7 +96,8 @@ def test_the_shipped_model_reaches_its_dice(data_folder, tmp_path, watcher):
 def test_instances_score_as_in_the_trainers_evaluation(data_folder, tmp_path, watcher):
     samples = load_dataset(data_folder / "dsb2018", Normalisation(), only=("val",)).splits["val"][::8]
     bundle = load_model("nuclei")
-    evaluated = summarise(evaluate(bundle, build_torch_network(bundle), samples))
+    network = build_torch_network(bundle)
+    evaluated = summarise([score(predict_in_one_pass(bundle, network, sample), sample, ()) for sample in samples])
     paths = [data_folder / "dsb2018" / "images" / f"{sample.name}.png" for sample in samples]
     report = run_campaign(paths, Settings(output=tmp_path / "out", instances=True), watcher)
     scores = [
