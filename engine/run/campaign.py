@@ -226,7 +226,7 @@ class Campaign:
             # Choose in a worker: this machine may be a login node without the workers' devices.
             workers = max(settings.workers, threads_per_process(settings))  # blocks in flight in one process
             settings = replace(settings_elsewhere(settings), workers=workers)
-            self.choice = call_alone(pool, choose_backend, settings, pixels)
+            self.choice = call_alone(pool, partial(choose_backend, pixels=pixels), settings)
             self.worker = WorkerElsewhere(settings, self.choice, uuid4().hex)
         self.compile_seconds = time.perf_counter() - started
 
