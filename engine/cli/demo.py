@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -19,4 +20,7 @@ def demo(
 
     with plain_errors(debug):
         names = write_demo(out)
-        print_text(f"{out}: {', '.join(names)}\nnow: cellseg-batch run {out}")
+        print_text(f"{out}: {', '.join(names)}\nnow:")
+        store = shlex.quote(str(out))
+        for command in (f"run {store} --objects", f"preview {store} --out picture.png", f"report {store}"):
+            print_text(f"  cellseg-batch {command}")

@@ -27,8 +27,11 @@ def doctor(json_file: Json = None, debug: Debug = False) -> None:
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
-    """Print a row for each part of the machine, backend, model and library, with the remedy for what is missing."""
-    table = Table(title=f"cellseg-batch {diagnosis.version}", title_justify="left")
+    """Print whether all is well, then what each part of the machine, backend, model and library is or lacks."""
+    fault = diagnosis.fault
+    verdict = Text(fault, "red") if fault else Text("all is well", "green")
+    console.print(Text.assemble(f"cellseg-batch {diagnosis.version}: ", verdict), soft_wrap=True)
+    table = Table()
     for heading in ("what", "found", "remedy"):
         table.add_column(heading, overflow="fold")
     memory, free = diagnosis.memory_bytes / 1e9, diagnosis.free_bytes / 1e9

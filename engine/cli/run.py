@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 import typer
@@ -56,7 +57,7 @@ def run(
                 report = summarise_plates(report, settings)
         print_failures(report, Console(stderr=True))
         if not quiet:
-            print_report(report, Console())
+            print_report(report, Console(), settings)
         write_json(json_file, report.to_json())
     raise typer.Exit(report.status == "failed")
 
@@ -79,7 +80,7 @@ def print_failures(report: RunReport, console: Console) -> None:
                 print_line(console, state, colour, f"{slide.path}: {slide.reason}")
 
 
-def print_report(report: RunReport, console: Console) -> None:
+def print_report(report: RunReport, console: Console, settings: Settings) -> None:
     """Print the figures of the run that are known, and as the last line how many images are in each state."""
     table = Table(title="cellseg-batch run", show_header=False, title_justify="left")
     table.add_column()
@@ -97,6 +98,7 @@ def print_report(report: RunReport, console: Console) -> None:
         ("peak memory", _memory(report)),
         ("labels", _labels(report.slides)),
         *(("plate", _plate(plate)) for plate in report.plates),
+        ("picture", _picture(report.slides, settings)),
     ):
         if value:
             table.add_row(name, as_text(as_flags(value)))
@@ -158,6 +160,17 @@ def _labels(slides: list[SlideReport]) -> str:
     if not written:
         return ""
     return written[0] if len(written) == 1 else f"{written[0]} and {len(written) - 1} more"
+
+
+def _picture(slides: list[SlideReport], settings: Settings) -> str:
+    """The command that shows the labels of the first image that has some."""
+    first = next((slide.path for slide in slides if slide.labels and slide.status != "failed"), None)
+    if first is None:
+        return ""
+    words = ["cellseg-batch", "preview", first, "--out", "picture.png"]
+    words += ["--name", settings.name] if settings.name != Settings.name else []
+    words += ["--output", str(settings.output)] if settings.output is not None else []
+    return shlex.join(words)
 
 
 def _plate(plate: PlateReport) -> str:

@@ -87,9 +87,19 @@ class Diagnosis:
     models: tuple[str, ...]
     libraries: tuple[Library, ...]
 
+    @property
+    def fault(self) -> str:
+        """What keeps this machine from segmenting, or its GPUs from being used, and the remedy; "" if nothing does."""
+        wanted = "GPU" if self.gpus else "CPU"
+        states = [state for state in self.backends if state.device == wanted]
+        if not all(state.reason for state in states):
+            return ""
+        remedies = [state.remedy for state in states if state.remedy]
+        return f"no backend runs on the {wanted}; {remedies[0] if remedies else 'see the reasons below'}"
+
     def to_json(self) -> dict[str, Any]:
         """The diagnosis as plain JSON values."""
-        return asdict(self)
+        return {**asdict(self), "fault": self.fault}
 
 
 def diagnose() -> Diagnosis:
