@@ -1,0 +1,120 @@
+"""Scans in the layouts of DICOM and MIRAX, written tile by tile."""
+
+import io
+import struct
+
+import numpy as np
+from PIL import Image
+
+WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
+
+
+def write_dicom(folder, levels, tile=64, um=0.25, series="1.2.826.0.1.5", kind="VOLUME", missing=()):
+    """Write each of the levels (H, W, 3), the full resolution first, as a file of one series; returns the files.
+
+    Args:
+        folder: where to.
+        levels: pixels of uint8.
+        tile: height and width of a frame.
+        um: µm per px of the first level.
+        series: UID of the series.
+        kind: what the files show.
+        missing: (row, column) of tiles of the first level that are not stored.
+    """
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    files = []
+    for number, pixels in enumerate(levels):
+        height, width = pixels.shape[:2]
+        rows, columns = -(-height // tile), -(-width // tile)
+        padded = np.pad(pixels, ((0, rows * tile - height), (0, columns * tile - width), (0, 0)))
+        places = [(y, x) for y in range(rows) for x in range(columns) if number or (y, x) not in missing]
+        frames = [padded[y * tile : (y + 1) * tile, x * tile : (x + 1) * tile] for y, x in places]
+        about, measures, shared, optical = FileMetaDataset(), Dataset(), Dataset(), Dataset()
+        about.MediaStorageSOPClassUID, about.TransferSyntaxUID = WHOLE_SLIDE, ExplicitVRLittleEndian
+        about.MediaStorageSOPInstanceUID = f"{series}.{number}"
+        measures.PixelSpacing = [um / 1000 * levels[0].shape[0] / height, um / 1000 * levels[0].shape[1] / width]
+        shared.PixelMeasuresSequence = [measures]
+        optical.OpticalPathIdentifier = "1"
+        slide = Dataset()
+        slide.file_meta = about
+        slide.SOPClassUID, slide.SOPInstanceUID, slide.SeriesInstanceUID = WHOLE_SLIDE, f"{series}.{number}", series
+        slide.ImageType = [*("DERIVED", "PRIMARY", kind), "RESAMPLED" if number else "NONE"]
+        slide.TotalPixelMatrixColumns, slide.TotalPixelMatrixRows = width, height
+        slide.Rows = slide.Columns = tile
+        slide.NumberOfFrames, slide.SamplesPerPixel, slide.PhotometricInterpretation = len(frames), 3, "RGB"
+        slide.PlanarConfiguration = slide.PixelRepresentation = 0
+        slide.BitsAllocated, slide.BitsStored, slide.HighBit = 8, 8, 7
+        slide.DimensionOrganizationType = "TILED_SPARSE" if missing else "TILED_FULL"
+        slide.SharedFunctionalGroupsSequence, slide.OpticalPathSequence = [shared], [optical]
+        if missing:
+            slide.PerFrameFunctionalGroupsSequence = [_place(y * tile, x * tile) for y, x in places]
+        slide.PixelData = np.stack(frames).tobytes()
+        slide["PixelData"].VR = "OB"
+        files.append(folder / f"{series}-{number}.dcm")
+        slide.save_as(files[-1], enforce_file_format=True)
+    return files
+
+
+def _place(row, column):
+    from pydicom.dataset import Dataset
+
+    place, group = Dataset(), Dataset()
+    place.RowPositionInTotalImagePixelMatrix, place.ColumnPositionInTotalImagePixelMatrix = row + 1, column + 1
+    group.PlanePositionSlideSequence = [place]
+    return group
+
+
+def write_mirax(path, levels, tile=64, um=0.25, missing=()):
+    """Write levels (H, W, 3), each half as large as the one before and cut into whole tiles, as a MIRAX scan.
+
+    Args:
+        path: the .mrxs file; the pixels go to a folder beside it.
+        levels: pixels of uint8.
+        tile: height and width of a tile.
+        um: µm per px of the first level.
+        missing: (row, column) of tiles of the first level that were not scanned.
+    """
+    folder, identity = path.with_suffix(""), "0123456789ABCDEF"
+    folder.mkdir()
+    path.write_bytes(b"")
+    down, across = (length // tile for length in levels[0].shape[:2])
+    data, pages = bytearray(b"data"), []
+    for number, pixels in enumerate(levels):
+        step, entries = 2**number, []
+        for y in range(pixels.shape[0] // tile):
+            for x in range(pixels.shape[1] // tile):
+                if number or (y, x) not in missing:
+                    encoded = io.BytesIO()
+                    part = pixels[y * tile : (y + 1) * tile, x * tile : (x + 1) * tile]
+                    Image.fromarray(part).save(encoded, "PNG")
+                    entries.append((y * step * across + x * step, len(data), len(encoded.getvalue()), 0))
+                    data += encoded.getvalue()
+        pages.append(entries)
+    # The index: where the list of levels begins; of each level where its page begins; of each tile where it lies.
+    start = len("01.02") + len(identity)
+    index = bytearray(struct.pack("<ii", start + 8, 0))
+    place = start + 8 + 4 * len(pages)
+    lists, listed = bytearray(), bytearray()
+    for entries in pages:
+        lists += struct.pack("<i", place + len(listed))
+        page = struct.pack("<ii", 0, place + len(listed) + 8) + struct.pack("<ii", len(entries), 0)
+        listed += page + b"".join(struct.pack("<iiii", *entry) for entry in entries)
+    (folder / "Index.dat").write_bytes(b"01.02" + identity.encode() + index + lists + listed)
+    (folder / "Data0000.dat").write_bytes(data)
+    sections = "".join(
+        f"[L{number}]\nOVERLAP_X=0\nOVERLAP_Y=0\nMICROMETER_PER_PIXEL_X={um * 2**number}\n"
+        f"MICROMETER_PER_PIXEL_Y={um * 2**number}\nIMAGE_FORMAT=PNG\nIMAGE_FILL_COLOR_BGR=16777215\n"
+        f"DIGITIZER_WIDTH={tile}\nDIGITIZER_HEIGHT={tile}\nIMAGE_CONCAT_FACTOR={min(number, 1)}\n"
+        for number in range(len(levels))
+    )
+    names = "".join(
+        f"HIER_0_VAL_{number}=Zoom_{number}\nHIER_0_VAL_{number}_SECTION=L{number}\n" for number in range(9)
+    )
+    (folder / "Slidedat.ini").write_text(
+        f"[GENERAL]\nSLIDE_ID={identity}\nIMAGENUMBER_X={across}\nIMAGENUMBER_Y={down}\nOBJECTIVE_MAGNIFICATION=40\n"
+        f"CameraImageDivisionsPerSide=1\n[HIERARCHICAL]\nHIER_COUNT=1\nNONHIER_COUNT=0\nINDEXFILE=Index.dat\n"
+        f"HIER_0_NAME=Slide zoom level\nHIER_0_COUNT={len(levels)}\n{names}[DATAFILE]\nFILE_COUNT=1\n"
+        f"FILE_0=Data0000.dat\n{sections}"
+    )
