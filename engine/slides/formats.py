@@ -11,9 +11,10 @@ from cellseg_batch.engine.slides.openslide import OpenSlides
 from cellseg_batch.engine.slides.pictures import Pictures
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.slides.tiff import Tiff
+from cellseg_batch.engine.slides.zipped_zarr import ZippedZarr
 
 # The first format that can open a path gets it.
-FORMATS: tuple[ImageFormat, ...] = (Zarr(), Tiff(), OpenSlides(), Pictures(), Arrays())
+FORMATS: tuple[ImageFormat, ...] = (Zarr(), ZippedZarr(), Tiff(), OpenSlides(), Pictures(), Arrays())
 _CONVERT = "{} files are not supported; convert it to OME-Zarr or OME-TIFF (bioformats2raw)"
 _SAVE_AS = "{} files are not supported; save it as PNG or TIFF"
 _UNPACK = "{} files are not supported; unpack it"
@@ -28,7 +29,6 @@ _UNSUPPORTED = {
     **dict.fromkeys((".jp2", ".j2k", ".jpx", ".jpf", ".jxl", ".jxr", ".gif", ".webp", ".avif", ".heic"), _SAVE_AS),
     **dict.fromkeys((".heif", ".pgm", ".ppm", ".pnm", ".pbm", ".tga", ".psd", ".dng", ".gel", ".exr"), _SAVE_AS),
     ".zarr": "it has no zarr metadata (zarr.json, .zgroup or .zarray) although it is named {}; copy or export it again",
-    ".ozx": _UNPACK,
 }
 # Suffixes that are added to the name of a file of any format.
 _ADDED = {
