@@ -118,3 +118,58 @@ def write_mirax(path, levels, tile=64, um=0.25, missing=()):
         f"HIER_0_NAME=Slide zoom level\nHIER_0_COUNT={len(levels)}\n{names}[DATAFILE]\nFILE_COUNT=1\n"
         f"FILE_0=Data0000.dat\n{sections}"
     )
+
+
+def write_czi(path, scenes, steps=(1,), tile=100, um=0.25, names=("DAPI", "GFP"), missing=()):
+    """Write scenes (T, Z, C, H, W), or (H, W, 3) in colour, as a CZI of tiles by pylibCZIrw.
+
+    The library writes no pyramids, so their layers are written as tiles of the full resolution, and then enlarged in
+    the lists of tiles.
+
+    Args:
+        path: the file.
+        scenes: pixels of each scene, of one shape; two lie 50 px from each other. A single one has no number.
+        steps: px of the full resolution in a px of each layer of the pyramid, along one side.
+        tile: height and width of a tile in its px.
+        um: µm per px of the full resolution.
+        names: names of the channels.
+        missing: numbers of tiles of the first plane, over all layers, that are not written, neither in other planes.
+    """
+    from pylibCZIrw import czi
+
+    layers = []
+    with czi.create_czi(str(path)) as document:
+        for scene, pixels in enumerate(scenes):
+            planes = pixels[None, None, None] if pixels.ndim == 3 else pixels[..., None]
+            left, options = scene * (planes.shape[4] + 50) - 30, {"scene": scene} if len(scenes) > 1 else {}
+            places = []
+            for step in steps:
+                height, width = (side // step for side in planes.shape[3:5])
+                places += [(step, y, x) for y in range(0, height, tile) for x in range(0, width, tile)]
+            places = [place for number, place in enumerate(places) if number not in missing]
+            layers = [step for step, _, _ in places]
+            for step, y, x in places:
+                height, width = (side // step for side in planes.shape[3:5])
+                low = planes[:, :, :, ::step, ::step, ::-1][:, :, :, :height, :width]
+                for t, z, c in np.ndindex(planes.shape[:3]):
+                    part = np.ascontiguousarray(low[t, z, c, y : y + tile, x : x + tile])
+                    at = {"T": t, "Z": z, "C": c}
+                    document.write(part, plane=at, location=(left + x * step, 20 + y * step), **options)
+        sizes = {"scale_x": um / 1e6, "scale_y": um / 1e6, "scale_z": 1e-6}
+        document.write_metadata("test", channel_names=dict(enumerate(names)), **sizes)
+    path.write_bytes(_enlarged(path.read_bytes(), layers))
+
+
+def _enlarged(content, layers):
+    """A CZI whose tile number m of each plane has ``layers[m]`` px of the full resolution in each of its px."""
+    content, entry = bytearray(content), content.find(b"DV")
+    while entry >= 0:
+        (count,) = struct.unpack_from("<i", content, entry + 28)
+        places = {content[at]: at for at in range(entry + 32, entry + 32 + 20 * count, 20)} if 2 < count < 9 else {}
+        if {*b"XYM"} <= places.keys():
+            (number,) = struct.unpack_from("<i", content, places[ord("M")] + 4)
+            for axis in b"XY":
+                (stored,) = struct.unpack_from("<i", content, places[axis] + 16)
+                struct.pack_into("<i", content, places[axis] + 8, stored * layers[number])
+        entry = content.find(b"DV", entry + 1)
+    return content
