@@ -50,7 +50,7 @@ class Tiff(ImageFormat):
     """Format of TIFF and its relatives; tifffile decodes the pixels."""
 
     name: ClassVar[str] = TIFF
-    title: ClassVar[str] = "TIFF, SVS"
+    title: ClassVar[str] = "TIFF, SVS, NDPI, SCN, BIF, QPTIFF"
     suffixes: ClassVar[tuple[str, ...]] = (
         *(".tif", ".tiff", ".btf", ".tf2", ".tf8", ".ptif", ".ptiff", ".zif"),
         *(".svs", ".ndpi", ".scn", ".bif", ".qptiff", ".lsm", ".stk", ".companion.ome"),
