@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def info(slides: Slides, settings: Settings, json_file: Json = None) -> None:
     """List the images that SLIDES hold, and how each would be cut into blocks and tiles.
 
-    Read are OME-Zarr, zarr array, zarr.zip, TIFF, SVS, NDPI, SCN, BIF, QPTIFF, PNG, JPEG, BMP; with extras also MRXS,
-    DICOM, svslide (openslide), CZI (czi), ND2 (nd2), LIF (lif): pip install 'cellseg-batch[openslide,czi,nd2,lif]'.
+    Read are OME-Zarr, zarr array, zarr.zip, TIFF, SVS, NDPI, SCN, BIF, QPTIFF, PNG, JPEG, BMP; with pip's extra
+    openslide also MRXS, DICOM, svslide, with czi CZI, with nd2 ND2, with lif LIF.
 
     Never tried on a real file: zarr.zip, SCN, BIF, QPTIFF, MRXS, svslide, the pyramid of a CZI, an ND2 that is
     compressed or of several positions, a LIF in colour.

@@ -87,13 +87,14 @@ class ColourPixels(PlaneReader):
     def __init__(self, document: Any, image: Any, axes: str) -> None:
         super().__init__(axes)
         self._document, self._image, self._lock = document, image, Lock()
+        self._last: tuple[Mapping[str, int], NDArray[Any]] | None = None
 
     def read_plane(self, plane: Mapping[str, int], box: Box) -> NDArray[Any]:
-        """Read a box of a frame, which is read whole."""
-        at = {axis.upper(): number for axis, number in plane.items()}
+        """Read a box of a frame, which is read whole, and kept until another is."""
         with self._lock:
-            frame: NDArray[Any] = self._image.frame(**at)
-        return frame[box.slices()]
+            if self._last is None or self._last[0] != plane:
+                self._last = plane, self._image.frame(**{axis.upper(): number for axis, number in plane.items()})
+            return self._last[1][box.slices()]
 
     def close(self) -> None:
         """Close the file."""

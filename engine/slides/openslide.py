@@ -5,7 +5,10 @@ Sources: openslide.org/api for what a handle does; DICOM PS3.3 C.8.12 for the fi
 
 from __future__ import annotations
 
+import sqlite3
+import struct
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
@@ -65,7 +68,7 @@ class OpenSlides(ImageFormat):
             notes = scan.notes + left_out(list(handle.associated_images))
             if scan.is_sparse or "openslide.bounds-width" in properties:
                 notes += (_UNSCANNED.format(_background(properties)),)
-            notes += search.check_axes("yxc", str(path))
+            notes += _not_read(properties) + search.check_axes("yxc", str(path))
             yield _describe(handle.level_dimensions, properties, scan.files, beside(name, path, scan.files[0]), notes)
 
     def open_level(self, slide: Slide, level: int) -> ScanPixels:
@@ -181,6 +184,16 @@ def _describe(
     )
 
 
+def _not_read(properties: Mapping[str, str]) -> tuple[str, ...]:
+    """Notes on the focus levels and filters of a MIRAX scan, of which OpenSlide reads the first alone."""
+    notes, about = [], "mirax.HIERARCHICAL.HIER_"
+    for number in range(1, int(properties.get(f"{about}COUNT", 0))):
+        count, name = (properties.get(f"{about}{number}_{key}", "") for key in ("COUNT", "NAME"))
+        if count.isdecimal() and int(count) > 1:
+            notes.append(f"only the first of its {count} values of {name} is read")
+    return tuple(notes)
+
+
 def _background(properties: Mapping[str, str]) -> str:
     """RRGGBB of what was not scanned."""
     return properties.get("openslide.background-color", "FFFFFF")
@@ -202,7 +215,7 @@ def _scan_of(path: Path) -> _Scan:
         ReadError: files are missing, pydicom is not installed or cannot read the file, or it is no whole slide.
     """
     name = path.name.lower()
-    return _series_of(path) if name.endswith(_DICOM) else _mirax(path) if name.endswith(_MIRAX) else _Scan((path,))
+    return _series_of(path) if name.endswith(_DICOM) else _mirax(path) if name.endswith(_MIRAX) else _sakura(path)
 
 
 def _mirax(path: Path) -> _Scan:
@@ -216,6 +229,19 @@ def _mirax(path: Path) -> _Scan:
             remedy="copy it along",
         )
     return _Scan((path, *sorted(file for file in folder.iterdir() if file.is_file())), is_sparse=True)
+
+
+def _sakura(path: Path) -> _Scan:
+    """The scan of a Sakura file, a database; OpenSlide reads the middle one of its focal planes."""
+    with (
+        reading_by("sqlite3", path),
+        closing(sqlite3.connect(f"{Path(local_file(path)).as_uri()}?mode=ro", uri=True)) as file,
+    ):
+        (table,) = file.execute("SELECT TableName FROM DataManagerSQLiteConfigXPO").fetchone()
+        quoted = '"{}"'.format(table.replace('"', '""'))
+        (header,) = file.execute(f"SELECT data FROM {quoted} WHERE id = 'Header'").fetchone()
+        (planes,) = struct.unpack_from("<I", header, 16)
+    return _Scan((path,), (f"only the middle one of its {planes} focal planes is read",) if planes > 1 else ())
 
 
 def _series_of(path: Path) -> _Scan:

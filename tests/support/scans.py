@@ -1,7 +1,9 @@
-"""Scans in the layouts of DICOM and MIRAX, written tile by tile."""
+"""Scans in the layouts of DICOM, MIRAX, Sakura and CZI, written tile by tile."""
 
 import io
+import sqlite3
 import struct
+from contextlib import closing
 
 import numpy as np
 from PIL import Image
@@ -118,6 +120,45 @@ def write_mirax(path, levels, tile=64, um=0.25, missing=()):
         f"HIER_0_NAME=Slide zoom level\nHIER_0_COUNT={len(levels)}\n{names}[DATAFILE]\nFILE_COUNT=1\n"
         f"FILE_0=Data0000.dat\n{sections}"
     )
+
+
+def write_svslide(path, levels, tile=64, um=0.25, planes=1):
+    """Write levels (H, W, 3), each half as large as the one before, as a scan of Sakura: a database of grey JPEGs.
+
+    Args:
+        path: the file.
+        levels: pixels of uint8.
+        tile: height and width of a tile.
+        um: µm per px of the first level.
+        planes: number of focal planes; the middle one has the pixels, others are black.
+    """
+    height, width = levels[0].shape[:2]
+    with closing(sqlite3.connect(path)) as file, file:
+        file.execute("CREATE TABLE DataManagerSQLiteConfigXPO (TableName TEXT)")
+        file.execute("INSERT INTO DataManagerSQLiteConfigXPO VALUES ('scan 1')")
+        file.execute("CREATE TABLE SVSlideDataXPO (OID, SlideId, Date, Description, Creator, DiagnosisCode, Keywords)")
+        file.execute("INSERT INTO SVSlideDataXPO (OID) VALUES (1)")
+        file.execute(
+            "CREATE TABLE SVHRScanDataXPO (ParentSlide, ScanId, ResolutionMmPerPix REAL, Date, Name, Description)"
+        )
+        file.execute("INSERT INTO SVHRScanDataXPO (ParentSlide, ResolutionMmPerPix) VALUES (1, ?)", [um / 1000])
+        file.execute('CREATE TABLE "scan 1" (id TEXT PRIMARY KEY, data BLOB)')
+        header = struct.pack("<IIIII", tile, width, height, 0, planes)
+        rows = [("++MagicBytes", "SVGigaPixelImage"), ("Header", header)]
+        for number, pixels in enumerate(levels):
+            step = 2**number
+            for y in range(0, pixels.shape[0], tile):
+                for x in range(0, pixels.shape[1], tile):
+                    for colour, plane in np.ndindex(3, planes):
+                        part = np.zeros((tile, tile), np.uint8)
+                        if plane == (planes + 1) // 2 - 1:
+                            part[: pixels.shape[0] - y, : pixels.shape[1] - x] = pixels[
+                                y : y + tile, x : x + tile, colour
+                            ]
+                        encoded = io.BytesIO()
+                        Image.fromarray(part).save(encoded, "JPEG", quality=100)
+                        rows.append((f"T;{x * step}|{y * step};{step};{colour};{plane}", encoded.getvalue()))
+        file.executemany('INSERT INTO "scan 1" VALUES (?, ?)', rows)
 
 
 def write_czi(path, scenes, steps=(1,), tile=100, um=0.25, names=("DAPI", "GFP"), missing=()):

@@ -1,7 +1,4 @@
-"""Scans that OpenSlide decodes, on files made to the layouts of DICOM and MIRAX: the pixels of every level, box by box.
-
-The Sakura format has the same adapter, and no file of it is made here.
-"""
+"""Scans that OpenSlide decodes, on files made to the layouts of DICOM, MIRAX and Sakura: every level, box by box."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +13,10 @@ from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.reader import SlideReader
 from tests.support.images import blobs, labels_of
 from tests.support.processes import TINY_RUN, kill_when
-from tests.support.scans import write_dicom, write_mirax
+from tests.support.scans import write_dicom, write_mirax, write_svslide
 from tests.support.slides import only, read
 
-pytest.importorskip("openslide")
+openslide = pytest.importorskip("openslide")
 pytest.importorskip("pydicom")
 
 FULL = np.ascontiguousarray(np.moveaxis(blobs(512, 256, seed=3), 0, -1))
@@ -35,15 +32,23 @@ def mirax(folder, **options):
     return folder / "a.mrxs"
 
 
-@pytest.mark.parametrize("write", [dicom, mirax])
-def test_every_box_of_every_level_is_as_it_was_written_from_several_threads(tmp_path, write):
+def sakura(folder, **options):
+    write_svslide(folder / "a.svslide", LEVELS, **options)
+    return folder / "a.svslide"
+
+
+@pytest.mark.parametrize(("write", "loss"), [(dicom, 0), (mirax, 0), (sakura, 4)])
+def test_every_box_of_every_level_is_as_it_was_written_from_several_threads(tmp_path, write, loss):
     slide = only(write(tmp_path))
     assert (slide.axes, slide.dtype, slide.rgb) == ("yxc", "uint8", True)
     assert [slide.pixel_size_um(level) for level in range(3)] == [0.25, 0.5, 1.0]
     draw = np.random.default_rng(0)
-    for level, expected in enumerate(LEVELS):
+    for level, written in enumerate(LEVELS):
         height, width = slide.plane_shape(level)
-        assert (height, width) == expected.shape[:2]
+        assert (height, width) == written.shape[:2]
+        with openslide.OpenSlide(str(slide.store)) as scan:
+            expected = np.asarray(scan.read_region((0, 0), level, (width, height)))[..., :3]
+        assert np.abs(expected.astype(int) - written).max() <= loss
         corners = np.sort(draw.integers(0, (height, width), (20, 2, 2)), axis=1)
         boxes = [Box(y0, x0, y1 + 1, x1 + 1) for (y0, x0), (y1, x1) in corners.tolist()]
         with SlideReader(slide, level, (0, 2)) as reader, ThreadPoolExecutor(4) as pool:
@@ -59,6 +64,16 @@ def test_files_of_a_dicom_series_are_one_image_however_it_is_named(tmp_path):
     slide = only(others[1])
     assert (slide.name, slide.store, slide.parts) == (first.name, first, (*others, tmp_path / "label.dcm"))
     assert slide.notes == ("left out beside the scan: label",)
+
+
+def test_focal_planes_and_filters_that_are_not_read_are_said(tmp_path):
+    assert only(sakura(tmp_path, planes=3)).notes == ("only the middle one of its 3 focal planes is read",)
+    (tmp_path / "b").mkdir()
+    path = mirax(tmp_path / "b")
+    about = path.with_suffix("") / "Slidedat.ini"
+    filters = "HIER_COUNT=2\nHIER_1_NAME=Slide filter level\nHIER_1_COUNT=4\n"
+    about.write_text(about.read_text().replace("HIER_COUNT=1\n", filters, 1))
+    assert "only the first of its 4 values of Slide filter level is read" in only(path).notes
 
 
 @pytest.mark.parametrize("write", [dicom, mirax])
@@ -127,8 +142,9 @@ def test_what_is_no_whole_slide_is_named(tmp_path):
     assert "found CT Image Storage" in only(tmp_path / "ct.dcm").reason
     (tmp_path / "b.dcm").write_bytes(b"nothing")
     (tmp_path / "b.mrxs").write_bytes(b"nothing")
+    (tmp_path / "b.svslide").write_bytes(b"nothing")
     reasons = {image.name: image.reason for image in find_images(tmp_path) if hasattr(image, "reason")}
-    assert sorted(name.rpartition("/")[2] for name in reasons) == ["b.dcm", "b.mrxs", "ct.dcm"]
+    assert sorted(name.rpartition("/")[2] for name in reasons) == ["b.dcm", "b.mrxs", "b.svslide", "ct.dcm"]
 
 
 @pytest.mark.parametrize("missing", ["openslide", "pydicom"])
