@@ -25,6 +25,13 @@ _KEPT = 2
 class ArchivedPath(PosixPath):
     """The path of an archive, which is a folder here, or of a file or folder in it."""
 
+    def __fspath__(self) -> str:
+        raise TypeError(f"{self} lies in an archive; unpack it")
+
+    def resolve(self, strict: bool = False) -> ArchivedPath:
+        """The path with links to the archive followed."""
+        return ArchivedPath(os.path.realpath(str(self)))
+
     def is_file(self) -> bool:
         """Whether it is a file in the archive."""
         archive, inside = _split(self)
@@ -73,7 +80,7 @@ class ArchivedPath(PosixPath):
 
 def is_archive(path: Path) -> bool:
     """Whether a file on this machine is an archive by its name."""
-    return path.name.lower().endswith(SUFFIXES) and Path(os.fspath(path)).is_file()
+    return path.name.lower().endswith(SUFFIXES) and Path(str(path)).is_file()
 
 
 def archived_store(path: Path) -> StorePath | None:
@@ -107,7 +114,7 @@ def _split(path: Path) -> tuple[_Archive | None, str]:
     """(archive, path inside it) of a path; (None, "") if it leads into no archive."""
     for place in (path, *path.parents):
         if is_archive(place):
-            archive = Path(os.fspath(place))
+            archive = Path(str(place))
             inside = path.relative_to(place).as_posix()
             return _opened(archive, archive.stat().st_mtime_ns), "" if inside == "." else inside
     return None, ""

@@ -13,7 +13,7 @@ import zarr
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.reader import SlideReader
-from tests.support.images import blobs, labels_of, write_ome_zarr, write_plate
+from tests.support.images import blobs, fill_ome_zarr, labels_of, write_ome_zarr, write_plate
 from tests.support.originals import ORIGINALS
 from tests.support.processes import TINY_RUN, kill_when
 from tests.support.slides import only
@@ -94,7 +94,17 @@ def test_a_killed_run_goes_on_and_a_conversion_has_the_same_pixels(tmp_path, seg
     np.testing.assert_array_equal(zarr.open_array(str(tmp_path / "b.zarr/0"), mode="r")[...], pixels)
 
 
-def test_what_is_no_archive_or_lacks_a_chunk_is_named(tmp_path, segment):
+def test_other_images_in_an_archive_are_named(tmp_path):
+    group = zarr.open_group(str(tmp_path / "a.zarr"), mode="w")
+    fill_ome_zarr(group.create_group("image"), tmp_path, blobs(64, 64))
+    (tmp_path / "a.zarr" / "more").mkdir()
+    (tmp_path / "a.zarr" / "more" / "b.tif").write_bytes(b"II")
+    image, other = find_images(pack(tmp_path / "a.zarr"))
+    assert image.name == "a.zarr.zip/image"
+    assert (other.name, "lies in an archive; unpack it" in other.reason) == ("a.zarr.zip/more/b.tif", True)
+
+
+def test_what_is_no_archive_is_named(tmp_path):
     (tmp_path / "a.zarr.zip").write_bytes(b"PK")
     with ZipFile(tmp_path / "b.ozx", "w") as members:
         members.writestr("readme.txt", "nothing")
