@@ -6,19 +6,16 @@ Sources: the documentation of liffile (pypi.org/project/liffile); the XML of LIF
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import ReadError
-from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.slides.image_format import (
     ImageFormat,
-    LevelArray,
     Search,
     image_or_reason,
     local_file,
@@ -27,18 +24,21 @@ from cellseg_batch.engine.slides.image_format import (
     reading_by,
 )
 from cellseg_batch.engine.slides.pixel_size import settle_pixel_size
-from cellseg_batch.engine.slides.planes import PlaneReader
 from cellseg_batch.engine.slides.slide import Level, Slide, UnreadableImage, fits_axes
 
 # Otherwise liffile's remarks would be printed between ours; whoever wants them adds a handler to this logger.
 logging.getLogger("liffile").addHandler(logging.NullHandler())
 
+# Tag of a channel that is the blue of a colour.
+_BLUE = "3"
+# Number of the dimension y.
+_ROWS = "2"
 # liffile's letters of axes -> ours; S is colours. Others are mosaic tiles, wavelengths, angles, loops.
 _AXIS_OF = {"T": "t", "Z": "z", "C": "c", "Y": "y", "X": "x", "S": "c"}
 
 
 class Lif(ImageFormat):
-    """Format of LIF, whose pixels are not compressed: grey ones are mapped into memory."""
+    """Format of LIF, whose pixels are not compressed, and mapped into memory."""
 
     name: ClassVar[str] = "lif"
     title: ClassVar[str] = "LIF"
@@ -59,47 +59,16 @@ class Lif(ImageFormat):
             if not count:
                 raise ReadError(str(path), expected="a series of images", found="none", remedy="export it again")
 
-    def open_level(self, slide: Slide, level: int) -> LevelArray:
-        """Open the level. Pixels that are mapped keep their file by themselves; for others, it stays open."""
-        document = _open(slide.store)
-        image = document.images[slide.series or 0]
-        if slide.rgb:
-            return ColourPixels(document, image, slide.axes)
-        mapped: NDArray[Any] = image.asarray(out="memmap")
-        document.close()
-        return mapped
-
-    def close(self, array: LevelArray) -> None:
-        """Close the file."""
-        if isinstance(array, ColourPixels):
-            array.close()
-
-
-class ColourPixels(PlaneReader):
-    """Pixels of a series in colour, which liffile puts in order frame by frame; a lock keeps threads apart.
-
-    Args:
-        document: the open file, a ``liffile.LifFile``.
-        image: the series, a ``liffile.LifImage``.
-        axes: axes of the slide.
-    """
-
-    def __init__(self, document: Any, image: Any, axes: str) -> None:
-        super().__init__(axes)
-        self._document, self._image, self._lock = document, image, Lock()
-        self._last: tuple[Mapping[str, int], NDArray[Any]] | None = None
-
-    def read_plane(self, plane: Mapping[str, int], box: Box) -> NDArray[Any]:
-        """Read a box of a frame, which is read whole, and kept until another is."""
-        with self._lock:
-            if self._last is None or self._last[0] != plane:
-                self._last = plane, self._image.frame(**{axis.upper(): number for axis, number in plane.items()})
-            return self._last[1][box.slices()]
-
-    def close(self) -> None:
-        """Close the file."""
-        with self._lock:
-            self._document.close()
+    def open_level(self, slide: Slide, level: int) -> NDArray[Any]:
+        """Map the pixels; the mapping keeps its file by itself."""
+        with _open(slide.store) as document:
+            image = document.images[slide.series or 0]
+            shape = list(image.shape)
+            if slide.rgb:  # whose rows may be padded, and colours stored with blue first
+                shape[-2] = _bytes_of_a_row(image) // (shape[-1] * image.dtype.itemsize)
+            mapped: NDArray[Any] = image.memory_block.read_array(tuple(shape), image.dtype, out="memmap")
+            mapped = mapped[..., : image.sizes["X"], :] if slide.rgb else mapped
+            return mapped[..., ::-1] if slide.rgb and _channels_of(image)[0].get("ChannelTag") == _BLUE else mapped
 
 
 def _open(path: Path) -> Any:
@@ -123,14 +92,11 @@ def _describe(image: Any, path: Path, name: str, inside: str, number: int, searc
             cause="wavelengths, mosaic tiles, lines or planes across",
             remedy="export it from LAS X, with the mosaic merged",
         )
-    described = image.xml_element.findall("./Data/Image/ImageDescription/Channels/ChannelDescription")
-    described.sort(key=lambda channel: int(channel.get("BytesInc", 0)))
-    names = tuple(_dye(channel) or channel.get("LUTName", "") for channel in described)
+    names = tuple(_dye(channel) or channel.get("LUTName", "") for channel in _channels_of(image))
     steps = {axis: image.coords.get(axis.upper()) for axis in "zyx" if axis in axes}
     stated = {axis: ((at[-1] - at[0]) / (len(at) - 1), "m") for axis, at in steps.items() if at is not None}
     size = settle_pixel_size(stated)
-    # Of grey pixels, rows are read.
-    chunk = {"y": 1, "x": image.sizes["X"]} | ({"y": image.sizes["Y"], "c": 3} if in_colour else {})
+    chunk = {"x": image.sizes["X"]} | ({"c": 3} if in_colour else {})  # a row
     chunks = tuple(chunk.get(axis, 1) for axis in axes)
     level = Level("0", tuple(image.shape), chunks, tuple(size.um.get(axis, 1.0) for axis in axes), (0.0,) * len(axes))
     return Slide(
@@ -147,6 +113,18 @@ def _describe(image: Any, path: Path, name: str, inside: str, number: int, searc
         series=number,
         notes=search.check_axes(axes, str(path)) + size.notes,
     )
+
+
+def _channels_of(image: Any) -> list[Any]:
+    """XML elements about the channels, or colours, of a series, in the order of its pixels."""
+    described: list[Any] = image.xml_element.findall("./Data/Image/ImageDescription/Channels/ChannelDescription")
+    return sorted(described, key=lambda channel: int(channel.get("BytesInc", 0)))
+
+
+def _bytes_of_a_row(image: Any) -> int:
+    """Distance of a row of a series from the next."""
+    lines = image.xml_element.findall("./Data/Image/ImageDescription/Dimensions/DimensionDescription")
+    return next(int(line.get("BytesInc")) for line in lines if line.get("DimID") == _ROWS)
 
 
 def _dye(channel: Any) -> str:

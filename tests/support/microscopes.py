@@ -98,21 +98,23 @@ def _level(name, value):
     )
 
 
-def write_lif(path, series, um=0.25, dyes=("DAPI", "GFP")):
-    """Write series as a LIF: each (T, Z, C, H, W), or (H, W, 3) in colour with blue first.
+def write_lif(path, series, um=0.25, dyes=("DAPI", "GFP"), padding=0, blue_first=True):
+    """Write series as a LIF: each (T, Z, C, H, W), or (H, W, 3) in colour.
 
     Args:
         path: the file.
         series: (name, pixels) of each, or (name, pixels, number of the dimension that t is written as).
         um: µm per px.
         dyes: names of the channels' dyes.
+        padding: px that are added to each row in colour.
+        blue_first: whether colours are stored with blue first.
     """
     elements, blocks = "", b""
     for number, (name, pixels, *kind) in enumerate(series):
         size, in_colour = pixels.dtype.itemsize, pixels.ndim == 3
         times, depths, channels, height, width = (1, 1, 3, *pixels.shape[:2]) if in_colour else pixels.shape
         pixel, plane = (3 * size, 0) if in_colour else (size, height * width * size)
-        lengths = [(1, width, pixel), (2, height, width * pixel)]
+        lengths = [(1, width, pixel), (2, height, (width + padding * in_colour) * pixel)]
         lengths += [(3, depths, channels * plane)] * (depths > 1)
         lengths += [(*(kind or [4]), times, depths * channels * plane)] * (times > 1)
         dimensions = "".join(
@@ -120,19 +122,21 @@ def write_lif(path, series, um=0.25, dyes=("DAPI", "GFP")):
             f'Length="{(length - 1) * um / 1e6}" BitInc="0" BytesInc="{step}"/>'
             for dimension, length, step in lengths
         )
+        tags = ("3", "2", "1") if blue_first else ("1", "2", "3")
         described = "".join(
-            f'<ChannelDescription DataType="0" ChannelTag="{3 - c if in_colour else 0}" Resolution="{8 * size}" '
+            f'<ChannelDescription DataType="0" ChannelTag="{tags[c] if in_colour else 0}" Resolution="{8 * size}" '
             f'NameOfMeasuredQuantity="" Min="0" Max="1" Unit="" LUTName="Gray" IsLUTInverted="0" '
             f'BytesInc="{c * size if in_colour else c * plane}" BitInc="0"><ChannelProperty><Key>DyeName</Key>'
             f"<Value>{'' if in_colour else dyes[c]}</Value></ChannelProperty></ChannelDescription>"
             for c in range(channels)
         )
+        stored = np.pad(pixels, ((0, 0), (0, padding), (0, 0))) if in_colour else pixels
+        content = np.ascontiguousarray(stored[..., ::-1] if in_colour and blue_first else stored).tobytes()
         elements += (
             f'<Element Name="{name}"><Data><Image><ImageDescription><Channels>{described}</Channels><Dimensions>'
             f"{dimensions}</Dimensions></ImageDescription></Image></Data>"
-            f'<Memory Size="{pixels.nbytes}" MemoryBlockID="M{number}"/></Element>'
+            f'<Memory Size="{len(content)}" MemoryBlockID="M{number}"/></Element>'
         )
-        content = np.ascontiguousarray(pixels[..., ::-1] if in_colour else pixels).tobytes()
         label = f"M{number}".encode("utf-16-le")
         blocks += struct.pack("<IIBQBI", 0x70, 0, 0x2A, len(content), 0x2A, len(label) // 2) + label + content
     xml = (

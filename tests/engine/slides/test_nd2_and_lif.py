@@ -79,6 +79,13 @@ def test_series_of_a_lif(tmp_path):
     check_boxes(colours, np.moveaxis(COLOUR, -1, 0)[None])
 
 
+@pytest.mark.parametrize("blue_first", [False, True])
+@pytest.mark.parametrize("padding", [0, 2])
+def test_colours_of_a_lif(tmp_path, padding, blue_first):
+    write_lif(tmp_path / "a.lif", [("c", COLOUR)], padding=padding, blue_first=blue_first)
+    check_boxes(only(tmp_path / "a.lif"), np.moveaxis(COLOUR, -1, 0)[None])
+
+
 def test_series_that_are_no_slides_cost_no_others(tmp_path):
     mosaic = 10
     write_lif(tmp_path / "a.lif", [("tiles", STACK[:, 0], mosaic), ("plane", STACK[:1, 0, :1])])
