@@ -2,6 +2,7 @@
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,13 +87,18 @@ def test_colours_of_a_lif(tmp_path, padding, blue_first):
     check_boxes(only(tmp_path / "a.lif"), np.moveaxis(COLOUR, -1, 0)[None])
 
 
-def test_series_that_are_no_slides_cost_no_others(tmp_path):
+def test_series_that_are_no_slides_cost_no_others(tmp_path, segment):
     mosaic = 10
     write_lif(tmp_path / "a.lif", [("tiles", STACK[:, 0], mosaic), ("plane", STACK[:1, 0, :1])])
     tiles, plane = find_images(tmp_path / "a.lif")
     assert "M (2)" in tiles.reason
     assert "mosaic merged" in tiles.reason
     check_boxes(plane, STACK[0, 0, :1])
+    report = segment(tmp_path / "a.lif")
+    assert [slide.status for slide in report.slides] == ["failed", "done"]
+    assert len([*tmp_path.glob("a.lif.cellseg/failed/cellseg/*.json")]) == 1
+    retried = segment(tmp_path / "a.lif", retry_failed=True)
+    assert [(Path(slide.path).name, slide.status) for slide in retried.slides] == [("0", "failed")]
     (tmp_path / "b.lif").write_bytes((tmp_path / "a.lif").read_bytes()[:100])
     assert "expected a file that liffile can read" in only(tmp_path / "b.lif").reason
 
