@@ -74,7 +74,11 @@ def _name(text: str) -> str:
 # Arguments and flags that commands name one by one.
 Slides = Annotated[
     list[Path],
-    typer.Argument(parser=to_path, metavar="SLIDES", help="Images: stores, files, or folders of them."),
+    typer.Argument(
+        parser=to_path,
+        metavar="SLIDES",
+        help="Images: stores, files, or folders of them; info --help lists the formats.",
+    ),
 ]
 Slide = Annotated[
     Path,

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
 @takes_settings("model", "tile", "margin", "block", "level", "pixel_size", "channel", "axes")
 def info(slides: Slides, settings: Settings, json_file: Json = None) -> None:
-    """List the images that SLIDES hold, and how each would be cut into blocks and tiles."""
+    """List the images that SLIDES hold, and how each would be cut into blocks and tiles.
+
+    Read are OME-Zarr, zarr array, zarr.zip, TIFF, SVS, NDPI, SCN, BIF, QPTIFF, PNG, JPEG, BMP; with pip's extra
+    openslide also MRXS, DICOM, svslide, with czi CZI, with nd2 ND2, with lif LIF.
+
+    Never tried on a real file: zarr.zip, SCN, BIF, QPTIFF, MRXS, svslide, the pyramid of a CZI, an ND2 that is
+    compressed or of several positions, a LIF in colour.
+    """
     from cellseg_batch.engine.reports.info import list_images
 
     check_json(json_file)

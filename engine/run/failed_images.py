@@ -20,7 +20,7 @@ from cellseg_batch.engine.run.places import seen_from
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, journals_of
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, zarr_root
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage, real_path
-from cellseg_batch.engine.storage.paths import locate
+from cellseg_batch.engine.storage.paths import RemotePath, locate
 from cellseg_batch.engine.storage.records import read_record, write_record
 
 _log = logging.getLogger(__name__)
@@ -95,6 +95,9 @@ class FailedImages:
             store = locate(real_path(str(image.store))) if isinstance(image, Slide) else path
             if isinstance(image, UnreadableImage) and is_zarr_node(path):
                 store = zarr_root(path)[0]
+            elif isinstance(image, UnreadableImage) and not isinstance(path, RemotePath):
+                # An image inside a file, such as a series, is named as if the file were a folder.
+                store = next((place for place in path.parents if place.is_file()), path)
             home, notes = store.parent, journals_of(store)
         digest = hashlib.sha256(os.fsencode(seen_from(home, image.identity))).hexdigest()[:16]
         return notes / "failed" / self._name / f"{digest}.json"

@@ -5,29 +5,43 @@ from __future__ import annotations
 from pathlib import Path, PurePath
 
 from cellseg_batch.engine.slides.arrays import Arrays
+from cellseg_batch.engine.slides.czi import Czi
 from cellseg_batch.engine.slides.image_format import ImageFormat
+from cellseg_batch.engine.slides.lif import Lif
+from cellseg_batch.engine.slides.nd2 import Nd2
 from cellseg_batch.engine.slides.ome_zarr import Zarr
+from cellseg_batch.engine.slides.openslide import OpenSlides
 from cellseg_batch.engine.slides.pictures import Pictures
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.slides.tiff import Tiff
+from cellseg_batch.engine.slides.zipped_zarr import ZippedZarr
 
 # The first format that can open a path gets it.
-FORMATS: tuple[ImageFormat, ...] = (Zarr(), Tiff(), Pictures(), Arrays())
+FORMATS: tuple[ImageFormat, ...] = (
+    Zarr(),
+    ZippedZarr(),
+    Tiff(),
+    OpenSlides(),
+    Czi(),
+    Nd2(),
+    Lif(),
+    Pictures(),
+    Arrays(),
+)
 _CONVERT = "{} files are not supported; convert it to OME-Zarr or OME-TIFF (bioformats2raw)"
 _SAVE_AS = "{} files are not supported; save it as PNG or TIFF"
 _UNPACK = "{} files are not supported; unpack it"
 _COPY = "a {} file is an unfinished copy; copy it again"
 # Suffixes of images that no format reads -> why not. Each is reported as unreadable instead of skipped in silence.
 _UNSUPPORTED = {
-    **dict.fromkeys((".czi", ".nd2", ".lif", ".lof", ".xlef", ".mrxs", ".vsi", ".oib", ".oif", ".oir"), _CONVERT),
-    **dict.fromkeys((".dcm", ".dicom", ".ims", ".zvi", ".dv", ".r3d", ".ics", ".mrc", ".sld", ".sldy"), _CONVERT),
-    **dict.fromkeys((".isyntax", ".i2syntax", ".vms", ".vmu", ".svslide", ".kfb", ".sdpc", ".tmap"), _CONVERT),
+    **dict.fromkeys((".lof", ".xlef", ".vsi", ".oib", ".oif", ".oir"), _CONVERT),
+    **dict.fromkeys((".ims", ".zvi", ".dv", ".r3d", ".ics", ".mrc", ".sld", ".sldy"), _CONVERT),
+    **dict.fromkeys((".isyntax", ".i2syntax", ".vms", ".vmu", ".kfb", ".sdpc", ".tmap"), _CONVERT),
     **dict.fromkeys((".flex", ".mvd2", ".ipw", ".eer", ".nii", ".nrrd", ".mha", ".mhd", ".fits"), _CONVERT),
     **dict.fromkeys((".h5", ".hdf5", ".n5", ".klb"), _CONVERT),
     **dict.fromkeys((".jp2", ".j2k", ".jpx", ".jpf", ".jxl", ".jxr", ".gif", ".webp", ".avif", ".heic"), _SAVE_AS),
     **dict.fromkeys((".heif", ".pgm", ".ppm", ".pnm", ".pbm", ".tga", ".psd", ".dng", ".gel", ".exr"), _SAVE_AS),
     ".zarr": "it has no zarr metadata (zarr.json, .zgroup or .zarray) although it is named {}; copy or export it again",
-    ".ozx": _UNPACK,
 }
 # Suffixes that are added to the name of a file of any format.
 _ADDED = {

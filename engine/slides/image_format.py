@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, ClassVar, Protocol
 from cellseg_batch.engine.errors import CellsegError, ReadError, brief
 from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
+from cellseg_batch.engine.storage.paths import RemotePath
 
 # Names of the pictures that scanners take of a glass besides the scan.
 _OVERVIEW = re.compile(r"(slide\s*)?(label|macro|thumbnail|overview|preview|map)(\s*image)?", re.IGNORECASE)
@@ -123,6 +125,11 @@ def name_in_series(name: str, number: int, count: int) -> tuple[str, str]:
     return (f"{name}/{number}", str(number)) if count > 1 else (name, "")
 
 
+def beside(name: str, path: Path, other: Path) -> str:
+    """Name as `Slide.name` of a file beside ``path``, which has the name ``name``."""
+    return name.removesuffix(path.name) + other.name
+
+
 def is_overview(name: str) -> bool:
     """Whether an image of this name shows a glass and its label, and not the sample."""
     return _OVERVIEW.fullmatch(name.strip()) is not None
@@ -150,6 +157,39 @@ def image_or_reason(make: Callable[[], Slide], name: str, location: str) -> Slid
 def why_unreadable(error: Exception) -> str:
     """Why an image cannot be used, in one line, by the error that it raised."""
     return error.detail if isinstance(error, CellsegError) else f"cannot be read: {brief(error)}"
+
+
+def local_file(path: Path) -> str:
+    """The argument for a library that opens files on this machine alone.
+
+    Raises:
+        ReadError: the file lies elsewhere.
+    """
+    if isinstance(path, RemotePath):
+        raise ReadError(
+            str(path),
+            expected="a file on this machine, for a format that no library reads over the network",
+            found="a URL",
+            remedy="copy it here, or convert it to OME-Zarr where it lies",
+        )
+    return str(path)
+
+
+@contextmanager
+def reading_by(library: str, path: Path) -> Iterator[None]:
+    """Turn what a library raises about a file, of whatever type, into a ReadError."""
+    try:
+        yield
+    except CellsegError:
+        raise
+    except Exception as error:
+        raise ReadError(
+            str(path),
+            expected=f"a file that {library} can read",
+            found=brief(error),
+            cause="a damaged or unfinished file, or a variety that the library does not know",
+            remedy="copy or export it again, or convert it to OME-TIFF (bioformats2raw)",
+        ) from error
 
 
 def optional_library(module: str, package: str) -> Any:

@@ -31,6 +31,7 @@ from cellseg_batch.engine.slides.ome_xml import read_names
 from cellseg_batch.engine.slides.plain_zarr import ZARR, describe_array, describe_pyramid
 from cellseg_batch.engine.slides.plate import FieldChoice, PlatePosition
 from cellseg_batch.engine.slides.slide import Level, Slide, UnreadableImage
+from cellseg_batch.engine.storage.archives import ArchivedPath
 from cellseg_batch.engine.storage.paths import RemotePath, is_web, zarr_store
 
 # Attribute of groups that this program writes, which are not taken for images.
@@ -63,7 +64,7 @@ class Zarr(ImageFormat):
     def find(self, path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
         """Find every image in a node of a hierarchy and below it; a hierarchy without arrays is named."""
         store, inside = zarr_root(path)
-        images = _images_in(store, inside, name, search, None)
+        images = images_in(store, inside, name, search, None)
         first = next(images, None)
         if first is None and not is_web(store) and _holds_nothing(_open_node(store, inside)):
             reason = "expected arrays, found a hierarchy of empty groups (likely an unfinished export); export it again"
@@ -107,7 +108,7 @@ def zarr_root(path: Path) -> tuple[Path, str]:
     return root, "" if root == path else path.relative_to(root).as_posix()
 
 
-def _images_in(
+def images_in(
     store: Path, path: str, name: str, search: Search, position: PlatePosition | None
 ) -> Iterator[Slide | UnreadableImage]:
     """Every image in the node ``path`` of ``store``; label groups and tables are not images.
@@ -162,7 +163,7 @@ def _images_in(
         if _leads_back(store / below):
             return []
         is_there = is_zarr_node(store / below)
-        images = [*_images_in(store, below, f"{name}/{child}", search, child_position)] if is_there else []
+        images = [*images_in(store, below, f"{name}/{child}", search, child_position)] if is_there else []
         if images or (is_there and child not in listed_images):
             return images
         reason = "listed in the metadata, but " + ("holds no image" if is_there else "not in the store")
@@ -245,9 +246,16 @@ def _note_on_unlisted(metadata: dict[str, Any], group: Path) -> tuple[str, ...]:
 
 def _nodes_in(folder: Path, known: Container[str]) -> list[str]:
     """Names of the nodes in a local folder, but for the ``known`` ones."""
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.name not in known and entry.is_dir()]
-    return sorted(name for name in names if is_zarr_node(folder / name))
+    return sorted(name for name in _names_in(folder) if name not in known and is_zarr_node(folder / name))
+
+
+def _names_in(folder: Path) -> Iterator[str]:
+    """Names of what lies in a folder on this machine, one after the other: there may be millions of chunks."""
+    if isinstance(folder, ArchivedPath):
+        yield from (path.name for path in folder.iterdir())
+    else:
+        with os.scandir(folder) as entries:
+            yield from (entry.name for entry in entries)
 
 
 def _note_if_empty(array: Any, folder: Path) -> tuple[str, ...]:
@@ -261,11 +269,10 @@ def _note_if_empty(array: Any, folder: Path) -> tuple[str, ...]:
     first = array.metadata.encode_chunk_key((0,) * array.ndim).split("/")[0]
     named = re.compile(re.escape(first).replace("0", r"\d+"))
     misnamed = ""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if named.fullmatch(entry.name):
-                return ()
-            misnamed = entry.name if _CHUNK.fullmatch(entry.name) else misnamed
+    for name in _names_in(folder):
+        if named.fullmatch(name):
+            return ()
+        misnamed = name if _CHUNK.fullmatch(name) else misnamed
     if misnamed:
         raise ReadError(
             str(folder),

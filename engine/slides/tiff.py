@@ -19,6 +19,7 @@ from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.slides.image_format import (
     ImageFormat,
     Search,
+    beside,
     image_or_reason,
     is_overview,
     left_out,
@@ -49,7 +50,7 @@ class Tiff(ImageFormat):
     """Format of TIFF and its relatives; tifffile decodes the pixels."""
 
     name: ClassVar[str] = TIFF
-    title: ClassVar[str] = "TIFF, SVS"
+    title: ClassVar[str] = "TIFF, SVS, NDPI, SCN, BIF, QPTIFF"
     suffixes: ClassVar[tuple[str, ...]] = (
         *(".tif", ".tiff", ".btf", ".tf2", ".tf8", ".ptif", ".ptiff", ".zif"),
         *(".svs", ".ndpi", ".scn", ".bif", ".qptiff", ".lsm", ".stk", ".companion.ome"),
@@ -121,12 +122,12 @@ def _find_described(images: list[OmeImage], path: Path, name: str, search: Searc
     if lost:
         shown = some_of([file.name for file in lost])
         reason = f"listed in the OME-XML of {path.name}, but not beside it: {shown}; copy what is missing along"
-        yield UnreadableImage(_beside(name, path, lost[0]), str(lost[0]), reason)
+        yield UnreadableImage(beside(name, path, lost[0]), str(lost[0]), reason)
     if not own:
         parts = [image for image in images if SELF in image.files] or images
         for holder in dict.fromkeys(holders[image.number] for image in parts):
             if holder is not None and holder not in search.visited:
-                yield from _find_described(read_ome(holder) or [], holder, _beside(name, path, holder), search)
+                yield from _find_described(read_ome(holder) or [], holder, beside(name, path, holder), search)
 
 
 def _find_own(
@@ -158,11 +159,6 @@ def _holder(image: OmeImage, path: Path) -> Path | None:
     """The file that an image belongs to: the first of its parts that is there; None if none is."""
     parts = [path if file == SELF else path.with_name(file) for file in image.files or (SELF,)]
     return next((part for part in parts if part == path or part.is_file()), None)
-
-
-def _beside(name: str, path: Path, other: Path) -> str:
-    """Name as `Slide.name` of a file beside ``path``, which has the name ``name``."""
-    return name.removesuffix(path.name) + other.name
 
 
 def _described_slide(

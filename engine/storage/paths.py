@@ -20,10 +20,11 @@ from urllib.parse import unquote, urlsplit
 
 from cellseg_batch.engine.errors import UsageError
 from cellseg_batch.engine.machine import is_path
+from cellseg_batch.engine.storage.archives import archived_store
 from cellseg_batch.engine.storage.object_stores import SCHEMES, WEB, StoreError, asking, client_of, library, refusals
 
 if TYPE_CHECKING:
-    from zarr.storage import ObjectStore
+    from zarr.storage import ObjectStore, StorePath
 
 _READ_BYTES = 1 << 20
 
@@ -321,10 +322,10 @@ def readable(path: Path) -> Path | BinaryIO:
     return path.reader() if isinstance(path, RemotePath) else path
 
 
-def zarr_store(path: Path) -> str | ObjectStore[Any]:
+def zarr_store(path: Path) -> str | StorePath | ObjectStore[Any]:
     """The store that zarr opens for the hierarchy at ``path``."""
     if not isinstance(path, RemotePath):
-        return str(path)
+        return archived_store(path) or str(path)
     from zarr.storage import ObjectStore
 
     # The store begins at the hierarchy: zarr would turn every folder above it in the store into a group.

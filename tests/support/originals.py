@@ -1,4 +1,4 @@
-"""Forty small files and stores, at least one of every kind that is read, each in a folder of its own."""
+"""Forty small files and stores, one or more of every kind that needs no extra, each in a folder of its own."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -6,6 +6,7 @@ import numpy as np
 import tifffile
 import zarr
 
+from cellseg_batch.engine.slides.formats import FORMATS
 from tests.support.images import blobs, write_ome_zarr
 
 KEYS = ["path", "series", "axes", "shape", "levels", "dtype", "channels", "rgb", "pixel_size_um", "reason", "notes"]
@@ -27,6 +28,13 @@ def test_an_image_is_described_with_its_levels(tmp_path, command):
     assert image["levels"] == [[3, 64, 48], [3, 32, 24]]
     assert image["dtype"] == "uint8"
     assert "64 x 48, 32 x 24" in output
+
+
+def test_help_names_every_format(command):
+    code, said = command("info", "--help")
+    named = {word.strip(".,;:()") for word in said.split()}
+    titles = {title for image_format in FORMATS for title in image_format.title.split(", ") if title}
+    assert (code, {title for title in titles if not {*title.split()} <= named}) == (0, set())
 
 
 def test_series_of_a_tiff_are_counted(tmp_path, command):

@@ -24,8 +24,6 @@ pytestmark = pytest.mark.slow
 
 UNUSABLE = {
     "formats/histolab_broken.svs",
-    "formats/openslide_boxes_0.dcm",
-    "formats/openslide_boxes_1.dcm",
     "formats/openslide_unopenable.tiff",
     "formats/openslide_unreadable.svs",
     "zarr/bioimagetools/data/invalid/image-01.zarr",

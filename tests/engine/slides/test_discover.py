@@ -74,7 +74,20 @@ def test_empty_and_complex_images_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        *("a.czi", "a.ND2", "a.mrxs", "a.vsi", "a.dcm", "a.jp2", "a.gif", "a.webp", "a.h5", "a.ims", "a.nii.gz"),
+        *(
+            "a.czi",
+            "a.ND2",
+            "a.lif",
+            "a.mrxs",
+            "a.vsi",
+            "a.dcm",
+            "a.jp2",
+            "a.gif",
+            "a.webp",
+            "a.h5",
+            "a.ims",
+            "a.nii.gz",
+        ),
         *("a.zarr.zip", "a.ozx", "a.ome.tif.gz", "a.svs.part", "a.tiff.zip.tmp"),
     ],
 )

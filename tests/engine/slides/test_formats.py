@@ -82,7 +82,7 @@ def test_one_more_format_is_known_to_the_command_line(archive, tmp_path, command
 
 def test_formats_are_named_where_there_is_no_image(tmp_path, monkeypatch):
     register(monkeypatch, Archive())
-    with pytest.raises(NoImageError, match=r"OME-Zarr, zarr array, TIFF, SVS, PNG, JPEG, BMP, NumPy archive"):
+    with pytest.raises(NoImageError, match=r"OME-Zarr, zarr array, .*TIFF, SVS, .*PNG, JPEG, BMP, NumPy archive"):
         find_images(tmp_path)
 
 
@@ -112,8 +112,8 @@ def test_a_library_that_is_not_installed_is_named_with_its_remedy(archive, monke
 
 
 def test_formats_that_no_module_reads_are_named(tmp_path):
-    (tmp_path / "a.CZI").write_bytes(b"ZISRAWFILE")
-    assert ".czi files are not supported" in only(tmp_path / "a.CZI").reason
+    (tmp_path / "a.VSI").write_bytes(b"II")
+    assert ".vsi files are not supported" in only(tmp_path / "a.VSI").reason
 
 
 def test_only_the_registry_looks_at_the_name_of_a_format():
