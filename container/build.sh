@@ -21,6 +21,6 @@ pip install --index-url "$index" "$torch" --extra-index-url https://pypi.org/sim
 pip install "$wheel${extras:+[$extras]}"
 ln -sf /opt/cellseg-batch/bin/cellseg-batch /usr/local/bin/cellseg-batch
 
-# Users have no home in it: the cache lies in a folder of its own, which may be mounted.
-install --directory --mode 1777 /cache
+# Users have no home in it; data and cache are mounted here.
+install --directory --mode 1777 /cache /data
 id cellseg >/dev/null 2>&1 || useradd --no-create-home --uid 1000 cellseg

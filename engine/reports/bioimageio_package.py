@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 from scipy.special import expit
 
@@ -181,7 +182,7 @@ def _tests(files: PackageFiles, tensors: Sequence[TensorFacts]) -> tuple[tuple[N
             return (), (f"test tensors are not kept: {name} is above {LARGEST_TEST >> 20} MiB",)
         content = files.read(name, LARGEST_TEST, facts.test.sha256)
         try:
-            array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+            array = npy_format.read_array(io.BytesIO(content), allow_pickle=False)
         except Exception as error:  # numpy's own errors
             raise files.refused(f"an array of numbers in {name}", brief(error), "correct the package") from error
         if not _fits(array, facts):

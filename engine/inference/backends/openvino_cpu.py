@@ -9,8 +9,8 @@ fake-quantise nodes, calibrated on real tiles).
 from __future__ import annotations
 
 import logging
-import pickle
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -36,7 +37,8 @@ from cellseg_batch.engine.inference.backends.torch_turn import TORCH_TURN
 from cellseg_batch.engine.machine import run_module
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.engine.storage.cache import Artefacts
-from cellseg_batch.trainer.bundle import Bundle
+from cellseg_batch.trainer.bundle import CARD_FILE, WEIGHTS_FILES, Bundle
+from cellseg_batch.trainer.card import SAFETENSORS, Card
 
 # OpenVINO's telemetry looks up a host and writes files when it is imported.  If its package is missing, OpenVINO uses
 # its own stub, so that no run contacts another machine.
@@ -48,6 +50,7 @@ from openvino import opset13 as op  # noqa: E402
 # The layers of a quantised network that stay in floats run in bf16 if it is native, otherwise in fp32.
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
 _FILE = "model.xml"
+_QUANTISED = "--quantised"
 _DEPTHWISE = "GroupConvolution"
 _LARGEST_BATCH = 64
 _LARGEST_SIDE = 1 << 16
@@ -169,7 +172,12 @@ def _write(bundle: Bundle, quantised: bool, folder: Path) -> None:
 
 def _write_elsewhere(bundle: Bundle, quantised: bool, folder: Path) -> None:
     """Do `_write` in a process of its own, so that the memory of torch does not stay in the run."""
-    _, failure = run_module(__name__, given=pickle.dumps((bundle, quantised, folder)))
+    from safetensors.numpy import save_file
+
+    with tempfile.TemporaryDirectory(prefix="cellseg-convert-") as given:
+        save_file(bundle.weights, Path(given) / WEIGHTS_FILES[SAFETENSORS])
+        (Path(given) / CARD_FILE).write_text(bundle.card.to_json())
+        _, failure = run_module(__name__, given, str(folder), *([_QUANTISED] if quantised else []))
     if failure:
         raise BackendError(
             f"network of {bundle.card.name}",
@@ -178,6 +186,16 @@ def _write_elsewhere(bundle: Bundle, quantised: bool, folder: Path) -> None:
             cause="too little memory",
             remedy="run with `backend=torch`, or see cellseg-batch doctor",
         )
+
+
+def main() -> None:
+    """Convert a network that `_write_elsewhere` gives: a bundle's card and weights, perhaps of some outputs alone."""
+    from safetensors.numpy import load_file
+
+    given, result, *options = sys.argv[1:]
+    card = msgspec.json.decode((Path(given) / CARD_FILE).read_bytes(), type=Card)
+    bundle = Bundle(card, load_file(Path(given) / WEIGHTS_FILES[SAFETENSORS]))
+    _write(bundle, _QUANTISED in options, Path(result))
 
 
 def _convert(bundle: Bundle, tiles: NDArray[np.float32] | None = None) -> Any:
@@ -290,4 +308,4 @@ def _quantise(model: Any, tiles: NDArray[np.float32]) -> Any:
 
 
 if __name__ == "__main__":
-    _write(*pickle.loads(sys.stdin.buffer.read()))  # of the process that started this one
+    main()
