@@ -389,7 +389,7 @@ def _settings(values: dict[str, Any], allowed: Sequence[str]) -> Settings:
                 remedy=f"did you mean {likely[0]}?" if likely else "leave it out",
             )
     values = {name: _plain(value) for name, value in values.items()}
-    for name in ("output", "manifest"):
+    for name in ("output", "manifest", "mask"):
         if isinstance(values.get(name), (str, PathLike)):
             values[name] = locate(str(values[name]))
     if isinstance(values.get("model"), PathLike):

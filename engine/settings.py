@@ -128,6 +128,9 @@ class Settings:
         probability: also write the probability image.
         overwrite: replace existing labels of this name.
         retry_failed: process only the images that failed before.
+        mask: region to which images are confined, as `slides.region` reads it, or a folder of regions with the names of
+            the images; None takes whole images.
+        mask_class: name of the class in QuPath whose outlines are the region; None takes all.
         manifest: a CSV file that lists the images, as `slide_list.read_rows` reads it, in place of inputs.
         shard: part of the images to process, such as 0/4 to 3/4, as `shard_numbers` reads it; None takes all.
     """
@@ -163,6 +166,8 @@ class Settings:
     probability: bool = False
     overwrite: bool = False
     retry_failed: bool = False
+    mask: Path | None = None
+    mask_class: str | None = None
     manifest: Path | None = None
     shard: str | None = None
 
@@ -206,6 +211,8 @@ class Settings:
             _refuse("level", "0 (full resolution) or more", self.level, "see cellseg-batch info for the levels")
         if self.pixel_size is not None and not 0 < self.pixel_size < math.inf:
             _refuse("pixel_size", "a finite number of µm per px above 0", self.pixel_size, "try 0.5")
+        if self.mask_class is not None and self.mask is None and self.manifest is None:
+            _refuse("mask_class", "a region with `mask`", "none", "name the GeoJSON file, or leave the class out")
         if self.shard is not None:
             shard_numbers(self.shard)
         check_name(self.name)

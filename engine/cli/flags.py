@@ -203,11 +203,20 @@ _SETTINGS_FLAGS: dict[str, Any] = {
     "axes": Axes,
     "wells": _flag(str | None, "--wells", _SLIDE, "Only these wells of plates.", parser=_names, metavar="A01,B*"),
     "fields": _flag(str | None, "--fields", _SLIDE, "Only these fields of each well.", parser=_names, metavar="0,1"),
+    "mask": _flag(
+        Path | None,
+        "--mask",
+        _SLIDE,
+        "Only this region: GeoJSON as of QuPath, or a label image of any scale; or a folder of them.",
+        parser=to_path,
+        metavar="FILE",
+    ),
+    "mask_class": _flag(str | None, "--mask-class", _SLIDE, "Only outlines of this class in QuPath.", metavar="NAME"),
     "manifest": _flag(
         Path | None,
         "--manifest",
         _SLIDE,
-        "Images from this CSV file: columns path, and any of pixel_size, channel, level.",
+        "Images from this CSV file: columns path, and any of pixel_size, channel, level, mask.",
         metavar="FILE",
     ),
     "shard": _flag(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cellseg_batch.engine.reports.info import Cut, Info
 
 
-@takes_settings("model", "tile", "margin", "block", "level", "pixel_size", "channel", "axes")
+@takes_settings("model", "tile", "margin", "block", "level", "pixel_size", "channel", "axes", "mask", "mask_class")
 def info(slides: Slides, settings: Settings, json_file: Json = None) -> None:
     """List the images that SLIDES hold, and how each would be cut into blocks and tiles.
 
@@ -65,6 +65,10 @@ def _rows(cut: Cut) -> Iterator[tuple[str, str]]:
     yield "channels", ", ".join(slide.channels) or f"{slide.extent('c', 0)} without names"
     yield "would run", f"level {level.level} ({level.reason}), channel {_numbers(channels.indices)} ({channels.reason})"
     yield "", f"{counted(cut.blocks, 'block')}, {counted(cut.tiles, 'tile')} of {cut.tile[0]} x {cut.tile[1]}"
+    if cut.region is not None:
+        area, (rows, columns) = cut.region.identity.area, cut.region.grid
+        tiles = f"{counted(int(cut.region.computed.sum()), 'tile')} of {rows * columns}"
+        yield "region", f"{area:,} px, for a mask {tiles} in a plane"
     yield from (("note", as_flags(note)) for note in slide.notes)
 
 

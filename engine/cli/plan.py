@@ -29,6 +29,8 @@ _COUNTS = ("blocks", "tiles", "bytes_in", "bytes_out", "files")
     *SLIDE,
     "wells",
     "fields",
+    "mask",
+    "mask_class",
     "manifest",
     "shard",
     "output",

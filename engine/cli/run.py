@@ -111,7 +111,9 @@ def print_report(report: RunReport, console: Console, settings: Settings) -> Non
 def _tiles(slides: list[SlideReport]) -> str:
     blocks, tiles = sum(slide.blocks for slide in slides), sum(slide.tiles for slide in slides)
     skipped = sum(slide.skipped_tiles for slide in slides)
-    note = f" ({skipped} empty ones were left out)" if skipped else ""
+    outside = sum(slide.outside_tiles for slide in slides)
+    left_out = [f"{count} {what}" for count, what in ((skipped, "empty"), (outside, "outside the region")) if count]
+    note = f" ({' and '.join(left_out)} ones were left out)" if left_out else ""
     return f"{blocks}, {tiles}{note}" if blocks else ""
 
 

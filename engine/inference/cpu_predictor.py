@@ -49,7 +49,7 @@ class CpuPredictor:
         """
         rule = self.rule
         if not block.tiles:
-            return no_foreground(pixels, block, rule)
+            return no_foreground(block, rule, count_missing(pixels, block))
         with self.session() as session:
             return stitch_on_host(rule, pixels, block, self._batches(session, pixels, block), self.clock)
 

@@ -64,7 +64,7 @@ class GpuPredictor:
             ComputeError: the model returned NaN, or the GPU's memory is full even with batches of one tile.
         """
         if not block.tiles:
-            return no_foreground(pixels, block, self.rule)
+            return no_foreground(block, self.rule, count_missing(pixels, block))
         with self.queue() as queue:
             while True:
                 with queue.admission.stay() as stay:

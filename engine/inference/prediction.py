@@ -81,14 +81,14 @@ class BlockResult:
     stars: Stars | None = None
 
 
-def no_foreground(pixels: NDArray[Any], block: Block, rule: PredictionRule) -> BlockResult:
-    """Return the result of a block without tiles to compute: all background."""
+def no_foreground(block: Block, rule: PredictionRule, missing: int = 0) -> BlockResult:
+    """Return the result of a block without tiles to compute, with so many NaN values: all background."""
     mask = np.zeros(block.box.shape, np.uint8)
     return BlockResult(
         mask,
         mask if rule.probability else None,
         0,
-        count_missing(pixels, block),
+        missing,
         classes=mask if rule.classes else None,
         stars=None if rule.stars is None else join([], rule.stars.rays),
     )

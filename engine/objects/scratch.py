@@ -6,6 +6,7 @@
     <journal>/scratch/probability/   the probability, a file for each block, if objects are measured
     <journal>/scratch/classes/       the class codes, a file for each block, if objects get classes
     <journal>/scratch/ids/           the final ids from the merge
+    <journal>/scratch/sums/          the sums of each block's objects that make centroids, if there is a region
     <journal>/scratch/objects/       the moments of each block's objects
 
 The pixels of a block are compressed in pieces, those of its frame apart from those of its inside, because a block is
@@ -44,6 +45,7 @@ class ScratchFolder:
     Attributes:
         name: as given.
         ids: folder of the final ids.
+        sums: folder of the sums that make centroids.
         objects: folder of the moments.
     """
 
@@ -51,6 +53,7 @@ class ScratchFolder:
         self.name = name
         self._folder = journal / "scratch" / name
         self.ids = journal / "scratch" / "ids"
+        self.sums = journal / "scratch" / "sums"
         self.objects = journal / "scratch" / "objects"
 
     def create(self) -> None:

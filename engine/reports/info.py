@@ -1,4 +1,4 @@
-"""List the images that a path holds and how a run would cut each; no pixel is read."""
+"""List the images that a path holds and how a run would cut each; none of their pixels is read."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from cellseg_batch.engine.errors import SlideError
 from cellseg_batch.engine.geometry import lay_blocks
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.slide_plan import lay_lattice
+from cellseg_batch.engine.run.slide_region import SlideRegion, settle_region
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_all_images
 from cellseg_batch.engine.slides.level_and_channels import ChannelChoice, LevelChoice, choose_channels, choose_level
@@ -26,6 +27,7 @@ class Cut:
         level, channels: level and channels to segment, with the reasons.
         blocks, tiles: numbers of blocks and tiles, over all planes.
         tile: (height, width) of each tile in px.
+        region: region to which a mask would be confined; None for the whole image.
     """
 
     slide: Slide
@@ -34,6 +36,7 @@ class Cut:
     blocks: int
     tiles: int
     tile: tuple[int, int]
+    region: SlideRegion | None
 
 
 @dataclass(frozen=True)
@@ -124,4 +127,5 @@ def _cut(slide: Slide, settings: Settings, card: Card) -> Cut:
     lattice = lay_lattice(slide.plane_shape(level.level), settings, card)
     grid = lay_blocks(lattice, settings.block_side(), slide.planes(level.level))
     rows, columns = lattice.grid
-    return Cut(slide, level, channels, len(grid), rows * columns * grid.planes, lattice.tile)
+    region = settle_region(slide, level.level, lattice, 0, settings)
+    return Cut(slide, level, channels, len(grid), rows * columns * grid.planes, lattice.tile, region)

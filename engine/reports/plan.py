@@ -68,7 +68,7 @@ class SlideEstimate:
         path: the image, as a user would type it.
         reason: why the image cannot be segmented; "" if it can.
         pixels: number of pixels to segment, over all planes.
-        blocks, tiles: numbers of blocks and tiles.
+        blocks, tiles: numbers of blocks and of tiles to compute.
         bytes_in: bytes of decoded pixels to read, halos included.
         bytes_out: bytes of the outputs before compression, pyramid included.
         files: largest number of files and folders that the run makes, those between passes included.
@@ -213,7 +213,7 @@ def _lay(image: Slide | UnreadableImage, settings: Settings, card: Card) -> _Ima
     try:
         paths = output_paths(image, settings.name, settings.output)
         # The bounds decide no figure here, and sampling them would take long for many slides.
-        plan = plan_slide(image, paths, settings, card, Bounds((0.0,), (1.0,)))
+        plan = plan_slide(image, paths, settings, card, Bounds((0.0,), (1.0,))).with_region(settings)
     except SlideError as error:
         return _Image(SlideEstimate(image.location, error.detail))
     return _Image(_count(plan), (plan,))
@@ -297,7 +297,8 @@ def _lay_every_downscale(worker: Worker, image: _Image) -> _Image:
     factors = possible_downscales(plan, settings, model_pool.bundle)
     name = model_pool.chosen.name
     plans = (lay_tiles(plan, settings, model_pool.bundle, factor, name) for factor in factors)
-    return _Image(image.entry, tuple(plan.with_blocks(settings.block_side(name)) for plan in plans))
+    side = settings.block_side(name)
+    return _Image(image.entry, tuple(plan.with_blocks(side).with_region(settings) for plan in plans))
 
 
 def _count(plan: SlidePlan) -> SlideEstimate:
@@ -306,9 +307,9 @@ def _count(plan: SlidePlan) -> SlideEstimate:
     pixels = sum(math.prod(shape) for shape in layouts[0].shapes)
     return SlideEstimate(
         path=plan.slide.location,
-        pixels=plan.pixels,
+        pixels=_pixels_computed(plan),
         blocks=len(plan.grid),
-        tiles=plan.tiles,
+        tiles=plan.tiles - plan.outside_tiles,
         bytes_in=values_read(plan) * np.dtype(plan.slide.dtype).itemsize,
         bytes_out=pixels * sum(np.dtype(layout.dtype).itemsize for layout in layouts),
         files=sum(map(most_files, layouts))
@@ -322,8 +323,20 @@ def values_read(plan: SlidePlan) -> int:
 
     Measuring also reads a few px around each block; these are not counted.
     """
-    measured = len(measured_channels(plan.slide)) * plan.pixels if plan.objects else 0
-    return pixels_read(plan.grid) * len(plan.channels.indices) + measured
+    measured = len(measured_channels(plan.slide)) * _pixels_computed(plan) if plan.objects else 0
+    if plan.region is None:
+        read = pixels_read(plan.grid)
+    else:
+        read = sum(block.read_box.area for block in plan.grid if plan.computed(block).tiles)
+    return read * len(plan.channels.indices) + measured
+
+
+def _pixels_computed(plan: SlidePlan) -> int:
+    """Number of pixels in the tiles that are computed, over all planes."""
+    if plan.region is None:
+        return plan.pixels
+    tiles = (plan.grid.lattice.tile_at(*index).core.area for index in np.argwhere(plan.region.computed).tolist())
+    return sum(tiles) * plan.grid.planes
 
 
 def pixels_read(grid: BlockGrid) -> int:
@@ -361,8 +374,9 @@ def most_scratch_files(plan: SlidePlan) -> int:
     if not plan.makes_ids:
         return 0
     blocks = len(plan.grid)
-    kinds = len(scratch_of(plan).folders) + plan.objects  # moments have no folder of their own among them
-    return kinds * (blocks + -(-blocks // BUCKET) + 2) + _FILES_OF_FINAL_IDS
+    # Neither moments nor the sums for a region have a folder of their own among them.
+    kinds = len(scratch_of(plan).folders) + plan.objects + (plan.region is not None)
+    return kinds * (blocks + -(-blocks // BUCKET) + 2) + _FILES_OF_FINAL_IDS + 2 * (plan.region is not None)
 
 
 def _measure(worker: Worker, plan: SlidePlan) -> tuple[_Rate, str]:
@@ -375,8 +389,15 @@ def _measure(worker: Worker, plan: SlidePlan) -> tuple[_Rate, str]:
     height, width = (min(_TILES * core, length) for core, length in zip(lattice.core, lattice.shape, strict=True))
     y, x = (lattice.shape[0] - height) // 2, (lattice.shape[1] - width) // 2
     part = plan.slide.first_plane().cropped(plan.level.level, Box(y, x, y + height, x + width))
+    part = replace(part, asked=replace(part.asked, mask=None))
     settings = replace(
-        worker.settings, level=plan.level.level, downscale=plan.downscale, max_memory=None, overwrite=False
+        worker.settings,
+        level=plan.level.level,
+        downscale=plan.downscale,
+        max_memory=None,
+        overwrite=False,
+        mask=None,
+        mask_class=None,
     )
     with tempfile.TemporaryDirectory(prefix="cellseg-plan-") as folder:
         settings = replace(settings, output=Path(folder))
@@ -441,5 +462,7 @@ def _weigh(image: _Image, worker: Worker, held_bytes: int, rate: _Rate) -> Slide
             f"expected at most the {memory} bytes of memory of this machine, found {peak} for one worker; "
             "use a smaller `block` or `tile`"
         )
-    objects = None if rate.objects is None else round(rate.objects * entry.pixels)
+    plan = image.plans[0]
+    inside = entry.pixels if plan.region is None else plan.region.identity.area * plan.grid.planes
+    objects = None if rate.objects is None else round(rate.objects * inside)
     return replace(entry, objects=objects, peak_bytes=peak, seconds=rate.seconds * entry.pixels, reason=reason)

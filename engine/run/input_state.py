@@ -50,6 +50,8 @@ def has_changed(slide: Slide, journal: Journal, manifest: Manifest) -> bool:
     if files_state(slide, earlier.level) == manifest.input_files:
         return False
     numbers = sorted(journal.numbers(BLOCKS))
+    if manifest.decisions.region is not None:
+        numbers = [number for number in numbers if _was_read(journal, number)]
     spread = {numbers[round(i)] for i in np.linspace(0, len(numbers) - 1, min(len(numbers), _MAX_BLOCKS))}
     with SlideReader(slide, earlier.level, earlier.channels) as reader:
         for number in sorted(spread):
@@ -59,6 +61,12 @@ def has_changed(slide: Slide, journal: Journal, manifest: Manifest) -> bool:
             if record.result.input_pixels != pixels_state(reader.read(block.plane, block.box)):
                 return True
     return False
+
+
+def _was_read(journal: Journal, number: int) -> bool:
+    """Whether a block was read: those wholly outside the region are not."""
+    record = journal.get(BLOCKS, number, TaskRecord[BlockRecord])
+    return record is not None and record.result.input_pixels is not None
 
 
 def _has_form(slide: Slide, earlier: InputPixels) -> bool:

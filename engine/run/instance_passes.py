@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block, Box
+from cellseg_batch.engine.objects.kept import KeptIds
 from cellseg_batch.engine.objects.merge import FinalIds, merge_seeds
 from cellseg_batch.engine.objects.scratch import Scratch
 from cellseg_batch.engine.objects.seeds import InstanceRule, SeedRecord, number_seeds
@@ -64,10 +65,15 @@ def merge_blocks(slide: OpenSlide, _: int) -> MergeRecord:
 
 def grow_block(slide: OpenSlide, number: int) -> GrowthRecord:
     """Write the final labels of one block, and measure its objects if the plan says so."""
-    plan, block = slide.plan, slide.plan.grid[number]
+    plan, block = slide.plan, slide.plan.computed(slide.plan.grid[number])
     halo = HALO if plan.objects else 0
-    make_labels = final_labels if plan.stars is None else drawn_labels
-    with_halo = make_labels(slide, block, halo)
+    kept = None if plan.region is None else KeptIds.load(_scratch(slide).ids)
+    if not block.tiles:
+        with_halo: NDArray[Any] = np.zeros(block.box.grown(halo).shape, np.uint32)
+    elif plan.stars is None:
+        with_halo = final_labels(slide, block, halo, kept)
+    else:
+        with_halo = drawn_labels(slide, block, halo)
     height, width = block.box.shape
     labels = with_halo[halo : halo + height, halo : halo + width]
     with slide.clock.stage("write"):
@@ -94,23 +100,34 @@ def _seeds_of(journal: Journal, block: Block) -> SeedRecord:
     return task.result.seeds
 
 
-def final_labels(slide: OpenSlide, block: Block, halo: int = 0) -> NDArray[Any]:
-    """The labels (h + 2 * halo, w + 2 * halo) of a block and ``halo`` px around it, 0 outside the slide."""
+def final_labels(slide: OpenSlide, block: Block, halo: int = 0, kept: KeptIds | None = None) -> NDArray[Any]:
+    """The labels (h + 2 * halo, w + 2 * halo) of a block and ``halo`` px around it, 0 outside the slide.
+
+    Args:
+        slide: the open slide.
+        block: block of the slide.
+        halo: px around the block.
+        kept: the ids if only some objects are kept; None keeps all.
+    """
     target, steps = block.box.grown(halo), _rule(slide).steps
     with slide.clock.stage("read"):
-        codes = _final_codes(slide, block, target.grown(reach(steps)))
+        codes = _final_codes(slide, block, target.grown(reach(steps)), kept)
     with slide.clock.stage("growth"):
         labels = np.empty(target.shape, codes.dtype)
         grow(codes, steps, labels)
+        if kept is not None:
+            labels[labels > kept.count] = 0
     return labels
 
 
-def _final_codes(slide: OpenSlide, block: Block, window: Box) -> NDArray[Any]:
+def _final_codes(slide: OpenSlide, block: Block, window: Box, kept: KeptIds | None) -> NDArray[Any]:
     """The codes (height, width) of a window around a block with final ids, 0 outside the slide."""
     grid, merged = slide.plan.grid, FinalIds.load(_scratch(slide).ids)
     codes = np.zeros(window.shape, merged.dtype)
     for touching in grid.touching(block.plane, window):
         final_codes = merged.codes_of(touching, grid)
+        if kept is not None:
+            final_codes = kept.codes_of(final_codes)
         for part, block_codes in _scratch(slide).read(touching, window):
             renumber(block_codes, final_codes, codes[part.seen_from(window).slices()])
     return codes

@@ -139,6 +139,8 @@ def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str 
         foreground_fraction=figures.foreground / plan.pixels,
         missing_pixels=figures.missing,
         skipped_tiles=figures.skipped_tiles,
+        outside_tiles=figures.outside_tiles,
+        region_area=None if plan.region is None else plan.region.identity.area,
         objects=figures.objects,
         classes={one.name: one.pixels / plan.pixels for one in figures.classes},
         unreached_pixels=figures.unreached,
@@ -208,7 +210,7 @@ def compile_plan(worker: Worker, plan: SlidePlan, factor: int, reader: SlideRead
     settings, model_pool = worker.settings, worker.model_pool
     backend = model_pool.downscaled(model_pool.chosen, factor)
     plan = lay_tiles(plan, settings, model_pool.bundle, factor, backend.name)
-    plan = plan.with_blocks(settings.block_side(backend.name))
+    plan = plan.with_blocks(settings.block_side(backend.name)).with_region(settings)
     worker.warm_up.compile_for(plan, backend, reader)
     return plan
 
@@ -224,7 +226,7 @@ def _plan_again(worker: Worker, request: Request, journal: Journal, manifest: Ma
     plan = plan_slide(request.slide, request.paths, settings, model_pool.bundle.card, earlier.normalisation)
     factor = settings.downscale or earlier.downscale
     backend = _earlier_backend(earlier.backend, settings, model_pool, factor)
-    plan = lay_tiles(plan, settings, model_pool.bundle, factor, backend.name)
+    plan = lay_tiles(plan, settings, model_pool.bundle, factor, backend.name).with_region(settings)
     decisions = plan.decisions(_identity_of_model(model_pool), _identity_of(backend))
     if journal.is_finished:  # nothing is left to compute, so the library's version does not matter
         decisions = replace(decisions, backend=replace(decisions.backend, version=earlier.backend.version))
@@ -359,8 +361,9 @@ def _block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
     channels = measured_channels(plan.slide) if plan.objects else plan.channels.indices
     read = max(channels) - min(channels) + 1
     held = read if read == len(channels) else read + len(channels)  # others between them are read, and left out
+    images = plan.images_of_bytes + (plan.region is not None)
     stars = 0 if plan.stars is None else star_memory(plan.grid, plan.stars, plan.threshold, on_gpu)
-    return stars + block_memory(plan.slide, plan.level.level, held, plan.grid, plan.images_of_bytes, on_gpu, plan.frame)
+    return stars + block_memory(plan.slide, plan.level.level, held, plan.grid, images, on_gpu, plan.frame)
 
 
 def fit_memory(

@@ -7,6 +7,7 @@ rows.  This module must not know how labels are made.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def measure_block(
 
     Args:
         plan: plan of the slide.
-        block: block of the slide.
+        block: block of the slide, with the tiles that are computed.
         labels: (h + 2 * HALO, w + 2 * HALO) final labels of the block and HALO px around it; 0 outside the slide.
         pixels: reads every channel that is measured.
         probability: scratch with the probability of every pixel, uint8; 255 is a probability of 1.
@@ -52,6 +53,8 @@ def measure_block(
         SlideError: pixels cannot be read, or the moments cannot be written.
     """
     quality = [Quality()] * len(pixels.channels)
+    if not block.tiles:
+        return GrowthRecord(0, tuple(quality), () if plan.classes is None else (0,) * len(plan.classes.names))
     parts = []
     slide = Box(0, 0, *plan.grid.lattice.shape)
     probabilities = probability.read_block(block)
@@ -60,7 +63,7 @@ def measure_block(
         window = strip.grown(HALO).within(slide)
         channels = np.ascontiguousarray(pixels.read(block.plane, window))
         core = strip.seen_from(window).slices()
-        strip_labels = labels[strip.y0 - block.box.y0 :][: strip.shape[0] + 2 * HALO]
+        strip_labels = labels[strip.grown(HALO).seen_from(block.box.grown(HALO)).slices()]
         inside = strip.seen_from(block.box).slices()
         light = channels[:, *core]
         if class_codes is not None:
@@ -149,6 +152,15 @@ def channel_names(slide: Slide) -> tuple[str, ...]:
 
 
 def _strips(block: Block) -> Iterator[Box]:
-    """The block's rows of tile cores, one box each."""
-    for y0, y1 in sorted({(tile.core.y0, tile.core.y1) for tile in block.tiles}):
-        yield Box(y0, block.box.x0, y1, block.box.x1)
+    """The cores of the block's tiles, those side by side as one box."""
+    strip: Box | None = None
+    for tile in block.tiles:
+        core = tile.core
+        if strip is not None and (core.y0, core.x0) == (strip.y0, strip.x1):
+            strip = replace(strip, x1=core.x1)
+            continue
+        if strip is not None:
+            yield strip
+        strip = core
+    if strip is not None:
+        yield strip

@@ -19,6 +19,7 @@ from cellseg_batch.engine.run.output_images import LABELS
 from cellseg_batch.engine.run.records import BackendIdentity
 from cellseg_batch.engine.run.slide_plan import SlidePlan
 from cellseg_batch.engine.slides.reader import SlideReader
+from cellseg_batch.engine.slides.region import Region
 from cellseg_batch.engine.slides.writer import ImageWriter
 from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.engine.storage.journal import Journal
@@ -63,6 +64,7 @@ class OpenSlide:
         scratch: what the passes of this slide keep for each other.
         journal: journal of the output.
         clock: clock of the process.
+        region: region of the slide; None if there is none.
     """
 
     plan: SlidePlan
@@ -72,6 +74,7 @@ class OpenSlide:
     scratch: SlideScratch
     journal: Journal
     clock: StageClock
+    region: Region | None = None
 
     @property
     def labels(self) -> ImageWriter:
@@ -134,6 +137,8 @@ class OpenSlides:
             slide = self._entries.pop(plan).slide
             if slide is not None:
                 slide.reader.close()
+                if slide.region is not None:
+                    slide.region.close()
 
 
 class _Entry:
@@ -151,7 +156,9 @@ def open_slide(
     """Open a slide's predictor, writers, scratch and journal.
 
     Raises:
-        OutputError: the backend in this process has another version than the one that began these labels.
+        OutputError: the backend in this process has another version than the one that began these labels, or the
+            region has changed.
+        ReadError: the region cannot be read.
     """
     own_backend = model_pool.backend(backend.name, backend.precision, plan.downscale)
     if own_backend.version != backend.version:
@@ -169,6 +176,7 @@ def open_slide(
         scratch=scratch_of(plan),
         journal=Journal(plan.paths.journal),
         clock=clock,
+        region=None if plan.region is None else plan.region.open(plan.slide, plan.level.level),
     )
 
 

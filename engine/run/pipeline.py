@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block
 from cellseg_batch.engine.inference.background import without_background
-from cellseg_batch.engine.inference.prediction import BlockResult, core_of, count_infinite
+from cellseg_batch.engine.inference.prediction import BlockResult, core_of, count_infinite, no_foreground
 from cellseg_batch.engine.run.input_state import pixels_state
 from cellseg_batch.engine.run.instance_passes import grow_block, keep_seeds, merge_blocks, tabulate
 from cellseg_batch.engine.run.open_slide import OpenSlide
 from cellseg_batch.engine.run.records import (
     BLOCKS,
+    CENTROIDS,
     INSTANCES,
+    KEPT,
     LEVELS,
     MERGE,
     TABLE,
@@ -30,11 +32,14 @@ from cellseg_batch.engine.run.records import (
     ClassRecord,
     FinishedRecord,
     GrowthRecord,
+    KeptRecord,
     LevelRecord,
     MergeRecord,
     TaskRecord,
 )
+from cellseg_batch.engine.run.region_passes import add_up_block, keep_objects
 from cellseg_batch.engine.run.slide_plan import SlidePlan
+from cellseg_batch.engine.run.slide_region import cut, of_slide
 from cellseg_batch.engine.run.star_passes import keep_stars, merge_block_stars
 from cellseg_batch.engine.slides.pixel_meaning import CLASSES, MASK, PROBABILITY
 from cellseg_batch.engine.storage.journal import Journal
@@ -67,6 +72,9 @@ def passes_of(plan: SlidePlan) -> Iterator[Pass]:
     yield Pass(BLOCKS, len(plan.grid), segment_block, _SEGMENT)
     if plan.makes_ids:
         yield Pass(MERGE, 1, merge_blocks if plan.stars is None else merge_block_stars, _SHORT)
+        if plan.region is not None:
+            yield Pass(CENTROIDS, len(plan.grid), add_up_block, _GROW)
+            yield Pass(KEPT, 1, keep_objects, _SHORT)
         yield Pass(INSTANCES, len(plan.grid), grow_block, _GROW)
     if plan.objects:
         yield Pass(TABLE, 1, tabulate, _SHORT)
@@ -77,13 +85,31 @@ def passes_of(plan: SlidePlan) -> Iterator[Pass]:
 
 
 def segment_block(slide: OpenSlide, number: int) -> BlockRecord:
-    """Read, segment and write one block."""
-    block = slide.plan.grid[number]
+    """Read, segment and write one block; one wholly outside the region is written without being read."""
+    plan, block = slide.plan, slide.plan.grid[number]
+    inside_block = plan.computed(block)
+    outside_tiles = len(block.tiles) - len(inside_block.tiles)
+    if not inside_block.tiles:
+        return replace(_keep(slide, block, no_foreground(block, plan.prediction)), outside_tiles=outside_tiles)
     with slide.clock.stage("read"):
         pixels = slide.reader.read(block.plane, block.read_box)
     with slide.clock.stage("gather"):
-        foreground_block = without_background(block, pixels, slide.plan.grid.lattice, slide.plan.flat)
+        foreground_block = without_background(inside_block, pixels, plan.grid.lattice, plan.flat)
     result = slide.predictor.predict(pixels, foreground_block)
+    return replace(
+        _keep(slide, block, result),
+        skipped_tiles=len(inside_block.tiles) - len(foreground_block.tiles),
+        infinite=count_infinite(pixels, block),
+        input_pixels=pixels_state(core_of(pixels, block)),
+        outside_tiles=outside_tiles,
+    )
+
+
+def _keep(slide: OpenSlide, block: Block, result: BlockResult) -> BlockRecord:
+    """Write what was predicted for a block; returns the record of that, as of a block that was not read."""
+    if slide.region is not None and not slide.plan.makes_ids:
+        with slide.clock.stage("stitch"), of_slide(slide.plan.slide):
+            result = cut(result, slide.region.inside(block.box))
     seeds = None if slide.plan.instances is None else keep_seeds(slide, block, result.mask)
     if result.stars is not None:
         keep_stars(slide, block, result.stars)
@@ -97,10 +123,8 @@ def segment_block(slide: OpenSlide, number: int) -> BlockRecord:
         seeds=seeds,
         foreground=result.foreground,
         missing=result.missing,
-        skipped_tiles=len(block.tiles) - len(foreground_block.tiles),
-        infinite=count_infinite(pixels, block),
         classes=_count_classes(slide.plan, result),
-        input_pixels=pixels_state(core_of(pixels, block)),
+        input_pixels=None,
     )
 
 
@@ -129,7 +153,7 @@ def build_shard(level: int, slide: OpenSlide, number: int) -> LevelRecord:
 
 def totals(plan: SlidePlan, journal: Journal) -> FinishedRecord:
     """Add up the figures of all records of a finished slide."""
-    foreground = missing = skipped_tiles = infinite = 0
+    foreground = missing = skipped_tiles = infinite = outside_tiles = 0
     named = plan.outputs[0].meaning.classes
     of_labels = np.zeros(len(named), np.int64)
     for _, block in journal.records(BLOCKS, TaskRecord[BlockRecord]):
@@ -137,8 +161,16 @@ def totals(plan: SlidePlan, journal: Journal) -> FinishedRecord:
         missing += block.result.missing
         skipped_tiles += block.result.skipped_tiles
         infinite += block.result.infinite
+        outside_tiles += block.result.outside_tiles
         of_labels += np.array(block.result.classes, np.int64)
-    figures = FinishedRecord(foreground, missing, skipped_tiles, infinite=infinite, classes=_classes(named, of_labels))
+    figures = FinishedRecord(
+        foreground,
+        missing,
+        skipped_tiles,
+        infinite=infinite,
+        classes=_classes(named, of_labels),
+        outside_tiles=outside_tiles,
+    )
     if not plan.makes_ids:
         return figures
     ((_, merge),) = journal.records(MERGE, TaskRecord[MergeRecord])
@@ -148,6 +180,9 @@ def totals(plan: SlidePlan, journal: Journal) -> FinishedRecord:
     if plan.classes is not None:
         named = tuple(zip(plan.classes.names, plan.classes.colours, strict=True))
         figures = replace(figures, classes=_classes(named, np.sum([block.classes for block in grown], axis=0)))
+    if plan.region is not None:
+        ((_, kept),) = journal.records(KEPT, TaskRecord[KeptRecord])
+        return replace(figures, objects=kept.result.objects, cut_objects=kept.result.cut, foreground=labelled)
     if plan.stars is not None:
         return replace(figures, foreground=labelled)
     return replace(figures, unreached=foreground - labelled)

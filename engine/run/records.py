@@ -28,8 +28,16 @@ Result = TypeVar("Result")
 
 # Names of passes; those of the pyramid are levels/1, levels/2 and so on.
 BLOCKS, MERGE, INSTANCES, TABLE, LEVELS = "blocks", "merge", "instances", "table", "levels"
+CENTROIDS, KEPT = "centroids", "kept"
 # Field of a decision -> the setting that it follows from; other fields have the name of theirs, or follow from none.
-_SETTING_OF = {"channels": "channel", "core": "tile", "flat": "skip_background", "outputs": "probability"}
+_SETTING_OF = {
+    "channels": "channel",
+    "core": "tile",
+    "flat": "skip_background",
+    "outputs": "probability",
+    "region": "mask",
+    "mask_sha256": "mask",
+}
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,23 @@ class TileLattice:
 
 
 @dataclass(frozen=True)
+class RegionIdentity:
+    """The region to which a slide is confined.
+
+    Attributes:
+        mask_sha256: hash of the outlines or labels, wherever they are stored.
+        mask_class: name of the class whose outlines are taken; None for all.
+        area: number of px inside, of a plane of the processed level.
+        reach: px around it that are computed, so that objects are whole.
+    """
+
+    mask_sha256: str
+    mask_class: str | None
+    area: Positive
+    reach: Count
+
+
+@dataclass(frozen=True)
 class Decisions:
     """All decisions that determine the pixels of an output.
 
@@ -131,6 +156,7 @@ class Decisions:
         stars: numbers by which logits become stars; None for a mask, or if instances grow.
         objects: whether the instances are measured.
         classes: class map by which the measured instances get classes; None for none.
+        region: region to which the output is confined; None for the whole slide.
     """
 
     input: InputPixels
@@ -148,6 +174,7 @@ class Decisions:
     stars: StarRule | None
     objects: bool
     classes: ClassRule | None
+    region: RegionIdentity | None
 
     def changes(self, now: Decisions) -> list[str]:
         """The differences between these decisions and ``now``, one phrase each; settings are in backticks."""
@@ -219,8 +246,9 @@ class BlockRecord:
         missing: number of NaN pixels in the input, taken as 0.
         skipped_tiles: number of flat tiles, which are not computed.
         infinite: number of pixels in the input that are infinite in float32.
-        input_pixels: checksum of some rows of the input (`pixels_state`).
+        input_pixels: checksum of some rows of the input (`pixels_state`); None for a block that was not read.
         classes: number of pixels of each class; () for labels that are none.
+        outside_tiles: number of tiles that are not computed because of the region.
     """
 
     seeds: SeedRecord | None
@@ -228,8 +256,9 @@ class BlockRecord:
     missing: Count = 0
     skipped_tiles: Count = 0
     infinite: Count = 0
-    input_pixels: Count = 0
+    input_pixels: Count | None = 0
     classes: tuple[Count, ...] = ()
+    outside_tiles: Count = 0
 
 
 @dataclass(frozen=True)
@@ -243,6 +272,24 @@ class MergeRecord:
 
     objects: Count
     cut_rays: Count = 0
+
+
+@dataclass(frozen=True)
+class CentroidRecord:
+    """The sums of a block's objects that make their centroids, which are in the scratch."""
+
+
+@dataclass(frozen=True)
+class KeptRecord:
+    """The objects whose centroids lie in the region.
+
+    Attributes:
+        objects: number of these objects.
+        cut: number of objects, kept or not, of which parts far from the region were not computed.
+    """
+
+    objects: Count
+    cut: Count = 0
 
 
 @dataclass(frozen=True)
@@ -280,6 +327,8 @@ class LevelRecord:
 _RECORDS: dict[str, Any] = {
     BLOCKS: TaskRecord[BlockRecord],
     MERGE: TaskRecord[MergeRecord],
+    CENTROIDS: TaskRecord[CentroidRecord],
+    KEPT: TaskRecord[KeptRecord],
     INSTANCES: TaskRecord[GrowthRecord],
     TABLE: TaskRecord[TableRecord],
     LEVELS: TaskRecord[LevelRecord],
@@ -320,6 +369,8 @@ class FinishedRecord:
         infinite: number of pixels in the input that are infinite in float32.
         cut_rays: number of objects with a ray that was cut to the longest one allowed.
         classes: the classes of labels that are classes, or of measured objects; () if there are none.
+        outside_tiles: number of tiles that are not computed because of the region.
+        cut_objects: number of objects of which parts far from the region were not computed.
     """
 
     foreground: Count = 0
@@ -330,6 +381,8 @@ class FinishedRecord:
     infinite: Count = 0
     cut_rays: Count = 0
     classes: tuple[ClassRecord, ...] = ()
+    outside_tiles: Count = 0
+    cut_objects: Count = 0
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -338,6 +391,9 @@ class FinishedRecord:
             "NaN pixels taken as 0": self.missing,
             "infinite pixels, or beyond 3.4e38": self.infinite,
             "objects with rays cut to the longest that the model's card allows": self.cut_rays,
+            "objects too large to be computed whole around the region; their part there says whether they are in it": (
+                self.cut_objects
+            ),
         }
         return tuple(f"{count} {pixels}" for pixels, count in counts.items() if count)
 

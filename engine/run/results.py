@@ -27,6 +27,8 @@ class SlideReport:
         blocks: number of blocks.
         tiles: number of tiles.
         skipped_tiles: number of flat tiles, which are not computed.
+        outside_tiles: number of tiles that are not computed because of the region.
+        region_area: number of px in the region, of a plane of the labels; None without a region.
         foreground_fraction: share of foreground pixels.
         classes: name of each class -> its share of the pixels; {} unless labels are classes, or objects have some.
         missing_pixels: number of NaN pixels in the input, taken as 0.
@@ -50,6 +52,8 @@ class SlideReport:
     blocks: int = 0
     tiles: int = 0
     skipped_tiles: int = 0
+    outside_tiles: int = 0
+    region_area: int | None = None
     foreground_fraction: float | None = None
     classes: dict[str, float] = field(default_factory=dict)
     missing_pixels: int = 0

@@ -11,6 +11,7 @@ from cellseg_batch.engine.run.output_paths import refuse_output_inside
 from cellseg_batch.engine.run.shards import images_of_shard
 from cellseg_batch.engine.run.slide_list import Row, read_rows, refuse_rows
 from cellseg_batch.engine.run.slide_plan import choose_input
+from cellseg_batch.engine.run.slide_region import check_region
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_all_images, find_images
 from cellseg_batch.engine.slides.plate import FieldChoice
@@ -75,6 +76,7 @@ def _images_of(row: Row, settings: Settings, card: Card) -> Images:
         if isinstance(image, Slide):
             image = replace(image, asked=row.asked)
             if row.asked != Asked():
-                choose_input(image, settings, card)
+                level, _ = choose_input(image, settings, card)
+                check_region(image, level.level, settings)
         images.append(image)
     return images

@@ -12,7 +12,7 @@ from cellseg_batch.engine.errors import UsageError, brief
 from cellseg_batch.engine.slides.slide import Asked
 from cellseg_batch.engine.storage.paths import locate
 
-_COLUMNS = ("path", "pixel_size", "channel", "level")
+_COLUMNS = ("path", "pixel_size", "channel", "level", "mask")
 _MOST_NAMED = 20
 
 
@@ -35,7 +35,8 @@ def read_rows(file: Path) -> list[Row]:
     """The rows of a manifest, in its order.
 
     Its columns are ``path`` (from the file's folder, or a URL) and any of ``pixel_size`` (µm per px of level 0),
-    ``channel`` (name or index) and ``level``; an empty cell asks for nothing.  The file is UTF-8, with commas.
+    ``channel`` (name or index), ``level`` and ``mask`` (a region or a folder of them, as ``path``); an empty cell asks
+    for nothing.  The file is UTF-8, with commas.
 
     Raises:
         UsageError: the file cannot be read, or has other columns, no rows, or rows that cannot be used; all are named.
@@ -96,7 +97,7 @@ def _row(line: int, cells: dict[str, str], folder: Path) -> Row:
     """Read the cells of a row; raises ValueError."""
     if "more" in cells:
         raise ValueError("more cells than columns")
-    path, size, channel, level = (cells.get(column, "").strip() for column in _COLUMNS)
+    path, size, channel, level, mask = (cells.get(column, "").strip() for column in _COLUMNS)
     if not path:
         raise ValueError("no path")
     try:
@@ -107,5 +108,9 @@ def _row(line: int, cells: dict[str, str], folder: Path) -> Row:
         raise ValueError(f"pixel_size: expected µm per px above 0, such as 0.25, found {size}")
     if level and not (level.isascii() and level.isdigit()):
         raise ValueError(f"level: expected 0 (full resolution) or more, found {level}")
-    where = locate(path) if "://" in path else folder / path
-    return Row(line, where, Asked(int(level) if level else None, channel or None, pixel_size))
+    region = _located(mask, folder) if mask else None
+    return Row(line, _located(path, folder), Asked(int(level) if level else None, channel or None, pixel_size, region))
+
+
+def _located(path: str, folder: Path) -> Path:
+    return locate(path) if "://" in path else folder / path

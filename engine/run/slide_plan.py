@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import SlideError, UsageError
-from cellseg_batch.engine.geometry import BlockGrid, Lattice, fit_lattice, fit_squares, lay_blocks, lay_fixed
+from cellseg_batch.engine.geometry import Block, BlockGrid, Lattice, fit_lattice, fit_squares, lay_blocks, lay_fixed
 from cellseg_batch.engine.inference.backends.protocol import Shape
 from cellseg_batch.engine.inference.background import flat_limit
 from cellseg_batch.engine.inference.decoders import DECODERS, GrowingDecoder
@@ -19,6 +19,7 @@ from cellseg_batch.engine.objects.stars import StarRule
 from cellseg_batch.engine.run.output_images import OutputImage, output_images
 from cellseg_batch.engine.run.output_paths import OutputPaths
 from cellseg_batch.engine.run.records import BackendIdentity, Decisions, InputPixels, ModelIdentity, TileLattice
+from cellseg_batch.engine.run.slide_region import SlideRegion, reach_of, settle_region
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.label_layout import Layout, lay_out
 from cellseg_batch.engine.slides.level_and_channels import ChannelChoice, LevelChoice, choose_channels, choose_level
@@ -54,6 +55,7 @@ class SlidePlan:
         objects: whether to measure the instances.
         classes: class map by which the instances get classes; None if there is none, or they are not measured.
         notes: remarks on the model for the user.
+        region: region to which the output is confined; None for the whole slide.
     """
 
     slide: Slide
@@ -75,6 +77,7 @@ class SlidePlan:
     objects: bool = False
     classes: ClassRule | None = None
     notes: tuple[str, ...] = ()
+    region: SlideRegion | None = None
 
     @property
     def pixels(self) -> int:
@@ -113,6 +116,25 @@ class SlidePlan:
         rows, columns = self.grid.lattice.grid
         return rows * columns * self.grid.planes
 
+    @property
+    def outside_tiles(self) -> int:
+        """Number of tiles of all planes that are not computed because of the region."""
+        return 0 if self.region is None else int((~self.region.computed).sum()) * self.grid.planes
+
+    def computed(self, block: Block) -> Block:
+        """A block without the tiles that are not computed because of the region."""
+        return block if self.region is None else self.region.confined(block, self.grid.lattice)
+
+    def with_region(self, settings: Settings) -> SlidePlan:
+        """The plan with the region that the settings name for the slide; the lattice is settled before.
+
+        Raises:
+            ReadError: it cannot be read, or lies outside the slide.
+        """
+        reach = reach_of(self.instances)
+        region = settle_region(self.slide, self.level.level, self.grid.lattice, reach, settings)
+        return replace(self, region=region)
+
     def with_blocks(self, side: int) -> SlidePlan:
         """The plan with blocks of about ``side`` px."""
         return replace(self, grid=lay_blocks(self.grid.lattice, side, self.grid.planes, self.grid.ring))
@@ -136,6 +158,7 @@ class SlidePlan:
             stars=self.stars,
             objects=self.objects,
             classes=self.classes,
+            region=None if self.region is None else self.region.identity,
         )
 
     @property

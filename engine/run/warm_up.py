@@ -75,7 +75,7 @@ class WarmUp:
                         classes=plan.decoder == "classes",
                         instances=plan.instances is not None,
                         stars=plan.stars is not None,
-                        objects=plan.objects,
+                        objects=plan.objects or (plan.region is not None and plan.makes_ids),
                     )
                     make_predictor(self._model_pool, backend, plan.prediction, StageClock()).predict(pixels, tile)
                     kernels.result()

@@ -5,11 +5,12 @@ Coordinates are (x, y) in px of the full resolution; pixel 0 reaches from 0 to 1
 
 from __future__ import annotations
 
-import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,8 +39,8 @@ def read_polygons(path: Path, class_name: str | None = None) -> list[Polygon]:
         ReadError: the file cannot be read, or one of its features cannot be used, which is named.
     """
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = msgspec.json.decode(path.read_bytes().removeprefix(BOM_UTF8))
+    except (OSError, msgspec.MsgspecError, RecursionError) as error:
         raise ReadError(
             str(path),
             expected="a GeoJSON file",
@@ -114,9 +115,12 @@ def _polygons(path: Path, where: str, feature: dict[str, Any]) -> Iterator[Polyg
 
 def _ring(path: Path, where: str, positions: Any) -> Ring:
     try:
-        corners = np.array([(y, x) for x, y, *_ in positions], np.float64).reshape(-1, 2)
-    except (TypeError, ValueError) as error:
+        points = np.asarray(positions, np.float64)
+        corners = points[:, 1::-1]
+    except (TypeError, ValueError, IndexError) as error:
         raise _refused(path, where, "rings of positions such as [x, y]", f"{positions!r:.80}") from error
+    if points.ndim != 2 or points.shape[1] < 2:
+        raise _refused(path, where, "rings of positions such as [x, y]", f"{positions!r:.80}")
     if not np.isfinite(corners).all():
         raise _refused(path, where, "finite coordinates", "NaN or infinite ones")
     if len(corners) > 1 and (corners[0] == corners[-1]).all():

@@ -70,11 +70,13 @@ class Asked:
         level: resolution to process.
         channel: name or index of the channel, as the setting ``channel``.
         pixel_size: µm per px of level 0.
+        mask: region, or folder of regions.
     """
 
     level: int | None = None
     channel: str | None = None
     pixel_size: float | None = None
+    mask: Path | None = None
 
 
 @dataclass(frozen=True)

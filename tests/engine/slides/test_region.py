@@ -100,14 +100,14 @@ def test_geojson_is_read_in_every_form_that_qupath_writes(tmp_path, slide):
 
 
 @pytest.mark.parametrize(("content", "named"), [
-    ("{", "a GeoJSON file, found JSONDecodeError"),
+    ("{", "a GeoJSON file, found DecodeError"),
     ({"type": "FeatureCollection", "features": []}, "at least one polygon, found none"),
     ({"type": "Topology"}, "feature 0: one of FeatureCollection, Feature, Polygon, MultiPolygon, found 'Topology'"),
     ([feature(polygon([(0, 0), (9, 0), (9, 9)])), feature({"type": "Point", "coordinates": [1, 2]}, name="spot")],
      r"feature 1 \(spot\): a Polygon or MultiPolygon, which encloses pixels, found Point"),
     (feature(None), "feature 0: a Polygon or MultiPolygon, which encloses pixels, found none"),
     (polygon([(0, 0), (9, 0)]), "feature 0: rings of at least three corners, found 2"),
-    (polygon([(0, 0), (9, float("nan")), (4, 4)]), "feature 0: finite coordinates"),
+    (polygon([(0, 0), (9, None), (4, 4)]), "feature 0: finite coordinates"),
     ({"type": "Polygon", "coordinates": [["x"]]}, "feature 0: rings of positions"),
     ({"type": "MultiPolygon", "coordinates": []}, "feature 0: coordinates of polygons"),
     ({**polygon([(0, 0), (9, 0), (9, 9)]), "plane": {"c": -1, "z": 2, "t": 0}}, "an outline for all planes"),
