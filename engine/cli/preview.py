@@ -25,7 +25,7 @@ def preview(
     axes: Axes = None,
     debug: Debug = False,
 ) -> None:
-    """Write a picture of SLIDE, as it is stored, with the outlines of its labels.
+    """Write a picture of SLIDE, as it is stored, with the outlines of its labels and of its region.
 
     Objects too small for outlines are tinted, and a part at full resolution is shown beside the overview. Classes are
     tinted in their colours.
@@ -37,6 +37,8 @@ def preview(
         picture = write_preview(slide, out, _sides(box), name, output, channel, axes)
         height, width = picture.overview.shape[:2]
         print_text(f"{out}: {picture.path}, {width} x {height} px, {picture.zoom:.3g} px for each px of the labels")
+        if picture.note:
+            print_text(f"without the outline of its region: {picture.note}")
         if picture.detail_box is not None:
             part = picture.detail_box
             box_text = f"{part.y0},{part.x0},{part.y1},{part.x1}"

@@ -8,7 +8,7 @@ memory does not grow with the slide.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,26 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cellseg_batch.engine.errors import ReadError, UsageError, writing_to
+from cellseg_batch.engine.errors import ReadError, SlideError, UsageError, writing_to
 from cellseg_batch.engine.geometry import Box
-from cellseg_batch.engine.run.output_paths import output_paths
+from cellseg_batch.engine.run.output_paths import OutputPaths, output_paths
+from cellseg_batch.engine.run.records import Manifest
 from cellseg_batch.engine.slides.discover import find_images, first_slide
 from cellseg_batch.engine.slides.level_and_channels import choose_channels
 from cellseg_batch.engine.slides.ome_zarr import colours_of_classes, open_written
 from cellseg_batch.engine.slides.reader import SlideReader
+from cellseg_batch.engine.slides.region import open_region
 from cellseg_batch.engine.slides.slide import Slide
+from cellseg_batch.engine.storage.journal import Journal
+from cellseg_batch.engine.storage.paths import locate
 from cellseg_batch.trainer.outlines import borders, outlined, tinted, too_small_to_outline
 
 _LONGEST = 1600
 _STRIP_PIXELS = 1 << 24
 # Between overview and detail: px, and grey that is told from black and white grounds.
 _GAP, _GROUND = 12, 128
+# Colour of the outline of a region, unlike those of objects.
+_REGION = (0, 229, 255)
 # Percentiles of the shown pixels that become black and white, in images other than 8-bit RGB.
 _BLACK, _WHITE = 0.5, 99.8
 
@@ -46,6 +52,7 @@ class Preview:
         detail_box: the part of it with most objects, framed in the overview, in px of the labels' full resolution; None
             if the objects can be seen in the overview.
         detail: uint8 (h, w, 3) picture of that part at full resolution; None without one.
+        note: why the outline of the region is missing; "" if it is there, or there is no region.
     """
 
     path: str
@@ -54,6 +61,7 @@ class Preview:
     overview: NDArray[np.uint8]
     detail_box: Box | None = None
     detail: NDArray[np.uint8] | None = None
+    note: str = ""
 
     def side_by_side(self) -> NDArray[np.uint8]:
         """The overview, and right of it the detail, on a grey ground: uint8 (h, w, 3)."""
@@ -93,7 +101,7 @@ def draw_preview(
     channel: str | None = None,
     axes: str | None = None,
 ) -> Preview:
-    """Draw the middle t/z plane of the first image below ``path``, with its labels.
+    """Draw the middle t/z plane of the first image below ``path``, with its labels and the outline of its region.
 
     Args:
         path: a path that holds a slide.
@@ -118,6 +126,33 @@ def draw_preview(
             remedy="leave `box` out to see everything",
         )
     channels = choose_channels(slide, channel).indices
+    return _with_region(_draw_labels(slide, labels, paths, channels, box, longest), slide, labels, paths)
+
+
+def _with_region(preview: Preview, slide: Slide, labels: Slide, paths: OutputPaths) -> Preview:
+    """The preview with the outline of the region that the labels were made for, if there is one."""
+    manifest = Journal(paths.journal).manifest(Manifest)
+    if manifest is None or manifest.decisions.region is None:
+        return preview
+    identity, (height, width) = manifest.decisions.region, preview.overview.shape[:2]
+    top, left = round(preview.box.y0 * preview.zoom), round(preview.box.x0 * preview.zoom)
+    window = Box(top, left, top + height, left + width)
+    sides = (round(side * preview.zoom) for side in labels.plane_shape(0))
+    rows, columns = (max(side, end) for side, end in zip(sides, (window.y1, window.x1), strict=True))
+    try:
+        with open_region(locate(manifest.mask), slide, (rows, columns), identity.mask_class) as region:
+            if region.sha256 != identity.mask_sha256:
+                return replace(preview, note=f"{manifest.mask} has changed since the run")
+            preview.overview[borders(region.inside(window).astype(np.uint8))] = _REGION
+    except SlideError as error:
+        return replace(preview, note=str(error))
+    return preview
+
+
+def _draw_labels(
+    slide: Slide, labels: Slide, paths: OutputPaths, channels: tuple[int, ...], box: Box, longest: int
+) -> Preview:
+    """Draw a box of a slide with its labels; arguments as in `draw_preview` and `_draw`."""
     level = _pick_level(labels, box, longest)
     bounds, picture, ids = _draw(slide, labels, channels, level, box, longest, None)
     zoom = ids.shape[1] / box.shape[1]

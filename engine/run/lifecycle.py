@@ -327,6 +327,7 @@ def _create_outputs(slide: OpenSlide, prepared: PreparedSlide, model_pool: Model
         passes={slide_pass.name: slide_pass.count for slide_pass in prepared.passes},
         images=images,
         location=plan.slide.location,
+        mask="" if plan.region is None else str(plan.region.path),
         software=_software(),
         input_files=files_state(plan.slide, plan.level.level),
     )

@@ -191,6 +191,7 @@ class Manifest:
         passes: name of each pass -> number of its tasks, in order.
         images: path of each output image in its store -> its folder, relative to the journal's.
         location: path of the input image, as a user would type it.
+        mask: path of the region; "" if there is none.
         software: versions of packages that decide no pixel.
         input_files: hash of sizes and times of some files of the input (`files_state`), before a block was read.
     """
@@ -202,6 +203,7 @@ class Manifest:
     passes: dict[str, Positive]
     images: Annotated[dict[str, str], Meta(min_length=1)]
     location: str = ""
+    mask: str = ""
     software: dict[str, str] = field(default_factory=dict)
     input_files: str = ""
 

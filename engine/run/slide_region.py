@@ -62,7 +62,7 @@ class SlideRegion:
             OutputError: it has changed.
         """
         with of_slide(slide):
-            region = open_region(self.path, slide, level, self.identity.mask_class)
+            region = open_region(self.path, slide, slide.plane_shape(level), self.identity.mask_class)
             if region.sha256 != self.identity.mask_sha256:
                 region.close()
                 raise OutputError(
@@ -156,7 +156,7 @@ def check_region(slide: Slide, level: int, settings: Settings) -> None:
     path = region_path(slide, settings)
     if path is not None:
         with of_slide(slide):
-            open_region(path, slide, level, settings.mask_class).close()
+            open_region(path, slide, slide.plane_shape(level), settings.mask_class).close()
 
 
 def reach_of(rule: InstanceRule | None) -> int:
@@ -190,7 +190,7 @@ def settle_region(slide: Slide, level: int, lattice: Lattice, reach: int, settin
     path = region_path(slide, settings)
     if path is None:
         return None
-    with of_slide(slide), open_region(path, slide, level, settings.mask_class) as region:
+    with of_slide(slide), open_region(path, slide, lattice.shape, settings.mask_class) as region:
         area, tiles = _survey(region, lattice, reach)
         if not area:
             raise ReadError(

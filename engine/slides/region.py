@@ -74,13 +74,13 @@ class Region(ABC):
         """Close the file."""
 
 
-def open_region(path: Path, slide: Slide, level: int, class_name: str | None = None) -> Region:
+def open_region(path: Path, slide: Slide, shape: tuple[int, int], class_name: str | None = None) -> Region:
     """Open a region.
 
     Args:
         path: a GeoJSON file, or a label image in any format that slides are read from.
         slide: the image that it belongs to.
-        level: level of the slide in whose px boxes are drawn.
+        shape: (height, width) in px of the level, or of another picture of all of the slide, in which boxes are drawn.
         class_name: name of the class of QuPath to take; None takes all features.
 
     Raises:
@@ -88,7 +88,7 @@ def open_region(path: Path, slide: Slide, level: int, class_name: str | None = N
     """
     if path.name.lower().endswith(_GEOJSON):
         polygons = read_polygons(path, class_name)
-        return PolygonRegion(path, polygons, slide.plane_shape(0), slide.plane_shape(level))
+        return PolygonRegion(path, polygons, slide.plane_shape(0), shape)
     if class_name is not None:
         raise ReadError(
             str(path),
@@ -96,7 +96,7 @@ def open_region(path: Path, slide: Slide, level: int, class_name: str | None = N
             found="another one" if path.exists() else "nothing",
             remedy="leave the class out, as labels have none",
         )
-    return LabelRegion(path, _label_image(path), slide.plane_shape(level))
+    return LabelRegion(path, _label_image(path), shape)
 
 
 def region_for(folder: Path, slide: Slide) -> Path:

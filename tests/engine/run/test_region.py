@@ -50,7 +50,7 @@ def ragged(tmp_path):
 
 def pixels_inside(path, image, **options):
     slide = only(image)
-    with open_region(path, slide, 0, **options) as region:
+    with open_region(path, slide, slide.plane_shape(0), **options) as region:
         return region.inside(slide_box(slide))
 
 
@@ -236,3 +236,37 @@ def test_plan_and_info_show_what_is_computed(command, tiny_model, image, ragged,
     for count in ("tiles", "pixels", "bytes_in"):
         assert 0 < part[count] < whole[count], count
     assert part["blocks"] == whole["blocks"]
+
+
+def test_preview_draws_the_outline_and_reports_know_the_region(confined, image, ragged, tmp_path, command):
+    confined(image, instances=True, mask=ragged)
+    code, text = command("preview", image, "--out", tmp_path / "a.png")
+    picture = np.asarray(Image.open(tmp_path / "a.png"))
+    zoom = picture.shape[0] // HEIGHT
+    drawn = (picture == (0, 229, 255)).all(axis=-1)
+    inside = np.kron(pixels_inside(ragged, image), np.ones((zoom, zoom), bool))
+    rows, columns = (drawn.any(axis=axis).nonzero()[0] for axis in (1, 0))
+    expected = (inside.any(axis=axis).nonzero()[0] for axis in (1, 0))
+    for side, lines in zip(expected, (rows, columns), strict=True):
+        assert abs(lines[0] - side[0]) <= zoom
+        assert abs(lines[-1] - side[-1]) <= zoom
+    assert code == 0
+    assert "without" not in text
+    assert command("verify", image)[0] == command("report", image, "--out", tmp_path / "page.html")[0] == 0
+    write_geojson(ragged, polygon(SMALL))
+    code, text = command("preview", image, "--out", tmp_path / "a.png")
+    assert code == 0
+    assert f"without the outline of its region: {ragged} has changed since the run" in text
+
+
+def test_a_region_holds_for_every_plane_and_level(segment, tmp_path):
+    stack = np.stack([blobs(150, 160, 1, seed)[0] for seed in range(3)])
+    path = write_ome_zarr(tmp_path / "stack.zarr", stack, axes="zyx")
+    mask = write_geojson(tmp_path / "mask.json", polygon([(20, 30), (81, 30), (81, 70), (20, 70)]))
+    whole = segment(path, level=1, tile=64, name="whole")
+    part = segment(path, level=1, tile=64, mask=mask, block=40)
+    inside = np.zeros((75, 80), bool)
+    inside[15:35, 10:40] = True  # the centre of column 40 lies at 81, on the right edge
+    np.testing.assert_array_equal(labels_of(part), labels_of(whole) * inside)
+    assert labels_of(part).any(axis=(1, 2)).all()
+    assert part.slides[0].outside_tiles % 3 == 0 < part.slides[0].outside_tiles

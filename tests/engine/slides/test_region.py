@@ -27,7 +27,7 @@ def slide(tmp_path_factory):
 
 
 def drawn(path, slide, level=0, class_name=None):
-    with open_region(path, slide, level, class_name) as region:
+    with open_region(path, slide, slide.plane_shape(level), class_name) as region:
         return region.inside(Box(0, 0, *slide.plane_shape(level)))
 
 
@@ -55,7 +55,7 @@ def test_polygons_are_the_pixels_whose_centres_they_hold_in_any_box(tmp_path_fac
     path = tmp_path_factory.mktemp("region") / "region.geojson"
     write_geojson(path, *(polygon(*rings) for rings in outlines))
     expected = shapes(*outlines)
-    with open_region(path, slide, 0) as region:
+    with open_region(path, slide, (HEIGHT, WIDTH)) as region:
         np.testing.assert_array_equal(region.inside(WHOLE), expected)
         y0, x0 = data.draw(st.integers(0, HEIGHT - 1)), data.draw(st.integers(0, WIDTH - 1))
         box = Box(y0, x0, data.draw(st.integers(y0 + 1, HEIGHT)), data.draw(st.integers(x0 + 1, WIDTH)))
@@ -91,7 +91,7 @@ def test_geojson_is_read_in_every_form_that_qupath_writes(tmp_path, slide):
         path.write_text(json.dumps(content, indent=len(name)))
         chosen = "Tumour" if name == "classes" else None
         np.testing.assert_array_equal(drawn(path, slide, class_name=chosen), expected, err_msg=name)
-        with open_region(path, slide, 0, chosen) as region:
+        with open_region(path, slide, (HEIGHT, WIDTH), chosen) as region:
             hashes.add(region.sha256)
     assert len(hashes) == 1
     assert drawn(tmp_path / "classes.geojson", slide)[3, 5]  # every class
@@ -118,7 +118,7 @@ def test_what_is_no_region_is_named_with_its_feature(tmp_path, slide, content, n
     path = tmp_path / "region.geojson"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ReadError, match=named) as refused:
-        open_region(path, slide, 0)
+        open_region(path, slide, (HEIGHT, WIDTH))
     assert str(path) in str(refused.value)
 
 
@@ -126,9 +126,9 @@ def test_an_unknown_class_names_those_that_there_are(tmp_path, slide):
     triangle = polygon([(0, 0), (9, 0), (9, 9)])
     path = write_geojson(tmp_path / "a.geojson", triangle, feature(triangle, "Tumour"), feature(triangle, "Fat"))
     with pytest.raises(ReadError, match=r"class tumour .* found 3 features of Fat, Tumour"):
-        open_region(path, slide, 0, "tumour")
+        open_region(path, slide, (HEIGHT, WIDTH), "tumour")
     with pytest.raises(ReadError, match="GeoJSON file for the class Fat"):
-        open_region(tmp_path / "a.png", slide, 0, "Fat")
+        open_region(tmp_path / "a.png", slide, (HEIGHT, WIDTH), "Fat")
 
 
 def test_label_images_of_any_format_and_scale_are_stretched_over_the_slide(tmp_path, slide):
@@ -147,7 +147,7 @@ def test_label_images_of_any_format_and_scale_are_stretched_over_the_slide(tmp_p
     paths = (*(tmp_path / name for name in ("a.png", "rgba.png", "a.tif", "a.zarr")), group / "labels" / "tissue")
     hashes = set()
     for path in paths:
-        with open_region(path, slide, 0) as region:
+        with open_region(path, slide, (HEIGHT, WIDTH)) as region:
             np.testing.assert_array_equal(region.inside(WHOLE), expected, err_msg=str(path))
             box = Box(13, 7, 60, 149)
             np.testing.assert_array_equal(region.inside(box), expected[box.slices()])
@@ -168,4 +168,4 @@ def test_label_images_that_cannot_be_a_region_are_refused(tmp_path, slide, make,
     make(tmp_path)
     (path,) = tmp_path.iterdir()
     with pytest.raises(ReadError, match=named):
-        open_region(path, slide, 0)
+        open_region(path, slide, (HEIGHT, WIDTH))
