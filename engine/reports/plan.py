@@ -307,7 +307,7 @@ def _count(plan: SlidePlan) -> SlideEstimate:
     pixels = sum(math.prod(shape) for shape in layouts[0].shapes)
     return SlideEstimate(
         path=plan.slide.location,
-        pixels=_pixels_computed(plan),
+        pixels=plan.computed_pixels,
         blocks=len(plan.grid),
         tiles=plan.tiles - plan.outside_tiles,
         bytes_in=values_read(plan) * np.dtype(plan.slide.dtype).itemsize,
@@ -323,20 +323,12 @@ def values_read(plan: SlidePlan) -> int:
 
     Measuring also reads a few px around each block; these are not counted.
     """
-    measured = len(measured_channels(plan.slide)) * _pixels_computed(plan) if plan.objects else 0
+    measured = len(measured_channels(plan.slide)) * plan.computed_pixels if plan.objects else 0
     if plan.region is None:
         read = pixels_read(plan.grid)
     else:
         read = sum(block.read_box.area for block in plan.grid if plan.computed(block).tiles)
     return read * len(plan.channels.indices) + measured
-
-
-def _pixels_computed(plan: SlidePlan) -> int:
-    """Number of pixels in the tiles that are computed, over all planes."""
-    if plan.region is None:
-        return plan.pixels
-    tiles = (plan.grid.lattice.tile_at(*index).core.area for index in np.argwhere(plan.region.computed).tolist())
-    return sum(tiles) * plan.grid.planes
 
 
 def pixels_read(grid: BlockGrid) -> int:

@@ -29,7 +29,7 @@ from cellseg_batch.engine.run.prepared_slide import PreparedSlide
 from cellseg_batch.engine.run.results import EndedTask, RunReport, SlideReport
 from cellseg_batch.engine.run.run_images import find_run_images
 from cellseg_batch.engine.run.slide_plan import SlidePlan, choose_input, input_pixels, lay_lattice, pick_margin
-from cellseg_batch.engine.run.slide_region import refuse_region, region_path
+from cellseg_batch.engine.run.slide_region import region_path
 from cellseg_batch.engine.run.worker import AnyWorker, Outcome, Worker, WorkerElsewhere, run_task
 from cellseg_batch.engine.scheduling.dask_pools import open_pool, threads_per_process
 from cellseg_batch.engine.scheduling.scheduler import Pool, TaskGroup, Workflow, ask, call_alone, run_workflows
@@ -119,8 +119,6 @@ def run_images(
     started = time.perf_counter() if started is None else started
     bundle = load_model(settings.model) if model_pool is None else model_pool.bundle
     _refuse_margin_off_grid(settings, bundle)
-    if settings.mask is not None or any(isinstance(image, Slide) and image.asked.mask for image in images):
-        refuse_region(settings, bundle.card)
     campaign = Campaign(settings, bundle, observer, clock or StageClock(), model_pool)
     if settings.retry_failed:
         images = [image for image in images if campaign.failures.has(image)]
@@ -178,7 +176,7 @@ class Campaign:
         return [reports[number] for number in range(len(images))]
 
     def _usable(self, image: Slide | UnreadableImage) -> Slide:
-        """The image itself, if its metadata allow it to be segmented with these settings.
+        """The image with the path of its region, if its metadata allow it to be segmented with these settings.
 
         Raises:
             SlideError: they do not.
@@ -186,8 +184,8 @@ class Campaign:
         if isinstance(image, UnreadableImage):
             raise SlideError.with_detail(image.path, image.reason)
         choose_input(image, self.settings, self.card)
-        region_path(image, self.settings)
-        return image
+        mask = region_path(image, self.settings)
+        return image if mask is None else replace(image, asked=replace(image.asked, mask=mask))
 
     def _segment_all(self, slides: Mapping[int, Slide], reports: dict[int, SlideReport], stop: Stop | None) -> None:
         """Segment the slides in a pool and put a report of each under its number into ``reports``."""

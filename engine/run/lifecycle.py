@@ -111,7 +111,7 @@ def finish_slide(worker: AnyWorker, prepared: PreparedSlide) -> SlideReport:
             labels, _, name = output.path.rpartition("/")
             list_label(output.store, labels, name, paths.zarr_format)
     journal.finish(figures)
-    return replace(describe(plan, "done", figures), pixels=plan.pixels - prepared.pixels_done)
+    return replace(describe(plan, "done", figures), pixels=plan.computed_pixels - prepared.pixels_done)
 
 
 def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str = "") -> SlideReport:
@@ -246,7 +246,8 @@ def _continue(worker: Worker, request: Request, journal: Journal, manifest: Mani
         if _lacks_scratch(plan, prepared.passes, journal):
             journal.start(manifest)
             _create_scratch(plan)
-        pixels_done = sum(plan.grid[index].box.area for index in journal.numbers(BLOCKS))
+        blocks_done = (plan.computed(plan.grid[index]) for index in journal.numbers(BLOCKS))
+        pixels_done = sum(tile.core.within(block.box).area for block in blocks_done for tile in block.tiles)
         tasks_done = ((slide_pass, len(journal.numbers(slide_pass.name))) for slide_pass in prepared.passes)
         progress_done = sum(prepared.progress_of(slide_pass, tasks) for slide_pass, tasks in tasks_done)
         prepared = replace(prepared, pixels_done=pixels_done, progress_done=progress_done)

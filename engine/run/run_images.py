@@ -11,7 +11,7 @@ from cellseg_batch.engine.run.output_paths import refuse_output_inside
 from cellseg_batch.engine.run.shards import images_of_shard
 from cellseg_batch.engine.run.slide_list import Row, read_rows, refuse_rows
 from cellseg_batch.engine.run.slide_plan import choose_input
-from cellseg_batch.engine.run.slide_region import check_region
+from cellseg_batch.engine.run.slide_region import check_region, refuse_region
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_all_images, find_images
 from cellseg_batch.engine.slides.plate import FieldChoice
@@ -31,7 +31,8 @@ def find_run_images(inputs: Sequence[Path], settings: Settings, card: Card) -> I
 
     Raises:
         NoImageError: an input does not exist or holds nothing that could be an image.
-        UsageError: there are neither inputs nor a manifest, or both; or rows of the manifest cannot be used.
+        UsageError: there are neither inputs nor a manifest, or both; or rows of the manifest cannot be used; or
+            settings or model keep no regions.
     """
     if bool(inputs) == bool(settings.manifest):
         raise UsageError(
@@ -45,6 +46,8 @@ def find_run_images(inputs: Sequence[Path], settings: Settings, card: Card) -> I
         images = find_all_images(inputs, settings.axes, FieldChoice(settings.wells, settings.fields))
     else:
         images = _images_listed(settings.manifest, settings, card)
+    if settings.mask is not None or any(isinstance(image, Slide) and image.asked.mask for image in images):
+        refuse_region(settings, card)
     return images_of_shard(images, settings.shard)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import SlideError, UsageError
 from cellseg_batch.engine.geometry import Block, BlockGrid, Lattice, fit_lattice, fit_squares, lay_blocks, lay_fixed
@@ -120,6 +122,14 @@ class SlidePlan:
     def outside_tiles(self) -> int:
         """Number of tiles of all planes that are not computed because of the region."""
         return 0 if self.region is None else int((~self.region.computed).sum()) * self.grid.planes
+
+    @property
+    def computed_pixels(self) -> int:
+        """Number of pixels of all planes that are not left out because of the region."""
+        if self.region is None:
+            return self.pixels
+        cores = (self.grid.lattice.tile_at(*index).core for index in np.argwhere(self.region.computed).tolist())
+        return sum(core.area for core in cores) * self.grid.planes
 
     def computed(self, block: Block) -> Block:
         """A block without the tiles that are not computed because of the region."""

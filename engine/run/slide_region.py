@@ -23,6 +23,7 @@ from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node
 from cellseg_batch.engine.slides.region import Inside, Region, open_region, region_for
 from cellseg_batch.engine.slides.slide import Slide
+from cellseg_batch.engine.storage.paths import RemotePath
 from cellseg_batch.kernels.instances import reach
 from cellseg_batch.kernels.moments import HALO
 from cellseg_batch.trainer.card import Card
@@ -128,13 +129,16 @@ def refuse_region(settings: Settings, card: Card) -> None:
 
 
 def region_path(slide: Slide, settings: Settings) -> Path | None:
-    """The file or store of a slide's region: its own, else that of the settings; None if it has none.
+    """The absolute path of a slide's region: its own, else that of the settings; None if it has none.
 
     Raises:
         ReadError: it does not exist.
     """
     path = slide.asked.mask or settings.mask
-    if path is None or path.is_file() or is_zarr_node(path):
+    if path is None:
+        return None
+    path = path if isinstance(path, RemotePath) else path.absolute()
+    if path.is_file() or is_zarr_node(path):
         return path
     with of_slide(slide):
         if path.is_dir():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Self
 
@@ -40,15 +40,7 @@ Inside = NDArray[np.bool_]
 
 
 class Region(ABC):
-    """A part of every plane of a level of a slide.
-
-    Attributes:
-        path: file or store of the region.
-        shape: (height, width) of the level in px.
-    """
-
-    path: Path
-    shape: tuple[int, int]
+    """A part of every plane of a level of a slide."""
 
     def __enter__(self) -> Self:
         return self
@@ -151,8 +143,6 @@ class PolygonRegion(Region):
     """
 
     def __init__(self, path: Path, polygons: Sequence[Polygon], full: tuple[int, int], shape: tuple[int, int]) -> None:
-        self.path = path
-        self.shape = shape
         self._polygons = polygons
         if not polygons:
             raise ReadError(
@@ -193,10 +183,6 @@ class PolygonRegion(Region):
             part = Box(math.floor(y0), math.floor(x0), math.ceil(y1), math.ceil(x1)).within(box)
             inside[part.seen_from(box).slices()] |= _fill(self._edges[number], part)
         return inside
-
-    def outlines(self) -> Iterator[NDArray[np.float64]]:
-        """Every outline and hole, (n, 2) corners as (y, x) in px of the full resolution."""
-        return (ring for polygon in self._polygons for ring in polygon)
 
     def close(self) -> None:
         """See `Region.close`; nothing is open."""
@@ -260,8 +246,7 @@ class LabelRegion(Region):
     """
 
     def __init__(self, path: Path, image: Slide, shape: tuple[int, int]) -> None:
-        self.path = path
-        self.shape = shape
+        self._shape = shape
         self._size = height, width = image.plane_shape(0)
         # A side of a downscaled image may be rounded up or down.
         is_too_high, is_too_wide = (
@@ -294,7 +279,7 @@ class LabelRegion(Region):
         spans = ((box.y0, box.y1), (box.x0, box.x1))
         rows, columns = (
             (2 * np.arange(start, stop) + 1) * side // (2 * length)
-            for (start, stop), side, length in zip(spans, self._size, self.shape, strict=True)
+            for (start, stop), side, length in zip(spans, self._size, self._shape, strict=True)
         )
         pixels = self._read(Box(int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1))
         inside: Inside = pixels[rows - rows[0]][:, columns - columns[0]]

@@ -201,6 +201,8 @@ def test_empty_and_missing_regions_fail_the_image_and_say_so(confined, image, tm
     assert "nothing.geojson: expected the region of an image, or a folder of regions, found nothing" in slide.reason
     with pytest.raises(UsageError, match="`mask`: expected `stitch=crop`"):
         confined(image, mask=tmp_path / "zeros.png", stitch="blend")
+    with pytest.raises(UsageError, match="`mask_class`: expected a region with `mask`"):
+        confined(image, mask_class="Tumour")
 
 
 def test_a_manifest_gives_every_slide_its_region(tmp_path, tiny_model, command):
