@@ -18,7 +18,7 @@ from cellseg_batch.engine.errors import UsageError
 from cellseg_batch.engine.run import slide_region
 from cellseg_batch.engine.slides.region import open_region
 from cellseg_batch.trainer.bundle import save_bundle
-from cellseg_batch.trainer.card import Instances
+from cellseg_batch.trainer.card import Instances, ModelClass, plain_output
 from tests.support.images import blobs, labels_of, write_ome_zarr
 from tests.support.regions import feature, polygon, write_geojson
 from tests.support.slides import only
@@ -259,6 +259,25 @@ def test_preview_draws_the_outline_and_reports_know_the_region(confined, image, 
     code, text = command("preview", image, "--out", tmp_path / "a.png")
     assert code == 0
     assert f"without the outline of its region: {ragged} has changed since the run" in text
+
+
+def test_maps_and_objects_of_classes_are_confined(confined, tiny_bundle, image, ragged, tmp_path):
+    classes = (ModelClass("tumour", "#c80000"), ModelClass("stroma", "#00c800"))
+    names = plain_output("background", "tumour", "stroma")
+    card = replace(tiny_bundle.card, decoder="classes", output=names, classes=classes)
+    save_bundle(replace(tiny_bundle, card=card), tmp_path / "classes")
+    confined, inside = partial(confined, model=str(tmp_path / "classes")), pixels_inside(ragged, image)
+    whole, part = confined(image), confined(image, mask=ragged, name="part", block=100)
+    expected = labels_of(whole) * inside
+    assert {1, 2} <= set(np.unique(expected))
+    np.testing.assert_array_equal(labels_of(part), expected)
+    shares = [(expected == number).mean() for number in (1, 2)]
+    assert list(part.slides[0].classes.values()) == pytest.approx(shares)
+    (slide,) = confined(image, mask=ragged, name="objects", objects=True, block=100).slides
+    table = pq.read_table(slide.table)
+    y, x = (np.floor(np.asarray(table[f"centroid_{axis}"]) + 0.5).astype(int) for axis in "yx")
+    assert (slide.status, len(table)) == ("done", slide.objects)
+    assert inside[y, x].all()
 
 
 def test_a_region_holds_for_every_plane_and_level(segment, tmp_path):

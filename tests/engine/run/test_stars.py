@@ -11,8 +11,9 @@ import pytest
 import torch
 import zarr
 from onnx import helper
+from PIL import Image
 
-from cellseg_batch.engine.errors import OutputError
+from cellseg_batch.engine.errors import OutputError, UsageError
 from cellseg_batch.engine.inference.prediction import BlockResult
 from cellseg_batch.engine.objects.stars import StarScratch, inside
 from cellseg_batch.engine.reports.import_model import import_model
@@ -373,3 +374,15 @@ def test_a_run_that_is_killed_in_any_pass_goes_on_to_the_same_bits(tmp_path, mod
     report = segment(path, block=32, instances=True, model=model)
     assert report.status == "done"
     np.testing.assert_array_equal(labels_of(report), expected)
+
+
+def test_a_region_confines_masks_and_is_refused_for_stars(segment, model, tmp_path):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(120, 130), levels=1)
+    Image.fromarray(np.tri(12, 13, dtype=np.uint8)).save(tmp_path / "mask.png")
+    inside = np.kron(np.tri(12, 13, dtype=np.uint8), np.ones((10, 10), np.uint8))
+    how = {"model": model, "tile": 48, "mask": tmp_path / "mask.png"}
+    np.testing.assert_array_equal(
+        labels_of(segment(path, **how)), labels_of(segment(path, **{**how, "mask": None}, name="whole")) * inside
+    )
+    with pytest.raises(UsageError, match="`mask`: expected a model whose objects grow from seeds"):
+        segment(path, instances=True, **how)
