@@ -36,7 +36,7 @@ def add_up_block(slide: OpenSlide, number: int) -> CentroidRecord:
         labels = final_labels(slide, block, HALO)
         with slide.clock.stage("measure"):
             width = plan.region.identity.reach - largest_object(plan.instances)
-            edge = plan.region.edge(block.box, plan.grid.lattice, width).astype(np.uint8)
+            edge = plan.region.edge(block.box, plan.grid.lattice, width).view(np.uint8)
             ids, rows = measure(labels, edge[None], None, (block.box.y0, block.box.x0))
             write_part(slide.scratch.folders[0].sums, block.index, block.plane, ids, rows)
     return CentroidRecord()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import OutputError, ReadError, SlideError, UsageError
 from cellseg_batch.engine.geometry import Block, Box, Lattice
@@ -84,16 +85,20 @@ class SlideRegion:
     def edge(self, box: Box, lattice: Lattice, width: int) -> Inside:
         """Whether a tile that is not computed lies within ``width`` px of each pixel of a box, (h, w)."""
         left_out = np.pad(np.cumsum(np.cumsum(~self.computed, axis=0), axis=1), ((1, 0), (1, 0)))
-        spans = ((box.y0, box.y1), (box.x0, box.x1))
-        (top, bottom), (left, right) = (
-            (np.maximum(along - width, 0) // core, np.minimum(along + width, length - 1) // core + 1)
-            for along, core, length in zip(
-                (np.arange(*span) for span in spans), lattice.core, lattice.shape, strict=True
-            )
+
+        def spans(axis: int, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+            """The spans of tiles around pixels ``start`` to ``stop``, each once, and the index of each pixel's."""
+            pixels, core = np.arange(start, stop), lattice.core[axis]
+            first = np.maximum(pixels - width, 0) // core
+            last = np.minimum(pixels + width, lattice.shape[axis] - 1) // core
+            different, index = np.unique([first, last + 1], axis=1, return_inverse=True)
+            return different, index.ravel()
+
+        ((top, bottom), rows), ((left, right), columns) = spans(0, box.y0, box.y1), spans(1, box.x0, box.x1)
+        counts = (
+            left_out[bottom][:, right] - left_out[top][:, right] - left_out[bottom][:, left] + left_out[top][:, left]
         )
-        near: Inside = (
-            left_out[bottom][:, right] - left_out[top][:, right] > left_out[bottom][:, left] - left_out[top][:, left]
-        )
+        near: Inside = (counts > 0)[rows][:, columns]
         return near
 
 
