@@ -32,6 +32,8 @@ the rate of every round and the median that is shown; what is compared took turn
 | `bench_scheduler.py PART...` | no-op blocks through every pool; worker processes against one and against threads |
 | `bench_limits.py` | what 1,000 workers and a million blocks would saturate first |
 | `bench_instances.py PART...` | objects against the truth, the same however a slide is cut, and what they cost |
+| `bench_onnx.py` | ONNX files through ONNX Runtime in a loop of numpy tiles, and imported through ours |
+| `first_label.py` | seconds from the first `run` on a machine to the first label |
 | `hover_postprocessing.py` | instances of HoVer-Net's maps, beside MONAI's post-processing |
 | `bench_host.py` | what the host could feed a GPU that takes no time |
 | `gpu.sh [--only PART...]` | a GPU: parity and tests, then networks, whole runs, MONAI, kernels |

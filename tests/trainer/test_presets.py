@@ -34,7 +34,7 @@ def few_images(data_folder, tmp_path_factory):
 
 
 # Classes are trained in test_classes.
-@pytest.mark.parametrize("preset", set(list_presets()) - {"classes"})
+@pytest.mark.parametrize("preset", sorted({*list_presets()} - {"classes"}))
 def test_a_preset_trains_and_its_bundle_runs(preset, few_images, data_folder, tmp_path, command, segment):
     arguments = ["--preset", preset, "--encoder-weights", "none", "--max-steps", 2, "--batch", 2, "--size", 256]
     code, output = command("train", few_images(preset), *arguments, "--out", tmp_path / "b")
