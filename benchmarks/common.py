@@ -110,7 +110,8 @@ def pieces_of(data: Path | None, kind: str = "fluo_small") -> Pieces:
     entries = [entry for entry in list_entries(data) if entry.split == "val" and entry.kind.startswith(kind)]
     if not entries:
         raise SystemExit(f"{data}: no held-out picture of a kind that begins with {kind}")
-    pairs = [entry.read() for entry in entries]
+    annotations = [entry.read() for entry in entries]
+    pairs = [(annotation.image, annotation.labels) for annotation in annotations]
     side = min(min(labels.shape) for _, labels in pairs)
     return [(_rgb(picture)[:side, :side], labels[:side, :side]) for picture, labels in pairs]
 
