@@ -24,9 +24,8 @@ from cellseg_batch.engine.slides.czi_scenes import Scene, scenes_of
 from cellseg_batch.engine.slides.image_format import (
     ImageFormat,
     Search,
-    image_or_reason,
+    image_in_series,
     local_file,
-    name_in_series,
     optional_library,
     reading_by,
 )
@@ -58,9 +57,8 @@ class Czi(ImageFormat):
             facts = _facts_of(document)
             scenes = scenes_of(document)
         for number, scene in enumerate(scenes):
-            image_name, inside = name_in_series(name, number, len(scenes))
-            make = partial(_describe, scene, facts, path, image_name, inside, number, search)
-            yield image_or_reason(make, image_name, str(path / inside))
+            describe = partial(_describe, scene, facts, path, number, search)
+            yield image_in_series(path, name, number, len(scenes), describe)
 
     def open_level(self, slide: Slide, level: int) -> ScenePixels:
         """Open a level, whose file stays open."""
@@ -154,7 +152,7 @@ def _facts_of(document: Any) -> _Facts:
     )
 
 
-def _describe(scene: Scene, facts: _Facts, path: Path, name: str, inside: str, number: int, search: Search) -> Slide:
+def _describe(scene: Scene, facts: _Facts, path: Path, number: int, search: Search, name: str, inside: str) -> Slide:
     """The slide of a scene.
 
     Raises:

@@ -154,6 +154,22 @@ def image_or_reason(make: Callable[[], Slide], name: str, location: str) -> Slid
         return UnreadableImage(name, location, why_unreadable(error))
 
 
+def image_in_series(
+    path: Path, name: str, number: int, count: int, describe: Callable[[str, str], Slide]
+) -> Slide | UnreadableImage:
+    """Image ``number`` of a file with ``count`` images, or an `UnreadableImage` with what ``describe`` raises.
+
+    Args:
+        path: the file.
+        name: name of the file as `Slide.name`.
+        number: number of the image.
+        count: number of images.
+        describe: makes the slide of the image from its name and its path in the file.
+    """
+    image_name, inside = name_in_series(name, number, count)
+    return image_or_reason(lambda: describe(image_name, inside), image_name, str(path / inside))
+
+
 def why_unreadable(error: Exception) -> str:
     """Why an image cannot be used, in one line, by the error that it raised."""
     return error.detail if isinstance(error, CellsegError) else f"cannot be read: {brief(error)}"

@@ -17,9 +17,8 @@ from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.slides.image_format import (
     ImageFormat,
     Search,
-    image_or_reason,
+    image_in_series,
     local_file,
-    name_in_series,
     optional_library,
     reading_by,
 )
@@ -53,9 +52,8 @@ class Lif(ImageFormat):
         with reading_by("liffile", path), _open(path) as document:
             count = len(document.images)
             for number, image in enumerate(document.images):
-                image_name, inside = name_in_series(name, number, count)
-                make = partial(_describe, image, path, image_name, inside, number, search)
-                yield image_or_reason(make, image_name, str(path / inside))
+                describe = partial(_describe, image, path, number, search)
+                yield image_in_series(path, name, number, count, describe)
             if not count:
                 raise ReadError(str(path), expected="a series of images", found="none", remedy="export it again")
 
@@ -76,7 +74,7 @@ def _open(path: Path) -> Any:
     return optional_library("liffile", "cellseg-batch[lif]").LifFile(local_file(path))
 
 
-def _describe(image: Any, path: Path, name: str, inside: str, number: int, search: Search) -> Slide:
+def _describe(image: Any, path: Path, number: int, search: Search, name: str, inside: str) -> Slide:
     """The slide of a series.
 
     Raises:

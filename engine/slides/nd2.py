@@ -20,9 +20,8 @@ from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.slides.image_format import (
     ImageFormat,
     Search,
-    image_or_reason,
+    image_in_series,
     local_file,
-    name_in_series,
     optional_library,
     reading_by,
 )
@@ -51,9 +50,8 @@ class Nd2(ImageFormat):
         with reading_by("nd2", path), _open(path) as document:
             count = document.sizes.get(_POSITIONS, 1)
             for number in range(count):
-                image_name, inside = name_in_series(name, number, count)
-                make = partial(_describe, document, path, image_name, inside, number, search)
-                yield image_or_reason(make, image_name, str(path / inside))
+                describe = partial(_describe, document, path, number, search)
+                yield image_in_series(path, name, number, count, describe)
 
     def open_level(self, slide: Slide, level: int) -> PositionPixels:
         """Open the level, whose file stays open."""
@@ -119,7 +117,7 @@ def _loops_of(sizes: Mapping[str, int]) -> dict[str, int]:
     return {letter: length for letter, length in sizes.items() if letter not in ("C", "Y", "X", _COLOURS)}
 
 
-def _describe(document: Any, path: Path, name: str, inside: str, number: int, search: Search) -> Slide:
+def _describe(document: Any, path: Path, number: int, search: Search, name: str, inside: str) -> Slide:
     """The slide of a position.
 
     Raises:
