@@ -88,8 +88,9 @@ def run(
     """
     search_started = time.perf_counter()
     started = search_started if started is None else started
-    images = find_run_images(inputs, settings, load_model(settings.model).card)
-    report = run_images(images, settings, observer, started=started, stop=stop)
+    bundle = load_model(settings.model)
+    images = find_run_images(inputs, settings, bundle.card)
+    report = _run(bundle, images, settings, observer, StageClock(), started, stop, None)
     return replace(report, starting_seconds=search_started - started)
 
 
@@ -118,8 +119,21 @@ def run_images(
     """
     started = time.perf_counter() if started is None else started
     bundle = load_model(settings.model) if model_pool is None else model_pool.bundle
+    return _run(bundle, images, settings, observer, clock or StageClock(), started, stop, model_pool)
+
+
+def _run(
+    bundle: Bundle,
+    images: Sequence[Slide | UnreadableImage],
+    settings: Settings,
+    observer: Observer,
+    clock: StageClock,
+    started: float,
+    stop: Stop | None,
+    model_pool: ModelPool | None,
+) -> RunReport:
     _refuse_margin_off_grid(settings, bundle)
-    campaign = Campaign(settings, bundle, observer, clock or StageClock(), model_pool)
+    campaign = Campaign(settings, bundle, observer, clock, model_pool)
     if settings.retry_failed:
         images = [image for image in images if campaign.failures.has(image)]
     slides = campaign.run(images, stop)
