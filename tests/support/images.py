@@ -85,8 +85,9 @@ def check_table(table, labels, pixels, channels):
     np.testing.assert_array_equal(table["touches_border"], np.isin(expected["label"], border))
 
 
-def write_plate(path, wells, fields, side=8):
-    """A plate with an image of ``side`` px in every field: empty ones of 8 px, else with blobs."""
+def write_plate(path, wells, fields, side=8, images=(), **omero):
+    """A plate with an image in every field: the next of ``images``, or else of ``side`` px, empty if 8, with blobs."""
+    images = iter(images)
     plate = zarr.open_group(str(path), mode="w")
     rows, columns = (sorted({well.split("/")[part] for well in wells}) for part in (0, 1))
     listed = [{"path": well, "rowIndex": 0, "columnIndex": 0} for well in wells]
@@ -96,6 +97,6 @@ def write_plate(path, wells, fields, side=8):
         group = plate.require_group(well)
         group.attrs["ome"] = {"version": "0.5", "well": {"images": [{"path": field} for field in fields]}}
         for field in fields:
-            pixels = blobs(side, side, 1) if side > 8 else np.zeros((1, side, side), np.uint8)
-            fill_ome_zarr(group.create_group(field), path, pixels, levels=1)
+            made = blobs(side, side, 1) if side > 8 else np.zeros((1, side, side), np.uint8)
+            fill_ome_zarr(group.create_group(field), path, next(images, made), levels=1, **omero)
     return path

@@ -20,7 +20,7 @@ from cellseg_batch.engine.reports.import_model import import_model
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.footprint import Footprint, measure_footprint
 from tests.support.graphs import randomised, untiled, write_graph, write_network
-from tests.support.images import blobs, labels_of, write_ome_zarr
+from tests.support.images import blobs, labels_of, write_ome_zarr, write_plate
 
 NARROW = (4, 4, 8, 8, 8, 4)
 NETWORKS = {
@@ -370,6 +370,28 @@ def test_stains_are_chosen_by_role_and_normalised_each_for_itself(
     np.testing.assert_array_equal(labels_of(named), labels_of(report))
     swapped = segment(path, model=str(folder), backend=backend, tile=64, name="c", channel="nuclei=1,membrane=DAPI")
     assert swapped.slides[0].channels == ("membrane", "DAPI")
+
+
+def test_a_model_of_two_stains_on_a_plate_of_five_channels_gives_what_onnx_runtime_gives(imported, command, tmp_path):
+    network = SegResNet(2, 8, in_channels=2, out_channels=1, norm="batch", blocks_down=(1, 1), blocks_up=(1,))
+    file = write_network(randomised(network, 2), tmp_path / "stains.onnx", channels=2)
+    folder = imported(file, STAINS.replace("KIND", "percentile"))
+    card = load_model(str(folder)).card
+    fields = [blobs(230, 250, 5, seed) * np.uint16(100 + 50 * seed) for seed in range(4)]
+    names = [{"label": name} for name in ("actin", "cells", "ER", "Hoechst", "RNA")]
+    plate = write_plate(tmp_path / "plate.zarr", ["A/1", "B/2"], ["0", "1"], images=fields, channels=names)
+    flags = ["--channel", "membrane=cells", "--backend", "onnxruntime", "--margin", "exact", "--tile", 192]
+    code, output = command("run", plate, "--model", folder, *flags, "--output", tmp_path / "out")
+    assert code == 0, output
+    for place, field in zip(("A/1/0", "A/1/1", "B/2/0", "B/2/1"), fields, strict=True):
+        stains = field[[3, 1]].astype(np.float32)
+        low, high = (values[:, None, None] for values in np.percentile(stains, (0.1, 99.9), axis=(1, 2)))
+        normalised = np.clip((stains - low) / (high - low), 0, 1)
+        logits = untiled(file, normalised, card.exact_margin, card.total_stride)[0]
+        mask = zarr.open_array(f"{tmp_path}/out/plate.zarr/{place}/labels/cellseg/0", mode="r")[...]
+        assert 0.1 < mask.mean() < 0.9
+        differ = mask != (logits > 0)
+        assert np.abs(logits[differ]).max(initial=0) < 1e-4
 
 
 @pytest.mark.parametrize("asked", ["DAPI", "nuclei=0", "nuclei=0,cells=1", "nuclei=0,nuclei=1", None])
