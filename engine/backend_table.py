@@ -36,7 +36,7 @@ class BackendEntry:
         proof: the command that tests it, for a backend that has not run on hardware yet; "" for the others.
         proof_part: part of ``benchmarks/gpu.sh`` that proves it; "" for backends that are proven.
         eager: name of a backend of the same precisions that compiles at once, if this one compiles for tens of seconds;
-            "" for the others.
+            "" for the others.  It may run fewer formats.
     """
 
     package: Package
@@ -111,6 +111,7 @@ KNOWN_BACKENDS: Mapping[str, BackendEntry] = {
         Package("tensorrt", "pip install 'cellseg-batch[tensorrt]'"),
         "tensorrt_gpu",
         ("fp16",),
+        FORMATS,
         on_gpu=True,
         decisive=("torch-tensorrt", "triton"),
         proof="pytest -m tensorrt",

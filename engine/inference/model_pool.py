@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike
 
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.inference.backends.protocol import Backend, DeviceModel, Shape
-from cellseg_batch.engine.inference.backends.registry import make_backend
+from cellseg_batch.engine.inference.backends.registry import REFERENCES, make_backend
 from cellseg_batch.engine.inference.choice import Choice, choose
 from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.gpu_admission import Admission
@@ -124,8 +124,11 @@ class ModelPool:
 
     def prober(self, factor: int) -> Backend:
         """Return the backend for the windows of `probes`, downscaled by ``factor``; they are worth no long compile."""
-        chosen = self.chosen
-        return self.backend(KNOWN_BACKENDS[chosen.name].eager or chosen.name, chosen.precision, factor)
+        name, weights = self.chosen.name, self.bundle.card.format
+        eager = KNOWN_BACKENDS[name].eager
+        if eager and weights not in KNOWN_BACKENDS[eager].formats:
+            return self.backend(*REFERENCES[weights], factor)
+        return self.backend(eager or name, self.chosen.precision, factor)
 
     def race_result_of(self, backend: Backend) -> dict[str, Any] | None:
         """Return the figures of a backend's race and its conditions as plain values; None without a race."""

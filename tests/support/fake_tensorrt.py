@@ -1,8 +1,9 @@
 """TensorRT, torch-tensorrt and a CUDA device that exist only in these tests.
 
 The two libraries know exactly the names and parameters of the tables in ``signatures``, which were read from the real
-ones; anything else fails as it would there.  A plan is an exported program, and running one computes it on the CPU in
-float16, between the very addresses that it was given.  Each way to fail is one that the real libraries have.
+ones; anything else fails as it would there.  A plan is an exported program, or a graph that went through the parser, and
+running one computes it on the CPU in float16, between the very addresses that it was given.  Each way to fail is one that
+the real libraries have.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 
+import onnx
+import onnxruntime
 import torch
 
 SIGNATURES = Path(__file__).parent / "signatures"
@@ -24,6 +27,7 @@ PAIRS = (("10.15.1.29", "2.11.0"), ("11.0.0.114", "2.13.0"))
 # Where torch-tensorrt's logger for TensorRT puts what it is told.
 TENSORRT_LOG = logging.getLogger("torch_tensorrt [TensorRT Conversion Context]")
 FAILURES = ("import", "driver", "build out of memory", "deserialize", "context", "enqueue", "fp32 types", "fp32 layers")
+GRAPH_FAILURES = (*FAILURES, "operator", "timings")
 
 
 def table_of(package, version):
@@ -66,6 +70,16 @@ class Strict:
         raise AttributeError(f"{self._kind}.{name} is not set by the backend")
 
 
+class Member:
+    """A member of an enum; its number is another one in each version."""
+
+    def __init__(self, name, number):
+        self.name, self._number = name, number
+
+    def __int__(self):
+        return self._number
+
+
 class FakeTensorRt:
     """The module ``tensorrt`` of one version."""
 
@@ -75,9 +89,12 @@ class FakeTensorRt:
         self.table = table_of("tensorrt", version)
         self.__version__ = self.table["version"]
         self.device, self.failure, self.used = device, failure, set()
+        self.builds, self.timings_known = [], []
         for enum, names in self.table["enums"].items():
-            setattr(self, enum, SimpleNamespace(**{name: SimpleNamespace(name=name) for name in names}))
+            setattr(self, enum, SimpleNamespace(**{name: Member(name, number) for number, name in enumerate(names)}))
         self.Runtime = Maker(self, "Runtime", lambda logger: FakeRuntime(self))
+        self.Builder = Maker(self, "Builder", lambda logger: FakeBuilder(self))
+        self.OnnxParser = Maker(self, "OnnxParser", lambda network, logger: FakeParser(self, network._behaviour))
 
     def call(self, receiver, signatures, name, arguments, keywords):
         failures = []
@@ -117,32 +134,142 @@ class FakeRuntime:
         if self.library.failure == "deserialize":
             TENSORRT_LOG.error("IRuntime::deserializeCudaEngine: Error Code 1: Serialization (stale plan)")
             return None
-        return Strict(self.library, "ICudaEngine", FakeEngine(self.library, torch.export.load(io.BytesIO(plan))))
+        network = ExportedProgram(plan) if plan[:2] == b"PK" else ParsedGraph(plan)
+        return Strict(self.library, "ICudaEngine", FakeEngine(self.library, network))
+
+
+class ExportedProgram:
+    """A plan of torch-tensorrt."""
+
+    names = ("pixels", "output0")
+
+    def __init__(self, plan):
+        self._program = torch.export.load(io.BytesIO(plan))
+        self._module = self._program.module()
+        nodes = list(self._program.graph.nodes)
+        (pixels,) = [node for node in nodes if node.op == "placeholder"][-1:]
+        self.dtypes = [node.meta["val"].dtype for node in (pixels, nodes[-1].args[0][0])]
+        self.bytes = sum(tensor.numel() * tensor.element_size() for tensor in self._program.state_dict.values())
+
+    def __call__(self, pixels):
+        return self._module(pixels)
+
+
+class ParsedGraph:
+    """A plan of the builder."""
+
+    def __init__(self, plan):
+        self._session = session_of(plan)
+        ends = (*self._session.get_inputs(), *self._session.get_outputs())
+        self.names = [end.name for end in ends]
+        self.dtypes = [{"tensor(float16)": torch.half, "tensor(float)": torch.float}[end.type] for end in ends]
+        self.bytes = sum(len(onnx.numpy_helper.to_array(value).tobytes()) for value in onnx.load_from_string(plan).graph.initializer)
+
+    def __call__(self, pixels):
+        return torch.from_numpy(self._session.run(None, {self.names[0]: pixels.numpy()})[0])
+
+
+def session_of(graph):
+    """A session of ONNX Runtime, which refuses graphs whose dtypes do not go together."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+class FakeBuilder:
+    def __init__(self, library):
+        if library.failure == "driver":
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+        self.library = library
+
+    def create_network(self, flags):
+        assert flags == 1 << int(self.library.NetworkDefinitionCreationFlag.STRONGLY_TYPED), "layers of any precision"
+        return Strict(self.library, "INetworkDefinition", SimpleNamespace(graph=None))
+
+    def create_builder_config(self):
+        return Strict(self.library, "IBuilderConfig", FakeConfig(self.library))
+
+    def build_serialized_network(self, network, config):
+        graph, cache = network._behaviour.graph, config._behaviour.cache
+        assert self.library.device.current is not None, "plans are built for the current GPU, which may be another"
+        (source,) = onnx.load_from_string(graph).graph.input
+        if not all(axis.dim_value for axis in source.type.tensor_type.shape.dim):
+            TENSORRT_LOG.error("Network has dynamic or shape inputs, but no optimization profile has been defined.")
+            return None
+        if self.library.failure == "build out of memory":
+            TENSORRT_LOG.error("[defaultAllocator.cpp] Error Code 1: Cuda Runtime (out of memory)")
+            return None
+        self.library.timings_known.append(len(cache.content))
+        cache.content += b"t"
+        self.library.builds.append(tuple(axis.dim_value for axis in source.type.tensor_type.shape.dim))
+        return memoryview(graph)
+
+
+class FakeConfig:
+    def __init__(self, library):
+        self.library, self.cache = library, None
+
+    def create_timing_cache(self, serialized):
+        return Strict(self.library, "ITimingCache", FakeTimings(bytes(serialized)))
+
+    def set_timing_cache(self, cache, ignore_mismatch):
+        self.cache = cache._behaviour
+        return self.library.failure != "timings"
+
+
+class FakeTimings:
+    def __init__(self, content):
+        self.content = content
+
+    def serialize(self):
+        return memoryview(self.content)
+
+
+class FakeParser:
+    def __init__(self, library, network):
+        self.library, self.network, self.errors = library, network, []
+
+    @property
+    def num_errors(self):
+        return len(self.errors)
+
+    def parse(self, model, path=None):
+        try:
+            session_of(bytes(model))
+        except Exception as error:
+            self.errors.append(("", str(error)))
+        if self.library.failure == "operator":
+            self.errors.append(("Magic", "No importer registered for op: Magic"))
+        self.network.graph = bytes(model)
+        return not self.errors
+
+    def get_error(self, index):
+        operator, text = self.errors[index]
+        return Strict(
+            self.library, "ParserError", SimpleNamespace(node_operator=lambda: operator, desc=lambda: text)
+        )
 
 
 class FakeEngine:
-    def __init__(self, library, program):
-        self.library, self.program, self.num_io_tensors = library, program, 2
+    def __init__(self, library, network):
+        self.library, self.network, self.num_io_tensors = library, network, 2
 
     def get_tensor_name(self, index):
-        return ("pixels", "output0")[index]
+        return self.network.names[index]
 
     def get_tensor_mode(self, name):
         modes = self.library.TensorIOMode
-        return modes.INPUT if name == "pixels" else modes.OUTPUT
+        return modes.INPUT if name == self.network.names[0] else modes.OUTPUT
 
     def get_tensor_dtype(self, name):
         if self.library.failure == "fp32 types":
             return self.library.DataType.FLOAT
-        graph = self.program.graph
-        (node,) = [node for node in graph.nodes if node.op == ("placeholder" if name == "pixels" else "output")][-1:]
-        tensor = (node if name == "pixels" else node.args[0][0]).meta["val"]
-        return {torch.half: self.library.DataType.HALF, torch.float: self.library.DataType.FLOAT}[tensor.dtype]
+        dtype = self.network.dtypes[self.network.names.index(name)]
+        return {torch.half: self.library.DataType.HALF, torch.float: self.library.DataType.FLOAT}[dtype]
 
     def get_engine_stat(self, stat):
         assert stat is self.library.EngineStat.TOTAL_WEIGHTS_SIZE
-        size = sum(tensor.numel() * tensor.element_size() for tensor in self.program.state_dict.values())
-        return 2 * size if self.library.failure == "fp32 layers" else size
+        return 2 * self.network.bytes if self.library.failure == "fp32 layers" else self.network.bytes
 
     def create_execution_context(self):
         if self.library.failure == "context":
@@ -153,11 +280,11 @@ class FakeEngine:
 class FakeContext:
     def __init__(self, engine):
         self.engine, self.addresses, self.shapes = engine, {}, {}
-        self.module = engine.program.module()
 
     def set_input_shape(self, name, shape):
-        self.shapes = {name: shape, "output0": tuple(self.module(torch.zeros(shape, dtype=torch.half)).shape)}
-        return name == "pixels"
+        pixels, logits = self.engine.network.names
+        self.shapes = {name: shape, logits: tuple(self.engine.network(torch.zeros(shape, dtype=torch.half)).shape)}
+        return name == pixels
 
     def get_tensor_shape(self, name):
         return self.shapes[name]
@@ -173,8 +300,9 @@ class FakeContext:
         return True
 
     def _run(self):
-        pixels, logits = (at_address(self.addresses[name], self.shapes[name]) for name in ("pixels", "output0"))
-        logits.copy_(self.module(pixels))
+        network = self.engine.network
+        pixels, logits = (at_address(self.addresses[name], self.shapes[name]) for name in network.names)
+        logits.copy_(network(pixels))
 
 
 def at_address(address, shape):
@@ -328,7 +456,7 @@ def install(monkeypatch, pair, failure=None):
     """Put the fakes where the real libraries would be; returns (tensorrt, torch_tensorrt, device)."""
     import sys
 
-    assert failure is None or failure in FAILURES
+    assert failure is None or failure in GRAPH_FAILURES
     device = FakeDevice()
     device.install(monkeypatch)
     tensorrt, torch_tensorrt = FakeTensorRt(pair[0], device, failure), FakeTorchTensorRt(pair[1], device, failure)

@@ -2,11 +2,13 @@
 
 What a card says that differs is undone here and nowhere else, with operators of ONNX around the graph: channels last,
 half precision, an output that is cropped or coarser than its input, an activation that was applied already, outputs
-in several tensors or in another order, and images that are shown downscaled.  So a backend knows none of it.
+in several tensors or in another order, and images that are shown downscaled.  So a backend knows none of it.  For
+backends in float16, the graph itself, pixels and logits are in float16; what is added behind the graph is not.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +18,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from cellseg_batch.engine.inference.backends.onnx_half import in_half
+from cellseg_batch.engine.inference.backends.protocol import Shape
 from cellseg_batch.trainer.bundle import Bundle
-from cellseg_batch.trainer.card import BACKGROUND, RAY, Tensor
+from cellseg_batch.trainer.card import BACKGROUND, RAY, Card, Tensor
 
 # No name in a graph begins so.
 _OURS = "cellseg/"
@@ -27,7 +31,7 @@ _SURE = 1e-6
 _TO_CHANNELS_LAST, _TO_CHANNELS_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 
 
-def plain_graph(bundle: Bundle) -> bytes:
+def plain_graph(bundle: Bundle, half: Shape | None = None) -> bytes:
     """Return the plain graph of a bundle, serialised.
 
     A tensor with a channel for background is one of a softmax, whose logit is log(p / (1 - p)), but of classes log(p).
@@ -36,11 +40,14 @@ def plain_graph(bundle: Bundle) -> bytes:
 
     Args:
         bundle: a bundle with a graph whose card was checked against it.
+        half: shape (N, C, H, W) of every batch, for a graph in float16; None for one in float32 of any shape.
     """
-    assert bundle.graph is not None
-    model = onnx.load(bundle.graph, load_external_data=False)
-    graph, card = _Graph(model), bundle.card
+    model, card = load_graph(bundle), bundle.card
     factor = int(card.architecture.get("factor", 1))
+    kind = TensorProto.FLOAT
+    if half is not None:
+        model, kind = in_half(model, _own_shape(card, half, factor)), TensorProto.FLOAT16
+    graph = _Graph(model)
     (source,) = inputs_of(model.graph)
     with graph.in_front():
         pixels = PIXELS
@@ -66,15 +73,15 @@ def plain_graph(bundle: Bundle) -> bytes:
         logits = graph.add("Pad", logits, np.array([0, 0, border, border] * 2, np.int64), mode="constant")
     if factor > 1:
         logits = _enlarged(graph, logits, factor, mode="linear", at="half_pixel")
-    graph.add("Identity", logits, gives=LOGITS)
+    graph.add("Cast", logits, to=kind, gives=LOGITS)
     size = [card.input.size.fixed, card.input.size.fixed] if card.input.size.fixed else ["height", "width"]
-    batch = card.input.batch or "batch"
+    taken = half or (card.input.batch or "batch", card.input.count, *size)
     for values, name, shape in (
-        (model.graph.input, PIXELS, [batch, card.input.count, *size]),
-        (model.graph.output, LOGITS, [batch, len(bundle.outputs), None, None]),
+        (model.graph.input, PIXELS, taken),
+        (model.graph.output, LOGITS, (taken[0], len(bundle.outputs), None, None)),
     ):
         del values[:]
-        values.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+        values.append(helper.make_tensor_value_info(name, kind, shape))
     # Shapes that the graph states of its own tensors are those of other sizes.
     del model.graph.value_info[:]
     model.ir_version = max(model.ir_version, 4)  # since then initial values are no inputs
@@ -82,10 +89,29 @@ def plain_graph(bundle: Bundle) -> bytes:
     return serialised
 
 
+def load_graph(bundle: Bundle) -> onnx.ModelProto:
+    """Return the graph of a bundle that has one, as its file has it."""
+    assert bundle.graph is not None
+    return onnx.load(bundle.graph, load_external_data=False)
+
+
+def count_weights(bundle: Bundle) -> int:
+    """Return the number of constants in a bundle's graph, of any dtype."""
+    graph = load_graph(bundle).graph
+    inside = (attribute.t for node in graph.node for attribute in node.attribute if attribute.HasField("t"))
+    return sum(math.prod(tensor.dims) for tensor in (*graph.initializer, *inside))
+
+
 def inputs_of(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
     """Return the inputs of a graph that have no initial value."""
     initial = {value.name for value in graph.initializer}
     return [value for value in graph.input if value.name not in initial]
+
+
+def _own_shape(card: Card, shape: Shape, factor: int) -> tuple[int, int, int, int]:
+    """The shape of the graph's own input for pixels of ``shape`` (N, C, H, W)."""
+    count, channels, height, width = shape[0], shape[1], shape[2] // factor, shape[3] // factor
+    return (count, height, width, channels) if card.input.layout == "NHWC" else (count, channels, height, width)
 
 
 def _logits_of(graph: _Graph, tensor: Tensor, layout: str, decoder: str) -> str:

@@ -18,8 +18,8 @@ Shape = tuple[int, int, int, int]
 Logits = NDArray[np.float32]
 Numbers = NDArray[np.float32]
 
-# Version of the conversion to OpenVINO. It is part of the cache keys of networks and races: raise it with every change
-# to folding, equalising, rounding or quantising.
+# Version of the conversion to OpenVINO and TensorRT. It is part of the cache keys of networks and races: raise it with
+# every change to folding, equalising, rounding or quantising, or to plain graphs.
 CONVERSION_VERSION = 3
 
 

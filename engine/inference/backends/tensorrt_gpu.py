@@ -1,4 +1,4 @@
-"""Run networks in TensorRT on an NVIDIA GPU in fp16, built through torch.export and torch-tensorrt.
+"""Run networks in TensorRT on an NVIDIA GPU in fp16: ours through torch.export and torch-tensorrt, graphs by its parser.
 
 Written against TensorRT 10.15 and 11.0 (torch-tensorrt 2.11 and 2.13), where the network's own dtypes decide
 the precision, so the network is exported in float16.  Neither library is imported before torch sees a GPU, because both
@@ -23,8 +23,9 @@ from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.inference.backends import cuda
 from cellseg_batch.engine.inference.backends.cuda import Device, GraphedHalf, demand_gpu
 from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm
-from cellseg_batch.engine.inference.backends.protocol import BackendRequest, Shape
+from cellseg_batch.engine.inference.backends.protocol import CONVERSION_VERSION, BackendRequest, Shape
 from cellseg_batch.engine.inference.backends.tensorrt_errors import demand, demand_result, explained
+from cellseg_batch.engine.inference.backends.tensorrt_parser import build_plan
 from cellseg_batch.engine.inference.backends.torch_turn import TORCH_TURN
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.engine.storage.cache import Artefacts, Key
@@ -95,6 +96,8 @@ class TensorRtBackend:
     def __init__(self, bundle: Bundle, precision: str, device: Device, artefacts: Artefacts) -> None:
         self.precision = precision
         self._tensorrt, self._torch_tensorrt = load_libraries()
+        # Each process has one logger: TensorRT keeps the first that it gets.
+        self._logger = self._torch_tensorrt.logging.TRT_LOGGER
         self.version = f"{self._tensorrt.__version__} (torch-tensorrt {self._torch_tensorrt.__version__})"
         self._bundle = bundle
         self._device = device
@@ -109,14 +112,12 @@ class TensorRtBackend:
         Raises:
             BackendError: TensorRT cannot build or load the plan, or would not run it in fp16.
         """
-        weights = sum(array.size for array in self._bundle.weights.values())
-        # Each process has one logger: TensorRT keeps the first that it gets.
-        logger = self._torch_tensorrt.logging.TRT_LOGGER
+        weights = _count_weights(self._bundle)
         # On the device's own stream: both libraries build and load for the current device.
         with self._device.compiling(), self._device.on(self._device.stream()):
             plan = self.plan(shape)
             with explained(f"load the plan for batches of {shape}"):
-                return load_plan(self._tensorrt, logger, plan, shape, weights, self._device)
+                return load_plan(self._tensorrt, self._logger, plan, shape, weights, self._device)
 
     def plan(self, shape: Shape) -> bytes:
         """Return the plan for batches of ``shape``; build it if none is cached for these libraries and this GPU.
@@ -137,6 +138,7 @@ class TensorRtBackend:
             "sha256": self._bundle.sha256,
             "shape": list(shape),
             "precision": self.precision,
+            "conversion_version": CONVERSION_VERSION,
             "gpu": self._device.model,
             "versions": {"tensorrt": self.version, "torch": torch.__version__},
         }
@@ -145,7 +147,8 @@ class TensorRtBackend:
             with explained(f"build a plan for batches of {shape}"):
                 timings = folder / _TIMINGS
                 timings.write_bytes(self._known_timings(key))
-                (folder / _PLAN).write_bytes(self._build(shape, timings))
+                build = self._build if self._bundle.graph is None else self._build_graph
+                (folder / _PLAN).write_bytes(build(shape, timings))
 
         return (self._artefacts.get(key, make) / _PLAN).read_bytes()
 
@@ -175,6 +178,19 @@ class TensorRtBackend:
                 timing_cache_path=str(timings),
             )
         return bytes(plan)
+
+    def _build_graph(self, shape: Shape, timings: Path) -> bytes:
+        from cellseg_batch.engine.inference.backends.onnx_graph import plain_graph
+
+        return build_plan(self._tensorrt, self._logger, plain_graph(self._bundle, half=shape), timings)
+
+
+def _count_weights(bundle: Bundle) -> int:
+    if bundle.graph is None:
+        return sum(array.size for array in bundle.weights.values())
+    from cellseg_batch.engine.inference.backends.onnx_graph import count_weights
+
+    return count_weights(bundle)
 
 
 def load_plan(tensorrt: Any, logger: Any, plan: bytes, shape: Shape, weights: int, device: Device) -> GraphedHalf:

@@ -27,8 +27,22 @@ CLASSES = (
     "IExecutionContext",
     "EngineInspector",
     "IHostMemory",
+    "Builder",
+    "IBuilderConfig",
+    "INetworkDefinition",
+    "IOptimizationProfile",
+    "ITimingCache",
+    "OnnxParser",
+    "ParserError",
 )
-ENUMS = ("DataType", "EngineStat", "LayerInformationFormat", "TensorIOMode")
+ENUMS = (
+    "BuilderFlag",
+    "DataType",
+    "EngineStat",
+    "LayerInformationFormat",
+    "NetworkDefinitionCreationFlag",
+    "TensorIOMode",
+)
 FUNCTIONS = ("dynamo/_compiler.py:convert_exported_program_to_serialized_trt_engine", "_Input.py:Input")
 CONSTANTS = ("logging.py:TRT_LOGGER",)
 LIBRARIES = ("libnvinfer.so", "libnvinfer_plugin.so", "libnvonnxparser.so")

@@ -22,14 +22,19 @@ from torch._decomp import get_decompositions
 
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.inference import race as racing
-from cellseg_batch.engine.inference.backends import cuda, tensorrt_gpu
+from cellseg_batch.engine.inference.backends import cuda, tensorrt_gpu, tensorrt_parser
 from cellseg_batch.engine.inference.backends.registry import make_backend, why_not
 from cellseg_batch.engine.inference.backends.tensorrt_gpu import TensorRtBackend, export_half, load_libraries
+from cellseg_batch.engine.inference.choice import Choice
+from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.models import build_torch_network, load_model
+from cellseg_batch.engine.reports.import_model import import_model
+from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.unet import ARCHITECTURES, build_network
 from tests.support import fake_tensorrt
-from tests.support.fake_tensorrt import FAILURES, PAIRS, SIGNATURES, parameters_of, table_of
+from tests.support.fake_tensorrt import FAILURES, GRAPH_FAILURES, PAIRS, SIGNATURES, parameters_of, table_of
+from tests.support.graphs import write_network
 
 SHAPE = (2, 3, 64, 96)
 SMALL = {
@@ -52,6 +57,26 @@ def backend_of(bundle, folder):
     return TensorRtBackend(bundle, "fp16", cuda.Device("cuda:0"), Artefacts(folder))
 
 
+CARD = """
+[input]
+channels = ["rgb"]
+normalisation = {kind = "linear", low = 0, high = 255}
+[output]
+decoder = "mask"
+channels = ["foreground", "border", "distance"]
+"""
+
+
+@pytest.fixture(scope="module")
+def graph_bundle(tiny_bundle, tmp_path_factory):
+    """The tiny network as a graph of others."""
+    folder = tmp_path_factory.mktemp("graph")
+    (folder / "card.toml").write_text(CARD)
+    write_network(build_torch_network(tiny_bundle), folder / "tiny.onnx")
+    import_model(folder / "tiny.onnx", folder / "bundle", folder / "card.toml")
+    return load_model(str(folder / "bundle"))
+
+
 @pytest.fixture
 def batch():
     return np.random.default_rng(0).random(SHAPE, np.float32)
@@ -71,16 +96,36 @@ def test_a_batch_goes_through_the_engine_and_back(pair, monkeypatch, tiny_bundle
     np.testing.assert_array_equal(other[::-1], model(batch))
 
 
-def test_every_call_is_in_the_tables_of_both_versions(pair, monkeypatch, tiny_bundle, batch, tmp_path):
+def test_a_graph_goes_through_parser_and_engine_and_back(pair, monkeypatch, graph_bundle, batch, tmp_path):
+    tensorrt, torch_tensorrt, device = fake_tensorrt.install(monkeypatch, pair)
+    model = backend_of(graph_bundle, tmp_path).compile(SHAPE)
+    expected = make_backend(graph_bundle, "onnxruntime", "fp32", 1, Artefacts(tmp_path)).compile(SHAPE)(batch)
+    logits = model(batch)
+    np.testing.assert_allclose(logits, expected, atol=np.abs(expected).max() * 1e-2)
+    assert device.events == ["enqueue", "capture", "replay"]
+    np.testing.assert_array_equal(model(batch, plain=True), logits)
+    kept = backend_of(graph_bundle, tmp_path)
+    np.testing.assert_array_equal(kept.compile(SHAPE)(batch), logits)
+    kept.compile((1, *SHAPE[1:]))
+    assert tensorrt.builds == [SHAPE, (1, *SHAPE[1:])]
+    assert (tensorrt.timings_known, torch_tensorrt.builds) == ([0, 1], [])
+
+
+def test_every_call_is_in_the_tables_of_both_versions(pair, monkeypatch, tiny_bundle, graph_bundle, batch, tmp_path):
     """The fakes refuse what is not; here: that the calls above were all the calls there are."""
-    tensorrt, _, _ = fake_tensorrt.install(monkeypatch, pair)
+    tensorrt, _, _ = fake_tensorrt.install(monkeypatch, pair, "operator")
     backend_of(tiny_bundle, tmp_path).compile(SHAPE)(batch)
+    with pytest.raises(BackendError, match="Magic"):
+        backend_of(graph_bundle, tmp_path).compile(SHAPE)
+    tensorrt.failure = None
+    backend_of(graph_bundle, tmp_path).compile(SHAPE)(batch)
     used = {name for _, name in tensorrt.used}
     known = {name for members in tensorrt.table["classes"].values() for name in members}
-    tree = ast.parse(Path(tensorrt_gpu.__file__).read_text())
-    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    trees = [ast.parse(Path(module.__file__).read_text()) for module in (tensorrt_gpu, tensorrt_parser)]
+    calls = [node.func for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
     called = {function.attr for function in calls if isinstance(function, ast.Attribute)} & known
     assert called <= used
+    assert {"create_network", "parse", "desc", "set_timing_cache", "build_serialized_network"} <= called
     assert {"execute_async_v3", "set_tensor_address", "deserialize_cuda_engine", "get_tensor_dtype"} <= called
 
 
@@ -147,18 +192,23 @@ REFUSED = {
     "deserialize": ["deserialize_cuda_engine returned None", "stale plan", "built anew"],
     "context": ["create_execution_context returned None", "likely a GPU that is out of memory"],
     "enqueue": ["execute_async_v3 returned False", "another `backend`"],
-    "fp32 types": ["expected HALF", "pixels FLOAT, output0 FLOAT"],
+    "fp32 types": ["expected HALF", "pixels FLOAT, "],
     "fp32 layers": ["layers in fp16", "bytes for"],
+    "operator": ["to build a plan", "Magic: No importer registered", "another `backend`"],
+    "timings": ["set_timing_cache returned False", "another `backend`"],
 }
 
 
-@pytest.mark.parametrize("failure", FAILURES)
-def test_every_way_to_fail_says_what_to_do(pair, monkeypatch, tiny_bundle, failure, tmp_path):
+@pytest.mark.parametrize(
+    ("source", "failure"),
+    [*(("tiny_bundle", failure) for failure in FAILURES), *(("graph_bundle", failure) for failure in GRAPH_FAILURES)],
+)
+def test_every_way_to_fail_says_what_to_do(pair, monkeypatch, request, source, failure, tmp_path):
     fake_tensorrt.install(monkeypatch, pair, failure)
     # The tiny network's weights are all within what padding is allowed to take.
     monkeypatch.setattr(tensorrt_gpu, "_PADDING_BYTES", 0)
     with pytest.raises(BackendError) as caught:
-        backend_of(tiny_bundle, tmp_path).compile(SHAPE)
+        backend_of(request.getfixturevalue(source), tmp_path).compile(SHAPE)
     for words in REFUSED[failure]:
         assert words in str(caught.value)
     # The queue in front of the network then tries smaller batches.
@@ -227,6 +277,23 @@ def test_the_race_goes_on_when_tensorrt_fails(pair, monkeypatch, tiny_bundle, tm
     assert race_result.pick("auto", "auto").name == "torch fp32"
     with pytest.raises(BackendError, match="execute_async_v3 returned False"):
         race_result.pick("tensorrt", "auto")
+
+
+def test_a_graph_is_held_against_onnx_runtime(pair, monkeypatch, graph_bundle, tmp_path):
+    fake_tensorrt.install(monkeypatch, pair)
+    monkeypatch.setattr(racing, "real_tiles", lambda *_: None, raising=False)
+    request = racing.Request("graph", "tensorrt", "auto", (64, 64), 1, 1, "cuda")
+    (row,) = racing.race(request, graph_bundle, Artefacts(tmp_path)).candidates
+    assert (row.name, row.missing, row.passed) == ("tensorrt fp16", "", True), row
+    assert 0 < row.parity.max_dp < 0.02
+    assert row.parity.objects > 100
+
+
+def test_windows_that_show_the_size_of_nuclei_compile_at_once(pair, monkeypatch, tiny_bundle, graph_bundle):
+    fake_tensorrt.install(monkeypatch, pair)
+    choice = Choice("tensorrt", "fp16", None)
+    pools = [ModelPool(bundle, Settings(threads=1), choice=choice) for bundle in (tiny_bundle, graph_bundle)]
+    assert [pool.prober(2).name for pool in pools] == ["torch-cuda", "onnxruntime"]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
