@@ -1,9 +1,9 @@
 """TensorRT, torch-tensorrt and a CUDA device that exist only in these tests.
 
 The two libraries know exactly the names and parameters of the tables in ``signatures``, which were read from the real
-ones; anything else fails as it would there.  A plan is an exported program, or a graph that went through the parser, and
-running one computes it on the CPU in float16, between the very addresses that it was given.  Each way to fail is one that
-the real libraries have.
+ones; anything else fails as it would there.  A plan is an exported program or a graph that the parser took, and running
+it computes it on the CPU in float16, between the very addresses that it was given.  Each way to fail is one that the
+real libraries have.
 """
 
 from __future__ import annotations
@@ -163,7 +163,9 @@ class ParsedGraph:
         ends = (*self._session.get_inputs(), *self._session.get_outputs())
         self.names = [end.name for end in ends]
         self.dtypes = [{"tensor(float16)": torch.half, "tensor(float)": torch.float}[end.type] for end in ends]
-        self.bytes = sum(len(onnx.numpy_helper.to_array(value).tobytes()) for value in onnx.load_from_string(plan).graph.initializer)
+        self.bytes = sum(
+            len(onnx.numpy_helper.to_array(value).tobytes()) for value in onnx.load_from_string(plan).graph.initializer
+        )
 
     def __call__(self, pixels):
         return torch.from_numpy(self._session.run(None, {self.names[0]: pixels.numpy()})[0])
@@ -245,9 +247,7 @@ class FakeParser:
 
     def get_error(self, index):
         operator, text = self.errors[index]
-        return Strict(
-            self.library, "ParserError", SimpleNamespace(node_operator=lambda: operator, desc=lambda: text)
-        )
+        return Strict(self.library, "ParserError", SimpleNamespace(node_operator=lambda: operator, desc=lambda: text))
 
 
 class FakeEngine:

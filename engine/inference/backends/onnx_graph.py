@@ -18,7 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from cellseg_batch.engine.inference.backends.onnx_half import in_half
+from cellseg_batch.engine.inference.backends.onnx_half import constants_of, in_half
 from cellseg_batch.engine.inference.backends.protocol import Shape
 from cellseg_batch.trainer.bundle import Bundle
 from cellseg_batch.trainer.card import BACKGROUND, RAY, Card, Tensor
@@ -44,10 +44,14 @@ def plain_graph(bundle: Bundle, half: Shape | None = None) -> bytes:
     """
     model, card = load_graph(bundle), bundle.card
     factor = int(card.architecture.get("factor", 1))
-    kind = TensorProto.FLOAT
+    # Shapes that the graph states of its own tensors are those of other sizes.
+    del model.graph.value_info[:]
     if half is not None:
-        model, kind = in_half(model, _own_shape(card, half, factor)), TensorProto.FLOAT16
-    graph = _Graph(model)
+        (source,) = inputs_of(model.graph)
+        for axis, length in zip(source.type.tensor_type.shape.dim, _own_shape(card, half, factor), strict=True):
+            axis.dim_value = length
+        model = in_half(model)
+    graph, kind = _Graph(model), TensorProto.FLOAT if half is None else TensorProto.FLOAT16
     (source,) = inputs_of(model.graph)
     with graph.in_front():
         pixels = PIXELS
@@ -82,8 +86,6 @@ def plain_graph(bundle: Bundle, half: Shape | None = None) -> bytes:
     ):
         del values[:]
         values.append(helper.make_tensor_value_info(name, kind, shape))
-    # Shapes that the graph states of its own tensors are those of other sizes.
-    del model.graph.value_info[:]
     model.ir_version = max(model.ir_version, 4)  # since then initial values are no inputs
     serialised: bytes = model.SerializeToString()
     return serialised
@@ -96,10 +98,8 @@ def load_graph(bundle: Bundle) -> onnx.ModelProto:
 
 
 def count_weights(bundle: Bundle) -> int:
-    """Return the number of constants in a bundle's graph, of any dtype."""
-    graph = load_graph(bundle).graph
-    inside = (attribute.t for node in graph.node for attribute in node.attribute if attribute.HasField("t"))
-    return sum(math.prod(tensor.dims) for tensor in (*graph.initializer, *inside))
+    """Return the number of numbers in the constants of a bundle's graph."""
+    return sum(math.prod(tensor.dims) for tensor in constants_of(load_graph(bundle)))
 
 
 def inputs_of(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:

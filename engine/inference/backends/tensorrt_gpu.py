@@ -1,8 +1,8 @@
-"""Run networks in TensorRT on an NVIDIA GPU in fp16: ours through torch.export and torch-tensorrt, graphs by its parser.
+"""Run networks in TensorRT on an NVIDIA GPU in fp16: ours through torch-tensorrt, graphs through its parser.
 
 Written against TensorRT 10.15 and 11.0 (torch-tensorrt 2.11 and 2.13), where the network's own dtypes decide
-the precision, so the network is exported in float16.  Neither library is imported before torch sees a GPU, because both
-fail in their own ways without one.
+the precision, so a network is exported in float16, and a graph converted to it.  Neither library is imported before
+torch sees a GPU, because both fail in their own ways without one.
 
 In TensorRT's words, a plan is a serialised network, and an engine a plan that is loaded on a GPU.
 """

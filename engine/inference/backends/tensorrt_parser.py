@@ -1,7 +1,7 @@
 """Build a TensorRT plan of an ONNX graph, by TensorRT's own parser.
 
-Written against TensorRT 10.15 and 11.0.  A strongly typed network computes in the graph's own dtypes; 11.0 has no other.
-It must not know bundles, devices or caches.
+Written against TensorRT 10.15 and 11.0.  A strongly typed network computes in the graph's own dtypes; 11.0 makes no
+other.  It must not know bundles, devices or caches.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from cellseg_batch.engine.inference.backends.gate import limits_of, logits_of, m
 from cellseg_batch.engine.inference.backends.registry import make_backend
 from cellseg_batch.engine.inference.backends.tensorrt_gpu import TensorRtBackend, load_libraries
 from cellseg_batch.engine.inference.decoders import DECODERS
-from cellseg_batch.engine.models import load_model
+from cellseg_batch.engine.models import build_torch_network, load_model
 from cellseg_batch.engine.storage.cache import Artefacts
 
 pytestmark = pytest.mark.tensorrt
@@ -30,6 +30,31 @@ def tiles(bundle):
     return real_tiles("gate", bundle.card.input.count)
 
 
+CARD = """
+[input]
+channels = ["rgb"]
+normalisation = {kind = "linear", low = 0, high = 255}
+[output]
+decoder = "mask"
+channels = ["foreground", "border", "distance"]
+"""
+
+
+@pytest.fixture(scope="module")
+def graph_bundle(bundle, tmp_path_factory):
+    """The shipped network as a graph of others."""
+    for package in ("onnx", "onnxruntime"):
+        pytest.importorskip(package, reason="pip install 'cellseg-batch[onnx]'")
+    from cellseg_batch.engine.reports.import_model import import_model
+    from tests.support.graphs import write_network
+
+    folder = tmp_path_factory.mktemp("graph")
+    (folder / "card.toml").write_text(CARD)
+    write_network(build_torch_network(bundle), folder / "nuclei.onnx")
+    import_model(folder / "nuclei.onnx", folder / "bundle", folder / "card.toml")
+    return load_model(str(folder / "bundle"))
+
+
 def test_masks_of_real_tiles_agree_with_torch_fp32(bundle, backend, tiles):
     shape = (1, *tiles.shape[1:])
     reference = make_backend(bundle, "torch", "fp32", 4, Artefacts())
@@ -37,6 +62,18 @@ def test_masks_of_real_tiles_agree_with_torch_fp32(bundle, backend, tiles):
     parity = measure_parity(logits, expected, bundle.card.threshold, DECODERS[bundle.card.decoder])
     print(parity)
     assert parity.within(limits_of("fp16")), parity
+
+
+def test_masks_of_a_graph_agree_with_onnx_runtime_fp32(graph_bundle, backend, tiles):
+    shape = (1, *tiles.shape[1:])
+    parsed = TensorRtBackend(graph_bundle, "fp16", Device("cuda:0"), backend._artefacts)
+    reference = make_backend(graph_bundle, "onnxruntime", "fp32", 4, Artefacts())
+    model = parsed.compile(shape)
+    logits, expected = (logits_of(one, tiles) for one in (model, reference.compile(shape)))
+    parity = measure_parity(logits, expected, graph_bundle.card.threshold, DECODERS[graph_bundle.card.decoder])
+    print(parity)
+    assert parity.within(limits_of("fp16")), parity
+    np.testing.assert_array_equal(model(tiles[:1], plain=True), logits[:1])
 
 
 def test_the_engine_is_half(bundle, backend, tiles):

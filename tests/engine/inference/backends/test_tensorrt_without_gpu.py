@@ -281,7 +281,6 @@ def test_the_race_goes_on_when_tensorrt_fails(pair, monkeypatch, tiny_bundle, tm
 
 def test_a_graph_is_held_against_onnx_runtime(pair, monkeypatch, graph_bundle, tmp_path):
     fake_tensorrt.install(monkeypatch, pair)
-    monkeypatch.setattr(racing, "real_tiles", lambda *_: None, raising=False)
     request = racing.Request("graph", "tensorrt", "auto", (64, 64), 1, 1, "cuda")
     (row,) = racing.race(request, graph_bundle, Artefacts(tmp_path)).candidates
     assert (row.name, row.missing, row.passed) == ("tensorrt fp16", "", True), row
