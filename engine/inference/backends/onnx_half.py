@@ -33,7 +33,8 @@ def in_half(model: onnx.ModelProto) -> onnx.ModelProto:
 
     if any(tensor.data_type == TensorProto.FLOAT16 for tensor in constants_of(model)):
         return model
-    return convert_float_to_float16(_folded(model))
+    half: onnx.ModelProto = convert_float_to_float16(_folded(model))
+    return half
 
 
 def constants_of(model: onnx.ModelProto) -> Iterator[TensorProto]:

@@ -27,6 +27,7 @@ from cellseg_batch.engine.inference.backends.protocol import CONVERSION_VERSION,
 from cellseg_batch.engine.inference.backends.tensorrt_errors import demand, demand_result, explained
 from cellseg_batch.engine.inference.backends.tensorrt_parser import build_plan
 from cellseg_batch.engine.inference.backends.torch_turn import TORCH_TURN
+from cellseg_batch.engine.machine import package_version
 from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.engine.storage.cache import Artefacts, Key
 from cellseg_batch.trainer.bundle import Bundle
@@ -132,6 +133,7 @@ class TensorRtBackend:
                 found=f"{shape[0]}",
                 remedy="choose a smaller `batch`",
             )
+        converters = ("torch",) if self._bundle.graph is None else ("onnx", "onnxruntime")
         key = {
             "what": "tensorrt plan",
             "model": self._bundle.card.name,
@@ -140,7 +142,7 @@ class TensorRtBackend:
             "precision": self.precision,
             "conversion_version": CONVERSION_VERSION,
             "gpu": self._device.model,
-            "versions": {"tensorrt": self.version, "torch": torch.__version__},
+            "versions": {"tensorrt": self.version} | {package: package_version(package) for package in converters},
         }
 
         def make(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """What only a GPU with TensorRT can show; run it there with ``pytest -m tensorrt``."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,8 @@ from cellseg_batch.engine.inference.backends.tensorrt_gpu import TensorRtBackend
 from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.models import build_torch_network, load_model
 from cellseg_batch.engine.storage.cache import Artefacts
+from cellseg_batch.trainer.bundle import Bundle
+from cellseg_batch.trainer.card import ONNX, Output, Tensor
 
 pytestmark = pytest.mark.tensorrt
 
@@ -30,29 +34,16 @@ def tiles(bundle):
     return real_tiles("gate", bundle.card.input.count)
 
 
-CARD = """
-[input]
-channels = ["rgb"]
-normalisation = {kind = "linear", low = 0, high = 255}
-[output]
-decoder = "mask"
-channels = ["foreground", "border", "distance"]
-"""
-
-
 @pytest.fixture(scope="module")
 def graph_bundle(bundle, tmp_path_factory):
     """The shipped network as a graph of others."""
     for package in ("onnx", "onnxruntime"):
         pytest.importorskip(package, reason="pip install 'cellseg-batch[onnx]'")
-    from cellseg_batch.engine.reports.import_model import import_model
     from tests.support.graphs import write_network
 
-    folder = tmp_path_factory.mktemp("graph")
-    (folder / "card.toml").write_text(CARD)
-    write_network(build_torch_network(bundle), folder / "nuclei.onnx")
-    import_model(folder / "nuclei.onnx", folder / "bundle", folder / "card.toml")
-    return load_model(str(folder / "bundle"))
+    file = write_network(build_torch_network(bundle), tmp_path_factory.mktemp("graph") / "nuclei.onnx")
+    output = Output((Tensor(bundle.card.output.channels, name="y"),))
+    return Bundle(replace(bundle.card, format=ONNX, output=output), graph=file)
 
 
 def test_masks_of_real_tiles_agree_with_torch_fp32(bundle, backend, tiles):
@@ -69,7 +60,7 @@ def test_masks_of_a_graph_agree_with_onnx_runtime_fp32(graph_bundle, backend, ti
     parsed = TensorRtBackend(graph_bundle, "fp16", Device("cuda:0"), backend._artefacts)
     reference = make_backend(graph_bundle, "onnxruntime", "fp32", 4, Artefacts())
     model = parsed.compile(shape)
-    logits, expected = (logits_of(one, tiles) for one in (model, reference.compile(shape)))
+    logits, expected = (logits_of(one, tiles[:8]) for one in (model, reference.compile(shape)))
     parity = measure_parity(logits, expected, graph_bundle.card.threshold, DECODERS[graph_bundle.card.decoder])
     print(parity)
     assert parity.within(limits_of("fp16")), parity

@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from torch._decomp import get_decompositions
 
 from cellseg_batch.engine.errors import BackendError
+from cellseg_batch.engine.inference import gpu_probe
 from cellseg_batch.engine.inference import race as racing
 from cellseg_batch.engine.inference.backends import cuda, tensorrt_gpu, tensorrt_parser
 from cellseg_batch.engine.inference.backends.registry import make_backend, why_not
@@ -35,6 +36,7 @@ from cellseg_batch.trainer.unet import ARCHITECTURES, build_network
 from tests.support import fake_tensorrt
 from tests.support.fake_tensorrt import FAILURES, GRAPH_FAILURES, PAIRS, SIGNATURES, parameters_of, table_of
 from tests.support.graphs import write_network
+from tests.support.images import blobs, labels_of, write_ome_zarr
 
 SHAPE = (2, 3, 64, 96)
 SMALL = {
@@ -286,6 +288,19 @@ def test_a_graph_is_held_against_onnx_runtime(pair, monkeypatch, graph_bundle, t
     assert (row.name, row.missing, row.passed) == ("tensorrt fp16", "", True), row
     assert 0 < row.parity.max_dp < 0.02
     assert row.parity.objects > 100
+
+
+def test_a_run_of_a_graph_gives_the_masks_of_onnx_runtime(pair, monkeypatch, graph_bundle, segment, tmp_path):
+    fake_tensorrt.install(monkeypatch, pair)
+    monkeypatch.setattr(gpu_probe, "why_no_kernels", lambda gpu: "this GPU is the processor")
+    path, masks = write_ome_zarr(tmp_path / "a.zarr", blobs(150, 170)), []
+    for backend, device in (("tensorrt", "cuda:0"), ("onnxruntime", "cpu")):
+        usual = {"precision": "auto", "device": device, "name": backend, "gate": False, "margin": 16, "workers": 1}
+        report = segment(path, model=str(graph_bundle.graph.parent), backend=backend, **usual)
+        assert report.slides[0].status == "done", report.slides[0].reason
+        masks.append(labels_of(report))
+    assert 0.1 < masks[1].mean() < 0.9
+    assert np.mean(masks[0] != masks[1]) < 1e-2
 
 
 def test_windows_that_show_the_size_of_nuclei_compile_at_once(pair, monkeypatch, tiny_bundle, graph_bundle):
