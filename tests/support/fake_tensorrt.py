@@ -218,6 +218,9 @@ class FakeConfig:
         self.cache = cache._behaviour
         return self.library.failure != "timings"
 
+    def get_timing_cache(self):
+        return Strict(self.library, "ITimingCache", self.cache)
+
 
 class FakeTimings:
     def __init__(self, content):

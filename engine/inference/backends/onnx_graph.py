@@ -98,7 +98,7 @@ def load_graph(bundle: Bundle) -> onnx.ModelProto:
 
 
 def count_weights(bundle: Bundle) -> int:
-    """Return the number of numbers in the constants of a bundle's graph."""
+    """Return how many numbers the constants of a bundle's graph hold."""
     return sum(math.prod(tensor.dims) for tensor in constants_of(load_graph(bundle)))
 
 

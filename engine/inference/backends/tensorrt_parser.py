@@ -32,10 +32,12 @@ def build_plan(tensorrt: Any, logger: Any, graph: bytes, timings: Path) -> bytes
     parser = tensorrt.OnnxParser(network, logger)
     if not parser.parse(graph):
         errors = [parser.get_error(number) for number in range(parser.num_errors)]
-        raise RefusedError("; ".join(f"{error.node_operator()}: {error.desc()}" for error in errors) or "parse")
+        raise RefusedError(
+            "; ".join(f"{error.node_operator()}: {error.desc()}" for error in errors) or "parse returned False"
+        )
     config = demand_result(builder.create_builder_config(), "create_builder_config")
     cache = demand_result(config.create_timing_cache(timings.read_bytes()), "create_timing_cache")
     demand(config.set_timing_cache(cache, False), "set_timing_cache")
     plan = demand_result(builder.build_serialized_network(network, config), "build_serialized_network")
-    timings.write_bytes(cache.serialize())
+    timings.write_bytes(config.get_timing_cache().serialize())
     return bytes(plan)

@@ -1,6 +1,6 @@
 """Write the signature tables from wheels: what TensorRT and torch-tensorrt can be called with.
 
-    python tests/signatures/dump.py tensorrt_cu13_bindings-*.whl torch_tensorrt-*.whl
+    python tests/support/signatures/dump.py tensorrt_cu13_bindings-*.whl torch_tensorrt-*.whl
 
 TensorRT's bindings are imported against empty stub libraries, so that neither TensorRT nor a GPU is needed; their
 signatures are the first lines of pybind11's docstrings.  torch-tensorrt is read as source and never imported.  The
