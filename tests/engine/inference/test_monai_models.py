@@ -72,6 +72,7 @@ def runs(segment, folder, pixels, model, **settings):
     ],
 )
 def test_tiled_labels_are_those_of_the_untiled_network(tmp_path, segment, network, channels, outputs):
+    torch.manual_seed(0)
     file = write_network(randomised(network(channels, outputs), channels), tmp_path / "network.onnx", channels)
     kinds = [f"kind {number}" for number in range(1, outputs)]
     names = f"channels = {['background', *kinds]}"
