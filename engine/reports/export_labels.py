@@ -31,7 +31,7 @@ from cellseg_batch.engine.storage.paths import printable
 # Side of a tile in px.
 _TILE = 512
 # Pixel types that OME-XML knows.
-_TYPES = ("bool", "uint8", "uint16", "uint32", "int8", "int16", "int32")
+_TYPES = ("uint8", "uint16", "uint32", "int8", "int16", "int32")
 # Offsets of a file of this many bytes need BigTIFF; metadata and tiles that do not shrink leave some room.
 _BIG = (1 << 32) - (1 << 26)
 

@@ -13,7 +13,7 @@ import json
 import struct
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from cellseg_batch.engine.errors import writing_to
 from cellseg_batch.engine.slides.label_copy import copy_labels, lay_out_copy
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.slides.writer import ImageWriter
+from cellseg_batch.engine.storage.atomic_files import whole_file
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -104,35 +105,39 @@ class SpatialDataStore:
             self._groups["labels"].attrs["ome"] = {"labels": self._labels}
 
     def add_shapes(self, name: str, outlines: Iterable[tuple[int, Geometry]], systems: Systems) -> int:
-        """Write outlines as the element ``name``; returns their number.
+        """Write outlines as the element ``name``, unless there are none, as SpatialData has no empty shapes.
 
         Args:
             name: name of the element.
             outlines: id of each object, which is its index, and its outline in px of the labels.
             systems: the coordinate systems.
-        """
-        import pandas as pd
 
-        index = pd.Index([], name=_INSTANCE, dtype=np.int64)
-        described = pa.Schema.from_pandas(pd.DataFrame({"geometry": []}, index=index)).metadata
-        columns = {"geometry": {"encoding": "WKB", "geometry_types": list[str](), "crs": None}}
-        geo = {"version": "1.1.0", "primary_column": "geometry", "columns": columns}
-        fields = [("geometry", pa.binary()), (_INSTANCE, pa.int64())]
-        schema = pa.schema(fields, metadata={**described, b"geo": json.dumps(geo)})
-        total, remaining = 0, iter(outlines)
-        group = self._groups["shapes"].create_group(
-            name,
-            attributes={
-                "encoding-type": "ngff:shapes",
-                "axes": ["x", "y"],
-                "coordinateTransformations": _transformations("xy", systems),
-                "spatialdata_attrs": {"version": "0.3"},
-            },
-        )
-        with pq.ParquetWriter(self._folder / group.path / "shapes.parquet", schema, compression="zstd") as writer:
+        Returns:
+            Number of outlines.
+        """
+        remaining = iter(outlines)
+        first = next(remaining, None)
+        if first is None:
+            return 0
+        with writing_to(self._folder, "a store"):
+            group = self._groups["shapes"].create_group(
+                name,
+                attributes={
+                    "encoding-type": "ngff:shapes",
+                    "axes": ["x", "y"],
+                    "coordinateTransformations": _transformations("xy", systems),
+                    "spatialdata_attrs": {"version": "0.3"},
+                },
+            )
+        total, remaining, schema = 0, chain([first], remaining), _shapes_schema()
+        with (
+            whole_file(self._folder / group.path / "shapes.parquet") as stream,
+            pq.ParquetWriter(stream, schema, compression="zstd") as writer,
+        ):
             while rows := list(islice(remaining, _ROWS)):
-                geometries = pa.array([_well_known_binary(geometry) for _, geometry in rows], pa.binary())
-                writer.write_batch(pa.record_batch([geometries, pa.array([id_ for id_, _ in rows])], schema=schema))
+                ids, geometries = zip(*rows, strict=True)
+                binary = pa.array(map(_well_known_binary, geometries), pa.binary())
+                writer.write_batch(pa.record_batch([binary, pa.array(ids, pa.int64())], schema=schema))
                 total += len(rows)
         return total
 
@@ -158,6 +163,17 @@ class SpatialDataStore:
             kinds = {"spatialdata-encoding-type": "ngff:regions_table", "version": "0.2"}
             nothing = {"region": None, "region_key": None, "instance_key": None}
             self._groups["tables"]["table"].attrs.update({**kinds, **nothing, **keys})
+
+
+def _shapes_schema() -> pa.Schema:
+    """Columns of a GeoParquet file of outlines, of which pandas takes the ids as index."""
+    import pandas as pd
+
+    empty = pd.DataFrame({"geometry": []}, index=pd.Index([], name=_INSTANCE, dtype=np.int64))
+    columns = {"geometry": {"encoding": "WKB", "geometry_types": list[str](), "crs": None}}
+    geo = {"version": "1.1.0", "primary_column": "geometry", "columns": columns}
+    metadata = {**pa.Schema.from_pandas(empty).metadata, b"geo": json.dumps(geo)}
+    return pa.schema([("geometry", pa.binary()), (_INSTANCE, pa.int64())], metadata=metadata)
 
 
 def _transformations(axes: str, systems: Systems) -> list[dict[str, Any]]:
