@@ -22,6 +22,7 @@ from cellseg_batch.engine.cli.demo import demo
 from cellseg_batch.engine.cli.doctor import doctor
 from cellseg_batch.engine.cli.evaluate import evaluate
 from cellseg_batch.engine.cli.export import export
+from cellseg_batch.engine.cli.export_labels import export_labels
 from cellseg_batch.engine.cli.export_objects import export_objects
 from cellseg_batch.engine.cli.import_model import import_model
 from cellseg_batch.engine.cli.info import info
@@ -47,6 +48,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "preview": preview,
     "convert": convert,
     "export-objects": export_objects,
+    "export-labels": export_labels,
     "verify-seams": verify_seams,
     "compile": compile_model,
     "import-model": import_model,

@@ -1,16 +1,18 @@
-"""Export tables of objects to the formats of other programs: CSV, AnnData, and GeoJSON for QuPath.
+"""Export tables of objects to the formats of other programs: CSV, AnnData, SpatialData, ngio, and GeoJSON for QuPath.
 
-CSV and GeoJSON are written piece by piece and need little memory; an AnnData file is made in memory.
+All but the table of AnnData and SpatialData, which is made in memory, are written piece by piece and need little of it.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,16 +34,22 @@ from cellseg_batch.engine.objects.columns import (
     table_fields,
 )
 from cellseg_batch.engine.objects.table import Provenance, read_batches, read_provenance, read_schema
+from cellseg_batch.engine.reports.ngio_table import write_ngio_table
+from cellseg_batch.engine.reports.spatialdata_store import SpatialDataStore, Systems, element_names
 from cellseg_batch.engine.run.output_paths import OutputPaths, output_paths
 from cellseg_batch.engine.slides.discover import find_all_images
 from cellseg_batch.engine.slides.ome_zarr import open_written
+from cellseg_batch.engine.slides.pixel_size import UM_PER_UNIT
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
-from cellseg_batch.engine.storage.atomic_files import whole_file
-from cellseg_batch.engine.storage.paths import printable
+from cellseg_batch.engine.storage.atomic_files import whole_file, whole_folder
+from cellseg_batch.engine.storage.paths import RemotePath, printable
 from cellseg_batch.kernels.outline import signed_area, trace
 
-FORMATS = ("csv", "anndata", "geojson")
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+FORMATS = ("csv", "anndata", "geojson", "spatialdata", "ngio")
 # Location of an image -> paths of its output, with a table.
 Tables = dict[str, OutputPaths]
 # Side in px of the squares by which objects are grouped: all objects that begin in a square share one read of labels.
@@ -58,29 +66,27 @@ class Exported:
 
 
 def export_objects(
-    inputs: list[Path], kind: str, out: Path, name: str, output: Path | None, axes: str | None
+    inputs: list[Path], kind: str, out: Path | None, name: str, output: Path | None, axes: str | None
 ) -> Exported:
-    """Write the objects of every image below ``inputs`` to one file.
+    """Write the objects of every image below ``inputs`` to one file or store.
 
-    The file has the columns of all tables.  The objects of a table that lacks a column, such as one of a channel that
-    only other images have, are empty there; NaN in AnnData.
+    It has the columns of all tables.  The objects of a table that lacks a column, such as one of a channel that only
+    other images have, are empty there; NaN in AnnData and SpatialData.
 
     Args:
         inputs: the inputs of the run.
         kind: one of `FORMATS`.
-        out: the file to write.
+        out: the file to write, or the store for spatialdata; None for ngio, whose tables lie beside the labels.
         name, output, axes: as in the settings of the run.
 
     Raises:
-        UsageError: there is no such format or no table, a column has different types in two tables, or several
-            images are asked for as GeoJSON.
-        SlideError: a table or its labels cannot be read, or the file cannot be written.
+        UsageError: there is no such format or no table, something is in the way, a column has different types in two
+            tables, or several images are asked for as GeoJSON.
+        SlideError: a table or its labels cannot be read, or the output cannot be written.
     """
     if kind not in FORMATS:
         raise UsageError("`kind`", expected=f"one of {', '.join(FORMATS)}", found=kind, remedy="choose one of them")
-    if out.exists() and not out.is_file():  # a device would be replaced by the file
-        found = "a folder" if out.is_dir() else "a device or a pipe"
-        raise UsageError(f"`out={out}`", expected="a file", found=found, remedy="name a file in a folder")
+    _refuse_out(kind, out)
     slides = [image for image in find_all_images(inputs, axes) if isinstance(image, Slide)]
     outputs = {slide.location: output_paths(slide, name, output) for slide in slides}
     measured = {location: paths for location, paths in outputs.items() if paths.table.is_file()}
@@ -91,9 +97,42 @@ def export_objects(
             found=f"none below {', '.join(map(str, inputs))}",
             remedy="run with `objects` first, and with the same `name` and `output`",
         )
-    write = {"csv": _write_csv, "anndata": _write_anndata, "geojson": _write_geojson}[kind]
-    objects = write(measured, out)
+    if out is None:
+        objects = sum(map(write_ngio_table, measured.values()))
+    elif kind == "spatialdata":
+        objects = _write_spatialdata(measured, {slide.location: slide.name for slide in slides}, out)
+    else:
+        write = {"csv": _write_csv, "anndata": _write_anndata, "geojson": _write_geojson}[kind]
+        objects = write(measured, out)
     return Exported(objects, len(measured), sorted(set(outputs) - set(measured)))
+
+
+def _refuse_out(kind: str, out: Path | None) -> None:
+    """Refuse an output that the format does not have, or that would replace more than a file.
+
+    Raises:
+        UsageError: it is such.
+    """
+    if (out is None) != (kind == "ngio"):
+        raise UsageError(
+            f"`kind={kind}`",
+            expected="no `out`, as its tables lie beside the labels" if out else "a file or store to write",
+            found=str(out) if out else "none",
+            remedy="leave `out` out" if out else "name one with `out`",
+        )
+    if out is None:
+        return
+    if kind != "spatialdata":
+        if out.exists() and not out.is_file():  # a device would be replaced by the file
+            found = "a folder" if out.is_dir() else "a device or a pipe"
+            raise UsageError(f"`out={out}`", expected="a file", found=found, remedy="name a file in a folder")
+    elif isinstance(out, RemotePath) or out.suffix != ".zarr" or out.exists() or out.is_symlink():
+        raise UsageError(
+            f"`out={out}`",
+            expected="a new folder on this machine whose name ends in .zarr",
+            found="a URL" if isinstance(out, RemotePath) else "another name" if out.suffix != ".zarr" else "one there",
+            remedy="choose another, or remove what is there",
+        )
 
 
 def _write_csv(tables: Tables, out: Path) -> int:
@@ -108,11 +147,23 @@ def _write_csv(tables: Tables, out: Path) -> int:
 
 
 def _write_anndata(tables: Tables, out: Path) -> int:
+    data = _anndata(tables)
+    with whole_file(out) as stream:
+        data.write_h5ad(Path(stream.name))
+    return len(data)
+
+
+def _anndata(tables: Tables) -> AnnData:
+    """The objects of all tables, in their order: measurements as ``X``, the other columns as ``obs``.
+
+    Raises:
+        UsageError: the library is not installed, or a column has different types in two tables.
+    """
     try:
         from anndata import AnnData
     except ImportError:
         raise UsageError(
-            "`kind=anndata`",
+            "`kind`",
             expected="the package anndata",
             found="none",
             remedy="install it with: pip install 'cellseg-batch[anndata]'",
@@ -142,7 +193,7 @@ def _write_anndata(tables: Tables, out: Path) -> int:
     observed = pd.DataFrame({name: table[name].to_numpy() for name in described if name not in names}, index=rows)
     for name, values in names.items():
         observed[name] = pd.Categorical(values, categories=pd.Index(sorted(set(values) - {None}), dtype=object))
-    data = AnnData(
+    return AnnData(
         np.stack([table[name].to_numpy() for name in figures], axis=1, dtype=np.float32),
         obs=observed,
         var=pd.DataFrame(index=pd.Index(figures, dtype=object)),
@@ -152,9 +203,59 @@ def _write_anndata(tables: Tables, out: Path) -> int:
             "cellseg_batch": json.dumps([asdict(provenance) for provenance in provenances]),
         },
     )
-    with whole_file(out) as stream:
-        data.write_h5ad(Path(stream.name))
-    return len(table)
+
+
+def _write_spatialdata(tables: Tables, names: dict[str, str], out: Path) -> int:
+    """Write a SpatialData store: labels and shapes of each image, and one table of all.
+
+    Args:
+        tables: the tables.
+        names: location of an image -> its name, which its elements get.
+        out: the store, where there is nothing yet.
+    """
+    data = _anndata(tables)
+    regions: list[str] = []
+    with whole_folder(out) as folder:
+        store = SpatialDataStore(folder)
+        for element, paths in zip(element_names(names[location] for location in tables), tables.values(), strict=True):
+            labels, provenance = open_written(paths.store, paths.labels), read_provenance(paths.table)
+            if labels.extent("t", 0) > 1:
+                raise UsageError(
+                    labels.location,
+                    expected="labels without time points, as SpatialData has none",
+                    found=f"{labels.extent('t', 0)} time points",
+                    remedy="export it in another format",
+                )
+            systems = _systems(labels, provenance, "" if len(tables) == 1 else element)
+            store.add_labels(f"{element}_labels", labels, systems)
+            with SlideReader(labels, 0, (0,)) as reader:
+                outlines = (
+                    (int(batch[ID.name][row].as_py()), geometry)
+                    for batch in read_batches(paths.table)
+                    for row, geometry in _outlines(batch, reader, (1, 1))
+                )
+                regions += [f"{element}_labels"] * store.add_shapes(f"{element}_shapes", outlines, systems)
+        store.add_table(data, regions)
+    return len(data)
+
+
+def _systems(labels: Slide, provenance: Provenance, element: str) -> Systems:
+    """Coordinate systems of an image: px of its full resolution, and micrometres from the same corner if known.
+
+    Args:
+        labels: its labels.
+        provenance: source of its objects.
+        element: name of its elements, if its store holds other images, too, which lie elsewhere; else "".
+    """
+    y, x = provenance.level0_scale
+    systems = {element or "global": ("pixel", {"z": 1.0, "y": y, "x": x})}
+    side = provenance.pixel_size_um
+    if side is not None:
+        z = labels.axes.find("z")
+        per_unit = UM_PER_UNIT.get(labels.units[z] or "") if z >= 0 else None
+        step = 1.0 if per_unit is None else labels.levels[0].scale[z] * per_unit
+        systems[f"{element}_micrometer".lstrip("_")] = ("micrometer", {"z": step, "y": side, "x": side})
+    return systems
 
 
 def _write_geojson(tables: Tables, out: Path) -> int:
@@ -169,7 +270,7 @@ def _write_geojson(tables: Tables, out: Path) -> int:
     labels = open_written(paths.store, paths.labels)
     provenance = read_provenance(paths.table)
     count = 0
-    with whole_file(out) as stream, SlideReader(labels, 0, (0,)) as reader:
+    with whole_file(out) as file, _compressed(file, out) as stream, SlideReader(labels, 0, (0,)) as reader:
         stream.write(b'{"type": "FeatureCollection", "features": [')
         for batch in read_batches(paths.table):
             for feature in _features(batch, reader, provenance):
@@ -178,6 +279,13 @@ def _write_geojson(tables: Tables, out: Path) -> int:
                 count += 1
         stream.write(b"\n]}\n")
     return count
+
+
+def _compressed(file: IO[bytes], out: Path) -> AbstractContextManager[IO[bytes] | gzip.GzipFile]:
+    """The stream that is written to ``file``, compressed if the name of ``out`` ends in .gz."""
+    if out.suffix != ".gz":
+        return nullcontext(file)
+    return gzip.GzipFile(out.stem, "wb", fileobj=file, mtime=0)
 
 
 def _common_schema(tables: Tables) -> pa.Schema:
@@ -227,19 +335,34 @@ def _fields(schema: pa.Schema, channels: tuple[str, ...]) -> list[TableField]:
 
 
 def _features(batch: pa.RecordBatch, reader: SlideReader, provenance: Provenance) -> Iterator[dict[str, Any]]:
-    """Make a QuPath detection of each object of a batch, reading the labels square by square."""
+    """Make a QuPath detection of each object of a batch."""
+    ids = batch[ID.name].to_numpy()
+    fields = _fields(batch.schema, provenance.channels)
+    measured = batch.select([field.name for field in fields if field.column.is_measurement]).to_pylist()
+    classes = batch[CLASS.name].to_pylist() if provenance.classes else [None] * len(ids)
+    planes = _planes(batch, reader.slide)
+    for row, geometry in _outlines(batch, reader, provenance.level0_scale):
+        yield {
+            "type": "Feature",
+            "geometry": geometry | _plane(reader.slide, int(planes[row])),
+            "properties": {
+                "objectType": "detection",
+                "name": str(ids[row]),
+                **_classification(classes[row], provenance),
+                "measurements": {key: value for key, value in measured[row].items() if value is not None},
+            },
+        }
+
+
+def _outlines(
+    batch: pa.RecordBatch, reader: SlideReader, scale: tuple[float, float]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row, outline) of each object of a batch, as `_geometry`, reading the labels square by square."""
     ids = batch[ID.name].to_numpy()
     if not len(ids):
         return
     boxes = np.stack([batch[column.name].to_numpy() for column in BOX], axis=1)
-    lengths = reader.slide.plane_grid(0)
-    planes = np.zeros(len(ids), np.int64)
-    if lengths:
-        index = tuple(batch[axis].to_numpy() for axis in reader.slide.plane_axes)
-        planes = np.ravel_multi_index(index, lengths)
-    fields = _fields(batch.schema, provenance.channels)
-    measured = batch.select([field.name for field in fields if field.column.is_measurement]).to_pylist()
-    classes = batch[CLASS.name].to_pylist() if provenance.classes else [None] * len(ids)
+    planes = _planes(batch, reader.slide)
     squares = np.stack([planes, *(boxes[:, :2] // _SQUARE).T])
     order = np.lexsort(squares[::-1])
     starts = np.flatnonzero(np.any(np.diff(squares[:, order], axis=1), axis=0)) + 1
@@ -247,20 +370,20 @@ def _features(batch: pa.RecordBatch, reader: SlideReader, provenance: Provenance
         inside = boxes[group]
         hull = Box(*inside[:, :2].min(0).tolist(), *inside[:, 2:].max(0).tolist())
         window = reader.read(int(planes[group[0]]), hull)[0]
-        for row in group:
-            y0, x0, y1, x1 = boxes[row]
+        for row in group.tolist():
+            y0, x0, y1, x1 = boxes[row].tolist()
             mask = window[y0 - hull.y0 : y1 - hull.y0, x0 - hull.x0 : x1 - hull.x0] == ids[row]
-            geometry = _geometry(mask, (int(y0), int(x0)), provenance.level0_scale)
-            yield {
-                "type": "Feature",
-                "geometry": geometry | _plane(reader.slide, int(planes[row])),
-                "properties": {
-                    "objectType": "detection",
-                    "name": str(ids[row]),
-                    **_classification(classes[row], provenance),
-                    "measurements": {key: value for key, value in measured[row].items() if value is not None},
-                },
-            }
+            yield row, _geometry(mask, (y0, x0), scale)
+
+
+def _planes(batch: pa.RecordBatch, labels: Slide) -> NDArray[np.int64]:
+    """Number (n,) of the t/z plane of each object of a batch."""
+    lengths = labels.plane_grid(0)
+    if not lengths or not len(batch):
+        return np.zeros(len(batch), np.int64)
+    index = tuple(batch[axis].to_numpy() for axis in labels.plane_axes)
+    planes: NDArray[np.int64] = np.ravel_multi_index(index, lengths)
+    return planes
 
 
 def _classification(name: str | None, provenance: Provenance) -> dict[str, Any]:

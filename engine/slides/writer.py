@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numcodecs
 import numpy as np
@@ -182,6 +182,24 @@ def list_label(store: Path, labels: str, name: str, zarr_format: int) -> None:
         if name not in listed:
             holder["labels"] = [*listed, name]
             group.attrs.update({"ome": holder} if zarr_format == 3 else holder)
+
+
+def list_table(store: Path, tables: str, name: str, zarr_format: Literal[2, 3]) -> None:
+    """Add ``name`` to the list of tables in the group ``tables``, which is made; the rest of its metadata stays.
+
+    Source: the tables of ngio (fractal-analytics-platform.github.io/fractal-tasks-core/tables).
+
+    Raises:
+        OutputError: the store cannot be written.
+    """
+    with lock_in_turn(_lock_of(store, tables)), writing_to(store / tables, "a store"):
+        group = zarr.open_group(
+            zarr_store(store), path=tables, mode="a", zarr_format=zarr_format, use_consolidated=False
+        )
+        metadata: dict[str, Any] = dict(group.attrs)
+        listed = metadata.get("tables", [])
+        if name not in listed:
+            group.attrs["tables"] = [*listed, name]
 
 
 def consolidate_again(store: Path) -> None:

@@ -154,3 +154,28 @@ def whole_file(path: Path, what: str = "a file") -> Iterator[IO[bytes]]:
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path, what: str = "a store") -> Iterator[Path]:
+    """Make a folder that appears at ``path``, complete and on disk, once the context ends without an error.
+
+    Args:
+        path: path of the folder on this machine, where there is nothing yet; the folder around it is made.
+        what: name of the thing that is written, for the error.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.{token_hex(4)}{PARTIAL_SUFFIX}")
+    with writing_to(path, what):
+        partial.mkdir(parents=True)
+    try:
+        yield partial
+        with writing_to(path, what):
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    sync_file(file)
+            partial.rename(path)
+    finally:
+        remove_tree(partial)

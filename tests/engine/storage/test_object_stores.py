@@ -1,5 +1,6 @@
 """Slides and outputs in an object store: the same bits as on a disk, whatever happens on the way; errors by name."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ from threading import Thread
 
 import numpy as np
 import pytest
+import tifffile
 import zarr
 from PIL import Image
 from pyarrow import parquet
@@ -292,6 +294,16 @@ def test_the_commands_around_a_run_take_a_bucket(tmp_path, slide, bucket, segmen
     assert "data:image/jpeg" in (tmp_path / "a.html").read_text()
     assert command("export-objects", place, "--format", "csv", "--out", tmp_path / "a.csv")[0] == 0
     assert len((tmp_path / "a.csv").read_text().splitlines()) > 10
+    assert command("export-objects", place, "--format", "ngio")[0] == 0
+    assert (place / "tables/cellseg/table.parquet").is_file()
+    code, said = command("export-labels", place, "--out", bucket / "a.ome.tif")
+    assert code == 0, said
+    written = tifffile.imread(io.BytesIO((bucket / "a.ome.tif").read_bytes()))
+    np.testing.assert_array_equal(written, zarr.open_array(zarr_store(place / "labels/cellseg/0"), mode="r")[...])
+    code, said = command("export-objects", place, "--format", "spatialdata", "--out", tmp_path / "a.zarr")
+    assert code == 0, said
+    ids = zarr.open_group(str(tmp_path / "a.zarr"), mode="r")["tables/table/obs/id"][...]
+    assert sorted(ids) == list(range(1, len(ids) + 1))
 
 
 def test_a_damaged_object_is_found_and_made_again(slide, bucket, segment, command):
