@@ -28,7 +28,7 @@ from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.session import Session
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.slide_plan import pick_margin
-from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.settings import TILE, Settings
 from cellseg_batch.engine.storage.cache import Artefacts
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
@@ -40,7 +40,7 @@ def main() -> None:
     settings = Settings(backend="openvino", precision=precision, gate=False)
     bundle = load_model(settings.model)
     margin = pick_margin(settings, bundle.card)
-    lattice = fit_lattice((side, side), settings.tile, margin, bundle.card.total_stride)
+    lattice = fit_lattice((side, side), TILE, margin, bundle.card.total_stride)
     shape = (1, 3, *lattice.tile)
     model_pool = ModelPool(bundle, settings)
     network = DECODERS[bundle.card.decoder].network(bundle, instances=False)

@@ -16,8 +16,9 @@ models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -185,22 +186,29 @@ def fit_lattice(shape: tuple[int, int], tile: int, margin: int, total_stride: in
         if widest >= smallest:
             fewest = -(-width // widest)
             fitted += [Lattice(shape, (core, fit(width, columns)), margin) for columns in (fewest, fewest + 1)]
-    good = _nearly_cheapest(fitted)
+    good = nearly_cheapest(fitted)
     # Of two equally good lattices take the one with wider cores: their rows are longer runs of memory.
     return min(good, key=lambda lattice: (max(lattice.tile), lattice.cost, lattice.core[0]))
 
 
 def fit_squares(shape: tuple[int, int], tile: int, margin: int, total_stride: int, least: int = 0) -> Lattice:
-    """Choose a lattice of square tiles whose side is a quarter, two, three or four quarters of ``tile`` px.
+    """Choose one of `square_lattices`: of those with nearly the least cost, the one of the largest tiles.
 
-    So slides of any shapes need four networks at most.  Cores may stick out of the slide, which is mirrored there.  Of
-    all lattices with nearly the least cost, the one of the largest tiles is chosen.
+    Arguments and errors as `fit_lattice`.
+    """
+    return nearly_cheapest(square_lattices(shape, tile, margin, total_stride, least))[0]
+
+
+def square_lattices(shape: tuple[int, int], tile: int, margin: int, total_stride: int, least: int = 0) -> list[Lattice]:
+    """The lattices of square tiles whose side is four, three, two quarters or a quarter of ``tile`` px, if they fit.
+
+    So slides of any shapes need four networks at most.  Cores may stick out of the slide, which is mirrored there.
 
     Arguments and errors as `fit_lattice`.
     """
     smallest = _smallest_core(tile, margin, total_stride, least)
     cores = (tile * quarters // 4 // total_stride * total_stride - 2 * margin for quarters in (4, 3, 2, 1))
-    return _nearly_cheapest([Lattice(shape, (core, core), margin) for core in cores if core >= smallest])[0]
+    return [Lattice(shape, (core, core), margin) for core in cores if core >= smallest]
 
 
 def lay_fixed(shape: tuple[int, int], side: int, margin: int) -> Lattice:
@@ -250,9 +258,12 @@ def _smallest_core(tile: int, margin: int, total_stride: int, least: int) -> int
     return smallest
 
 
-def _nearly_cheapest(lattices: list[Lattice]) -> list[Lattice]:
-    enough = _SLACK * min(lattice.cost for lattice in lattices)
-    return [lattice for lattice in lattices if lattice.cost <= enough]
+def nearly_cheapest(
+    lattices: Sequence[Lattice], cost: Callable[[Lattice], float] = operator.attrgetter("cost")
+) -> list[Lattice]:
+    """The lattices with nearly the least cost, in the order given."""
+    costs = [cost(lattice) for lattice in lattices]
+    return [lattice for lattice, own in zip(lattices, costs, strict=True) if own <= _SLACK * min(costs)]
 
 
 @dataclass(frozen=True)
@@ -274,6 +285,12 @@ class Block:
     read_box: Box
     tiles: tuple[Tile, ...]
     tile_rows_columns: tuple[int, int]
+
+    def with_tiles(self, chosen: NDArray[np.bool_], lattice: Lattice) -> Block:
+        """The block with those of its tiles alone that are ``chosen`` among all of the plane, (rows, columns)."""
+        height, width = lattice.core
+        tiles = (tile for tile in self.tiles if chosen[tile.core.y0 // height, tile.core.x0 // width])
+        return replace(self, tiles=tuple(tiles))
 
 
 @dataclass(frozen=True)

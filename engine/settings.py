@@ -23,6 +23,9 @@ PRECISIONS = ("auto", *KNOWN_PRECISIONS)
 SKIPS = ("auto", "off")
 STITCHES = ("crop", "blend")
 
+TILE = 1824
+"""Side in px of a square whose area no tile exceeds, by default."""
+
 _BLOCK, _BLOCK_ON_GPU = 2048, 4096
 # No machine has use for more, and where there is no room for so many the system ends the process without a reason.
 _MOST = {"batch": 1024, "workers": 4096, "threads": 1024}
@@ -104,7 +107,8 @@ class Settings:
         device: auto, cpu, or GPUs as `gpus_of` reads them; auto takes the fastest device, and at most one GPU.
         gate: False runs the chosen backend and precision even if they do not agree with the fp32 reference.
         threshold: probability above which a pixel is foreground, in (0, 1); None takes the card's.
-        tile: side in px of a square whose area no tile exceeds; the lattice fits the tile to the slide.
+        tile: side in px of a square whose area no tile exceeds; the lattice fits the tile to the slide.  None takes
+            `TILE`, and for a slide with glass the smaller squares that compute the least of it.
         stitch: one of `STITCHES`.
         margin: px cut from each side of a tile, ``exact`` for the reach of network and decoder; None takes the card's.
         batch: tiles per call of the model.
@@ -116,7 +120,7 @@ class Settings:
         max_memory: bytes of host memory that the run must stay under; None sets no limit.
         level: resolution to process; None picks the one nearest the model's pixel size.
         pixel_size: µm per px of level 0, in place of the metadata's.
-        skip_background: one of `SKIPS`; auto skips tiles without contrast.
+        skip_background: one of `SKIPS`; auto skips tiles of glass, and those without contrast.
         downscale: factor by which images are downscaled for the model; None lets the model's card and the slide decide.
         channel: name or index of the channel with the nuclei; for a model of several stains such as
             "nuclei=DAPI,membrane=1"; None picks by rule.
@@ -126,6 +130,7 @@ class Settings:
         instances: write every object with an id of its own instead of the mask.
         objects: measure every instance, and summarise plates; implies instances.
         probability: also write the probability image.
+        tissue: also write a mask of what is not taken for glass.
         overwrite: replace existing labels of this name.
         retry_failed: process only the images that failed before.
         mask: region to which images are confined, as `slides.region` reads it, or a folder of regions with the names of
@@ -143,7 +148,7 @@ class Settings:
     device: str = "auto"
     gate: bool = True
     threshold: float | None = None
-    tile: int = 1824
+    tile: int | None = None
     stitch: str = "crop"
     margin: int | str | None = None
     batch: int = 1
@@ -164,6 +169,7 @@ class Settings:
     instances: bool = False
     objects: bool = False
     probability: bool = False
+    tissue: bool = False
     overwrite: bool = False
     retry_failed: bool = False
     mask: Path | None = None
@@ -175,6 +181,11 @@ class Settings:
     def makes_ids(self) -> bool:
         """Whether labels are ids of objects instead of a mask."""
         return self.instances or self.objects
+
+    @property
+    def skips_background(self) -> bool:
+        """Whether tiles that show nothing are not computed; blending takes the logits of all tiles around one."""
+        return self.skip_background == "auto" and self.stitch == "crop"
 
     def __post_init__(self) -> None:
         """Refuse values that are wrong for every slide and every model.
@@ -196,6 +207,9 @@ class Settings:
             _refuse(
                 "instances", "`stitch=crop`: seeds come from single tiles", f"`stitch={self.stitch}`", "leave it out"
             )
+        if self.tissue and not self.skips_background:
+            found = f"`stitch={self.stitch}`" if self.skip_background == "auto" else "`skip_background=off`"
+            _refuse("tissue", "a run that skips background", found, "leave it out; no glass is looked for there")
         if self.threshold is not None and not 0 < self.threshold < 1:
             _refuse("threshold", "a probability between 0 and 1, both excluded", self.threshold, "try 0.5")
         if isinstance(self.margin, str) and self.margin != "exact":

@@ -22,6 +22,7 @@ from cellseg_batch.engine.settings import (
     SCHEDULERS,
     SKIPS,
     STITCHES,
+    TILE,
     ClusterSettings,
     Settings,
     check_name,
@@ -161,7 +162,12 @@ _SETTINGS_FLAGS: dict[str, Any] = {
     "gate": _flag(bool, "--gate/--no-gate", _MODEL, "Refuse a backend that disagrees with the fp32 reference."),
     "threshold": _flag(float | None, "--threshold", _MODEL, "Probability of a foreground pixel; default: the model's."),
     "threads": Threads,
-    "tile": _flag(int, "--tile", _SHAPE, "Side in px of a square as large as a tile may be."),
+    "tile": _flag(
+        int | None,
+        "--tile",
+        _SHAPE,
+        f"Side in px of a square as large as a tile may be; default: {TILE}, or smaller where glass is left out.",
+    ),
     "stitch": _flag(str, "--stitch", _SHAPE, f"{_choice(STITCHES)} Cut tiles at their cores, or fade them."),
     "margin": _flag(
         str | None,
@@ -225,6 +231,7 @@ _SETTINGS_FLAGS: dict[str, Any] = {
     "instances": _flag(bool, "--instances", _OUTPUT, "Tell objects apart: each gets an id of its own."),
     "objects": _flag(bool, "--objects", _OUTPUT, "Measure every object into a table; implies --instances."),
     "probability": _flag(bool, "--probability", _OUTPUT, "Also write the probability as an image."),
+    "tissue": _flag(bool, "--tissue", _OUTPUT, "Also write what is not taken for glass, as a label image."),
     "overwrite": _flag(bool, "--overwrite", _OUTPUT, "Replace labels of that name."),
     "retry_failed": _flag(bool, "--retry-failed", _OUTPUT, "Take up only the images that failed before."),
 }

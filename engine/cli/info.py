@@ -69,6 +69,8 @@ def _rows(cut: Cut) -> Iterator[tuple[str, str]]:
         area, (rows, columns) = cut.region.identity.area, cut.region.grid
         tiles = f"{counted(int(cut.region.computed.sum()), 'tile')} of {rows * columns}"
         yield "region", f"{area:,} px, for a mask {tiles} in a plane"
+    if cut.glass_level is not None:
+        yield "glass", f"looked for by a run, in level {cut.glass_level}; tiles of it are left out"
     yield from (("note", as_flags(note)) for note in slide.notes)
 
 

@@ -38,6 +38,7 @@ _COUNTS = ("blocks", "tiles", "bytes_in", "bytes_out", "files")
     "instances",
     "objects",
     "probability",
+    "tissue",
 )
 def plan(
     settings: Settings,
@@ -69,6 +70,10 @@ def print_estimate(estimate: Estimate, console: Console) -> None:
     totals = [estimate.total(name) for name in _COUNTS]
     table.add_row(counted(len(shown), "image"), *_figures(totals, estimate.seconds))
     console.print(table)
+    for slide in shown[:_MOST_ROWS]:
+        if slide.tissue is not None:
+            text = f"{slide.path}: {100 * slide.tissue:.1f} % of it is tissue, the rest is taken for glass"
+            console.print(as_text(text), soft_wrap=True)
     for slide in estimate.refused:
         print_line(console, "refused", "red", f"{slide.path}: {slide.reason}")
     if estimate.mpx_per_s:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -87,11 +89,14 @@ def describe(plan: SlidePlan, peak_bytes: int) -> str:
     size = f"{level.pixel_size_um:.3g} µm/px, " if level.pixel_size_um else ""
     planes = f"{plan.grid.planes} planes, " if plan.grid.planes > 1 else ""
     downscaled = f"downscaled {plan.downscale} times for its large nuclei, " if plan.downscale > 1 else ""
-    region = f"{counted(plan.tiles - plan.outside_tiles, 'tile')} for the region out of " if plan.region else ""
+    computed, reasons = plan.computed_tiles, ["the region"] * bool(plan.region) + ["tissue"] * bool(plan.tissue)
+    tiles = 0 if computed is None else int(computed.sum()) * plan.grid.planes
+    chosen = f"{counted(tiles, 'tile')} for {' and '.join(reasons)} out of " if reasons else ""
+    cost = lattice.cost if computed is None else tiles * math.prod(lattice.tile) / plan.pixels
     return (
         f"{plan.slide.name}: {planes}{lattice.shape[0]} x {lattice.shape[1]} px, level {level.level} "
         f"({size}{level.reason}), channel {plan.channels.reason}, values {plan.bounds}, "
-        f"{downscaled}{region}{counted(plan.tiles, 'tile')} of {lattice.tile[0]} x {lattice.tile[1]} in "
+        f"{downscaled}{chosen}{counted(plan.tiles, 'tile')} of {lattice.tile[0]} x {lattice.tile[1]} in "
         f"{counted(len(plan.grid), 'block')}, "
-        f"{lattice.cost:.2f} px computed per px, peak memory at most {peak_bytes / 1e6:.0f} MB"
+        f"{cost:.2f} px computed per px, peak memory at most {peak_bytes / 1e6:.0f} MB"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from typing import TYPE_CHECKING
 
@@ -88,6 +89,7 @@ def print_report(report: RunReport, console: Console, settings: Settings) -> Non
     stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items() if seconds)
     for name, value in (
         ("blocks, tiles", _tiles(report.slides)),
+        ("tissue", _tissue(report.slides)),
         ("model", _model(report)),
         ("time", f"{report.seconds:.1f} s, and {report.compile_seconds:.1f} s to compile"),
         ("rate", _rate(report)),
@@ -115,6 +117,16 @@ def _tiles(slides: list[SlideReport]) -> str:
     left_out = [f"{count} {what}" for count, what in ((skipped, "empty"), (outside, "outside the region")) if count]
     note = f" ({' and '.join(left_out)} ones were left out)" if left_out else ""
     return f"{blocks}, {tiles}{note}" if blocks else ""
+
+
+def _tissue(slides: list[SlideReport]) -> str:
+    shares = [
+        slide.tissue_area / math.prod(slide.shape[-2:])
+        for slide in slides
+        if slide.tissue_area is not None and slide.shape is not None
+    ]
+    count = f" (mean over {counted(len(shares), 'image')} on glass)" if len(slides) > 1 else " of the slide"
+    return f"{100 * sum(shares) / len(shares):.1f} %{count}" if shares else ""
 
 
 def _model(report: RunReport) -> str:

@@ -26,7 +26,7 @@ from cellseg_batch.engine.inference.kept_by_use import KeptByUse
 from cellseg_batch.engine.inference.probes import Probes
 from cellseg_batch.engine.inference.session import Network, Session, compile_network
 from cellseg_batch.engine.machine import cores
-from cellseg_batch.engine.settings import Settings, gpus_of
+from cellseg_batch.engine.settings import TILE, Settings, gpus_of
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import Bundle
 
@@ -37,8 +37,8 @@ _log = logging.getLogger(__name__)
 
 # Idle networks are kept while the area of all batches is at most this, in px: two large tiles on CPUs, or the many
 # shapes of a folder of small images.  A GPU that runs out of memory drops them before it makes smaller batches.
-_KEPT_AREA = 2 * Settings.tile**2
-_KEPT_AREA_ON_GPU = 8 * Settings.tile**2
+_KEPT_AREA = 2 * TILE**2
+_KEPT_AREA_ON_GPU = 8 * TILE**2
 
 # Sessions per network: one thread cuts or stitches its tiles while another thread's tiles run.
 _SESSIONS = 2

@@ -39,7 +39,7 @@ from cellseg_batch.engine.inference.race_result import Candidate, RaceResult, Re
 from cellseg_batch.engine.inference.session import Session, compile_network
 from cellseg_batch.engine.machine import cores, gpus, package_version, processor, run_module, visible_gpus
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.settings import Settings, race_device
+from cellseg_batch.engine.settings import TILE, Settings, race_device
 from cellseg_batch.engine.storage.cache import Artefacts, Key
 from cellseg_batch.trainer.bundle import Bundle
 from cellseg_batch.trainer.card import Card
@@ -71,7 +71,7 @@ def large_tile(card: Card) -> tuple[int, int]:
     size = card.input.size
     if size.fixed:
         return size.fixed, size.fixed
-    return fit_squares(_LARGE_SLIDE, Settings.tile, card.margin, card.total_stride, size.min).tile
+    return fit_squares(_LARGE_SLIDE, TILE, card.margin, card.total_stride, size.min).tile
 
 
 def likely_winner(request: Request, bundle: Bundle) -> tuple[str, str] | None:

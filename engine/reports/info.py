@@ -8,6 +8,7 @@ from typing import Any
 
 from cellseg_batch.engine.errors import SlideError
 from cellseg_batch.engine.geometry import lay_blocks
+from cellseg_batch.engine.inference.tissue import look_level, may_have_glass
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.slide_plan import lay_lattice
 from cellseg_batch.engine.run.slide_region import SlideRegion, settle_region
@@ -28,6 +29,7 @@ class Cut:
         blocks, tiles: numbers of blocks and tiles, over all planes.
         tile: (height, width) of each tile in px.
         region: region to which a mask would be confined; None for the whole image.
+        glass_level: level in which a run would look for glass; None if it would not look.
     """
 
     slide: Slide
@@ -37,6 +39,7 @@ class Cut:
     tiles: int
     tile: tuple[int, int]
     region: SlideRegion | None
+    glass_level: int | None
 
 
 @dataclass(frozen=True)
@@ -128,4 +131,5 @@ def _cut(slide: Slide, settings: Settings, card: Card) -> Cut:
     grid = lay_blocks(lattice, settings.block_side(), slide.planes(level.level))
     rows, columns = lattice.grid
     region = settle_region(slide, level.level, lattice, 0, settings)
-    return Cut(slide, level, channels, len(grid), rows * columns * grid.planes, lattice.tile, region)
+    glass_level = look_level(slide, level.level) if settings.skips_background and may_have_glass(slide) else None
+    return Cut(slide, level, channels, len(grid), rows * columns * grid.planes, lattice.tile, region, glass_level)

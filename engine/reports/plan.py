@@ -34,6 +34,7 @@ from cellseg_batch.engine.run.pipeline import passes_of
 from cellseg_batch.engine.run.results import EndedTask, RunReport, SlideReport
 from cellseg_batch.engine.run.run_images import find_run_images
 from cellseg_batch.engine.run.slide_plan import SlidePlan, open_reader, plan_slide
+from cellseg_batch.engine.run.slide_tissue import as_map, settle_tissue
 from cellseg_batch.engine.run.worker import Worker
 from cellseg_batch.engine.run.working_scale import lay_tiles, possible_downscales, settle_downscale
 from cellseg_batch.engine.settings import Settings
@@ -69,6 +70,7 @@ class SlideEstimate:
         reason: why the image cannot be segmented; "" if it can.
         pixels: number of pixels to segment, over all planes.
         blocks, tiles: numbers of blocks and of tiles to compute.
+        tissue: share of the image that is not taken for glass; None if no glass is left out, or it was not looked at.
         bytes_in: bytes of decoded pixels to read, halos included.
         bytes_out: bytes of the outputs before compression, pyramid included.
         files: largest number of files and folders that the run makes, those between passes included.
@@ -82,6 +84,7 @@ class SlideEstimate:
     pixels: int = 0
     blocks: int = 0
     tiles: int = 0
+    tissue: float | None = None
     bytes_in: int = 0
     bytes_out: int = 0
     files: int = 0
@@ -272,7 +275,7 @@ def _settle(worker: Worker, images: list[_Image], networks: _Networks) -> list[_
             unseen |= {(plan.slide.dtype, plan.slide.axes, plan.downscale): plan for plan in settled[number].plans}
     for plan in unseen.values():  # the largest of each kind, as tiles grow
         with suppress(SlideError), SlideReader(plan.slide, plan.level.level, plan.channels.indices) as reader:
-            networks.use(compile_plan(worker, plan, plan.downscale, reader))
+            networks.use(compile_plan(worker, plan, plan.downscale, reader, None))
     return settled
 
 
@@ -284,7 +287,8 @@ def _look(worker: Worker, image: _Image) -> _Image:
         card = model_pool.bundle.card
         with open_reader(laid.slide, settings, card) as reader:
             plan = plan_slide(laid.slide, laid.paths, settings, card, settle_bounds(reader, card.input.normalisation))
-            plan = compile_plan(worker, plan, settle_downscale(plan, settings, model_pool, reader), reader)
+            factor = settle_downscale(plan, settings, model_pool, reader)
+            plan = compile_plan(worker, plan, factor, reader, settle_tissue(reader, settings))
     except SlideError as error:
         return _Image(replace(image.entry, reason=error.detail))
     return _Image(image.entry, (plan,))
@@ -304,14 +308,15 @@ def _lay_every_downscale(worker: Worker, image: _Image) -> _Image:
 def _count(plan: SlidePlan) -> SlideEstimate:
     """Estimate of a slide from its plan alone: pixels, blocks, bytes and files."""
     layouts = [writer.layout for writer in image_writers(plan).values()]
-    pixels = sum(math.prod(shape) for shape in layouts[0].shapes)
+    computed = plan.computed_tiles
     return SlideEstimate(
         path=plan.slide.location,
         pixels=plan.computed_pixels,
         blocks=len(plan.grid),
-        tiles=plan.tiles - plan.outside_tiles,
+        tiles=plan.tiles if computed is None else int(computed.sum()) * plan.grid.planes,
+        tissue=None if plan.tissue is None else plan.tissue.area / math.prod(plan.grid.lattice.shape),
         bytes_in=values_read(plan) * np.dtype(plan.slide.dtype).itemsize,
-        bytes_out=pixels * sum(np.dtype(layout.dtype).itemsize for layout in layouts),
+        bytes_out=sum(math.prod(shape) * np.dtype(one.dtype).itemsize for one in layouts for shape in one.shapes),
         files=sum(map(most_files, layouts))
         + most_records([slide_pass.count for slide_pass in passes_of(plan)])
         + most_scratch_files(plan),
@@ -324,7 +329,7 @@ def values_read(plan: SlidePlan) -> int:
     Measuring also reads a few px around each block; these are not counted.
     """
     measured = len(measured_channels(plan.slide)) * plan.computed_pixels if plan.objects else 0
-    if plan.region is None:
+    if plan.computed_tiles is None:
         read = pixels_read(plan.grid)
     else:
         read = sum(block.read_box.area for block in plan.grid if plan.computed(block).tiles)
@@ -372,7 +377,7 @@ def most_scratch_files(plan: SlidePlan) -> int:
 
 
 def _measure(worker: Worker, plan: SlidePlan) -> tuple[_Rate, str]:
-    """Segment a few tiles from the middle of a slide.
+    """Segment a few tiles from the middle of a slide, or of its tissue.
 
     Returns:
         The rate, and the reason if the tiles could not be segmented; else "".
@@ -380,6 +385,10 @@ def _measure(worker: Worker, plan: SlidePlan) -> tuple[_Rate, str]:
     lattice = plan.grid.lattice
     height, width = (min(_TILES * core, length) for core, length in zip(lattice.core, lattice.shape, strict=True))
     y, x = (lattice.shape[0] - height) // 2, (lattice.shape[1] - width) // 2
+    if plan.tissue is not None:
+        shown = np.argwhere(as_map(plan.tissue, lattice))
+        core = lattice.tile_at(*shown[len(shown) // 2].tolist()).core
+        y, x = min(core.y0, lattice.shape[0] - height), min(core.x0, lattice.shape[1] - width)
     part = plan.slide.first_plane().cropped(plan.level.level, Box(y, x, y + height, x + width))
     part = replace(part, asked=replace(part.asked, mask=None))
     settings = replace(
@@ -390,7 +399,10 @@ def _measure(worker: Worker, plan: SlidePlan) -> tuple[_Rate, str]:
         overwrite=False,
         mask=None,
         mask_class=None,
+        tissue=False,
     )
+    if plan.tissue is not None:  # tiles as large as those of the slide, and all of them
+        settings = replace(settings, skip_background="off", tile=math.isqrt(math.prod(lattice.tile)))
     with tempfile.TemporaryDirectory(prefix="cellseg-plan-") as folder:
         settings = replace(settings, output=Path(folder))
         report = run_images([part], settings, _Unheard(), model_pool=worker.model_pool)
@@ -456,5 +468,7 @@ def _weigh(image: _Image, worker: Worker, held_bytes: int, rate: _Rate) -> Slide
         )
     plan = image.plans[0]
     inside = entry.pixels if plan.region is None else plan.region.identity.area * plan.grid.planes
+    if plan.tissue is not None:
+        inside = min(inside, plan.tissue.area * plan.grid.planes)
     objects = None if rate.objects is None else round(rate.objects * inside)
     return replace(entry, objects=objects, peak_bytes=peak, seconds=rate.seconds * entry.pixels, reason=reason)

@@ -66,6 +66,7 @@ class _Facts:
         blocks: (POSIX time in seconds, pixels) of each block on disk.
         seconds: stage -> seconds, over all tasks.
         foreground: path of a finished image -> its share of foreground pixels.
+        tissue: path of a started image of which glass is left out -> share of it that is not taken for glass.
         classes: path of a finished image with classes -> the classes and their shares of its pixels.
         objects: number of objects of the finished images; None if none of them tells objects apart.
         manifests: manifests of the started images.
@@ -77,6 +78,7 @@ class _Facts:
     blocks: list[tuple[float, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     foreground: dict[str, float] = field(default_factory=dict)
+    tissue: dict[str, float] = field(default_factory=dict)
     classes: dict[str, dict[ClassKey, float]] = field(default_factory=dict)
     objects: int | None = None
     manifests: list[Manifest] = field(default_factory=list)
@@ -148,6 +150,9 @@ def _add(slide: SlideStatus, journal: Journal, facts: _Facts) -> None:
     if manifest is None:
         return  # removed meanwhile
     facts.manifests.append(manifest)
+    if manifest.decisions.tissue_tiles is not None:
+        area = math.prod(manifest.decisions.input.plane_shape)
+        facts.tissue[slide.path] = manifest.decisions.tissue_tiles.area / area
     facts.blocks += [(moment, slide.pixels / slide.blocks) for moment in journal.times(BLOCKS)]
     for name in manifest.passes:
         for _, task in journal.records(name, TaskRecord[Any]):
@@ -369,14 +374,16 @@ def _data_url(kind: str, content: bytes) -> str:
 def _table(status: Status, facts: _Facts) -> str:
     rows = []
     for slide in status.slides[:_MOST_ROWS]:
-        share = facts.foreground.get(slide.path)
+        shares = facts.tissue.get(slide.path), facts.foreground.get(slide.path)
+        texts = ["" if share is None else f"{100 * share:.1f} %" for share in shares]
         blocks = f"{slide.blocks_done:,} / {slide.blocks:,}" if slide.blocks else ""
         rows.append(
             f'<tr><td>{escape(slide.path)}</td><td><span class="chip {slide.state}">{slide.state}</span></td>'
             f'<td class="number">{blocks}</td><td class="number">{slide.pixels / 1e6:,.1f}</td>'
-            f'<td class="number">{"" if share is None else f"{100 * share:.1f} %"}</td></tr>'
+            + "".join(f'<td class="number">{text}</td>' for text in texts)
+            + "</tr>"
         )
-    numbers = "".join(f'<th class="number">{name}</th>' for name in ("blocks", "Mpx", "foreground"))
+    numbers = "".join(f'<th class="number">{name}</th>' for name in ("blocks", "Mpx", "tissue", "foreground"))
     heads = f"<th>image</th><th>state</th>{numbers}"
     return _rows_table("".join(rows), heads, len(status.slides) - _MOST_ROWS)
 

@@ -50,7 +50,7 @@ def has_changed(slide: Slide, journal: Journal, manifest: Manifest) -> bool:
     if files_state(slide, earlier.level) == manifest.input_files:
         return False
     numbers = sorted(journal.numbers(BLOCKS))
-    if manifest.decisions.region is not None:
+    if manifest.decisions.region is not None or manifest.decisions.tissue_tiles is not None:
         numbers = [number for number in numbers if _was_read(journal, number)]
     spread = {numbers[round(i)] for i in np.linspace(0, len(numbers) - 1, min(len(numbers), _MAX_BLOCKS))}
     with SlideReader(slide, earlier.level, earlier.channels) as reader:
@@ -64,7 +64,7 @@ def has_changed(slide: Slide, journal: Journal, manifest: Manifest) -> bool:
 
 
 def _was_read(journal: Journal, number: int) -> bool:
-    """Whether a block was read: those wholly outside the region are not."""
+    """Whether a block was read: those wholly on glass or outside the region are not."""
     record = journal.get(BLOCKS, number, TaskRecord[BlockRecord])
     return record is not None and record.result.input_pixels is not None
 

@@ -65,7 +65,9 @@ def merge_blocks(slide: OpenSlide, _: int) -> MergeRecord:
 
 def grow_block(slide: OpenSlide, number: int) -> GrowthRecord:
     """Write the final labels of one block, and measure its objects if the plan says so."""
-    plan, block = slide.plan, slide.plan.computed(slide.plan.grid[number])
+    plan, block = slide.plan, slide.plan.grid[number]
+    if plan.stars is None:  # a star may reach into a tile that is not computed
+        block = plan.computed(block)
     halo = HALO if plan.objects else 0
     kept = None if plan.region is None else KeptIds.load(_scratch(slide).ids)
     if not block.tiles:

@@ -22,6 +22,7 @@ from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.inference.backends.protocol import Backend
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.inference.normalise import settle_bounds
+from cellseg_batch.engine.inference.tissue import Tissue
 from cellseg_batch.engine.run.completeness import demand_complete
 from cellseg_batch.engine.run.input_state import files_state, has_changed
 from cellseg_batch.engine.run.measure_pass import measured_channels
@@ -41,9 +42,11 @@ from cellseg_batch.engine.run.records import (
 )
 from cellseg_batch.engine.run.results import SlideReport
 from cellseg_batch.engine.run.slide_plan import SlidePlan, open_reader, plan_slide
+from cellseg_batch.engine.run.slide_tissue import settle_tissue, write_mask
 from cellseg_batch.engine.run.worker import AnyWorker, Worker
 from cellseg_batch.engine.run.working_scale import lay_tiles, settle_downscale
 from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.slides.pixel_meaning import TISSUE
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.slides.writer import list_label
@@ -141,12 +144,13 @@ def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str 
         skipped_tiles=figures.skipped_tiles,
         outside_tiles=figures.outside_tiles,
         region_area=None if plan.region is None else plan.region.identity.area,
+        tissue_area=None if plan.tissue is None else plan.tissue.area,
         objects=figures.objects,
         classes={one.name: one.pixels / plan.pixels for one in figures.classes},
         unreached_pixels=figures.unreached,
         downscale=plan.downscale,
         channels=slide.channel_names(plan.channels.indices),
-        notes=figures.notes + plan.notes,
+        notes=figures.notes + plan.notes + plan.remarks_on_tissue,
     )
 
 
@@ -194,23 +198,26 @@ def _begin(worker: Worker, request: Request) -> PreparedSlide:
     with _closed_on_error(open_reader(request.slide, settings, card)) as reader:
         bounds = settle_bounds(reader, card.input.normalisation)
         plan = plan_slide(request.slide, request.paths, settings, card, bounds)
-        plan = compile_plan(worker, plan, settle_downscale(plan, settings, model_pool, reader), reader)
+        tissue = settle_tissue(reader, settings)
+        plan = compile_plan(worker, plan, settle_downscale(plan, settings, model_pool, reader), reader, tissue)
         backend = model_pool.downscaled(model_pool.chosen, plan.downscale)
         prepared = fit_memory(plan, backend, settings, worker.warm_up.held_bytes)
         with worker.slides.opened(prepared.plan, prepared.backend, reader) as open_slide:
             _create_outputs(open_slide, prepared, model_pool, backend)
+            if TISSUE.name in open_slide.images:
+                write_mask(open_slide.images[TISSUE.name], tissue)
     return prepared
 
 
-def compile_plan(worker: Worker, plan: SlidePlan, factor: int, reader: SlideReader) -> SlidePlan:
+def compile_plan(worker: Worker, plan: SlidePlan, factor: int, reader: SlideReader, tissue: Tissue | None) -> SlidePlan:
     """Lay a slide's tiles and blocks for images downscaled by ``factor``, and compile its network and kernels.
 
     The worker's ``warm_up`` notes the memory that they take.
     """
     settings, model_pool = worker.settings, worker.model_pool
     backend = model_pool.downscaled(model_pool.chosen, factor)
-    plan = lay_tiles(plan, settings, model_pool.bundle, factor, backend.name)
-    plan = plan.with_blocks(settings.block_side(backend.name)).with_region(settings)
+    plan = lay_tiles(plan, settings, model_pool.bundle, factor, backend.name, tissue)
+    plan = plan.with_blocks(settings.block_side(backend.name)).with_region(settings).with_tissue(tissue)
     worker.warm_up.compile_for(plan, backend, reader)
     return plan
 
@@ -226,7 +233,12 @@ def _plan_again(worker: Worker, request: Request, journal: Journal, manifest: Ma
     plan = plan_slide(request.slide, request.paths, settings, model_pool.bundle.card, earlier.normalisation)
     factor = settings.downscale or earlier.downscale
     backend = _earlier_backend(earlier.backend, settings, model_pool, factor)
-    plan = lay_tiles(plan, settings, model_pool.bundle, factor, backend.name).with_region(settings)
+    plan = lay_tiles(plan, settings, model_pool.bundle, factor, backend.name)
+    if settings.skips_background and earlier.tissue_tiles is not None:
+        plan = replace(plan, tissue=earlier.tissue_tiles)
+        if settings.tile is None:  # the lattice was chosen by the tissue
+            plan = plan.with_cores(earlier.lattice.core)
+    plan = plan.with_region(settings)
     decisions = plan.decisions(_identity_of_model(model_pool), _identity_of(backend))
     if journal.is_finished:  # nothing is left to compute, so the library's version does not matter
         decisions = replace(decisions, backend=replace(decisions.backend, version=earlier.backend.version))

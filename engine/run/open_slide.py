@@ -18,6 +18,8 @@ from cellseg_batch.engine.objects.stars import StarScratch
 from cellseg_batch.engine.run.output_images import LABELS
 from cellseg_batch.engine.run.records import BackendIdentity
 from cellseg_batch.engine.run.slide_plan import SlidePlan
+from cellseg_batch.engine.run.slide_tissue import mask_layout
+from cellseg_batch.engine.slides.pixel_meaning import TISSUE
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.region import Region
 from cellseg_batch.engine.slides.writer import ImageWriter
@@ -182,9 +184,13 @@ def open_slide(
 
 def image_writers(plan: SlidePlan) -> dict[str, ImageWriter]:
     """The name of each output image of a slide -> its writer."""
-    layout = plan.layout
+    layout, mask = plan.layout, mask_layout(plan.layout)
     return {
-        output.name: ImageWriter(output.store, output.path, replace(layout, dtype=output.meaning.dtype))
+        output.name: ImageWriter(
+            output.store,
+            output.path,
+            replace(mask if output.meaning == TISSUE else layout, dtype=output.meaning.dtype),
+        )
         for output in plan.outputs
     }
 

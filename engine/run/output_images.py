@@ -9,7 +9,7 @@ from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.run.output_paths import OutputPaths, output_paths
 from cellseg_batch.engine.run.places import claim
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.slides.pixel_meaning import INSTANCES, PROBABILITY, PixelMeaning
+from cellseg_batch.engine.slides.pixel_meaning import INSTANCES, PROBABILITY, TISSUE, PixelMeaning
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.trainer.card import Card
 
@@ -65,4 +65,6 @@ def output_images(paths: OutputPaths, settings: Settings, card: Card) -> tuple[O
     images = [OutputImage(LABELS, labels, paths.store, paths.labels, paths.source)]
     if settings.probability:
         images.append(OutputImage("probability", PROBABILITY, paths.companion, paths.in_companion("probability")))
+    if settings.tissue:
+        images.append(OutputImage(TISSUE.name, TISSUE, paths.store, f"{paths.labels}_{TISSUE.name}", paths.source))
     return tuple(images)

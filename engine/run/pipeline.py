@@ -85,16 +85,20 @@ def passes_of(plan: SlidePlan) -> Iterator[Pass]:
 
 
 def segment_block(slide: OpenSlide, number: int) -> BlockRecord:
-    """Read, segment and write one block; one wholly outside the region is written without being read."""
+    """Read, segment and write one block; one wholly on glass or outside the region is written without being read."""
     plan, block = slide.plan, slide.plan.grid[number]
-    inside_block = plan.computed(block)
+    inside_block, computed_block = plan.inside(block), plan.computed(block)
     outside_tiles = len(block.tiles) - len(inside_block.tiles)
-    if not inside_block.tiles:
-        return replace(_keep(slide, block, no_foreground(block, plan.prediction)), outside_tiles=outside_tiles)
+    if not computed_block.tiles:
+        return replace(
+            _keep(slide, block, no_foreground(block, plan.prediction)),
+            skipped_tiles=len(inside_block.tiles),
+            outside_tiles=outside_tiles,
+        )
     with slide.clock.stage("read"):
         pixels = slide.reader.read(block.plane, block.read_box)
     with slide.clock.stage("gather"):
-        foreground_block = without_background(inside_block, pixels, plan.grid.lattice, plan.flat)
+        foreground_block = without_background(computed_block, pixels, plan.grid.lattice, plan.flat)
     result = slide.predictor.predict(pixels, foreground_block)
     return replace(
         _keep(slide, block, result),
@@ -147,7 +151,8 @@ def build_shard(level: int, slide: OpenSlide, number: int) -> LevelRecord:
     """Make one shard of a level of the pyramid from the next finer level."""
     with slide.clock.stage("pyramid"):
         for image in slide.images.values():
-            image.build_level(level, *image.layout.shard_box(level, number))
+            if level < len(image.layout.shapes):  # the mask of tissue has one
+                image.build_level(level, *image.layout.shard_box(level, number))
     return LevelRecord()
 
 

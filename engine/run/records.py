@@ -34,9 +34,10 @@ _SETTING_OF = {
     "channels": "channel",
     "core": "tile",
     "flat": "skip_background",
-    "outputs": "probability",
+    "outputs": "probability` or `tissue",
     "region": "mask",
     "mask_sha256": "mask",
+    "tissue_tiles": "skip_background",
 }
 
 
@@ -137,6 +138,21 @@ class RegionIdentity:
 
 
 @dataclass(frozen=True)
+class TissueTiles:
+    """The tiles of a slide on glass that are computed.
+
+    Attributes:
+        level: level from which tissue was told from glass.
+        area: number of px that are not taken for glass, of a plane of the processed level.
+        tiles: a bit for each tile of a plane in raster order (`numpy.packbits`); base64 in the file.
+    """
+
+    level: Count
+    area: Count
+    tiles: bytes
+
+
+@dataclass(frozen=True)
 class Decisions:
     """All decisions that determine the pixels of an output.
 
@@ -157,6 +173,7 @@ class Decisions:
         objects: whether the instances are measured.
         classes: class map by which the measured instances get classes; None for none.
         region: region to which the output is confined; None for the whole slide.
+        tissue_tiles: the tiles that are computed of a slide on glass; None if glass is not looked for, or not found.
     """
 
     input: InputPixels
@@ -175,6 +192,7 @@ class Decisions:
     objects: bool
     classes: ClassRule | None
     region: RegionIdentity | None
+    tissue_tiles: TissueTiles | None
 
     def changes(self, now: Decisions) -> list[str]:
         """The differences between these decisions and ``now``, one phrase each; settings are in backticks."""
@@ -246,7 +264,7 @@ class BlockRecord:
         seeds: its seeds, for the merge; None where nothing grows.
         foreground: number of foreground pixels.
         missing: number of NaN pixels in the input, taken as 0.
-        skipped_tiles: number of flat tiles, which are not computed.
+        skipped_tiles: number of flat tiles and tiles of glass, which are not computed.
         infinite: number of pixels in the input that are infinite in float32.
         input_pixels: checksum of some rows of the input (`pixels_state`); None for a block that was not read.
         classes: number of pixels of each class; () for labels that are none.
@@ -365,7 +383,7 @@ class FinishedRecord:
     Attributes:
         foreground: number of foreground pixels.
         missing: number of NaN pixels in the input, taken as 0.
-        skipped_tiles: number of flat tiles, which are not computed.
+        skipped_tiles: number of flat tiles and tiles of glass, which are not computed.
         objects: number of objects; None for a mask.
         unreached: number of foreground pixels that belong to no object.
         infinite: number of pixels in the input that are infinite in float32.

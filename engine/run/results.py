@@ -26,9 +26,10 @@ class SlideReport:
         pixel_size_um: pixel size of that resolution in µm; None if it is unknown.
         blocks: number of blocks.
         tiles: number of tiles.
-        skipped_tiles: number of flat tiles, which are not computed.
+        skipped_tiles: number of flat tiles and tiles of glass, which are not computed.
         outside_tiles: number of tiles that are not computed because of the region.
         region_area: number of px in the region, of a plane of the labels; None without a region.
+        tissue_area: number of px that are not taken for glass, of a plane of the labels; None if no glass was left out.
         foreground_fraction: share of foreground pixels.
         classes: name of each class -> its share of the pixels; {} unless labels are classes, or objects have some.
         missing_pixels: number of NaN pixels in the input, taken as 0.
@@ -54,6 +55,7 @@ class SlideReport:
     skipped_tiles: int = 0
     outside_tiles: int = 0
     region_area: int | None = None
+    tissue_area: int | None = None
     foreground_fraction: float | None = None
     classes: dict[str, float] = field(default_factory=dict)
     missing_pixels: int = 0

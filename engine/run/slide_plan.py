@@ -9,23 +9,42 @@ import numpy as np
 
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import SlideError, UsageError
-from cellseg_batch.engine.geometry import Block, BlockGrid, Lattice, fit_lattice, fit_squares, lay_blocks, lay_fixed
+from cellseg_batch.engine.geometry import (
+    Block,
+    BlockGrid,
+    Lattice,
+    fit_lattice,
+    fit_squares,
+    lay_blocks,
+    lay_fixed,
+    nearly_cheapest,
+    square_lattices,
+)
 from cellseg_batch.engine.inference.backends.protocol import Shape
 from cellseg_batch.engine.inference.background import flat_limit
 from cellseg_batch.engine.inference.decoders import DECODERS, GrowingDecoder
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
+from cellseg_batch.engine.inference.tissue import Tissue
 from cellseg_batch.engine.objects.classes import ClassRule, class_rule
 from cellseg_batch.engine.objects.seeds import InstanceRule
 from cellseg_batch.engine.objects.stars import StarRule
 from cellseg_batch.engine.run.output_images import OutputImage, output_images
 from cellseg_batch.engine.run.output_paths import OutputPaths
-from cellseg_batch.engine.run.records import BackendIdentity, Decisions, InputPixels, ModelIdentity, TileLattice
+from cellseg_batch.engine.run.records import (
+    BackendIdentity,
+    Decisions,
+    InputPixels,
+    ModelIdentity,
+    TileLattice,
+    TissueTiles,
+)
 from cellseg_batch.engine.run.slide_region import SlideRegion, reach_of, settle_region
-from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.run.slide_tissue import TileMap, as_map, remarks, settle_tiles
+from cellseg_batch.engine.settings import TILE, Settings
 from cellseg_batch.engine.slides.label_layout import Layout, lay_out
 from cellseg_batch.engine.slides.level_and_channels import ChannelChoice, LevelChoice, choose_channels, choose_level
-from cellseg_batch.engine.slides.pixel_meaning import PROBABILITY
+from cellseg_batch.engine.slides.pixel_meaning import PROBABILITY, TISSUE
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.kernels.instances import reach
@@ -58,6 +77,7 @@ class SlidePlan:
         classes: class map by which the instances get classes; None if there is none, or they are not measured.
         notes: remarks on the model for the user.
         region: region to which the output is confined; None for the whole slide.
+        tissue: the tiles that are computed of a slide on glass; None if glass is not looked for, or not found.
     """
 
     slide: Slide
@@ -80,6 +100,7 @@ class SlidePlan:
     classes: ClassRule | None = None
     notes: tuple[str, ...] = ()
     region: SlideRegion | None = None
+    tissue: TissueTiles | None = None
 
     @property
     def pixels(self) -> int:
@@ -124,16 +145,29 @@ class SlidePlan:
         return 0 if self.region is None else int((~self.region.computed).sum()) * self.grid.planes
 
     @property
+    def computed_tiles(self) -> TileMap | None:
+        """Whether each tile of a plane, (rows, columns), is in the region and no glass; None if all tiles are."""
+        maps = [] if self.region is None else [self.region.computed]
+        maps += [] if self.tissue is None else [as_map(self.tissue, self.grid.lattice)]
+        return np.logical_and.reduce(maps) if maps else None
+
+    @property
     def computed_pixels(self) -> int:
-        """Number of pixels of all planes that are not left out because of the region."""
-        if self.region is None:
+        """Number of pixels of all planes that are not left out because of region or glass."""
+        computed = self.computed_tiles
+        if computed is None:
             return self.pixels
-        cores = (self.grid.lattice.tile_at(*index).core for index in np.argwhere(self.region.computed).tolist())
+        cores = (self.grid.lattice.tile_at(*index).core for index in np.argwhere(computed).tolist())
         return sum(core.area for core in cores) * self.grid.planes
 
-    def computed(self, block: Block) -> Block:
+    def inside(self, block: Block) -> Block:
         """A block without the tiles that are not computed because of the region."""
-        return block if self.region is None else self.region.confined(block, self.grid.lattice)
+        return block if self.region is None else block.with_tiles(self.region.computed, self.grid.lattice)
+
+    def computed(self, block: Block) -> Block:
+        """A block without the tiles that are not computed because of region or glass."""
+        computed = self.computed_tiles
+        return block if computed is None else block.with_tiles(computed, self.grid.lattice)
 
     def with_region(self, settings: Settings) -> SlidePlan:
         """The plan with the region that the settings name for the slide; the lattice is settled before.
@@ -144,6 +178,18 @@ class SlidePlan:
         reach = reach_of(self.instances)
         region = settle_region(self.slide, self.level.level, self.grid.lattice, reach, settings)
         return replace(self, region=region)
+
+    def with_tissue(self, tissue: Tissue | None) -> SlidePlan:
+        """The plan with the tiles that show tissue; lattice and region are settled before."""
+        if tissue is None:
+            return replace(self, tissue=None)
+        inside = None if self.region is None else self.region.computed
+        return replace(self, tissue=settle_tiles(tissue, self.grid.lattice, inside))
+
+    def with_cores(self, core: tuple[int, int]) -> SlidePlan:
+        """The plan with a lattice of other cores, of (height, width) in px."""
+        lattice = replace(self.grid.lattice, core=core)
+        return replace(self, grid=replace(self.grid, lattice=lattice), shape=(*self.shape[:2], *lattice.tile))
 
     def with_blocks(self, side: int) -> SlidePlan:
         """The plan with blocks of about ``side`` px."""
@@ -169,7 +215,16 @@ class SlidePlan:
             objects=self.objects,
             classes=self.classes,
             region=None if self.region is None else self.region.identity,
+            tissue_tiles=self.tissue,
         )
+
+    @property
+    def remarks_on_tissue(self) -> tuple[str, ...]:
+        """Remarks for the user on how tissue was found."""
+        if self.tissue is None:
+            asked = any(output.meaning == TISSUE for output in self.outputs)
+            return ("no glass found, so all of it counts as tissue",) * asked
+        return remarks(self.slide, self.level.level, self.tissue)
 
     @property
     def prediction(self) -> PredictionRule:
@@ -233,9 +288,17 @@ def pick_margin(settings: Settings, card: Card, downscale: int = 1) -> int:
 
 
 def lay_lattice(
-    shape: tuple[int, int], settings: Settings, card: Card, backend: str | None = None, downscale: int = 1
+    shape: tuple[int, int],
+    settings: Settings,
+    card: Card,
+    backend: str | None = None,
+    downscale: int = 1,
+    tissue: Tissue | None = None,
 ) -> Lattice:
     """The lattice of tiles over a plane: of few shapes for a backend whose compiling takes long, else fitted.
+
+    Where glass is left out, smaller squares compute less of it and more margins.  Unless the settings say how large
+    tiles are, the lattice is that of the squares which compute the least, or the fitted one if it computes still less.
 
     Args:
         shape: (height, width) of the plane in px.
@@ -243,6 +306,7 @@ def lay_lattice(
         card: card of the model, for images that are downscaled by ``downscale``.
         backend: name of the backend that computes the slide; None if none is chosen yet: then that of the settings.
         downscale: factor by which the image is downscaled for the model.
+        tissue: tissue of the slide; None if all of it may be tissue.
 
     Raises:
         UsageError: tile and margin do not go together, or the model does not take such batches.
@@ -259,7 +323,11 @@ def lay_lattice(
         return lay_fixed(shape, size.fixed, margin)
     entry = KNOWN_BACKENDS.get(backend or settings.backend)
     lay = fit_squares if entry is not None and entry.eager else fit_lattice
-    return lay(shape, settings.tile, margin, card.total_stride, size.min)
+    how = shape, settings.tile or TILE, margin, card.total_stride, size.min
+    fitted = lay(*how)
+    if tissue is None or settings.tile is not None:
+        return fitted
+    return nearly_cheapest([*square_lattices(*how), fitted], tissue.cost)[0]
 
 
 def choose_input(slide: Slide, settings: Settings, card: Card) -> tuple[LevelChoice, ChannelChoice]:
@@ -332,9 +400,7 @@ def plan_slide(slide: Slide, paths: OutputPaths, settings: Settings, card: Card,
         )
     lattice = lay_lattice(slide.plane_shape(level.level), settings, card)
     planes = slide.planes(level.level)
-    # Blending a tile takes the logits of its neighbours, flat ones too.
-    skips = settings.skip_background == "auto" and settings.stitch == "crop"
-    flat = flat_limit(bounds, card.input.normalisation) if skips else 0.0
+    flat = flat_limit(bounds, card.input.normalisation) if settings.skips_background else 0.0
     decoder, instances, stars = DECODERS[card.decoder], None, None
     if settings.makes_ids and isinstance(decoder, GrowingDecoder):
         instances = decoder.instance_rule(card)

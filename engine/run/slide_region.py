@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import OutputError, ReadError, SlideError, UsageError
-from cellseg_batch.engine.geometry import Block, Box, Lattice
+from cellseg_batch.engine.geometry import Box, Lattice
 from cellseg_batch.engine.inference.prediction import BlockResult
 from cellseg_batch.engine.objects.seeds import InstanceRule
 from cellseg_batch.engine.run.records import RegionIdentity
@@ -75,12 +75,6 @@ class SlideRegion:
                     remedy="put it back and run again, or use `overwrite` for the new one",
                 )
             return region
-
-    def confined(self, block: Block, lattice: Lattice) -> Block:
-        """The block without the tiles that are not computed."""
-        computed, (height, width) = self.computed, lattice.core
-        tiles = (tile for tile in block.tiles if computed[tile.core.y0 // height, tile.core.x0 // width])
-        return replace(block, tiles=tuple(tiles))
 
     def edge(self, box: Box, lattice: Lattice, width: int) -> Inside:
         """Whether a tile that is not computed lies within ``width`` px of each pixel of a box, (h, w)."""

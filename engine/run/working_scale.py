@@ -16,6 +16,7 @@ from cellseg_batch.engine.errors import ReadError, UsageError
 from cellseg_batch.engine.geometry import Box, lay_blocks, reflect
 from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.inference.model_pool import ModelPool
+from cellseg_batch.engine.inference.tissue import Tissue
 from cellseg_batch.engine.run.slide_plan import SlidePlan, lay_lattice
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.reader import SlideReader
@@ -51,7 +52,12 @@ def possible_downscales(plan: SlidePlan, settings: Settings, bundle: Bundle) -> 
 
 
 def lay_tiles(
-    plan: SlidePlan, settings: Settings, bundle: Bundle, factor: int, backend: str | None = None
+    plan: SlidePlan,
+    settings: Settings,
+    bundle: Bundle,
+    factor: int,
+    backend: str | None = None,
+    tissue: Tissue | None = None,
 ) -> SlidePlan:
     """The plan with a lattice for ``backend`` and for images that are downscaled by ``factor`` for the model.
 
@@ -61,12 +67,13 @@ def lay_tiles(
         bundle: the model.
         factor: factor by which the image is downscaled.
         backend: name of the backend that computes the slide; None if none is chosen yet.
+        tissue: tissue of the slide; None if all of it may be tissue.
 
     Raises:
         UsageError: tile and margin do not go together.
     """
     card = bundle.downscaled(factor).card
-    lattice = lay_lattice(plan.grid.lattice.shape, settings, card, backend, factor)
+    lattice = lay_lattice(plan.grid.lattice.shape, settings, card, backend, factor, tissue)
     return replace(
         plan,
         grid=lay_blocks(lattice, settings.block_side(), plan.grid.planes, plan.grid.ring),
