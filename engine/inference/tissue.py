@@ -3,7 +3,8 @@
 Glass is bright, and stains take more of some colours than of others.  Each pixel is divided by the colour of the glass,
 which gives the share of light that passes in each channel.  Where these shares differ there is a stain; dust, hairs,
 shadows and bubbles darken all channels alike.  What is black is padding of the scanner.  Neutral darkness counts as
-tissue only over an area that no grain of dust covers.
+tissue only over an area that no grain of dust covers.  JPEG takes the colour of small things in a low level, so specks
+that are dark there are looked at again in the processed level.
 
 Slides on a dark ground, without stains or without glass are not judged: all of them may be tissue.
 """
@@ -30,13 +31,15 @@ CELL = 32
 
 # Side in px of the processed level of the smallest squares that are judged: a nucleus fills a good part of one.
 _SPECK = 8
+# Specks along a cell's side.
+_SPECKS = CELL // _SPECK
 # Side in cells of the squares whose darkness counts, and of the ring that is added around what is found.
 _AREA, _RING = 4, 2
 # Differences between the shares of light of two channels: of a speck, and of a cell.  On glass with JPEG noise they
 # reach 0.02 and 0.01, beside dust 0.07 and 0.01; a nucleus of 8 px that two specks share has 0.1, pale stroma 0.05.
 _STAINED, _PALE = 0.08, 0.025
-# Share of the light that an area of neutral darkness takes.
-_DARK = 0.2
+# Share of light that an area of neutral darkness takes, and that a speck takes of some colour if it may be a nucleus.
+_DARK, _DIM = 0.2, 0.08
 # Largest share of white that is black.
 _BLACK = 0.04
 # Glass: smallest share of white, largest difference between two channels, smallest share of a slide's pixels.
@@ -53,8 +56,10 @@ _FEW_PIXELS = 1 << 24
 _WINDOW = 2048
 # Dtype that holds the sum of a speck of unsigned values of that many bytes.
 _SUMS: dict[int, DTypeLike] = {1: np.uint16, 2: np.uint32}
-# Side in cells of the windows by which a low level is held against the processed one; this many on each axis.
-_CHECK, _CHECKS = 16, 8
+# Side in cells of the windows of the processed level that are read beside a low level.
+_DETAIL = 16
+# Number of them, on each axis, by which the two levels are compared.
+_CHECKS = 8
 
 Cells = NDArray[np.bool_]
 
@@ -133,10 +138,12 @@ def find_tissue(reader: SlideReader) -> Tissue | None:
     lower = look_level(slide, level)
     if lower != level:
         with SlideReader(slide, lower, coloured.channels) as low:
-            cells = _look(low, slide.plane_shape(level), glass)
+            cells, dim = _look(low, slide.plane_shape(level), glass)
+        _look_again(coloured, cells, dim & ~_grown(cells), glass)
         if _agrees(coloured, cells, glass):
             return Tissue(lower, _grown(cells))
-    return Tissue(level, _grown(_look(coloured, slide.plane_shape(level), glass)))
+    cells, _ = _look(coloured, slide.plane_shape(level), glass)
+    return Tissue(level, _grown(cells))
 
 
 def settle_glass(sample: list[NDArray[Any]]) -> NDArray[np.float32] | None:
@@ -179,8 +186,10 @@ def _colour(passed: NDArray[np.float32]) -> NDArray[np.float32]:
     return difference
 
 
-def _look(reader: SlideReader, shape: tuple[int, int], glass: NDArray[np.float32]) -> Cells:
-    """Where any plane of the reader's level shows tissue; a window that cannot be read counts as tissue.
+def _look(reader: SlideReader, shape: tuple[int, int], glass: NDArray[np.float32]) -> tuple[Cells, Cells]:
+    """Where any plane of the reader's level shows tissue, and where something dark that may be a nucleus.
+
+    A window that cannot be read counts as tissue.
 
     Args:
         reader: reader of the level.
@@ -188,19 +197,32 @@ def _look(reader: SlideReader, shape: tuple[int, int], glass: NDArray[np.float32
         glass: colour of the glass.
     """
     rows, columns = (-(-side // CELL) for side in shape)
-    cells = np.zeros((rows, columns), np.bool_)
+    cells, dim = np.zeros((2, rows, columns), np.bool_)
     factor = shape[0] / reader.slide.plane_shape(reader.level)[0]
     side = max(1, int(_WINDOW * factor) // (CELL * _AREA)) * _AREA
     corners = product(range(0, rows, side), range(0, columns, side))
     windows = [Box(y, x, min(y + side, rows), min(x + side, columns)) for y, x in corners]
     for plane in range(reader.slide.planes(reader.level)):
         for window in windows:
-            cells[window.slices()] |= _judge(reader, plane, window, shape, glass)
-    return cells
+            seen, seen_dim = _judge(reader, plane, window, shape, glass)
+            cells[window.slices()] |= seen
+            dim[window.slices()] |= seen_dim
+    return cells, dim
 
 
-def _judge(reader: SlideReader, plane: int, window: Box, shape: tuple[int, int], glass: NDArray[np.float32]) -> Cells:
-    """Where a window of cells shows tissue, in one plane."""
+def _look_again(reader: SlideReader, cells: Cells, doubtful: Cells, glass: NDArray[np.float32]) -> None:
+    """Add to ``cells`` what windows of the processed level with doubtful cells show."""
+    corners = np.argwhere(doubtful) // _DETAIL * _DETAIL
+    for y, x in np.unique(corners, axis=0).tolist():
+        window = Box(y, x, min(y + _DETAIL, cells.shape[0]), min(x + _DETAIL, cells.shape[1]))
+        for plane in range(reader.slide.planes(reader.level)):
+            cells[window.slices()] |= _judge(reader, plane, window, reader.slide.plane_shape(reader.level), glass)[0]
+
+
+def _judge(
+    reader: SlideReader, plane: int, window: Box, shape: tuple[int, int], glass: NDArray[np.float32]
+) -> tuple[Cells, Cells]:
+    """Where a window of cells shows tissue, and where something dark, in one plane; as `_look`."""
     height, width = reader.slide.plane_shape(reader.level)
     rows = _starts(window.y0, window.y1, shape[0], height)
     columns = _starts(window.x0, window.x1, shape[1], width)
@@ -208,21 +230,23 @@ def _judge(reader: SlideReader, plane: int, window: Box, shape: tuple[int, int],
     try:
         pixels = reader.decode(plane, box)
     except ReadError:
-        return np.ones(window.shape, np.bool_)
+        return np.ones(window.shape, np.bool_), np.zeros(window.shape, np.bool_)
     specks = _means(pixels, rows - rows[0], columns - columns[0])
-    white = glass.max()
     passed = np.minimum(specks / glass[:, None, None], 1)
-    passed[:, specks.max(axis=0) < _BLACK * white] = 1
+    passed[:, specks.max(axis=0) < _BLACK * glass.max()] = 1
+    in_cells, in_areas = (_means(passed, *_groups(passed.shape[1:], count)) for count in (_SPECKS, _SPECKS * _AREA))
     # A pixel that is no number is in no order, so it counts as tissue.
-    stained = ~(_colour(passed) <= _STAINED)
-    per_cell = CELL // _SPECK
-    in_cells, in_areas = (_means(passed, *_groups(stained.shape, count)) for count in (per_cell, per_cell * _AREA))
-    found = np.logical_or.reduceat(stained, np.arange(0, stained.shape[0], per_cell), axis=0)
-    found = np.logical_or.reduceat(found, np.arange(0, stained.shape[1], per_cell), axis=1)
     dark = ~(in_areas.max(axis=0) >= 1 - _DARK)
-    dark = dark.repeat(_AREA, axis=0).repeat(_AREA, axis=1)[: found.shape[0], : found.shape[1]]
-    judged: Cells = found | ~(_colour(in_cells) <= _PALE) | dark
-    return judged
+    dark = dark.repeat(_AREA, axis=0).repeat(_AREA, axis=1)[: window.shape[0], : window.shape[1]]
+    tissue = _any_in_cells(~(_colour(passed) <= _STAINED)) | ~(_colour(in_cells) <= _PALE) | dark
+    return tissue, _any_in_cells(passed.min(axis=0) < 1 - _DIM)
+
+
+def _any_in_cells(specks: Cells) -> Cells:
+    """Whether any speck of each cell is true."""
+    for axis in (0, 1):
+        specks = np.logical_or.reduceat(specks, np.arange(0, specks.shape[axis], _SPECKS), axis=axis)
+    return specks
 
 
 def _starts(first: int, last: int, side: int, low: int) -> NDArray[np.int64]:
@@ -233,8 +257,8 @@ def _starts(first: int, last: int, side: int, low: int) -> NDArray[np.int64]:
         side: length of the axis in the processed level, in px.
         low: its length in the level that is looked at.
     """
-    count = -(-min(last * CELL, side) // _SPECK) - first * (CELL // _SPECK)
-    edges = np.minimum((first * (CELL // _SPECK) + np.arange(count + 1)) * _SPECK, side)
+    count = -(-min(last * CELL, side) // _SPECK) - first * _SPECKS
+    edges = np.minimum((first * _SPECKS + np.arange(count + 1)) * _SPECK, side)
     # A pixel belongs to the speck that holds its centre.
     return np.ceil(edges * (low / side) - 0.5).astype(np.int64)
 
@@ -283,21 +307,19 @@ def _grown(cells: Cells) -> Cells:
 def _agrees(reader: SlideReader, cells: Cells, glass: NDArray[np.float32]) -> bool:
     """Whether windows of the processed level show tissue where, and only where, a low level does.
 
-    A few are spread over the slide, others lie where the low level shows tissue.
+    Some are spread over the slide, others lie where the low level shows tissue.
     """
-    shape = reader.slide.plane_shape(reader.level)
     shown = np.argwhere(cells)
     if not len(shown):
         return False
+    shape, plane = reader.slide.plane_shape(reader.level), reader.slide.planes(reader.level) // 2
     grown, found, missed, confirmed = _grown(cells), 0, 0, 0
-    places = [np.linspace(0, length, _CHECKS, endpoint=False).astype(int) for length in cells.shape]
-    spread = [(y, x, False) for y, x in product(*places)]
-    chosen = shown[np.linspace(0, len(shown) - 1, _CHECKS * 2).astype(int)]
-    for y, x, is_shown in [*spread, *((y, x, True) for y, x in chosen.tolist())]:
-        y, x = (int(start) // _CHECK * _CHECK for start in (y, x))
-        window = Box(y, x, min(y + _CHECK, cells.shape[0]), min(x + _CHECK, cells.shape[1]))
-        seen = _judge(reader, reader.slide.planes(reader.level) // 2, window, shape, glass)
+    rows, columns = (np.linspace(0, length, _CHECKS, endpoint=False).astype(int).tolist() for length in cells.shape)
+    chosen = shown[np.linspace(0, len(shown) - 1, 2 * _CHECKS).astype(int)].tolist()
+    for number, (y, x) in enumerate([*chosen, *product(rows, columns)]):
+        window = Box(y, x, min(y + _DETAIL, cells.shape[0]), min(x + _DETAIL, cells.shape[1]))
+        seen, _ = _judge(reader, plane, window, shape, glass)
         found += int(seen.sum())
         missed += int((seen & ~grown[window.slices()]).sum())
-        confirmed += is_shown and bool(seen.any())
-    return missed <= _CHECK + found // 50 and 2 * confirmed >= len(chosen)
+        confirmed += number < len(chosen) and bool(seen[0, 0])
+    return missed <= _DETAIL + found // 50 and 2 * confirmed >= len(chosen)
