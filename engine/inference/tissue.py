@@ -89,8 +89,8 @@ class Tissue:
         return np.asarray(tissue > 0)
 
     def cost(self, lattice: Lattice) -> float:
-        """Number of pixels that the network computes for the tissue of a plane."""
-        return int(self.tiles(lattice).sum()) * math.prod(lattice.tile)
+        """Number of pixels that the network computes for the tissue of a plane; of one tile where there is none."""
+        return max(1, int(self.tiles(lattice).sum())) * math.prod(lattice.tile)
 
     def area(self, shape: tuple[int, int]) -> int:
         """Number of px of tissue in a plane of ``shape`` (height, width)."""
