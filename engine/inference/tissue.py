@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -46,8 +47,9 @@ _BLACK = 0.04
 _BRIGHT, _NEUTRAL, _SEEN = 0.7, 0.12, 0.01
 # Share of white that half of a bright slide's pixels have at least, but for black ones.
 _GROUND = 0.4
-# Share of dark pixels that may be dust, and of these that are stained on a stained slide.
-_DUST, _STAINS = 0.002, 0.5
+# Share of pixels darker than glass that may be dust; of more, half at least are stained, in which the channels
+# differ by this share of the light that is taken.
+_DUST, _STAIN = 0.002, 0.2
 # Number of pixels of which about as many or more show the colour of the glass.
 _ENOUGH_PIXELS = 1 << 18
 # A plane of up to this many pixels is looked at as it is.
@@ -137,11 +139,11 @@ def find_tissue(reader: SlideReader) -> Tissue | None:
         return None
     lower = look_level(slide, level)
     if lower != level:
-        with SlideReader(slide, lower, coloured.channels) as low:
+        with suppress(ReadError), SlideReader(slide, lower, coloured.channels) as low:
             cells, dim = _look(low, slide.plane_shape(level), glass)
-        _look_again(coloured, cells, dim & ~_grown(cells), glass)
-        if _agrees(coloured, cells, glass):
-            return Tissue(lower, _grown(cells))
+            _look_again(coloured, cells, dim & ~_grown(cells), glass)
+            if _agrees(coloured, cells, glass):
+                return Tissue(lower, _grown(cells))
     cells, _ = _look(coloured, slide.plane_shape(level), glass)
     return Tissue(level, _grown(cells))
 
@@ -163,12 +165,13 @@ def settle_glass(sample: list[NDArray[Any]]) -> NDArray[np.float32] | None:
     lightest, darkest = shades.max(axis=0), shades.min(axis=0)
     is_lit = lightest > _BLACK
     is_glass = (darkest > _BRIGHT) & (lightest - darkest < _NEUTRAL)
-    if is_glass.mean() < _SEEN or np.median(shades[:, is_lit].mean(axis=0)) < _GROUND:
+    if is_glass[is_lit].mean() < _SEEN or np.median(shades[:, is_lit].mean(axis=0)) < _GROUND:
         return None
     glass = np.array([_commonest(channel[is_glass]) for channel in values], np.float32)
     passed = np.minimum(values[:, is_lit] / glass[:, None], 1)
-    is_dark = passed.min(axis=0) < 1 - _DARK
-    if is_dark.mean() > _DUST and (_colour(passed[:, is_dark]) > _STAINED).mean() < _STAINS:
+    taken = 1 - passed.min(axis=0)
+    is_dim = taken > _DIM
+    if is_dim.mean() > _DUST and np.median(_colour(passed[:, is_dim]) / taken[is_dim]) < _STAIN:
         return None
     return glass
 
