@@ -140,11 +140,6 @@ class SlidePlan:
         return rows * columns * self.grid.planes
 
     @property
-    def outside_tiles(self) -> int:
-        """Number of tiles of all planes that are not computed because of the region."""
-        return 0 if self.region is None else int((~self.region.computed).sum()) * self.grid.planes
-
-    @property
     def computed_tiles(self) -> TileMap | None:
         """Whether each tile of a plane, (rows, columns), is in the region and no glass; None if all tiles are."""
         maps = [] if self.region is None else [self.region.computed]

@@ -19,7 +19,7 @@ from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.inference.race import load_or_race, race, request_of, time_in_turns
 from cellseg_batch.engine.inference.race_result import Candidate, RaceResult, Request
 from cellseg_batch.engine.models import load_model
-from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.settings import TILE, Settings
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import save_bundle
 
@@ -163,7 +163,7 @@ def test_tiles_of_the_race_are_those_of_large_slides_where_a_gpu_may_win(monkeyp
     monkeypatch.setattr(racing, "gpus", lambda: gpus)
     monkeypatch.setattr(racing, "visible_gpus", lambda: gpus)
     card = load_model("nuclei").card
-    slide = fit_squares((8192, 8192), Settings().tile, card.margin, card.total_stride)
+    slide = fit_squares((8192, 8192), TILE, card.margin, card.total_stride)
     assert request_of(Settings(**asked), card).tile == (slide.tile if large else (1024, 1024))
 
 
