@@ -144,8 +144,8 @@ def test_nothing_is_printed_and_the_process_stays_as_it_was(tmp_path, tiny_model
     [
         (lambda: segment("a.zarr", magrin=3), "did you mean margin"),
         (lambda: segment("a.zarr", margin=-1), "margin"),
-        (lambda: segment("a.zarr", tile="big"), "`tile`: expected int, found 'big'"),
-        (lambda: segment("a.zarr", tile=True), "`tile`: expected int, found True"),
+        (lambda: segment("a.zarr", tile="big"), "`tile`: expected int or None, found 'big'"),
+        (lambda: segment("a.zarr", tile=True), "`tile`: expected int or None, found True"),
         (lambda: segment("a.zarr", workers=2.5), "`workers`: expected int, found 2.5"),
         (lambda: segment("a.zarr", objects="yes"), "`objects`: expected bool, found 'yes'"),
         (lambda: segment("a.zarr", threshold="low"), "`threshold`: expected float or None, found 'low'"),
@@ -265,7 +265,7 @@ def test_numbers_of_numpy_are_settings(tiny_model):
 
 def test_a_model_takes_the_settings_that_matter_to_arrays_and_refuses_the_others(tiny_model):
     defaults = {field.name: getattr(Settings, field.name) for field in fields(Settings)}
-    for_runs = "output name stitch scheduler cluster level axes wells fields instances objects probability"
+    for_runs = "output name stitch scheduler cluster level axes wells fields instances objects probability tissue"
     for name in (*for_runs.split(), "overwrite", "retry_failed", "mask", "mask_class", "manifest", "shard"):
         with pytest.raises(CellsegError, match=f"^{name}: .*; leave it out"):
             load_model(tiny_model, **{name: defaults.pop(name)})
