@@ -381,7 +381,8 @@ def _settings(values: dict[str, Any], allowed: Sequence[str]) -> Settings:
 
     for name in values:
         if name not in allowed:
-            likely = get_close_matches(name, allowed, 1)
+            is_other = any(field.name == name for field in fields(Settings))
+            likely = [] if is_other else get_close_matches(name, allowed, 1)
             raise UsageError(
                 name,
                 expected=f"one of the settings {', '.join(allowed)}",
