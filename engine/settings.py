@@ -125,6 +125,8 @@ class Settings:
         fields: names of the fields of each well to process; () takes all.
         instances: write every object with an id of its own instead of the mask.
         objects: measure every instance, and summarise plates; implies instances.
+        expand: µm by which nuclei are expanded into cells, px of the level where the pixel size is unknown; implies
+            instances; None makes no cells.
         probability: also write the probability image.
         overwrite: replace existing labels of this name.
         retry_failed: process only the images that failed before.
@@ -163,6 +165,7 @@ class Settings:
     fields: tuple[str, ...] = ()
     instances: bool = False
     objects: bool = False
+    expand: float | None = None
     probability: bool = False
     overwrite: bool = False
     retry_failed: bool = False
@@ -174,7 +177,7 @@ class Settings:
     @property
     def makes_ids(self) -> bool:
         """Whether labels are ids of objects instead of a mask."""
-        return self.instances or self.objects
+        return self.instances or self.objects or self.expand is not None
 
     def __post_init__(self) -> None:
         """Refuse values that are wrong for every slide and every model.
@@ -211,6 +214,8 @@ class Settings:
             _refuse("level", "0 (full resolution) or more", self.level, "see cellseg-batch info for the levels")
         if self.pixel_size is not None and not 0 < self.pixel_size < math.inf:
             _refuse("pixel_size", "a finite number of µm per px above 0", self.pixel_size, "try 0.5")
+        if self.expand is not None and not 0 < self.expand < math.inf:
+            _refuse("expand", "a finite number of µm above 0", self.expand, "try 5, or leave it out for nuclei alone")
         if self.mask_class is not None and self.mask is None and self.manifest is None:
             _refuse("mask_class", "a region with `mask`", "none", "name the GeoJSON file, or leave the class out")
         if self.shard is not None:

@@ -1,9 +1,9 @@
 """Expand labels by a distance without overlap, as scikit-image's ``segmentation.expand_labels``.
 
 A background pixel gets the label of the nearest labelled pixel, if that is near enough; distances are between centres
-of pixels.  Of labelled pixels that are equally near the leftmost one counts, and of those in its column the topmost one.
-That is also what the distance transform of SciPy finds, on which scikit-image is built.  So a label depends on the
-pixels within the distance alone, and on their places: not on ids, nor on where an image is cut.
+of pixels.  Of labelled pixels that are equally near the leftmost one counts, and of those in one column the upper one.
+That is what the distance transform of SciPy finds, on which scikit-image is built.  So a label depends on the pixels
+within the distance alone, and on their places: not on ids, nor on where an image is cut.
 
 The reference defines the meaning; the fused kernel gives the same labels.
 """

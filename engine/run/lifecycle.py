@@ -140,6 +140,7 @@ def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str 
         missing_pixels=figures.missing,
         skipped_tiles=figures.skipped_tiles,
         outside_tiles=figures.outside_tiles,
+        expansion_px=None if plan.cells is None else plan.cells.distance,
         region_area=None if plan.region is None else plan.region.identity.area,
         objects=figures.objects,
         classes={one.name: one.pixels / plan.pixels for one in figures.classes},
@@ -365,7 +366,7 @@ def _block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
     held = read if read == len(channels) else read + len(channels)  # others between them are read, and left out
     images = plan.images_of_bytes + (plan.region is not None)
     stars = 0 if plan.stars is None else star_memory(plan.grid, plan.stars, plan.threshold, on_gpu)
-    return stars + block_memory(plan.slide, plan.level.level, held, plan.grid, images, on_gpu, plan.frame)
+    return stars + block_memory(plan.slide, plan.level.level, held, plan.grid, images, on_gpu, plan.frame, plan.spread)
 
 
 def fit_memory(
@@ -400,7 +401,7 @@ def fit_memory(
                 plan.slide.location,
                 expected=f"a run within `max_memory` of {limit / 1e6:.0f} MB",
                 found=f"{held_bytes / 1e6:.0f} MB for the model and {bytes_of_block / 1e6:.0f} MB for one block",
-                remedy="allow more memory, or use a smaller `tile`",
+                remedy="allow more memory, or use a smaller `tile`" + (" or less of `expand`" if plan.spread else ""),
             )
         plan = replace(plan, grid=replace(plan.grid, cores=(-(-rows // 2), -(-columns // 2))))
 

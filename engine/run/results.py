@@ -28,6 +28,7 @@ class SlideReport:
         tiles: number of tiles.
         skipped_tiles: number of flat tiles, which are not computed.
         outside_tiles: number of tiles that are not computed because of the region.
+        expansion_px: number of px by which nuclei were expanded into cells, along x; None without cells.
         region_area: number of px in the region, of a plane of the labels; None without a region.
         foreground_fraction: share of foreground pixels.
         classes: name of each class -> its share of the pixels; {} unless labels are classes, or objects have some.
@@ -53,6 +54,7 @@ class SlideReport:
     tiles: int = 0
     skipped_tiles: int = 0
     outside_tiles: int = 0
+    expansion_px: float | None = None
     region_area: int | None = None
     foreground_fraction: float | None = None
     classes: dict[str, float] = field(default_factory=dict)

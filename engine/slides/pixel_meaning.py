@@ -37,5 +37,7 @@ MASK = PixelMeaning("mask", "uint8", is_label=True, colours=((1, (255, 64, 160, 
 CLASSES = "classes"
 # Ids of objects; the merge widens the type if there are too many objects.
 INSTANCES = PixelMeaning("instances", "uint32", is_label=True)
+# Ids of the nuclei in whose cell a pixel lies, of the type of the instances.
+CELL_IDS = PixelMeaning("cells", "uint32", is_label=True)
 # 0 is a probability of 0, 255 of 1.
 PROBABILITY = PixelMeaning("probability", "uint8", is_label=False)
