@@ -26,6 +26,8 @@ STITCHES = ("crop", "blend")
 _BLOCK, _BLOCK_ON_GPU = 2048, 4096
 # No machine has use for more, and where there is no room for so many the system ends the process without a reason.
 _MOST = {"batch": 1024, "workers": 4096, "threads": 1024}
+# No cell is as large, and a block reads this far around itself.
+_MOST_EXPANSION = 1000
 # Files beside the label group have its name with an ending.
 _MOST_NAME_BYTES = 128
 
@@ -214,8 +216,9 @@ class Settings:
             _refuse("level", "0 (full resolution) or more", self.level, "see cellseg-batch info for the levels")
         if self.pixel_size is not None and not 0 < self.pixel_size < math.inf:
             _refuse("pixel_size", "a finite number of µm per px above 0", self.pixel_size, "try 0.5")
-        if self.expand is not None and not 0 < self.expand < math.inf:
-            _refuse("expand", "a finite number of µm above 0", self.expand, "try 5, or leave it out for nuclei alone")
+        if self.expand is not None and not 0 < self.expand <= _MOST_EXPANSION:
+            expected = f"µm above 0, and at most {_MOST_EXPANSION}"
+            _refuse("expand", expected, self.expand, "try 5, or leave it out for nuclei alone")
         if self.mask_class is not None and self.mask is None and self.manifest is None:
             _refuse("mask_class", "a region with `mask`", "none", "name the GeoJSON file, or leave the class out")
         if self.shard is not None:

@@ -14,6 +14,9 @@ import numpy as np
 from cellseg_batch.engine.objects.moment_files import Objects
 from cellseg_batch.kernels.expand import reach
 
+# Distances in px are rounded to this many decimals.
+_DECIMALS = 6
+
 
 @dataclass(frozen=True)
 class CellRule:
@@ -52,7 +55,8 @@ def cell_rule(um: float, pixel_size_um: float | None, aspect: float) -> CellRule
         pixel_size_um: width of a pixel in µm; None if it is unknown.
         aspect: height of a pixel divided by its width.
     """
-    return CellRule(um / (pixel_size_um or 1.0), aspect, pixel_size_um)
+    # 1.2 µm are 3 px of 0.4 µm, and not the 2.9999999999999996 px that floats make of them.
+    return CellRule(round(um / (pixel_size_um or 1.0), _DECIMALS), aspect, pixel_size_um)
 
 
 def with_cells(nuclei: Iterable[Objects], cells: Iterable[Objects]) -> Iterator[Objects]:

@@ -121,8 +121,8 @@ def read_provenance(path: Path) -> Provenance:
             provenance=content["provenance"],
             classes=content["classes"],
             class_fractions=content["class_fractions"],
-            cells=CellRule(**content["cells"]) if content.get("cells") else None,  # older tables lack both
-            cell_fraction=content.get("cell_fraction", 0.0),
+            cells=content["cells"] and CellRule(**content["cells"]),
+            cell_fraction=content["cell_fraction"],
         )
 
 

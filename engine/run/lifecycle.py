@@ -195,6 +195,7 @@ def _begin(worker: Worker, request: Request) -> PreparedSlide:
     with _closed_on_error(open_reader(request.slide, settings, card)) as reader:
         bounds = settle_bounds(reader, card.input.normalisation)
         plan = plan_slide(request.slide, request.paths, settings, card, bounds)
+        _refuse_cells_of_another(plan)
         plan = compile_plan(worker, plan, settle_downscale(plan, settings, model_pool, reader), reader)
         backend = model_pool.downscaled(model_pool.chosen, plan.downscale)
         prepared = fit_memory(plan, backend, settings, worker.warm_up.held_bytes)
@@ -315,6 +316,23 @@ def _refuse_changed_image(slide: Slide, manifest: Manifest, journal: Journal) ->
             found="others",
             cause=f"it has changed since {begun}",
             remedy="use `overwrite` to segment it as it is now",
+        )
+
+
+def _refuse_cells_of_another(plan: SlidePlan) -> None:
+    """Refuse to write cells over the labels of a run of that name.
+
+    Raises:
+        OutputError: there is such a run.
+    """
+    paths = plan.paths
+    other = paths.journal.with_name(paths.cells.rpartition("/")[2])
+    if plan.cells is not None and Journal(other).is_begun:
+        raise OutputError(
+            str(paths.store / paths.cells),
+            expected="no labels of another run where cells are to be written",
+            found=f"those of the run `name={other.name}`",
+            remedy="choose another `name`",
         )
 
 

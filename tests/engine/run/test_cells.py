@@ -1,6 +1,7 @@
 """Runs that expand nuclei into cells."""
 
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -17,14 +18,17 @@ from skimage.segmentation import expand_labels
 
 from cellseg_batch import open_labels
 from cellseg_batch.engine.errors import UsageError
+from cellseg_batch.engine.objects.merge import FinalIds
 from cellseg_batch.engine.reports.export_objects import export_objects
 from cellseg_batch.engine.reports.report import write_page
 from cellseg_batch.engine.reports.verify import verify
-from cellseg_batch.engine.run import slide_region
+from cellseg_batch.engine.run import instance_passes, slide_region
 from cellseg_batch.engine.settings import Settings
+from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.trainer.bundle import save_bundle
 from cellseg_batch.trainer.card import Instances
 from tests.support.images import blobs, check_table, labels_of, write_ome_zarr, write_plate
+from tests.support.processes import kill_when
 from tests.support.regions import polygon, write_geojson
 
 HEIGHT, WIDTH = 300, 250
@@ -109,8 +113,6 @@ def test_a_run_that_fails_and_one_that_goes_on_make_the_same_cells(tmp_path, exp
     pixels = blobs(HEIGHT, WIDTH)
     whole = expanded(write_ome_zarr(tmp_path / "whole.zarr", pixels), objects=True, block=80)
     path = write_ome_zarr(tmp_path / "a.zarr", pixels)
-    from cellseg_batch.engine.run import instance_passes
-
     expand, calls = instance_passes.expand, []
 
     def broken(*arguments):
@@ -134,12 +136,38 @@ def test_a_run_that_fails_and_one_that_goes_on_make_the_same_cells(tmp_path, exp
     assert expanded(path, objects=True).slides[0].status == "skipped"
 
 
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_to_the_same_cells(tmp_path, expanded):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(700, 700), chunk=128)
+    whole = expanded(path, name="whole", objects=True, block=400)
+    flags = ["--model", tmp_path / "model", "--backend", "torch", "--precision", "fp32", "--tile", 96, "--block", 64]
+    flags += ["--threads", 1, "--downscale", 1, "--objects", "--expand", 3, "--quiet"]
+    run = [sys.executable, "-m", "cellseg_batch.engine.cli", "run", str(path), *map(str, flags)]
+    journal = Journal(tmp_path / "a.zarr.cellseg" / "labels" / "cellseg")
+    kill_when(run, lambda: len(journal.numbers("instances")) >= 5)
+    assert len(journal.numbers("instances")) < 50, "it was killed too late to prove anything"
+    report = expanded(path, objects=True, block=400)
+    assert report.slides[0].pixels == 0
+    np.testing.assert_array_equal(cells_of(report), cells_of(whole))
+    assert pq.read_table(report.slides[0].table).equals(pq.read_table(whole.slides[0].table))
+
+
+def test_cells_of_very_many_nuclei_are_as_wide_as_their_ids(tmp_path, expanded, monkeypatch):
+    monkeypatch.setattr(FinalIds, "dtype", "uint64")
+    report = expanded(write_ome_zarr(tmp_path / "a.zarr", blobs(100, 100)), objects=True)
+    assert cells_of(report).dtype == labels_of(report).dtype == np.uint64
+    np.testing.assert_array_equal(cells_of(report), expand_labels(labels_of(report), 6))
+
+
 def test_cells_are_refused_or_replaced_beside_labels_without_them(tmp_path, expanded):
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(100, 100))
     assert expanded(path, expand=None, instances=True).slides[0].status == "done"
     (refused,) = expanded(path).slides
     assert refused.status == "failed"
     assert "cells (`expand`) was off, now on" in refused.reason
+    assert expanded(path, expand=None, name="other_cells").slides[0].status == "done"
+    (refused,) = expanded(path, name="other", overwrite=True).slides
+    assert "the run `name=other_cells`" in refused.reason
     report = expanded(path, overwrite=True)
     np.testing.assert_array_equal(cells_of(report), expand_labels(labels_of(report), 6))
 
@@ -168,10 +196,19 @@ def test_without_a_pixel_size_the_distance_is_in_pixels_and_a_note_says_so(tmp_p
     assert "expanded by 3.5 px and not µm" in (tmp_path / "page.html").read_text()
 
 
-@pytest.mark.parametrize("um", [0.0, -1.0, float("nan"), float("inf")])
-def test_no_distance_is_refused(um):
+@pytest.mark.parametrize("um", [0.0, -1.0, float("nan"), 1001.0])
+def test_what_is_no_distance_is_refused(um):
     with pytest.raises(UsageError, match="`expand`"):
         Settings(expand=um)
+
+
+def test_stacks_are_expanded_plane_by_plane(tmp_path, expanded):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(100, 130, 2), axes="zyx", um=0.4)
+    report = expanded(path, expand=1.2, objects=True, block=80)
+    for nuclei, cells in zip(labels_of(report), cells_of(report), strict=True):
+        assert nuclei.any()
+        np.testing.assert_array_equal(cells, expand_labels(nuclei, 3))
+    assert report.slides[0].expansion_px == 3
 
 
 def test_less_than_a_pixel_is_refused(tmp_path, expanded):
