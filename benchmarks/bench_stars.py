@@ -85,7 +85,8 @@ def measure(folder: Path, side: int, block: int) -> dict[str, Any]:
     """Decide, merge and draw, with the seconds of each and the most memory that they took."""
     grid, rule = grid_of(side, block), StarRule(StarDist(), _RAYS, _GRID)
     given, scratch, survivors = (StarScratch(folder, name, _RAYS) for name in ("candidates", "stars", "survivors"))
-    compile_kernels("uint8", probability=False, blend=False, classes=False, instances=False, stars=True, objects=False)
+    which = {"probability", "blend", "classes", "instances", "cells", "objects"}
+    compile_kernels("uint8", stars=True, **dict.fromkeys(which, False))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds, standing = {"decide": 0.0}, 0
     for part in grid:
@@ -102,7 +103,7 @@ def measure(folder: Path, side: int, block: int) -> dict[str, Any]:
     start = time.process_time()
     labelled = 0
     for part in grid:
-        labelled += int(np.count_nonzero(draw_objects(part, 0, survivors, ids, grid, rule)))
+        labelled += int(np.count_nonzero(draw_objects(part.plane, part.box, survivors, ids, grid, rule)))
     seconds["draw"] = time.process_time() - start
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     objects = join([survivors.read(part, part.box)[1] for part in grid], _RAYS)

@@ -29,6 +29,8 @@ TILE = 1824
 _BLOCK, _BLOCK_ON_GPU = 2048, 4096
 # No machine has use for more, and where there is no room for so many the system ends the process without a reason.
 _MOST = {"batch": 1024, "workers": 4096, "threads": 1024}
+# No cell is as large, and a block reads this far around itself.
+_MOST_EXPANSION = 1000
 # Files beside the label group have its name with an ending.
 _MOST_NAME_BYTES = 128
 
@@ -129,6 +131,8 @@ class Settings:
         fields: names of the fields of each well to process; () takes all.
         instances: write every object with an id of its own instead of the mask.
         objects: measure every instance, and summarise plates; implies instances.
+        expand: µm by which nuclei are expanded into cells, px of the level where the pixel size is unknown; implies
+            instances; None makes no cells.
         probability: also write the probability image.
         tissue: also write a mask of what is not taken for glass.
         overwrite: replace existing labels of this name.
@@ -168,6 +172,7 @@ class Settings:
     fields: tuple[str, ...] = ()
     instances: bool = False
     objects: bool = False
+    expand: float | None = None
     probability: bool = False
     tissue: bool = False
     overwrite: bool = False
@@ -180,7 +185,7 @@ class Settings:
     @property
     def makes_ids(self) -> bool:
         """Whether labels are ids of objects instead of a mask."""
-        return self.instances or self.objects
+        return self.instances or self.objects or self.expand is not None
 
     @property
     def skips_background(self) -> bool:
@@ -225,6 +230,9 @@ class Settings:
             _refuse("level", "0 (full resolution) or more", self.level, "see cellseg-batch info for the levels")
         if self.pixel_size is not None and not 0 < self.pixel_size < math.inf:
             _refuse("pixel_size", "a finite number of µm per px above 0", self.pixel_size, "try 0.5")
+        if self.expand is not None and not 0 < self.expand <= _MOST_EXPANSION:
+            expected = f"µm above 0, and at most {_MOST_EXPANSION}"
+            _refuse("expand", expected, self.expand, "try 5, or leave it out for nuclei alone")
         if self.mask_class is not None and self.mask is None and self.manifest is None:
             _refuse("mask_class", "a region with `mask`", "none", "name the GeoJSON file, or leave the class out")
         if self.shard is not None:

@@ -19,6 +19,7 @@ STAGES = (
     "growth",
     "suppress",
     "draw",
+    "expand",
     "measure",
     "write",
     "pyramid",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import DTypeLike
 
+from cellseg_batch.kernels.expand import expand
 from cellseg_batch.kernels.gather import gather
 from cellseg_batch.kernels.instances import grow, label_seeds, reach, renumber
 from cellseg_batch.kernels.moments import HALO, measure
@@ -27,6 +28,7 @@ def compile_kernels(
     classes: bool,
     instances: bool,
     stars: bool,
+    cells: bool,
     objects: bool,
 ) -> None:
     """Compile the kernels of a run; a plain mask of uint8 pixels needs none, so Numba is not imported for it.
@@ -38,6 +40,7 @@ def compile_kernels(
         classes: whether the run tells classes of pixels apart.
         instances: whether the run grows instances.
         stars: whether the run makes stars.
+        cells: whether the run expands nuclei into cells.
         objects: whether the run measures objects.
     """
     if np.dtype(dtype) != np.uint8:
@@ -52,6 +55,8 @@ def compile_kernels(
         _number_and_grow()
     if stars:
         _suppress_and_draw()
+    if cells:
+        expand(np.ones((_SIDE, _SIDE), np.uint32), 1.0)
     if objects:
         _measure(dtype)
 

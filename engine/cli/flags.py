@@ -230,6 +230,13 @@ _SETTINGS_FLAGS: dict[str, Any] = {
     ),
     "instances": _flag(bool, "--instances", _OUTPUT, "Tell objects apart: each gets an id of its own."),
     "objects": _flag(bool, "--objects", _OUTPUT, "Measure every object into a table; implies --instances."),
+    "expand": _flag(
+        float | None,
+        "--expand",
+        _OUTPUT,
+        "Expand nuclei into cells by this many µm, or px if the pixel size is unknown; implies --instances.",
+        metavar="MICROMETRES",
+    ),
     "probability": _flag(bool, "--probability", _OUTPUT, "Also write the probability as an image."),
     "tissue": _flag(bool, "--tissue", _OUTPUT, "Also write what is not taken for glass, as a label image."),
     "overwrite": _flag(bool, "--overwrite", _OUTPUT, "Replace labels of that name."),

@@ -98,7 +98,8 @@ def print_report(report: RunReport, console: Console, settings: Settings) -> Non
         ("foreground", _foreground(report.slides)),
         ("classes", _classes(report.slides)),
         ("peak memory", _memory(report)),
-        ("labels", _labels(report.slides)),
+        ("labels", _paths("labels", report.slides)),
+        ("cells", _paths("cells", report.slides)),
         *(("plate", _plate(plate)) for plate in report.plates),
         ("picture", _picture(report.slides, settings)),
     ):
@@ -169,8 +170,8 @@ def _objects(slides: list[SlideReport]) -> str:
     return f"{sum(counts)}{note}"
 
 
-def _labels(slides: list[SlideReport]) -> str:
-    written = [slide.labels for slide in slides if slide.labels and slide.status != "failed"]
+def _paths(output: str, slides: list[SlideReport]) -> str:
+    written = [slide.outputs[output] for slide in slides if output in slide.outputs and slide.status != "failed"]
     if not written:
         return ""
     return written[0] if len(written) == 1 else f"{written[0]} and {len(written) - 1} more"

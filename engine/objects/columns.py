@@ -41,6 +41,7 @@ class Origin:
         pixel_size_um: µm per px of the label image; None if unknown.
         channels: names of the measured channels.
         classes: names of the classes that objects may have.
+        cells: whether the objects are nuclei of cells.
     """
 
     slide: str
@@ -51,6 +52,7 @@ class Origin:
     pixel_size_um: float | None
     channels: tuple[str, ...]
     classes: tuple[str, ...] = ()
+    cells: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,22 @@ class Measured:
     def channel_moment(self, number: int) -> Floats:
         """Values (n,) of a moment of the channel: LOW, HIGH, SUM or SQUARES."""
         return self.moment(m.CHANNELS + m.PER_CHANNEL * self.channel + number)
+
+    def cell_moment(self, number: int) -> Floats:
+        """Values (n,) of a moment of the cells."""
+        assert self.objects.cells is not None
+        return self.objects.cells[:, number]
+
+    @property
+    def ring_area(self) -> Floats:
+        """Number (n,) of pixels of the ring of each cell."""
+        return self.cell_moment(m.AREA) - self.moment(m.AREA)
+
+    @property
+    def ring_mean(self) -> Floats:
+        """Mean (n,) of the channel over the ring of each cell; NaN without a ring."""
+        light = self.cell_moment(m.CHANNELS + m.PER_CHANNEL * self.channel + m.SUM) - self.channel_moment(m.SUM)
+        return np.divide(light, self.ring_area, out=np.full_like(light, np.nan), where=self.ring_area > 0)
 
     @cached_property
     def class_pixels(self) -> Floats:
@@ -101,6 +119,7 @@ class Column:
         per_channel: the table has such a column for every measured channel.
         needs_pixel_size: the values are null if the pixel size is unknown.
         needs_classes: tables of objects without classes lack the column.
+        needs_cells: tables of objects without cells lack the column.
     """
 
     name: str
@@ -111,6 +130,7 @@ class Column:
     per_channel: bool = False
     needs_pixel_size: bool = False
     needs_classes: bool = False
+    needs_cells: bool = False
 
     def name_for(self, channel: str) -> str:
         """Name in the table of this column for ``channel``."""
@@ -138,15 +158,16 @@ class TableField:
     channel: int = 0
 
 
-def table_fields(channels: Sequence[str], classes: bool) -> list[TableField]:
+def table_fields(channels: Sequence[str], classes: bool, cells: bool) -> list[TableField]:
     """Fields of a table of objects in order; a group of neighbouring columns per channel is repeated per channel.
 
     Args:
         channels: names of the measured channels.
         classes: whether the objects have classes.
+        cells: whether the objects have cells.
     """
     fields: list[TableField] = []
-    present = (column for column in COLUMNS if classes or not column.needs_classes)
+    present = (column for column in COLUMNS if classes >= column.needs_classes and cells >= column.needs_cells)
     for per_channel, group in groupby(present, key=lambda column: column.per_channel):
         columns = list(group)
         if per_channel:
@@ -164,7 +185,7 @@ def table_schema(origin: Origin) -> pa.Schema:
     """Schema of the table of an image's objects; the metadata of each field hold its ``unit``."""
     return pa.schema(
         pa.field(field.name, field.column.type, metadata={"unit": field.column.unit})
-        for field in table_fields(origin.channels, bool(origin.classes))
+        for field in table_fields(origin.channels, bool(origin.classes), origin.cells)
     )
 
 
@@ -219,9 +240,15 @@ def _standard_deviation(measured: Measured) -> Floats:
     return np.sqrt(np.maximum(variance, 0))
 
 
-def _area_um2(measured: Measured) -> Floats:
-    assert measured.origin.pixel_size_um is not None
-    return measured.moment(m.AREA) * measured.origin.pixel_size_um**2
+def _in_um2(areas: Column) -> Column:
+    """Make a column of the same areas in µm²."""
+
+    def compute(measured: Measured) -> Floats:
+        assert measured.origin.pixel_size_um is not None
+        in_um2: Floats = areas.compute(measured) * measured.origin.pixel_size_um**2
+        return in_um2
+
+    return replace(areas, name=f"{areas.name}_um2", unit="µm²", type=FLOAT, compute=compute, needs_pixel_size=True)
 
 
 def _touches_border(measured: Measured) -> NDArray[np.bool_]:
@@ -230,6 +257,24 @@ def _touches_border(measured: Measured) -> NDArray[np.bool_]:
     at_end = (measured.moment(m.BOTTOM) == height) | (measured.moment(m.RIGHT) == width)
     touches: NDArray[np.bool_] = at_start | at_end
     return touches
+
+
+def _cell_mean(measured: Measured) -> Floats:
+    light = measured.cell_moment(m.CHANNELS + m.PER_CHANNEL * measured.channel + m.SUM)
+    mean: Floats = light / measured.cell_moment(m.AREA)
+    return mean
+
+
+def _ring_mean(measured: Measured) -> pa.Array:
+    """The mean of the ring; null without a ring, as of a nucleus between others."""
+    return pa.array(measured.ring_mean, mask=measured.ring_area == 0)
+
+
+def _intensity_ratio(measured: Measured) -> pa.Array:
+    """The mean of the nucleus divided by that of the ring; null without a ring, or if that is 0."""
+    ring = measured.ring_mean
+    has_ratio = (measured.ring_area > 0) & (ring != 0)
+    return pa.array(np.divide(_mean(measured), ring, out=np.zeros_like(ring), where=has_ratio), mask=~has_ratio)
 
 
 def _class(measured: Measured) -> pa.Array:
@@ -269,6 +314,26 @@ INTENSITY_MEAN = Column("intensity_mean", "", FLOAT, _mean, per_channel=True)
 CLASS = Column("class", "", TEXT, _class, is_measurement=False, needs_classes=True)
 TOUCHES_BORDER = Column("touches_border", "", FLAG, _touches_border, is_measurement=False)
 
+CELL_AREA = Column("cell_area", "px", INT, lambda measured: measured.cell_moment(m.AREA), needs_cells=True)
+RING_AREA = Column("ring_area", "px", INT, lambda measured: measured.ring_area, needs_cells=True)
+# Beside these, the columns of the nucleus are those of every object.
+OF_CELLS = (
+    CELL_AREA,
+    _in_um2(CELL_AREA),
+    RING_AREA,
+    _in_um2(RING_AREA),
+    Column(
+        "nucleus_cell_area_ratio",
+        "",
+        FLOAT,
+        lambda measured: measured.moment(m.AREA) / measured.cell_moment(m.AREA),
+        needs_cells=True,
+    ),
+    Column("cell_intensity_mean", "", FLOAT, _cell_mean, per_channel=True, needs_cells=True),
+    Column("ring_intensity_mean", "", FLOAT, _ring_mean, per_channel=True, needs_cells=True),
+    Column("nucleus_ring_intensity_ratio", "", FLOAT, _intensity_ratio, per_channel=True, needs_cells=True),
+)
+
 COLUMNS: tuple[Column, ...] = (
     ID,
     *NAMES,
@@ -278,7 +343,7 @@ COLUMNS: tuple[Column, ...] = (
     *BOX,
     *_in_um(BOX),
     AREA,
-    Column("area_um2", "µm²", FLOAT, _area_um2, needs_pixel_size=True),
+    _in_um2(AREA),
     PERIMETER,
     *_in_um([PERIMETER]),
     AXIS_MAJOR,
@@ -306,4 +371,5 @@ COLUMNS: tuple[Column, ...] = (
         needs_classes=True,
     ),
     TOUCHES_BORDER,
+    *OF_CELLS,
 )

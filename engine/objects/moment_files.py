@@ -29,11 +29,13 @@ class Objects:
         ids: (n,) ascending.
         planes: (n,) int64, number of the t/z plane of each object.
         rows: (n, k) float64, the moments of each object, as `cellseg_batch.kernels.moments_columns` numbers them.
+        cells: (n, l) those of its cell; None without cells.
     """
 
     ids: Ids
     planes: NDArray[np.int64]
     rows: Rows
+    cells: Rows | None = None
 
 
 def write_part(folder: Path, number: int, plane: int, ids: Ids, rows: Rows) -> None:

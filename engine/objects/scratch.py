@@ -8,6 +8,7 @@
     <journal>/scratch/ids/           the final ids from the merge
     <journal>/scratch/sums/          the sums of each block's objects that make centroids, if there is a region
     <journal>/scratch/objects/       the moments of each block's objects
+    <journal>/scratch/cells/         those of their cells, if there are some
 
 The pixels of a block are compressed in pieces, those of its frame apart from those of its inside, because a block is
 read once as a whole and eight times for the frame of a neighbour.
@@ -47,6 +48,7 @@ class ScratchFolder:
         ids: folder of the final ids.
         sums: folder of the sums that make centroids.
         objects: folder of the moments.
+        cells: folder of the moments of cells.
     """
 
     def __init__(self, journal: Path, name: str) -> None:
@@ -55,6 +57,7 @@ class ScratchFolder:
         self.ids = journal / "scratch" / "ids"
         self.sums = journal / "scratch" / "sums"
         self.objects = journal / "scratch" / "objects"
+        self.cells = journal / "scratch" / "cells"
 
     def create(self) -> None:
         """Create the folder, empty.

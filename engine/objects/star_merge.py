@@ -151,29 +151,28 @@ def _objects_of(
 
 
 def draw_objects(
-    block: Block, halo: int, survivors: StarScratch, ids: StarIds, grid: BlockGrid, rule: StarRule
+    plane: int, target: Box, survivors: StarScratch, ids: StarIds, grid: BlockGrid, rule: StarRule
 ) -> NDArray[Any]:
-    """Draw the labels of a block.
+    """Draw the labels of a box of a plane.
 
     Args:
-        block: block of ``grid``.
-        halo: px around the block that are drawn too.
+        plane: index of the plane.
+        target: the box; it may stick out of the slide.
         survivors: the objects of every block, from `merge_stars`.
         ids: their ids.
         grid: blocks of the slide.
         rule: rule of the slide.
 
     Returns:
-        (h + 2 * halo, w + 2 * halo) uint32 or uint64, 0 in the background and outside the slide.
+        (h, w) uint32 or uint64, 0 in the background and outside the slide.
 
     Raises:
         OutputError: the objects cannot be read.
     """
-    target = block.box.grown(halo)
     canvas = target.within(Box(0, 0, *grid.lattice.shape))
     window = canvas.grown(rule.longest)
     parts, own_ids = [], []
-    for touching in grid.touching(block.plane, window):
+    for touching in grid.touching(plane, window):
         places, objects = survivors.read(touching, window)
         parts.append(objects)
         own_ids.append(ids.of_block(touching, grid)[places].astype(ids.dtype))

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cellseg_batch.engine.errors import ReadError
+from cellseg_batch.engine.objects.cells import CellRule
 from cellseg_batch.engine.objects.columns import Measured, Origin, table_fields, table_schema
 from cellseg_batch.engine.objects.moment_files import Objects
 from cellseg_batch.engine.storage.atomic_files import whole_file
@@ -52,6 +53,8 @@ class Provenance:
         provenance: provenance of the labels, from the attributes of their group: model, settings, versions.
         classes: name of each class that objects may have -> its colour, ``#rrggbb``.
         class_fractions: name of each class -> share of pixels that belong to an object and are of it.
+        cells: rule by which the objects were expanded into cells; None if they have none.
+        cell_fraction: share of pixels that belong to a cell.
     """
 
     image: str
@@ -65,6 +68,8 @@ class Provenance:
     provenance: dict[str, Any]
     classes: dict[str, str] = field(default_factory=dict)
     class_fractions: dict[str, float] = field(default_factory=dict)
+    cells: CellRule | None = None
+    cell_fraction: float = 0.0
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -116,6 +121,8 @@ def read_provenance(path: Path) -> Provenance:
             provenance=content["provenance"],
             classes=content["classes"],
             class_fractions=content["class_fractions"],
+            cells=content["cells"] and CellRule(**content["cells"]),
+            cell_fraction=content["cell_fraction"],
         )
 
 
@@ -171,7 +178,7 @@ def reading_table(path: Path) -> Iterator[None]:
 
 def _batch(origin: Origin, objects: Objects, schema: pa.Schema) -> pa.RecordBatch:
     by_channel = [Measured(origin, objects, channel) for channel in range(max(1, len(origin.channels)))]
-    fields = table_fields(origin.channels, bool(origin.classes))
+    fields = table_fields(origin.channels, bool(origin.classes), origin.cells)
     with np.errstate(over="ignore", invalid="ignore"):  # figures of infinite pixels are infinite or NaN
         columns = [one.column.values(by_channel[one.channel]) for one in fields]
     return pa.record_batch(columns, schema=schema)

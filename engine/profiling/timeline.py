@@ -15,7 +15,7 @@ from cellseg_batch.engine.stage_clock import Interval
 IDLE = "scheduler"
 """Name for the time in which no stage is busy: planning, scheduling, Python."""
 
-_HOST = ("read", "upload", "seeds", "growth", "measure", "write", "pyramid", IDLE)
+_HOST = ("read", "upload", "seeds", "growth", "expand", "measure", "write", "pyramid", IDLE)
 
 
 def on_device(stage: str) -> bool:

@@ -9,7 +9,7 @@ import gzip
 import json
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -267,13 +267,14 @@ def _write_geojson(tables: Tables, out: Path) -> int:
             remedy="export them one by one",
         )
     (paths,) = tables.values()
-    labels = open_written(paths.store, paths.labels)
     provenance = read_provenance(paths.table)
+    images = [paths.labels] if provenance.cells is None else [paths.labels, paths.cells]
     count = 0
-    with whole_file(out) as file, _compressed(file, out) as stream, SlideReader(labels, 0, (0,)) as reader:
+    with whole_file(out) as file, _compressed(file, out) as stream, ExitStack() as stack:
+        readers = [stack.enter_context(SlideReader(open_written(paths.store, image), 0, (0,))) for image in images]
         stream.write(b'{"type": "FeatureCollection", "features": [')
         for batch in read_batches(paths.table):
-            for feature in _features(batch, reader, provenance):
+            for feature in _features(batch, readers, provenance):
                 stream.write(b",\n" if count else b"\n")
                 stream.write(json.dumps(feature).encode())
                 count += 1
@@ -331,22 +332,36 @@ def _slide_of(table: Path) -> str | None:
 
 def _fields(schema: pa.Schema, channels: tuple[str, ...]) -> list[TableField]:
     """The fields that a table has: without classes, or of an earlier version, it may have fewer columns."""
-    return [field for field in table_fields(channels, classes=True) if field.name in schema.names]
+    return [field for field in table_fields(channels, classes=True, cells=True) if field.name in schema.names]
 
 
-def _features(batch: pa.RecordBatch, reader: SlideReader, provenance: Provenance) -> Iterator[dict[str, Any]]:
-    """Make a QuPath detection of each object of a batch."""
+def _features(batch: pa.RecordBatch, readers: list[SlideReader], provenance: Provenance) -> Iterator[dict[str, Any]]:
+    """Make a QuPath detection of each object of a batch, or a cell with its nucleus.
+
+    Args:
+        batch: rows of the table.
+        readers: reader of the labels, and of the cells if there are some.
+        provenance: provenance of the table.
+    """
     ids = batch[ID.name].to_numpy()
     fields = _fields(batch.schema, provenance.channels)
     measured = batch.select([field.name for field in fields if field.column.is_measurement]).to_pylist()
     classes = batch[CLASS.name].to_pylist() if provenance.classes else [None] * len(ids)
-    planes = _planes(batch, reader.slide)
-    for row, geometry in _outlines(batch, reader, provenance.level0_scale):
+    slide, kind, reaches = readers[0].slide, "detection", [0]
+    if provenance.cells is not None:
+        kind, reaches = "cell", [0, provenance.cells.reach]
+    planes = _planes(batch, slide)
+    outlines = (
+        _outlines(batch, reader, provenance.level0_scale, reach) for reader, reach in zip(readers, reaches, strict=True)
+    )
+    for (row, nucleus), *cell in zip(*outlines, strict=True):
+        plane = _plane(slide, int(planes[row]))
         yield {
             "type": "Feature",
-            "geometry": geometry | _plane(reader.slide, int(planes[row])),
+            "geometry": (cell[0][1] if cell else nucleus) | plane,
+            **({"nucleusGeometry": nucleus | plane} if cell else {}),
             "properties": {
-                "objectType": "detection",
+                "objectType": kind,
                 "name": str(ids[row]),
                 **_classification(classes[row], provenance),
                 "measurements": {key: value for key, value in measured[row].items() if value is not None},
@@ -355,9 +370,16 @@ def _features(batch: pa.RecordBatch, reader: SlideReader, provenance: Provenance
 
 
 def _outlines(
-    batch: pa.RecordBatch, reader: SlideReader, scale: tuple[float, float]
+    batch: pa.RecordBatch, reader: SlideReader, scale: tuple[float, float], reach: int = 0
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row, outline) of each object of a batch, as `_geometry`, reading the labels square by square."""
+    """(row, outline) of each object of a batch, as `_geometry`, reading the labels square by square.
+
+    Args:
+        batch: rows of the table.
+        reader: reader of the labels, or of the cells.
+        scale: (y, x) px of the full resolution per px of the labels.
+        reach: how many px the outline may extend beyond the object's box.
+    """
     ids = batch[ID.name].to_numpy()
     if not len(ids):
         return
@@ -366,14 +388,14 @@ def _outlines(
     squares = np.stack([planes, *(boxes[:, :2] // _SQUARE).T])
     order = np.lexsort(squares[::-1])
     starts = np.flatnonzero(np.any(np.diff(squares[:, order], axis=1), axis=0)) + 1
+    whole = Box(0, 0, *reader.slide.plane_shape(0))
     for group in np.split(order, starts):
         inside = boxes[group]
-        hull = Box(*inside[:, :2].min(0).tolist(), *inside[:, 2:].max(0).tolist())
+        hull = Box(*inside[:, :2].min(0).tolist(), *inside[:, 2:].max(0).tolist()).grown(reach).within(whole)
         window = reader.read(int(planes[group[0]]), hull)[0]
         for row in group.tolist():
-            y0, x0, y1, x1 = boxes[row].tolist()
-            mask = window[y0 - hull.y0 : y1 - hull.y0, x0 - hull.x0 : x1 - hull.x0] == ids[row]
-            yield row, _geometry(mask, (y0, x0), scale)
+            box = Box(*boxes[row].tolist()).grown(reach).within(whole)
+            yield row, _geometry(window[box.seen_from(hull).slices()] == ids[row], (box.y0, box.x0), scale)
 
 
 def _planes(batch: pa.RecordBatch, labels: Slide) -> NDArray[np.int64]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cellseg_batch.engine.objects.columns import AREA
+from cellseg_batch.engine.objects.columns import AREA, CELL_AREA
 from cellseg_batch.engine.objects.table import read_batches, read_provenance
 
 # Bins of sizes are this many to a doubling, and begin at this size; the last one takes all that is larger.
@@ -25,6 +25,7 @@ class ObjectFigures:
         median: median area; None without objects.
         unit: unit of areas: µm², or px if the pixel size is unknown.
         sizes: number of objects in each bin of areas, the same bins for all images of a unit.
+        median_cell: median area of their cells; None without cells.
     """
 
     count: int
@@ -32,6 +33,7 @@ class ObjectFigures:
     median: float | None
     unit: str
     sizes: tuple[int, ...]
+    median_cell: float | None = None
 
     @property
     def density_unit(self) -> str:
@@ -47,14 +49,16 @@ def read_object_figures(table: Path) -> ObjectFigures:
     """
     provenance = read_provenance(table)
     um2 = provenance.pixel_size_um and provenance.pixel_size_um**2
-    pieces = [batch[AREA.name].to_numpy() for batch in read_batches(table, [AREA.name])]
-    areas = np.concatenate(pieces) * (um2 or 1.0)
+    names = [AREA.name, CELL_AREA.name] if provenance.cells else [AREA.name]
+    batches = list(read_batches(table, names))
+    areas, *cells = (np.concatenate([batch[name].to_numpy() for batch in batches]) * (um2 or 1.0) for name in names)
     bins = np.floor(_PER_DOUBLING * np.log2(np.maximum(areas, _LEAST) / _LEAST)).astype(np.int64)
     return ObjectFigures(
         count=len(areas),
         density=len(areas) / (math.prod(provenance.shape) * (um2 or 1.0)) * 1e6,
         median=float(np.median(areas)) if len(areas) else None,
         unit="µm²" if um2 else "px",
+        median_cell=float(np.median(cells[0])) if cells and len(areas) else None,
         sizes=tuple(np.bincount(np.minimum(bins, _BINS - 1), minlength=_BINS).tolist()),
     )
 

@@ -58,7 +58,7 @@ _FILES_OF_FINAL_IDS = len(FinalIds.__dataclass_fields__) + 2
 # The note of a place's owner; below `output` the owner's two notes and their two folders.
 _NOTES = 5
 # Stages that run on other threads while the device is busy.
-_BESIDE = ("read", "seeds", "growth", "suppress", "draw", "measure", "write", "pyramid")
+_BESIDE = ("read", "seeds", "growth", "suppress", "draw", "expand", "measure", "write", "pyramid")
 
 
 @dataclass(frozen=True)
@@ -366,13 +366,14 @@ def most_scratch_files(plan: SlidePlan) -> int:
     """Number of scratch files and folders between the passes over a slide.
 
     These are the codes, or the stars and those that are objects, and, if objects are measured, probability, moments
-    and class codes.
+    of nuclei and cells, and class codes.
     """
     if not plan.makes_ids:
         return 0
     blocks = len(plan.grid)
     # Neither moments nor the sums for a region have a folder of their own among them.
-    kinds = len(scratch_of(plan).folders) + plan.objects + (plan.region is not None)
+    moments = plan.objects * (1 + (plan.cells is not None))
+    kinds = len(scratch_of(plan).folders) + moments + (plan.region is not None)
     return kinds * (blocks + -(-blocks // BUCKET) + 2) + _FILES_OF_FINAL_IDS + 2 * (plan.region is not None)
 
 

@@ -20,6 +20,9 @@ _PANELS = {
     "median_area": "median area, px",
     "median_area_um2": "median area, µm²",
     "confluence": "confluence",
+    "median_cell_area": "median area of cells, px",
+    "median_cell_area_um2": "median area of cells, µm²",
+    "cell_confluence": "confluence of cells",
     "border_fraction": "objects at the border, share",
     "focus": "focus",
     "saturation": "saturated pixels, share",
@@ -105,8 +108,7 @@ def _panels(wells: list[dict[str, Any]]) -> dict[str, str]:
             if before == panel:
                 ordered |= {name: f"{title}, {name.removeprefix(start)}" for name in names if name.startswith(start)}
     known = {name for name in ordered if any(_known(well, name) for well in wells)}
-    if "median_area_um2" in known:
-        known.remove("median_area")
+    known -= {name.removesuffix("_um2") for name in known if name.endswith("_um2")}
     if not any(well["failed_fields"] for well in wells):
         known.remove("failed_fields")
     return {name: heading for name, heading in ordered.items() if name in known}

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import CellsegError, OutputError, brief
-from cellseg_batch.engine.objects.columns import AREA, CLASS, INTENSITY_MEAN, TOUCHES_BORDER
+from cellseg_batch.engine.objects.columns import AREA, CELL_AREA, CLASS, INTENSITY_MEAN, TOUCHES_BORDER
 from cellseg_batch.engine.objects.table import read_batches, read_provenance
 from cellseg_batch.engine.reports.plate_heatmap import heatmaps
 from cellseg_batch.engine.run.failed_images import FailedImages, location
@@ -63,12 +63,15 @@ class _Tally:
     """Running totals of the figures of some fields."""
 
     areas: list[NDArray[np.int64]] = field(default_factory=list)
+    cell_areas: list[NDArray[np.int64]] = field(default_factory=list)
     border: int = 0
     classes: dict[str, int] = field(default_factory=dict)
     class_pixels: dict[str, float] = field(default_factory=dict)
     intensities: dict[str, float] = field(default_factory=dict)
     pixels: int = 0
     labelled: float = 0.0
+    in_cells: float = 0.0
+    has_cells: bool = False
     area_um2: float | None = None
     focus: list[float] = field(default_factory=list)
     saturation: list[float] = field(default_factory=list)
@@ -79,6 +82,8 @@ class _Tally:
         pixels = int(np.prod(provenance.shape))
         self.pixels += pixels
         self.labelled += provenance.labelled_fraction * pixels
+        self.in_cells += provenance.cell_fraction * pixels
+        self.has_cells |= provenance.cells is not None
         self.area_um2 = provenance.pixel_size_um and provenance.pixel_size_um**2
         quality = provenance.quality[provenance.segmented_channels[0]]
         self.focus += [quality.focus] if quality.focus is not None else []
@@ -88,10 +93,12 @@ class _Tally:
         for name, fraction in provenance.class_fractions.items():
             self.class_pixels[name] = self.class_pixels.get(name, 0.0) + fraction * pixels
         of_class = [CLASS.name] if provenance.classes else []
-        for batch in read_batches(table, [AREA.name, TOUCHES_BORDER.name, *of_class, *means.values()]):
+        of_cell = [CELL_AREA.name] if provenance.cells else []
+        for batch in read_batches(table, [AREA.name, TOUCHES_BORDER.name, *of_class, *of_cell, *means.values()]):
             for name in batch[CLASS.name].drop_null().to_pylist() if of_class else ():
                 self.classes[name] += 1
             self.areas.append(batch[AREA.name].to_numpy())
+            self.cell_areas += [batch[name].to_numpy() for name in of_cell]
             self.border += batch[TOUCHES_BORDER.name].true_count
             for channel, name in means.items():
                 total = float(batch[name].to_numpy().sum())
@@ -99,21 +106,29 @@ class _Tally:
 
     def figures(self) -> dict[str, Any]:
         """Column -> value; None for a figure that needs an object if there is none."""
-        areas = np.concatenate(self.areas) if self.areas else np.zeros(0, np.int64)
-        count = len(areas)
-        area = float(np.median(areas)) if count else None
+        count = sum(map(len, self.areas))
+        cells = {}
+        if self.has_cells:
+            cells = self._median("median_cell_area", self.cell_areas)
+            cells["cell_confluence"] = self.in_cells / self.pixels
         return {
             "count": count if self.pixels else None,
             **{f"count_{name}": total for name, total in self.classes.items()},
-            "median_area": area,
-            "median_area_um2": area * self.area_um2 if area and self.area_um2 else None,
+            **self._median("median_area", self.areas),
             **{f"mean_intensity_{name}": total / count for name, total in self.intensities.items() if count},
             "confluence": self.labelled / self.pixels if self.pixels else None,
             **{f"confluence_{name}": total / self.pixels for name, total in self.class_pixels.items()},
+            **cells,
             "border_fraction": self.border / count if count else None,
             "focus": median(self.focus) if self.focus else None,
             "saturation": float(np.mean(self.saturation)) if self.saturation else None,
         }
+
+    def _median(self, name: str, areas: list[NDArray[np.int64]]) -> dict[str, Any]:
+        """The columns of a median area, in px and µm²."""
+        median_area = float(np.median(np.concatenate(areas))) if sum(map(len, areas)) else None
+        in_um2 = median_area * self.area_um2 if median_area and self.area_um2 else None
+        return {name: median_area, f"{name}_um2": in_um2}
 
 
 def summarise_plates(report: RunReport, settings: Settings) -> RunReport:

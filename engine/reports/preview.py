@@ -1,4 +1,4 @@
-"""Draw a slide with the outlines of its labels as a picture about a screen wide, whatever the slide's size.
+"""Draw a slide with the outlines of its labels and cells as a picture about a screen wide, whatever the slide's size.
 
 Where outlines would hide the objects, these are tinted, and a part at full resolution is shown beside the overview.
 Classes are tinted in their colours.  It reads the lowest resolution that is still large enough, strip by strip, so
@@ -34,8 +34,8 @@ _LONGEST = 1600
 _STRIP_PIXELS = 1 << 24
 # Between overview and detail: px, and grey that is told from black and white grounds.
 _GAP, _GROUND = 12, 128
-# Colour of the outline of a region, unlike those of objects.
-_REGION = (0, 229, 255)
+# Colours of the outlines of a region and of cells, unlike those of objects.
+_REGION, _CELL = (0, 229, 255), (64, 220, 90)
 # Percentiles of the shown pixels that become black and white, in images other than 8-bit RGB.
 _BLACK, _WHITE = 0.5, 99.8
 
@@ -126,12 +126,15 @@ def draw_preview(
             remedy="leave `box` out to see everything",
         )
     channels = choose_channels(slide, channel).indices
-    return _with_region(_draw_labels(slide, labels, paths, channels, box, longest), slide, labels, paths)
-
-
-def _with_region(preview: Preview, slide: Slide, labels: Slide, paths: OutputPaths) -> Preview:
-    """The preview with the outline of the region that the labels were made for, if there is one."""
     manifest = Journal(paths.journal).manifest(Manifest)
+    has_cells = manifest is not None and manifest.decisions.cells is not None
+    cells = open_written(paths.store, paths.cells) if has_cells else None
+    preview = _draw_labels(slide, labels, cells, paths, channels, box, longest)
+    return _with_region(preview, slide, labels, manifest)
+
+
+def _with_region(preview: Preview, slide: Slide, labels: Slide, manifest: Manifest | None) -> Preview:
+    """The preview with the outline of the region that the labels were made for, if there is one."""
     if manifest is None or manifest.decisions.region is None:
         return preview
     identity, (height, width) = manifest.decisions.region, preview.overview.shape[:2]
@@ -150,11 +153,17 @@ def _with_region(preview: Preview, slide: Slide, labels: Slide, paths: OutputPat
 
 
 def _draw_labels(
-    slide: Slide, labels: Slide, paths: OutputPaths, channels: tuple[int, ...], box: Box, longest: int
+    slide: Slide,
+    labels: Slide,
+    cells: Slide | None,
+    paths: OutputPaths,
+    channels: tuple[int, ...],
+    box: Box,
+    longest: int,
 ) -> Preview:
     """Draw a box of a slide with its labels; arguments as in `draw_preview` and `_draw`."""
     level = _pick_level(labels, box, longest)
-    bounds, picture, ids = _draw(slide, labels, channels, level, box, longest, None)
+    bounds, picture, ids = _draw(slide, labels, cells, channels, level, box, longest, None)
     zoom = ids.shape[1] / box.shape[1]
     colours = colours_of_classes(paths.store, paths.labels)
     if colours:
@@ -163,7 +172,7 @@ def _draw_labels(
     if not (ids.any() and too_small_to_outline(ids) and zoom <= 1 / 2):
         return Preview(slide.location, box, zoom, overview)
     detail_box = _fullest(ids, box, zoom, longest // 2)
-    _, picture, ids = _draw(slide, labels, channels, 0, detail_box, longest, bounds)
+    _, picture, ids = _draw(slide, labels, cells, channels, 0, detail_box, longest, bounds)
     _frame(overview, detail_box, box, zoom)
     return Preview(slide.location, box, zoom, overview, detail_box, outlined(picture, ids))
 
@@ -171,6 +180,7 @@ def _draw_labels(
 def _draw(
     slide: Slide,
     labels: Slide,
+    cells: Slide | None,
     channels: tuple[int, ...],
     level: int,
     box: Box,
@@ -180,7 +190,7 @@ def _draw(
     """Draw a box at a level of the labels.
 
     Args:
-        slide, labels: the image and its labels.
+        slide, labels, cells: the image, its labels, and its cells if there are some.
         channels: indices of the channels to show.
         level: level of the labels.
         box: the part to show, in px of the labels' full resolution.
@@ -188,7 +198,7 @@ def _draw(
         bounds: pixel values that become black and white; None takes them from the pixels.
 
     Returns:
-        The bounds; the picture, uint8 (h, w, 3); and the labels in its pixels, (h, w).
+        The bounds; the picture, uint8 (h, w, 3), with the outlines of cells; and the labels in its pixels, (h, w).
     """
     (height, width), shape = labels.plane_shape(0), labels.plane_shape(level)
     window = Box(
@@ -204,8 +214,15 @@ def _draw(
     bounds = bounds or _black_and_white(pixels, slide.rgb)
     picture = np.repeat(_displayable(pixels, bounds), 3 // len(pixels), axis=-1)
     enlarge = max(1, longest // max(ids.shape))
-    picture, ids = (np.repeat(np.repeat(array, enlarge, 0), enlarge, 1) for array in (picture, ids))
+    picture, ids = (_enlarged(array, enlarge) for array in (picture, ids))
+    if cells is not None and not too_small_to_outline(ids):
+        own_ids = _read_thinned(cells, level, (0,), window, steps, _nearest)[0]
+        picture[borders(_enlarged(own_ids, enlarge))] = _CELL
     return bounds, picture, ids
+
+
+def _enlarged(array: NDArray[Any], times: int) -> NDArray[Any]:
+    return np.repeat(np.repeat(array, times, 0), times, 1)
 
 
 def _fullest(ids: NDArray[Any], box: Box, zoom: float, side: int) -> Box:

@@ -168,6 +168,8 @@ def _add(slide: SlideStatus, journal: Journal, facts: _Facts) -> None:
             facts.objects = (facts.objects or 0) + finished.objects
         for remark in finished.notes:
             facts.note(slide.path, remark)
+        for remark in manifest.decisions.cells.notes if manifest.decisions.cells else ():
+            facts.note(slide.path, remark)
         if manifest.decisions.objects:
             facts.tables[slide.path] = journal.folder / TABLE_NAME
     field_path = _FIELD.match(slide.path)
@@ -311,20 +313,25 @@ def _objects(facts: _Facts) -> str:
         except ReadError as error:
             facts.note(path, str(error))
     spans = {unit: _span([one for one in read.values() if one.unit == unit]) for unit in ("µm²", "px")}
-    rows = "".join(_object_row(path, figures, spans[figures.unit]) for path, figures in read.items())
-    numbers = "".join(f'<th class="number">{name}</th>' for name in ("objects", "density", "median area"))
+    of_cells = any(figures.median_cell is not None for figures in read.values())
+    rows = "".join(_object_row(path, figures, spans[figures.unit], of_cells) for path, figures in read.items())
+    columns = ("objects", "density", "median area", *(("median cell area",) if of_cells else ()))
+    numbers = "".join(f'<th class="number">{name}</th>' for name in columns)
     heads = f"<th>image</th>{numbers}<th>areas, on a scale of doublings</th>"
     return _rows_table(rows, heads, len(facts.tables) - _MOST_ROWS) if rows else ""
 
 
-def _object_row(path: str, figures: ObjectFigures, span: range) -> str:
-    median = "" if figures.median is None else f"{_short(figures.median)} {figures.unit}"
+def _object_row(path: str, figures: ObjectFigures, span: range, of_cells: bool) -> str:
+    medians = [figures.median, figures.median_cell] if of_cells else [figures.median]
+    areas = "".join(
+        f'<td class="number">{"" if area is None else f"{_short(area)} {figures.unit}"}</td>' for area in medians
+    )
     ends = [f"{_short(size_at(edge))} {figures.unit}" for edge in (span.start, span.stop)]
     chart = histogram(figures.sizes[span.start : span.stop], *ends) if figures.count else ""
     return (
         f'<tr><td>{escape(path)}</td><td class="number">{figures.count:,}</td>'
         f'<td class="number">{_short(figures.density)} {figures.density_unit}</td>'
-        f'<td class="number">{median}</td><td>{chart}</td></tr>'
+        f"{areas}<td>{chart}</td></tr>"
     )
 
 

@@ -2,10 +2,10 @@
 
     pass 1   model -> pixel codes -> numbered seeds, into scratch           (with the mask's own reading and computing)
     merge    seeds that touch across blocks become one; final ids
-    pass 2   scratch with a frame -> final ids -> growth -> labels
+    pass 2   scratch with a frame -> final ids -> growth -> labels, and the cells that they expand into
 
-A label depends only on the scratch within the growth's reach, so it does not depend on the blocks.  Each task can be
-repeated.
+A label depends only on the scratch within the growth's reach, and a cell on the labels within its own, so neither
+depends on the blocks.  Each task can be repeated.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from cellseg_batch.engine.objects.scratch import Scratch
 from cellseg_batch.engine.objects.seeds import InstanceRule, SeedRecord, number_seeds
 from cellseg_batch.engine.run.measure_pass import measure_block, measured_channels, write_objects
 from cellseg_batch.engine.run.open_slide import OpenSlide
+from cellseg_batch.engine.run.output_images import CELLS, LABELS
 from cellseg_batch.engine.run.records import (
     BLOCKS,
     INSTANCES,
@@ -33,6 +34,7 @@ from cellseg_batch.engine.run.records import (
 )
 from cellseg_batch.engine.run.star_passes import drawn_labels
 from cellseg_batch.engine.storage.journal import Journal
+from cellseg_batch.kernels.expand import expand
 from cellseg_batch.kernels.instances import grow, reach, renumber
 from cellseg_batch.kernels.moments import HALO
 
@@ -59,39 +61,83 @@ def merge_blocks(slide: OpenSlide, _: int) -> MergeRecord:
         records = ((block, _seeds_of(journal, block)) for block in grid)
         merged = merge_seeds(records, grid, _rule(slide).smallest_seed)
         merged.save(_scratch(slide).ids)
-        slide.labels.retype(merged.dtype)
+        slide.retype_ids(merged.dtype)
     return MergeRecord(merged.objects)
 
 
 def grow_block(slide: OpenSlide, number: int) -> GrowthRecord:
-    """Write the final labels of one block, and measure its objects if the plan says so."""
+    """Write the final labels and cells of one block, and measure its objects if the plan says so."""
     plan, block = slide.plan, slide.plan.grid[number]
     if plan.stars is None:  # a star may reach into a tile that is not computed
         block = plan.computed(block)
     halo = HALO if plan.objects else 0
-    kept = None if plan.region is None else KeptIds.load(_scratch(slide).ids)
-    if not block.tiles:
-        with_halo: NDArray[Any] = np.zeros(block.box.grown(halo).shape, np.uint32)
-    elif plan.stars is None:
-        with_halo = final_labels(slide, block, halo, kept)
-    else:
-        with_halo = drawn_labels(slide, block, halo)
-    height, width = block.box.shape
-    labels = with_halo[halo : halo + height, halo : halo + width]
+    labels = _labels_and_cells(slide, block, halo)
     with slide.clock.stage("write"):
-        slide.labels.write(0, block.plane, block.box, labels)
+        for name, with_halo in labels.items():
+            slide.images[name].write(0, block.plane, block.box, _without(halo, with_halo))
     if slide.scratch.probability is None:
-        return GrowthRecord(int(np.count_nonzero(labels)))
+        counts = {name: int(np.count_nonzero(image)) for name, image in labels.items()}
+        return GrowthRecord(counts[LABELS], in_cells=counts.get(CELLS, 0))
     with slide.clock.stage("measure"):
         pixels = slide.reader.of_channels(measured_channels(plan.slide))
-        return measure_block(plan, block, with_halo, pixels, slide.scratch.probability, slide.scratch.classes)
+        around = labels[LABELS], labels.get(CELLS)
+        return measure_block(plan, block, *around, pixels, slide.scratch.probability, slide.scratch.classes)
+
+
+def _labels_and_cells(slide: OpenSlide, block: Block, halo: int) -> dict[str, NDArray[Any]]:
+    """The labels, and the cells if there are some, (h + 2 * halo, w + 2 * halo) of a block; 0 outside the slide.
+
+    Objects that are left out because of the region have cells too until these are complete, so that those that are kept
+    are the same as without a region.
+
+    Args:
+        slide: the open slide.
+        block: block of the slide, with the tiles that are computed.
+        halo: px around the block.
+    """
+    plan, target, whole = slide.plan, block.box.grown(halo), Box(0, 0, *slide.plan.grid.lattice.shape)
+    names = [name for name in (LABELS, CELLS) if name in slide.images]
+    kept = None if plan.region is None else KeptIds.load(_scratch(slide).ids)
+    if not block.tiles and (plan.cells is None or kept is not None):  # on glass, a cell may reach into the block
+        return {name: np.zeros(target.shape, np.uint32) for name in names}
+    window = target.grown(0 if plan.cells is None else plan.cells.reach).within(whole)
+    if plan.stars is None:
+        images = [final_labels(slide, block.plane, window, kept)]
+    else:
+        images = [drawn_labels(slide, block.plane, window)]
+    if plan.cells is not None:
+        with slide.clock.stage("expand"):
+            images.append(expand(images[0], plan.cells.distance, plan.cells.aspect))
+    images = [_cut(image, window, target) for image in images]
+    if kept is not None:
+        outside = [
+            tile.core.seen_from(target).slices() for tile in plan.grid[block.index].tiles if tile not in block.tiles
+        ]
+        for image in images:
+            image[image > kept.count] = 0
+            for part in outside:  # only the cell of an object too large to be whole reaches there
+                image[part] = 0
+    return dict(zip(names, images, strict=True))
+
+
+def _cut(image: NDArray[Any], window: Box, target: Box) -> NDArray[Any]:
+    """The pixels of a box from those of a window of the slide; 0 outside the window."""
+    inside = target.within(window)
+    pixels = np.zeros(target.shape, image.dtype)
+    pixels[inside.seen_from(target).slices()] = image[inside.seen_from(window).slices()]
+    return pixels
+
+
+def _without(halo: int, pixels: NDArray[Any]) -> NDArray[Any]:
+    """The pixels of a block, from those with a halo."""
+    return pixels[halo : pixels.shape[0] - halo, halo : pixels.shape[1] - halo]
 
 
 def tabulate(slide: OpenSlide, _: int) -> TableRecord:
     """Write the table of objects."""
     with slide.clock.stage("measure"):
         records = (task.result for _, task in slide.journal.records(INSTANCES, TaskRecord[GrowthRecord]))
-        return write_objects(slide.plan, slide.scratch.folders[0].objects, records)
+        return write_objects(slide.plan, slide.scratch.folders[0], records)
 
 
 def _seeds_of(journal: Journal, block: Block) -> SeedRecord:
@@ -102,31 +148,29 @@ def _seeds_of(journal: Journal, block: Block) -> SeedRecord:
     return task.result.seeds
 
 
-def final_labels(slide: OpenSlide, block: Block, halo: int = 0, kept: KeptIds | None = None) -> NDArray[Any]:
-    """The labels (h + 2 * halo, w + 2 * halo) of a block and ``halo`` px around it, 0 outside the slide.
+def final_labels(slide: OpenSlide, plane: int, target: Box, kept: KeptIds | None = None) -> NDArray[Any]:
+    """The labels (h, w) of a box of a plane, 0 outside the slide.
 
     Args:
         slide: the open slide.
-        block: block of the slide.
-        halo: px around the block.
-        kept: the ids if only some objects are kept; None keeps all.
+        plane: index of the plane.
+        target: the box.
+        kept: the ids of the objects that are kept and, above these, of the others; None for those of the merge.
     """
-    target, steps = block.box.grown(halo), _rule(slide).steps
+    steps = _rule(slide).steps
     with slide.clock.stage("read"):
-        codes = _final_codes(slide, block, target.grown(reach(steps)), kept)
+        codes = _final_codes(slide, plane, target.grown(reach(steps)), kept)
     with slide.clock.stage("growth"):
         labels = np.empty(target.shape, codes.dtype)
         grow(codes, steps, labels)
-        if kept is not None:
-            labels[labels > kept.count] = 0
     return labels
 
 
-def _final_codes(slide: OpenSlide, block: Block, window: Box, kept: KeptIds | None) -> NDArray[Any]:
-    """The codes (height, width) of a window around a block with final ids, 0 outside the slide."""
+def _final_codes(slide: OpenSlide, plane: int, window: Box, kept: KeptIds | None) -> NDArray[Any]:
+    """The codes (height, width) of a window of a plane with final ids, 0 outside the slide."""
     grid, merged = slide.plan.grid, FinalIds.load(_scratch(slide).ids)
     codes = np.zeros(window.shape, merged.dtype)
-    for touching in grid.touching(block.plane, window):
+    for touching in grid.touching(plane, window):
         final_codes = merged.codes_of(touching, grid)
         if kept is not None:
             final_codes = kept.codes_of(final_codes)

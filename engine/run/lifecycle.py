@@ -143,6 +143,7 @@ def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str 
         missing_pixels=figures.missing,
         skipped_tiles=figures.skipped_tiles,
         outside_tiles=figures.outside_tiles,
+        expansion_px=None if plan.cells is None else plan.cells.distance,
         region_area=None if plan.region is None else plan.region.identity.area,
         tissue_area=None if plan.tissue is None else plan.tissue.area,
         objects=figures.objects,
@@ -198,6 +199,7 @@ def _begin(worker: Worker, request: Request) -> PreparedSlide:
     with _closed_on_error(open_reader(request.slide, settings, card)) as reader:
         bounds = settle_bounds(reader, card.input.normalisation)
         plan = plan_slide(request.slide, request.paths, settings, card, bounds)
+        _refuse_cells_of_another(plan)
         tissue = settle_tissue(reader, settings)
         plan = compile_plan(worker, plan, settle_downscale(plan, settings, model_pool, reader), reader, tissue)
         backend = model_pool.downscaled(model_pool.chosen, plan.downscale)
@@ -329,6 +331,23 @@ def _refuse_changed_image(slide: Slide, manifest: Manifest, journal: Journal) ->
         )
 
 
+def _refuse_cells_of_another(plan: SlidePlan) -> None:
+    """Refuse to write cells over the labels of a run of that name.
+
+    Raises:
+        OutputError: there is such a run.
+    """
+    paths = plan.paths
+    other = paths.journal.with_name(paths.cells.rpartition("/")[2])
+    if plan.cells is not None and Journal(other).is_begun:
+        raise OutputError(
+            str(paths.store / paths.cells),
+            expected="no labels of another run where cells are to be written",
+            found=f"those of the run `name={other.name}`",
+            remedy="choose another `name`",
+        )
+
+
 def _create_outputs(slide: OpenSlide, prepared: PreparedSlide, model_pool: ModelPool, backend: Backend) -> None:
     """Begin the journal with a manifest, and create the output images and the scratch."""
     plan, journal = slide.plan, slide.journal
@@ -377,7 +396,7 @@ def _block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
     held = read if read == len(channels) else read + len(channels)  # others between them are read, and left out
     images = plan.images_of_bytes + (plan.region is not None)
     stars = 0 if plan.stars is None else star_memory(plan.grid, plan.stars, plan.threshold, on_gpu)
-    return stars + block_memory(plan.slide, plan.level.level, held, plan.grid, images, on_gpu, plan.frame)
+    return stars + block_memory(plan.slide, plan.level.level, held, plan.grid, images, on_gpu, plan.frame, plan.spread)
 
 
 def fit_memory(
@@ -412,7 +431,7 @@ def fit_memory(
                 plan.slide.location,
                 expected=f"a run within `max_memory` of {limit / 1e6:.0f} MB",
                 found=f"{held_bytes / 1e6:.0f} MB for the model and {bytes_of_block / 1e6:.0f} MB for one block",
-                remedy="allow more memory, or use a smaller `tile`",
+                remedy="allow more memory, or use a smaller `tile`" + (" or less of `expand`" if plan.spread else ""),
             )
         plan = replace(plan, grid=replace(plan.grid, cores=(-(-rows // 2), -(-columns // 2))))
 

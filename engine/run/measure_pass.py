@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,16 @@ import zarr
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.geometry import Block, Box
-from cellseg_batch.engine.objects.moment_files import merge_parts, write_part
-from cellseg_batch.engine.objects.scratch import Scratch
+from cellseg_batch.engine.objects.cells import with_cells
+from cellseg_batch.engine.objects.moment_files import Objects, merge_parts, write_part
+from cellseg_batch.engine.objects.scratch import Scratch, ScratchFolder
 from cellseg_batch.engine.run.records import GrowthRecord, TableRecord
 from cellseg_batch.engine.run.slide_plan import SlidePlan
 from cellseg_batch.engine.slides.ome_zarr import OUTPUT_MARK
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.storage.paths import zarr_store
-from cellseg_batch.kernels.moments import HALO, measure, merge
+from cellseg_batch.kernels.moments import HALO, Ids, Rows, measure, merge
 from cellseg_batch.kernels.moments_columns import AREA, CHANNELS, PER_CHANNEL, SUM
 from cellseg_batch.kernels.quality import Quality, survey
 
@@ -35,6 +35,7 @@ def measure_block(
     plan: SlidePlan,
     block: Block,
     labels: NDArray[Any],
+    cells: NDArray[Any] | None,
     pixels: SlideReader,
     probability: Scratch,
     classes: Scratch | None,
@@ -45,6 +46,7 @@ def measure_block(
         plan: plan of the slide.
         block: block of the slide, with the tiles that are computed.
         labels: (h + 2 * HALO, w + 2 * HALO) final labels of the block and HALO px around it; 0 outside the slide.
+        cells: the cells there, in the same way; None if there are none.
         pixels: reads every channel that is measured.
         probability: scratch with the probability of every pixel, uint8; 255 is a probability of 1.
         classes: scratch with the class code of every pixel, uint8; None if objects get no classes.
@@ -55,7 +57,7 @@ def measure_block(
     quality = [Quality()] * len(pixels.channels)
     if not block.tiles:
         return GrowthRecord(0, tuple(quality), () if plan.classes is None else (0,) * len(plan.classes.names))
-    parts = []
+    parts, parts_of_cells = [], []
     slide = Box(0, 0, *plan.grid.lattice.shape)
     probabilities = probability.read_block(block)
     class_codes = None if classes is None else classes.read_block(block)
@@ -63,18 +65,31 @@ def measure_block(
         window = strip.grown(HALO).within(slide)
         channels = np.ascontiguousarray(pixels.read(block.plane, window))
         core = strip.seen_from(window).slices()
-        strip_labels = labels[strip.grown(HALO).seen_from(block.box.grown(HALO)).slices()]
+        with_halo = strip.grown(HALO).seen_from(block.box.grown(HALO)).slices()
         inside = strip.seen_from(block.box).slices()
         light = channels[:, *core]
+        if cells is not None:
+            parts_of_cells.append(measure(cells[with_halo], light, None, (strip.y0, strip.x0)))
         if class_codes is not None:
             light = np.concatenate([light, _channels_of_classes(plan, class_codes[inside]).astype(light.dtype)])
-        parts.append(measure(strip_labels, light, probabilities[inside], (strip.y0, strip.x0)))
+        parts.append(measure(labels[with_halo], light, probabilities[inside], (strip.y0, strip.x0)))
         quality = [sums + survey(channel, core) for sums, channel in zip(quality, channels, strict=True)]
-    ids, rows = merge(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    ids, rows = _joined(parts)
     write_part(probability.objects, block.index, block.plane, ids, rows)
+    in_cells = 0
+    if cells is not None:
+        cell_ids, cell_rows = _joined(parts_of_cells)
+        write_part(probability.cells, block.index, block.plane, cell_ids, cell_rows)
+        in_cells = int(cell_rows[:, AREA].sum())
     first = CHANNELS + PER_CHANNEL * len(pixels.channels) + SUM
     of_classes = rows[:, first::PER_CHANNEL].sum(axis=0) if class_codes is not None else ()
-    return GrowthRecord(int(rows[:, AREA].sum()), tuple(quality), tuple(map(int, of_classes)))
+    return GrowthRecord(int(rows[:, AREA].sum()), tuple(quality), tuple(map(int, of_classes)), in_cells)
+
+
+def _joined(parts: list[tuple[Ids, Rows]]) -> tuple[Ids, Rows]:
+    """The moments of strips as those of their block."""
+    ids, rows = zip(*parts, strict=True)
+    return merge(np.concatenate(ids), np.concatenate(rows))
 
 
 def _channels_of_classes(plan: SlidePlan, class_codes: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -85,12 +100,12 @@ def _channels_of_classes(plan: SlidePlan, class_codes: NDArray[np.uint8]) -> NDA
     return is_class
 
 
-def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord]) -> TableRecord:
+def write_objects(plan: SlidePlan, scratch: ScratchFolder, records: Iterable[GrowthRecord]) -> TableRecord:
     """Merge the blocks' objects into the table of the slide.
 
     Args:
         plan: plan of the slide.
-        parts: folder of the moments that `measure_block` wrote.
+        scratch: leads to the moments that `measure_block` wrote.
         records: records of all its blocks, in any order.
 
     Raises:
@@ -101,11 +116,12 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord])
     from cellseg_batch.engine.objects.table import ChannelQuality, Provenance, write_table
 
     paths, slide = plan.paths, plan.slide
-    labelled, quality = 0, [Quality()] * len(measured_channels(slide))
+    labelled, in_cells, quality = 0, 0, [Quality()] * len(measured_channels(slide))
     classes, colours = (plan.classes.names, plan.classes.colours) if plan.classes else ((), ())
     of_classes = np.zeros(len(classes), np.int64)
     for record in records:
         labelled += record.labelled
+        in_cells += record.in_cells
         of_classes += np.array(record.classes, np.int64)
         quality = [sums + block_sums for sums, block_sums in zip(quality, record.quality, strict=True)]
     names = channel_names(slide)
@@ -123,6 +139,8 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord])
         provenance=manifest,
         classes=dict(zip(classes, colours, strict=True)),
         class_fractions=dict(zip(classes, (of_classes / plan.pixels).tolist(), strict=True)),
+        cells=plan.cells,
+        cell_fraction=in_cells / plan.pixels,
     )
     origin = Origin(
         slide=slide.name,
@@ -133,8 +151,12 @@ def write_objects(plan: SlidePlan, parts: Path, records: Iterable[GrowthRecord])
         pixel_size_um=plan.level.pixel_size_um,
         channels=names,
         classes=tuple(provenance.classes),
+        cells=plan.cells is not None,
     )
-    return TableRecord(write_table(paths.table, origin, merge_parts(parts), provenance))
+    objects: Iterable[Objects] = merge_parts(scratch.objects)
+    if plan.cells is not None:
+        objects = with_cells(objects, merge_parts(scratch.cells))
+    return TableRecord(write_table(paths.table, origin, objects, provenance))
 
 
 def measured_channels(slide: Slide) -> tuple[int, ...]:

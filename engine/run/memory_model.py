@@ -21,7 +21,14 @@ RUN_OVERHEAD_BYTES = 96 << 20
 
 
 def block_memory(
-    slide: Slide, level: int, channels: int, grid: BlockGrid, images: int, on_gpu: bool, frame: int | None = None
+    slide: Slide,
+    level: int,
+    channels: int,
+    grid: BlockGrid,
+    images: int,
+    on_gpu: bool,
+    frame: int | None = None,
+    spread: int = 0,
 ) -> int:
     """Host memory in bytes that a block of ``grid`` holds at most while it is read, computed and written.
 
@@ -32,7 +39,8 @@ def block_memory(
         grid: blocks of the slide.
         images: number of uint8 images that are computed.
         on_gpu: whether a GPU computes the block.
-        frame: width in px of the frame around a block that instances need; None for a mask.
+        frame: width in px of the frame around a block that growth needs; None where nothing grows.
+        spread: width in px of the surroundings of a block whose instances its cells need; 0 without cells.
     """
     itemsize = np.dtype(slide.dtype).itemsize
     sides = {"c": channels}
@@ -48,12 +56,20 @@ def block_memory(
     # Data to and from a GPU pass through pinned memory, which torch allocates in powers of two.
     computing = 2 * (read + written) if on_gpu else _blended_logits(grid)
     # The encoder holds its input, the chunks that it cuts from it and the shard that it builds.
-    return read + decoding + computing + 3 * written + _codes(grid, frame)
+    return read + decoding + computing + 3 * written + _ids(grid, frame, spread)
 
 
-def _codes(grid: BlockGrid, frame: int | None) -> int:
-    """Bytes of a block's codes while seeds are numbered or grown: codes, ids, and the encoder's copies of them."""
-    return 0 if frame is None else 4 * 4 * math.prod(side + 2 * frame for side in grid.block_shape)
+def _ids(grid: BlockGrid, frame: int | None, spread: int) -> int:
+    """Bytes of a block's codes, ids and cells while they are made.
+
+    Seeds are numbered or grown with codes, ids, and the encoder's copies of them; cells are made with the ids around
+    the block, the places of the nearest ones, and themselves, which stay with the ids of the block until both are
+    measured and written.
+    """
+    sides = [min(side + 2 * spread, length) for side, length in zip(grid.block_shape, grid.lattice.shape, strict=True)]
+    grown = 0 if frame is None else 4 * 4 * math.prod(side + 2 * frame for side in sides)
+    expanded = 4 * (3 * math.prod(sides) + 2 * math.prod(grid.block_shape)) if spread else 0
+    return max(grown, expanded)
 
 
 def star_memory(grid: BlockGrid, rule: StarRule, threshold: float, on_gpu: bool) -> int:

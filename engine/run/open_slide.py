@@ -15,7 +15,7 @@ from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.inference.predictor import Predictor, make_predictor
 from cellseg_batch.engine.objects.scratch import Scratch, ScratchFolder
 from cellseg_batch.engine.objects.stars import StarScratch
-from cellseg_batch.engine.run.output_images import LABELS
+from cellseg_batch.engine.run.output_images import CELLS, LABELS
 from cellseg_batch.engine.run.records import BackendIdentity
 from cellseg_batch.engine.run.slide_plan import SlidePlan
 from cellseg_batch.engine.run.slide_tissue import mask_layout
@@ -82,6 +82,16 @@ class OpenSlide:
     def labels(self) -> ImageWriter:
         """The writer of the labels."""
         return self.images[LABELS]
+
+    def retype_ids(self, dtype: str) -> None:
+        """Give the images of ids pixels of another type; they are created again, empty, unless they have it.
+
+        Raises:
+            OutputError: a store cannot be written.
+        """
+        for name in (LABELS, CELLS):
+            if name in self.images:
+                self.images[name].retype(dtype)
 
 
 class OpenSlides:
@@ -199,7 +209,7 @@ def scratch_of(plan: SlidePlan) -> SlideScratch:
     """The scratch of a slide."""
     journal, stars = plan.paths.journal, plan.stars
     return SlideScratch(
-        codes=Scratch(journal, "codes", np.uint32, plan.frame) if plan.frame is not None else None,
+        codes=Scratch(journal, "codes", np.uint32, plan.frame + plan.spread) if plan.frame is not None else None,
         stars=StarScratch(journal, "stars", stars.rays) if stars is not None else None,
         survivors=StarScratch(journal, "survivors", stars.rays) if stars is not None else None,
         probability=Scratch(journal, "probability", np.uint8, frame=0) if plan.objects else None,

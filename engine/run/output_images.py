@@ -9,11 +9,11 @@ from cellseg_batch.engine.inference.decoders import DECODERS
 from cellseg_batch.engine.run.output_paths import OutputPaths, output_paths
 from cellseg_batch.engine.run.places import claim
 from cellseg_batch.engine.settings import Settings
-from cellseg_batch.engine.slides.pixel_meaning import INSTANCES, PROBABILITY, TISSUE, PixelMeaning
+from cellseg_batch.engine.slides.pixel_meaning import CELL_IDS, INSTANCES, PROBABILITY, TISSUE, PixelMeaning
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.trainer.card import Card
 
-LABELS = "labels"
+LABELS, CELLS = "labels", "cells"
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ def output_images(paths: OutputPaths, settings: Settings, card: Card) -> tuple[O
     """
     labels = INSTANCES if settings.makes_ids else DECODERS[card.decoder].mask_meaning(card)
     images = [OutputImage(LABELS, labels, paths.store, paths.labels, paths.source)]
+    if settings.expand is not None:
+        images.append(OutputImage(CELLS, CELL_IDS, paths.store, paths.cells, paths.source))
     if settings.probability:
         images.append(OutputImage("probability", PROBABILITY, paths.companion, paths.in_companion("probability")))
     if settings.tissue:

@@ -55,6 +55,11 @@ class OutputPaths:
         return "/".join(part for part in (self.image, "labels", self.name) if part)
 
     @property
+    def cells(self) -> str:
+        """Path of the label group of cells inside the store."""
+        return f"{self.labels}_cells"
+
+    @property
     def labels_folder(self) -> Path:
         """The label group on disk."""
         return self.store / self.labels

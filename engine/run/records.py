@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from cellseg_batch.engine.geometry import BlockGrid, Lattice
 from cellseg_batch.engine.inference.normalise import Bounds
+from cellseg_batch.engine.objects.cells import CellRule
 from cellseg_batch.engine.objects.classes import ClassRule
 from cellseg_batch.engine.objects.seeds import InstanceRule, SeedRecord
 from cellseg_batch.engine.objects.stars import StarRule
@@ -29,15 +30,17 @@ Result = TypeVar("Result")
 # Names of passes; those of the pyramid are levels/1, levels/2 and so on.
 BLOCKS, MERGE, INSTANCES, TABLE, LEVELS = "blocks", "merge", "instances", "table", "levels"
 CENTROIDS, KEPT = "centroids", "kept"
-# Field of a decision -> the setting that it follows from; other fields have the name of theirs, or follow from none.
+# Field of a decision -> the settings that it follows from; other fields have the name of theirs, or follow from none.
 _SETTING_OF = {
-    "channels": "channel",
-    "core": "tile",
-    "flat": "skip_background",
-    "outputs": "probability` or `tissue",
-    "region": "mask",
-    "mask_sha256": "mask",
-    "tissue_tiles": "skip_background",
+    "channels": ("channel",),
+    "core": ("tile",),
+    "flat": ("skip_background",),
+    "outputs": ("probability", "tissue", "expand"),
+    "region": ("mask",),
+    "mask_sha256": ("mask",),
+    "tissue_tiles": ("skip_background",),
+    "cells": ("expand",),
+    "distance": ("expand",),
 }
 
 
@@ -174,6 +177,7 @@ class Decisions:
         classes: class map by which the measured instances get classes; None for none.
         region: region to which the output is confined; None for the whole slide.
         tissue_tiles: the tiles that are computed of a slide on glass; None if glass is not looked for, or not found.
+        cells: rule by which the instances are expanded into cells; None for no cells.
     """
 
     input: InputPixels
@@ -193,6 +197,7 @@ class Decisions:
     classes: ClassRule | None
     region: RegionIdentity | None
     tissue_tiles: TissueTiles | None
+    cells: CellRule | None
 
     def changes(self, now: Decisions) -> list[str]:
         """The differences between these decisions and ``now``, one phrase each; settings are in backticks."""
@@ -320,11 +325,13 @@ class GrowthRecord:
         labelled: number of pixels that belong to an object.
         quality: quality of each measured channel; () if objects are not measured.
         classes: number of these pixels that are of each class; () if objects get no classes.
+        in_cells: number of pixels that belong to a cell; 0 if there are none.
     """
 
     labelled: Count
     quality: tuple[Quality, ...] = ()
     classes: tuple[Count, ...] = ()
+    in_cells: Count = 0
 
 
 @dataclass(frozen=True)
@@ -428,12 +435,12 @@ def _changes(before: Any, now: Any, *path: str) -> Iterator[str]:
 
 
 def _subject(path: tuple[str, ...]) -> str:
-    """The setting that is a decision, in backticks, or the names that lead to the decision, with its setting if any."""
+    """The setting that is a decision, in backticks, or the names that lead to the decision, with its settings."""
     name = path[-2] if path[-1] == "name" else path[-1]
     if hasattr(Settings, name):
         return f"`{name}`"
-    setting = f" (`{_SETTING_OF[name]}`)" if name in _SETTING_OF else ""
-    return " ".join(path) + setting
+    settings = " or ".join(f"`{setting}`" for setting in _SETTING_OF.get(name, ()))
+    return " ".join(path) + (f" ({settings})" if settings else "")
 
 
 def _words(value: Any) -> str:

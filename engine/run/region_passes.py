@@ -33,7 +33,7 @@ def add_up_block(slide: OpenSlide, number: int) -> CentroidRecord:
     assert plan.region is not None
     assert plan.instances is not None
     if plan.computed(block).tiles:
-        labels = final_labels(slide, block, HALO)
+        labels = final_labels(slide, block.plane, block.box.grown(HALO))
         with slide.clock.stage("measure"):
             width = plan.region.identity.reach - largest_object(plan.instances)
             edge = plan.region.edge(block.box, plan.grid.lattice, width).view(np.uint8)

@@ -28,6 +28,7 @@ class SlideReport:
         tiles: number of tiles.
         skipped_tiles: number of flat tiles and tiles of glass, which are not computed.
         outside_tiles: number of tiles that are not computed because of the region.
+        expansion_px: number of px by which nuclei were expanded into cells, along x; None without cells.
         region_area: number of px in the region, of a plane of the labels; None without a region.
         tissue_area: number of px that are not taken for glass, of a plane of the labels; None if no glass was left out.
         foreground_fraction: share of foreground pixels.
@@ -54,6 +55,7 @@ class SlideReport:
     tiles: int = 0
     skipped_tiles: int = 0
     outside_tiles: int = 0
+    expansion_px: float | None = None
     region_area: int | None = None
     tissue_area: int | None = None
     foreground_fraction: float | None = None

@@ -26,6 +26,7 @@ from cellseg_batch.engine.inference.decoders import DECODERS, GrowingDecoder
 from cellseg_batch.engine.inference.normalise import Bounds
 from cellseg_batch.engine.inference.prediction import PredictionRule
 from cellseg_batch.engine.inference.tissue import Tissue
+from cellseg_batch.engine.objects.cells import CellRule, cell_rule
 from cellseg_batch.engine.objects.classes import ClassRule, class_rule
 from cellseg_batch.engine.objects.seeds import InstanceRule
 from cellseg_batch.engine.objects.stars import StarRule
@@ -75,9 +76,10 @@ class SlidePlan:
         output_grid: px between two points of the network's output.
         objects: whether to measure the instances.
         classes: class map by which the instances get classes; None if there is none, or they are not measured.
-        notes: remarks on the model for the user.
+        notes: remarks on the model and on cells for the user.
         region: region to which the output is confined; None for the whole slide.
         tissue: the tiles that are computed of a slide on glass; None if glass is not looked for, or not found.
+        cells: rule by which the instances are expanded into cells; None for no cells.
     """
 
     slide: Slide
@@ -101,6 +103,7 @@ class SlidePlan:
     notes: tuple[str, ...] = ()
     region: SlideRegion | None = None
     tissue: TissueTiles | None = None
+    cells: CellRule | None = None
 
     @property
     def pixels(self) -> int:
@@ -117,6 +120,11 @@ class SlidePlan:
     def frame(self) -> int | None:
         """Width in px of the frame around a block that growth needs; None where nothing grows."""
         return None if self.instances is None else reach(self.instances.steps) + HALO * self.objects
+
+    @property
+    def spread(self) -> int:
+        """Width in px of the surroundings of a block whose labels its cells need; 0 without cells."""
+        return 0 if self.cells is None else self.cells.reach
 
     @property
     def needs_probability(self) -> bool:
@@ -170,7 +178,8 @@ class SlidePlan:
         Raises:
             ReadError: it cannot be read, or lies outside the slide.
         """
-        reach = reach_of(self.instances)
+        # A cell that is whole needs all nuclei that are as near to its pixels as its own.
+        reach = reach_of(self.instances) + 2 * self.spread
         region = settle_region(self.slide, self.level.level, self.grid.lattice, reach, settings)
         return replace(self, region=region)
 
@@ -211,6 +220,7 @@ class SlidePlan:
             classes=self.classes,
             region=None if self.region is None else self.region.identity,
             tissue_tiles=self.tissue,
+            cells=self.cells,
         )
 
     @property
@@ -364,6 +374,27 @@ def open_reader(slide: Slide, settings: Settings, card: Card) -> SlideReader:
     return SlideReader(slide, level.level, channels.indices)
 
 
+def _cells(slide: Slide, level: LevelChoice, settings: Settings) -> CellRule | None:
+    """The rule by which nuclei are expanded into cells.
+
+    Raises:
+        SlideError: they would be expanded by less than a pixel.
+    """
+    if settings.expand is None:
+        return None
+    is_stated = settings.pixel_size is not None or slide.asked.pixel_size is not None
+    aspect = 1.0 if is_stated else slide.pixel_aspect(level.level)
+    rule = cell_rule(settings.expand, level.pixel_size_um, aspect)
+    if rule.distance < min(1.0, rule.aspect):
+        raise SlideError(
+            slide.location,
+            expected="`expand` of a pixel or more",
+            found=f"{rule.distance:.2g} px of level {level.level}",
+            remedy="use more, or a level of higher resolution: `level`",
+        )
+    return rule
+
+
 def plan_slide(slide: Slide, paths: OutputPaths, settings: Settings, card: Card, bounds: Bounds) -> SlidePlan:
     """Settle level, channels, lattice and blocks of a slide.
 
@@ -375,10 +406,11 @@ def plan_slide(slide: Slide, paths: OutputPaths, settings: Settings, card: Card,
         bounds: pixel values that normalisation maps to 0 and 1.
 
     Raises:
-        SlideError: see `choose_input`.
+        SlideError: see `choose_input`; or nuclei would be expanded by less than a pixel.
         UsageError: tile and margin do not go together.
     """
     level, channels = choose_input(slide, settings, card)
+    cells = _cells(slide, level, settings)
     if settings.stitch == "blend" and not pick_margin(settings, card):
         raise UsageError(
             "`stitch=blend`",
@@ -419,5 +451,6 @@ def plan_slide(slide: Slide, paths: OutputPaths, settings: Settings, card: Card,
         output_grid=card.grid,
         objects=settings.objects,
         classes=class_rule(card) if settings.objects else None,
-        notes=card.notes,
+        notes=card.notes + (() if cells is None else cells.notes),
+        cells=cells,
     )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.geometry import Block
+from cellseg_batch.engine.geometry import Block, Box
 from cellseg_batch.engine.objects.star_merge import StarIds, draw_objects, merge_stars
 from cellseg_batch.engine.objects.stars import StarRule, StarScratch, decide
 from cellseg_batch.engine.run.open_slide import OpenSlide
@@ -37,15 +37,15 @@ def merge_block_stars(slide: OpenSlide, _: int) -> MergeRecord:
     with slide.clock.stage("suppress"):
         ids, cut_rays = merge_stars(scratch, survivors, slide.plan.grid, _rule(slide))
         ids.save(scratch.ids)
-        slide.labels.retype(ids.dtype)
+        slide.retype_ids(ids.dtype)
     return MergeRecord(ids.objects, cut_rays)
 
 
-def drawn_labels(slide: OpenSlide, block: Block, halo: int = 0) -> NDArray[Any]:
-    """The labels (h + 2 * halo, w + 2 * halo) of a block and ``halo`` px around it, 0 outside the slide."""
+def drawn_labels(slide: OpenSlide, plane: int, target: Box) -> NDArray[Any]:
+    """The labels (h, w) of a box of a plane, 0 outside the slide."""
     scratch, survivors = _scratch(slide)
     with slide.clock.stage("draw"):
-        return draw_objects(block, halo, survivors, StarIds.load(scratch.ids), slide.plan.grid, _rule(slide))
+        return draw_objects(plane, target, survivors, StarIds.load(scratch.ids), slide.plan.grid, _rule(slide))
 
 
 def _rule(slide: OpenSlide) -> StarRule:

@@ -53,6 +53,7 @@ class WarmUp:
             plan.images_of_bytes,
             plan.instances,
             plan.makes_ids,
+            plan.cells is not None,
             plan.objects,
             plan.downscale,
         )
@@ -75,6 +76,7 @@ class WarmUp:
                         classes=plan.decoder == "classes",
                         instances=plan.instances is not None,
                         stars=plan.stars is not None,
+                        cells=plan.cells is not None,
                         objects=plan.objects or (plan.region is not None and plan.makes_ids),
                     )
                     make_predictor(self._model_pool, backend, plan.prediction, StageClock()).predict(pixels, tile)

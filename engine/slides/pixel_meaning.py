@@ -39,5 +39,7 @@ CLASSES = "classes"
 INSTANCES = PixelMeaning("instances", "uint32", is_label=True)
 # What is not taken for the glass of a slide.
 TISSUE = PixelMeaning("tissue", "uint8", is_label=True, colours=((1, (64, 160, 255, 96)),))
+# Ids of the nuclei in whose cell a pixel lies, of the type of the instances.
+CELL_IDS = PixelMeaning("cells", "uint32", is_label=True)
 # 0 is a probability of 0, 255 of 1.
 PROBABILITY = PixelMeaning("probability", "uint8", is_label=False)

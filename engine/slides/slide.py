@@ -168,6 +168,17 @@ class Slide:
         factor = UM_PER_UNIT.get(self.units[index] or "")
         return None if factor is None else self.levels[level].scale[index] * factor
 
+    def pixel_aspect(self, level: int) -> float:
+        """Height of a pixel divided by its width at a level; 1 for less than 1 % of difference, or if it is unknown."""
+        factors = [UM_PER_UNIT.get(self.units[self.axes.index(axis)] or "") for axis in "yx"]
+        if self.size_is_doubtful or None in factors:
+            return 1.0
+        height, width = (
+            self.levels[level].scale[self.axes.index(axis)] * (factor or 1.0)
+            for axis, factor in zip("yx", factors, strict=True)
+        )
+        return 1.0 if math.isclose(height, width, rel_tol=0.01) else height / width
+
     def channel_names(self, indices: Iterable[int]) -> tuple[str, ...]:
         """Names of the channels at ``indices``; a channel without a name gets its index as text."""
         return tuple(self.channels[index] if index < len(self.channels) else str(index) for index in indices)

@@ -89,7 +89,7 @@ def block_by_block(pixel_codes, grid, rule, folder):
     codes = SimpleNamespace(codes=scratch)
     slide = SimpleNamespace(plan=plan, scratch=codes, clock=SimpleNamespace(stage=lambda _: nullcontext()))
     for block in grid:
-        labels[(block.plane, *block.box.slices())] = final_labels(slide, block)
+        labels[(block.plane, *block.box.slices())] = final_labels(slide, block.plane, block.box)
     return labels, merged
 
 

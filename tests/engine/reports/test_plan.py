@@ -49,11 +49,14 @@ def test_counts_are_those_of_the_run(tmp_path, segment, usual, watcher, version,
     assert one.seconds > 0
 
 
-def test_instances_take_four_bytes_a_pixel(tmp_path, usual):
+def test_instances_take_four_bytes_a_pixel_and_cells_as_many(tmp_path, usual):
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(200, 200), levels=1)
     mask, ids = (announced(path, usual, instances=instances).slides[0] for instances in (False, True))
     assert (mask.bytes_out, ids.bytes_out) == (200 * 200, 4 * 200 * 200)
     assert ids.files > mask.files
+    cells = announced(path, usual, expand=3.0).slides[0]
+    assert cells.bytes_out == 2 * ids.bytes_out
+    assert cells.files > ids.files
 
 
 def test_time_is_shared_by_processes(tmp_path, usual):

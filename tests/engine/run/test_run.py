@@ -125,7 +125,10 @@ def test_what_is_finished_is_not_touched_by_a_run_with_other_settings(tmp_path, 
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(150, 130))
     written = labels_of(segment(path, objects=True))
     for changes, reason in (
-        ({"objects": True, "probability": True}, "outputs (`probability`) was labels, now labels, probability"),
+        (
+            {"objects": True, "probability": True},
+            "outputs (`probability` or `expand`) was labels, now labels, probability",
+        ),
         ({"instances": True}, "`objects` was on, now off"),
     ):
         report = segment(path, **changes)

@@ -12,6 +12,7 @@ import torch
 import zarr
 from onnx import helper
 from PIL import Image
+from skimage.segmentation import expand_labels
 
 from cellseg_batch.engine.errors import OutputError, UsageError
 from cellseg_batch.engine.inference.prediction import BlockResult
@@ -170,6 +171,14 @@ def test_blocks_and_workers_give_greedy_suppression_over_the_whole_slide(segment
     assert len(watcher.plans[1].grid) > 100
     for found in labels:
         np.testing.assert_array_equal(found, expected)
+
+
+def test_stars_are_expanded_into_cells(segment_known):
+    stars = ellipses(np.random.default_rng(1), (200, 200), 100)
+    for block in (32, 1000):
+        labels, slide = segment_known((200, 200), stars, block=block, expand=4.0)
+        cells = zarr.open_array(f"{slide.outputs['cells']}/0", mode="r")[...]
+        np.testing.assert_array_equal(cells, expand_labels(labels, 8))
 
 
 @pytest.mark.parametrize("along", ["left", "up"])
