@@ -231,7 +231,7 @@ def test_fine_tuning_starts_from_the_published_weights(donor, weights_file, tmp_
 
 
 def test_the_preset_is_of_this_network():
-    recipe = load_preset("nuclei-lite0")
+    recipe = load_preset("nuclei")
     assert recipe.encoder_weights == "imagenet"
     network = build_network(recipe.architecture)
     assert sum(one.numel() for one in network.parameters()) / 1e6 == pytest.approx(0.98, abs=0.005)

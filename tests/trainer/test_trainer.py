@@ -84,7 +84,6 @@ def test_every_preset_is_a_recipe():
     assert set(list_presets()) == {
         "classes",
         "nuclei",
-        "nuclei-lite0",
         "s1-unet",
         "s1-unet-plus",
         "s2-mobilenetv2",

@@ -36,7 +36,7 @@ PRECISIONS = ("fp16",)
 _LARGEST_BATCH = 64
 # A TensorRT engine in fp16 takes 2 bytes per weight and some padding; in fp32 it takes 4.
 _BYTES_PER_WEIGHT = 3
-_PADDING_BYTES = 1 << 20
+_PADDING_BYTES = 1 << 19
 _PLAN, _TIMINGS = "model.plan", "timings.bin"
 
 

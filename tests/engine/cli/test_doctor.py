@@ -11,7 +11,7 @@ def test_a_diagnosis_has_typed_values(tmp_path, command):
     diagnosis = json.loads((tmp_path / "doctor.json").read_text())
     assert diagnosis["cores"] == len(os.sched_getaffinity(0))
     assert 0 < diagnosis["free_bytes"] <= diagnosis["memory_bytes"]
-    assert diagnosis["models"] == ["nuclei", "nuclei-lite0"]
+    assert diagnosis["models"] == ["nuclei"]
     states = {(state["backend"], state["precision"]): state for state in diagnosis["backends"]}
     reference = states["torch", "fp32"]
     assert (reference["device"], reference["reason"], reference["remedy"]) == ("CPU", "", "")
