@@ -20,8 +20,8 @@ _INTRODUCTION = """# Benchmarks
 Written by `python benchmarks/report.py` from `results/*.json`; nothing here was typed. Each file holds its conditions,
 the rate of every round and the median that is shown; what is compared took turns, on slides composed of real pictures
 (`cellseg_batch.engine.profiling.bench_slides`). Trials are in [NOTES.md](NOTES.md), decisions in
-[DESIGN.md](../engine/DESIGN.md). Results up to commit 015d2de are of the former model (3.9 M parameters), later ones of the
-present one (1.0 M), which is about 2.8 times as fast.
+[DESIGN.md](../engine/DESIGN.md). Results up to commit 015d2de are of the former model (3.9 M parameters), later
+ones of the present one (1.0 M), which is about 2.8 times as fast.
 
 | script | what it measures |
 |---|---|
