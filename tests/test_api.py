@@ -265,7 +265,9 @@ def test_numbers_of_numpy_are_settings(tiny_model):
 
 def test_a_model_takes_the_settings_that_matter_to_arrays_and_refuses_the_others(tiny_model):
     defaults = {field.name: getattr(Settings, field.name) for field in fields(Settings)}
-    for_runs = "output name stitch scheduler cluster level axes wells fields instances objects probability tissue"
+    for_runs = (
+        "output name stitch scheduler cluster level axes wells fields instances objects probability tissue expand"
+    )
     for name in (*for_runs.split(), "overwrite", "retry_failed", "mask", "mask_class", "manifest", "shard"):
         with pytest.raises(CellsegError, match=f"^{name}: .*; leave it out"):
             load_model(tiny_model, **{name: defaults.pop(name)})

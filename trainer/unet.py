@@ -193,7 +193,7 @@ class EfficientUNet(nn.Module):
     """
 
     mean: Tensor
-    deviation: Tensor
+    scale: Tensor
 
     def __init__(
         self, outputs: int = 1, width: int = 48, depth: int = 4, widths: Sequence[int] = (), dropout: float = 0.0
@@ -205,7 +205,8 @@ class EfficientUNet(nn.Module):
             raise ValueError(f"a depth of {depth} needs {depth - 1} widths, not {len(widths)}")
         self.encoder = EfficientNetLite0(depth)
         self.register_buffer("mean", torch.tensor(self.encoder.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("deviation", torch.tensor(self.encoder.deviation).view(1, 3, 1, 1), persistent=False)
+        # Products stay in float32 where the backend keeps the encoder's filters of edges so; quotients do not.
+        self.register_buffer("scale", 1 / torch.tensor(self.encoder.deviation).view(1, 3, 1, 1), persistent=False)
         self.dropout = nn.Dropout2d(dropout)
         inputs = [*widths[1:], self.encoder.widths[-1]]
         self.merge = nn.ModuleList(
@@ -217,7 +218,7 @@ class EfficientUNet(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (N, K, H, W) of ``pixels`` (N, 3, H, W)."""
-        skips = self.encoder((pixels - self.mean) / self.deviation)
+        skips = self.encoder((pixels - self.mean) * self.scale)
         features = expand(self.dropout(skips.pop()), skips, self.merge)
         logits: Tensor = self.shuffle(self.head(features))
         return logits

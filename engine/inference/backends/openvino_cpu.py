@@ -49,9 +49,11 @@ from openvino import opset13 as op  # noqa: E402
 
 # The layers of a quantised network that stay in floats run in bf16 if it is native, otherwise in fp32.
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
-_FILE = "model.xml"
+# A network for normalised pixels, and the same one for bytes.
+_FILE, _BYTES_FILE = "model.xml", "bytes.xml"
 _QUANTISED = "--quantised"
 _DEPTHWISE = "GroupConvolution"
+_VALUES = ("Parameter", "Constant")
 _LARGEST_BATCH = 64
 _LARGEST_SIDE = 1 << 16
 
@@ -79,7 +81,6 @@ class OpenVinoBackend:
 
     def __init__(self, bundle: Bundle, precision: str, threads: int, artefacts: Artefacts) -> None:
         self.precision = precision
-        self._clip = bundle.card.input.normalisation.clip
         self._core = openvino.Core()
         self._options = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision] if _HINTS[precision] in _native() else "f32",
@@ -88,22 +89,20 @@ class OpenVinoBackend:
             # With pinning, the threads of all processes on a machine would share its first cores.
             "ENABLE_CPU_PINNING": False,
         }
-        self._model = self._core.read_model(_network(bundle, precision == "int8", artefacts) / _FILE)
+        self._folder = _network(bundle, precision == "int8", artefacts)
 
     def compile(self, shape: Shape) -> CompiledModel:
         """Compile for one batch shape."""
-        return self._ready(self._reshaped(shape))
+        return self._compiled(_FILE, shape)
 
     def compile_bytes(self, shape: Shape) -> ByteModel:
         """Compile for one batch shape; the logits are the same bit for bit as `compile`'s (`test_session.py`)."""
-        return self._ready(_normalising(self._reshaped(shape), self._clip))
+        count, channels, height, width = shape
+        return self._compiled(_BYTES_FILE, (count, height, width, channels))
 
-    def _reshaped(self, shape: Shape) -> Any:
-        model = self._model.clone()
-        model.reshape(openvino.PartialShape(list(shape)))
-        return model
-
-    def _ready(self, model: Any) -> _Compiled:
+    def _compiled(self, file: str, shape: Shape) -> _Compiled:
+        model = self._core.read_model(self._folder / file)
+        model.reshape({0: openvino.PartialShape(list(shape))})
         return _Compiled(self._core.compile_model(model, "CPU", self._options))
 
 
@@ -117,29 +116,42 @@ class _Compiled:
     def __call__(self, batch: NDArray[Any], *constants: Numbers, out: Logits | None = None) -> Logits:
         logits = np.empty(self._logits_shape, np.float32) if out is None else out
         self._request.set_input_tensor(0, openvino.Tensor(batch, shared_memory=True))
-        for number, values in enumerate(constants, start=1):
-            self._request.set_input_tensor(number, openvino.Tensor(values))
+        if constants:
+            low, scale = constants
+            self._request.set_input_tensor(1, openvino.Tensor(-low))
+            self._request.set_input_tensor(2, openvino.Tensor(scale))
         self._request.set_output_tensor(0, openvino.Tensor(logits, shared_memory=True))
         self._request.infer()
         return logits
 
 
-def _normalising(model: Any, clip: bool) -> Any:
-    """Replace the input of normalised pixels (N, C, H, W) by three inputs: bytes (N, H, W, C), low and scale."""
+def _normalising(model: Any, clip: bool) -> list[str]:
+    """Replace the input of normalised pixels (N, C, H, W) by three inputs: bytes (N, H, W, C), -low and scale.
+
+    The plugin would turn a subtraction into a product and a sum, and round the product to bfloat16.
+
+    Returns:
+        names of the layers that normalise.
+    """
     (pixels,) = model.get_parameters()
     count, channels, height, width = pixels.get_output_partial_shape(0)
     # Channels last is the convolutions' own layout; for any other, the plugin would keep a second copy of the batch.
     raw = op.parameter(openvino.PartialShape([count, height, width, channels]), np.uint8, name="raw")
     # Bounds are inputs instead of constants, so that slides of one shape share one compiled network.
-    low, scale = (op.parameter(openvino.PartialShape([channels]), np.float32, name=name) for name in ("low", "scale"))
-    normalised = op.multiply(op.subtract(op.convert(raw, "f32"), low), scale)
-    normalised = op.clamp(normalised, 0.0, 1.0) if clip else normalised
+    names = ("minus_low", "scale")
+    minus_low, scale = (op.parameter(openvino.PartialShape([channels]), np.float32, name=name) for name in names)
+    layers = [op.convert(raw, "f32")]
+    layers.append(op.add(layers[-1], minus_low))
+    layers.append(op.multiply(layers[-1], scale))
+    if clip:
+        layers.append(op.clamp(layers[-1], 0.0, 1.0))
+    layers.append(op.transpose(layers[-1], [0, 3, 1, 2]))
     for target in pixels.output(0).get_target_inputs():
-        target.replace_source_output(op.transpose(normalised, [0, 3, 1, 2]).output(0))
+        target.replace_source_output(layers[-1].output(0))
     model.remove_parameter(pixels)
-    model.add_parameters([raw, low, scale])
+    model.add_parameters([raw, minus_low, scale])
     model.validate_nodes_and_infer_types()
-    return model
+    return [layer.get_friendly_name() for layer in layers]
 
 
 def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
@@ -151,6 +163,7 @@ def _network(bundle: Bundle, quantised: bool, artefacts: Artefacts) -> Path:
         "sha256": bundle.sha256,
         "conversion_version": CONVERSION_VERSION,
         "quantised": quantised,
+        "clip": bundle.card.input.normalisation.clip,
         "versions": {package: version(package) for package in packages},
     }
 
@@ -166,8 +179,13 @@ def _write(bundle: Bundle, quantised: bool, folder: Path) -> None:
         model = _quantise(_convert(bundle, tiles), tiles)
     else:
         model = _convert(bundle)
+    filters = _edge_filters(model)
     openvino.save_model(model, folder / _FILE, compress_to_fp16=False)
-    _keep_floats(folder / _FILE, _edge_filters(model))
+    _keep_floats(folder / _FILE, filters)
+    normalising = _normalising(model, bundle.card.input.normalisation.clip)
+    openvino.save_model(model, folder / _BYTES_FILE, compress_to_fp16=False)
+    # Filters of edges also see what rounding does to their input.
+    _keep_floats(folder / _BYTES_FILE, [*filters, *normalising] if filters else [])
 
 
 def _write_elsewhere(bundle: Bundle, quantised: bool, folder: Path) -> None:
@@ -232,7 +250,7 @@ def _convert(bundle: Bundle, tiles: NDArray[np.float32] | None = None) -> Any:
 
 
 def _edge_filters(model: Any) -> list[str]:
-    """Names of the first convolution and the depthwise one behind it; none if the network does not begin so.
+    """Names of the layers up to the depthwise convolution behind the first one; none if the network does not begin so.
 
     MobileNets and EfficientNets begin with filters of edges: large weights of both signs, which almost cancel.
     Rounding these or what they read to bfloat16 changes the logits more than rounding all other layers does.
@@ -240,7 +258,14 @@ def _edge_filters(model: Any) -> list[str]:
     first, second, *_ = (*_convolutions(model), None, None)
     if first is None or second is None:
         return []
-    return [node.get_friendly_name() for node in (first, second)] if second.get_type_name() == _DEPTHWISE else []
+    if second.get_type_name() != _DEPTHWISE:
+        return []
+    before, around = [], [first]
+    while around:
+        node = around.pop()
+        before.append(node)
+        around += [value.get_node() for value in node.input_values()]
+    return [node.get_friendly_name() for node in (*before, second) if node.get_type_name() not in _VALUES]
 
 
 def _convolutions(model: Any) -> list[Any]:

@@ -20,7 +20,7 @@ Numbers = NDArray[np.float32]
 
 # Version of the conversion to OpenVINO and TensorRT. It is part of the cache keys of networks and races: raise it with
 # every change to folding, equalising, rounding or quantising, or to plain graphs.
-CONVERSION_VERSION = 3
+CONVERSION_VERSION = 4
 
 
 class CompiledModel(Protocol):

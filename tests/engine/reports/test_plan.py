@@ -152,10 +152,10 @@ def test_large_slides_through_the_command_line(tmp_path, command, side, objects)
     assert code == 0, said
     content = json.loads((tmp_path / "plan.json").read_text())
     (slide,) = content["slides"]
-    grid = lay_blocks(fit_lattice((side, side), 512, 128, 16), 2048)
+    grid = lay_blocks(fit_lattice((side, side), 512, 96, 16), 2048)
     rows, columns = grid.lattice.grid
     assert (slide["tiles"], slide["blocks"], slide["pixels"]) == (rows * columns, len(grid), side**2)
-    assert slide["tiles"] >= (side // (512 - 2 * 128)) ** 2
+    assert slide["tiles"] >= (side // (512 - 2 * 96)) ** 2
     assert slide["bytes_in"] == 3 * (pixels_read(grid) + bool(objects) * side**2)
     assert slide["bytes_out"] == (4 if objects else 1) * side**2
     assert slide["seconds"] == pytest.approx(side**2 / 1e6 / content["mpx_per_s"])
