@@ -127,7 +127,7 @@ def test_what_is_finished_is_not_touched_by_a_run_with_other_settings(tmp_path, 
     for changes, reason in (
         (
             {"objects": True, "probability": True},
-            "outputs (`probability` or `expand`) was labels, now labels, probability",
+            "outputs (`probability` or `tissue` or `expand`) was labels, now labels, probability",
         ),
         ({"instances": True}, "`objects` was on, now off"),
     ):
