@@ -37,6 +37,7 @@ _COUNTS = ("blocks", "tiles", "bytes_in", "bytes_out", "files")
     "name",
     "instances",
     "objects",
+    "expand",
     "probability",
     "tissue",
 )

@@ -68,10 +68,11 @@ def merge_blocks(slide: OpenSlide, _: int) -> MergeRecord:
 def grow_block(slide: OpenSlide, number: int) -> GrowthRecord:
     """Write the final labels and cells of one block, and measure its objects if the plan says so."""
     plan, block = slide.plan, slide.plan.grid[number]
+    reached = plan.inside(block)  # by a cell, also on glass
     if plan.stars is None:  # a star may reach into a tile that is not computed
         block = plan.computed(block)
     halo = HALO if plan.objects else 0
-    labels = _labels_and_cells(slide, block, halo)
+    labels = _labels_and_cells(slide, block if plan.cells is None else reached, halo)
     with slide.clock.stage("write"):
         for name, with_halo in labels.items():
             slide.images[name].write(0, block.plane, block.box, _without(halo, with_halo))
@@ -81,7 +82,7 @@ def grow_block(slide: OpenSlide, number: int) -> GrowthRecord:
     with slide.clock.stage("measure"):
         pixels = slide.reader.of_channels(measured_channels(plan.slide))
         around = labels[LABELS], labels.get(CELLS)
-        return measure_block(plan, block, *around, pixels, slide.scratch.probability, slide.scratch.classes)
+        return measure_block(plan, block, reached, *around, pixels, slide.scratch.probability, slide.scratch.classes)
 
 
 def _labels_and_cells(slide: OpenSlide, block: Block, halo: int) -> dict[str, NDArray[Any]]:
@@ -92,13 +93,13 @@ def _labels_and_cells(slide: OpenSlide, block: Block, halo: int) -> dict[str, ND
 
     Args:
         slide: the open slide.
-        block: block of the slide, with the tiles that are computed.
+        block: block of the slide, with the tiles that nuclei or cells may reach.
         halo: px around the block.
     """
     plan, target, whole = slide.plan, block.box.grown(halo), Box(0, 0, *slide.plan.grid.lattice.shape)
     names = [name for name in (LABELS, CELLS) if name in slide.images]
     kept = None if plan.region is None else KeptIds.load(_scratch(slide).ids)
-    if not block.tiles and (plan.cells is None or kept is not None):  # on glass, a cell may reach into the block
+    if not block.tiles:
         return {name: np.zeros(target.shape, np.uint32) for name in names}
     window = target.grown(0 if plan.cells is None else plan.cells.reach).within(whole)
     if plan.stars is None:

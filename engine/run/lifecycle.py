@@ -28,7 +28,7 @@ from cellseg_batch.engine.run.input_state import files_state, has_changed
 from cellseg_batch.engine.run.measure_pass import measured_channels
 from cellseg_batch.engine.run.memory_model import block_memory, star_memory
 from cellseg_batch.engine.run.open_slide import OpenSlide, scratch_of
-from cellseg_batch.engine.run.output_images import output_images
+from cellseg_batch.engine.run.output_images import CELLS, output_images
 from cellseg_batch.engine.run.output_paths import OutputPaths
 from cellseg_batch.engine.run.pipeline import Pass, passes_of, totals
 from cellseg_batch.engine.run.prepared_slide import PreparedSlide
@@ -199,7 +199,7 @@ def _begin(worker: Worker, request: Request) -> PreparedSlide:
     with _closed_on_error(open_reader(request.slide, settings, card)) as reader:
         bounds = settle_bounds(reader, card.input.normalisation)
         plan = plan_slide(request.slide, request.paths, settings, card, bounds)
-        _refuse_cells_of_another(plan)
+        _refuse_images_of_another(plan)
         tissue = settle_tissue(reader, settings)
         plan = compile_plan(worker, plan, settle_downscale(plan, settings, model_pool, reader), reader, tissue)
         backend = model_pool.downscaled(model_pool.chosen, plan.downscale)
@@ -331,21 +331,34 @@ def _refuse_changed_image(slide: Slide, manifest: Manifest, journal: Journal) ->
         )
 
 
-def _refuse_cells_of_another(plan: SlidePlan) -> None:
-    """Refuse to write cells over the labels of a run of that name.
+def _refuse_images_of_another(plan: SlidePlan) -> None:
+    """Refuse to write cells or tissue over the labels of a run of that name, or labels over another run's of these.
 
     Raises:
         OutputError: there is such a run.
     """
     paths = plan.paths
-    other = paths.journal.with_name(paths.cells.rpartition("/")[2])
-    if plan.cells is not None and Journal(other).is_begun:
-        raise OutputError(
-            str(paths.store / paths.cells),
-            expected="no labels of another run where cells are to be written",
-            found=f"those of the run `name={other.name}`",
-            remedy="choose another `name`",
-        )
+    for output in plan.outputs[1:]:
+        other = paths.journal.with_name(output.folder.name)
+        if output.store == paths.store and Journal(other).is_begun:
+            raise OutputError(
+                str(output.folder),
+                expected=f"no labels of another run in the place of the {output.name}",
+                found=f"those of the run `name={other.name}`",
+                remedy="choose another `name`",
+            )
+    for kind in (CELLS, TISSUE.name):
+        other = paths.journal.with_name(paths.name.removesuffix(f"_{kind}"))
+        if other.name == paths.name or not other.name or not Journal(other).is_begun:
+            continue
+        manifest = Journal(other).manifest(Manifest)
+        if manifest is not None and paths.labels in manifest.images:
+            raise OutputError(
+                str(paths.labels_folder),
+                expected="nothing of another run in the place of the labels",
+                found=f"the {kind} of the run `name={other.name}`",
+                remedy="choose another `name`",
+            )
 
 
 def _create_outputs(slide: OpenSlide, prepared: PreparedSlide, model_pool: ModelPool, backend: Backend) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.geometry import Block, Box
+from cellseg_batch.engine.geometry import Block, Box, Tile
 from cellseg_batch.engine.objects.cells import with_cells
 from cellseg_batch.engine.objects.moment_files import Objects, merge_parts, write_part
 from cellseg_batch.engine.objects.scratch import Scratch, ScratchFolder
@@ -34,6 +34,7 @@ _RGB = ("red", "green", "blue")
 def measure_block(
     plan: SlidePlan,
     block: Block,
+    reached: Block,
     labels: NDArray[Any],
     cells: NDArray[Any] | None,
     pixels: SlideReader,
@@ -45,6 +46,7 @@ def measure_block(
     Args:
         plan: plan of the slide.
         block: block of the slide, with the tiles that are computed.
+        reached: the block with the tiles that cells may reach, of which those without any are not read.
         labels: (h + 2 * HALO, w + 2 * HALO) final labels of the block and HALO px around it; 0 outside the slide.
         cells: the cells there, in the same way; None if there are none.
         pixels: reads every channel that is measured.
@@ -55,13 +57,19 @@ def measure_block(
         SlideError: pixels cannot be read, or the moments cannot be written.
     """
     quality = [Quality()] * len(pixels.channels)
-    if not block.tiles:
+    strips = list(_strips(block.tiles))
+    computed = len(strips)
+    if cells is not None:
+        in_block = cells[HALO : cells.shape[0] - HALO, HALO : cells.shape[1] - HALO]
+        others = (tile for tile in reached.tiles if tile not in block.tiles)
+        strips += _strips(tile for tile in others if in_block[tile.core.seen_from(block.box).slices()].any())
+    if not strips:
         return GrowthRecord(0, tuple(quality), () if plan.classes is None else (0,) * len(plan.classes.names))
     parts, parts_of_cells = [], []
     slide = Box(0, 0, *plan.grid.lattice.shape)
     probabilities = probability.read_block(block)
     class_codes = None if classes is None else classes.read_block(block)
-    for strip in _strips(block):
+    for number, strip in enumerate(strips):
         window = strip.grown(HALO).within(slide)
         channels = np.ascontiguousarray(pixels.read(block.plane, window))
         core = strip.seen_from(window).slices()
@@ -73,7 +81,8 @@ def measure_block(
         if class_codes is not None:
             light = np.concatenate([light, _channels_of_classes(plan, class_codes[inside]).astype(light.dtype)])
         parts.append(measure(labels[with_halo], light, probabilities[inside], (strip.y0, strip.x0)))
-        quality = [sums + survey(channel, core) for sums, channel in zip(quality, channels, strict=True)]
+        if number < computed:
+            quality = [sums + survey(channel, core) for sums, channel in zip(quality, channels, strict=True)]
     ids, rows = _joined(parts)
     write_part(probability.objects, block.index, block.plane, ids, rows)
     in_cells = 0
@@ -173,10 +182,10 @@ def channel_names(slide: Slide) -> tuple[str, ...]:
     return tuple(map(str, indices))
 
 
-def _strips(block: Block) -> Iterator[Box]:
-    """The cores of the block's tiles, those side by side as one box."""
+def _strips(tiles: Iterable[Tile]) -> Iterator[Box]:
+    """The cores of tiles in raster order, those side by side as one box."""
     strip: Box | None = None
-    for tile in block.tiles:
+    for tile in tiles:
         core = tile.core
         if strip is not None and (core.y0, core.x0) == (strip.y0, strip.x1):
             strip = replace(strip, x1=core.x1)

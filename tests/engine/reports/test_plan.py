@@ -49,7 +49,7 @@ def test_counts_are_those_of_the_run(tmp_path, segment, usual, watcher, version,
     assert one.seconds > 0
 
 
-def test_instances_take_four_bytes_a_pixel_and_cells_as_many(tmp_path, usual):
+def test_instances_take_four_bytes_a_pixel_and_cells_as_many(tmp_path, usual, command):
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(200, 200), levels=1)
     mask, ids = (announced(path, usual, instances=instances).slides[0] for instances in (False, True))
     assert (mask.bytes_out, ids.bytes_out) == (200 * 200, 4 * 200 * 200)
@@ -57,6 +57,10 @@ def test_instances_take_four_bytes_a_pixel_and_cells_as_many(tmp_path, usual):
     cells = announced(path, usual, expand=3.0).slides[0]
     assert cells.bytes_out == 2 * ids.bytes_out
     assert cells.files > ids.files
+    flags = ["--model", usual["model"], "--backend", "torch", "--precision", "fp32", "--tile", 96, "--block", 128]
+    code, text = command("plan", path, *flags, "--expand", 3, "--json", tmp_path / "plan.json")
+    assert code == 0, text
+    assert json.loads((tmp_path / "plan.json").read_text())["slides"][0]["bytes_out"] == cells.bytes_out
 
 
 def test_time_is_shared_by_processes(tmp_path, usual):

@@ -30,6 +30,7 @@ from cellseg_batch.trainer.card import Instances
 from tests.support.images import blobs, check_table, labels_of, write_ome_zarr, write_plate
 from tests.support.processes import kill_when
 from tests.support.regions import polygon, write_geojson
+from tests.support.stained import stained, write_scan
 
 HEIGHT, WIDTH = 300, 250
 
@@ -168,6 +169,13 @@ def test_cells_are_refused_or_replaced_beside_labels_without_them(tmp_path, expa
     assert expanded(path, expand=None, name="other_cells").slides[0].status == "done"
     (refused,) = expanded(path, name="other", overwrite=True).slides
     assert "the run `name=other_cells`" in refused.reason
+    assert expanded(path, expand=None, name="more_tissue").slides[0].status == "done"
+    (refused,) = expanded(path, name="more", tissue=True, overwrite=True).slides
+    assert "the run `name=more_tissue`" in refused.reason
+    assert expanded(path, name="third").slides[0].status == "done"
+    (refused,) = expanded(path, name="third_cells", overwrite=True).slides
+    assert "the cells of the run `name=third`" in refused.reason
+    assert not verify([path], "third", None, 1).damages
     report = expanded(path, overwrite=True)
     np.testing.assert_array_equal(cells_of(report), expand_labels(labels_of(report), 6))
 
@@ -247,6 +255,27 @@ def test_cells_in_a_region_are_those_of_a_run_without_region(tmp_path, expanded,
         new_ids = np.zeros(cells.max() + 1, cells.dtype)
         new_ids[np.asarray(kept["id"])] = np.arange(1, len(kept) + 1)
         np.testing.assert_array_equal(cells_of(report), new_ids[cells])
+
+
+def test_cells_reach_onto_glass_and_are_measured_there_also_in_a_region(tmp_path, expanded):
+    path = write_scan(tmp_path / "scan.tif", stained(448).pixels)
+    mask = write_geojson(tmp_path / "half.geojson", polygon([(0, 0), (280, 0), (220, 448), (0, 448)]))
+    for block in (128, 2000):
+        how = {"expand": 60.0, "objects": True, "tile": 128, "block": block, "tissue": True}
+        report = expanded(path, name=f"whole{block}", **how)
+        part = expanded(path, name=f"part{block}", mask=mask, **how)
+        assert 0 < report.slides[0].skipped_tiles < report.slides[0].tiles
+        assert part.slides[0].notes == ()
+        nuclei, cells = labels_of(report), cells_of(report)
+        np.testing.assert_array_equal(cells, expand_labels(nuclei, 120))
+        table, kept = (pq.read_table(one.slides[0].table) for one in (report, part))
+        np.testing.assert_array_equal(table["cell_area"], np.bincount(cells.ravel())[np.asarray(table["id"])])
+        are_kept = np.isin(places(table), places(kept))
+        assert 0 < are_kept.sum() == len(kept) < len(table)
+        new_ids = np.zeros(cells.max() + 1, cells.dtype)
+        new_ids[np.asarray(table["id"])[are_kept]] = np.asarray(kept["id"])
+        np.testing.assert_array_equal(cells_of(part), new_ids[cells])
+        assert kept.drop_columns("id").equals(table.filter(pa.array(are_kept)).drop_columns("id"))
 
 
 def places(table):

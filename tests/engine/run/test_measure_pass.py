@@ -53,7 +53,7 @@ def measured(tmp_path, tiny_bundle):
             for block in plan.grid:
                 probability.write(block, probability_of(labels.shape[-2:])[block.box.slices()])
                 around = planes[block.plane][block.box.shifted((HALO, HALO)).grown(HALO).slices()]
-                records.append(measure_block(plan, block, around, None, reader, probability, None))
+                records.append(measure_block(plan, block, block, around, None, reader, probability, None))
         assert len(plan.grid) > 1
         assert write_objects(plan, probability, records) == TableRecord(len(np.unique(labels)) - 1)
         return paths.table
