@@ -88,6 +88,6 @@ def test_notes_on_metadata_are_shown(tmp_path, command):
 def test_blocks_are_those_of_the_machine(tmp_path, command, monkeypatch):
     path = write_ome_zarr(tmp_path / "a.zarr", np.zeros((1, 8192, 8192), np.uint8), levels=1, chunk=4096)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    for models, blocks in ((), 25), (("A GPU",), 9):
+    for models, blocks in ((), 30), (("A GPU",), 6):
         monkeypatch.setattr("cellseg_batch.engine.machine._driver_gpus", lambda models=models: models)
-        assert f"{blocks} blocks, 25 tiles" in command("info", path)[1]
+        assert f"{blocks} blocks, 30 tiles" in command("info", path)[1]

@@ -114,7 +114,7 @@ def test_the_first_plane(tmp_path):
 
 def test_a_slide_of_many_tiles_and_a_model_that_takes_percentiles(tmp_path, command):
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(300, 300))
-    flags = ["--backend", "torch", "--precision", "fp32", "--threads", 1, "--tile", 336]
+    flags = ["--backend", "torch", "--precision", "fp32", "--threads", 1, "--tile", 288]
     code, said = command("plan", path, "--model", "nuclei", *flags, "--json", tmp_path / "plan.json")
     assert code == 0, said
     content = json.loads((tmp_path / "plan.json").read_text())

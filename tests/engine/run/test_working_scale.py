@@ -79,7 +79,7 @@ def nuclei_image(side, radius):
 @pytest.mark.parametrize(("radius", "factor"), [(7, 1), (30, 2), (80, 4)])
 def test_the_shipped_model_is_shown_large_nuclei_downscaled(tmp_path, segment, radius, factor):
     path = write_ome_zarr(tmp_path / "a.zarr", nuclei_image(512, radius), axes="cyx")
-    report = segment(path, model="nuclei", tile=768)
+    report = segment(path, model="nuclei", tile=1024)
     assert report.slides[0].downscale == factor
     overlap = np.count_nonzero((labels_of(report) > 0) & disks(512, radius))
     assert overlap > 0.9 * np.count_nonzero(disks(512, radius))
