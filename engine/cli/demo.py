@@ -22,5 +22,9 @@ def demo(
         names = write_demo(out)
         print_text(f"{out}: {', '.join(names)}\nnow:")
         store = shlex.quote(str(out))
-        for command in (f"run {store} --objects", f"preview {store} --out picture.png", f"report {store}"):
+        for command in (
+            f"run {store} --objects --name cells",
+            f"preview {store} --name cells",
+            f"report {store} --name cells",
+        ):
             print_text(f"  cellseg-batch {command}")

@@ -95,7 +95,7 @@ def export_objects(
             f"`name={name}`",
             expected="a table of objects",
             found=f"none below {', '.join(map(str, inputs))}",
-            remedy="run with `objects` first, and with the same `name` and `output`",
+            remedy="run with `objects` (by another `name` if there are labels without), and name it and `output` here",
         )
     if out is None:
         objects = sum(map(write_ngio_table, measured.values()))

@@ -362,7 +362,7 @@ def _measured(source: Path, path: Path, card: Card, draft: CardDraft) -> Card:
         exact = None if footprint.exact_margin is None else -(-footprint.exact_margin // step) * step
         footprint = replace(footprint, total_stride=step, exact_margin=exact)
         least = Size(size.min or _least_side(path, card, step), step)
-    margin = _margin_of(footprint, crop, draft.output.margin)
+    margin = _margin_of(footprint, crop, draft.output.margin, least)
     return replace(
         card,
         input=replace(card.input, size=least),
@@ -372,11 +372,13 @@ def _measured(source: Path, path: Path, card: Card, draft: CardDraft) -> Card:
     )
 
 
-def _margin_of(footprint: Footprint, crop: int, said: int | None) -> int:
-    """The default margin in px: the card's, else the exact one up to 64 px, in whole strides."""
+def _margin_of(footprint: Footprint, crop: int, said: int | None, size: Size) -> int:
+    """The default margin in px, in whole strides: the card's; else the exact one, up to 64 px or a quarter tile."""
     wanted = _MARGIN if said is None else said
     if said is None and footprint.exact_margin is not None:
         wanted = min(wanted, footprint.exact_margin)
+    if said is None and size.fixed:
+        wanted = min(wanted, size.fixed // 4)
     return -(-max(wanted, crop) // footprint.total_stride) * footprint.total_stride
 
 

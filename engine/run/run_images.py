@@ -54,9 +54,8 @@ def find_run_images(inputs: Sequence[Path], settings: Settings, card: Card) -> I
 def _images_listed(manifest: Path, settings: Settings, card: Card) -> Images:
     """The images of every row of a manifest; a row without usable metadata for what it asks for refuses all."""
     images: Images = []
-    bad: list[tuple[int, str]] = []
     lines: dict[str, int] = {}
-    rows = read_rows(manifest)
+    rows, bad = read_rows(manifest)
     refuse_output_inside(settings.output, [row.path for row in rows])
     for row in rows:
         try:

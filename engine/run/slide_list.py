@@ -31,15 +31,15 @@ class Row:
     asked: Asked
 
 
-def read_rows(file: Path) -> list[Row]:
-    """The rows of a manifest, in its order.
+def read_rows(file: Path) -> tuple[list[Row], list[tuple[int, str]]]:
+    """The rows of a manifest, in its order; and of each row that cannot be used, line and reason.
 
     Its columns are ``path`` (from the file's folder, or a URL) and any of ``pixel_size`` (µm per px of level 0),
     ``channel`` (name or index), ``level`` and ``mask`` (a region or a folder of them, as ``path``); an empty cell asks
     for nothing.  The file is UTF-8, with commas.
 
     Raises:
-        UsageError: the file cannot be read, or has other columns, no rows, or rows that cannot be used; all are named.
+        UsageError: the file cannot be read, or has other columns or no rows.
     """
     try:
         with open(file, newline="", encoding="utf-8-sig") as stream:
@@ -57,10 +57,9 @@ def read_rows(file: Path) -> list[Row]:
             rows.append(_row(line, row, file.parent))
         except ValueError as error:
             bad.append((line, str(error)))
-    refuse_rows(file, bad)
-    if not rows:
+    if not cells:
         raise _refused(file, "at least one row", "none")
-    return rows
+    return rows, bad
 
 
 def refuse_rows(file: Path, bad: Iterable[tuple[int, str]]) -> None:
@@ -73,7 +72,7 @@ def refuse_rows(file: Path, bad: Iterable[tuple[int, str]]) -> None:
     Raises:
         UsageError: there is a bad row.
     """
-    reasons = [f"line {line}: {reason}" for line, reason in bad]
+    reasons = [f"line {line}: {reason}" for line, reason in sorted(bad)]
     if reasons:
         more = [f"and {len(reasons) - _MOST_NAMED} more"] if len(reasons) > _MOST_NAMED else []
         raise UsageError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -44,6 +45,7 @@ _COUNT_SECONDS = 5
 _END_SECONDS = 5.0
 _GPU = "GPU"
 _JOBQUEUE_CLASSES = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster"}
+_SUBMITS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub"}
 # dask does not repeat a task whose worker died: the run decides what to do with it.
 _QUIET = {"silence_logs": logging.ERROR}
 _SCHEDULER = {"allowed_failures": 0, "dashboard": False}
@@ -252,6 +254,14 @@ def _open_queue(queue: str, workers: int, threads: int, resources: ClusterSettin
             found="no such package",
             remedy="pip install 'cellseg-batch[hpc]'",
         ) from error
+    if shutil.which(_SUBMITS[queue]) is None:
+        raise UsageError(
+            f"`scheduler={queue}`",
+            expected=f"the command {_SUBMITS[queue]}",
+            found="none on PATH",
+            cause="a machine that submits no jobs",
+            remedy="run this where jobs are submitted, such as a login node",
+        )
     import dask
     from distributed import Client
 

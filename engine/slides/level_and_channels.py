@@ -155,7 +155,7 @@ def _find_channel(slide: Slide, channel: int | str) -> int:
             expected=f"a channel index from 0 to {count - 1} or one of its channel names "
             f"({', '.join(slide.channels) or 'no names'})",
             found=f"`channel={channel}`",
-            remedy="choose one of these",
+            remedy="choose one of these" + slide.rgb * ", or leave it out to take red, green and blue",
         )
     meanings = [f"index {index} ({names[index] if index < len(names) else 'no name'})" for index in found]
     raise SlideError(

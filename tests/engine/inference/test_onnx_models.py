@@ -126,7 +126,7 @@ def test_a_cropped_output_of_tiles_of_one_size(imported, segment, tmp_path):
     file = write_network(Valid(1, torch.nn.Identity()), tmp_path / "valid.onnx", dynamic=False, side=48)
     folder = imported(file)
     card = load_model(str(folder)).card
-    assert (card.output.crop, card.margin, card.input.size.fixed, card.exact_margin) == (6, 6, 48, None) or card.margin
+    assert (card.output.crop, card.margin, card.input.size.fixed, card.exact_margin) == (6, 12, 48, None)
     pixels = blobs(150, 170)
     path = write_ome_zarr(tmp_path / "a.zarr", pixels)
     report = segment(path, model=str(folder), backend="onnxruntime", margin=6, block=100)

@@ -1,6 +1,7 @@
 """A CSV file lists the slides of a run, and what each of them asks for."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +57,7 @@ def test_bad_rows_refuse_the_whole_run_and_are_all_named(tmp_path, tiny_model, c
     (tmp_path / "list.csv").write_text("\n".join(rows))
     with pytest.raises(UsageError) as refused:
         segment(manifest=tmp_path / "list.csv", model=tiny_model, **SETTINGS)
-    for line in (5, 6, 7, 8, 9):
-        assert f"line {line}: " in str(refused.value)
+    assert re.search(".*; ".join(filter(None, rows.values())), str(refused.value))
     later = ["path,pixel_size,channel,level", "a.zarr,0.5,,", "broken.tif,,,", "b.zarr,,,", "./a.zarr,,,", "a.zarr,,x,"]
     (tmp_path / "list.csv").write_text("\n".join([*later, "a.zarr,,,7"]))
     code, output = command("run", "--manifest", tmp_path / "list.csv", "--model", tiny_model)

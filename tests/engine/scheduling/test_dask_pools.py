@@ -100,7 +100,12 @@ def test_a_scheduler_that_is_not_there_is_named(monkeypatch):
         Settings(scheduler="cloud")
 
 
-def test_slurm_says_what_it_needs():
+def test_slurm_says_what_it_needs(monkeypatch, tmp_path):
     pytest.importorskip("dask_jobqueue")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match="expected the command sbatch, found none on PATH"):
+        clusters.open_pool(Settings(scheduler="slurm", cluster=ClusterSettings(queue="q")))
+    (tmp_path / "sbatch").write_text("")
+    (tmp_path / "sbatch").chmod(0o755)
     with pytest.raises(UsageError, match="`cores`"):
         clusters.open_pool(Settings(scheduler="slurm", cluster=ClusterSettings(queue="q")))
