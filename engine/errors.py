@@ -101,10 +101,6 @@ class OutputError(SlideError):
     """A slide's labels cannot be written."""
 
 
-class OtherSettingsError(OutputError):
-    """A slide has labels of an earlier run with other settings, which stay as they are."""
-
-
 class CellsegWarning(UserWarning):
     """A remark on a result that is complete, such as on NaN pixels of an array."""
 

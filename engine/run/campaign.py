@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
 
-from cellseg_batch.engine.errors import CellsegError, OtherSettingsError, OutputError, SlideError, brief
+from cellseg_batch.engine.errors import CellsegError, OutputError, SlideError, brief
 from cellseg_batch.engine.inference.backends.registry import preloaded_modules
 from cellseg_batch.engine.inference.choice import Choice, choose_backend, settings_elsewhere
 from cellseg_batch.engine.inference.model_pool import ModelPool
@@ -252,9 +252,6 @@ class Campaign:
             report = yield from self._segment(slide, number)
         except BusyError as error:
             report = SlideReport(slide.location, "held", error.detail)
-        except OtherSettingsError as error:  # no failure of the image, whose labels are none the worse
-            reports[number] = _with_remarks(slide, _failed(slide, error))
-            return number
         except Exception as error:
             report = _failed(slide, error)
         reports[number] = self._noted(slide, report)
@@ -266,7 +263,7 @@ class Campaign:
             self.failures.note(image, report.reason)
         elif report.status != "held":
             self.failures.forget(image)
-        return _with_remarks(image, report)
+        return replace(report, notes=image.notes + report.notes) if isinstance(image, Slide) else report
 
     def _segment(self, slide: Slide, number: int) -> Workflow[SlideReport]:
         """Segment one slide, holding the lock of its output unless it was finished before."""
@@ -379,10 +376,6 @@ class _Figures:
         """Add busy seconds of each stage."""
         for stage, seconds in stages.items():
             self.stages[stage] += seconds
-
-
-def _with_remarks(image: Slide | UnreadableImage, report: SlideReport) -> SlideReport:
-    return replace(report, notes=image.notes + report.notes) if isinstance(image, Slide) else report
 
 
 def _failed(image: Slide | UnreadableImage, error: Exception) -> SlideReport:

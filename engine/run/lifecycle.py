@@ -18,7 +18,7 @@ from importlib.metadata import version
 from itertools import chain
 
 from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
-from cellseg_batch.engine.errors import OtherSettingsError, OutputError
+from cellseg_batch.engine.errors import OutputError
 from cellseg_batch.engine.inference.backends.protocol import Backend
 from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.inference.normalise import settle_bounds
@@ -302,10 +302,10 @@ def _refuse_changes(plan: SlidePlan, earlier: Decisions, decisions: Decisions) -
     """Refuse to continue an earlier run with decisions that give other pixels.
 
     Raises:
-        OtherSettingsError: the decisions differ.
+        OutputError: the decisions differ.
     """
     if changes := earlier.changes(decisions):
-        raise OtherSettingsError(
+        raise OutputError(
             str(plan.paths.labels_folder),
             expected="the settings that these labels were begun with",
             found="; ".join(changes),
