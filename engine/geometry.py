@@ -19,6 +19,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -256,6 +257,26 @@ def _smallest_core(tile: int, margin: int, total_stride: int, least: int) -> int
             remedy="use a larger tile or a smaller margin",
         )
     return smallest
+
+
+def count_in_spans(
+    values: NDArray[np.bool_], rows: tuple[NDArray[Any], NDArray[Any]], columns: tuple[NDArray[Any], NDArray[Any]]
+) -> NDArray[np.int64]:
+    """How many values are true in each span of rows and each span of columns, (n, m).
+
+    Source: summed-area tables (Crow 1984, doi 10.1145/800031.808600).
+
+    Args:
+        values: (h, w).
+        rows: first row of each of n spans, and the row behind its last.
+        columns: likewise for m spans of columns.
+    """
+    sums = np.pad(np.cumsum(np.cumsum(values, axis=0), axis=1), ((1, 0), (1, 0)))
+    (top, bottom), (left, right) = rows, columns
+    counts: NDArray[np.int64] = (
+        sums[bottom][:, right] - sums[top][:, right] - sums[bottom][:, left] + sums[top][:, left]
+    )
+    return counts
 
 
 def nearly_cheapest(

@@ -24,7 +24,7 @@ def demo(
         store = shlex.quote(str(out))
         for command in (
             f"run {store} --objects --name cells",
-            f"preview {store} --name cells",
+            f"preview {store} --name cells --out picture.png",
             f"report {store} --name cells",
         ):
             print_text(f"  cellseg-batch {command}")

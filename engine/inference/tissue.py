@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from cellseg_batch.engine.errors import ReadError
-from cellseg_batch.engine.geometry import Box, Lattice
+from cellseg_batch.engine.geometry import Box, Lattice, count_in_spans
 from cellseg_batch.engine.inference.normalise import sample_slide
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
@@ -80,15 +80,12 @@ class Tissue:
 
     def tiles(self, lattice: Lattice) -> Cells:
         """Whether the core of each tile, (rows, columns), shares pixels with tissue."""
-        counts = np.pad(np.cumsum(np.cumsum(self.cells, axis=0), axis=1), ((1, 0), (1, 0)))
         spans = []
         for axis, (count, core) in enumerate(zip(lattice.grid, lattice.core, strict=True)):
             starts = np.arange(count) * core
             stops = np.minimum(starts + core, lattice.shape[axis])
             spans.append((starts // CELL, -(-stops // CELL)))
-        (top, bottom), (left, right) = spans
-        tissue = counts[bottom][:, right] - counts[top][:, right] - counts[bottom][:, left] + counts[top][:, left]
-        return np.asarray(tissue > 0)
+        return count_in_spans(self.cells, *spans) > 0
 
     def cost(self, lattice: Lattice) -> float:
         """Number of pixels that the network computes for the tissue of a plane; of one tile where there is none."""

@@ -24,7 +24,7 @@ from cellseg_batch.engine.slides.label_copy import copy_labels, lay_out_copy
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, open_written
 from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.slides.writer import ImageWriter
-from cellseg_batch.engine.storage.atomic_files import whole_file
+from cellseg_batch.engine.storage.atomic_files import refuse_all_but_files, whole_file
 from cellseg_batch.engine.storage.journal import Journal
 from cellseg_batch.engine.storage.paths import printable
 
@@ -64,9 +64,7 @@ def export_labels(inputs: list[Path], out: Path, name: str, output: Path | None,
         SlideError: the labels are unfinished, cannot be read or have ids too large for OME-TIFF, or the file cannot be
             written.
     """
-    if out.exists() and not out.is_file():  # a device would be replaced by the file
-        found = "a folder" if out.is_dir() else "a device or a pipe"
-        raise UsageError(f"`out={out}`", expected="a file", found=found, remedy="name a file in a folder")
+    refuse_all_but_files(out)
     slides = [image for image in find_all_images(inputs, axes) if isinstance(image, Slide)]
     labelled = [(slide, output_paths(slide, name, output)) for slide in slides]
     labelled = [(slide, paths) for slide, paths in labelled if is_zarr_node(paths.labels_folder)]

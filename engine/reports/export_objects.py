@@ -42,7 +42,7 @@ from cellseg_batch.engine.slides.ome_zarr import open_written
 from cellseg_batch.engine.slides.pixel_size import UM_PER_UNIT
 from cellseg_batch.engine.slides.reader import SlideReader
 from cellseg_batch.engine.slides.slide import Slide
-from cellseg_batch.engine.storage.atomic_files import whole_file, whole_folder
+from cellseg_batch.engine.storage.atomic_files import refuse_all_but_files, whole_file, whole_folder
 from cellseg_batch.engine.storage.paths import RemotePath, printable
 from cellseg_batch.kernels.outline import signed_area, trace
 
@@ -123,9 +123,7 @@ def _refuse_out(kind: str, out: Path | None) -> None:
     if out is None:
         return
     if kind != "spatialdata":
-        if out.exists() and not out.is_file():  # a device would be replaced by the file
-            found = "a folder" if out.is_dir() else "a device or a pipe"
-            raise UsageError(f"`out={out}`", expected="a file", found=found, remedy="name a file in a folder")
+        refuse_all_but_files(out)
     elif isinstance(out, RemotePath) or out.suffix != ".zarr" or out.exists() or out.is_symlink():
         raise UsageError(
             f"`out={out}`",

@@ -374,12 +374,10 @@ def _measured(source: Path, path: Path, card: Card, draft: CardDraft) -> Card:
 
 def _margin_of(footprint: Footprint, crop: int, said: int | None, size: Size) -> int:
     """The default margin in px, in whole strides: the card's; else the exact one, up to 64 px or a quarter tile."""
-    wanted = _MARGIN if said is None else said
-    if said is None and footprint.exact_margin is not None:
-        wanted = min(wanted, footprint.exact_margin)
-    if said is None and size.fixed:
-        wanted = min(wanted, size.fixed // 4)
-    return -(-max(wanted, crop) // footprint.total_stride) * footprint.total_stride
+    if said is None:
+        limits = (_MARGIN, footprint.exact_margin, size.fixed and size.fixed // 4)
+        said = min(limit for limit in limits if limit is not None)
+    return -(-max(said, crop) // footprint.total_stride) * footprint.total_stride
 
 
 def _least_side(path: Path, card: Card, stride: int) -> int:

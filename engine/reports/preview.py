@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cellseg_batch.engine.errors import ReadError, SlideError, UsageError, writing_to
-from cellseg_batch.engine.geometry import Box
+from cellseg_batch.engine.geometry import Box, count_in_spans
 from cellseg_batch.engine.run.output_paths import OutputPaths, output_paths
 from cellseg_batch.engine.run.records import Manifest
 from cellseg_batch.engine.slides.discover import find_images, first_slide
@@ -234,9 +234,12 @@ def _fullest(ids: NDArray[Any], box: Box, zoom: float, side: int) -> Box:
         zoom: px of the overview per px of the box.
         side: side of the square in px of the labels' full resolution, as those of ``box``.
     """
-    sums = np.pad(np.cumsum(np.cumsum(borders(ids) & (ids > 0), 0), 1), ((1, 0), (1, 0)))
-    height, width = (min(max(1, round(side * zoom)), length) for length in ids.shape)
-    inside = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
+    spans = []
+    for length in ids.shape:
+        own = min(max(1, round(side * zoom)), length)
+        starts = np.arange(length - own + 1)
+        spans.append((starts, starts + own))
+    inside = count_in_spans(borders(ids) & (ids > 0), *spans)
     y, x = np.unravel_index(int(np.argmax(inside)), inside.shape)
     rows, columns = min(side, box.shape[0]), min(side, box.shape[1])
     y0 = min(box.y0 + int(y / zoom), box.y1 - rows)

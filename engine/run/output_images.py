@@ -68,5 +68,5 @@ def output_images(paths: OutputPaths, settings: Settings, card: Card) -> tuple[O
     if settings.probability:
         images.append(OutputImage("probability", PROBABILITY, paths.companion, paths.in_companion("probability")))
     if settings.tissue:
-        images.append(OutputImage(TISSUE.name, TISSUE, paths.store, f"{paths.labels}_{TISSUE.name}", paths.source))
+        images.append(OutputImage(TISSUE.name, TISSUE, paths.store, paths.tissue, paths.source))
     return tuple(images)

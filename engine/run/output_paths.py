@@ -60,6 +60,11 @@ class OutputPaths:
         return f"{self.labels}_cells"
 
     @property
+    def tissue(self) -> str:
+        """Path of the label group of the mask of tissue inside the store."""
+        return f"{self.labels}_tissue"
+
+    @property
     def labels_folder(self) -> Path:
         """The label group on disk."""
         return self.store / self.labels

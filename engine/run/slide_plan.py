@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -147,7 +148,7 @@ class SlidePlan:
         rows, columns = self.grid.lattice.grid
         return rows * columns * self.grid.planes
 
-    @property
+    @cached_property
     def computed_tiles(self) -> TileMap | None:
         """Whether each tile of a plane, (rows, columns), is in the region and no glass; None if all tiles are."""
         maps = [] if self.region is None else [self.region.computed]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.engine.errors import OutputError, ReadError, SlideError, UsageError
-from cellseg_batch.engine.geometry import Box, Lattice
+from cellseg_batch.engine.geometry import Box, Lattice, count_in_spans
 from cellseg_batch.engine.inference.prediction import BlockResult
 from cellseg_batch.engine.objects.seeds import InstanceRule
 from cellseg_batch.engine.run.records import RegionIdentity
@@ -78,7 +78,6 @@ class SlideRegion:
 
     def edge(self, box: Box, lattice: Lattice, width: int) -> Inside:
         """Whether a tile that is not computed lies within ``width`` px of each pixel of a box, (h, w)."""
-        left_out = np.pad(np.cumsum(np.cumsum(~self.computed, axis=0), axis=1), ((1, 0), (1, 0)))
 
         def spans(axis: int, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
             """The spans of tiles around pixels ``start`` to ``stop``, each once, and the index of each pixel's."""
@@ -88,11 +87,9 @@ class SlideRegion:
             different, index = np.unique([first, last + 1], axis=1, return_inverse=True)
             return different, index.ravel()
 
-        ((top, bottom), rows), ((left, right), columns) = spans(0, box.y0, box.y1), spans(1, box.x0, box.x1)
-        counts = (
-            left_out[bottom][:, right] - left_out[top][:, right] - left_out[bottom][:, left] + left_out[top][:, left]
-        )
-        near: Inside = (counts > 0)[rows][:, columns]
+        (down, rows), (across, columns) = spans(0, box.y0, box.y1), spans(1, box.x0, box.x1)
+        left_out = count_in_spans(~self.computed, (down[0], down[1]), (across[0], across[1])) > 0
+        near: Inside = left_out[rows][:, columns]
         return near
 
 

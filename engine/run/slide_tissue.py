@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_batch.engine.geometry import Box, Lattice
+from cellseg_batch.engine.geometry import Lattice
 from cellseg_batch.engine.inference.tissue import CELL, Tissue, find_tissue, look_level
 from cellseg_batch.engine.run.records import TissueTiles
 from cellseg_batch.engine.settings import Settings
@@ -93,7 +93,6 @@ def write_mask(writer: ImageWriter, tissue: Tissue | None) -> None:
     """
     rows, columns = writer.layout.shapes[0][-2:]
     cells: NDArray[Any] = np.ones((rows, columns), np.uint8) if tissue is None else tissue.cells.astype(np.uint8)
-    for y in range(0, rows, _CHUNK):
-        for x in range(0, columns, _CHUNK):
-            box = Box(y, x, min(y + _CHUNK, rows), min(x + _CHUNK, columns))
-            writer.write(0, 0, box, cells[box.slices()])
+    for number in range(writer.layout.shard_count(0)):
+        plane, box = writer.layout.shard_box(0, number)
+        writer.write(0, plane, box, cells[box.slices()])

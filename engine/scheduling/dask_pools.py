@@ -45,7 +45,6 @@ _COUNT_SECONDS = 5
 _END_SECONDS = 5.0
 _GPU = "GPU"
 _JOBQUEUE_CLASSES = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster"}
-_SUBMITS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub"}
 # dask does not repeat a task whose worker died: the run decides what to do with it.
 _QUIET = {"silence_logs": logging.ERROR}
 _SCHEDULER = {"allowed_failures": 0, "dashboard": False}
@@ -254,10 +253,12 @@ def _open_queue(queue: str, workers: int, threads: int, resources: ClusterSettin
             found="no such package",
             remedy="pip install 'cellseg-batch[hpc]'",
         ) from error
-    if shutil.which(_SUBMITS[queue]) is None:
+    cluster_class = getattr(dask_jobqueue, _JOBQUEUE_CLASSES[queue])
+    submit = cluster_class.job_cls.submit_command
+    if shutil.which(submit) is None:
         raise UsageError(
             f"`scheduler={queue}`",
-            expected=f"the command {_SUBMITS[queue]}",
+            expected=f"the command {submit}",
             found="none on PATH",
             cause="a machine that submits no jobs",
             remedy="run this where jobs are submitted, such as a login node",
@@ -272,7 +273,7 @@ def _open_queue(queue: str, workers: int, threads: int, resources: ClusterSettin
     if resources.gres is not None:
         worker_arguments += ["--resources", f"{_GPU}={threads}"]
     try:
-        cluster = getattr(dask_jobqueue, _JOBQUEUE_CLASSES[queue])(
+        cluster = cluster_class(
             processes=1,
             worker_extra_args=worker_arguments,
             scheduler_options=_SCHEDULER,

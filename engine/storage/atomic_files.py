@@ -16,7 +16,7 @@ from secrets import token_hex
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import IO, TypeVar
 
-from cellseg_batch.engine.errors import writing_to
+from cellseg_batch.engine.errors import UsageError, writing_to
 from cellseg_batch.engine.storage.paths import RemotePath
 
 Content = TypeVar("Content")
@@ -154,6 +154,17 @@ def whole_file(path: Path, what: str = "a file") -> Iterator[IO[bytes]]:
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def refuse_all_but_files(out: Path) -> None:
+    """Refuse an output file that `whole_file` would put in the place of a folder, a device or a pipe.
+
+    Raises:
+        UsageError: one of them is there.
+    """
+    if out.exists() and not out.is_file():
+        found = "a folder" if out.is_dir() else "a device or a pipe"
+        raise UsageError(f"`out={out}`", expected="a file", found=found, remedy="name a file in a folder")
 
 
 @contextmanager

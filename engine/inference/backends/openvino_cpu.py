@@ -89,19 +89,20 @@ class OpenVinoBackend:
             # With pinning, the threads of all processes on a machine would share its first cores.
             "ENABLE_CPU_PINNING": False,
         }
-        self._folder = _network(bundle, precision == "int8", artefacts)
+        folder = _network(bundle, precision == "int8", artefacts)
+        self._model, self._byte_model = (self._core.read_model(folder / file) for file in (_FILE, _BYTES_FILE))
 
     def compile(self, shape: Shape) -> CompiledModel:
         """Compile for one batch shape."""
-        return self._compiled(_FILE, shape)
+        return self._compiled(self._model, shape)
 
     def compile_bytes(self, shape: Shape) -> ByteModel:
         """Compile for one batch shape; the logits are the same bit for bit as `compile`'s (`test_session.py`)."""
         count, channels, height, width = shape
-        return self._compiled(_BYTES_FILE, (count, height, width, channels))
+        return self._compiled(self._byte_model, (count, height, width, channels))
 
-    def _compiled(self, file: str, shape: Shape) -> _Compiled:
-        model = self._core.read_model(self._folder / file)
+    def _compiled(self, model: Any, shape: Shape) -> _Compiled:
+        model = model.clone()
         model.reshape({0: openvino.PartialShape(list(shape))})
         return _Compiled(self._core.compile_model(model, "CPU", self._options))
 
@@ -256,9 +257,7 @@ def _edge_filters(model: Any) -> list[str]:
     Rounding these or what they read to bfloat16 changes the logits more than rounding all other layers does.
     """
     first, second, *_ = (*_convolutions(model), None, None)
-    if first is None or second is None:
-        return []
-    if second.get_type_name() != _DEPTHWISE:
+    if second is None or second.get_type_name() != _DEPTHWISE:
         return []
     before, around = [], [first]
     while around:
