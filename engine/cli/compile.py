@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cellseg_batch.engine.cli.console import as_flags, check_json, write_json
+from cellseg_batch.engine.cli.console import check_json, print_line, write_json
 from cellseg_batch.engine.cli.flags import ENGINE, Json, takes_settings
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.settings import Settings
 
 if TYPE_CHECKING:
+    from cellseg_batch.engine.inference.backends.gate import Parity
     from cellseg_batch.engine.inference.compiled import CompiledEntry
     from cellseg_batch.engine.inference.race_result import Candidate, RaceResult
 
@@ -51,7 +52,10 @@ def compile_model(
 
 
 def print_race(race_result: RaceResult, settings: Settings, console: Console) -> None:
-    """Print a row for each candidate, the fastest first; the winner is the candidate that ``settings`` picks."""
+    """Print a row for each candidate that ran, the fastest first, and a line on those that did not, by reason.
+
+    The winner is the candidate that ``settings`` picks.
+    """
     count, _, height, width = race_result.shape
     table = Table(
         title=f"{race_result.request.model}: {count} x {height} x {width} px, {race_result.request.threads} threads, "
@@ -63,19 +67,21 @@ def print_race(race_result: RaceResult, settings: Settings, console: Console) ->
     winner = None
     with suppress(BackendError):
         winner = race_result.pick(settings.backend, settings.precision, settings.gate)
+    objects, missing = 0, dict[str, list[str]]()
     for candidate in race_result.candidates:
-        table.add_row(*map(Text, _row(candidate, candidate == winner)))
-    parities = [candidate.parity for candidate in race_result.candidates if candidate.parity is not None]
-    objects = max((parity.objects for parity in parities), default=0)
+        if candidate.parity is None:
+            missing.setdefault(candidate.missing, []).append(candidate.name)
+        else:
+            objects = max(objects, candidate.parity.objects)
+            table.add_row(*map(Text, _row(candidate, candidate.parity, candidate == winner)))
     console.print(table, f"compared with the fp32 reference on {objects} objects", highlight=False)
+    for reason, names in missing.items():
+        print_line(console, "missing", "", f"{', '.join(names)}: {reason}")
 
 
-def _row(candidate: Candidate, wins: bool) -> tuple[str, ...]:
+def _row(candidate: Candidate, parity: Parity, wins: bool) -> tuple[str, ...]:
     from cellseg_batch.engine.backend_table import KNOWN_PRECISIONS
 
-    parity = candidate.parity
-    if parity is None:
-        return (candidate.name, "", "", "", "", "", "", as_flags(candidate.missing))
     verdict = "winner" if wins else "on request" if KNOWN_PRECISIONS[candidate.precision].on_request else ""
     return (
         candidate.name,

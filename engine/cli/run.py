@@ -83,6 +83,9 @@ def print_failures(report: RunReport, console: Console) -> None:
 
 def print_report(report: RunReport, console: Console, settings: Settings) -> None:
     """Print the figures of the run that are known, and as the last line how many images are in each state."""
+    if not report.slides:
+        console.print(f"nothing to do: {'no image has failed' if settings.retry_failed else 'this shard has no image'}")
+        return
     table = Table(title="cellseg-batch run", show_header=False, title_justify="left")
     table.add_column()
     table.add_column(overflow="fold")

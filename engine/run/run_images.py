@@ -14,6 +14,7 @@ from cellseg_batch.engine.run.slide_plan import choose_input
 from cellseg_batch.engine.run.slide_region import check_region, refuse_region
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import find_all_images, find_images
+from cellseg_batch.engine.slides.image_format import some_of
 from cellseg_batch.engine.slides.plate import FieldChoice
 from cellseg_batch.engine.slides.slide import Asked, Slide, UnreadableImage
 from cellseg_batch.trainer.card import Card
@@ -32,7 +33,7 @@ def find_run_images(inputs: Sequence[Path], settings: Settings, card: Card) -> I
     Raises:
         NoImageError: an input does not exist or holds nothing that could be an image.
         UsageError: there are neither inputs nor a manifest, or both; or rows of the manifest cannot be used; or
-            settings or model keep no regions.
+            no plate has one of the wells or fields; or settings or model keep no regions.
     """
     if bool(inputs) == bool(settings.manifest):
         raise UsageError(
@@ -46,9 +47,23 @@ def find_run_images(inputs: Sequence[Path], settings: Settings, card: Card) -> I
         images = find_all_images(inputs, settings.axes, FieldChoice(settings.wells, settings.fields))
     else:
         images = _images_listed(settings.manifest, settings, card)
+    _refuse_unmatched(images, settings)
     if settings.mask is not None or any(isinstance(image, Slide) and image.asked.mask for image in images):
         refuse_region(settings, card)
     return images_of_shard(images, settings.shard)
+
+
+def _refuse_unmatched(images: Images, settings: Settings) -> None:
+    """Refuse wells and fields that no plate has, which are misspelt."""
+    positions = [image.plate_position for image in images if image.plate_position is not None]
+    unmatched = FieldChoice(settings.wells, settings.fields).unmatched(positions)
+    if unmatched:
+        raise UsageError(
+            "`wells` and `fields`",
+            expected="wells and fields of the plates",
+            found=f"{some_of(unmatched)}, which none of them has",
+            remedy="choose among those that cellseg-batch info lists",
+        )
 
 
 def _images_listed(manifest: Path, settings: Settings, card: Card) -> Images:

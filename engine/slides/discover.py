@@ -70,6 +70,8 @@ def find_images(
 ) -> list[Slide | UnreadableImage]:
     """Find every image below ``path``, in sorted order; an image that several names lead to is found once.
 
+    The list is empty if there are images, but none in the wells and fields of ``choice``.
+
     Args:
         path: a file, a zarr store, a group inside one, or a folder of any of these.
         axes: order of the axes, such as ``cyx``; images that name others themselves become an `UnreadableImage`, but
@@ -91,12 +93,14 @@ def find_images(
     path, search = _followed(path), Search(axes, choice, _visit_folder)
     images = _once(_usable(_followed_image(image)) for image in _visit(path, path.name, search))
     images = [_with_links(image, search.folders) for image in images]
-    if not images:
+    if not images and choice != EVERY_FIELD:
+        find_images(path, axes)  # which raises an error if there are none at all
+    elif not images:
         titles = ", ".join(image_format.title for image_format in formats.FORMATS if image_format.title)
         raise NoImageError(
             str(path),
             expected=f"at least one image ({titles})",
-            found=_special_file(path) or "none" + " in such wells and fields" * (choice != EVERY_FIELD),
+            found=_special_file(path) or "none",
             cause=_EMPTY_FOLDER if path.is_dir() else _OTHER_FILE,
             remedy="see cellseg-batch info for what a path holds",
         )

@@ -172,7 +172,11 @@ def image_in_series(
 
 def why_unreadable(error: Exception) -> str:
     """Why an image cannot be used, in one line, by the error that it raised."""
-    return error.detail if isinstance(error, CellsegError) else f"cannot be read: {brief(error)}"
+    if isinstance(error, CellsegError):
+        return error.detail
+    if isinstance(error, OSError) and error.errno is not None:  # the operating system's, not a library's
+        return f"cannot be read: {brief(error)}; check the path and its rights"
+    return f"cannot be read: {brief(error)} (likely damaged, or not what its name promises); copy or export it again"
 
 
 def local_file(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -41,13 +42,20 @@ class FieldChoice:
 
     def takes_well(self, position: PlatePosition) -> bool:
         """Whether the well at ``position`` is processed."""
-        names = {
-            position.row + column for column in (position.column, position.column.zfill(2), position.column.lstrip("0"))
-        }
-        return not self.wells or any(
-            fnmatchcase(name.upper(), pattern.upper()) for name in names for pattern in self.wells
-        )
+        return not self.wells or any(_matches(position, pattern) for pattern in self.wells)
 
     def takes_field(self, field: str) -> bool:
         """Whether fields of this name are processed."""
         return not self.fields or field in self.fields
+
+    def unmatched(self, positions: Iterable[PlatePosition]) -> list[str]:
+        """The names and patterns of wells and fields that take none of ``positions``, in words."""
+        taken = list(positions)
+        wells = [well for well in self.wells if not any(_matches(position, well) for position in taken)]
+        fields = [field for field in self.fields if all(position.field != field for position in taken)]
+        return [f"well {well}" for well in wells] + [f"field {field}" for field in fields]
+
+
+def _matches(position: PlatePosition, pattern: str) -> bool:
+    columns = (position.column, position.column.zfill(2), position.column.lstrip("0"))
+    return any(fnmatchcase((position.row + column).upper(), pattern.upper()) for column in columns)

@@ -129,8 +129,15 @@ def load_dataset(
                 problems.append(Problem(entry.name, str(error) or type(error).__name__))
     empty = [split for split, samples in splits.items() if not samples]
     if empty:
-        raise ValueError(f"{folder}: no usable image in {', '.join(empty)}; {len(problems)} could not be used")
+        raise ValueError(f"{folder}: no usable image in {' or '.join(empty)} {_why_empty(entries, problems)}")
     return Dataset(splits, problems, classes)
+
+
+def _why_empty(entries: list[Entry], problems: list[Problem]) -> str:
+    listed = f"among {len(entries)}"
+    if problems:
+        return f"{listed}; {len(problems)} could not be used, the first, {problems[0].name}, as {problems[0].reason}"
+    return f"{listed}; add images, or say each one's split in a column of index.csv"
 
 
 def _hashed_split(name: str) -> str:

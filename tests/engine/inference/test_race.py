@@ -65,10 +65,11 @@ def test_a_race_result_survives_its_file():
 
 
 def test_the_table_says_how_to_get_what_is_missing():
-    console = Console(file=io.StringIO(), width=200)
-    remedy = "pip install 'cellseg-batch[int8]'"
-    print_race(race_result(REFERENCE, Candidate("openvino", "int8", remedy)), Settings(), console)
-    assert remedy in console.file.getvalue()
+    console = Console(file=io.StringIO(), width=80)
+    remedy = "needs nncf, which turns a network into integers; pip install 'cellseg-batch[int8]'"
+    missing = [Candidate(backend, "int8", remedy) for backend in ("openvino", "another")]
+    print_race(race_result(REFERENCE, *missing), Settings(), console)
+    assert console.file.getvalue().splitlines()[-1] == f"missing  openvino int8, another int8: {remedy}"
 
 
 def test_all_take_turns_and_the_hopeless_drop_out(monkeypatch):

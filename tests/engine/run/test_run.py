@@ -255,6 +255,12 @@ def test_no_backend_is_raced_for_images_that_their_metadata_refuse(slide, segmen
     assert len(segment(slide, retry_failed=True).slides) == 1
 
 
+def test_a_retry_without_failures_says_so(slide, command, tiny_model):
+    assert command("run", slide, "--model", tiny_model, *REFERENCE)[0] == 0
+    code, output = command("run", slide, "--model", tiny_model, *REFERENCE, "--retry-failed")
+    assert (code, output.strip()) == (0, "nothing to do: no image has failed")
+
+
 def test_foreign_labels_are_never_touched(slide, segment):
     write_ome_zarr(slide / "labels" / "cellseg", np.ones((300, 260), np.uint8), "yx")
     report = segment(slide)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import zarr
 
-from cellseg_batch.engine.errors import NoImageError
 from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.slides.discover import find_images
 from cellseg_batch.engine.slides.formats import format_of
@@ -70,10 +69,12 @@ def test_wells_and_fields_of_a_plate_can_be_chosen(tmp_path, wells, fields, expe
     assert single.plate_position is None
 
 
-def test_wells_that_do_not_exist_are_no_images(tmp_path):
+def test_wells_and_fields_that_no_plate_has_are_named(tmp_path, command):
     plate = write_plate(tmp_path / "plate.zarr", ["A/01"], ["0"])
-    with pytest.raises(NoImageError, match="none in such wells and fields"):
-        find_images(plate, choice=FieldChoice(("C*",)))
+    code, output = command("plan", plate, "--wells", "A*,C*", "--fields", "0,7")
+    assert code == 2
+    assert "found well C*, field 7, which none of them has" in output
+    assert find_images(plate, choice=FieldChoice(("C*",))) == []
 
 
 def test_plates_list_their_fields_and_name_what_is_missing(tmp_path):
