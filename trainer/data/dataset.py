@@ -136,7 +136,7 @@ def load_dataset(
 def _why_empty(entries: list[Entry], problems: list[Problem]) -> str:
     listed = f"among {len(entries)}"
     if problems:
-        return f"{listed}; {len(problems)} could not be used, the first, {problems[0].name}, as {problems[0].reason}"
+        return f"{listed}; {len(problems)} could not be used, the first, {problems[0].file}, as {problems[0].reason}"
     return f"{listed}; add images, or say each one's split in a column of index.csv"
 
 
