@@ -9,8 +9,11 @@ from cellseg_batch.engine.profiling.timeline import IDLE, on_device
 _ENOUGH = 0.8
 """A device that is busy for this share of the time is the bottleneck: removing its idle time gains 1.25x at most."""
 
+_COARSE = 0.1
+"""Seconds below which a stage's speed says nothing: caches, and the steps of the clock, make up most of it."""
+
 _ADVICE = {
-    "model": "a faster model would help: `precision=int8`, or a GPU",
+    "model": "a faster model would help, or a GPU; cellseg-batch compile races every precision of this one",
     "write": "more blocks in flight (`workers`), or another disk for `output`, would help",
     "pyramid": "a faster disk for `output` would help: every level of the labels is written too",
     IDLE: "larger blocks (`block`) would help, as would fewer and larger images",
@@ -41,8 +44,10 @@ class StageUse:
 
     @property
     def share_of_alone(self) -> float | None:
-        """Speed of the stage as a share of its speed alone; None if that was not measured."""
-        return None if self.alone_mpx_per_s is None else self.mpx_per_s / self.alone_mpx_per_s
+        """Speed of the stage as a share of its speed alone; None if that was not measured, or not for long enough."""
+        if self.alone_mpx_per_s is None or self.busy < _COARSE:
+            return None
+        return self.mpx_per_s / self.alone_mpx_per_s
 
 
 def find_bottleneck(shares: dict[str, float]) -> str:

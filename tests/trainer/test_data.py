@@ -203,8 +203,8 @@ def test_what_is_no_data_set_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no usable image in train among 1; add images"):
         read(tmp_path)
     (tmp_path / "index.csv").write_text("id,split\na,train\n")
-    (tmp_path / "masks" / "a.png").write_text("no picture")
-    with pytest.raises(ValueError, match="train among 1; 1 could not be used, the first, a, as cannot identify"):
+    mask(tmp_path / "masks" / "a.png", TRUTH[1:] > 0)
+    with pytest.raises(ValueError, match="train among 1; 1 could not be used, the first, a, as the image is"):
         read(tmp_path)
 
 
