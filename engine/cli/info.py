@@ -61,7 +61,7 @@ def _rows(cut: Cut) -> Iterator[tuple[str, str]]:
     yield "format", f"{format_of(slide).describe(slide)}, {slide.dtype}, chunks of {chunks}"
     yield "axes", f"{slide.axes}, {' x '.join(map(str, slide.levels[0].shape))}"
     yield "levels", ", ".join(f"{height} x {width}" for height, width in shapes)
-    yield "pixel size", f"{size:.3g} µm/px" if size else "unknown"
+    yield "pixel size", f"{size:.3g} µm/px" if size else as_flags("unknown; `pixel_size` gives it")
     yield "channels", ", ".join(slide.channels) or f"{slide.extent('c', 0)} without names"
     yield "would run", f"level {level.level} ({level.reason}), channel {_numbers(channels.indices)} ({channels.reason})"
     yield "", f"{counted(cut.blocks, 'block')}, {counted(cut.tiles, 'tile')} of {cut.tile[0]} x {cut.tile[1]}"

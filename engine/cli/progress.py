@@ -52,7 +52,10 @@ class RunProgress(ProgressBar):
     def racing(self) -> None:
         """Print why the run takes a while to start."""
         if self._verbosity >= 0:
-            self.console.print("choosing a backend for this model on this machine, once ...", highlight=False)
+            self.console.print(
+                "choosing a backend for this model on this machine, once: seconds, or minutes before a large run ...",
+                highlight=False,
+            )
 
     def found(self, images: int) -> None:
         """Note the number of images that will be processed."""
