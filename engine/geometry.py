@@ -212,18 +212,28 @@ def square_lattices(shape: tuple[int, int], tile: int, margin: int, total_stride
     return [Lattice(shape, (core, core), margin) for core in cores if core >= smallest]
 
 
-def lay_fixed(shape: tuple[int, int], side: int, margin: int) -> Lattice:
+def lay_fixed(shape: tuple[int, int], tile: int, side: int, margin: int, total_stride: int) -> Lattice:
     """Lay the only lattice of a network that takes square tiles of ``side`` px alone.
 
     Args:
         shape: (height, width) of the slide's level in px.
+        tile: side in px of a square whose area no tile may exceed.
         side: side of every tile in px.
         margin: px of context cut from each side of a tile.
+        total_stride: px; margins are multiples of it.
 
     Raises:
-        UsageError: the margin leaves no core in the tile.
+        UsageError: margin is no multiple of the stride, or leaves no core in the tile; or tiles may not be as large.
     """
+    _demand_whole_strides(margin, total_stride)
     core = side - 2 * margin
+    if tile < side:
+        raise UsageError(
+            "`tile`",
+            expected=f"at least {side} px, as the model takes tiles of {side} px alone",
+            found=f"{tile}",
+            remedy="leave it out",
+        )
     if core < 1:
         raise UsageError(
             "`margin`",
@@ -240,15 +250,8 @@ def _smallest_core(tile: int, margin: int, total_stride: int, least: int) -> int
     Raises:
         UsageError: margin is no multiple of the stride, or leaves no core in the tile.
     """
+    _demand_whole_strides(margin, total_stride)
     smallest = max(1, -(-(least - 2 * margin) // total_stride)) * total_stride
-    if margin % total_stride:
-        nearest = -(-margin // total_stride) * total_stride
-        raise UsageError(
-            "`margin`",
-            expected=f"a multiple of the network's total stride, {total_stride} px",
-            found=f"{margin}",
-            remedy=f"use `margin={nearest}`",
-        )
     if tile < 2 * margin + smallest:
         raise UsageError(
             "`tile`",
@@ -257,6 +260,18 @@ def _smallest_core(tile: int, margin: int, total_stride: int, least: int) -> int
             remedy="use a larger tile or a smaller margin",
         )
     return smallest
+
+
+def _demand_whole_strides(margin: int, total_stride: int) -> None:
+    """Refuse a margin in px that is no multiple of the stride; raises UsageError."""
+    if margin % total_stride:
+        nearest = -(-margin // total_stride) * total_stride
+        raise UsageError(
+            "`margin`",
+            expected=f"a multiple of the network's total stride, {total_stride} px",
+            found=f"{margin}",
+            remedy=f"use `margin={nearest}`",
+        )
 
 
 def count_in_spans(

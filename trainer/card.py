@@ -76,6 +76,8 @@ class Normalisation:
             raise ValueError(f"normalisation {self.kind} has clip = false; fixed and percentile may clip")
         if len(self.low) != len(self.high) or not self.low:
             raise ValueError(f"normalisation: low has {len(self.low)} numbers, high {len(self.high)}")
+        if not all(math.isfinite(number) for number in (*self.low, *self.high)):
+            raise ValueError(f"normalisation: expected finite numbers, found low {self.low} and high {self.high}")
         if self.kind != "zscore" and not all(low < high for low, high in zip(self.low, self.high, strict=True)):
             raise ValueError(f"normalisation: low {self.low} is not below high {self.high}")
         if self.kind == "percentile" and not (min(self.low) >= 0 and max(self.high) <= 100):
@@ -134,6 +136,14 @@ class Size:
     min: int
     step: int
 
+    def __post_init__(self) -> None:
+        """Refuse sides that no tile has; raises ValueError."""
+        if self.min < 1 or self.step < 0:
+            raise ValueError(
+                f"size: expected a smallest side of 1 px or more and steps of 0 px or more, found {self.min} and "
+                f"{self.step}"
+            )
+
     @property
     def fixed(self) -> int | None:
         """The only side in px that the network takes; None if it takes several."""
@@ -169,13 +179,18 @@ class Input:
         """Refuse roles and numbers that cannot be.
 
         Raises:
-            ValueError: there are none, one is named twice, or numbers do not fit their number.
+            ValueError: there are none, one is named twice or as no `channel` can name it, or numbers are out of their
+                range or do not fit their number.
         """
         _demand_one_of("input.layout", self.layout, LAYOUTS)
         if not self.channels or len(set(self.channels)) < len(self.channels) or not all(self.channels):
             raise ValueError(f"input.channels: expected one name for each channel, found {list(self.channels)}")
         if len(self.channels) > 1 and {"rgb", "grey"} & set(self.channels):
             raise ValueError(f"input.channels: rgb and grey stand alone, found {list(self.channels)}")
+        if {",", "="} & set("".join(self.channels)):  # they divide the roles in `channel`
+            raise ValueError(f"input.channels: expected names without , and =, found {list(self.channels)}")
+        if self.pixel_size_um is not None and not 0 < self.pixel_size_um < math.inf:
+            raise ValueError(f"input.pixel_size_um: expected µm per px above 0, found {self.pixel_size_um}")
         if len(self.normalisation.low) not in (1, self.count):
             raise ValueError(f"normalisation: {len(self.normalisation.low)} numbers for {self.count} channels")
 
@@ -251,6 +266,11 @@ class Instances:
     smallest_seed: int = 15
     growth: int = 8
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be; raises ValueError."""
+        _demand_within("instances", self, border_weight=(0, 3), smoothing=(0, 16), seed_level=(-3, 1))
+        _demand_within("instances", self, border_level=(-3, 1), smallest_seed=(0, 1 << 20), growth=(0, 256))
+
 
 @dataclass(frozen=True)
 class StarDist:
@@ -271,10 +291,7 @@ class StarDist:
         Raises:
             ValueError: a number is out of its range.
         """
-        if not 0 <= self.overlap <= 1:
-            raise ValueError(f"stardist.overlap lies from 0 to 1, found {self.overlap}")
-        if not 1 <= self.longest_ray <= 2048:
-            raise ValueError(f"stardist.longest_ray lies from 1 to 2048 px, found {self.longest_ray}")
+        _demand_within("stardist", self, overlap=(0, 1), longest_ray=(1, 2048))
 
 
 @dataclass(frozen=True)
@@ -296,6 +313,11 @@ class Hover:
     smallest_seed: int = 10
     growth: int = 8
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be; raises ValueError."""
+        _demand_within("hover", self, seed_level=(-1, 1), border_level=(-1, 1), smallest_seed=(0, 1 << 20))
+        _demand_within("hover", self, growth=(0, 256))
+
 
 @dataclass(frozen=True)
 class ModelClass:
@@ -310,7 +332,9 @@ class ModelClass:
     colour: str
 
     def __post_init__(self) -> None:
-        """Refuse what is no colour; raises ValueError."""
+        """Refuse what is no name and no colour; raises ValueError."""
+        if not self.name.strip() or not self.name.isprintable():
+            raise ValueError(f"classes: expected names that can be read, found {self.name!r}")
         if not re.fullmatch("#[0-9a-f]{6}", self.colour):
             raise ValueError(f"the colour of a class is such as #c80000, not {self.colour!r}")
 
@@ -429,6 +453,8 @@ class Card:
                 f"classes: expected {least} to {most} names without background, found {names} for the decoder "
                 f"{self.decoder}"
             )
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold: expected a probability above 0 and below 1, found {self.threshold}")
         if self.margin < self.output.crop:
             raise ValueError(
                 f"margin: expected at least the output's crop of {self.output.crop} px, found {self.margin}"
@@ -472,6 +498,13 @@ def _demand_one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{what}: expected one of {', '.join(allowed)}, found {value!r}")
 
 
+def _demand_within(table: str, record: Any, **limits: tuple[float, float]) -> None:
+    """Check that numbers of a record lie between the limits that go by their names; a NaN does not."""
+    for name, (least, most) in limits.items():
+        if not least <= getattr(record, name) <= most:
+            raise ValueError(f"{table}.{name} lies from {least} to {most}, found {getattr(record, name)}")
+
+
 def refuse_unknown(record: Any, content: Any) -> None:
     """Check that no part of ``content`` is left out by the dataclass that was made of it.
 
@@ -483,7 +516,9 @@ def refuse_unknown(record: Any, content: Any) -> None:
             refuse_unknown(item, part)
     if not is_dataclass(record) or not isinstance(content, dict):
         return
-    if unknown := sorted(set(content) - {known.name for known in fields(record)}):
-        raise ValueError(f"the unknown field {unknown[0]} of {type(record).__name__.lower()}")
+    known = [one.name for one in fields(record)]
+    if unknown := sorted(set(content) - set(known)):
+        name = type(record).__name__.removesuffix("Draft").lower()
+        raise ValueError(f"the unknown field {unknown[0]} of {name}, whose fields are {', '.join(known)}")
     for name, value in content.items():
         refuse_unknown(getattr(record, name), value)

@@ -26,6 +26,8 @@ _PACKAGE = "a bioimage.io package with bioimageio.yaml or rdf.yaml at its top"
 _ARCHIVE = "an archive that is damaged or of something else"
 # First bytes of what torch.save, joblib and pickle write: a zip archive, or a pickle of protocol 2 or later.
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_TAKES = "export the network of a batch of 2-D images of floats; the card says how pixels become these"
+_GIVES = "export the network without this output, or without what makes numbers of an image into labels or one number"
 EXPORT = 'torch.onnx.export(network, example, "model.onnx", dynamo=True) where the model was trained'
 
 
@@ -106,20 +108,25 @@ def read_graph(path: Path) -> GraphFile:
     model.opset_import.append(onnx.helper.make_opsetid("", opset))
     _take_in_external_data(path, model)
     _refuse_nan(path, model)
+    for value in (*model.graph.input, *model.graph.output):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_value < 1 and not axis.dim_param:
+                axis.Clear()  # some writers have -1 or 0 for what is open
     try:
         onnx.checker.check_model(model)
     except Exception as error:  # the checker's own errors
         raise _refused(path, "a valid ONNX graph", brief(error), f"export it again: {EXPORT}") from error
     initial = {value.name for value in model.graph.initializer}
-    inputs = [_port(path, value) for value in model.graph.input if value.name not in initial]
+    inputs = [value for value in model.graph.input if value.name not in initial]
     if len(inputs) != 1:
-        found = ", ".join(port.name for port in inputs) or "none"
+        found = ", ".join(value.name for value in inputs) or "none"
         raise _refused(path, "a graph with one input", found, "export the network alone, on an image alone")
     made_by = {output: node.op_type for node in model.graph.node for output in node.output}
-    outputs = tuple(_port(path, value) for value in model.graph.output)
+    taken = _port(path, inputs[0], "the input", _TAKES)
+    outputs = tuple(_port(path, value, "each output", _GIVES) for value in model.graph.output)
     return GraphFile(
         serialised=model.SerializeToString(),
-        input=inputs[0],
+        input=taken,
         outputs=outputs,
         opset=opset,
         makers={port.name: made_by.get(port.name, "") for port in outputs},
@@ -215,17 +222,15 @@ def _refuse_nan(path: Path, model: ModelProto) -> None:
             )
 
 
-def _port(path: Path, value: ValueInfoProto) -> Port:
+def _port(path: Path, value: ValueInfoProto, which: str, remedy: str) -> Port:
     from onnx import TensorProto
 
     tensor = value.type.tensor_type
     dtypes: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
     shape = tuple(axis.dim_value or None for axis in tensor.shape.dim)
-    name = value.name
     if tensor.elem_type not in dtypes or len(shape) != 4:
         kind = TensorProto.DataType.Name(tensor.elem_type).lower()
-        found = f"{name}: {kind} with {len(shape)} axes"
-        remedy = "export the network of one 2-D image, without what turns numbers into labels"
-        expected = "tensors of four axes (batch, channels, height, width) in float32 or float16"
+        found = f"{value.name}: {kind} with {len(shape)} axes"
+        expected = f"four axes (batch, channels, height, width) in float32 or float16 for {which}"
         raise _refused(path, expected, found, remedy)
-    return Port(name, dtypes[tensor.elem_type], shape)
+    return Port(value.name, dtypes[tensor.elem_type], shape)

@@ -1,4 +1,4 @@
-"""Total stride and exact margin of any graph, found by changing a column or a row of its input.
+"""Strides and exact margin of any graph, found by changing a column or a row of its input.
 
 The outputs that change are those that see it.  Two networks are asked, and the wider answer counts: the graph itself on
 noise, and the same graph with means instead of its weights on an empty image.  There nothing cancels, and what is seen
@@ -8,6 +8,7 @@ pixel's logits depend on where it lies in the tile, and no margin is exact.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from onnx import numpy_helper
 from cellseg_batch.engine.inference.backends.onnx_graph import plain_graph
 from cellseg_batch.engine.inference.backends.onnxruntime_cpu import OnnxRuntimeBackend
 from cellseg_batch.trainer.bundle import Bundle
+from cellseg_batch.trainer.card import Card
 
 _LARGEST_STRIDE = 64
 # Stride of most networks; that of one whose pixels see the whole tile cannot be seen.
@@ -28,6 +30,8 @@ _ACROSS = 64
 # Change of the noise, which lies in [0, 1], and of the empty image, which each layer makes a mean of.
 _CHANGE, _LARGE_CHANGE = 100.0, 1e20
 _SAME = 1e-4
+# Bands of columns that are changed to see how coarse an output is, and the share of the largest answer that is none.
+_BANDS, _FAINT = 17, 1e-3
 
 Pixels = NDArray[np.float32]
 Model = Callable[[Pixels], NDArray[np.float32]]
@@ -58,21 +62,71 @@ def measure_footprint(bundle: Bundle, threads: int) -> Footprint:
         threads: threads of ONNX Runtime.
     """
     graph, card = plain_graph(bundle), bundle.card
-    stride = _coarsest(graph, card.input.count)
+    # Sides of what is asked are multiples of it: of any stride up to the largest, and of what the card says.
+    unit = math.lcm(_LARGEST_STRIDE, card.input.size.step)
+    stride = _coarsest(graph, card.input.count, unit)
     if stride is None:
         return Footprint(_USUAL_STRIDE, None, "the network sees the whole tile")
-    across = 2 * card.output.crop + max(_ACROSS, card.input.size.min)
-    across = -(-across // _LARGEST_STRIDE) * _LARGEST_STRIDE
+    stride = math.lcm(stride, card.output.stride)
+    across = _whole(2 * card.output.crop + max(_ACROSS, card.input.size.min), unit)
     model, means = (_Probe(serialised, threads, card.grid) for serialised in (graph, _with_means(graph)))
     margin = 0
     for axis in (_as_it_is, _turned):
-        reach = _reach_along_x(axis(model), axis(means), card.input.count, card.output.crop, across, stride)
+        reach = _reach_along_x(axis(model), axis(means), card, across, stride, unit)
         if reach is None:
             return Footprint(_USUAL_STRIDE, None, "the network sees the whole tile")
         margin = max(margin, reach)
-    if not _shifts(model, card.input.count, stride, margin + card.output.crop):
+    if not _shifts(model, card.input.count, stride, margin + card.output.crop, unit):
         return Footprint(_USUAL_STRIDE, None, "a pixel's logits depend on where in the tile it lies")
     return Footprint(stride, margin)
+
+
+def measure_output_stride(bundle: Bundle, side: int, given: int, threads: int) -> int | None:
+    """Measure how many px of the input each value of the output stands for.
+
+    A smaller output may be coarser than its input, or cropped, or both.  Bands of columns are changed all over its
+    tile: of answers that begin or end inside the output, the ends lie as far apart as their bands by the stride.
+
+    Args:
+        bundle: a bundle whose card says nothing of crop and stride yet.
+        side: side in px of a tile.
+        given: values along a side of what the graph gives for it.
+        threads: threads of ONNX Runtime.
+
+    Returns:
+        The stride; None if as much cannot be cut from each side of the tile whatever the stride.
+    """
+    strides = [stride for stride in range(1, side // given + 1) if (side - stride * given) % 2 == 0]
+    if len(strides) < 2:
+        return strides[0] if strides else None
+    graph, pixels = plain_graph(bundle), np.zeros((1, bundle.card.input.count, side, side), np.float32)
+    bands = np.linspace(0, side - strides[-1], _BANDS).astype(int)
+    for serialised in (_with_means(graph), graph):
+        model, answers = _Probe(serialised, threads, 1), []
+        for band in bands:
+            changed = pixels.copy()
+            changed[..., band : band + strides[-1]] = 1
+            answers.append(np.abs(model(changed) - model(pixels)).sum((0, 1, 2), dtype=np.float64))
+        spreads = [_spread_of_ends(np.stack(answers), bands / stride) for stride in strides]
+        if math.isfinite(min(spreads)):
+            return strides[int(np.argmin(spreads))]
+    return strides[-1]
+
+
+def _spread_of_ends(answers: NDArray[np.float64], places: NDArray[np.float64]) -> float:
+    """How differently far the ends of answers (B, W) lie from the places (B,) in them that were changed.
+
+    Infinite if there are no two ends inside.
+    """
+    if answers.min() > 0:  # what is seen everywhere says no place
+        answers = answers - np.median(answers, axis=1, keepdims=True)
+    seen = answers > _FAINT * answers.max()
+    firsts, lasts = seen.argmax(axis=1), seen.shape[1] - 1 - seen[:, ::-1].argmax(axis=1)
+    spreads = []
+    for ends, inside in ((firsts, firsts > 0), (lasts, lasts < seen.shape[1] - 1)):
+        apart = (ends - places)[inside & seen.any(axis=1)]
+        spreads += [float(np.ptp(apart))] if len(apart) > 1 else []
+    return max(spreads, default=math.inf)
 
 
 class _Probe:
@@ -94,9 +148,14 @@ def _turned(model: Model) -> Model:
     return lambda pixels: model(pixels.swapaxes(2, 3)).swapaxes(2, 3)
 
 
-def _coarsest(graph: bytes, channels: int) -> int | None:
+def _whole(side: int, unit: int) -> int:
+    """A side in px rounded up to multiples of ``unit``."""
+    return -(-side // unit) * unit
+
+
+def _coarsest(graph: bytes, channels: int, unit: int) -> int | None:
     """Px of the input that one pixel of the coarsest features stands for; None if that is the whole image."""
-    side = 16 * _LARGEST_STRIDE
+    side = 16 * unit
     model = onnx.load_model_from_string(graph)
     for axis, length in zip(model.graph.input[0].type.tensor_type.shape.dim, (1, channels, side, side), strict=True):
         axis.dim_value = length
@@ -132,10 +191,11 @@ def _with_means(graph: bytes) -> bytes:
     return serialised
 
 
-def _reach_along_x(model: Model, means: Model, channels: int, crop: int, across: int, stride: int) -> int | None:
+def _reach_along_x(model: Model, means: Model, card: Card, across: int, stride: int, unit: int) -> int | None:
     """Px of context in whole strides such that no core on the stride's grid depends on more; None if all is seen."""
+    channels, crop = card.input.count, card.output.crop
     empty = np.zeros((1, channels, across, 0), np.float32)
-    for span in _SPANS:
+    for span in (_whole(span, unit) for span in _SPANS):
         noise = np.random.default_rng(0).random((1, channels, across, span), np.float32)
         empty = np.zeros_like(noise)
         plain, nothing = model(noise), means(empty)
@@ -174,9 +234,9 @@ def _changed(pixels: Pixels, column: int, change: float) -> Pixels:
     return other
 
 
-def _shifts(model: Model, channels: int, stride: int, margin: int) -> bool:
+def _shifts(model: Model, channels: int, stride: int, margin: int, unit: int) -> bool:
     """Whether the result of an image shifted by one stride is the shifted result, ``margin`` px from its edges."""
-    side = -(-(2 * margin + 2 * _ACROSS) // _LARGEST_STRIDE) * _LARGEST_STRIDE
+    side = _whole(2 * margin + 2 * _ACROSS, unit)
     image = np.random.default_rng(1).random((1, channels, side + stride, side + stride), np.float32)
     first, second = (model(image[..., start : start + side, start : start + side]) for start in (0, stride))
     later, earlier = slice(margin + stride, side - margin), slice(margin, side - margin - stride)

@@ -44,9 +44,9 @@ def normalisation_of(tensor: TensorFacts) -> tuple[NormalisationDraft, tuple[str
     for number, step in enumerate(tensor.steps):
         name, kwargs = _kind_of(step), step.kwargs
         if name == "ensure_dtype":
-            # The first is the image's own type, the last the graph's, which was checked.
-            if 0 < number < len(tensor.steps) - 1 and not kwargs.dtype.startswith("float"):
-                raise ValueError(f"the step ensure_dtype to {kwargs.dtype} between others")
+            # The first is the image's own type; the graph, which was checked, takes floats.
+            if number > 0 and not kwargs.dtype.startswith("float"):
+                raise ValueError(f"the step ensure_dtype to {kwargs.dtype} after others")
             continue
         if name in ("scale_linear", "fixed_zero_mean_unit_variance"):
             if statistic is not None:

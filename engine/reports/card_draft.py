@@ -19,6 +19,7 @@ EXAMPLES = {
     "input.normalisation": 'normalisation = {kind = "linear", low = 0, high = 255}  # or percentile, zscore, fixed',
     "output.decoder": 'decoder = "mask"  # ' + " or ".join(DECODER_OUTPUTS),
     "output.channels": 'channels = ["background", "foreground"]  # the meaning of each channel, in order',
+    "output.activation": 'activation = "sigmoid"  # or softmax; none for logits; in its line where tensors are named',
     "output.classes": 'classes = ["tumour", "stroma"]  # names without background',
     "input.layout": 'layout = "NCHW"  # or "NHWC"',
     "input.size": "size = {min = 128, step = 16}  # sides in px that it takes",
@@ -123,7 +124,7 @@ def read_draft(path: Path | None) -> CardDraft:
     if path is None:
         return CardDraft()
     try:
-        content = tomllib.loads(path.read_text())
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
         draft = msgspec.convert(content, CardDraft)
         refuse_unknown(draft, content)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, ValueError) as error:
@@ -131,6 +132,8 @@ def read_draft(path: Path | None) -> CardDraft:
             str(path),
             expected="a card in TOML, with the tables input and output",
             found=brief(error).replace("`", ""),
-            remedy=f"begin with [input] and {EXAMPLES['input.channels']}",
+            remedy="check the path"
+            if isinstance(error, OSError)
+            else f"correct it; a card begins with [input] and {EXAMPLES['input.channels']}",
         ) from error
     return draft

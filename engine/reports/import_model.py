@@ -17,7 +17,7 @@ import numpy as np
 from cellseg_batch.engine.errors import ModelError, UsageError, brief, writing_to
 from cellseg_batch.engine.inference.backends.registry import REFERENCES, make_backend
 from cellseg_batch.engine.inference.onnx_file import GraphFile, Port, read_graph
-from cellseg_batch.engine.inference.onnx_footprint import Footprint, measure_footprint
+from cellseg_batch.engine.inference.onnx_footprint import Footprint, measure_footprint, measure_output_stride
 from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.reports.bioimageio_package import Package, read_package
 from cellseg_batch.engine.reports.card_draft import (
@@ -30,6 +30,7 @@ from cellseg_batch.engine.reports.card_draft import (
     read_draft,
 )
 from cellseg_batch.engine.reports.expected_output import ExpectedOutput
+from cellseg_batch.engine.reports.output_values import check_values
 from cellseg_batch.engine.reports.package_files import is_package
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import Bundle, save_bundle
@@ -57,9 +58,13 @@ from cellseg_batch.trainer.card import (
 _MARGIN = 64
 # Probability above which a pixel is foreground, if nothing else is said.
 _THRESHOLD = 0.5
+# Table of a card -> decoders that take its numbers.
+_DECODERS_OF = {"instances": ("mask", "seeds", "classes"), "hover": ("hover",), "stardist": ("stardist",)}
 # Sides in px that are tried on a graph that takes several.
 _SIDES = (256, 512, 1024)
 _LARGEST_SIDE = 4096
+# That of a graph of which nothing is known yet.
+_ANY_SIZE = Size(1, 1)
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,7 @@ def _bundle_of(source: Path, path: Path, graph: GraphFile, draft: CardDraft) -> 
     if draft.output.decoder == "classes" and not draft.output.classes:
         raise _missing(source, "output.classes", "none")
     try:
+        _refuse_unheeded(draft)
         if draft.output.decoder not in DECODER_OUTPUTS:
             raise ValueError(f"decoder: expected one of {', '.join(DECODER_OUTPUTS)}, found {draft.output.decoder!r}")
         taken = _input_of(source, graph.input, draft.input)
@@ -178,9 +184,24 @@ def _bundle_of(source: Path, path: Path, graph: GraphFile, draft: CardDraft) -> 
             str(source),
             expected="a card that agrees with itself and with the graph",
             found=str(error),
-            remedy="correct the card.toml (--card), which counts before what a package says",
+            remedy="correct the card.toml (--card), which counts before what a package says, or export the model again",
         ) from error
     return Bundle(card, graph=path)
+
+
+def _refuse_unheeded(draft: CardDraft) -> None:
+    """Refuse what is said and would change nothing; raises ValueError."""
+    output, rule = draft.output, draft.input.normalisation
+    if output.tensors and (output.channels or output.activation):
+        raise ValueError("output: channels and activation are those of each tensor where tensors are named")
+    if rule is not None and rule.kind == "zscore" and (rule.low is not None or rule.high is not None):
+        raise ValueError(
+            "normalisation: zscore takes the slide's own mean and deviation; for known ones say "
+            'kind = "linear", low = the mean, high = the mean + the deviation'
+        )
+    for table, decoders in _DECODERS_OF.items():
+        if getattr(draft, table) is not None and output.decoder not in decoders:
+            raise ValueError(f"{table}: its numbers are those of {', '.join(decoders)}, not of {output.decoder}")
 
 
 def _coloured(names: tuple[str, ...]) -> tuple[ModelClass, ...]:
@@ -246,10 +267,15 @@ def _input_of(source: Path, port: Port, draft: InputDraft) -> Input:
     )
     count = Input(draft.channels, replace(normalisation, low=(0.0,), high=(1.0,)), Size(1, 1)).count
     layout = draft.layout or _layout_of(source, port, count)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected {' or '.join(LAYOUTS)}, found {layout!r}")
     batch, *sides = (port.shape[axis] for axis in ((0, 1, 2, 3) if layout == LAYOUTS[0] else (0, 3, 1, 2)))
     channels, height, width = sides
     if channels not in (None, count):
-        raise ValueError(f"channels: the graph takes {channels}, the card names {count} ({', '.join(draft.channels)})")
+        raise ValueError(
+            f"channels: the graph takes {_words(port)} in the layout {layout}, the card names {count} "
+            f"({', '.join(draft.channels)})"
+        )
     if height != width:
         raise ValueError(f"size: the graph takes {_words(port)}; tiles are squares of one or of any size")
     if batch not in (None, 1):
@@ -259,7 +285,7 @@ def _input_of(source: Path, port: Port, draft: InputDraft) -> Input:
         if size is not None and size.fixed != height:
             raise ValueError(f"size: the graph takes {height} px alone, the card says {draft.size}")
         size = Size(height, 0)
-    return Input(draft.channels, normalisation, size or Size(0, 1), draft.pixel_size_um, layout, batch)
+    return Input(draft.channels, normalisation, size or _ANY_SIZE, draft.pixel_size_um, layout, batch)
 
 
 def _tuple(numbers: Numbers) -> tuple[float, ...]:
@@ -304,7 +330,10 @@ def _tensors_of(source: Path, graph: GraphFile, draft: OutputDraft, layout: str)
         if found is not None and found != len(channels):
             named = ", ".join(tensor.channels) or "none"
             raise _missing(source, "output.channels", f"{found} channels in {tensor.name}, and the names {named}")
-        tensors.append(Tensor(channels, tensor.name, tensor.activation or graph.activation_of(tensor.name)))
+        made = graph.activation_of(tensor.name)
+        if tensor.activation == "none" != made:
+            raise ValueError(f"output.activation: the card says none, {tensor.name} is what a {made} gives")
+        tensors.append(Tensor(channels, tensor.name, tensor.activation or made))
     return tuple(tensors)
 
 
@@ -332,37 +361,38 @@ def _measured(source: Path, path: Path, card: Card, draft: CardDraft) -> Card:
     size = card.input.size
     if size.min > _LARGEST_SIDE:
         raise ValueError(f"size: tiles of at least {size.min} px; at most {_LARGEST_SIDE} px can be taken")
-    trials = [size.fixed] if size.fixed else [side for side in _SIDES if side >= size.min] or [size.min]
-    failures = []
-    for side in trials:
-        try:
-            height, width = _sides_of(path, card, side)
-            break
-        except Exception as error:  # the library's own errors
-            failures.append(brief(error))
-    else:
-        raise ValueError(f"size: the graph runs at none of {trials} px ({failures[0]}); say {EXAMPLES['input.size']}")
-    if height != width or height > side:
-        raise ValueError(f"output: {height} x {width} values for a tile of {side} px")
-    coarser = side // height
-    stride = coarser if side % height == 0 else 1
-    crop = 0 if stride > 1 else (side - height) // 2
-    if stride == 1 and (side - height) % 2:
-        raise ValueError(f"output: {height} px for a tile of {side} px; as much must be cut from each side")
+    side, given = _first_run(path, card)
+    stride = measure_output_stride(Bundle(card, graph=path), side, given, cores())
+    if stride is None:
+        raise ValueError(f"output: {given} px for a tile of {side} px; as much must be cut from each side")
+    crop = (side - stride * given) // 2
     card = replace(card, output=replace(card.output, crop=crop, stride=stride))
+    if crop and card.grid > 1:
+        raise ValueError(
+            f"output: rays for each {stride} px, {crop} px from the tile's edges; one of both can be taken"
+        )
+    for name in check_values(Bundle(card, graph=path), side, cores()):
+        if draft.output.activation is None and name not in [one.name for one in draft.output.tensors if one.activation]:
+            raise _missing(source, "output.activation", f"values from 0 to 1 alone in {name}")
     if size.fixed:
-        footprint, least = Footprint(1, None, "it takes tiles of a single size"), size
+        total = stride if size.fixed % stride == 0 else 1
+        footprint, least = Footprint(total, None, "it takes tiles of a single size"), size
     else:
         footprint = measure_footprint(Bundle(card, graph=path), cores())
         # A person's step counts where none can be seen.
         seen = 1 if footprint.exact_margin is None and size.step > 1 else footprint.total_stride
         step = math.lcm(seen, size.step)
-        if size.min % step:
+        if draft.input.size is not None and size.min % step:
             raise ValueError(f"size: tiles are whole strides of {step} px, which {size.min} px is not")
         exact = None if footprint.exact_margin is None else -(-footprint.exact_margin // step) * step
         footprint = replace(footprint, total_stride=step, exact_margin=exact)
-        least = Size(size.min or _least_side(path, card, step), step)
+        least = Size(_least_side(path, card, step) if draft.input.size is None else size.min, step)
+        for one in (least.min, least.min + step):
+            if not _runs_at(path, card, one):
+                raise ValueError(f"size: the graph does not run on tiles of {one} px; say {EXAMPLES['input.size']}")
     margin = _margin_of(footprint, crop, draft.output.margin, least)
+    if least.fixed and 2 * margin >= least.fixed:
+        raise ValueError(f"margin: {margin} px cut from each side of tiles of {least.fixed} px leave nothing")
     return replace(
         card,
         input=replace(card.input, size=least),
@@ -373,20 +403,60 @@ def _measured(source: Path, path: Path, card: Card, draft: CardDraft) -> Card:
 
 
 def _margin_of(footprint: Footprint, crop: int, said: int | None, size: Size) -> int:
-    """The default margin in px, in whole strides: the card's; else the exact one, up to 64 px or a quarter tile."""
+    """The default margin in px, in whole strides: the card's; else the exact one, up to 64 px or a quarter tile.
+
+    Raises:
+        ValueError: the card's is below 0.
+    """
     if said is None:
         limits = (_MARGIN, footprint.exact_margin, size.fixed and size.fixed // 4)
         said = min(limit for limit in limits if limit is not None)
+    elif said < 0:
+        raise ValueError(f"margin: expected 0 px or more, found {said}")
     return -(-max(said, crop) // footprint.total_stride) * footprint.total_stride
+
+
+def _first_run(path: Path, card: Card) -> tuple[int, int]:
+    """Side in px of a tile that the graph runs at, and that of what it gives.
+
+    Raises:
+        ValueError: it runs at none that is tried, or gives what is no square or larger than its tile.
+    """
+    size = card.input.size
+    sides = (size.min + -(-(side - size.min) // size.step) * size.step for side in _SIDES if size.step)
+    trials = [side for side in sides if side >= size.min] or [size.min]
+    failures = []
+    for side in trials:
+        try:
+            height, width = _sides_of(path, card, side)
+            break
+        except Exception as error:  # the library's own errors
+            failures.append(brief(error))
+    else:
+        raise ValueError(f"size: the graph runs at none of {trials} px ({failures[0]}); say {EXAMPLES['input.size']}")
+    if height != width:
+        layout = card.input.layout
+        raise ValueError(f"output: {height} x {width} values for a tile of {side} px, if its layout is {layout} too")
+    if height > side:
+        raise ValueError(f"output: {height} px for a tile of {side} px; there is at most one value for each px")
+    return side, height
 
 
 def _least_side(path: Path, card: Card, stride: int) -> int:
     """The smallest side in px, ``stride`` times a power of two, at which the network runs."""
-    for side in (stride << power for power in range(6)):
-        with suppress(Exception):  # the library's own errors
-            _sides_of(path, card, side)
+    side = stride
+    while side <= _SIDES[-1]:
+        if _runs_at(path, card, side):
             return side
+        side *= 2
     raise ValueError(f"size: the graph runs at no whole strides of {stride} px; say {EXAMPLES['input.size']}")
+
+
+def _runs_at(path: Path, card: Card, side: int) -> bool:
+    """Whether the graph gives for a tile of ``side`` px what its card says."""
+    with suppress(Exception):  # the library's own errors
+        return _sides_of(path, card, side) == (side // card.grid, side // card.grid)
+    return False
 
 
 def _sides_of(path: Path, card: Card, side: int) -> tuple[int, int]:

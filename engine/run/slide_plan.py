@@ -326,7 +326,7 @@ def lay_lattice(
         )
     margin, size = pick_margin(settings, card, downscale), card.input.size
     if size.fixed:
-        return lay_fixed(shape, size.fixed, margin)
+        return lay_fixed(shape, settings.tile or size.fixed, size.fixed, margin, card.total_stride)
     entry = KNOWN_BACKENDS.get(backend or settings.backend)
     lay = fit_squares if entry is not None and entry.eager else fit_lattice
     how = shape, settings.tile or TILE, margin, card.total_stride, size.min
@@ -345,9 +345,10 @@ def choose_input(slide: Slide, settings: Settings, card: Card) -> tuple[LevelCho
     level = choose_level(slide, settings.level, settings.pixel_size, card.input.pixel_size_um)
     channels = choose_channels(slide, settings.channel, card.input.channels)
     if len(channels.indices) not in (1, card.input.count):
+        counts = "1 channel" if card.input.count == 1 else f"1 or {card.input.count} channels"
         raise SlideError(
             slide.location,
-            expected=f"an image of 1 or {card.input.count} channels for the model {card.name}",
+            expected=f"an image of {counts} for the model {card.name}",
             found=f"{len(channels.indices)} ({channels.reason})",
             remedy="choose one with `channel`",
         )

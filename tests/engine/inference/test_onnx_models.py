@@ -1,5 +1,6 @@
 """Networks of others run like our own: the same logits as untiled, whatever the layout, the crop or the activation."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -167,6 +168,104 @@ def test_an_activation_in_the_graph_is_undone(imported, tmp_path, outputs, end, 
         np.testing.assert_allclose(logits[:, 0, 6:-6, 6:-6], expected, atol=1e-3)
 
 
+class Ended(Valid):
+    """Without what is missing at the edges, and with what does not end in its activation."""
+
+    def forward(self, pixels):
+        return super().forward(torch.nn.functional.pad(pixels, (6,) * 4)) * 1.0
+
+
+@pytest.mark.parametrize(
+    ("outputs", "end", "said", "words"),
+    [
+        (1, torch.nn.Sigmoid(), "", 'add to [output] of --card: activation = "sigmoid"'),
+        (2, torch.nn.Softmax(dim=1), "", 'add to [output] of --card: activation = "sigmoid"'),
+        (2, torch.nn.Sigmoid(), "softmax", "add up to 1 over the channels, those of y do not"),
+        (2, torch.nn.Identity(), "softmax", "softmax gives values from 0 to 1, y has some from -"),
+    ],
+)
+def test_probabilities_are_no_logits_and_logits_no_probabilities(imported, tmp_path, outputs, end, said, words):
+    file = write_network(Ended(outputs, end), tmp_path / "a.onnx")
+    card = CARD + ('channels = ["background", "foreground"]\n' if outputs == 2 else "")
+    with pytest.raises(ModelError, match=re.escape(words)):
+        imported(file, card + (f'activation = "{said}"' if said else ""))
+    assert load_model(str(imported(file, card + 'activation = "sigmoid"'))) if not said else True
+
+
+def test_a_graph_that_gives_nan_for_real_tiles_is_refused(imported, tmp_path):
+    weights = {"w": np.full((1, 3, 1, 1), -1, np.float32)}
+    nodes = [helper.make_node("Conv", ["x", "w"], ["z"]), helper.make_node("Log", ["z"], ["y"])]
+    file = write_graph(tmp_path / "a.onnx", nodes, ("n", 3, "h", "w"), ("n", 1, "h", "w"), weights)
+    with pytest.raises(ModelError, match="y: NaN for 3 of 3 real tiles"):
+        imported(file)
+
+
+class Coarse(torch.nn.Module):
+    """A network whose output is coarser than its input, cropped, or both, by convolutions without padding."""
+
+    def __init__(self, first, stride, second):
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second = torch.nn.Conv2d(3, 4, first, stride), torch.nn.Conv2d(4, 1, second)
+
+    def forward(self, pixels):
+        return self.second(self.first(pixels).relu())
+
+
+@pytest.mark.parametrize(
+    ("first", "stride", "second", "crop"),
+    [(33, 1, 33, 32), (2, 2, 1, 0), (7, 2, 3, 5), (4, 4, 1, 0), (2, 2, 33, 32)],
+)
+def test_a_smaller_output_is_coarser_or_cropped_or_both(imported, tmp_path, first, stride, second, crop):
+    """An output of half the side may be either, and nothing but the network's answers tells which."""
+    network = Coarse(first, stride, second)
+    file = write_network(network, tmp_path / "a.onnx", dynamic=False)
+    folder = imported(file)
+    card = load_model(str(folder)).card
+    assert (card.output.stride, card.output.crop, card.total_stride) == (stride, crop, stride)
+    tiles = blobs(128, 128)[None] / np.float32(255)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(tiles)).numpy().repeat(stride, 2).repeat(stride, 3)
+    inner = slice(crop, 128 - crop)
+    np.testing.assert_allclose(logits_of(folder, tiles)[..., inner, inner], expected, atol=1e-4)
+
+
+def test_margins_and_tiles_of_one_size_fit_the_stride(imported, segment, tmp_path):
+    folder = imported(write_network(Coarse(2, 2, 1), tmp_path / "a.onnx", dynamic=False, side=64))
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(100, 130))
+    with pytest.raises(UsageError, match="a multiple of the network's total stride, 2 px, found 15"):
+        segment(path, model=str(folder), backend="onnxruntime", margin=15)
+    with pytest.raises(UsageError, match="at least 64 px, as the model takes tiles of 64 px alone, found 48"):
+        segment(path, model=str(folder), backend="onnxruntime", tile=48)
+
+
+class Pooled(torch.nn.Module):
+    """A network that halves or thirds its input and joins both, so that other sides do not run."""
+
+    def __init__(self, by):
+        super().__init__()
+        torch.manual_seed(0)
+        self.by, self.first = by, torch.nn.Conv2d(3, 4, 3, padding=1)
+        self.last = torch.nn.Conv2d(8, 1, 3, padding=1)
+
+    def forward(self, pixels):
+        features = self.first(pixels).relu()
+        coarse = torch.nn.functional.max_pool2d(features, self.by)
+        return self.last(torch.cat([features, torch.nn.functional.interpolate(coarse, scale_factor=self.by)], 1))
+
+
+def test_sides_are_those_that_the_network_runs_at(imported, tmp_path):
+    thirds = write_network(Pooled(3), tmp_path / "thirds.onnx", side=48)
+    sized = CARD.replace("[output]", "size = {min = 48, step = 3}\n[output]")
+    card = load_model(str(imported(thirds, sized))).card
+    assert (card.total_stride, card.exact_margin) == (3, 6)
+    with pytest.raises(ModelError, match=r"runs at none of \[256, 512, 1024\] px"):
+        imported(thirds, name="unsaid")
+    wide = write_network(Pooled(128), tmp_path / "wide.onnx", side=128)
+    with pytest.raises(ModelError, match="does not run on tiles of 160 px; say size ="):
+        imported(wide, name="wide")
+
+
 def test_channels_last_and_half_precision_and_a_coarser_output(imported, tmp_path):
     weights = {"w": np.full((1, 3, 2, 2), 1 / 12, np.float16), "b": np.array([-0.5], np.float16)}
     nodes = [
@@ -183,6 +282,15 @@ def test_channels_last_and_half_precision_and_a_coarser_output(imported, tmp_pat
     for backend in ("onnxruntime", "openvino"):
         logits = logits_of(folder, tiles, backend)[0, 0]
         np.testing.assert_allclose(logits, expected.repeat(2, 0).repeat(2, 1), atol=2e-3)
+
+
+@pytest.mark.parametrize("unknown", [-1, 0])
+def test_axes_without_a_length_are_open_however_they_are_written(imported, tmp_path, unknown):
+    weights = {"w": np.ones((1, 3, 3, 3), np.float32)}
+    nodes = [helper.make_node("Conv", ["x", "w"], ["y"], pads=[1] * 4)]
+    shapes = ((unknown, channels, unknown, unknown) for channels in (3, 1))
+    card = load_model(str(imported(write_graph(tmp_path / "a.onnx", nodes, *shapes, weights)))).card
+    assert (card.input.batch, card.input.size.fixed, card.exact_margin) == (None, None, 1)
 
 
 def test_backends_of_torch_say_that_they_run_no_graphs(file_of, imported):
@@ -225,9 +333,21 @@ def test_what_a_card_lacks_is_asked_for_with_an_example(file_of, tmp_path, comma
         CARD.replace('"mask"', '"seeds"'): "add to [output]",
         CARD.replace('"mask"', '"magic"'): "one of mask, seeds",
         CARD.replace("low = 0, ", ""): "needs low and high",
-        CARD.replace('"fixed"', '"zscore", clip = true'): "clip = false",
-        CARD + "colour = 1": "unknown field colour",
-        CARD.replace("[output]", "size = {min = 101, step = 2}\n[output]"): "whole strides",
+        CARD.replace('"fixed", low = 0, high = 255', '"zscore", clip = true'): "clip = false",
+        CARD.replace("fixed", "zscore"): 'kind = "linear", low = the mean',
+        CARD.replace("255", "inf"): "finite numbers",
+        CARD.replace("[output]", "pixel_size_um = 0\n[output]"): "above 0, found 0.0",
+        CARD.replace("[output]", "size = 0\n[output]"): "a smallest side of 1 px or more",
+        CARD.replace("[output]", 'layout = "nchw"\n[output]'): "NCHW or NHWC",
+        CARD + "threshold = 50": "above 0 and below 1, found 50",
+        CARD + "margin = -5": "0 px or more",
+        CARD + 'activation = "sigmoid"': "values from 0 to 1, y has some from",
+        CARD + "[stardist]\noverlap = 0.3": "stardist: its numbers are those of stardist, not of mask",
+        CARD + "[instances]\ngrowth = -1": "instances.growth lies from 0 to 256",
+        CARD + 'activation = "sigmoid"\ntensors = [{name = "y", channels = ["foreground"]}]': "those of each tensor",
+        CARD + "colour = 1": "unknown field colour of output, whose fields are decoder, channels",
+        CARD.replace("[output]", "size = {min = 101, step = 1}\n[output]"): "whole strides",
+        CARD.replace("[output]", "size = {min = 101, step = 2}\n[output]"): "runs at none of [257, 513, 1025] px",
         "[[": "TOML",
     }
     for text, words in sayings.items():
@@ -275,6 +395,15 @@ def broken(folder, name):
         write_graph(path, nodes, shape, same, {"w": np.array([np.nan], np.float32)})
     elif name == "opset":
         write_graph(path, [relu], shape, same, opset=9)
+    elif name == "bytes":
+        write_graph(path, [helper.make_node("Identity", ["x"], ["y"])], shape, same, dtype=2)
+    elif name == "enlarged":
+        options = {"mode": "nearest"}
+        nodes = [helper.make_node("Resize", ["x", "", "s"], ["y"], **options)]
+        write_graph(path, nodes, ("n", 1, "h", "w"), ("n", 1, "h2", "w2"), {"s": np.float32([1, 1, 2, 2])})
+    elif name == "mixed axes":
+        nodes = [helper.make_node("Transpose", ["x"], ["y"], perm=[0, 2, 3, 1])]
+        write_graph(path, nodes, ("n", 1, "h", "w"), ("n", "h", "w", 1))
     elif name == "integers":
         write_graph(path, [helper.make_node("Identity", ["x"], ["y"])], shape, same, dtype=6)
     elif name == "outside":
@@ -305,12 +434,15 @@ def broken(folder, name):
         ("loop", "no If, Loop, Scan"),
         ("NaN", "NaN in w"),
         ("opset", "opset 9"),
-        ("integers", "int32 with 4 axes"),
+        ("integers", "for the input, found x: int32 with 4 axes"),
+        ("bytes", "the card says how pixels become these"),
+        ("enlarged", "512 px for a tile of 256 px; there is at most one value for each px"),
+        ("mixed axes", "256 x 1 values for a tile of 256 px, if its layout is NCHW too"),
         ("outside", "'../w.bin'"),
     ],
 )
 def test_what_could_run_code_or_cannot_run_is_refused_in_one_line(tmp_path, command, name, words):
-    (tmp_path / "card.toml").write_text(CARD)
+    (tmp_path / "card.toml").write_text(CARD.replace("rgb", "grey") if name in ("enlarged", "mixed axes") else CARD)
     file = broken(tmp_path, name)
     code, output = command("import-model", file, "--out", tmp_path / "b", "--card", tmp_path / "card.toml")
     assert code == 2

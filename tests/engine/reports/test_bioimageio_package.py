@@ -243,6 +243,10 @@ def of_nested_aliases(files, description):
         (pre(step("clip", min=0, max=3)), "found the step clip to other values"),
         (pre(step("scale_linear", gain=2), step("zero_mean_unit_variance")), "zero_mean_unit_variance after scale_lin"),
         (pre(step("scale_range", axes=["channel"])), "found the step scale_range over c"),
+        (
+            pre(step("scale_linear", gain=2), step("ensure_dtype", dtype="uint8")),
+            "found the step ensure_dtype to uint8",
+        ),
         (pre(step("binarize", threshold=3)), "found the step binarize; take the .onnx file out"),
         (post(step("binarize", threshold=0.5), step("sigmoid")), "found the step sigmoid after binarize"),
         (post(step("sigmoid"), step("binarize", threshold=2)), "found binarize at 2"),
