@@ -445,6 +445,12 @@ class Card:
             raise ValueError(
                 f"outputs: expected {', '.join(expected)} for the decoder {self.decoder}, found {', '.join(found)}"
             )
+        if twice := [output for output in expected if found.count(output) > 1]:
+            raise ValueError(f"outputs: expected one of {', '.join(twice)}, found several in {', '.join(found)}")
+        if self.decoder == "classes" and (others := [output for output in found if output not in expected]):
+            raise ValueError(
+                f"outputs: expected {', '.join(expected)} alone, or classes of all, found {', '.join(others)}"
+            )
         if RAYS in DECODER_OUTPUTS[self.decoder] and len(expected) < 4:
             raise ValueError(f"outputs: expected {RAY}1, {RAY}2, {RAY}3 at least, found {', '.join(found)}")
         least, most = int(self.decoder == "classes"), _MOST_CLASSES * (self.decoder != "stardist")
@@ -470,6 +476,8 @@ class Card:
             notes.append(f"{self.name} takes tiles of {self.input.size.fixed} px alone, so no margin is exact")
         elif self.exact_margin is None:
             notes.append(f"{self.name} sees the whole tile, so no margin is exact; verify-seams says what seams cost")
+        if self.decoder == "classes" and BACKGROUND not in self.output.channels and self._applied == {"none"}:
+            notes.append(f"{self.name} has no output for background, which is where no class has even odds")
         return tuple(notes)
 
     @property
@@ -481,6 +489,17 @@ class Card:
         if RAYS not in outputs:
             return outputs
         return (*outputs[:-1], *(channel for channel in self.output.channels if channel.startswith(RAY)))
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether the probabilities of classes add up to 1, so that without background every pixel is of a class."""
+        return "softmax" in self._applied
+
+    @property
+    def _applied(self) -> set[str]:
+        """The activations of the tensors that have classes among their channels."""
+        names = {one.name for one in self.classes}
+        return {tensor.activation for tensor in self.output.tensors if names & set(tensor.channels)}
 
     @property
     def rule(self) -> Instances | Hover:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cellseg_batch.engine.errors import ModelError, UsageError, brief, writing_to
+from cellseg_batch.engine.inference.backends.onnxruntime_cpu import run_graph
 from cellseg_batch.engine.inference.backends.registry import REFERENCES, make_backend
 from cellseg_batch.engine.inference.onnx_file import GraphFile, Port, read_graph
 from cellseg_batch.engine.inference.onnx_footprint import Footprint, measure_footprint, measure_output_stride
@@ -428,12 +429,16 @@ def _first_run(path: Path, card: Card) -> tuple[int, int]:
     failures = []
     for side in trials:
         try:
-            height, width = _sides_of(path, card, side)
+            sides = _sides_in_file(path, card, side)
             break
         except Exception as error:  # the library's own errors
             failures.append(brief(error))
     else:
         raise ValueError(f"size: the graph runs at none of {trials} px ({failures[0]}); say {EXAMPLES['input.size']}")
+    if len(set(sides.values())) > 1:
+        found = ", ".join(f"{name} of {height} x {width}" for name, (height, width) in sides.items())
+        raise ValueError(f"output: {found} values for a tile of {side} px; tensors of one size can be taken")
+    height, width = next(iter(sides.values()))
     if height != width:
         layout = card.input.layout
         raise ValueError(f"output: {height} x {width} values for a tile of {side} px, if its layout is {layout} too")
@@ -457,6 +462,15 @@ def _runs_at(path: Path, card: Card, side: int) -> bool:
     with suppress(Exception):  # the library's own errors
         return _sides_of(path, card, side) == (side // card.grid, side // card.grid)
     return False
+
+
+def _sides_in_file(path: Path, card: Card, side: int) -> dict[str, tuple[int, int]]:
+    """Name of each tensor of the card -> height and width of what the graph, as it is, gives for ``side`` px."""
+    last = card.input.layout == LAYOUTS[1]
+    shape = (1, side, side, card.input.count) if last else (1, card.input.count, side, side)
+    given = run_graph(path.read_bytes(), np.zeros(shape, np.float32), cores())
+    shapes = {tensor.name: given[tensor.name].shape for tensor in card.output.tensors}
+    return {name: (shape[1], shape[2]) if last else (shape[2], shape[3]) for name, shape in shapes.items()}
 
 
 def _sides_of(path: Path, card: Card, side: int) -> tuple[int, int]:

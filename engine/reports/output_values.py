@@ -14,6 +14,8 @@ from cellseg_batch.trainer.bundle import Bundle
 from cellseg_batch.trainer.card import BACKGROUND, LAYOUTS, RAY, Size, Tensor
 
 _TILES = 3
+# Deviation of the noise, far above that of images, so that logits of networks that are hardly trained are spread too.
+_LOUD = 10
 # What float16 and the sum of many probabilities may be off.
 _NEAR = 1e-2
 # Maps of HoVer-Net may lie from 0 to 1 as well as from -1 to 1.
@@ -38,7 +40,7 @@ def check_values(bundle: Bundle, side: int, threads: int) -> tuple[str, ...]:
     card, graph = bundle.card, bundle.graph.read_bytes()
     tiles = tiles_for("gate", replace(card, input=replace(card.input, size=Size(side, 0))))
     tiles = tiles[:: -(-len(tiles) // _TILES)]
-    noise = np.random.default_rng(0).normal(0.5, 1, tiles[:1].shape).astype(np.float32)
+    noise = np.random.default_rng(0).normal(0, _LOUD, tiles[:1].shape).astype(np.float32)
     last = card.input.layout == LAYOUTS[1]
     given = []
     for pixels in (*tiles, *noise):

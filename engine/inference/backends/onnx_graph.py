@@ -28,6 +28,8 @@ _OURS = "cellseg/"
 PIXELS, LOGITS = f"{_OURS}pixels", f"{_OURS}logits"
 # Probabilities are taken for at least this and at most 1 - this, so that their logits are finite.
 _SURE = 1e-6
+# Logit of what never is; float16 has it too.
+_NEVER = -1e4
 _TO_CHANNELS_LAST, _TO_CHANNELS_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 
 
@@ -65,7 +67,8 @@ def plain_graph(bundle: Bundle, half: Shape | None = None) -> bytes:
     if BACKGROUND in bundle.outputs and BACKGROUND not in channels:
         # Classes that do not exclude each other: where none has even odds, the logit of 0 of the background wins.
         first = graph.add("Gather", parts[0], np.array([0], np.int64), axis=1)
-        parts.append(graph.add("Mul", first, np.array(0, np.float32)))
+        odds = np.array(_NEVER if card.exclusive else 0, np.float32)
+        parts.append(graph.add("Add", graph.add("Mul", first, np.array(0, np.float32)), odds))
         channels.append(BACKGROUND)
     logits = graph.add("Concat", *parts, axis=1) if len(parts) > 1 else parts[0]
     order = [channels.index(output) for output in bundle.outputs]

@@ -601,6 +601,40 @@ def test_classes_are_numbered_named_and_counted(imported, segment, tmp_path, end
     assert f"the classes of {end}" in blended.slides[0].reason
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_classes_of_a_softmax_without_background_leave_none(imported, segment, tmp_path, backend):
+    weights = {"w": np.float32([10, 20]).reshape(2, 1, 1, 1), "b": np.float32([-30, -36])}  # all logits are below 0
+    nodes = [helper.make_node("Conv", ["x", "w", "b"], ["z"]), helper.make_node("Softmax", ["z"], ["y"], axis=1)]
+    file = write_graph(tmp_path / "a.onnx", nodes, ("n", 1, "h", "w"), ("n", 2, "h", "w"), weights)
+    pixels = blobs(100, 130, 1)
+    path = write_ome_zarr(tmp_path / "a.zarr", pixels)
+    report = segment(path, model=str(imported(file, CLASSES)), backend=backend, tile=64, gate=False)
+    away = np.abs(pixels[0] / 255 - 0.6) > 0.01
+    np.testing.assert_array_equal(labels_of(report)[away], np.where(pixels[0] / 255 > 0.6, 2, 1)[away])
+
+
+def test_outputs_that_could_be_either_are_refused(imported, tmp_path):
+    weights = {"w": np.random.default_rng(0).normal(size=(3, 1, 4, 4)).astype(np.float32)}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["y"], auto_pad="SAME_UPPER"),
+        helper.make_node("Conv", ["x", "w"], ["z"], strides=[4, 4]),
+    ]
+    shapes = ("n", 1, "h", "w"), ("n", 3, "h2", "w2")
+    file = write_graph(tmp_path / "a.onnx", nodes, *shapes, weights, outputs=("y", "z"))
+    hover = CARD.replace("rgb", "grey").replace("mask", "hover")
+    sayings = {
+        CLASSES + 'tensors = [{name = "y", channels = ["dim", "bright", "glass"]}]': "or classes of all, found glass",
+        CLASSES + 'tensors = [{name = "y", channels = ["dim", "bright", "dim"]}]': "one of dim, found several",
+        hover
+        + """tensors = [
+            {name = "y", channels = ["foreground", "horizontal", "a"]}, {name = "z", channels = ["vertical", "b", "c"]}
+        ]""": "y of 256 x 256, z of 64 x 64 values for a tile of 256 px",
+    }
+    for number, (card, words) in enumerate(sayings.items()):
+        with pytest.raises(ModelError, match=words):
+            imported(file, card, name=f"b{number}")
+
+
 @pytest.mark.slow
 def test_an_exported_network_of_ours_comes_back_with_its_card(tiny_model, tiny_bundle, command, segment, tmp_path):
     file, folder = tmp_path / "tiny.onnx", tmp_path / "back"
