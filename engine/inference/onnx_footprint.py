@@ -31,7 +31,7 @@ _ACROSS = 64
 _CHANGE, _LARGE_CHANGE = 100.0, 1e20
 _SAME = 1e-4
 # Bands of columns that are changed to see how coarse an output is, and the share of the largest answer that is none.
-_BANDS, _FAINT = 17, 1e-3
+_BANDS, _FAINT = 9, 1e-3
 
 Pixels = NDArray[np.float32]
 Model = Callable[[Pixels], NDArray[np.float32]]
@@ -103,14 +103,15 @@ def measure_output_stride(bundle: Bundle, side: int, given: int, threads: int) -
     bands = np.linspace(0, side - strides[-1], _BANDS).astype(int)
     for serialised in (_with_means(graph), graph):
         model, answers = _Probe(serialised, threads, 1), []
+        nothing = model(pixels)
         for band in bands:
             changed = pixels.copy()
             changed[..., band : band + strides[-1]] = 1
-            answers.append(np.abs(model(changed) - model(pixels)).sum((0, 1, 2), dtype=np.float64))
+            answers.append(np.abs(model(changed) - nothing).sum((0, 1, 2), dtype=np.float64))
         spreads = [_spread_of_ends(np.stack(answers), bands / stride) for stride in strides]
         if math.isfinite(min(spreads)):
             return strides[int(np.argmin(spreads))]
-    return strides[-1]
+    return strides[0] if side % given else side // given
 
 
 def _spread_of_ends(answers: NDArray[np.float64], places: NDArray[np.float64]) -> float:

@@ -156,7 +156,7 @@ tensors = [
     margin = crop + 9  # the decoder looks 9 px around
     core = side - 2 * margin
     pixels = blobs(core, 2 * core)
-    small, large = runs(segment, tmp_path, pixels, model, objects=True, probability=True)
+    small, large = runs(segment, tmp_path, pixels, model, tile=None, objects=True, probability=True)
     assert (small.margin, small.slides[0].tiles) == (margin, 2), small.slides[0].reason
     labels = labels_of(small)
     np.testing.assert_array_equal(labels, labels_of(large))

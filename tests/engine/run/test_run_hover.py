@@ -69,9 +69,9 @@ def test_nuclei_and_their_types_come_back_from_a_hover_net(tmp_path, segment, mo
     maps = draw_maps(truth)
     maps[0] += np.where(truth > 0, kinds[truth], 0)
     slide = write_ome_zarr(tmp_path / "a.zarr", np.clip(255 / 16 * (maps + 8) + 0.5, 0, 255).astype(np.uint8))
+    usual = {"model": model, "backend": "onnxruntime", "tile": None, "objects": True}
     reports = [
-        segment(slide, name=f"{block}", model=model, backend="onnxruntime", objects=True, block=block, workers=workers)
-        for block, workers in ((80, 4), (300, 1))
+        segment(slide, name=f"{block}", block=block, workers=workers, **usual) for block, workers in ((80, 4), (300, 1))
     ]
     labels, other = map(labels_of, reports)
     np.testing.assert_array_equal(labels, other)
