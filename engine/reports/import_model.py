@@ -424,8 +424,8 @@ def _first_run(path: Path, card: Card) -> tuple[int, int]:
         ValueError: it runs at none that is tried, or gives what is no square or larger than its tile.
     """
     size = card.input.size
-    sides = (size.min + -(-(side - size.min) // size.step) * size.step for side in _SIDES if size.step)
-    trials = [side for side in sides if side >= size.min] or [size.min]
+    wanted = [side for side in _SIDES if size.step and side >= size.min]
+    trials = [size.min + -(-(side - size.min) // size.step) * size.step for side in wanted] or [size.min]
     failures = []
     for side in trials:
         try:
