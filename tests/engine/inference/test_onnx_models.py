@@ -2,16 +2,18 @@
 
 import subprocess
 import sys
+import warnings
 import zipfile
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import zarr
 from monai.networks.nets import BasicUNet, SegResNet
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from cellseg_batch.engine.errors import BackendError, ModelError, UsageError
 from cellseg_batch.engine.inference.backends.registry import make_backend
@@ -200,6 +202,7 @@ def test_importing_and_running_a_graph_imports_no_torch(file_of, tmp_path):
     write_ome_zarr(tmp_path / "a.zarr", blobs(100, 120))
     script = f"""
 import sys
+import warnings
 import zipfile
 from functools import cache
 from pathlib import Path
@@ -246,75 +249,164 @@ def write_zip(path, members):
             archive.writestr(name, content)
 
 
+SAME = ("n", 3, "h", "w")
+BODY = helper.make_graph(
+    [helper.make_node("Identity", ["a"], ["b"])],
+    "body",
+    [helper.make_tensor_value_info("a", 1, None)],
+    [helper.make_tensor_value_info("b", 1, None)],
+)
+HOLDERS = {
+    "If": {"then_branch": BODY, "else_branch": BODY},
+    "Loop": {"body": BODY},
+    "Scan": {"body": BODY, "num_scan_inputs": 1},
+    "SequenceMap": {"body": BODY},
+}
+
+
+def write_functions(path, *bodies):
+    """Write a graph that calls the last of its own functions f0, f1, ..., of which each is a chain of operators."""
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    functions = [
+        helper.make_function(
+            "own", f"f{number}", ["t0"], [f"t{len(body)}"],
+            [
+                helper.make_node(operator, [f"t{i}"], [f"t{i + 1}"], domain="own" * operator.startswith("f"), **options)
+                for i, (operator, options) in enumerate(body)
+            ],
+            imports,
+        )
+        for number, body in enumerate(bodies)
+    ]  # fmt: skip
+    write_graph(path, [helper.make_node(f"f{len(bodies) - 1}", ["x"], ["y"], domain="own")], SAME, SAME)
+    model = onnx.load(path)
+    model.functions.extend(functions)
+    model.opset_import.append(imports[1])
+    path.write_bytes(model.SerializeToString())
+
+
+def write_weights_beside(path, place, count=1, values=2000):
+    """Write a graph each of whose ``count`` weights are all the values of a file beside it, and call the file so."""
+    names = [f"w{number}" for number in range(count)]
+    write_graph(path, [helper.make_node("Sum", ["x", *names], ["y"])], SAME, SAME)
+    model = onnx.load(path)
+    for name in names:
+        tensor = onnx.TensorProto(name=name, data_type=1, dims=[values], data_location=onnx.TensorProto.EXTERNAL)
+        tensor.external_data.add(key="location", value=place)
+        model.graph.initializer.append(tensor)
+    path.write_bytes(model.SerializeToString())
+
+
 def broken(folder, name):
     """Write a file that must be refused; returns it."""
-    path, shape, same = folder / f"{name.replace(' ', '_')}.onnx", ("n", 3, "h", "w"), ("n", 3, "h", "w")
-    relu = helper.make_node("Relu", ["x"], ["y"])
+    path = folder / f"{name.replace(' ', '_')}.onnx"
     if name == "a pickle":
-        path.write_bytes(b"\x80\x02}q\x00.")
+        torch.save({"a": torch.zeros(1)}, path, _use_new_zipfile_serialization=False)
     elif name == "state dict":
         torch.save({"a": torch.zeros(1)}, path)
     elif name == "TorchScript":
-        write_zip(path, {"model/data.pkl": b"", "model/code/__torch__.py": b"", "model/constants.pkl": b""})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            torch.jit.script(torch.nn.Conv2d(3, 1, 3)).save(path)
     elif name == "pt2":
-        write_zip(path, {"model/archive_format": b"pt2", "model/models/model.json": b""})
+        program = torch.export.export(torch.nn.Conv2d(3, 1, 3), (torch.zeros(1, 3, 8, 8),))
+        with open(path, "wb") as stream:
+            torch.export.save(program, stream)
     elif name == "package":
         write_zip(path, {"rdf.yaml": b"", "weights.onnx": b""})
     elif name == "damaged archive":
         path.write_bytes(b"PK\x03\x04" + bytes(100))
+    elif name == "damaged list of an archive":
+        write_zip(path, {"rdf.yaml": b"", "weights.onnx": b""})
+        path.write_bytes(path.read_bytes().replace(b"PK\x01\x02", b"PK\x01\x00"))
     elif name == "folder":
         path.mkdir()
     elif name == "noise":
         path.write_bytes(bytes(range(256)))
     elif name == "custom operator":
-        write_graph(path, [helper.make_node("Magic", ["x"], ["y"], domain="com.lab")], shape, same)
-    elif name == "loop":
-        write_graph(path, [helper.make_node("Loop", ["x"], ["y"])], shape, same)
+        write_graph(path, [helper.make_node("Magic", ["x"], ["y"], domain="com.lab")], SAME, SAME)
+    elif name == "custom operator in a function":
+        write_functions(path, [("Relu", {})], [("f0", {}), ("fMagic", {})])
+    elif name in HOLDERS:
+        write_graph(path, [helper.make_node(name, ["x"], ["y"], **HOLDERS[name])], SAME, SAME)
+    elif name == "Loop in a function":
+        write_functions(path, [("Loop", HOLDERS["Loop"])])
+    elif name == "functions that multiply":
+        write_functions(path, [("Relu", {})], *([(f"f{level}", {})] * 10 for level in range(9)))
+    elif name == "function that calls itself":
+        write_functions(path, [("f0", {})])
     elif name == "NaN":
         nodes = [helper.make_node("Add", ["x", "w"], ["y"])]
-        write_graph(path, nodes, shape, same, {"w": np.array([np.nan], np.float32)})
+        write_graph(path, nodes, SAME, SAME, {"w": np.array([np.nan], np.float32)})
+    elif name == "NaN in a constant":
+        value = numpy_helper.from_array(np.array([np.nan], np.float32))
+        nodes = [helper.make_node("Constant", [], ["w"], value=value), helper.make_node("Add", ["x", "w"], ["y"])]
+        write_graph(path, nodes, SAME, SAME)
     elif name == "opset":
-        write_graph(path, [relu], shape, same, opset=9)
+        write_graph(path, [helper.make_node("Relu", ["x"], ["y"])], SAME, SAME, opset=9)
     elif name == "integers":
-        write_graph(path, [helper.make_node("Identity", ["x"], ["y"])], shape, same, dtype=6)
+        write_graph(path, [helper.make_node("Identity", ["x"], ["y"])], SAME, SAME, dtype=6)
     elif name == "outside":
-        import onnx
-
-        nodes = [helper.make_node("Add", ["x", "w"], ["y"])]
-        model = onnx.load(write_graph(path, nodes, shape, same, {"w": np.ones(2000, np.float32)}))
-        onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=0)
-        model = onnx.load(path, load_external_data=False)
-        model.graph.initializer[0].external_data[0].value = "../w.bin"
-        path.write_bytes(model.SerializeToString())
-        (folder / "w.bin").rename(folder.parent / "w.bin")
+        write_weights_beside(path, "../w.bin")
+        (folder.parent / "w.bin").write_bytes(bytes(8000))
+    elif name == "linked":
+        write_weights_beside(path, "w.bin")
+        (folder.parent / "w.bin").write_bytes(bytes(8000))
+        (folder / "w.bin").symlink_to(folder.parent / "w.bin")
+    elif name == "weights that multiply":
+        write_weights_beside(path, "w.bin", count=40, values=8 << 20)
+        with open(folder / "w.bin", "wb") as stream:
+            stream.truncate(32 << 20)
     return path
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "words", "way_out"),
     [
-        ("a pickle", "a pickle, which runs code"),
-        ("state dict", "an archive of pickles by torch.save, which runs code"),
-        ("TorchScript", "a TorchScript archive"),
-        ("pt2", "a .pt2 program"),
-        ("package", "expected type: model in rdf.yaml, found NoneType"),
-        ("damaged archive", "an archive that is damaged"),
-        ("folder", "found a folder; name the .onnx file"),
-        ("noise", "expected an ONNX file"),
-        ("custom operator", "com.lab.Magic"),
-        ("loop", "no If, Loop, Scan"),
-        ("NaN", "NaN in w"),
-        ("opset", "opset 9"),
-        ("integers", "int32 with 4 axes"),
-        ("outside", "'../w.bin'"),
+        ("a pickle", "a pickle, which runs code", "convert it: torch.onnx.export"),
+        ("state dict", "an archive of pickles by torch.save, which runs code", "convert it: torch.onnx.export"),
+        ("TorchScript", "a TorchScript archive, which runs code", "convert it: torch.onnx.export"),
+        ("pt2", "a .pt2 program of torch.export, which runs code", "convert it: torch.onnx.export"),
+        ("package", "expected type: model in rdf.yaml, found NoneType", "name the package of a model"),
+        ("damaged archive", "an archive that is damaged", "name the .onnx file in it"),
+        ("damaged list of an archive", "an archive that is damaged", "name the .onnx file in it"),
+        ("folder", "found a folder", "name the .onnx file in it"),
+        ("noise", "expected an ONNX file", "write one: torch.onnx.export"),
+        ("custom operator", "found com.lab.Magic", "export it without custom operators"),
+        ("custom operator in a function", "found own.fMagic", "export it without custom operators"),
+        ("If", "found If", "export it by tracing one image"),
+        ("Loop", "found Loop", "export it by tracing one image"),
+        ("Scan", "found Scan", "export it by tracing one image"),
+        ("SequenceMap", "found SequenceMap", "export it by tracing one image"),
+        ("Loop in a function", "found Loop", "export it by tracing one image"),
+        ("functions that multiply", "at most 100000 operators, found 1000000000", "export it again"),
+        ("function that calls itself", "found RecursionError", "write one: torch.onnx.export"),
+        ("NaN", "NaN in w", "an earlier checkpoint"),
+        ("NaN in a constant", "NaN in a constant", "an earlier checkpoint"),
+        ("opset", "opset 9", "export it again with an opset from 11"),
+        ("integers", "int32 with 4 axes", "without what turns numbers into labels"),
+        ("outside", "found weights in '../w.bin'", "save it in one file"),
+        ("linked", "found weights in 'w.bin'", "save it in one file"),
+        ("weights that multiply", "at most 1024 MiB with its weights, found 1280 MiB", "in float16"),
     ],
 )
-def test_what_could_run_code_or_cannot_run_is_refused_in_one_line(tmp_path, command, name, words):
+def test_what_could_run_code_or_cannot_run_is_refused_in_one_line_with_the_way_out(
+    tmp_path, refusal, name, words, way_out
+):
     (tmp_path / "card.toml").write_text(CARD)
     file = broken(tmp_path, name)
-    code, output = command("import-model", file, "--out", tmp_path / "b", "--card", tmp_path / "card.toml")
-    assert code == 2
-    assert words in output, output
+    line = refusal("import-model", file, "--out", tmp_path / "b", "--card", tmp_path / "card.toml")
+    assert words in line
+    assert way_out in line.rpartition("; ")[2]
+    assert not (tmp_path / "b").exists()
+
+
+def test_functions_of_a_graph_are_its_operators(imported, tmp_path):
+    write_functions(tmp_path / "a.onnx", [("Neg", {})], [("f0", {}), ("Relu", {})], [("f0", {}), ("f1", {})])
+    card = CARD + 'channels = ["foreground", "a", "b"]'
+    tiles = np.random.default_rng(0).normal(size=(1, 3, 32, 32)).astype(np.float32)
+    logits = logits_of(imported(tmp_path / "a.onnx", card), tiles)
+    np.testing.assert_array_equal(logits[:, 0], np.maximum(tiles[:, 0], 0))
 
 
 def test_a_graph_that_changed_after_its_import_is_refused(file_of, imported):

@@ -175,16 +175,12 @@ BROKEN = {
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_package_is_refused_in_one_line(tmp_path, card, command, version, name):
+def test_a_broken_package_is_refused_in_one_line(tmp_path, card, refusal, version, name):
     files, description = good_package(tmp_path, version)
     break_package(name, files, description, tmp_path)
     only_zip = name in ("member out of the archive", "zip bomb")
     package = write_package(tmp_path / ("package.zip" if only_zip else VERSIONS[version]), files, description)
-    code, output = command("import-model", package, "--out", tmp_path / "bundle", "--card", card)
-    assert code == 2, output
-    assert BROKEN[name] in output
-    assert output.startswith("error")
-    assert "Traceback" not in output
+    assert BROKEN[name] in refusal("import-model", package, "--out", tmp_path / "bundle", "--card", card)
     assert not (tmp_path / "bundle").exists()
 
 
