@@ -20,6 +20,8 @@ from cellseg_batch.engine.inference.backends.registry import make_backend
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.reports.import_model import import_model
 from cellseg_batch.engine.storage.cache import Artefacts
+from cellseg_batch.trainer.bundle import Bundle, save_bundle
+from cellseg_batch.trainer.card import Card
 from cellseg_batch.trainer.footprint import Footprint, measure_footprint
 from tests.support.graphs import randomised, untiled, write_graph, write_network
 from tests.support.images import blobs, labels_of, write_ome_zarr, write_plate
@@ -415,6 +417,20 @@ def test_a_graph_that_changed_after_its_import_is_refused(file_of, imported):
         stream.write(b"\0")
     with pytest.raises(ModelError, match="damaged, or of another model"):
         load_model(str(folder))
+
+
+def test_a_bundle_whose_weights_lie_elsewhere_is_refused(two_stains, imported, refusal, monkeypatch, tmp_path):
+    folder = imported(two_stains, STAINS.replace("KIND", "zscore"))
+    model = onnx.load(folder / "model.onnx")
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    save_bundle(Bundle(Card.from_json((folder / "card.json").read_text()), graph=folder / "model.onnx"), folder)
+    monkeypatch.chdir(folder)
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(80, 80, 2))
+    flags = ["--model", folder, "--channel", "nuclei=0,membrane=1", "--backend", "onnxruntime"]
+    for arguments in (("check-model", folder), ("run", path, *flags)):
+        line = refusal(*arguments)
+        assert "found weights in another file" in line
+        assert line.endswith("import-model, which takes them in")
 
 
 STAINS = """
