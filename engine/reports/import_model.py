@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cellseg_batch.engine.errors import ModelError, UsageError, brief, writing_to
+from cellseg_batch.engine.errors import CellsegError, ModelError, UsageError, brief, writing_to
 from cellseg_batch.engine.inference.backends.registry import REFERENCES, make_backend
 from cellseg_batch.engine.inference.onnx_file import GraphFile, Port, read_graph
 from cellseg_batch.engine.inference.onnx_footprint import Footprint, measure_footprint
@@ -51,6 +51,7 @@ from cellseg_batch.trainer.card import (
     StarDist,
     Tensor,
     class_colours,
+    count_channels,
 )
 
 # A model whose card says no margin gets this one, in px, or its exact margin where that is smaller.
@@ -194,6 +195,8 @@ def _with_own_card(source: Path, path: Path, graph: GraphFile, name: str | None)
         card = Card.from_json(graph.properties[CARD_PROPERTY])
         card = replace(card, name=name or card.name)
         side = card.input.size.min
+        if not 1 <= side <= _LARGEST_SIDE:
+            raise ValueError(f"it names tiles of at least {side} px; from 1 to {_LARGEST_SIDE} px can be taken")
         given = [tensor.name for tensor in card.output.tensors]
         if card.format != ONNX or set(given) - {port.name for port in graph.outputs}:
             raise ValueError(f"it names {', '.join(given)}, the graph gives {_words(graph.outputs[0])}")
@@ -244,7 +247,7 @@ def _input_of(source: Path, port: Port, draft: InputDraft) -> Input:
         given.kind in ("percentile", "fixed") if given.clip is None else given.clip,
         given.per_tile,
     )
-    count = Input(draft.channels, replace(normalisation, low=(0.0,), high=(1.0,)), Size(1, 1)).count
+    count = count_channels(draft.channels)
     layout = draft.layout or _layout_of(source, port, count)
     batch, *sides = (port.shape[axis] for axis in ((0, 1, 2, 3) if layout == LAYOUTS[0] else (0, 3, 1, 2)))
     channels, height, width = sides
@@ -338,8 +341,8 @@ def _measured(source: Path, path: Path, card: Card, draft: CardDraft) -> Card:
         try:
             height, width = _sides_of(path, card, side)
             break
-        except Exception as error:  # the library's own errors
-            failures.append(brief(error))
+        except ValueError as error:
+            failures.append(str(error))
     else:
         raise ValueError(f"size: the graph runs at none of {trials} px ({failures[0]}); say {EXAMPLES['input.size']}")
     if height != width or height > side:
@@ -383,15 +386,24 @@ def _margin_of(footprint: Footprint, crop: int, said: int | None, size: Size) ->
 def _least_side(path: Path, card: Card, stride: int) -> int:
     """The smallest side in px, ``stride`` times a power of two, at which the network runs."""
     for side in (stride << power for power in range(6)):
-        with suppress(Exception):  # the library's own errors
+        with suppress(ValueError):
             _sides_of(path, card, side)
             return side
     raise ValueError(f"size: the graph runs at no whole strides of {stride} px; say {EXAMPLES['input.size']}")
 
 
 def _sides_of(path: Path, card: Card, side: int) -> tuple[int, int]:
-    """Height and width of what the graph gives for a tile of ``side`` px, in the library that is the reference."""
+    """Height and width of what the graph gives for a tile of ``side`` px, in the library that is the reference.
+
+    Raises:
+        ValueError: it does not run on such a tile.
+    """
     shape = (1, card.input.count, side, side)
-    backend = make_backend(Bundle(card, graph=path), *REFERENCES[ONNX], cores(), Artefacts())
-    logits = backend.compile(shape)(np.zeros(shape, np.float32))
+    try:
+        backend = make_backend(Bundle(card, graph=path), *REFERENCES[ONNX], cores(), Artefacts())
+        logits = backend.compile(shape)(np.zeros(shape, np.float32))
+    except CellsegError:
+        raise
+    except Exception as error:  # the library's own errors
+        raise ValueError(brief(error)) from error
     return logits.shape[2], logits.shape[3]

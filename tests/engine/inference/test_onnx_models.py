@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.reports.import_model import import_model
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import Bundle, save_bundle
-from cellseg_batch.trainer.card import Card
+from cellseg_batch.trainer.card import CARD_PROPERTY, Card, ModelClass, Output, Size, Tensor
 from cellseg_batch.trainer.footprint import Footprint, measure_footprint
 from tests.support.graphs import randomised, untiled, write_graph, write_network
 from tests.support.images import blobs, labels_of, write_ome_zarr, write_plate
@@ -221,7 +222,7 @@ assert "torch" not in sys.modules
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[3])
 
 
-def test_what_a_card_lacks_is_asked_for_with_an_example(file_of, tmp_path, command):
+def test_what_a_card_lacks_is_asked_for_with_an_example(file_of, tmp_path, refusal):
     sayings = {
         "": 'add to [input] of --card: channels = ["rgb"]',
         '[input]\nchannels = ["rgb"]': "normalisation = {kind =",
@@ -237,12 +238,32 @@ def test_what_a_card_lacks_is_asked_for_with_an_example(file_of, tmp_path, comma
     }
     for text, words in sayings.items():
         (tmp_path / "card.toml").write_text(text)
-        code, output = command(
+        line = refusal(
             "import-model", file_of("seg-res-net"), "--out", tmp_path / "b", "--card", tmp_path / "card.toml"
         )
-        assert code == 2, (text, output)
-        assert words in output, (text, output)
+        assert words in line, text
         assert not (tmp_path / "b").exists()
+
+
+def test_a_card_in_a_file_that_does_not_go_with_its_graph_is_refused(two_stains, imported, refusal, tmp_path):
+    card = load_model(str(imported(two_stains, STAINS.replace("KIND", "zscore")))).card
+    idle = Output((Tensor(("background", "no class", "a"), "y"),))
+    changes = {
+        "background for pixels of no class": {
+            "decoder": "classes",
+            "classes": (ModelClass("a", "#c80000"),),
+            "output": idle,
+        },
+        "it names tiles of at least 65536 px": {"input": replace(card.input, size=Size(1 << 16, 1))},
+        "it names 1 channels": {"input": replace(card.input, channels=("grey",))},
+        "expected px from 1 and from 0 on": {"total_stride": 0},
+        "it names other": {"output": Output((Tensor(("foreground",), "other"),))},
+    }
+    for words, change in changes.items():
+        model = onnx.load(two_stains)
+        helper.set_model_props(model, {CARD_PROPERTY: replace(card, **change).to_json()})
+        onnx.save(model, tmp_path / "own.onnx")
+        assert words in refusal("import-model", tmp_path / "own.onnx", "--out", tmp_path / "b")
 
 
 def write_zip(path, members):
