@@ -7,7 +7,7 @@ from typing import Any
 
 from cellseg_batch.engine.errors import ModelError
 from cellseg_batch.engine.inference.compiled import race_every_precision
-from cellseg_batch.engine.inference.onnx_footprint import Footprint, measure_footprint
+from cellseg_batch.engine.inference.onnx_footprint import measure_footprint
 from cellseg_batch.engine.inference.race_result import RaceResult
 from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.models import load_model
@@ -15,6 +15,7 @@ from cellseg_batch.engine.reports.expected_output import Agreement, read_expecte
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.trainer.bundle import Bundle
 from cellseg_batch.trainer.card import ONNX, Card
+from cellseg_batch.trainer.receptive_field import Footprint
 
 _ENOUGH_OBJECTS = 100
 

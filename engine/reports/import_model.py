@@ -17,7 +17,7 @@ import numpy as np
 from cellseg_batch.engine.errors import CellsegError, ModelError, UsageError, brief, writing_to
 from cellseg_batch.engine.inference.backends.registry import REFERENCES, make_backend
 from cellseg_batch.engine.inference.onnx_file import GraphFile, Port, read_graph
-from cellseg_batch.engine.inference.onnx_footprint import Footprint, measure_footprint
+from cellseg_batch.engine.inference.onnx_footprint import measure_footprint
 from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.reports.bioimageio_package import Package, read_package
 from cellseg_batch.engine.reports.card_draft import (
@@ -53,6 +53,7 @@ from cellseg_batch.trainer.card import (
     class_colours,
     count_channels,
 )
+from cellseg_batch.trainer.receptive_field import Footprint
 
 # A model whose card says no margin gets this one, in px, or its exact margin where that is smaller.
 _MARGIN = 64

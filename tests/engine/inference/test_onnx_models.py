@@ -23,7 +23,8 @@ from cellseg_batch.engine.reports.import_model import import_model
 from cellseg_batch.engine.storage.cache import Artefacts
 from cellseg_batch.trainer.bundle import Bundle, save_bundle
 from cellseg_batch.trainer.card import CARD_PROPERTY, Card, ModelClass, Output, Size, Tensor
-from cellseg_batch.trainer.footprint import Footprint, measure_footprint
+from cellseg_batch.trainer.footprint import measure_footprint
+from cellseg_batch.trainer.receptive_field import Footprint
 from tests.support.graphs import randomised, untiled, write_graph, write_network
 from tests.support.images import blobs, labels_of, write_ome_zarr, write_plate
 
