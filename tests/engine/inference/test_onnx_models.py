@@ -15,6 +15,7 @@ import torch
 import zarr
 from monai.networks.nets import BasicUNet, SegResNet
 from onnx import helper, numpy_helper
+from scipy import ndimage
 
 from cellseg_batch.engine.errors import BackendError, ModelError, UsageError
 from cellseg_batch.engine.inference.backends.registry import make_backend
@@ -593,8 +594,17 @@ def test_classes_are_numbered_named_and_counted(imported, segment, tmp_path, end
     probability = zarr.open_array(f"{slide.outputs['probability']}/0", mode="r")[...]
     sure = 1 / (1 + np.exp(-np.maximum(dim, bright).astype(np.float64)))
     assert np.abs(probability - 255 * sure).max() < 2
-    objects = segment(path, model=str(folder), backend=backend, tile=64, gate=False, name="ids", instances=True)
-    assert objects.slides[0].objects > 3
+    ids = [
+        labels_of(segment(path, model=str(folder), backend=backend, tile=64, gate=False, name=f"ids{block}",
+                          skip_background="off", instances=True, block=block, workers=workers))
+        for block, workers in ((60, 4), (300, 1))
+    ]  # fmt: skip
+    np.testing.assert_array_equal(*ids)
+    whole = ndimage.label(labels)[0]
+    kept = np.bincount(whole.ravel())[whole] >= load_model(str(folder)).card.instances.smallest_seed
+    expected_ids = np.where(kept, whole, 0)
+    pairs = np.unique(np.stack([ids[0], expected_ids]).reshape(2, -1), axis=1).T
+    assert len(pairs) == ids[0].max() + 1 == len(np.unique(expected_ids)) > 4, "objects are the components"
     blended = segment(path, model=str(folder), backend=backend, tile=64, stitch="blend", margin=8, name="blend")
     assert f"the classes of {end}" in blended.slides[0].reason
 
