@@ -248,12 +248,12 @@ def _input_of(source: Path, port: Port, draft: InputDraft) -> Input:
         given.kind in ("percentile", "fixed") if given.clip is None else given.clip,
         given.per_tile,
     )
-    count = count_channels(draft.channels)
-    layout = draft.layout or _layout_of(source, port, count)
-    batch, *sides = (port.shape[axis] for axis in ((0, 1, 2, 3) if layout == LAYOUTS[0] else (0, 3, 1, 2)))
-    channels, height, width = sides
-    if channels not in (None, count):
-        raise ValueError(f"channels: the graph takes {channels}, the card names {count} ({', '.join(draft.channels)})")
+    layout = draft.layout or _layout_of(source, port, count_channels(draft.channels))
+    taken = Input(draft.channels, normalisation, Size(0, 1), draft.pixel_size_um, layout)
+    batch, channels, height, width = (port.shape[layout.index(axis)] for axis in "NCHW")
+    if channels not in (None, taken.count):
+        named = f"{taken.count} ({', '.join(draft.channels)})"
+        raise ValueError(f"channels: the graph takes {channels}, the card names {named}")
     if height != width:
         raise ValueError(f"size: the graph takes {_words(port)}; tiles are squares of one or of any size")
     if batch not in (None, 1):
@@ -263,7 +263,7 @@ def _input_of(source: Path, port: Port, draft: InputDraft) -> Input:
         if size is not None and size.fixed != height:
             raise ValueError(f"size: the graph takes {height} px alone, the card says {draft.size}")
         size = Size(height, 0)
-    return Input(draft.channels, normalisation, size or Size(0, 1), draft.pixel_size_um, layout, batch)
+    return replace(taken, size=size or taken.size, batch=batch)
 
 
 def _tuple(numbers: Numbers) -> tuple[float, ...]:
@@ -271,7 +271,7 @@ def _tuple(numbers: Numbers) -> tuple[float, ...]:
 
 
 def _layout_of(source: Path, port: Port, count: int) -> str:
-    fitting = [layout for layout, axis in zip(LAYOUTS, (1, 3), strict=True) if port.shape[axis] == count]
+    fitting = [layout for layout in LAYOUTS if port.shape[layout.index("C")] == count]
     if fitting:
         return fitting[0]
     if port.shape[1] is None and port.shape[3] is None:
@@ -285,13 +285,13 @@ def _tensors_of(source: Path, graph: GraphFile, draft: OutputDraft, layout: str)
     Raises:
         ValueError: the graph does not give what the draft says.
     """
-    ports = {port.name: port for port in graph.outputs}
+    ports, axis = {port.name: port for port in graph.outputs}, layout.index("C")
     if draft.tensors:
         drafts = draft.tensors
     elif len(ports) == 1:
         (port,) = ports.values()
-        usual = (*DECODER_OUTPUTS.get(draft.decoder, ()), *draft.classes)
-        without_background = draft.classes and port.shape[LAYOUTS.index(layout) * 2 + 1] == len(draft.classes)
+        usual = (*DECODER_OUTPUTS[draft.decoder], *draft.classes)
+        without_background = draft.classes and port.shape[axis] == len(draft.classes)
         channels = draft.channels or (draft.classes if without_background else usual)
         drafts = (TensorDraft(port.name, channels, draft.activation),)
     else:
@@ -303,7 +303,7 @@ def _tensors_of(source: Path, graph: GraphFile, draft: OutputDraft, layout: str)
     for tensor in drafts:
         if tensor.name not in ports:
             raise ValueError(f"output.tensors: the graph gives {', '.join(ports)}, not {tensor.name}")
-        found = ports[tensor.name].shape[LAYOUTS.index(layout) * 2 + 1]
+        found = ports[tensor.name].shape[axis]
         channels = _with_rays(tensor.channels, found)
         if found is not None and found != len(channels):
             named = ", ".join(tensor.channels) or "none"

@@ -4,6 +4,7 @@ import json
 import pickle
 import socket
 import sys
+import zipfile
 
 import numpy as np
 import onnx
@@ -81,14 +82,20 @@ def test_a_package_is_imported_and_runs_as_onnx_runtime_does(tmp_path, card, seg
         assert np.abs(logits[differ]).max(initial=0) < 1e-4
 
 
-def test_weights_in_a_file_of_their_own_are_taken(tmp_path, card):
+def test_weights_in_a_file_of_their_own_are_taken_and_bounded_together(tmp_path, card, refusal, monkeypatch):
     def parted(files, description):
         files["weights.onnx.data"] = graph_with_weights_in("weights.onnx.data", files, description, tmp_path / "o.onnx")
         data = {"source": "weights.onnx.data", "sha256": sha256_of(files["weights.onnx.data"])}
         description["weights"]["onnx"]["external_data"] = data
 
-    import_model(arranged(tmp_path, "0.5", parted), tmp_path / "bundle", card)
+    package = arranged(tmp_path, "0.5", parted)
+    import_model(package, tmp_path / "bundle", card)
     assert only_agreement(tmp_path / "bundle").agrees
+    with zipfile.ZipFile(package) as archive:
+        sizes = [archive.getinfo(f"weights.onnx{suffix}").file_size for suffix in ("", ".data")]
+    monkeypatch.setattr(bioimageio_package, "LARGEST", sum(sizes) - 1)
+    line = refusal("import-model", package, "--out", tmp_path / "b", "--card", card)
+    assert "expected a weights.onnx of at most" in line
 
 
 @pytest.mark.slow
