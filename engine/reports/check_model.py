@@ -42,7 +42,7 @@ class ModelCheck:
         """What the user should know before the first run."""
         card, notes = self.card, [*self.card.notes]
         if self.footprint is not None and self.footprint.exact_margin is not None:
-            if (card.exact_margin or 0) < self.footprint.exact_margin:
+            if card.exact_margin is not None and card.exact_margin < self.footprint.exact_margin:
                 notes.append(f"it sees {self.footprint.exact_margin} px, more than its card says: {card.exact_margin}")
             if card.margin < self.footprint.exact_margin:
                 notes.append(f"margin {card.margin} px is below the exact margin of {self.footprint.exact_margin} px")

@@ -110,8 +110,12 @@ def test_the_commands_say_whether_the_test_tensors_agree(tmp_path, card, command
     assert code == 0, output
     assert "mine: rgb in tiles" in output
     assert "its normalisation may be another one" in output
+    own = tmp_path / "other" / "card.json"
+    own.write_text(json.dumps(json.loads(own.read_text()) | {"margin": 0, "exact_margin": 0}))
     code, output = command("check-model", tmp_path / "other", "--json", figures)
     assert code == 0, output
+    for note in ("it sees 2 px, more than its card says: 0", "margin 0 px is below the exact margin of 2 px"):
+        assert (note in output) == (version == "0.5"), "tiles of a single size are not measured"
     (test,) = json.loads(figures.read_text())["tests"]
     assert test["differing"] > 0.1
     assert not test["agrees"]
