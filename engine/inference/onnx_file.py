@@ -27,8 +27,7 @@ LARGEST = 1 << 30
 _MOST_OPERATORS = 100_000
 _LEAST_OPSET = 11
 _DOMAINS = ("", "ai.onnx")
-_PACKAGE = "a bioimage.io package with bioimageio.yaml or rdf.yaml at its top"
-_ARCHIVE = "an archive that is damaged or of something else"
+_NAME_THE_FILE = "name the .onnx file in it, or a bioimage.io package with bioimageio.yaml or rdf.yaml at its top"
 # First bytes of what torch.save, joblib and pickle write: a zip archive, or a pickle of protocol 2 or later.
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _SMALLER = "export the model in float16, or a smaller one"
@@ -129,40 +128,38 @@ def _refused(path: Path, expected: str, found: str, remedy: str) -> ModelError:
 
 
 def _content_of(path: Path) -> bytes:
+    """The content of a file that may be ONNX."""
     if path.is_dir():
-        remedy = f"name the .onnx file in it, or {_PACKAGE}"
-        raise _refused(path, "an ONNX file", "a folder", remedy)
+        raise _refused(path, "an ONNX file", "a folder", _NAME_THE_FILE)
     try:
         size = path.stat().st_size
-        if size > LARGEST:
-            raise _refused(path, f"at most {LARGEST >> 20} MiB", f"{size >> 20} MiB", _SMALLER)
-        content = path.read_bytes()
+        content = path.read_bytes() if size <= LARGEST else b""
     except OSError as error:
         raise _refused(path, "an ONNX file that can be read", brief(error), "check the path") from error
-    kind = _other_kind(path, content)
-    if kind == _ARCHIVE:
-        remedy = f"name the .onnx file in it, or {_PACKAGE}"
-        raise _refused(path, "an ONNX file", kind, remedy)
-    if kind:
-        raise _refused(path, "an ONNX file", f"{kind}, which runs code when it is read", f"convert it: {EXPORT}")
+    if size > LARGEST:
+        raise _refused(path, f"at most {LARGEST >> 20} MiB", f"{size >> 20} MiB", _SMALLER)
+    is_archive = content[:4] == _ZIP
+    is_pickle = content[:1] == _PICKLE and content[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    running = _running_kind(path) if is_archive else "a pickle" if is_pickle else ""
+    if running:
+        raise _refused(path, "an ONNX file", f"{running}, which runs code when it is read", f"convert it: {EXPORT}")
+    if is_archive:
+        raise _refused(path, "an ONNX file", "an archive that is damaged or of something else", _NAME_THE_FILE)
     return content
 
 
-def _other_kind(path: Path, content: bytes) -> str:
-    """The kind of a file that is never opened; "" for one that may be ONNX."""
-    if content[:4] == _ZIP:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-        except Exception:  # zip's own errors
-            return _ARCHIVE
-        if any("/code/" in name or name.endswith("constants.pkl") for name in names):
-            return "a TorchScript archive"
-        if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
-            return "a .pt2 program of torch.export"
-        return "an archive of pickles by torch.save" if any(name.endswith(".pkl") for name in names) else _ARCHIVE
-    is_pickle = content[:1] == _PICKLE and content[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-    return "a pickle" if is_pickle else ""
+def _running_kind(path: Path) -> str:
+    """The kind of an archive that runs code when it is read, from the names in it; "" for any other archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:  # zip's own errors
+        return ""
+    if any("/code/" in name or name.endswith("constants.pkl") for name in names):
+        return "a TorchScript archive"
+    if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
+        return "a .pt2 program of torch.export"
+    return "an archive of pickles by torch.save" if any(name.endswith(".pkl") for name in names) else ""
 
 
 def _parsed(path: Path, content: bytes) -> ModelProto:
