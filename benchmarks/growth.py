@@ -13,27 +13,21 @@ import numpy as np
 from common import row
 
 from cellseg_batch.engine.machine import peak_resident_bytes, resident_bytes
-from cellseg_batch.engine.run.campaign import run
-from cellseg_batch.engine.run.results import SlideReport
-from cellseg_batch.engine.run.slide_plan import SlidePlan
+from cellseg_batch.engine.run.campaign import Unheard, run
+from cellseg_batch.engine.run.results import EndedTask
 from cellseg_batch.engine.settings import Settings
 
 # 1,024 blocks of one tile each on a slide of 32768 px.
 _TILE, _BLOCK = 1152, 1
 
 
-class Watch:
+class Watch(Unheard):
     """Observer that notes the resident memory in bytes after every block."""
 
     def __init__(self) -> None:
         self.bytes: list[int] = []
 
-    def racing(self) -> None: ...
-    def found(self, images: int) -> None: ...
-    def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: int) -> None: ...
-    def ended(self, report: SlideReport) -> None: ...
-
-    def advanced(self, pixels: int) -> None:
+    def advanced(self, task: EndedTask) -> None:
         self.bytes.append(resident_bytes())
 
 

@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 
 from cellseg_batch.kernels._jit import jit
 from cellseg_batch.kernels._taps_numba import difference_column, difference_row, sum_column, sum_row
+from cellseg_batch.kernels.instances import ONE_BITS
 
 if TYPE_CHECKING:
     from cellseg_batch.kernels.hover import HoverRule
 
-_UNIT = 1 << 14
+_UNIT = 1 << ONE_BITS
 _SCALE, _OFFSET, _LAST = np.float32(_UNIT), np.float32(_UNIT + 0.5), np.float32(2 * _UNIT)
 
 

@@ -9,13 +9,14 @@ from numpy.typing import NDArray
 
 from cellseg_batch.kernels._jit import jit
 from cellseg_batch.kernels._taps_numba import sum_column, sum_row
+from cellseg_batch.kernels.instances import TABLE_RANGE, TABLE_STEPS
 
 if TYPE_CHECKING:
     from cellseg_batch.kernels.instances import SeedRule
 
 Logits = NDArray[np.float32]
-_STEPS, _RANGE = 128, 8
-_SCALE, _OFFSET, _LAST = np.float32(_STEPS), np.float32(_RANGE * _STEPS + 0.5), np.float32(2 * _RANGE * _STEPS)
+_MIDDLE = TABLE_RANGE * TABLE_STEPS
+_SCALE, _OFFSET, _LAST = np.float32(TABLE_STEPS), np.float32(_MIDDLE + 0.5), np.float32(2 * _MIDDLE)
 
 
 @jit

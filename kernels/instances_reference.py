@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellseg_batch.kernels.instances import ONE_BITS, TABLE_RANGE, TABLE_STEPS
+
 if TYPE_CHECKING:
     from cellseg_batch.kernels.instances import SeedRule
 
 Logits = NDArray[np.float32]
-_ONE_BITS, _STEPS, _RANGE = 14, np.float32(128), 8
+_STEPS, _RANGE = np.float32(TABLE_STEPS), TABLE_RANGE
 # Above, left, right, below.
 _NEIGHBOURS = ((-1, 0), (0, -1), (0, 1), (1, 0))
 
@@ -52,7 +54,7 @@ def _smooth(score: NDArray[np.int32], rule: SeedRule) -> NDArray[np.int32]:
     for tap in range(1, len(rule.weights)):
         left, right = radius - tap * rule.spacing, radius + tap * rule.spacing
         total += rule.weights[tap] * (padded[:, left : left + width] + padded[:, right : right + width])
-    return (total + (1 << (_ONE_BITS - 1))) >> _ONE_BITS
+    return (total + (1 << (ONE_BITS - 1))) >> ONE_BITS
 
 
 def label_seeds(

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_batch.kernels._jit import jit
+from cellseg_batch.kernels.stardist import OPEN, SUPPRESSED, SURVIVOR
 from cellseg_batch.kernels.stardist_reference import directions
 
 if TYPE_CHECKING:
     from cellseg_batch.kernels.stardist import Stars
 
-_SUPPRESSED, _OPEN, _SURVIVOR = 0, 1, 2
 # Side of a cell in px, about the width of a nucleus.
 _CELL = 32
 
@@ -96,16 +96,16 @@ def _suppress(
     # Runs (y, start, stop) from each star's centre, one star after the other.
     runs, held, entries = np.empty((8 * most_runs, 3), np.int16), 0, 0
     for star in range(len(states)):
-        if states[star] == _SUPPRESSED:
+        if states[star] == SUPPRESSED:
             continue
         if held + most_runs > len(runs):
             runs = np.concatenate((runs, np.empty_like(runs)))
         stop = _rasterise(rays[star], sines, cosines, crossings, crossed, runs, held)
         shapes.spans[star, 0], shapes.spans[star, 1] = held, stop
         shapes.areas[star] = _measure(runs[held:stop], shapes.y[star], shapes.x[star], shapes.boxes[star])
-        if states[star] == _OPEN:
+        if states[star] == OPEN:
             states[star] = _decide(shapes, cells, runs, states, star, exposed[star], threshold)
-        if states[star] != _SUPPRESSED:
+        if states[star] != SUPPRESSED:
             held = stop
             entries = _enter(cells, shapes.boxes[star], star, entries)
 
@@ -121,7 +121,7 @@ def _decide(
     threshold: float,
 ) -> int:
     """The state of a star that stands unless a star of higher rank says otherwise."""
-    state = _OPEN if exposed else _SURVIVOR
+    state = OPEN if exposed else SURVIVOR
     top, left, bottom, right = _touched(cells, shapes.boxes[star])
     for row in range(top, bottom):
         for column in range(left, right):
@@ -129,16 +129,16 @@ def _decide(
             while entry >= 0:
                 other = cells.members[entry]
                 entry = cells.followers[entry]
-                if state == _OPEN and states[other] == _OPEN:
+                if state == OPEN and states[other] == OPEN:
                     continue
                 y = max(shapes.boxes[star, 0], shapes.boxes[other, 0])
                 x = max(shapes.boxes[star, 1], shapes.boxes[other, 1])
                 if (y - cells.corner[0]) // _CELL != row or (x - cells.corner[1]) // _CELL != column:
                     continue
                 if _overlap(shapes, runs, star, other, threshold):
-                    if states[other] == _SURVIVOR:
-                        return _SUPPRESSED
-                    state = _OPEN
+                    if states[other] == SURVIVOR:
+                        return SUPPRESSED
+                    state = OPEN
     return state
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellseg_batch.kernels.stardist import OPEN, SUPPRESSED, SURVIVOR
+
 if TYPE_CHECKING:
     from cellseg_batch.kernels.stardist import Stars
-
-_SUPPRESSED, _OPEN, _SURVIVOR = 0, 1, 2
 
 
 def suppress(stars: Stars, states: NDArray[np.uint8], exposed: NDArray[np.bool_], threshold: float) -> None:
@@ -21,16 +21,16 @@ def suppress(stars: Stars, states: NDArray[np.uint8], exposed: NDArray[np.bool_]
     covered: list[NDArray[np.int64]] = []
     for star in range(len(states)):
         covered.append(covered_pixels(stars, star))
-        if states[star] != _OPEN:
+        if states[star] != OPEN:
             continue
         standing = np.flatnonzero(states[:star])
         distance = np.hypot(stars.y[standing] - stars.y[star], stars.x[standing] - stars.x[star])
         near = standing[distance < stars.rays[standing].max(axis=1, initial=0) + stars.rays[star].max() + 2]
         rivals = {int(states[other]) for other in near if overlap(covered[other], covered[star]) > threshold}
-        if _SURVIVOR in rivals:
-            states[star] = _SUPPRESSED
-        elif _OPEN not in rivals and not exposed[star]:
-            states[star] = _SURVIVOR
+        if SURVIVOR in rivals:
+            states[star] = SUPPRESSED
+        elif OPEN not in rivals and not exposed[star]:
+            states[star] = SURVIVOR
 
 
 def overlap(pixels: NDArray[np.int64], others: NDArray[np.int64]) -> float:

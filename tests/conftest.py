@@ -140,3 +140,17 @@ def command():
         return result.exit_code, " ".join(result.output.split())
 
     return call
+
+
+@pytest.fixture
+def refusal():
+    """Call the command line, which refuses in one line and nothing else, with exit code 2; returns the line."""
+
+    def call(*arguments):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == 2, result.output or result.exception
+        (line,) = result.output.splitlines()
+        assert line.startswith("error")
+        return line
+
+    return call

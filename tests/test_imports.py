@@ -23,7 +23,7 @@ FLOORS = (
 FLOOR_OF = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
 GROUND = len(FLOORS) - 1
 # What the engine may know of the trainer: a model's bundle, its network, and what both draw and decide.
-SHARED_WITH_TRAINER = {"blocks", "bundle", "card", "outlines", "scale", "unet"}
+SHARED_WITH_TRAINER = {"blocks", "bundle", "card", "outlines", "receptive_field", "scale", "unet"}
 RUNS_THE_TRAINER = {"cli.train", "cli.training_progress", "cli.evaluate", "cli.export"}
 RUNS_THE_TRAINER |= {f"reports.{module}" for module in ("evaluate", "sample_prediction", "scores")}
 

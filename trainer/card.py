@@ -154,6 +154,11 @@ class Size:
         return self.min if self.fixed else max(self.min, side // stride * stride)
 
 
+def count_channels(roles: tuple[str, ...]) -> int:
+    """Number of channels of a network's input that these roles stand for."""
+    return sum(_CHANNELS_OF.get(role, 1) for role in roles)
+
+
 @dataclass(frozen=True)
 class Input:
     """What the network takes.
@@ -197,7 +202,7 @@ class Input:
     @property
     def count(self) -> int:
         """Number of channels of the network's input."""
-        return sum(_CHANNELS_OF.get(role, 1) for role in self.channels)
+        return count_channels(self.channels)
 
 
 @dataclass(frozen=True)
@@ -370,7 +375,8 @@ class Card:
         hover: how the decoder ``hover`` does.
         stardist: how the decoder ``stardist`` does.
         classes: classes of pixels of the decoder ``classes``; for others, classes of objects that the network tells
-            apart, if it does.  It has an output of each name, and may have one of the meaning ``no class``.
+            apart, if it does.  The network has an output of each name, and for objects may have one that means
+            ``no class``.
         licence: licence of the weights; "" if unknown.
         citation: what to cite; "" if unknown.
         training: data, recipe.
@@ -459,6 +465,13 @@ class Card:
                 f"classes: expected {least} to {most} names without background, found {names} for the decoder "
                 f"{self.decoder}"
             )
+        if self.total_stride < 1 or (self.exact_margin or 0) < 0:
+            raise ValueError(
+                f"total_stride, exact_margin: expected px from 1 and from 0 on, found {self.total_stride} and "
+                f"{self.exact_margin}"
+            )
+        if self.decoder == "classes" and NO_CLASS in found:
+            raise ValueError(f"outputs: the decoder classes has {BACKGROUND} for pixels of {NO_CLASS}")
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold: expected a probability above 0 and below 1, found {self.threshold}")
         if self.margin < self.output.crop:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,22 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from cellseg_batch.trainer.receptive_field import Footprint, footprint_of
+
 _LARGEST_STRIDE = 32
 _SPANS = (512, 1024, 2048, 4096)
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What a network's output pixels can see.
-
-    Attributes:
-        total_stride: period in px with which the footprint repeats; tiles, cores and margins are multiples of it.
-        exact_margin: smallest multiple of the total stride, in px, such that no output pixel of a core that
-            lies on the stride's grid depends on a pixel further than this from the core.
-    """
-
-    total_stride: int
-    exact_margin: int
 
 
 def measure_footprint(network: nn.Module, in_channels: int = 3) -> Footprint:
@@ -61,13 +48,7 @@ def measure_footprint(network: nn.Module, in_channels: int = 3) -> Footprint:
         for period in (2**power for power in range(_LARGEST_STRIDE.bit_length()))
         if all(seen_by[i] == seen_by[i % period] for i in range(_LARGEST_STRIDE))
     )
-    margin = 0
-    for phase, (before, after) in enumerate(seen_by[:stride]):
-        # The furthest core to the right that this column reaches starts at core_start, to the left ends at core_end.
-        core_start = (phase + after) // stride * stride
-        core_end = (phase + before) // stride * stride + stride
-        margin = max(margin, core_start - phase, phase + 1 - core_end)
-    return Footprint(total_stride=stride, exact_margin=-(-margin // stride) * stride)
+    return footprint_of(seen_by[:stride])
 
 
 def _sees(network: nn.Module, in_channels: int, span: int, column: int) -> tuple[int, int]:

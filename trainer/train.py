@@ -30,11 +30,12 @@ from cellseg_batch.trainer.checkpoint import CHECKPOINT_FILE, Checkpoint, check_
 from cellseg_batch.trainer.data.dataset import Dataset, load_dataset
 from cellseg_batch.trainer.data.sample import Sample
 from cellseg_batch.trainer.decode import class_map, decode_instances
-from cellseg_batch.trainer.footprint import Footprint, measure_footprint
+from cellseg_batch.trainer.footprint import measure_footprint
 from cellseg_batch.trainer.heads import HEADS
 from cellseg_batch.trainer.learner import Learner
 from cellseg_batch.trainer.plots import plot_curves, plot_predictions, write_log
 from cellseg_batch.trainer.predict import predict_logits
+from cellseg_batch.trainer.receptive_field import Footprint
 from cellseg_batch.trainer.recipe import Recipe
 from cellseg_batch.trainer.schedule import learning_rate_at
 from cellseg_batch.trainer.unet import build_network, load_network

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -21,6 +20,7 @@ from cellseg_batch.engine.inference.backends.onnx_graph import plain_graph
 from cellseg_batch.engine.inference.backends.onnxruntime_cpu import OnnxRuntimeBackend
 from cellseg_batch.trainer.bundle import Bundle
 from cellseg_batch.trainer.card import Card
+from cellseg_batch.trainer.receptive_field import Footprint, footprint_of
 
 _LARGEST_STRIDE = 64
 # Stride of most networks; that of one whose pixels see the whole tile cannot be seen.
@@ -36,22 +36,6 @@ _BANDS, _FAINT = 9, 1e-3
 Pixels = NDArray[np.float32]
 Model = Callable[[Pixels], NDArray[np.float32]]
 """Function (N, C, H, W) -> (N, K, H, W)."""
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What the outputs of a network can see.
-
-    Attributes:
-        total_stride: px; period with which the footprint repeats.
-        exact_margin: px of context beyond which nothing changes a pixel's logits, in whole strides; None if there is no
-            such number.
-        reason: why there is none; "" if there is one.
-    """
-
-    total_stride: int
-    exact_margin: int | None
-    reason: str = ""
 
 
 def measure_footprint(bundle: Bundle, threads: int) -> Footprint:
@@ -72,10 +56,10 @@ def measure_footprint(bundle: Bundle, threads: int) -> Footprint:
     model, means = (_Probe(serialised, threads, card.grid) for serialised in (graph, _with_means(graph)))
     margin = 0
     for axis in (_as_it_is, _turned):
-        reach = _reach_along_x(axis(model), axis(means), card, across, stride, unit)
-        if reach is None:
+        along = _margin_along_x(axis(model), axis(means), card, across, stride, unit)
+        if along is None:
             return Footprint(_USUAL_STRIDE, None, "the network sees the whole tile")
-        margin = max(margin, reach)
+        margin = max(margin, along)
     if not _shifts(model, card.input.count, stride, margin + card.output.crop, unit):
         return Footprint(_USUAL_STRIDE, None, "a pixel's logits depend on where in the tile it lies")
     return Footprint(stride, margin)
@@ -155,7 +139,7 @@ def _whole(side: int, unit: int) -> int:
 
 
 def _coarsest(graph: bytes, channels: int, unit: int) -> int | None:
-    """Px of the input that one pixel of the coarsest features stands for; None if that is the whole image."""
+    """Px of the input that one pixel of the coarsest features stands for; None above 64, as of means of all pixels."""
     side = 16 * unit
     model = onnx.load_model_from_string(graph)
     for axis, length in zip(model.graph.input[0].type.tensor_type.shape.dim, (1, channels, side, side), strict=True):
@@ -164,8 +148,9 @@ def _coarsest(graph: bytes, channels: int, unit: int) -> int | None:
     shapes = [[axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in inferred.value_info]
     # Channels last or first: the two axes of an image are next to each other and equally long.
     pairs = [pair for shape in shapes if len(shape) == 4 for pair in ((shape[2], shape[3]), (shape[1], shape[2]))]
-    smallest = min((high for high, wide in pairs if high == wide and side % max(1, high) == 0 < high), default=side)
-    return side // smallest if smallest >= side // _LARGEST_STRIDE else None
+    sides = [high for high, wide in pairs if 0 < high == wide and side % high == 0]
+    stride = side // min(sides, default=side)
+    return stride if stride <= _LARGEST_STRIDE else None
 
 
 def _with_means(graph: bytes) -> bytes:
@@ -192,47 +177,48 @@ def _with_means(graph: bytes) -> bytes:
     return serialised
 
 
-def _reach_along_x(model: Model, means: Model, card: Card, across: int, stride: int, unit: int) -> int | None:
-    """Px of context in whole strides such that no core on the stride's grid depends on more; None if all is seen."""
+def _margin_along_x(model: Model, means: Model, card: Card, across: int, stride: int, unit: int) -> int | None:
+    """The exact margin in px along x; None if some column is seen as far as any image was wide.
+
+    Args:
+        model: the network.
+        means: the network that takes means.
+        card: the network's card.
+        across: height of the images in px.
+        stride: the total stride in px.
+        unit: px of which the images' sides are multiples.
+    """
     channels, crop = card.input.count, card.output.crop
-    empty = np.zeros((1, channels, across, 0), np.float32)
     for span in (_whole(span, unit) for span in _SPANS):
         noise = np.random.default_rng(0).random((1, channels, across, span), np.float32)
-        empty = np.zeros_like(noise)
-        plain, nothing = model(noise), means(empty)
-
-        def seen_by(column: int, noise: Pixels = noise, empty: Pixels = empty) -> tuple[int, int]:
-            changed = [
-                (other != before).any(axis=(0, 1, 2))
-                for other, before in (
-                    (model(_changed(noise, column, _CHANGE)), plain),  # noqa: B023
-                    (means(_changed(empty, column, _LARGE_CHANGE)), nothing),  # noqa: B023
-                )
-            ]
-            hit = np.flatnonzero(np.logical_or(*changed))
-            # An output that nothing changes, as of a saturated network, sees its own column.
-            return (int(hit[0]) - column, int(hit[-1]) - column) if hit.size else (0, 0)
-
-        middle = span // 2
-        before, after = seen_by(middle)
-        if middle + before > crop + _LARGEST_STRIDE and middle + after < span - crop - _LARGEST_STRIDE:
-            break
-    else:
-        return None
-    margin = 0
-    for phase in range(stride):
-        before, after = seen_by(middle + phase)
-        # The furthest core to the right that sees this column begins at core_start, to the left one ends at core_end.
-        core_start = (phase + after) // stride * stride
-        core_end = (phase + before) // stride * stride + stride
-        margin = max(margin, core_start - phase, phase + 1 - core_end)
-    return -(-margin // stride) * stride
+        asked = _Asked(model, noise, _CHANGE), _Asked(means, np.zeros_like(noise), _LARGE_CHANGE)
+        middle, least = span // 2, crop + _LARGEST_STRIDE
+        before, after = _seen_by(asked, middle)
+        if middle + before > least and middle + after < span - least:
+            return footprint_of([_seen_by(asked, middle + place) for place in range(stride)]).exact_margin
+    return None
 
 
-def _changed(pixels: Pixels, column: int, change: float) -> Pixels:
-    other = pixels.copy()
-    other[..., column] += np.float32(change)
-    return other
+def _seen_by(asked: tuple[_Asked, ...], column: int) -> tuple[int, int]:
+    """Px from an input column to the first and to the last output column that sees it in any network."""
+    hit = np.flatnonzero(np.logical_or.reduce([one.changes(column) for one in asked]))
+    # An output that nothing changes, as of a saturated network, sees its own column.
+    return (int(hit[0]) - column, int(hit[-1]) - column) if hit.size else (0, 0)
+
+
+class _Asked:
+    """A network and an image, of which one column after the other is changed by a number."""
+
+    def __init__(self, model: Model, pixels: Pixels, change: float) -> None:
+        self._model, self._pixels, self._change = model, pixels, np.float32(change)
+        self._before = model(pixels)
+
+    def changes(self, column: int) -> NDArray[np.bool_]:
+        """Whether each output column (W,) changes with an input column."""
+        pixels = self._pixels.copy()
+        pixels[..., column] += self._change
+        changed: NDArray[np.bool_] = (self._model(pixels) != self._before).any(axis=(0, 1, 2))
+        return changed
 
 
 def _shifts(model: Model, channels: int, stride: int, margin: int, unit: int) -> bool:

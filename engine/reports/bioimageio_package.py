@@ -15,7 +15,13 @@ from scipy.special import expit
 
 from cellseg_batch.engine.errors import brief
 from cellseg_batch.engine.inference.onnx_file import LARGEST, GraphFile, Port
-from cellseg_batch.engine.reports.bioimageio_description import TAKE_OUT, Description, TensorFacts, read_description
+from cellseg_batch.engine.reports.bioimageio_description import (
+    TAKE_OUT,
+    Description,
+    NamedFile,
+    TensorFacts,
+    read_description,
+)
 from cellseg_batch.engine.reports.bioimageio_steps import Stars, ending_of, normalisation_of
 from cellseg_batch.engine.reports.card_draft import CardDraft, InputDraft, OutputDraft
 from cellseg_batch.engine.reports.expected_output import Ending, ExpectedOutput
@@ -125,10 +131,7 @@ def read_package(source: Path) -> Package:
         files=files,
         description=description,
         graph=PurePosixPath(description.weights.name).name,
-        weights={
-            PurePosixPath(file.name).name: files.read(file.name, LARGEST, file.sha256)
-            for file in (*description.beside, description.weights)
-        },
+        weights=_weights(files, (*description.beside, description.weights)),
         said=CardDraft(
             input=InputDraft(
                 channels=_roles(description.input),
@@ -148,6 +151,15 @@ def read_package(source: Path) -> Package:
         tests=tests,
         notes=(*description.notes, *notes, *remarks),
     )
+
+
+def _weights(files: PackageFiles, named: Sequence[NamedFile]) -> dict[str, bytes]:
+    """Name of each file without its folder -> its content; all of them together are bounded."""
+    weights: dict[str, bytes] = {}
+    for file in named:
+        room = LARGEST - sum(map(len, weights.values()))
+        weights[PurePosixPath(file.name).name] = files.read(file.name, room, file.sha256)
+    return weights
 
 
 def _roles(tensor: TensorFacts) -> tuple[str, ...]:

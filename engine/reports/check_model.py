@@ -7,7 +7,7 @@ from typing import Any
 
 from cellseg_batch.engine.errors import ModelError
 from cellseg_batch.engine.inference.compiled import race_every_precision
-from cellseg_batch.engine.inference.onnx_footprint import Footprint, measure_footprint
+from cellseg_batch.engine.inference.onnx_footprint import measure_footprint
 from cellseg_batch.engine.inference.race_result import RaceResult
 from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.models import load_model
@@ -15,6 +15,7 @@ from cellseg_batch.engine.reports.expected_output import Agreement, read_expecte
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.trainer.bundle import Bundle
 from cellseg_batch.trainer.card import ONNX, Card
+from cellseg_batch.trainer.receptive_field import Footprint
 
 _ENOUGH_OBJECTS = 100
 
@@ -41,7 +42,7 @@ class ModelCheck:
         """What the user should know before the first run."""
         card, notes = self.card, [*self.card.notes]
         if self.footprint is not None and self.footprint.exact_margin is not None:
-            if (card.exact_margin or 0) < self.footprint.exact_margin:
+            if card.exact_margin is not None and card.exact_margin < self.footprint.exact_margin:
                 notes.append(f"it sees {self.footprint.exact_margin} px, more than its card says: {card.exact_margin}")
             if card.margin < self.footprint.exact_margin:
                 notes.append(f"margin {card.margin} px is below the exact margin of {self.footprint.exact_margin} px")

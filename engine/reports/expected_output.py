@@ -102,7 +102,7 @@ class ExpectedOutput:
         agreements = []
         for ending, expected in self.outputs:
             given = np.concatenate([image[ending.tensor] for image in images]).astype(np.float64)
-            given = _cropped(_after(ending, given, channel_axis=3 if layout == LAYOUTS[1] else 1), expected)
+            given = _cropped(_after(ending, given, channel_axis=layout.index("C")), expected)
             if not np.isfinite(given).all():
                 raise ValueError(f"the graph gives NaN or infinite values in {ending.tensor} for the test input")
             wanted = expected.astype(np.float64)

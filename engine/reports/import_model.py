@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cellseg_batch.engine.errors import ModelError, UsageError, brief, writing_to
+from cellseg_batch.engine.errors import CellsegError, ModelError, UsageError, brief, writing_to
 from cellseg_batch.engine.inference.backends.onnxruntime_cpu import run_graph
 from cellseg_batch.engine.inference.backends.registry import REFERENCES, make_backend
 from cellseg_batch.engine.inference.onnx_file import GraphFile, Port, read_graph
-from cellseg_batch.engine.inference.onnx_footprint import Footprint, measure_footprint, measure_output_stride
+from cellseg_batch.engine.inference.onnx_footprint import measure_footprint, measure_output_stride
 from cellseg_batch.engine.machine import cores
 from cellseg_batch.engine.reports.bioimageio_package import Package, read_package
 from cellseg_batch.engine.reports.card_draft import (
@@ -53,7 +53,9 @@ from cellseg_batch.trainer.card import (
     StarDist,
     Tensor,
     class_colours,
+    count_channels,
 )
+from cellseg_batch.trainer.receptive_field import Footprint
 
 # A model whose card says no margin gets this one, in px, or its exact margin where that is smaller.
 _MARGIN = 64
@@ -216,6 +218,8 @@ def _with_own_card(source: Path, path: Path, graph: GraphFile, name: str | None)
         card = Card.from_json(graph.properties[CARD_PROPERTY])
         card = replace(card, name=name or card.name)
         side = card.input.size.min
+        if not 1 <= side <= _LARGEST_SIDE:
+            raise ValueError(f"it names tiles of at least {side} px; from 1 to {_LARGEST_SIDE} px can be taken")
         given = [tensor.name for tensor in card.output.tensors]
         if card.format != ONNX or set(given) - {port.name for port in graph.outputs}:
             raise ValueError(f"it names {', '.join(given)}, the graph gives {_words(graph.outputs[0])}")
@@ -266,15 +270,12 @@ def _input_of(source: Path, port: Port, draft: InputDraft) -> Input:
         given.kind in ("percentile", "fixed") if given.clip is None else given.clip,
         given.per_tile,
     )
-    count = Input(draft.channels, replace(normalisation, low=(0.0,), high=(1.0,)), Size(1, 1)).count
-    layout = draft.layout or _layout_of(source, port, count)
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected {' or '.join(LAYOUTS)}, found {layout!r}")
-    batch, *sides = (port.shape[axis] for axis in ((0, 1, 2, 3) if layout == LAYOUTS[0] else (0, 3, 1, 2)))
-    channels, height, width = sides
-    if channels not in (None, count):
+    layout = draft.layout or _layout_of(source, port, count_channels(draft.channels))
+    taken = Input(draft.channels, normalisation, _ANY_SIZE, draft.pixel_size_um, layout)
+    batch, channels, height, width = (port.shape[layout.index(axis)] for axis in "NCHW")
+    if channels not in (None, taken.count):
         raise ValueError(
-            f"channels: the graph takes {_words(port)} in the layout {layout}, the card names {count} "
+            f"channels: the graph takes {_words(port)} in the layout {layout}, the card names {taken.count} "
             f"({', '.join(draft.channels)})"
         )
     if height != width:
@@ -286,7 +287,7 @@ def _input_of(source: Path, port: Port, draft: InputDraft) -> Input:
         if size is not None and size.fixed != height:
             raise ValueError(f"size: the graph takes {height} px alone, the card says {draft.size}")
         size = Size(height, 0)
-    return Input(draft.channels, normalisation, size or _ANY_SIZE, draft.pixel_size_um, layout, batch)
+    return replace(taken, size=size or taken.size, batch=batch)
 
 
 def _tuple(numbers: Numbers) -> tuple[float, ...]:
@@ -294,7 +295,7 @@ def _tuple(numbers: Numbers) -> tuple[float, ...]:
 
 
 def _layout_of(source: Path, port: Port, count: int) -> str:
-    fitting = [layout for layout, axis in zip(LAYOUTS, (1, 3), strict=True) if port.shape[axis] == count]
+    fitting = [layout for layout in LAYOUTS if port.shape[layout.index("C")] == count]
     if fitting:
         return fitting[0]
     if port.shape[1] is None and port.shape[3] is None:
@@ -308,13 +309,13 @@ def _tensors_of(source: Path, graph: GraphFile, draft: OutputDraft, layout: str)
     Raises:
         ValueError: the graph does not give what the draft says.
     """
-    ports = {port.name: port for port in graph.outputs}
+    ports, axis = {port.name: port for port in graph.outputs}, layout.index("C")
     if draft.tensors:
         drafts = draft.tensors
     elif len(ports) == 1:
         (port,) = ports.values()
-        usual = (*DECODER_OUTPUTS.get(draft.decoder, ()), *draft.classes)
-        without_background = draft.classes and port.shape[LAYOUTS.index(layout) * 2 + 1] == len(draft.classes)
+        usual = (*DECODER_OUTPUTS[draft.decoder], *draft.classes)
+        without_background = draft.classes and port.shape[axis] == len(draft.classes)
         channels = draft.channels or (draft.classes if without_background else usual)
         drafts = (TensorDraft(port.name, channels, draft.activation),)
     else:
@@ -326,7 +327,7 @@ def _tensors_of(source: Path, graph: GraphFile, draft: OutputDraft, layout: str)
     for tensor in drafts:
         if tensor.name not in ports:
             raise ValueError(f"output.tensors: the graph gives {', '.join(ports)}, not {tensor.name}")
-        found = ports[tensor.name].shape[LAYOUTS.index(layout) * 2 + 1]
+        found = ports[tensor.name].shape[axis]
         channels = _with_rays(tensor.channels, found)
         if found is not None and found != len(channels):
             named = ", ".join(tensor.channels) or "none"
@@ -429,16 +430,16 @@ def _first_run(path: Path, card: Card) -> tuple[int, int]:
     failures = []
     for side in trials:
         try:
-            sides = _sides_in_file(path, card, side)
+            given = _sides_in_file(path, card, side)
             break
         except Exception as error:  # the library's own errors
             failures.append(brief(error))
     else:
         raise ValueError(f"size: the graph runs at none of {trials} px ({failures[0]}); say {EXAMPLES['input.size']}")
-    if len(set(sides.values())) > 1:
-        found = ", ".join(f"{name} of {height} x {width}" for name, (height, width) in sides.items())
+    if len(set(given.values())) > 1:
+        found = ", ".join(f"{name} of {height} x {width}" for name, (height, width) in given.items())
         raise ValueError(f"output: {found} values for a tile of {side} px; tensors of one size can be taken")
-    height, width = next(iter(sides.values()))
+    height, width = next(iter(given.values()))
     if height != width:
         layout = card.input.layout
         raise ValueError(f"output: {height} x {width} values for a tile of {side} px, if its layout is {layout} too")
@@ -459,7 +460,7 @@ def _least_side(path: Path, card: Card, stride: int) -> int:
 
 def _runs_at(path: Path, card: Card, side: int) -> bool:
     """Whether the graph gives for a tile of ``side`` px what its card says."""
-    with suppress(Exception):  # the library's own errors
+    with suppress(ValueError):
         return _sides_of(path, card, side) == (side // card.grid, side // card.grid)
     return False
 
@@ -474,8 +475,17 @@ def _sides_in_file(path: Path, card: Card, side: int) -> dict[str, tuple[int, in
 
 
 def _sides_of(path: Path, card: Card, side: int) -> tuple[int, int]:
-    """Height and width of what the graph gives for a tile of ``side`` px, in the library that is the reference."""
+    """Height and width of what the graph gives for a tile of ``side`` px, in the library that is the reference.
+
+    Raises:
+        ValueError: it does not run on such a tile.
+    """
     shape = (1, card.input.count, side, side)
-    backend = make_backend(Bundle(card, graph=path), *REFERENCES[ONNX], cores(), Artefacts())
-    logits = backend.compile(shape)(np.zeros(shape, np.float32))
+    try:
+        backend = make_backend(Bundle(card, graph=path), *REFERENCES[ONNX], cores(), Artefacts())
+        logits = backend.compile(shape)(np.zeros(shape, np.float32))
+    except CellsegError:
+        raise
+    except Exception as error:  # the library's own errors
+        raise ValueError(brief(error)) from error
     return logits.shape[2], logits.shape[3]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from cellseg_batch.engine.errors import ModelError, brief
@@ -24,14 +25,14 @@ def is_package(source: Path) -> bool:
 
 
 def _description_of(source: Path) -> str:
-    """Name of the description at the top of ``source``; "" if it has none or is something else."""
-    if source.is_dir():
-        listed = [path.name for path in source.iterdir()]
-    elif zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            listed = [name for name in archive.namelist() if "/" not in name]
-    else:
-        listed = []
+    """Name of the description at the top of ``source``; "" if it has none, cannot be read, or is something else."""
+    listed: list[str] = []
+    with suppress(Exception):  # zip's own errors
+        if source.is_dir():
+            listed = [path.name for path in source.iterdir()]
+        elif zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:
+                listed = [name for name in archive.namelist() if "/" not in name]
     present = (name for usual in _DESCRIPTIONS for name in sorted(listed) if f".{name}".endswith(f".{usual}"))
     return next(present, "")
 

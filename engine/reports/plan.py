@@ -24,14 +24,14 @@ from cellseg_batch.engine.inference.normalise import Bounds, settle_bounds
 from cellseg_batch.engine.machine import resident_bytes
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.objects.merge import FinalIds
-from cellseg_batch.engine.run.campaign import run_images
+from cellseg_batch.engine.run.campaign import Unheard, run_images
 from cellseg_batch.engine.run.lifecycle import compile_plan, fit_memory
 from cellseg_batch.engine.run.measure_pass import measured_channels
 from cellseg_batch.engine.run.memory_model import RUN_OVERHEAD_BYTES
 from cellseg_batch.engine.run.open_slide import image_writers, scratch_of
 from cellseg_batch.engine.run.output_paths import output_paths
 from cellseg_batch.engine.run.pipeline import passes_of
-from cellseg_batch.engine.run.results import EndedTask, RunReport, SlideReport
+from cellseg_batch.engine.run.results import RunReport
 from cellseg_batch.engine.run.run_images import find_run_images
 from cellseg_batch.engine.run.slide_plan import SlidePlan, open_reader, plan_slide
 from cellseg_batch.engine.run.slide_tissue import as_map, settle_tissue
@@ -406,31 +406,12 @@ def _measure(worker: Worker, plan: SlidePlan) -> tuple[_Rate, str]:
         settings = replace(settings, skip_background="off", tile=math.isqrt(math.prod(lattice.tile)))
     with tempfile.TemporaryDirectory(prefix="cellseg-plan-") as folder:
         settings = replace(settings, output=Path(folder))
-        report = run_images([part], settings, _Unheard(), model_pool=worker.model_pool)
+        report = run_images([part], settings, Unheard(), model_pool=worker.model_pool)
     (sample,) = report.slides
     if sample.status == "failed":
         return _Rate(), sample.reason
     objects = None if sample.objects is None else sample.objects / sample.pixels
     return _Rate(sample.pixels, _seconds_per_pixel(report, settings.workers), objects), ""
-
-
-class _Unheard:
-    """Observer of the measurement, whose report says all."""
-
-    def racing(self) -> None:
-        """Ignored: the backend is chosen before."""
-
-    def found(self, images: int) -> None:
-        """Ignored."""
-
-    def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: float) -> None:
-        """Ignored."""
-
-    def advanced(self, task: EndedTask) -> None:
-        """Ignored."""
-
-    def ended(self, report: SlideReport) -> None:
-        """Ignored."""
 
 
 def _seconds_per_pixel(report: RunReport, workers: int) -> float:

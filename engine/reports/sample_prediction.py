@@ -28,9 +28,8 @@ from cellseg_batch.engine.models import build_torch_network
 from cellseg_batch.engine.objects.classes import class_rule
 from cellseg_batch.engine.objects.columns import CLASS
 from cellseg_batch.engine.objects.table import read_batches
-from cellseg_batch.engine.run.campaign import run_images
-from cellseg_batch.engine.run.results import EndedTask, SlideReport
-from cellseg_batch.engine.run.slide_plan import SlidePlan
+from cellseg_batch.engine.run.campaign import Unheard, run_images
+from cellseg_batch.engine.run.results import SlideReport
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.arrays import HeldArray
 from cellseg_batch.kernels.classes import write_classes
@@ -177,7 +176,7 @@ class _Engine:
 
             def run(settings: Settings, model_pool: ModelPool, name: str) -> tuple[SlideReport, float]:
                 settings = replace(settings, output=Path(folder), name=name, channel=0 if pixels.ndim == 2 else None)
-                report = run_images([slide], settings, _Silent(), model_pool=model_pool)
+                report = run_images([slide], settings, Unheard(), model_pool=model_pool)
                 (outcome,) = report.slides
                 if outcome.status != "done":
                     raise SlideError.with_detail(sample.name, outcome.reason)
@@ -192,32 +191,13 @@ class _Engine:
                 of_object = _classes_in(Path(found.table), [one.name for one in self._card.classes])
         return Prediction(
             # The mask of stars is the middle of objects.
-            mask=(ids if DECODERS[self._card.decoder].mask_outputs == ("probability",) else drawn_labels) > 0,
+            mask=(ids if self._card.decoder == "stardist" else drawn_labels) > 0,
             labels=ids,
             classes=drawn_labels if _tells_pixels(self._card) else None,
             class_of_object=of_object,
             seconds=seconds,
             downscale=found.downscale,
         )
-
-
-class _Silent:
-    """An observer of runs that tells nobody."""
-
-    def racing(self) -> None:
-        """See `Observer`."""
-
-    def found(self, images: int) -> None:
-        """See `Observer`."""
-
-    def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: float) -> None:
-        """See `Observer`."""
-
-    def advanced(self, task: EndedTask) -> None:
-        """See `Observer`."""
-
-    def ended(self, report: SlideReport) -> None:
-        """See `Observer`."""
 
 
 def _tells_pixels(card: Card) -> bool:

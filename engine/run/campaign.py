@@ -67,6 +67,25 @@ class Observer(Protocol):
         """A slide is done, failed, skipped or held."""
 
 
+class Unheard:
+    """Observer that tells nobody, for runs whose report says all."""
+
+    def racing(self) -> None:
+        """See `Observer`."""
+
+    def found(self, images: int) -> None:
+        """See `Observer`."""
+
+    def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: float) -> None:
+        """See `Observer`."""
+
+    def advanced(self, task: EndedTask) -> None:
+        """See `Observer`."""
+
+    def ended(self, report: SlideReport) -> None:
+        """See `Observer`."""
+
+
 def run(
     inputs: list[Path], settings: Settings, observer: Observer, started: float | None = None, stop: Stop | None = None
 ) -> RunReport:

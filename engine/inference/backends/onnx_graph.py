@@ -18,6 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from cellseg_batch.engine.errors import ModelError
 from cellseg_batch.engine.inference.backends.onnx_half import constants_of, in_half
 from cellseg_batch.engine.inference.backends.protocol import Shape
 from cellseg_batch.trainer.bundle import Bundle
@@ -43,6 +44,9 @@ def plain_graph(bundle: Bundle, half: Shape | None = None) -> bytes:
     Args:
         bundle: a bundle with a graph whose card was checked against it.
         half: shape (N, C, H, W) of every batch, for a graph in float16; None for one in float32 of any shape.
+
+    Raises:
+        ModelError: see `load_graph`.
     """
     model, card = load_graph(bundle), bundle.card
     factor = int(card.architecture.get("factor", 1))
@@ -95,9 +99,22 @@ def plain_graph(bundle: Bundle, half: Shape | None = None) -> bytes:
 
 
 def load_graph(bundle: Bundle) -> onnx.ModelProto:
-    """Return the graph of a bundle that has one, as its file has it."""
+    """Return the graph of a bundle that has one, as its file has it.
+
+    Raises:
+        ModelError: its weights lie in other files, which backends would look for in the current folder.
+    """
     assert bundle.graph is not None
-    return onnx.load(bundle.graph, load_external_data=False)
+    model = onnx.load(bundle.graph, load_external_data=False)
+    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in constants_of(model)):
+        raise ModelError(
+            str(bundle.graph),
+            expected="a graph that holds its weights",
+            found="weights in another file",
+            cause="a bundle made by hand",
+            remedy="make it with cellseg-batch import-model, which takes them in",
+        )
+    return model
 
 
 def count_weights(bundle: Bundle) -> int:

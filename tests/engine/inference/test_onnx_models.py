@@ -3,23 +3,30 @@
 import re
 import subprocess
 import sys
+import warnings
 import zipfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import zarr
 from monai.networks.nets import BasicUNet, SegResNet
-from onnx import helper
+from onnx import helper, numpy_helper
+from scipy import ndimage
 
 from cellseg_batch.engine.errors import BackendError, ModelError, UsageError
 from cellseg_batch.engine.inference.backends.registry import make_backend
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.reports.import_model import import_model
 from cellseg_batch.engine.storage.cache import Artefacts
-from cellseg_batch.trainer.footprint import Footprint, measure_footprint
+from cellseg_batch.trainer.bundle import Bundle, save_bundle
+from cellseg_batch.trainer.card import CARD_PROPERTY, Card, ModelClass, Output, Size, Tensor
+from cellseg_batch.trainer.footprint import measure_footprint
+from cellseg_batch.trainer.receptive_field import Footprint
 from tests.support.graphs import randomised, untiled, write_graph, write_network
 from tests.support.images import blobs, labels_of, write_ome_zarr, write_plate
 
@@ -308,6 +315,7 @@ def test_importing_and_running_a_graph_imports_no_torch(file_of, tmp_path):
     write_ome_zarr(tmp_path / "a.zarr", blobs(100, 120))
     script = f"""
 import sys
+import warnings
 import zipfile
 from functools import cache
 from pathlib import Path
@@ -324,7 +332,7 @@ assert "torch" not in sys.modules
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[3])
 
 
-def test_what_a_card_lacks_is_asked_for_with_an_example(file_of, tmp_path, command):
+def test_what_a_card_lacks_is_asked_for_with_an_example(file_of, tmp_path, refusal):
     sayings = {
         "": 'add to [input] of --card: channels = ["rgb"]',
         '[input]\nchannels = ["rgb"]': "normalisation = {kind =",
@@ -338,7 +346,7 @@ def test_what_a_card_lacks_is_asked_for_with_an_example(file_of, tmp_path, comma
         CARD.replace("255", "inf"): "finite numbers",
         CARD.replace("[output]", "pixel_size_um = 0\n[output]"): "above 0, found 0.0",
         CARD.replace("[output]", "size = 0\n[output]"): "a smallest side of 1 px or more",
-        CARD.replace("[output]", 'layout = "nchw"\n[output]'): "NCHW or NHWC",
+        CARD.replace("[output]", 'layout = "nchw"\n[output]'): "one of NCHW, NHWC, found 'nchw'",
         CARD + "threshold = 50": "above 0 and below 1, found 50",
         CARD + "margin = -5": "0 px or more",
         CARD + 'activation = "sigmoid"': "values from 0 to 1, y has some from",
@@ -352,12 +360,32 @@ def test_what_a_card_lacks_is_asked_for_with_an_example(file_of, tmp_path, comma
     }
     for text, words in sayings.items():
         (tmp_path / "card.toml").write_text(text)
-        code, output = command(
+        line = refusal(
             "import-model", file_of("seg-res-net"), "--out", tmp_path / "b", "--card", tmp_path / "card.toml"
         )
-        assert code == 2, (text, output)
-        assert words in output, (text, output)
+        assert words in line, text
         assert not (tmp_path / "b").exists()
+
+
+def test_a_card_in_a_file_that_does_not_go_with_its_graph_is_refused(two_stains, imported, refusal, tmp_path):
+    card = load_model(str(imported(two_stains, STAINS.replace("KIND", "zscore")))).card
+    idle = Output((Tensor(("background", "no class", "a"), "y"),))
+    changes = {
+        "background for pixels of no class": {
+            "decoder": "classes",
+            "classes": (ModelClass("a", "#c80000"),),
+            "output": idle,
+        },
+        "it names tiles of at least 65536 px": {"input": replace(card.input, size=Size(1 << 16, 1))},
+        "it names 1 channels": {"input": replace(card.input, channels=("grey",))},
+        "expected px from 1 and from 0 on": {"total_stride": 0},
+        "it names other": {"output": Output((Tensor(("foreground",), "other"),))},
+    }
+    for words, change in changes.items():
+        model = onnx.load(two_stains)
+        helper.set_model_props(model, {CARD_PROPERTY: replace(card, **change).to_json()})
+        onnx.save(model, tmp_path / "own.onnx")
+        assert words in refusal("import-model", tmp_path / "own.onnx", "--out", tmp_path / "b")
 
 
 def write_zip(path, members):
@@ -366,37 +394,103 @@ def write_zip(path, members):
             archive.writestr(name, content)
 
 
+SAME = ("n", 3, "h", "w")
+BODY = helper.make_graph(
+    [helper.make_node("Identity", ["a"], ["b"])],
+    "body",
+    [helper.make_tensor_value_info("a", 1, None)],
+    [helper.make_tensor_value_info("b", 1, None)],
+)
+HOLDERS = {
+    "If": {"then_branch": BODY, "else_branch": BODY},
+    "Loop": {"body": BODY},
+    "Scan": {"body": BODY, "num_scan_inputs": 1},
+    "SequenceMap": {"body": BODY},
+}
+
+
+def write_functions(path, *bodies):
+    """Write a graph that calls the last of its own functions f0, f1, ..., of which each is a chain of operators."""
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    functions = [
+        helper.make_function(
+            "own", f"f{number}", ["t0"], [f"t{len(body)}"],
+            [
+                helper.make_node(operator, [f"t{i}"], [f"t{i + 1}"], domain="own" * operator.startswith("f"), **options)
+                for i, (operator, options) in enumerate(body)
+            ],
+            imports,
+        )
+        for number, body in enumerate(bodies)
+    ]  # fmt: skip
+    write_graph(path, [helper.make_node(f"f{len(bodies) - 1}", ["x"], ["y"], domain="own")], SAME, SAME)
+    model = onnx.load(path)
+    model.functions.extend(functions)
+    model.opset_import.append(imports[1])
+    path.write_bytes(model.SerializeToString())
+
+
+def write_weights_beside(path, place, count=1, values=2000):
+    """Write a graph each of whose ``count`` weights are all the values of a file beside it, and call the file so."""
+    names = [f"w{number}" for number in range(count)]
+    write_graph(path, [helper.make_node("Sum", ["x", *names], ["y"])], SAME, SAME)
+    model = onnx.load(path)
+    for name in names:
+        tensor = onnx.TensorProto(name=name, data_type=1, dims=[values], data_location=onnx.TensorProto.EXTERNAL)
+        tensor.external_data.add(key="location", value=place)
+        model.graph.initializer.append(tensor)
+    path.write_bytes(model.SerializeToString())
+
+
 def broken(folder, name):
     """Write a file that must be refused; returns it."""
-    path, shape, same = folder / f"{name.replace(' ', '_')}.onnx", ("n", 3, "h", "w"), ("n", 3, "h", "w")
-    relu = helper.make_node("Relu", ["x"], ["y"])
+    path = folder / f"{name.replace(' ', '_')}.onnx"
     if name == "a pickle":
-        path.write_bytes(b"\x80\x02}q\x00.")
+        torch.save({"a": torch.zeros(1)}, path, _use_new_zipfile_serialization=False)
     elif name == "state dict":
         torch.save({"a": torch.zeros(1)}, path)
     elif name == "TorchScript":
-        write_zip(path, {"model/data.pkl": b"", "model/code/__torch__.py": b"", "model/constants.pkl": b""})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            torch.jit.script(torch.nn.Conv2d(3, 1, 3)).save(path)
     elif name == "pt2":
-        write_zip(path, {"model/archive_format": b"pt2", "model/models/model.json": b""})
+        program = torch.export.export(torch.nn.Conv2d(3, 1, 3), (torch.zeros(1, 3, 8, 8),))
+        with open(path, "wb") as stream:
+            torch.export.save(program, stream)
     elif name == "package":
         write_zip(path, {"rdf.yaml": b"", "weights.onnx": b""})
     elif name == "damaged archive":
         path.write_bytes(b"PK\x03\x04" + bytes(100))
+    elif name == "damaged list of an archive":
+        write_zip(path, {"rdf.yaml": b"", "weights.onnx": b""})
+        path.write_bytes(path.read_bytes().replace(b"PK\x01\x02", b"PK\x01\x00"))
     elif name == "folder":
         path.mkdir()
     elif name == "noise":
         path.write_bytes(bytes(range(256)))
     elif name == "custom operator":
-        write_graph(path, [helper.make_node("Magic", ["x"], ["y"], domain="com.lab")], shape, same)
-    elif name == "loop":
-        write_graph(path, [helper.make_node("Loop", ["x"], ["y"])], shape, same)
+        write_graph(path, [helper.make_node("Magic", ["x"], ["y"], domain="com.lab")], SAME, SAME)
+    elif name == "custom operator in a function":
+        write_functions(path, [("Relu", {})], [("f0", {}), ("fMagic", {})])
+    elif name in HOLDERS:
+        write_graph(path, [helper.make_node(name, ["x"], ["y"], **HOLDERS[name])], SAME, SAME)
+    elif name == "Loop in a function":
+        write_functions(path, [("Loop", HOLDERS["Loop"])])
+    elif name == "functions that multiply":
+        write_functions(path, [("Relu", {})], *([(f"f{level}", {})] * 10 for level in range(9)))
+    elif name == "function that calls itself":
+        write_functions(path, [("f0", {})])
     elif name == "NaN":
         nodes = [helper.make_node("Add", ["x", "w"], ["y"])]
-        write_graph(path, nodes, shape, same, {"w": np.array([np.nan], np.float32)})
+        write_graph(path, nodes, SAME, SAME, {"w": np.array([np.nan], np.float32)})
+    elif name == "NaN in a constant":
+        value = numpy_helper.from_array(np.array([np.nan], np.float32))
+        nodes = [helper.make_node("Constant", [], ["w"], value=value), helper.make_node("Add", ["x", "w"], ["y"])]
+        write_graph(path, nodes, SAME, SAME)
     elif name == "opset":
-        write_graph(path, [relu], shape, same, opset=9)
+        write_graph(path, [helper.make_node("Relu", ["x"], ["y"])], SAME, SAME, opset=9)
     elif name == "bytes":
-        write_graph(path, [helper.make_node("Identity", ["x"], ["y"])], shape, same, dtype=2)
+        write_graph(path, [helper.make_node("Identity", ["x"], ["y"])], SAME, SAME, dtype=2)
     elif name == "enlarged":
         options = {"mode": "nearest"}
         nodes = [helper.make_node("Resize", ["x", "", "s"], ["y"], **options)]
@@ -405,48 +499,71 @@ def broken(folder, name):
         nodes = [helper.make_node("Transpose", ["x"], ["y"], perm=[0, 2, 3, 1])]
         write_graph(path, nodes, ("n", 1, "h", "w"), ("n", "h", "w", 1))
     elif name == "integers":
-        write_graph(path, [helper.make_node("Identity", ["x"], ["y"])], shape, same, dtype=6)
+        write_graph(path, [helper.make_node("Identity", ["x"], ["y"])], SAME, SAME, dtype=6)
     elif name == "outside":
-        import onnx
-
-        nodes = [helper.make_node("Add", ["x", "w"], ["y"])]
-        model = onnx.load(write_graph(path, nodes, shape, same, {"w": np.ones(2000, np.float32)}))
-        onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=0)
-        model = onnx.load(path, load_external_data=False)
-        model.graph.initializer[0].external_data[0].value = "../w.bin"
-        path.write_bytes(model.SerializeToString())
-        (folder / "w.bin").rename(folder.parent / "w.bin")
+        write_weights_beside(path, "../w.bin")
+        (folder.parent / "w.bin").write_bytes(bytes(8000))
+    elif name == "linked":
+        write_weights_beside(path, "w.bin")
+        (folder.parent / "w.bin").write_bytes(bytes(8000))
+        (folder / "w.bin").symlink_to(folder.parent / "w.bin")
+    elif name == "weights that multiply":
+        write_weights_beside(path, "w.bin", count=40, values=8 << 20)
+        with open(folder / "w.bin", "wb") as stream:
+            stream.truncate(32 << 20)
     return path
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "words", "way_out"),
     [
-        ("a pickle", "a pickle, which runs code"),
-        ("state dict", "an archive of pickles by torch.save, which runs code"),
-        ("TorchScript", "a TorchScript archive"),
-        ("pt2", "a .pt2 program"),
-        ("package", "expected type: model in rdf.yaml, found NoneType"),
-        ("damaged archive", "an archive that is damaged"),
-        ("folder", "found a folder; name the .onnx file"),
-        ("noise", "expected an ONNX file"),
-        ("custom operator", "com.lab.Magic"),
-        ("loop", "no If, Loop, Scan"),
-        ("NaN", "NaN in w"),
-        ("opset", "opset 9"),
-        ("integers", "for the input, found x: int32 with 4 axes"),
-        ("bytes", "the card says how pixels become these"),
-        ("enlarged", "512 px for a tile of 256 px; there is at most one value for each px"),
-        ("mixed axes", "256 x 1 values for a tile of 256 px, if its layout is NCHW too"),
-        ("outside", "'../w.bin'"),
+        ("a pickle", "a pickle, which runs code", "convert it: torch.onnx.export"),
+        ("state dict", "an archive of pickles by torch.save, which runs code", "convert it: torch.onnx.export"),
+        ("TorchScript", "a TorchScript archive, which runs code", "convert it: torch.onnx.export"),
+        ("pt2", "a .pt2 program of torch.export, which runs code", "convert it: torch.onnx.export"),
+        ("package", "expected type: model in rdf.yaml, found NoneType", "name the package of a model"),
+        ("damaged archive", "an archive that is damaged", "name the .onnx file in it"),
+        ("damaged list of an archive", "an archive that is damaged", "name the .onnx file in it"),
+        ("folder", "found a folder", "name the .onnx file in it"),
+        ("noise", "expected an ONNX file", "write one: torch.onnx.export"),
+        ("custom operator", "found com.lab.Magic", "export it without custom operators"),
+        ("custom operator in a function", "found own.fMagic", "export it without custom operators"),
+        ("If", "found If", "export it by tracing one image"),
+        ("Loop", "found Loop", "export it by tracing one image"),
+        ("Scan", "found Scan", "export it by tracing one image"),
+        ("SequenceMap", "found SequenceMap", "export it by tracing one image"),
+        ("Loop in a function", "found Loop", "export it by tracing one image"),
+        ("functions that multiply", "at most 100000 operators, found 1000000000", "export it again"),
+        ("function that calls itself", "found RecursionError", "write one: torch.onnx.export"),
+        ("NaN", "NaN in w", "an earlier checkpoint"),
+        ("NaN in a constant", "NaN in a constant", "an earlier checkpoint"),
+        ("opset", "opset 9", "export it again with an opset from 11"),
+        ("integers", "for the input, found x: int32 with 4 axes", "the card says how pixels become these"),
+        ("bytes", "for the input, found x: uint8 with 4 axes", "the card says how pixels become these"),
+        ("enlarged", "512 px for a tile of 256 px", "or export the model again"),
+        ("mixed axes", "256 x 1 values for a tile of 256 px, if its layout is NCHW too", "or export the model again"),
+        ("outside", "found weights in '../w.bin'", "save it in one file"),
+        ("linked", "found weights in 'w.bin'", "save it in one file"),
+        ("weights that multiply", "at most 1024 MiB with its weights, found 1280 MiB", "in float16"),
     ],
 )
-def test_what_could_run_code_or_cannot_run_is_refused_in_one_line(tmp_path, command, name, words):
+def test_what_could_run_code_or_cannot_run_is_refused_in_one_line_with_the_way_out(
+    tmp_path, refusal, name, words, way_out
+):
     (tmp_path / "card.toml").write_text(CARD.replace("rgb", "grey") if name in ("enlarged", "mixed axes") else CARD)
     file = broken(tmp_path, name)
-    code, output = command("import-model", file, "--out", tmp_path / "b", "--card", tmp_path / "card.toml")
-    assert code == 2
-    assert words in output, output
+    line = refusal("import-model", file, "--out", tmp_path / "b", "--card", tmp_path / "card.toml")
+    assert words in line
+    assert way_out in line.rpartition("; ")[2]
+    assert not (tmp_path / "b").exists()
+
+
+def test_functions_of_a_graph_are_its_operators(imported, tmp_path):
+    write_functions(tmp_path / "a.onnx", [("Neg", {})], [("f0", {}), ("Relu", {})], [("f0", {}), ("f1", {})])
+    card = CARD + 'channels = ["foreground", "a", "b"]'
+    tiles = np.random.default_rng(0).normal(size=(1, 3, 32, 32)).astype(np.float32)
+    logits = logits_of(imported(tmp_path / "a.onnx", card), tiles)
+    np.testing.assert_array_equal(logits[:, 0], np.maximum(tiles[:, 0], 0))
 
 
 def test_a_graph_that_changed_after_its_import_is_refused(file_of, imported):
@@ -455,6 +572,20 @@ def test_a_graph_that_changed_after_its_import_is_refused(file_of, imported):
         stream.write(b"\0")
     with pytest.raises(ModelError, match="damaged, or of another model"):
         load_model(str(folder))
+
+
+def test_a_bundle_whose_weights_lie_elsewhere_is_refused(two_stains, imported, refusal, monkeypatch, tmp_path):
+    folder = imported(two_stains, STAINS.replace("KIND", "zscore"))
+    model = onnx.load(folder / "model.onnx")
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    save_bundle(Bundle(Card.from_json((folder / "card.json").read_text()), graph=folder / "model.onnx"), folder)
+    monkeypatch.chdir(folder)
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(80, 80, 2))
+    flags = ["--model", folder, "--channel", "nuclei=0,membrane=1", "--backend", "onnxruntime"]
+    for arguments in (("check-model", folder), ("run", path, *flags)):
+        line = refusal(*arguments)
+        assert "found weights in another file" in line
+        assert line.endswith("import-model, which takes them in")
 
 
 STAINS = """
@@ -595,8 +726,17 @@ def test_classes_are_numbered_named_and_counted(imported, segment, tmp_path, end
     probability = zarr.open_array(f"{slide.outputs['probability']}/0", mode="r")[...]
     sure = 1 / (1 + np.exp(-np.maximum(dim, bright).astype(np.float64)))
     assert np.abs(probability - 255 * sure).max() < 2
-    objects = segment(path, model=str(folder), backend=backend, tile=64, gate=False, name="ids", instances=True)
-    assert objects.slides[0].objects > 3
+    ids = [
+        labels_of(segment(path, model=str(folder), backend=backend, tile=64, gate=False, name=f"ids{block}",
+                          skip_background="off", instances=True, block=block, workers=workers))
+        for block, workers in ((60, 4), (300, 1))
+    ]  # fmt: skip
+    np.testing.assert_array_equal(*ids)
+    whole = ndimage.label(labels)[0]
+    kept = np.bincount(whole.ravel())[whole] >= load_model(str(folder)).card.instances.smallest_seed
+    expected_ids = np.where(kept, whole, 0)
+    pairs = np.unique(np.stack([ids[0], expected_ids]).reshape(2, -1), axis=1).T
+    assert len(pairs) == ids[0].max() + 1 == len(np.unique(expected_ids)) > 4, "objects are the components"
     blended = segment(path, model=str(folder), backend=backend, tile=64, stitch="blend", margin=8, name="blend")
     assert f"the classes of {end}" in blended.slides[0].reason
 
