@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -203,6 +203,15 @@ class Settings:
         if self.scheduler not in SCHEDULERS and "://" not in self.scheduler:
             expected = f"{', '.join(SCHEDULERS)} or an address such as tcp://host:8786"
             _refuse("scheduler", expected, self.scheduler, "leave it out for the threads of this machine")
+        asked = [f"`{one.name}`" for one in fields(self.cluster) if getattr(self.cluster, one.name) is not None]
+        if asked and self.scheduler not in QUEUES:
+            remedy = f"name the cluster's, or leave out {', '.join(asked)}"
+            _refuse(
+                "scheduler",
+                f"one of {', '.join(QUEUES)}, whose jobs have a queue and resources",
+                self.scheduler,
+                remedy,
+            )
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("stitch", self.stitch, STITCHES)
         _one_of("skip_background", self.skip_background, SKIPS)

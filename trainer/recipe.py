@@ -111,7 +111,7 @@ class Recipe:
         opposite="colour",
     )
     encoder_weights: str = _field(
-        "none", NETWORK, "none, imagenet (EfficientNet from the extra [imagenet], else downloaded) or a file."
+        "none", NETWORK, "none, imagenet (EfficientNet: from the extra of that name; others: downloaded) or a file."
     )
     head: str = _field(
         "semantic", NETWORK, "Foreground alone, or with touching borders and distance, or classes of pixels.", HEADS

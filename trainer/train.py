@@ -36,7 +36,7 @@ from cellseg_batch.trainer.learner import Learner
 from cellseg_batch.trainer.plots import plot_curves, plot_predictions, write_log
 from cellseg_batch.trainer.predict import predict_logits
 from cellseg_batch.trainer.receptive_field import Footprint
-from cellseg_batch.trainer.recipe import Recipe
+from cellseg_batch.trainer.recipe import Recipe, RecipeError
 from cellseg_batch.trainer.schedule import learning_rate_at
 from cellseg_batch.trainer.unet import build_network, load_network
 from cellseg_batch.trainer.validate import Validation, validate
@@ -112,6 +112,7 @@ def train(
         The bundle of the best weights.
 
     Raises:
+        RecipeError: crops are no whole strides of the network.
         OSError, ValueError: the data cannot be read; ``out`` holds a run already; there is no run to resume, or it has
             another recipe, other data or another number of steps; weights to start from do not fit or cannot be read.
         FloatingPointError: the loss is no longer finite; the best bundle and the last checkpoint are kept.
@@ -136,8 +137,12 @@ def train(
         checkpoint = start
         if fine_tune is not None:
             learner.start_from(fine_tune)
+    footprint = _footprint(recipe)
+    if recipe.size % footprint.total_stride:
+        expected = f"a multiple of the network's total stride, {footprint.total_stride} px"
+        raise RecipeError("size", expected, recipe.size)
     out.mkdir(parents=True, exist_ok=True)
-    keeper = _Keeper(out, recipe, dataset, classes, _footprint(recipe), checkpoint)
+    keeper = _Keeper(out, recipe, dataset, classes, footprint, checkpoint)
     observer.planned(dataset, steps, checkpoint.step, recipe.batch)
 
     def draw(step: int) -> Batch:

@@ -123,11 +123,12 @@ def print_line(console: Console, state: str, colour: str, text: str) -> None:
 
 
 @contextmanager
-def plain_errors(debug: bool) -> Iterator[None]:
+def plain_errors(debug: bool, to_go_on: str = "the same command goes on where this one stopped") -> Iterator[None]:
     """Print a `CellsegError` on one line and exit with its code; any other error is a bug and keeps its traceback.
 
     Args:
         debug: keep the traceback of every error, and show the log.
+        to_go_on: how to go on after an interruption.
     """
     if debug:
         logging.basicConfig()
@@ -142,12 +143,12 @@ def plain_errors(debug: bool) -> Iterator[None]:
         print_line(Console(stderr=True), "error", "red", str(error))
         raise typer.Exit(error.exit_code) from None
     except Stopped as stopped:
-        _print_error(f"stopped by {stopped}; the same command goes on where this one stopped")
+        _print_error(f"stopped by {stopped}; {to_go_on}")
         if not stopped.clean:  # threads that are still at work would keep the process alive
             os._exit(stopped.exit_code)
         raise typer.Exit(stopped.exit_code) from None
     except KeyboardInterrupt:
-        _print_error("interrupted; the same command goes on where this one stopped")
+        _print_error(f"interrupted; {to_go_on}")
         raise typer.Exit(_INTERRUPTED) from None
 
 

@@ -90,7 +90,7 @@ def describe(plan: SlidePlan, peak_bytes: int) -> str:
     """Describe a plan in one line: size, level, channels, tiles and blocks, cost and peak memory."""
     lattice, level = plan.grid.lattice, plan.level
     size = f"{level.pixel_size_um:.3g} µm/px, " if level.pixel_size_um else ""
-    planes = f"{plan.grid.planes} planes, " if plan.grid.planes > 1 else ""
+    planes = f"{plan.grid.planes} planes, each for itself, " if plan.grid.planes > 1 else ""
     downscaled = f"downscaled {plan.downscale} times for its large nuclei, " if plan.downscale > 1 else ""
     computed, reasons = plan.computed_tiles, ["the region"] * bool(plan.region) + ["tissue"] * bool(plan.tissue)
     tiles = 0 if computed is None else int(computed.sum()) * plan.grid.planes

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _MEGA = 1e6
 _STATES = ("done", "skipped", "held", "failed")
+# Failed images of one reason that are named; `status` and the report have all.
+_SHOWN = 10
 _COLOURS = {"held": "yellow", "failed": "red"}
 
 
@@ -66,19 +68,23 @@ def run(
 def print_failures(report: RunReport, console: Console) -> None:
     """Print what to know, then what is held, then what failed: what needs the reader comes last, nearest to the end.
 
-    A remark that many images share is printed once.
+    What many images share is printed once.
     """
-    noted: dict[str, list[str]] = {}
-    for slide in report.slides:
-        for note in slide.notes:
-            noted.setdefault(note, []).append(slide.path)
-    for note, (first, *others) in noted.items():
-        images = f"{first} and {len(others)} more" if others else first
-        print_line(console, "note", "yellow", f"{images}: {note}")
+    notes = [(note, slide.path) for slide in report.slides for note in slide.notes]
+    _print_shared(console, "note", "yellow", notes, shown=1)
     for state, colour in _COLOURS.items():
-        for slide in report.slides:
-            if slide.status == state:
-                print_line(console, state, colour, f"{slide.path}: {slide.reason}")
+        reasons = [(slide.reason, slide.path) for slide in report.slides if slide.status == state]
+        _print_shared(console, state, colour, reasons, shown=_SHOWN)
+
+
+def _print_shared(console: Console, label: str, colour: str, remarks: list[tuple[str, str]], shown: int) -> None:
+    """Print remarks on images, given as (remark, path), each once, after the first ``shown`` of its images."""
+    images: dict[str, list[str]] = {}
+    for remark, path in remarks:
+        images.setdefault(remark, []).append(path)
+    for remark, paths in images.items():
+        more = f" and {len(paths) - shown} more" if len(paths) > shown else ""
+        print_line(console, label, colour, f"{', '.join(paths[:shown])}{more}: {remark}")
 
 
 def print_report(report: RunReport, console: Console, settings: Settings) -> None:

@@ -42,7 +42,7 @@ def train(
     from cellseg_batch.trainer.train import train as train_network
 
     console = Console()
-    with plain_errors(debug):
+    with plain_errors(debug, "--resume goes on from the last score, if there is one"):
         recipe = _read_recipe(preset, changes)
         start = load_model(fine_tune) if fine_tune is not None else None
         if threads is not None:

@@ -54,6 +54,7 @@ class InputPixels:
         level: resolution; 0 is full.
         shape: shape of that level, along ``axes``.
         channels: indices of the channels.
+        pixel_size: µm per px of that level, by which objects are measured; None if it is unknown.
     """
 
     dtype: str
@@ -61,6 +62,7 @@ class InputPixels:
     level: Count
     shape: tuple[Positive, ...]
     channels: tuple[Count, ...]
+    pixel_size: float | None
 
     def __post_init__(self) -> None:
         """Refuse axes that do not belong to the shape.

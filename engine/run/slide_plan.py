@@ -204,7 +204,14 @@ class SlidePlan:
         """The decisions that determine the pixels of the output."""
         slide, lattice, level = self.slide, self.grid.lattice, self.level.level
         return Decisions(
-            input=InputPixels(slide.dtype, slide.axes, level, slide.levels[level].shape, self.channels.indices),
+            input=InputPixels(
+                slide.dtype,
+                slide.axes,
+                level,
+                slide.levels[level].shape,
+                self.channels.indices,
+                self.level.pixel_size_um,
+            ),
             model=model,
             backend=backend,
             downscale=self.downscale,

