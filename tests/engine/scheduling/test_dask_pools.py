@@ -98,7 +98,7 @@ def test_a_scheduler_that_is_not_there_is_named(monkeypatch):
         clusters.open_pool(Settings(scheduler="tcp://127.0.0.1:9"))
     with pytest.raises(UsageError, match="tcp://host:8786"):
         Settings(scheduler="cloud")
-    with pytest.raises(UsageError, match="slurm, pbs, lsf.* found threads; .* leave out `queue`, `gres`"):
+    with pytest.raises(UsageError, match=r"slurm, pbs, lsf.* found threads; .* leave out `queue`, `gres`"):
         Settings(cluster=ClusterSettings(queue="gpu", gres="gpu:1"))
 
 
