@@ -36,7 +36,10 @@ def preview(
         check_json(out, "--out")
         picture = write_preview(slide, out, _sides(box), name, output, channel, axes)
         height, width = picture.overview.shape[:2]
-        print_text(f"{out}: {picture.path}, {width} x {height} px, {picture.zoom:.3g} px for each px of the labels")
+        others = f" (the first of {picture.images} images)" if picture.images > 1 else ""
+        print_text(
+            f"{out}: {picture.path}{others}, {width} x {height} px, {picture.zoom:.3g} px for each px of the labels"
+        )
         if picture.note:
             print_text(f"without the outline of its region: {picture.note}")
         if picture.detail_box is not None:

@@ -53,6 +53,7 @@ class Preview:
             if the objects can be seen in the overview.
         detail: uint8 (h, w, 3) picture of that part at full resolution; None without one.
         note: why the outline of the region is missing; "" if it is there, or there is no region.
+        images: number of images below the path, of which this is the first.
     """
 
     path: str
@@ -62,6 +63,7 @@ class Preview:
     detail_box: Box | None = None
     detail: NDArray[np.uint8] | None = None
     note: str = ""
+    images: int = 1
 
     def side_by_side(self) -> NDArray[np.uint8]:
         """The overview, and right of it the detail, on a grey ground: uint8 (h, w, 3)."""
@@ -113,7 +115,8 @@ def draw_preview(
         UsageError: there is no image, or the box lies outside it.
         SlideError: the image or its labels cannot be read.
     """
-    slide = first_slide(find_images(path, axes))
+    images = find_images(path, axes)
+    slide = first_slide(images)
     paths = output_paths(slide, name, output)
     labels = open_written(paths.store, paths.labels)
     height, width = labels.plane_shape(0)
@@ -130,7 +133,7 @@ def draw_preview(
     has_cells = manifest is not None and manifest.decisions.cells is not None
     cells = open_written(paths.store, paths.cells) if has_cells else None
     preview = _draw_labels(slide, labels, cells, paths, channels, box, longest)
-    return _with_region(preview, slide, labels, manifest)
+    return replace(_with_region(preview, slide, labels, manifest), images=len(images))
 
 
 def _with_region(preview: Preview, slide: Slide, labels: Slide, manifest: Manifest | None) -> Preview:

@@ -146,3 +146,11 @@ def test_classes_are_tinted_in_their_colours(tmp_path, segment, command):
     red, _, blue = np.moveaxis(picture[enlarged // 2 :: enlarged, enlarged // 2 :: enlarged], -1, 0)
     for value, is_more_red in ((0, 0), (1, 1), (2, -1)):
         assert (np.sign(red - blue)[labels == value] == is_more_red).all(), value
+
+
+def test_a_preview_of_several_images_says_which_it_shows(tmp_path, command):
+    for name in ("a", "b"):
+        slide(tmp_path / "slides" / f"{name}.zarr", discs(60, 60), 1)
+    code, printed = command("preview", tmp_path / "slides", "--out", tmp_path / "x.png")
+    assert code == 0, printed
+    assert f"{tmp_path}/slides/a.zarr (the first of 2 images), " in printed
