@@ -104,7 +104,7 @@ Output = Annotated[
         "-o",
         parser=to_path,
         metavar="FOLDER",
-        help="Mirror the inputs here; default: in or beside them.",
+        help="The output folder of the run, which mirrors the inputs; default: in or beside them.",
         rich_help_panel=_OUTPUT,
     ),
 ]
