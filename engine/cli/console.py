@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -23,6 +23,8 @@ from cellseg_batch.engine.scheduling.signals import Stopped
 
 _INTERRUPTED = 130
 _STANDARD_ERROR = 2
+# Images of one remark that are named; files of JSON and the report name all.
+_NAMED = 10
 _SETTING = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """What moves the cursor or recolours a terminal; tabs and new lines do no harm."""
@@ -120,6 +122,18 @@ def print_text(text: str) -> None:
 def print_line(console: Console, state: str, colour: str, text: str) -> None:
     """Print a line that begins with a coloured word, such as failed, and is not wrapped."""
     console.print(Text.assemble((state, colour), "  ", as_text(as_flags(text))), soft_wrap=True)
+
+
+def print_shared(
+    console: Console, state: str, colour: str, remarks: Iterable[tuple[str, str]], named: int = _NAMED
+) -> None:
+    """Print remarks on images, given as (path, remark): each remark once, after the first ``named`` of its images."""
+    images: dict[str, list[str]] = {}
+    for path, remark in remarks:
+        images.setdefault(remark, []).append(path)
+    for remark, paths in images.items():
+        more = f" and {len(paths) - named} more" if len(paths) > named else ""
+        print_line(console, state, colour, f"{', '.join(paths[:named])}{more}: {remark}")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cellseg_batch.engine.cli.console import as_text, check_json, counted, print_line, write_json
+from cellseg_batch.engine.cli.console import as_text, check_json, counted, print_shared, write_json
 from cellseg_batch.engine.cli.flags import ENGINE, SLIDE, TILES, Json, SlidesOrManifest, takes_settings
 from cellseg_batch.engine.machine import bound_heaps
 from cellseg_batch.engine.settings import Settings
@@ -69,14 +69,14 @@ def print_estimate(estimate: Estimate, console: Console) -> None:
         table.add_row(as_text(slide.path), *_figures([getattr(slide, name) for name in _COUNTS], slide.seconds))
     table.add_section()
     totals = [estimate.total(name) for name in _COUNTS]
-    table.add_row(counted(len(shown), "image"), *_figures(totals, estimate.seconds))
+    above = f", the largest {_MOST_ROWS} above" if len(shown) > _MOST_ROWS else ""
+    table.add_row(counted(len(shown), "image") + above, *_figures(totals, estimate.seconds))
     console.print(table)
     for slide in shown[:_MOST_ROWS]:
         if slide.tissue is not None:
             text = f"{slide.path}: {100 * slide.tissue:.1f} % of it is tissue, the rest is taken for glass"
             console.print(as_text(text), soft_wrap=True)
-    for slide in estimate.refused:
-        print_line(console, "refused", "red", f"{slide.path}: {slide.reason}")
+    print_shared(console, "refused", "red", ((slide.path, slide.reason) for slide in estimate.refused))
     if estimate.mpx_per_s:
         console.print(
             f"{estimate.processes} worker process{'es' * (estimate.processes > 1)}, each at most "

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from cellseg_batch.engine import IMPORTED_AT
 from cellseg_batch.engine.cli.config_file import Config, WriteConfig, write_flags
-from cellseg_batch.engine.cli.console import as_flags, as_text, check_json, counted, print_line, write_json
+from cellseg_batch.engine.cli.console import as_flags, as_text, check_json, counted, print_shared, write_json
 from cellseg_batch.engine.cli.flags import EVERY, Json, Log, Quiet, SlidesOrManifest, Verbose, takes_settings
 from cellseg_batch.engine.machine import bound_heaps
 from cellseg_batch.engine.settings import Settings
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 _MEGA = 1e6
 _STATES = ("done", "skipped", "held", "failed")
-# Failed images of one reason that are named; `status` and the report have all.
-_SHOWN = 10
 _COLOURS = {"held": "yellow", "failed": "red"}
 
 
@@ -70,21 +68,11 @@ def print_failures(report: RunReport, console: Console) -> None:
 
     What many images share is printed once.
     """
-    notes = [(note, slide.path) for slide in report.slides for note in slide.notes]
-    _print_shared(console, "note", "yellow", notes, shown=1)
+    notes = [(slide.path, note) for slide in report.slides for note in slide.notes]
+    print_shared(console, "note", "yellow", notes, named=1)
     for state, colour in _COLOURS.items():
-        reasons = [(slide.reason, slide.path) for slide in report.slides if slide.status == state]
-        _print_shared(console, state, colour, reasons, shown=_SHOWN)
-
-
-def _print_shared(console: Console, label: str, colour: str, remarks: list[tuple[str, str]], shown: int) -> None:
-    """Print remarks on images, given as (remark, path), each once, after the first ``shown`` of its images."""
-    images: dict[str, list[str]] = {}
-    for remark, path in remarks:
-        images.setdefault(remark, []).append(path)
-    for remark, paths in images.items():
-        more = f" and {len(paths) - shown} more" if len(paths) > shown else ""
-        print_line(console, label, colour, f"{', '.join(paths[:shown])}{more}: {remark}")
+        reasons = [(slide.path, slide.reason) for slide in report.slides if slide.status == state]
+        print_shared(console, state, colour, reasons)
 
 
 def print_report(report: RunReport, console: Console, settings: Settings) -> None:

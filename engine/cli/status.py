@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cellseg_batch.engine.cli.console import as_text, check_json, counted, plain_errors, print_line, write_json
+from cellseg_batch.engine.cli.console import as_text, check_json, counted, plain_errors, print_shared, write_json
 from cellseg_batch.engine.cli.flags import Debug, Json, Name, Output, RunInputs
 from cellseg_batch.engine.settings import Settings
 
@@ -54,9 +54,8 @@ def print_status(status: Status, console: Console) -> None:
         blocks = f"{slide.blocks_done:,} of {slide.blocks:,}" if slide.blocks else ""
         table.add_row(as_text(slide.path), Text(slide.state, _COLOURS.get(slide.state, "")), blocks, share)
     console.print(table)
-    for slide in status.slides:
-        if slide.state == "failed":
-            print_line(console, "failed", "red", f"{slide.path}: {slide.reason}")
+    failed = ((slide.path, slide.reason) for slide in status.slides if slide.state == "failed")
+    print_shared(console, "failed", "red", failed)
     counts = ", ".join(f"{count} {state}" for state, count in status.counts.most_common())
     left = status.seconds_left
     rate = f"; {status.mpx_per_s:.2f} Mpx/s" if status.mpx_per_s else ""

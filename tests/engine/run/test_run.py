@@ -256,6 +256,15 @@ def test_no_backend_is_raced_for_images_that_their_metadata_refuse(slide, segmen
     assert len(segment(slide, retry_failed=True).slides) == 1
 
 
+def test_what_many_images_share_is_said_once(tmp_path, command, tiny_model):
+    for name in "abc":
+        write_ome_zarr(tmp_path / "in" / f"{name}.zarr", blobs(64, 64))
+    code, output = command("run", tmp_path / "in", "--model", tiny_model, *REFERENCE, "--channel", "DAPI")
+    assert code == 1
+    assert output.count("failed /") == 1
+    assert f"failed {tmp_path}/in/a.zarr, {tmp_path}/in/b.zarr, {tmp_path}/in/c.zarr: " in output
+
+
 def test_a_retry_without_failures_says_so(slide, command, tiny_model):
     assert command("run", slide, "--model", tiny_model, *REFERENCE)[0] == 0
     code, output = command("run", slide, "--model", tiny_model, *REFERENCE, "--retry-failed")
