@@ -127,13 +127,20 @@ def read_draft(path: Path | None) -> CardDraft:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         draft = msgspec.convert(content, CardDraft)
         refuse_unknown(draft, content)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, ValueError) as error:
-        raise ModelError(
-            str(path),
-            expected="a card in TOML, with the tables input and output",
-            found=brief(error).replace("`", ""),
-            remedy="check the path"
-            if isinstance(error, OSError)
-            else f"correct it; a card begins with [input] and {EXAMPLES['input.channels']}",
-        ) from error
+    except OSError as error:
+        raise _unreadable(path, brief(error), "check the path") from error
+    except msgspec.ValidationError as error:
+        # msgspec's words for types are those of JSON.
+        found, _, place = str(error).replace("`", "").replace("object", "table").partition(" - at $.")
+        example = EXAMPLES.get(place, f"[input] and {EXAMPLES['input.channels']}")
+        raise _unreadable(path, f"{place}: {found}" if place else found, f"correct it, such as {example}") from error
+    except ValueError as error:  # no UTF-8, no TOML, unknown fields, impossible numbers
+        begins = f"correct it; a card begins with [input] and {EXAMPLES['input.channels']}"
+        raise _unreadable(path, brief(error).replace("`", ""), begins) from error
     return draft
+
+
+def _unreadable(path: Path, found: str, remedy: str) -> ModelError:
+    return ModelError(
+        str(path), expected="a card in TOML, with the tables input and output", found=found, remedy=remedy
+    )

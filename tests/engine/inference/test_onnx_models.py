@@ -357,6 +357,7 @@ def test_what_a_card_lacks_is_asked_for_with_an_example(file_of, tmp_path, refus
         CARD.replace("[output]", "size = {min = 101, step = 1}\n[output]"): "whole strides",
         CARD.replace("[output]", "size = {min = 101, step = 2}\n[output]"): "runs at none of [257, 513, 1025] px",
         "[[": "TOML",
+        "[input]\nchannels = 'rgb'": "input.channels: Expected array, got str; correct it, such as channels = [",
     }
     for text, words in sayings.items():
         (tmp_path / "card.toml").write_text(text)
