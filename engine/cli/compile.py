@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cellseg_batch.engine.cli.console import check_json, print_line, write_json
+from cellseg_batch.engine.cli.console import check_json, print_shared, write_json
 from cellseg_batch.engine.cli.flags import ENGINE, Json, takes_settings
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.settings import Settings
@@ -67,16 +67,14 @@ def print_race(race_result: RaceResult, settings: Settings, console: Console) ->
     winner = None
     with suppress(BackendError):
         winner = race_result.pick(settings.backend, settings.precision, settings.gate)
-    objects, missing = 0, dict[str, list[str]]()
+    objects = 0
     for candidate in race_result.candidates:
-        if candidate.parity is None:
-            missing.setdefault(candidate.missing, []).append(candidate.name)
-        else:
+        if candidate.parity is not None:
             objects = max(objects, candidate.parity.objects)
             table.add_row(*map(Text, _row(candidate, candidate.parity, candidate == winner)))
     console.print(table, f"compared with the fp32 reference on {objects} objects", highlight=False)
-    for reason, names in missing.items():
-        print_line(console, "missing", "", f"{', '.join(names)}: {reason}")
+    missing = ((one.name, one.missing) for one in race_result.candidates if one.parity is None)
+    print_shared(console, "missing", "", missing)
 
 
 def _row(candidate: Candidate, parity: Parity, wins: bool) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from cellseg_batch.engine.scheduling.signals import Stopped
 
 _INTERRUPTED = 130
 _STANDARD_ERROR = 2
-# Images of one remark that are named; files of JSON and the report name all.
+# How many images of one remark are named; files of JSON and the report name all.
 _NAMED = 10
 _SETTING = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -127,13 +127,13 @@ def print_line(console: Console, state: str, colour: str, text: str) -> None:
 def print_shared(
     console: Console, state: str, colour: str, remarks: Iterable[tuple[str, str]], named: int = _NAMED
 ) -> None:
-    """Print remarks on images, given as (path, remark): each remark once, after the first ``named`` of its images."""
-    images: dict[str, list[str]] = {}
-    for path, remark in remarks:
-        images.setdefault(remark, []).append(path)
-    for remark, paths in images.items():
-        more = f" and {len(paths) - named} more" if len(paths) > named else ""
-        print_line(console, state, colour, f"{', '.join(paths[:named])}{more}: {remark}")
+    """Print remarks, given as (name, remark): each once, after the first ``named`` of the images that share it."""
+    sharing: dict[str, list[str]] = {}
+    for name, remark in remarks:
+        sharing.setdefault(remark, []).append(name)
+    for remark, names in sharing.items():
+        more = f" and {len(names) - named} more" if len(names) > named else ""
+        print_line(console, state, colour, f"{', '.join(names[:named])}{more}: {remark}")
 
 
 @contextmanager
