@@ -467,11 +467,10 @@ def _runs_at(path: Path, card: Card, side: int) -> bool:
 
 def _sides_in_file(path: Path, card: Card, side: int) -> dict[str, tuple[int, int]]:
     """Name of each tensor of the card -> height and width of what the graph, as it is, gives for ``side`` px."""
-    last = card.input.layout == LAYOUTS[1]
-    shape = (1, side, side, card.input.count) if last else (1, card.input.count, side, side)
-    given = run_graph(path.read_bytes(), np.zeros(shape, np.float32), cores())
+    nothing = np.zeros((1, card.input.count, side, side), np.float32)
+    given = run_graph(path.read_bytes(), nothing, cores(), card.input.layout)
     shapes = {tensor.name: given[tensor.name].shape for tensor in card.output.tensors}
-    return {name: (shape[1], shape[2]) if last else (shape[2], shape[3]) for name, shape in shapes.items()}
+    return {name: (height, width) for name, (_, _, height, width) in shapes.items()}
 
 
 def _sides_of(path: Path, card: Card, side: int) -> tuple[int, int]:

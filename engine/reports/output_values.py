@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from cellseg_batch.engine.inference.backends.gate import tiles_for
 from cellseg_batch.engine.inference.backends.onnxruntime_cpu import run_graph
 from cellseg_batch.trainer.bundle import Bundle
-from cellseg_batch.trainer.card import BACKGROUND, LAYOUTS, RAY, Size, Tensor
+from cellseg_batch.trainer.card import BACKGROUND, RAY, Size, Tensor
 
 _TILES = 3
 # Deviation of the noise, far above that of images, so that logits of networks that are hardly trained are spread too.
@@ -41,14 +41,10 @@ def check_values(bundle: Bundle, side: int, threads: int) -> tuple[str, ...]:
     tiles = tiles_for("gate", replace(card, input=replace(card.input, size=Size(side, 0))))
     tiles = tiles[:: -(-len(tiles) // _TILES)]
     noise = np.random.default_rng(0).normal(0, _LOUD, tiles[:1].shape).astype(np.float32)
-    last = card.input.layout == LAYOUTS[1]
-    given = []
-    for pixels in (*tiles, *noise):
-        taken = np.moveaxis(pixels, 0, -1) if last else pixels
-        given.append(run_graph(graph, np.ascontiguousarray(taken)[None], threads))
+    given = [run_graph(graph, pixels[None], threads, card.input.layout) for pixels in (*tiles, *noise)]
     unlike_logits = []
     for tensor in card.output.tensors:
-        images = [np.moveaxis(one[tensor.name], 3, 1) if last else one[tensor.name] for one in given]
+        images = [one[tensor.name] for one in given]
         defined = [not np.isnan(image).any() for image in images]
         if undefined := len(tiles) - sum(defined[: len(tiles)]):
             raise ValueError(

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from cellseg_batch.engine.inference.backends.onnx_graph import LOGITS, PIXELS, plain_graph
 from cellseg_batch.engine.inference.backends.protocol import BackendRequest, CompiledModel, Logits, Shape
 from cellseg_batch.trainer.bundle import Bundle
+from cellseg_batch.trainer.card import LAYOUTS
 
+_PLAIN = LAYOUTS[0]
 # Errors are raised; the library would also print them.
 _FATAL_ONLY = 4
 
@@ -24,19 +26,24 @@ def make(bundle: Bundle, request: BackendRequest) -> OnnxRuntimeBackend:
     return OnnxRuntimeBackend(plain_graph(bundle), request.threads)
 
 
-def run_graph(graph: bytes, pixels: NDArray[np.float32], threads: int) -> dict[str, NDArray[np.generic]]:
-    """Run a graph as its file has it, and not plain; name of each tensor that it gives -> values.
+def run_graph(
+    graph: bytes, pixels: NDArray[np.float32], threads: int, layout: str = _PLAIN
+) -> dict[str, NDArray[np.generic]]:
+    """Run a graph as its file has it, and not plain; name of each tensor that it gives -> values (N, K, h, w).
 
     Args:
         graph: serialised graph of one input.
-        pixels: the input, in the graph's own layout.
+        pixels: the input, (N, C, H, W).
         threads: number of threads.
+        layout: order of the graph's axes; that of pixels and values if they are to stay as they are.
     """
+    pixels = np.ascontiguousarray(pixels.transpose([_PLAIN.index(axis) for axis in layout]))
     session = _session(graph, threads)
     (source,) = session.get_inputs()
     names = [output.name for output in session.get_outputs()]
     taken = pixels.astype(np.float16) if source.type == "tensor(float16)" else pixels
-    return dict(zip(names, session.run(names, {source.name: taken}), strict=True))
+    given = zip(names, session.run(names, {source.name: taken}), strict=True)
+    return {name: values.transpose([layout.index(axis) for axis in _PLAIN]) for name, values in given}
 
 
 def _session(graph: bytes, threads: int) -> onnxruntime.InferenceSession:
