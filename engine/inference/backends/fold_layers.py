@@ -60,6 +60,24 @@ def fold_upsampling(network: nn.Module) -> nn.Module:
     return network
 
 
+def plain_clamps(network: nn.Module) -> nn.Module:
+    """Replace every ReLU6 by one clamp in the dtype of its features, in place; returns ``network``.
+
+    Torch lowers its own to a float32 clamp between two casts, in a slow pass over the whole exported program.
+    """
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ReLU6):
+                setattr(parent, name, _Clamp6())
+    return network
+
+
+class _Clamp6(nn.Module):
+    def forward(self, features: Tensor) -> Tensor:
+        """Clamp ``features`` to 0 ... 6."""
+        return features.clamp(0.0, 6.0)
+
+
 def _pays(up: nn.ConvTranspose2d, convolution: nn.Conv2d) -> bool:
     inputs, middle, outputs = up.in_channels, up.out_channels, convolution.out_channels
     return 4 * inputs * outputs < inputs * middle + 9 * middle * outputs

@@ -230,7 +230,7 @@ def _convert(bundle: Bundle, tiles: NDArray[np.float32] | None = None) -> Any:
     import torch
     from torch.export import Dim
 
-    from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm, fold_upsampling
+    from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm, fold_upsampling, plain_clamps
     from cellseg_batch.engine.inference.backends.int8_equalise import equalise
     from cellseg_batch.engine.inference.backends.int8_round import round_weights
 
@@ -246,7 +246,9 @@ def _convert(bundle: Bundle, tiles: NDArray[np.float32] | None = None) -> Any:
         if tiles is not None:
             batches = [torch.from_numpy(tile[None]) for tile in tiles]
             network = round_weights(equalise(network, batches), batches)
-        program = torch.export.export(network, (example,), dynamic_shapes=({0: batch, 2: height, 3: width},))
+        program = torch.export.export(
+            plain_clamps(network), (example,), dynamic_shapes=({0: batch, 2: height, 3: width},)
+        )
         return openvino.convert_model(program)
 
 

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from cellseg_batch.engine.errors import BackendError
 from cellseg_batch.engine.inference.backends import cuda
 from cellseg_batch.engine.inference.backends.cuda import Device, GraphedHalf, demand_gpu
-from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm
+from cellseg_batch.engine.inference.backends.fold_layers import fold_batch_norm, plain_clamps
 from cellseg_batch.engine.inference.backends.protocol import CONVERSION_VERSION, BackendRequest, Shape
 from cellseg_batch.engine.inference.backends.tensorrt_errors import demand, demand_result, explained
 from cellseg_batch.engine.inference.backends.tensorrt_parser import build_plan
@@ -235,29 +234,12 @@ def export_half(bundle: Bundle, sides: tuple[int, int], device: Device) -> Expor
 
     Its logits are not clamped: an overflow shows as NaN, and TensorRT does not define what its clamp makes of NaN.
     """
-    network = _with_plain_clamps(fold_batch_norm(build_torch_network(bundle))).half().to(device.torch_device)
+    network = plain_clamps(fold_batch_norm(build_torch_network(bundle))).half().to(device.torch_device)
     # torch.export would take a batch of 1 for a constant.
     example = torch.zeros(2, bundle.card.input.count, *sides, dtype=torch.half, device=device.torch_device)
     batch = Dim("batch", min=1, max=_LARGEST_BATCH)
     with TORCH_TURN, torch.no_grad(), _quiet():
         return torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
-
-
-class _ReLU6(nn.Module):
-    """``torch.nn.ReLU6`` as one clamp in any dtype; torch lowers its own to a float32 clamp between two casts."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Clamp ``features`` to 0 ... 6."""
-        return features.clamp(0.0, 6.0)
-
-
-def _with_plain_clamps(network: nn.Module) -> nn.Module:
-    """Replace every ReLU6 in place, so that no layer leaves float16; returns ``network``."""
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.ReLU6):
-                setattr(module, name, _ReLU6())
-    return network
 
 
 def _tensor_names(tensorrt: Any, engine: Any) -> tuple[str, str]:
