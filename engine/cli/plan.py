@@ -53,7 +53,8 @@ def plan(
     check_json(json_file)
     bound_heaps()  # as `run` does, whose memory this predicts
     console = Console()
-    estimated = estimate(slides or [], settings, processes, lambda: console.print("choosing a backend, once ..."))
+    with console.status("") as status:
+        estimated = estimate(slides or [], settings, processes, status.update)
     print_estimate(estimated, console)
     write_json(json_file, estimated.to_json())
     raise typer.Exit(bool(estimated.refused))

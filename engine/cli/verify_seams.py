@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from cellseg_batch.engine.cli.console import check_json, write_json
+from cellseg_batch.engine.cli.console import check_json, counted, write_json
 from cellseg_batch.engine.cli.flags import ENGINE, Json, Slide, takes_settings
 from cellseg_batch.engine.settings import Settings
 
@@ -28,8 +28,10 @@ def verify_seams(
     from cellseg_batch.engine.reports.verify_seams import prove_seams
 
     check_json(json_file)
-    report = prove_seams(slide, settings, full, windows)
-    print_seams(report, bound, Console())
+    console = Console()
+    with console.status("segmenting tiled and untiled"):
+        report = prove_seams(slide, settings, full, windows)
+    print_seams(report, bound, console)
     write_json(json_file, report.to_json())
     raise typer.Exit(not report.holds(bound))
 
@@ -39,7 +41,7 @@ def print_seams(report: SeamReport, bound: float, console: Console) -> None:
     verdict = "holds" if report.holds(bound) else "does NOT hold"
     console.print(
         f"seams of {report.backend} {report.precision}, tile {report.tile[0]} x {report.tile[1]}, margin "
-        f"{report.margin} px ({report.cost:.2f} px computed per px), in {report.windows} windows:\n"
+        f"{report.margin} px ({report.cost:.2f} px computed per px), in {counted(report.windows, 'window')}:\n"
         f"max |dp| {report.max_dp:.2e}, {report.flipped} of {report.pixels} pixels flip "
         f"({report.flipped_fraction:.1e}), objects {report.objects_tiled} tiled, {report.objects_untiled} untiled\n"
         f"the bound of {bound:g} flipped pixels {verdict}",

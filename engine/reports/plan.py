@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -171,27 +172,31 @@ class _Rate:
     objects: float | None = None
 
 
-def estimate(inputs: list[Path], settings: Settings, processes: int, racing: Callable[[], None]) -> Estimate:
+def estimate(inputs: list[Path], settings: Settings, processes: int, say: Callable[[str], None]) -> Estimate:
     """Estimate a run of ``settings`` over every image below ``inputs``.
 
     Args:
         inputs: files, zarr stores or folders of them; none with a manifest.
         settings: settings of the run.
         processes: number of worker processes that share the work.
-        racing: called before backends are raced, which happens once for a model and machine.
+        say: told in a few words what is being done.
 
     Raises:
         UsageError: nothing can be run as asked.
     """
     bundle = load_model(settings.model)
+    say("reading the metadata of the images")
     images = [_lay(image, settings, bundle.card) for image in find_run_images(inputs, settings, bundle.card)]
     if not any(image.plans for image in images):
         return Estimate(processes, 0.0, 0.0, "", "", slides=[image.entry for image in images])
     pixels = sum(image.entry.pixels for image in images)
+    racing = partial(say, "choosing a backend for this model on this machine, once")
     worker = Worker(settings, ModelPool(bundle, settings, racing, pixels=pixels), StageClock())
+    say("looking at windows of the largest images")
     with _Networks(worker.model_pool, settings.workers) as networks:
         images = _settle(worker, images, networks)
         largest = max(images, key=lambda image: image.entry.pixels if image.plans else -1)
+        say("segmenting a sample to measure the rate")
         rate, reason = _measure(worker, largest.plans[0]) if largest.plans else (_Rate(), "")
         # The measurement loads what writes the outputs, which a run holds beside its later networks.
         held_bytes = round(_HELD * max(worker.warm_up.held_bytes, resident_bytes() + RUN_OVERHEAD_BYTES))

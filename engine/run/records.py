@@ -433,7 +433,8 @@ def _changes(before: Any, now: Any, *path: str) -> Iterator[str]:
         for item in fields(before):
             yield from _changes(getattr(before, item.name), getattr(now, item.name), *path, item.name)
     elif before != now:
-        yield f"{_subject(path)} was {_words(before)}, now {_words(now)}"
+        words = _short if path[-1].endswith("sha256") else _words
+        yield f"{_subject(path)} was {words(before)}, now {words(now)}"
 
 
 def _subject(path: tuple[str, ...]) -> str:
@@ -443,6 +444,11 @@ def _subject(path: tuple[str, ...]) -> str:
         return f"`{name}`"
     settings = " or ".join(f"`{setting}`" for setting in _SETTING_OF.get(name, ()))
     return " ".join(path) + (f" ({settings})" if settings else "")
+
+
+def _short(sha256: str) -> str:
+    """The first digits of a hash, which tell two apart in a message."""
+    return f"{sha256[:12]}..."
 
 
 def _words(value: Any) -> str:

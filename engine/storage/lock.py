@@ -180,7 +180,14 @@ def lock_in_turn(path: Path) -> Iterator[None]:
 
 
 def is_held(path: Path) -> bool:
-    """Whether the lock at ``path`` was renewed within its lease, by this machine's clock; changes nothing."""
+    """Whether a run holds the lock at ``path``; changes nothing.
+
+    A run of this machine holds it while its process lives, one of another machine while it renews the lock within its
+    lease, by this machine's clock.
+    """
+    owner = _owner(path)
+    if owner.get("machine") == _machine():
+        return _is_alive(int(owner["pid"]), float(owner["started"]))
     try:
         return time.time() - path.stat().st_mtime < LEASE_SECONDS
     except FileNotFoundError:

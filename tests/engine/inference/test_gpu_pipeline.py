@@ -210,7 +210,7 @@ def test_blocks_of_gpus_hold_several_cores(gpus, segment, on_gpus, tmp_path, mon
     assert_same(report, expected)
     assert report.slides[0].blocks == 4
     how = {"model": str(tiny_model), "backend": "torch-cuda", "gate": False, "tile": TILE, "output": tmp_path / "out"}
-    assert estimate([path], Settings(**how), 1, lambda: None).slides[0].blocks == 4
+    assert estimate([path], Settings(**how), 1, lambda _: None).slides[0].blocks == 4
 
 
 def test_without_a_compiler_for_kernels_the_host_cuts_and_stitches(gpus, segment, on_gpus, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ def usual(tiny_model):
 
 
 def announced(path, usual, processes=1, **changes):
-    return estimate([path], Settings(**{**usual, **changes}), processes, lambda: None)
+    return estimate([path], Settings(**{**usual, **changes}), processes, lambda _: None)
 
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])

@@ -47,6 +47,8 @@ def test_before_during_and_after_a_run(folder, tiny_model):
     assert first.pixels == 200 * 200
     assert during.mpx_per_s > 0
     assert during.seconds_left > 0
+    # This machine sees that the process is dead, before its lock has expired.
+    assert read_status([folder], "cellseg", None).slides[0].state == "stopped"
 
 
 def test_a_finished_run_is_done_and_exits_with_0(folder, segment, command, tmp_path):
