@@ -10,9 +10,10 @@
     ids = model.segment(array, pixel_size=0.25)
 
 `segment` runs what ``cellseg-batch run`` runs, with the same bits; a `Model` segments arrays in memory as a run would
-segment an image of these pixels.  No function prints, takes signals or changes the environment; failures raise a
-`CellsegError` that says what was expected, what was found and what to do.  Libraries are imported when they are needed.
-A remark on an array, such as on its NaN pixels, is a `CellsegWarning`; those on images are `SlideReport.notes`.
+segment an image of these pixels.  No function prints, takes signals or changes the environment.  What cannot be done at
+all raises a `CellsegError` that says what was expected, what was found and what to do; an image that fails among others
+raises nothing, and has the status ``failed`` and a reason in its `SlideReport`.  A remark on an array, such as on its
+NaN pixels, is a `CellsegWarning`; those on images are `SlideReport.notes`.  Libraries are imported when needed.
 """
 
 from __future__ import annotations
@@ -304,7 +305,7 @@ def read_objects(slide: SlideReport | str | PathLike[str]) -> pyarrow.Table:
     """Read the table of objects of a slide that was segmented with ``objects=True``.
 
     Args:
-        slide: a slide of a report, or the path of a table.
+        slide: a slide of a report, or the path of its table (``SlideReport.table``).
 
     Returns:
         One row per object; ``table.to_pandas()`` and ``polars.from_arrow(table)`` make data frames of the table.

@@ -23,7 +23,10 @@ def import_model(
     card: Annotated[
         Path | None, typer.Option("--card", metavar="TOML", help="What the file or package does not say of the model.")
     ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Name of the model; default: the source's.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="Name of the model; default: the card's, the package's, or the folder's."),
+    ] = None,
     threads: Threads = None,
     json_file: Json = None,
     debug: Debug = False,

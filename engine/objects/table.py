@@ -171,8 +171,8 @@ def reading_table(path: Path) -> Iterator[None]:
         raise ReadError(
             str(path),
             expected="a table of objects",
-            found=f"{type(error).__name__}: {error}",
-            remedy="write it with a run with `objects`",
+            found="a folder" if path.is_dir() else f"{type(error).__name__}: {error}",
+            remedy="name the file objects.parquet of a run with `objects`",
         ) from error
 
 

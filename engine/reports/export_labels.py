@@ -20,6 +20,7 @@ from cellseg_batch.engine.geometry import Box
 from cellseg_batch.engine.objects.table import read_provenance
 from cellseg_batch.engine.run.output_paths import OutputPaths, output_paths
 from cellseg_batch.engine.slides.discover import find_all_images
+from cellseg_batch.engine.slides.image_format import WRITTEN_BY
 from cellseg_batch.engine.slides.label_copy import copy_labels, lay_out_copy
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, open_written
 from cellseg_batch.engine.slides.slide import Slide
@@ -134,6 +135,7 @@ def _write_tiff(out: Path, writer: ImageWriter, name: str, pixel_size_um: float 
                 compression="zstd",
                 photometric="minisblack",
                 metadata=None if level else metadata,
+                software=WRITTEN_BY,
                 subifds=None if level else len(layout.shapes) - 1,
                 subfiletype=1 if level else 0,
             )

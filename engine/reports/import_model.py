@@ -91,7 +91,7 @@ def import_model(source: Path, out: Path, card: Path | None = None, name: str | 
         out: folder of the bundle, which must not exist.
         card: the ``card.toml``, which counts before what a package says; None if the source says everything itself, as
             files do that ``export`` wrote.
-        name: name of the model; None takes the card's, else the source's.
+        name: name of the model; None takes the card's or package's, else that of ``out``.
 
     Raises:
         ModelError: the source or the card is refused, or the card lacks what the graph does not show.
@@ -110,7 +110,7 @@ def import_model(source: Path, out: Path, card: Path | None = None, name: str | 
             bundle = _with_own_card(source, path, graph, name)
         else:
             draft = said if package is None else said.completed_by(package.draft(graph))
-            bundle = _bundle_of(source, path, graph, replace(draft, name=draft.name or source.stem))
+            bundle = _bundle_of(source, path, graph, replace(draft, name=draft.name or out.name))
         expected = None if package is None else _checked(source, package.expected_output(graph), bundle)
         with writing_to(out, "a bundle"):
             save_bundle(bundle, out)

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from cellseg_batch.engine.errors import ReadError, SlideError, UsageError, writing_to
 from cellseg_batch.engine.geometry import Box, count_in_spans
 from cellseg_batch.engine.run.output_paths import OutputPaths, output_paths
 from cellseg_batch.engine.run.records import Manifest
 from cellseg_batch.engine.slides.discover import find_images, first_slide
+from cellseg_batch.engine.slides.image_format import WRITTEN_BY
 from cellseg_batch.engine.slides.level_and_channels import choose_channels
 from cellseg_batch.engine.slides.ome_zarr import colours_of_classes, open_written
 from cellseg_batch.engine.slides.reader import SlideReader
@@ -90,7 +92,9 @@ def write_preview(
     """
     preview = draw_preview(path, _LONGEST, sides, name, output, channel, axes)
     with writing_to(out, "a picture"):
-        Image.fromarray(preview.side_by_side()).save(out, format="PNG")
+        written_by = PngInfo()
+        written_by.add_text("Software", WRITTEN_BY)
+        Image.fromarray(preview.side_by_side()).save(out, format="PNG", pnginfo=written_by)
     return preview
 
 

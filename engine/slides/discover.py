@@ -31,7 +31,7 @@ JOURNAL_SUFFIX = ".cellseg"
 
 # Causes of a path without images.
 _EMPTY_FOLDER = "an empty folder or group, or a store with nothing but labels"
-_OTHER_FILE = "a file of another format, or without the suffix of its format"
+_OTHER_FILE = "a file of another format, without the suffix of its format, or exported by cellseg-batch"
 
 # What may lie in a folder besides files and folders. To open one may wait for ever, or never end.
 _SPECIAL = (

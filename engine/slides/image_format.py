@@ -21,6 +21,8 @@ from cellseg_batch.engine.storage.paths import RemotePath
 
 # Names of the pictures that scanners take of a glass besides the scan.
 _OVERVIEW = re.compile(r"(slide\s*)?(label|macro|thumbnail|overview|preview|map)(\s*image)?", re.IGNORECASE)
+# Software that pictures and labels name if this engine exported them: outputs, which no run takes for images.
+WRITTEN_BY = "cellseg-batch"
 # Number of names that a message shows.
 _SHOWN = 5
 

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.MpoImagePlugin import MpoImageFile
 
 from cellseg_batch.engine.errors import ReadError
-from cellseg_batch.engine.slides.image_format import ImageFormat, Search, optional_library
+from cellseg_batch.engine.slides.image_format import WRITTEN_BY, ImageFormat, Search, optional_library
 from cellseg_batch.engine.slides.slide import Level, Slide, UnreadableImage
 from cellseg_batch.engine.storage.paths import readable
 
@@ -38,7 +38,7 @@ class Pictures(ImageFormat):
     suffixes: ClassVar[tuple[str, ...]] = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp")
 
     def find(self, path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
-        """Find the image of a file, from its header, and name the other frames of an animation.
+        """Find the image of a file, from its header, and name the other frames of an animation; a preview is none.
 
         Raises:
             ReadError: the file has another format than its name says.
@@ -46,6 +46,8 @@ class Pictures(ImageFormat):
         """
         deep = _deep_mode(path)
         with Image.open(readable(path)) as picture:
+            if picture.info.get("Software") == WRITTEN_BY:
+                return
             kind = picture.get_format_mimetype()
             if kind not in _KINDS:
                 raise ReadError(

@@ -17,6 +17,7 @@ import tifffile
 
 from cellseg_batch.engine.errors import ReadError
 from cellseg_batch.engine.slides.image_format import (
+    WRITTEN_BY,
     ImageFormat,
     Search,
     beside,
@@ -40,6 +41,7 @@ from cellseg_batch.engine.slides.tiff_file import (
     pages_in_no_series,
     pyramids_of,
     read_ome,
+    software_of,
 )
 from cellseg_batch.engine.slides.tiff_series import TIFF, SeriesPixels, is_derived, slide_of, title_of
 
@@ -59,12 +61,16 @@ class Tiff(ImageFormat):
     def find(self, path: Path, name: str, search: Search) -> Iterator[Slide | UnreadableImage]:
         """Find every image of a file; a part of an image leads to the file of the image's first plane.
 
+        Exported labels are no image.
+
         Raises:
             ReadError: the file has no image, its pages or OME-XML are damaged, or its metadata lie in a missing file.
             ValueError: its OME-XML names a file in another folder.
             tifffile.TiffFileError: the file is no TIFF.
         """
         demand_pages(path)
+        if software_of(path) == WRITTEN_BY:
+            return
         described, notes = fitting_ome(path)
         if described is not None:
             yield from _find_described(described, path, name, search)

@@ -83,6 +83,14 @@ def _ome_xml(path: Path) -> str | None:
         return tiff.ome_metadata or (text if _BEGINNING.match(text) else None)
 
 
+def software_of(path: Path) -> str:
+    """The software that a TIFF names; "" if it names none, or for a companion file."""
+    if path.suffix.lower() in _XML_SUFFIXES:
+        return ""
+    with tifffile.TiffFile(readable(path)) as tiff:
+        return str(tiff.pages.first.software)
+
+
 def fitting_ome(path: Path) -> tuple[list[OmeImage] | None, tuple[str, ...]]:
     """(images that OME-XML describes, as `read_ome`; notes): none, but a note, if it does not fit the file's pages."""
     images = read_ome(path)

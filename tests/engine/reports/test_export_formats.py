@@ -311,3 +311,15 @@ def test_ids_and_outlines_of_any_image_open_again(tmp_path):
     first, second = (value.hex() for value in table["geometry"].to_pylist())
     assert first.startswith("010300000002000000" + "04000000")
     assert second.startswith("010600000002000000" + first)
+
+
+def test_pictures_and_labels_that_were_exported_are_not_images(tmp_path, segment, command):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    tifffile.imwrite(folder / "scan.tif", blobs(100, 120)[0])
+    segment(folder)
+    assert command("preview", folder / "scan.tif", "--out", folder / "scan.png")[0] == 0
+    assert command("export-labels", folder / "scan.tif", "--out", folder / "labels.ome.tif")[0] == 0
+    assert [slide.path for slide in segment(folder).slides] == [str(folder / "scan.tif")]
+    code, printed = command("run", folder / "scan.png")
+    assert (code, "exported by cellseg-batch" in printed) == (2, True), printed
