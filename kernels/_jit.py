@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+from numba.core import event
+
+from cellseg_batch.kernels._compiling import begun
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -30,6 +33,19 @@ def _prepare_cache() -> bool:
 
 
 _CACHE = _prepare_cache()
+
+
+class _Compiling(event.Listener):  # type: ignore[misc]
+    """Hears of each kernel that is compiled, and of none that is loaded from the cache."""
+
+    def on_start(self, _: event.Event) -> None:
+        begun()
+
+    def on_end(self, _: event.Event) -> None:
+        pass
+
+
+event.register("numba:compile", _Compiling())
 
 
 def jit(function: Function) -> Function:

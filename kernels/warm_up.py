@@ -5,9 +5,12 @@ A kernel is compiled for the types of its arguments, so the calls here use the t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import DTypeLike
 
+from cellseg_batch.kernels._compiling import telling
 from cellseg_batch.kernels.expand import expand
 from cellseg_batch.kernels.gather import gather
 from cellseg_batch.kernels.instances import grow, label_seeds, reach, renumber
@@ -30,6 +33,7 @@ def compile_kernels(
     stars: bool,
     cells: bool,
     objects: bool,
+    compiling: Callable[[], None] = lambda: None,
 ) -> None:
     """Compile the kernels of a run; a plain mask of uint8 pixels needs none, so Numba is not imported for it.
 
@@ -42,23 +46,27 @@ def compile_kernels(
         stars: whether the run makes stars.
         cells: whether the run expands nuclei into cells.
         objects: whether the run measures objects.
+        compiling: called before each kernel that is not in the cache.
     """
-    if np.dtype(dtype) != np.uint8:
-        _gather(dtype)
-    if probability:
-        stitch_probability(_logits(), np.zeros((1, 6), np.int64), np.zeros((_SIDE, _SIDE), np.uint8))
-    if blend:
-        blend_mask(_logits(), TileGrid(1, 1, 2, 1, 1, 2, 2), 0.0, np.zeros((2, 2), np.uint8))
-    if classes:
-        stitch_classes(np.zeros((1, 2, 2, 2), np.float32), np.zeros((1, 6), np.int64), 0.0, np.zeros((2, 2), np.uint8))
-    if instances:
-        _number_and_grow()
-    if stars:
-        _suppress_and_draw()
-    if cells:
-        expand(np.ones((_SIDE, _SIDE), np.uint32), 1.0)
-    if objects:
-        _measure(dtype)
+    with telling(compiling):
+        if np.dtype(dtype) != np.uint8:
+            _gather(dtype)
+        if probability:
+            stitch_probability(_logits(), np.zeros((1, 6), np.int64), np.zeros((_SIDE, _SIDE), np.uint8))
+        if blend:
+            blend_mask(_logits(), TileGrid(1, 1, 2, 1, 1, 2, 2), 0.0, np.zeros((2, 2), np.uint8))
+        if classes:
+            stitch_classes(
+                np.zeros((1, 2, 2, 2), np.float32), np.zeros((1, 6), np.int64), 0.0, np.zeros((2, 2), np.uint8)
+            )
+        if instances:
+            _number_and_grow()
+        if stars:
+            _suppress_and_draw()
+        if cells:
+            expand(np.ones((_SIDE, _SIDE), np.uint32), 1.0)
+        if objects:
+            _measure(dtype)
 
 
 def _logits() -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

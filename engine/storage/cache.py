@@ -68,11 +68,16 @@ class Artefacts:
     Sound entries of a folder that cannot be written are used.  What is missing there is made in a temporary folder and
     lost when this process ends.
 
+    Args:
+        folder: the folder; None takes `cache_folder`.
+        making: called before an entry is made.
+
     Attributes:
         kept: the folder, whose entries outlive this process.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, making: Callable[[], None] = lambda: None) -> None:
+        self._making = making
         self.kept = cache_folder() if folder is None else folder
         self._temporary: Path | None = None
         self._dropped: set[str] = set()
@@ -144,6 +149,7 @@ class Artefacts:
         for orphan in folder.parent.glob(f"{folder.name}{_PARTIAL}*"):
             shutil.rmtree(orphan, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}{_PARTIAL}", dir=folder.parent))
+        self._making()
         try:
             make(partial)
             (partial / _KEY).write_text(json.dumps(key, indent=2, sort_keys=True) + "\n")
