@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cellseg_batch.engine.errors import CellsegError, UsageError, brief, writing_to
-from cellseg_batch.engine.scheduling.signals import Stopped
+from cellseg_batch.engine.scheduling.signals import GRACE_SECONDS, Stopped
 
 _INTERRUPTED = 130
 _STANDARD_ERROR = 2
@@ -228,6 +228,13 @@ def _open_closed_streams() -> None:
 def _lenient(drain: _Drain, stream: Any) -> io.TextIOWrapper:
     return io.TextIOWrapper(
         io.BufferedWriter(drain), stream.encoding, "backslashreplace", line_buffering=stream.line_buffering
+    )
+
+
+def say_draining() -> None:
+    """Acknowledge a signal at once, as running tasks may take seconds to end."""
+    _print_error(
+        f"stopping: what is in flight is being finished, for {GRACE_SECONDS:.0f} s at most; Ctrl-C again stops now"
     )
 
 

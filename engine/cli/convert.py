@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from cellseg_batch.engine.cli.console import plain_errors, print_line
+from cellseg_batch.engine.cli.console import plain_errors, print_line, say_draining
 from cellseg_batch.engine.cli.flags import Axes, Debug, Workers, to_path
 from cellseg_batch.engine.settings import Settings
 
@@ -35,7 +35,7 @@ def convert(
     from cellseg_batch.engine.scheduling.signals import Stop
     from cellseg_batch.engine.slides.convert import convert as convert_images
 
-    console, stop, failed = Console(), Stop(), False
+    console, stop, failed = Console(), Stop(draining=say_draining), False
     with (
         plain_errors(debug),
         stop.on_signals(),

@@ -353,6 +353,8 @@ class Scheduler(Generic[Result]):
         """Hand out no more tasks, wait for running calls within the grace time, and end the run."""
         for future in list(self._in_flight):
             future.cancel()
+        if self._in_flight:
+            self._stop.draining()
         latest = time.monotonic() + self._stop.grace
         with suppress(Empty):
             while self._in_flight:

@@ -35,14 +35,19 @@ class Stopped(BaseException):
 class Stop:
     """Remembers that a run has to end.
 
+    Args:
+        grace: grace time of running tasks in seconds.
+        draining: called, in the thread of the run, when it begins to wait for running tasks.
+
     Attributes:
         asked: number of the signal; 0 until there is one.
-        grace: grace time of running tasks in seconds.
+        grace, draining: as given.
     """
 
-    def __init__(self, grace: float = GRACE_SECONDS) -> None:
+    def __init__(self, grace: float = GRACE_SECONDS, draining: Callable[[], None] = lambda: None) -> None:
         self.asked = 0
         self.grace = grace
+        self.draining = draining
         self._wake: Callable[[], None] | None = None
 
     @contextmanager
