@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -41,23 +42,37 @@ def status(
 
 
 def print_status(status: Status, console: Console) -> None:
-    """Print a row for each image that is neither done nor waiting, the counts, the rate and the time left.
+    """Print a row for each image, the counts, the rate and the time left.
 
-    If every image is done or waiting, these get the rows.
+    If there are many images, those that are neither done nor waiting come first, and the rest are counted.
     """
     table = Table(title="cellseg-batch status", title_justify="left")
     for heading in ("image", "state", "blocks", "done"):
         table.add_column(heading, overflow="fold")
-    shown = [slide for slide in status.slides if slide.state not in ("done", "waiting")] or status.slides
-    for slide in shown[:_MOST_ROWS]:
-        share = f"{100 * slide.tasks_done / slide.tasks:.0f} %" if slide.tasks else ""
+    slides = status.slides
+    if len(slides) > _MOST_ROWS:
+        slides = sorted(slides, key=lambda slide: slide.state in ("done", "waiting"))
+    for slide in slides[:_MOST_ROWS]:
+        share = f"{_percent(slide.pixels_done, slide.pixels)} %" if slide.pixels else ""
         blocks = f"{slide.blocks_done:,} of {slide.blocks:,}" if slide.blocks else ""
         table.add_row(as_text(slide.path), Text(slide.state, _COLOURS.get(slide.state, "")), blocks, share)
     console.print(table)
+    rest = Counter(slide.state for slide in slides[_MOST_ROWS:])
+    if rest:
+        console.print(f"and {_counts(rest)}", highlight=False)
     failed = ((slide.path, slide.reason) for slide in status.slides if slide.state == "failed")
     print_shared(console, "failed", "red", failed)
-    counts = ", ".join(f"{count} {state}" for state, count in status.counts.most_common())
     left = status.seconds_left
     rate = f"; {status.mpx_per_s:.2f} Mpx/s" if status.mpx_per_s else ""
     eta = f", about {timedelta(seconds=math.ceil(left))} left" if left is not None else ""
-    console.print(f"{counted(len(status.slides), 'image')}: {counts}{rate}{eta}", highlight=False, soft_wrap=True)
+    images = f"{counted(len(status.slides), 'image')}: {_counts(status.counts)}"
+    console.print(f"{images}{rate}{eta}", highlight=False, soft_wrap=True)
+
+
+def _percent(done: float, pixels: int) -> int:
+    """Whole percent, rounded down, so that 100 is the end."""
+    return math.floor(100 * done / pixels + 1e-6)
+
+
+def _counts(states: Counter[str]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in states.most_common())

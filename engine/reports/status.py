@@ -1,6 +1,7 @@
 """Read the progress of a run from its journals alone, without asking the run itself, which may be on any machine.
 
-Finished records give the progress and their times the rate. A run is at work on an image while it renews the image's
+Finished records give the progress and their times the rate; each pass counts for its share of an image, as in the
+progress bar of the run. A run is at work on an image while it renews the image's
 lock.
 """
 
@@ -18,7 +19,7 @@ from cellseg_batch.engine.errors import NoImageError, OutputError, SlideError, U
 from cellseg_batch.engine.run.failed_images import FailedImages, location
 from cellseg_batch.engine.run.output_paths import output_paths
 from cellseg_batch.engine.run.places import place_beside, stores_below
-from cellseg_batch.engine.run.records import BLOCKS, Manifest
+from cellseg_batch.engine.run.records import BLOCKS, Manifest, shares_of
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.discover import JOURNAL_SUFFIX, find_images, journals_of
 from cellseg_batch.engine.slides.ome_zarr import is_zarr_node
@@ -43,6 +44,7 @@ class SlideStatus:
         blocks, blocks_done: number of blocks, and of those whose first pass is done; 0 if the image waits.
         tasks, tasks_done: number of tasks of all passes, and of those that are done.
         pixels: number of pixels, over all planes; 0 if the image waits.
+        pixels_done: number of pixels that are done, as each pass counts for a share.
         begun: POSIX time in seconds at which the image was started; None if it waits.
         notes: remarks on the image's metadata and on what is left out; () if the image is not at hand.
     """
@@ -56,13 +58,9 @@ class SlideStatus:
     tasks: int = 0
     tasks_done: int = 0
     pixels: int = 0
+    pixels_done: float = 0.0
     begun: float | None = None
     notes: tuple[str, ...] = ()
-
-    @property
-    def pixels_left(self) -> float:
-        """Number of pixels of the blocks that are not on disk yet."""
-        return self.pixels * (1 - self.blocks_done / self.blocks) if self.blocks else 0.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class Status:
         if not self.mpx_per_s or not self.counts["running"]:
             return None
         mean = sum(slide.pixels for slide in started) / len(started)
-        left = sum(slide.pixels_left for slide in started) + mean * self.counts["waiting"]
+        left = sum(slide.pixels - slide.pixels_done for slide in started) + mean * self.counts["waiting"]
         return left / 1e6 / self.mpx_per_s
 
     def to_json(self) -> dict[str, Any]:
@@ -247,8 +245,8 @@ def _is_folder(path: Path) -> bool:
     return False
 
 
-def _look_at(folder: Path, path: str, failures: dict[str, str]) -> tuple[SlideStatus, list[float]]:
-    """Status of the image with the journal ``folder``, and the POSIX times in seconds at which blocks were finished.
+def _look_at(folder: Path, path: str, failures: dict[str, str]) -> tuple[SlideStatus, list[tuple[float, float]]]:
+    """Status of the image with the journal ``folder``, and (POSIX time in seconds, pixels) of each finished task.
 
     Args:
         folder: folder of the journal.
@@ -271,6 +269,9 @@ def _look_at(folder: Path, path: str, failures: dict[str, str]) -> tuple[SlideSt
     else:
         state = "failed" if reason else "stopped"
     times = {part: journal.times(part) for part in manifest.passes}
+    pixels = manifest.decisions.input.planes * math.prod(manifest.decisions.input.plane_shape)
+    worth = {part: pixels * share / manifest.passes[part] for part, share in shares_of(manifest.passes).items()}
+    steps = [(moment, worth[part]) for part, moments in times.items() for moment in moments]
     status = SlideStatus(
         path=path,
         journal=folder,
@@ -280,19 +281,20 @@ def _look_at(folder: Path, path: str, failures: dict[str, str]) -> tuple[SlideSt
         blocks_done=len(times[BLOCKS]),
         tasks=sum(manifest.passes.values()),
         tasks_done=sum(map(len, times.values())),
-        pixels=manifest.decisions.input.planes * math.prod(manifest.decisions.input.plane_shape),
+        pixels=pixels,
+        pixels_done=sum(done for _, done in steps),
         begun=journal.begun(),
     )
-    return status, times[BLOCKS]
+    return status, steps
 
 
-def _rate(looks: list[tuple[SlideStatus, list[float]]]) -> float:
-    """Rate in Mpx/s over the last `_WINDOW` seconds of work, from the times at which blocks were finished."""
-    blocks = sorted((moment, slide.pixels / slide.blocks) for slide, moments in looks for moment in moments)
-    if not blocks:
+def _rate(looks: list[tuple[SlideStatus, list[tuple[float, float]]]]) -> float:
+    """Rate in Mpx/s over the last `_WINDOW` seconds of work, from the times at which tasks were finished."""
+    steps = [step for _, of_slide in looks for step in of_slide]
+    if not steps:
         return 0.0
-    end = blocks[-1][0]
+    end = max(moment for moment, _ in steps)
     run_start = min(slide.begun for slide, _ in looks if slide.begun is not None)
     start = max(end - _WINDOW, run_start)
-    done = sum(pixels for moment, pixels in blocks if moment > start)
+    done = sum(pixels for moment, pixels in steps if moment > start)
     return done / 1e6 / (end - start) if end > start else 0.0

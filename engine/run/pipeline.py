@@ -44,9 +44,6 @@ from cellseg_batch.engine.run.star_passes import keep_stars, merge_block_stars
 from cellseg_batch.engine.slides.pixel_meaning import CLASSES, MASK, PROBABILITY
 from cellseg_batch.engine.storage.journal import Journal
 
-# Rough shares of a slide's time, for the progress that the user sees; nothing else depends on them.
-_SEGMENT, _GROW, _SHORT = 100.0, 12.0, 2.0
-
 
 @dataclass(frozen=True)
 class Pass:
@@ -56,32 +53,30 @@ class Pass:
         name: part of the journal with the records of its finished tasks.
         count: number of tasks.
         task: does the task of a number and returns its result, a dataclass of `cellseg_batch.engine.run.records`.
-        weight: rough share of the slide's time, in any unit.
         scratch: whether its tasks need the scratch, if the slide has one.
     """
 
     name: str
     count: int
     task: Callable[[OpenSlide, int], Any]
-    weight: float
     scratch: bool = True
 
 
 def passes_of(plan: SlidePlan) -> Iterator[Pass]:
     """The passes over a slide, in order."""
-    yield Pass(BLOCKS, len(plan.grid), segment_block, _SEGMENT)
+    yield Pass(BLOCKS, len(plan.grid), segment_block)
     if plan.makes_ids:
-        yield Pass(MERGE, 1, merge_blocks if plan.stars is None else merge_block_stars, _SHORT)
+        yield Pass(MERGE, 1, merge_blocks if plan.stars is None else merge_block_stars)
         if plan.region is not None:
-            yield Pass(CENTROIDS, len(plan.grid), add_up_block, _GROW)
-            yield Pass(KEPT, 1, keep_objects, _SHORT)
-        yield Pass(INSTANCES, len(plan.grid), grow_block, _GROW)
+            yield Pass(CENTROIDS, len(plan.grid), add_up_block)
+            yield Pass(KEPT, 1, keep_objects)
+        yield Pass(INSTANCES, len(plan.grid), grow_block)
     if plan.objects:
-        yield Pass(TABLE, 1, tabulate, _SHORT)
+        yield Pass(TABLE, 1, tabulate)
     layout = plan.layout
     for level in range(1, len(layout.shapes)):
         task = partial(build_shard, level)
-        yield Pass(f"{LEVELS}/{level}", layout.shard_count(level), task, _SHORT / level, scratch=False)
+        yield Pass(f"{LEVELS}/{level}", layout.shard_count(level), task, scratch=False)
 
 
 def segment_block(slide: OpenSlide, number: int) -> BlockRecord:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cellseg_batch.engine.run.pipeline import Pass
-from cellseg_batch.engine.run.records import BackendIdentity
+from cellseg_batch.engine.run.records import BackendIdentity, shares_of
 from cellseg_batch.engine.run.slide_plan import SlidePlan
 
 
@@ -37,5 +37,5 @@ class PreparedSlide:
 
     def progress_of(self, slide_pass: Pass, tasks: int = 1) -> float:
         """Progress that ``tasks`` tasks of a pass are worth, in pixels; all passes together are worth the slide's."""
-        total_weight = sum(each_pass.weight for each_pass in self.passes)
-        return self.plan.pixels * slide_pass.weight / total_weight * tasks / slide_pass.count
+        share = shares_of(each_pass.name for each_pass in self.passes)[slide_pass.name]
+        return self.plan.pixels * share * tasks / slide_pass.count

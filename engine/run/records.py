@@ -7,7 +7,7 @@ Figures have defaults, so a figure that is added later breaks no finished slide.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
@@ -30,6 +30,8 @@ Result = TypeVar("Result")
 # Names of passes; those of the pyramid are levels/1, levels/2 and so on.
 BLOCKS, MERGE, INSTANCES, TABLE, LEVELS = "blocks", "merge", "instances", "table", "levels"
 CENTROIDS, KEPT = "centroids", "kept"
+# Rough times of passes, for the progress that the user sees; nothing else depends on them.
+_WEIGHTS, _SHORT = {BLOCKS: 100.0, CENTROIDS: 12.0, INSTANCES: 12.0}, 2.0
 # Field of a decision -> the settings that it follows from; other fields have the name of theirs, or follow from none.
 _SETTING_OF = {
     "channels": ("channel",),
@@ -425,6 +427,13 @@ class FinishedRecord:
             ),
         }
         return tuple(f"{count} {pixels}" for pixels, count in counts.items() if count)
+
+
+def shares_of(passes: Iterable[str]) -> dict[str, float]:
+    """Name of each of a slide's passes -> its rough share of the slide's time; 1 in all."""
+    weights = {name: _WEIGHTS.get(name, _SHORT) for name in passes}
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}
 
 
 def _changes(before: Any, now: Any, *path: str) -> Iterator[str]:

@@ -13,6 +13,7 @@ import zarr
 
 from cellseg_batch.engine.reports.status import read_status
 from cellseg_batch.engine.storage.journal import Journal
+from cellseg_batch.engine.storage.lock import Locks
 from tests.support.images import blobs, write_ome_zarr
 
 
@@ -60,6 +61,20 @@ def test_a_finished_run_is_done_and_exits_with_0(folder, segment, command, tmp_p
     assert content["counts"] == {"done": 3}
     assert [slide["tasks_done"] == slide["tasks"] > 0 for slide in content["slides"]] == [True] * 3
     assert content["seconds_left"] is None
+
+
+def test_what_follows_the_blocks_is_still_to_come(folder, segment):
+    segment(folder / "a.zarr", objects=True)
+    journal = Journal(folder / "a.zarr.cellseg" / "labels" / "cellseg")
+    done = read_status([folder / "a.zarr"], "cellseg", None).slides[0]
+    assert done.pixels_done == pytest.approx(done.pixels) == 200 * 200
+    for number in journal.numbers("instances"):
+        journal.forget("instances", number)
+    with Locks().hold(journal.folder.with_name("cellseg.lock")):
+        status = read_status([folder / "a.zarr"], "cellseg", None)
+        assert (status.slides[0].state, status.slides[0].blocks_done) == ("running", done.blocks)
+        assert 0.8 * done.pixels < status.slides[0].pixels_done < 0.95 * done.pixels
+        assert status.seconds_left > 0
 
 
 def test_the_output_folder_alone_is_enough(folder, segment, tmp_path):
@@ -110,6 +125,7 @@ def test_a_damaged_image_has_failed_until_it_is_mended(folder, segment, command)
     code, said = command("status", folder)
     assert code == 1
     assert "readable pixels" in said
+    assert said.count("│ done │") == 2
     assert states(read_status([folder], "cellseg", None)) == {"a.zarr": "done", "b.zarr": "failed", "c.zarr": "done"}
     chunk.write_bytes(whole)
     segment(folder)
