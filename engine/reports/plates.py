@@ -139,7 +139,8 @@ def summarise_plates(report: RunReport, settings: Settings) -> RunReport:
         settings: settings of the run.
     """
     images = list(report.images)
-    if settings.wells or settings.fields or settings.shard:  # a summary also covers the fields that this run left out
+    # A summary also covers the fields that this run left out.
+    if settings.wells or settings.fields or settings.shard or settings.retry_failed:
         names = dict.fromkeys(image.plate_position.plate for image in images if image.plate_position is not None)
         images = [image for name in names for image in find_images(locate(name), settings.axes)]
     run = _Run(report.slides, settings.name, settings.output)

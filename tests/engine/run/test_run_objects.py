@@ -236,6 +236,9 @@ def test_a_plate_is_summarised_with_the_reasons_of_its_failed_fields(tmp_path, m
     again = measure(plate, wells=("B*",))
     assert [slide.status for slide in again.slides] == ["skipped", "failed"]
     assert again.plates == report.plates, "the other well and its reasons are still in it"
+    retried = measure(plate, retry_failed=True)
+    assert [slide.status for slide in retried.slides] == ["failed"]
+    assert retried.plates == report.plates
     assert pq.read_table(Path(summary.folder) / "fields.parquet").to_pylist() == fields
 
 
