@@ -13,6 +13,7 @@ from cellseg_batch.engine.storage.cache import Artefacts, Entry
 
 # Parts of a key that mean nothing to a reader.
 _HIDDEN = ("versions", "sha256", "holds")
+_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,22 @@ def clear_compiled() -> tuple[Path, int]:
 
 
 def _describe(entry: Entry) -> CompiledEntry:
-    made_for = {name: value for name, value in entry.key.items() if name not in ("what", "model", *_HIDDEN)}
+    made_for = {name: _words(value) for name, value in entry.key.items() if name not in ("what", "model", *_HIDDEN)}
+    # The networks of a model differ in their outputs: those of a mask, and of instances.
+    made_for = {"network": str(entry.key.get("sha256", "?"))[:_DIGITS], **made_for}
     return CompiledEntry(
         what=str(entry.key.get("what", "?")),
         model=str(entry.key.get("model", "?")),
         size=entry.size,
         sound=entry.sound,
-        made_for=", ".join(f"{name} {value}" for name, value in made_for.items()),
+        made_for=", ".join(f"{name.replace('_', ' ')} {value}" for name, value in made_for.items() if value),
     )
+
+
+def _words(value: object) -> str:
+    """A part of a key in words; "" for an empty list."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return (" x " if all(isinstance(part, int) for part in value) else " and ").join(map(str, value))
+    return str(value)

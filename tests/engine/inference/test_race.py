@@ -232,5 +232,6 @@ def test_the_compile_command(tiny_model, tmp_path, command):
     assert code == 0
     assert "race" in output
     assert "sound" in output
+    assert "['" not in output
     code, output = command("compile", "--model", tiny_model, "--backend", "tensorrt")
     assert code == 2
