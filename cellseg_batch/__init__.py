@@ -18,7 +18,7 @@ NaN pixels, is a `CellsegWarning`; those on images are `SlideReport.notes`.  Lib
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pkgutil import extend_path
@@ -423,7 +423,10 @@ class _Observer:
     def racing(self) -> None:
         """The backends are raced."""
 
-    def found(self, images: int) -> None:
+    def compiling(self) -> None:
+        """A network or a kernel is compiled."""
+
+    def found(self, images: int, pixels: Mapping[str, int]) -> None:
         """So many images will be processed."""
         self._images = images
         self._say()

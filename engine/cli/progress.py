@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -44,30 +45,37 @@ class RunProgress(ProgressBar):
             hidden=verbosity < 0,
         )
         self._verbosity = verbosity
+        self._compiling = False
         self._images = 0
         self._planned = 0
-        self._planned_pixels = 0
         self._ended = 0
+        self._total = 0
+        self._left: dict[str, float] = {}  # location of each image to come -> its pixels that are not done
 
     def racing(self) -> None:
         """Print why the run takes a while to start."""
         if self._verbosity >= 0:
-            self.console.print(
-                "choosing a backend for this model on this machine, once: seconds, or minutes before a large run ...",
-                highlight=False,
+            self._say(
+                "choosing a backend for this model on this machine, once: half a minute or more, and minutes before a "
+                "large run ..."
             )
 
-    def found(self, images: int) -> None:
-        """Note the number of images that will be processed."""
-        self._images = images
+    def compiling(self) -> None:
+        """Print, once, that the network and the kernels of the run are not in the cache yet."""
+        if self._verbosity >= 0 and not self._compiling:
+            self._compiling = True
+            self._say("compiling what this run needs on this machine, once: ten seconds or more ...")
+
+    def found(self, images: int, pixels: Mapping[str, int]) -> None:
+        """Note the number of images that will be processed, and make the bar as long as all of them."""
+        self._images, self._left = images, dict(pixels)
+        self._total = sum(pixels.values())
+        self._bar.update(self._task, total=self._total)
 
     def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: float) -> None:
-        """Describe a slide that is about to start, and extend the bar by it."""
+        """Describe a slide that is about to start, and move the bar by what an earlier run did of it."""
         self._planned += 1
-        self._planned_pixels += plan.pixels
-        # Each image to come is taken to be as large as the mean of those so far.
-        self._bar.update(self._task, total=self._planned_pixels * self._images / self._planned)
-        self._bar.advance(self._task, done)
+        self._advance(plan.slide.location, done)
         if self._verbosity >= 1 or (self._verbosity == 0 and self._planned <= _FEW_IMAGES):
             self.console.print(as_text(describe(plan, peak_bytes)), soft_wrap=True)
         elif self._verbosity == 0 and self._planned == _FEW_IMAGES + 1:
@@ -75,21 +83,33 @@ class RunProgress(ProgressBar):
 
     def advanced(self, task: EndedTask) -> None:
         """Move the bar by the pixels that are done."""
-        self._bar.advance(self._task, task.pixels)
+        self._advance(task.slide, task.pixels)
 
     def ended(self, report: SlideReport) -> None:
-        """Count a slide that is done, failed, skipped or held."""
+        """Count a slide that is done, failed, skipped or held; the bar loses what this run does not do of it."""
         self._ended += 1
+        left = round(self._left.pop(report.path, 0))
+        if left:  # another total makes the bar forget its rate
+            self._total -= left
+            self._bar.update(self._task, total=self._total)
         self._bar.update(self._task, description=f"{self._ended}/{self._images} images")
         if self._verbosity >= 1:
             reason = f" ({as_flags(report.reason)})" if report.reason else ""
             self.console.print(as_text(f"{report.status}: {report.path}{reason}"), soft_wrap=True)
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False)
+
+    def _advance(self, slide: str, pixels: float) -> None:
+        self._left[slide] -= pixels
+        self._bar.advance(self._task, pixels)
 
 
 def describe(plan: SlidePlan, peak_bytes: int) -> str:
     """Describe a plan in one line: size, level, channels, tiles and blocks, cost and peak memory."""
     lattice, level = plan.grid.lattice, plan.level
     size = f"{level.pixel_size_um:.3g} µm/px, " if level.pixel_size_um else ""
+    channels = ",".join(map(str, plan.channels.indices))
     planes = f"{plan.grid.planes} planes, each for itself, " if plan.grid.planes > 1 else ""
     downscaled = f"downscaled {plan.downscale} times for its large nuclei, " if plan.downscale > 1 else ""
     computed, reasons = plan.computed_tiles, ["the region"] * bool(plan.region) + ["tissue"] * bool(plan.tissue)
@@ -98,7 +118,7 @@ def describe(plan: SlidePlan, peak_bytes: int) -> str:
     cost = lattice.cost if computed is None else tiles * math.prod(lattice.tile) / plan.pixels
     return (
         f"{plan.slide.name}: {planes}{lattice.shape[0]} x {lattice.shape[1]} px, level {level.level} "
-        f"({size}{level.reason}), channel {plan.channels.reason}, values {plan.bounds}, "
+        f"({size}{level.reason}), channel {channels} ({plan.channels.reason}), values {plan.bounds}, "
         f"{downscaled}{chosen}{counted(plan.tiles, 'tile')} of {lattice.tile[0]} x {lattice.tile[1]} in "
         f"{counted(len(plan.grid), 'block')}, "
         f"{cost:.2f} px computed per px, peak memory at most {peak_bytes / 1e6:.0f} MB"

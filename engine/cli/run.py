@@ -13,7 +13,15 @@ from rich.text import Text
 
 from cellseg_batch.engine import IMPORTED_AT
 from cellseg_batch.engine.cli.config_file import Config, WriteConfig, write_flags
-from cellseg_batch.engine.cli.console import as_flags, as_text, check_json, counted, print_shared, write_json
+from cellseg_batch.engine.cli.console import (
+    as_flags,
+    as_text,
+    check_json,
+    counted,
+    print_shared,
+    say_draining,
+    write_json,
+)
 from cellseg_batch.engine.cli.flags import EVERY, Json, Log, Quiet, SlidesOrManifest, Verbose, takes_settings
 from cellseg_batch.engine.machine import bound_heaps
 from cellseg_batch.engine.settings import Settings
@@ -47,7 +55,7 @@ def run(
     check_json(json_file)
     write_flags(write_config, context, settings)
     bound_heaps()
-    stop = Stop()
+    stop = Stop(draining=say_draining)
     progress = RunProgress(Console(), verbosity=verbose - quiet)
     with logged(log_file, progress) as observer:
         with stop.on_signals(), progress:
@@ -88,7 +96,7 @@ def print_report(report: RunReport, console: Console, settings: Settings) -> Non
         ("blocks, tiles", _tiles(report.slides)),
         ("tissue", _tissue(report.slides)),
         ("model", _model(report)),
-        ("time", f"{report.seconds:.1f} s, and {report.compile_seconds:.1f} s to compile"),
+        ("time", _time(report)),
         ("rate", _rate(report)),
         ("busy seconds", stages),
         ("objects", _objects(report.slides)),
@@ -109,6 +117,7 @@ def print_report(report: RunReport, console: Console, settings: Settings) -> Non
 
 
 def _tiles(slides: list[SlideReport]) -> str:
+    slides = [slide for slide in slides if slide.status == "done"]
     blocks, tiles = sum(slide.blocks for slide in slides), sum(slide.tiles for slide in slides)
     skipped = sum(slide.skipped_tiles for slide in slides)
     outside = sum(slide.outside_tiles for slide in slides)
@@ -123,8 +132,10 @@ def _tissue(slides: list[SlideReport]) -> str:
         for slide in slides
         if slide.tissue_area is not None and slide.shape is not None
     ]
-    count = f" (mean over {counted(len(shares), 'image')} on glass)" if len(slides) > 1 else " of the slide"
-    return f"{100 * sum(shares) / len(shares):.1f} %{count}" if shares else ""
+    if not shares:
+        return ""
+    where = f" (mean over {len(shares)} images on glass)" if len(shares) > 1 else " of the one image on glass"
+    return f"{100 * sum(shares) / len(shares):.1f} %{where if len(slides) > 1 else ' of the slide'}"
 
 
 def _model(report: RunReport) -> str:
@@ -133,6 +144,11 @@ def _model(report: RunReport) -> str:
     tile = f"tile {report.tile[0]} x {report.tile[1]}, " if report.tile else ""
     race = " (likely the fastest; cellseg-batch compile races all)" if report.short_race else ""
     return f"{report.backend} {report.precision}{race}, {tile}margin {report.margin} px"
+
+
+def _time(report: RunReport) -> str:
+    compiling = f", and {report.compile_seconds:.1f} s to compile" if report.compile_seconds else ""
+    return f"{report.seconds:.1f} s{compiling}"
 
 
 def _rate(report: RunReport) -> str:

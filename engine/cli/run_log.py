@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,8 +20,8 @@ class RunLog:
     """Observer of a run that writes each event as a line, and passes it on.
 
     A line has ``time`` (ISO 8601, UTC) and ``event``; where they apply ``slide``, ``pass``, ``block`` (number of the
-    task in its pass) and ``reason``.  Events are racing, found, started, block, block failed, and of slides done,
-    skipped, held and failed.
+    task in its pass) and ``reason``.  Events are racing, compiling, found, started, block, block failed, and of
+    slides done, skipped, held and failed.
 
     Args:
         stream: where the lines go.
@@ -41,10 +41,15 @@ class RunLog:
         self._write("racing")
         self._observer.racing()
 
-    def found(self, images: int) -> None:
+    def compiling(self) -> None:
+        """Log that a network or a kernel is compiled."""
+        self._write("compiling")
+        self._observer.compiling()
+
+    def found(self, images: int, pixels: Mapping[str, int]) -> None:
         """Log how many images there are."""
         self._write("found", images=images)
-        self._observer.found(images)
+        self._observer.found(images, pixels)
 
     def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: float) -> None:
         """Log a slide that is about to start."""

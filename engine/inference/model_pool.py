@@ -56,8 +56,10 @@ class ModelPool:
         racing: called before a race is run, which happens if this machine has no result for this model.
         choice: choice of the backend, if it was made already.
         pixels: number of pixels that there are to segment, as `choose` takes it.
+        compiling: called before a network is converted or compiled for the first time on this machine, in any thread.
 
     Attributes:
+        compiling: as given, for kernels too.
         choice: choice of the backend.
         chosen: the chosen backend.
         probes: sessions for the windows that show the size of nuclei.
@@ -75,8 +77,9 @@ class ModelPool:
         racing: Callable[[], None] = lambda: None,
         choice: Choice | None = None,
         pixels: float = math.inf,
+        compiling: Callable[[], None] = lambda: None,
     ) -> None:
-        self.bundle = bundle
+        self.bundle, self.compiling = bundle, compiling
         # Outputs that a mask does not need take a twentieth of the time and twice the foreground's memory.
         self._network = DECODERS[bundle.card.decoder].network(bundle, instances=settings.makes_ids)
         self.seconds = 0.0
@@ -84,7 +87,7 @@ class ModelPool:
         self._compile_lock, self._run_lock = threading.Lock(), threading.RLock()
         self._gpus = gpus_of(settings.device)
         self._admissions = {gpu: Admission() for gpu in self._gpus}
-        self._artefacts = Artefacts()
+        self._artefacts = Artefacts(making=compiling)
         with self.counted():
             self.choice = choice or choose(settings, bundle, racing, pixels)
             self._threads = settings.threads or cores()

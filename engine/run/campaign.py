@@ -23,8 +23,9 @@ from cellseg_batch.engine.inference.model_pool import ModelPool
 from cellseg_batch.engine.machine import peak_resident_bytes
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.failed_images import FailedImages, location
-from cellseg_batch.engine.run.lifecycle import Request, finish_slide, prepare_slide, report_if_finished
+from cellseg_batch.engine.run.lifecycle import Request, finish_slide, look_for_finished, prepare_slide
 from cellseg_batch.engine.run.output_images import claim_outputs
+from cellseg_batch.engine.run.output_paths import refuse_unwritable
 from cellseg_batch.engine.run.prepared_slide import PreparedSlide
 from cellseg_batch.engine.run.results import EndedTask, RunReport, SlideReport
 from cellseg_batch.engine.run.run_images import find_run_images
@@ -32,7 +33,15 @@ from cellseg_batch.engine.run.slide_plan import SlidePlan, choose_input, input_p
 from cellseg_batch.engine.run.slide_region import region_path
 from cellseg_batch.engine.run.worker import AnyWorker, Outcome, Worker, WorkerElsewhere, run_task
 from cellseg_batch.engine.scheduling.dask_pools import open_pool, threads_per_process
-from cellseg_batch.engine.scheduling.scheduler import Pool, TaskGroup, Workflow, ask, call_alone, run_workflows
+from cellseg_batch.engine.scheduling.scheduler import (
+    Pool,
+    TaskGroup,
+    ThreadPool,
+    Workflow,
+    ask,
+    call_alone,
+    run_workflows,
+)
 from cellseg_batch.engine.scheduling.signals import Stop
 from cellseg_batch.engine.settings import Settings
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage
@@ -51,8 +60,11 @@ class Observer(Protocol):
     def racing(self) -> None:
         """The backends are raced for this model and machine, which happens once."""
 
-    def found(self, images: int) -> None:
-        """``images`` images will be processed."""
+    def compiling(self) -> None:
+        """A network or a kernel is compiled, which happens once on this machine; called by any thread."""
+
+    def found(self, images: int, pixels: Mapping[str, int]) -> None:
+        """``images`` images will be processed; ``pixels`` says how large those are that can be, by their locations."""
 
     def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: float) -> None:
         """Slide ``number`` is about to start, perhaps while others go on.
@@ -73,7 +85,10 @@ class Unheard:
     def racing(self) -> None:
         """See `Observer`."""
 
-    def found(self, images: int) -> None:
+    def compiling(self) -> None:
+        """See `Observer`."""
+
+    def found(self, images: int, pixels: Mapping[str, int]) -> None:
         """See `Observer`."""
 
     def planned(self, plan: SlidePlan, peak_bytes: int, number: int, done: float) -> None:
@@ -108,6 +123,7 @@ def run(
     search_started = time.perf_counter()
     started = search_started if started is None else started
     bundle = load_model(settings.model)
+    refuse_unwritable(settings.output)
     images = find_run_images(inputs, settings, bundle.card)
     report = _run(bundle, images, settings, observer, StageClock(), started, stop, None)
     return replace(report, starting_seconds=search_started - started)
@@ -196,14 +212,16 @@ class Campaign:
         reports: dict[int, SlideReport] = {}
         slides: dict[int, Slide] = {}
         with closing(self._locks):
-            self.observer.found(len(images))
             for number, image in enumerate(images):
                 try:
                     slides[number] = self._usable(image)
                 except Exception as error:  # a campaign of thousands of images must survive any error of one image
                     reports[number] = self._noted(image, _failed(image, error))
+            pixels = {slide.location: input_pixels(slide, self.settings, self.card) for slide in slides.values()}
+            self.observer.found(len(images), pixels)
             for report in reports.values():
                 self.observer.ended(report)
+            slides = self._unfinished(slides, reports, stop)
             if slides:  # else no backend is needed, and none is raced
                 self._segment_all(slides, reports, stop)
         return [reports[number] for number in range(len(images))]
@@ -220,10 +238,26 @@ class Campaign:
         mask = region_path(image, self.settings)
         return image if mask is None else replace(image, asked=replace(image.asked, mask=mask))
 
+    def _unfinished(
+        self, slides: dict[int, Slide], reports: dict[int, SlideReport], stop: Stop | None
+    ) -> dict[int, Slide]:
+        """The slides that no earlier run has finished; the reports of the others are put into ``reports``."""
+        if self.settings.overwrite:
+            return slides
+        look = partial(look_for_finished, self.settings, self._bundle)
+        workflows = (self._workflow(slide, number, reports, ask(look, slide)) for number, slide in slides.items())
+        with closing(run_workflows(workflows, ThreadPool(self.settings.workers), stop)) as looked_at:
+            for number in looked_at:
+                if number in reports:
+                    self.observer.ended(reports[number])
+        return {number: slide for number, slide in slides.items() if number not in reports}
+
     def _segment_all(self, slides: Mapping[int, Slide], reports: dict[int, SlideReport], stop: Stop | None) -> None:
         """Segment the slides in a pool and put a report of each under its number into ``reports``."""
         pool = self._open_pool(sum(input_pixels(slide, self.settings, self.card) for slide in slides.values()))
-        workflows = (self._workflow(slide, number, reports) for number, slide in slides.items())
+        workflows = (
+            self._workflow(slide, number, reports, self._segment(slide, number)) for number, slide in slides.items()
+        )
         try:
             with closing(run_workflows(workflows, pool, stop)) as ended:
                 for number in ended:
@@ -254,7 +288,10 @@ class Campaign:
         settings, model_pool = self.settings, self._model_pool
         self._pool_seconds_before = 0.0 if model_pool is None else model_pool.seconds
         if settings.scheduler == "threads":
-            model_pool = model_pool or ModelPool(self._bundle, settings, self.observer.racing, pixels=pixels)
+            tell = self.observer
+            model_pool = model_pool or ModelPool(
+                self._bundle, settings, tell.racing, pixels=pixels, compiling=tell.compiling
+            )
             self.choice = model_pool.choice
             self.worker: AnyWorker = Worker(settings, model_pool, self._clock)
         else:
@@ -265,35 +302,35 @@ class Campaign:
             self.worker = WorkerElsewhere(settings, self.choice, uuid4().hex)
         self.compile_seconds = time.perf_counter() - started
 
-    def _workflow(self, slide: Slide, number: int, reports: dict[int, SlideReport]) -> Workflow[int]:
-        """Segment one slide and put its report into ``reports``, errors included."""
+    def _workflow(
+        self, slide: Slide, number: int, reports: dict[int, SlideReport], steps: Workflow[SlideReport | None]
+    ) -> Workflow[int]:
+        """Take the steps for one slide and put their report, if there is one, into ``reports``, errors included."""
         try:
-            report = yield from self._segment(slide, number)
+            report = yield from steps
         except BusyError as error:
             report = SlideReport(slide.location, "held", error.detail)
         except Exception as error:
             report = _failed(slide, error)
-        reports[number] = self._noted(slide, report)
+        if report is not None:
+            reports[number] = self._noted(slide, report)
         return number
 
     def _noted(self, image: Slide | UnreadableImage, report: SlideReport) -> SlideReport:
         """The report with the remarks on the image's metadata; notes for later runs whether the image has failed."""
+        notes = (image.notes if isinstance(image, Slide) else ()) + report.notes
         if report.status == "failed":
-            self.failures.note(image, report.reason)
+            if not self.failures.note(image, report.reason):
+                notes += ("the failure could not be noted, so `retry_failed` will not find it",)
         elif report.status != "held":
             self.failures.forget(image)
-        return replace(report, notes=image.notes + report.notes) if isinstance(image, Slide) else report
+        return replace(report, notes=notes)
 
     def _segment(self, slide: Slide, number: int) -> Workflow[SlideReport]:
-        """Segment one slide, holding the lock of its output unless it was finished before."""
+        """Segment one slide, holding the lock of its output."""
         paths = claim_outputs(slide, self.settings, self.card)
-        request = Request(slide, paths)
-        if Journal(paths.journal).is_finished and not self.settings.overwrite:
-            report = yield from ask(partial(report_if_finished, self.worker), request)
-            if report is not None:
-                return report
         with self._locks.hold(paths.lock):
-            return (yield from self._segment_slide(request, number))
+            return (yield from self._segment_slide(Request(slide, paths), number))
 
     def _segment_slide(self, request: Request, number: int) -> Workflow[SlideReport]:
         """Prepare a slide, do every pass over it, finish it."""
@@ -340,7 +377,7 @@ class Campaign:
 
     def _announce(self, number: int, prepared: PreparedSlide | SlideReport) -> None:
         if isinstance(prepared, SlideReport):
-            return  # an earlier run finished it
+            return  # another run has just finished it
         if self._figures.largest is None and isinstance(self.worker, Worker):
             # Compiling that happens later, beside blocks in flight, counts as part of the run.
             self.compile_seconds = self.worker.model_pool.seconds - self._pool_seconds_before
@@ -350,16 +387,19 @@ class Campaign:
     def report(self, slides: list[SlideReport], seconds: float) -> RunReport:
         """The report of the whole run, which took ``seconds``, compiling included."""
         largest = self._figures.largest
+        grid = largest.plan.grid if largest else None
+        backend, precision = (largest.backend.name, largest.backend.precision) if largest else ("", "")
+        is_chosen = (backend, precision) == (self.choice.backend, self.choice.precision)  # else of an earlier run
         return RunReport(
             seconds=seconds - self.compile_seconds,
             compile_seconds=self.compile_seconds,
-            backend=self.choice.backend,
-            precision=self.choice.precision,
-            short_race=self.choice.is_likely,
-            tile=largest.grid.lattice.tile if largest else None,
+            backend=backend,
+            precision=precision,
+            short_race=is_chosen and self.choice.is_likely,
+            tile=grid.lattice.tile if grid else None,
             margin=pick_margin(self.settings, self.card),
             batch=self.settings.batch,
-            block=largest.grid.block_shape if largest else None,
+            block=grid.block_shape if grid else None,
             workers=self._figures.workers,
             peak_rss_bytes=peak_resident_bytes(),
             planned_peak_bytes=self._figures.planned_peak_bytes,
@@ -372,22 +412,22 @@ class _Figures:
     """Figures of all slides of a campaign together.
 
     Attributes:
-        largest: plan of the slide with most pixels; None before the first plan.
+        largest: the slide with most pixels; None before the first plan.
         planned_peak_bytes: planned peak of host memory of the slide that needs most, in bytes.
         workers: number of blocks in flight of the slide that allows most.
         stages: busy seconds of each stage, over all workers.
     """
 
     def __init__(self) -> None:
-        self.largest: SlidePlan | None = None
+        self.largest: PreparedSlide | None = None
         self.planned_peak_bytes = 0
         self.workers = 0
         self.stages = dict.fromkeys(STAGES, 0.0)
 
     def plan(self, prepared: PreparedSlide) -> None:
         """Take in the plan of a slide."""
-        if self.largest is None or prepared.plan.pixels > self.largest.pixels:
-            self.largest = prepared.plan
+        if self.largest is None or prepared.plan.pixels > self.largest.plan.pixels:
+            self.largest = prepared
         self.planned_peak_bytes = max(self.planned_peak_bytes, prepared.peak_bytes)
         self.workers = max(self.workers, prepared.workers)
 

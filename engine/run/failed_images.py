@@ -9,7 +9,6 @@ Images that could not even be opened, and so have no journal, have a note too.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from cellseg_batch.engine.slides.ome_zarr import is_zarr_node, zarr_root
 from cellseg_batch.engine.slides.slide import Slide, UnreadableImage, real_path
 from cellseg_batch.engine.storage.paths import RemotePath, locate
 from cellseg_batch.engine.storage.records import read_record, write_record
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,12 +56,13 @@ class FailedImages:
         """The note on the image; None if it has not failed, or has been finished since."""
         return _read(self.file(image))
 
-    def note(self, image: Slide | UnreadableImage, reason: str) -> None:
-        """Note a failure; if the note cannot be written, only the report has the failure."""
+    def note(self, image: Slide | UnreadableImage, reason: str) -> bool:
+        """Note a failure; False if the note cannot be written."""
         try:
             write_record(self.file(image), FailureNote(location(image), reason))
         except OutputError:
-            _log.warning("%s: the failure could not be noted", location(image))
+            return False
+        return True
 
     def forget(self, image: Slide | UnreadableImage) -> None:
         """Remove the note on an image, because it is finished."""

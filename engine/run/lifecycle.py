@@ -29,7 +29,7 @@ from cellseg_batch.engine.run.measure_pass import measured_channels
 from cellseg_batch.engine.run.memory_model import block_memory, star_memory
 from cellseg_batch.engine.run.open_slide import OpenSlide, scratch_of
 from cellseg_batch.engine.run.output_images import CELLS, output_images
-from cellseg_batch.engine.run.output_paths import OutputPaths
+from cellseg_batch.engine.run.output_paths import OutputPaths, output_paths
 from cellseg_batch.engine.run.pipeline import Pass, passes_of, totals
 from cellseg_batch.engine.run.prepared_slide import PreparedSlide
 from cellseg_batch.engine.run.records import (
@@ -52,6 +52,8 @@ from cellseg_batch.engine.slides.slide import Slide
 from cellseg_batch.engine.slides.writer import list_label
 from cellseg_batch.engine.storage.journal import Journal, sweep_partials
 from cellseg_batch.engine.storage.records import plain
+from cellseg_batch.trainer.bundle import Bundle
+from cellseg_batch.trainer.card import Card
 
 
 @dataclass(frozen=True)
@@ -71,28 +73,37 @@ def prepare_slide(worker: AnyWorker, request: Request) -> PreparedSlide | SlideR
     Raises:
         SlideError: the slide cannot be processed with these settings.
     """
-    report = report_if_finished(worker, request)
+    own_worker, journal = worker.here(), Journal(request.paths.journal)
+    settings, bundle = own_worker.settings, own_worker.model_pool.bundle
+    report = report_if_finished(settings, bundle, request)
     if report is not None:
         return report
-    own_worker, journal = worker.here(), Journal(request.paths.journal)
-    manifest = _manifest_to_continue(own_worker, request, journal)
+    manifest = _manifest_to_continue(settings, bundle.card, request, journal)
     if manifest is None:
         return _begin(own_worker, request)
     return _continue(own_worker, request, journal, manifest)
 
 
-def report_if_finished(worker: AnyWorker, request: Request) -> SlideReport | None:
+def look_for_finished(settings: Settings, bundle: Bundle, slide: Slide) -> SlideReport | None:
+    """Do `report_if_finished` for a slide in the place that it has; no lock is needed."""
+    return report_if_finished(settings, bundle, Request(slide, output_paths(slide, settings.name, settings.output)))
+
+
+def report_if_finished(settings: Settings, bundle: Bundle, request: Request) -> SlideReport | None:
     """The report of a slide that an earlier run has finished; None if it is to be prepared.  Writes nothing.
+
+    It needs no backend, as nothing is left to compute.
 
     Raises:
         SlideError: the slide has been finished with other settings, or lacks one of its output images.
     """
-    own_worker, journal = worker.here(), Journal(request.paths.journal)
-    finished = None if own_worker.settings.overwrite else journal.finished(FinishedRecord)
-    manifest = None if finished is None else _manifest_to_continue(own_worker, request, journal)
+    journal = Journal(request.paths.journal)
+    finished = None if settings.overwrite else journal.finished(FinishedRecord)
+    manifest = None if finished is None else _manifest_to_continue(settings, bundle.card, request, journal)
     if finished is None or manifest is None:
         return None
-    plan, _ = _plan_again(own_worker, request, journal, manifest)
+    backend = _earlier_backend(manifest, settings)  # of the earlier version, which does not matter any more
+    plan = _plan_again(settings, bundle, request, journal, manifest, backend)
     return describe(plan, "skipped", finished, "finished before")
 
 
@@ -155,14 +166,13 @@ def describe(plan: SlidePlan, status: str, figures: FinishedRecord, reason: str 
     )
 
 
-def _manifest_to_continue(worker: Worker, request: Request, journal: Journal) -> Manifest | None:
+def _manifest_to_continue(settings: Settings, card: Card, request: Request, journal: Journal) -> Manifest | None:
     """The manifest of an earlier run with these output images; None if there is nothing to continue.
 
     Raises:
         OutputError: an image without a journal has the name of an output image, or a finished slide lacks an image.
     """
-    settings = worker.settings
-    outputs = output_images(request.paths, settings, worker.model_pool.bundle.card)
+    outputs = output_images(request.paths, settings, card)
     present = [output.folder for output in outputs if output.folder.exists()]
     if settings.overwrite or not present:
         return None
@@ -224,36 +234,36 @@ def compile_plan(worker: Worker, plan: SlidePlan, factor: int, reader: SlideRead
     return plan
 
 
-def _plan_again(worker: Worker, request: Request, journal: Journal, manifest: Manifest) -> tuple[SlidePlan, Backend]:
-    """The plan and backend of a slide that an earlier run has begun.
+def _plan_again(
+    settings: Settings, bundle: Bundle, request: Request, journal: Journal, manifest: Manifest, backend: BackendIdentity
+) -> SlidePlan:
+    """The plan of a slide that an earlier run has begun, and that ``backend`` computes.
 
     Raises:
         SlideError: the image or the settings have changed.
     """
-    settings, model_pool, earlier = worker.settings, worker.model_pool, manifest.decisions
+    earlier = manifest.decisions
     _refuse_changed_image(request.slide, manifest, journal)
-    plan = plan_slide(request.slide, request.paths, settings, model_pool.bundle.card, earlier.normalisation)
-    factor = settings.downscale or earlier.downscale
-    backend = _earlier_backend(earlier.backend, settings, model_pool, factor)
-    plan = lay_tiles(plan, settings, model_pool.bundle, factor, backend.name)
+    plan = plan_slide(request.slide, request.paths, settings, bundle.card, earlier.normalisation)
+    plan = lay_tiles(plan, settings, bundle, _earlier_downscale(manifest, settings), backend.name)
     if settings.skips_background and earlier.tissue_tiles is not None:
         plan = replace(plan, tissue=earlier.tissue_tiles)
         if settings.tile is None:  # the lattice was chosen by the tissue
             plan = plan.with_cores(earlier.lattice.core)
     plan = plan.with_region(settings)
-    decisions = plan.decisions(_identity_of_model(model_pool), _identity_of(backend))
-    if journal.is_finished:  # nothing is left to compute, so the library's version does not matter
-        decisions = replace(decisions, backend=replace(decisions.backend, version=earlier.backend.version))
-    _refuse_changes(plan, earlier, decisions)
-    return replace(plan, grid=replace(plan.grid, cores=manifest.blocks)), backend
+    _refuse_changes(plan, earlier, plan.decisions(_identity_of_model(bundle), backend))
+    return replace(plan, grid=replace(plan.grid, cores=manifest.blocks))
 
 
 def _continue(worker: Worker, request: Request, journal: Journal, manifest: Manifest) -> PreparedSlide:
     """Prepare a slide that an earlier run has begun and not finished."""
-    plan, backend = _plan_again(worker, request, journal, manifest)
+    settings, model_pool = worker.settings, worker.model_pool
+    earlier = _earlier_backend(manifest, settings)
+    backend = model_pool.backend(earlier.name, earlier.precision, _earlier_downscale(manifest, settings))
+    plan = _plan_again(settings, model_pool.bundle, request, journal, manifest, _identity_of(backend))
     with _closed_on_error(SlideReader(plan.slide, plan.level.level, plan.channels.indices)) as reader:
         worker.warm_up.compile_for(plan, backend, reader)
-        prepared = fit_memory(plan, backend, worker.settings, worker.warm_up.held_bytes, keeps_blocks=True)
+        prepared = fit_memory(plan, backend, settings, worker.warm_up.held_bytes, keeps_blocks=True)
         for folder in (journal.folder, *(output.folder for output in plan.outputs)):
             sweep_partials(folder)
         # Labels need codes of other blocks too, so without scratch all blocks are computed again.
@@ -280,22 +290,27 @@ def _closed_on_error(reader: SlideReader) -> Iterator[SlideReader]:
         raise
 
 
-def _earlier_backend(earlier: BackendIdentity, settings: Settings, model_pool: ModelPool, downscale: int) -> Backend:
+def _earlier_backend(manifest: Manifest, settings: Settings) -> BackendIdentity:
     """The backend and precision of an earlier run, unless the user asks for others."""
-    chosen = model_pool.chosen
-    return model_pool.backend(
-        earlier.name if settings.backend == "auto" else chosen.name,
-        earlier.precision if settings.precision == "auto" else chosen.precision,
-        downscale,
+    earlier = manifest.decisions.backend
+    return replace(
+        earlier,
+        name=earlier.name if settings.backend == "auto" else settings.backend,
+        precision=earlier.precision if settings.precision == "auto" else settings.precision,
     )
+
+
+def _earlier_downscale(manifest: Manifest, settings: Settings) -> int:
+    """The factor by which an earlier run downscaled a slide, unless the user asks for another."""
+    return settings.downscale or manifest.decisions.downscale
 
 
 def _identity_of(backend: Backend) -> BackendIdentity:
     return BackendIdentity(backend.name, backend.precision, backend.version)
 
 
-def _identity_of_model(model_pool: ModelPool) -> ModelIdentity:
-    return ModelIdentity(model_pool.bundle.card.name, model_pool.bundle.sha256)
+def _identity_of_model(bundle: Bundle) -> ModelIdentity:
+    return ModelIdentity(bundle.card.name, bundle.sha256)
 
 
 def _refuse_changes(plan: SlidePlan, earlier: Decisions, decisions: Decisions) -> None:
@@ -367,7 +382,7 @@ def _create_outputs(slide: OpenSlide, prepared: PreparedSlide, model_pool: Model
     # Relative paths, so that the journal leads to its images even after both were moved together.
     images = {output.path: os.path.relpath(str(output.folder), str(journal.folder)) for output in plan.outputs}
     manifest = Manifest(
-        decisions=plan.decisions(_identity_of_model(model_pool), prepared.backend),
+        decisions=plan.decisions(_identity_of_model(model_pool.bundle), prepared.backend),
         blocks=plan.grid.cores,
         passes={slide_pass.name: slide_pass.count for slide_pass in prepared.passes},
         images=images,

@@ -161,6 +161,25 @@ def _source(slide: Slide, labels: Path) -> str | None:
     return os.path.relpath(slide.location, str(labels)) if slide.holds_labels and both_local_or_remote else None
 
 
+def refuse_unwritable(output: Path | None) -> None:
+    """Refuse an output folder that cannot be made or written, before any work.
+
+    Raises:
+        UsageError: it, or the folder that it is to be made in, is a file or may not be written.
+    """
+    if output is None or isinstance(output, RemotePath):
+        return
+    parent = next(path for path in (output.absolute(), *output.absolute().parents) if os.path.lexists(path))
+    if parent.is_dir() and os.access(parent, os.W_OK | os.X_OK):
+        return
+    raise UsageError(
+        f"`output={output}`",
+        expected="a folder that can be written, or made",
+        found=f"{parent}, which is {'read-only' if parent.is_dir() else 'no folder'}",
+        remedy="choose another folder, or leave `output` out to write labels in place",
+    )
+
+
 def refuse_output_inside(output: Path | None, inputs: Sequence[Path]) -> None:
     """Refuse an output folder inside an input: the next run would take its content for images.
 

@@ -116,8 +116,8 @@ class RunReport:
     Attributes:
         seconds: seconds from the command's start to the last journal entry, without `compile_seconds`.
         compile_seconds: seconds in which the model was chosen, compiled and warmed up.
-        backend: backend that was used; "" if no image could be used.
-        precision: its precision; "" if no image could be used.
+        backend: backend that computed the largest slide; "" if nothing was computed.
+        precision: its precision; "" if nothing was computed.
         short_race: whether it is the likely fastest, and not all were raced.
         tile: (height, width) of a tile in px of the largest slide; None without a slide to work on.
         margin: margin in px of the largest slide.

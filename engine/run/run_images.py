@@ -37,10 +37,10 @@ def find_run_images(inputs: Sequence[Path], settings: Settings, card: Card) -> I
     """
     if bool(inputs) == bool(settings.manifest):
         raise UsageError(
-            "`manifest`",
-            expected="SLIDES, or a file that lists them with `manifest`",
-            found="both" if inputs else "neither",
-            remedy="leave one out" if inputs else "name a slide, a store or a folder",
+            "`manifest`" if inputs else "SLIDES",
+            expected="SLIDES, or a file that lists them" if inputs else "a slide, a store or a folder of them",
+            found="both" if inputs else "none",
+            remedy="leave one out" if inputs else "name one, or a file that lists them with `manifest`",
         )
     if settings.manifest is None:
         refuse_output_inside(settings.output, inputs)

@@ -78,6 +78,7 @@ class WarmUp:
                         stars=plan.stars is not None,
                         cells=plan.cells is not None,
                         objects=plan.objects or (plan.region is not None and plan.makes_ids),
+                        compiling=self._model_pool.compiling,
                     )
                     make_predictor(self._model_pool, backend, plan.prediction, StageClock()).predict(pixels, tile)
                     kernels.result()

@@ -94,7 +94,7 @@ def choose_channels(slide: Slide, channel: int | str | None, roles: tuple[str, .
     for index, name in enumerate(slide.channels[:count]):
         if _NUCLEAR.search(name):
             return ChannelChoice((index,), f"named {name}")
-    return ChannelChoice((0,), "the only channel" if count == 1 else "the first channel; no name says DNA")
+    return ChannelChoice((0,), "the only one" if count == 1 else "the first; no name says DNA")
 
 
 def _choose_stains(slide: Slide, channel: int | str | None, roles: tuple[str, ...]) -> ChannelChoice:

@@ -12,7 +12,10 @@ class Watcher:
     def racing(self):
         self.raced = True
 
-    def found(self, images):
+    def compiling(self):
+        self.compiled = True
+
+    def found(self, images, pixels):
         self.images = images
 
     def planned(self, plan, peak_bytes, number, done):

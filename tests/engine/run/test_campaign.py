@@ -232,6 +232,16 @@ def test_an_image_that_another_run_works_on_is_left_to_it(tmp_path, segment, com
     assert segment(path).status == "skipped"
 
 
+def test_a_run_that_finds_all_images_finished_chooses_no_backend(tmp_path, segment, command, tiny_model):
+    path = write_ome_zarr(tmp_path / "a.zarr", blobs(200, 200))
+    assert segment(path).backend == "torch"
+    again = segment(path, backend="auto", precision="auto")
+    assert (again.status, again.backend, again.compile_seconds) == ("skipped", "", 0)
+    code, said = command("run", path, "--model", tiny_model, "--tile", 96)
+    assert (code, "1 skipped" in said) == (0, True)
+    assert not [word for word in ("choosing", "compile", "model", "blocks") if f" {word} " in said]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_tidily(tmp_path, tiny_model, segment, number, code):
     path = write_ome_zarr(tmp_path / "a.zarr", blobs(900, 900), chunk=128)
@@ -241,6 +251,7 @@ def test_a_signal_ends_a_run_tidily(tmp_path, tiny_model, segment, number, code)
     run.send_signal(number)
     output = run.communicate()[0]
     assert run.returncode == code, output
+    assert "stopping: what is in flight is being finished" in output
     assert "goes on where this one stopped" in output
     assert "Traceback" not in output
     assert not list((tmp_path / "a.zarr.cellseg").rglob("*.lock"))
