@@ -30,10 +30,13 @@ class KeptByUse(Generic[_Key, _Value]):
 
     Args:
         area: area in px up to which values without users are kept, those in use included.
+
+    Attributes:
+        area: as given; it may be changed, for values that are made from then on.
     """
 
     def __init__(self, area: int) -> None:
-        self._area = area
+        self.area = area
         self._entries: OrderedDict[_Key, _Entry[_Value]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -46,7 +49,7 @@ class KeptByUse(Generic[_Key, _Value]):
         """
         entry = self._use(key)
         if entry is None:
-            self._drop_idle(self._area - area)
+            self._drop_idle(self.area - area)
             entry = _Entry(make(), area, users=1)
             with self._lock:
                 self._entries[key] = entry

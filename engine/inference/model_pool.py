@@ -173,6 +173,17 @@ class ModelPool:
                 sessions = lent.enter_context(self._sessions.lend(key, _area(shape), make))
             yield sessions
 
+    def drop_idle(self) -> None:
+        """Free the host memory of networks that are not in use; they are compiled again when they are asked for."""
+        self._sessions.drop_idle()
+        self.probes.clear()
+
+    def keep_one(self) -> None:
+        """From now on, keep no network without users beside the one that was compiled last."""
+        if self._sessions.area:
+            self._sessions.area = 0
+            self.drop_idle()
+
     def has_queue(self, backend: Backend) -> bool:
         """Whether the GPU gathers and stitches whole blocks through `queue`.
 

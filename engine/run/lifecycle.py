@@ -55,6 +55,9 @@ from cellseg_batch.engine.storage.records import plain
 from cellseg_batch.trainer.bundle import Bundle
 from cellseg_batch.trainer.card import Card
 
+# A limit leaves room for the idle networks of other slides if it is so many times what a run needs with those so far.
+_ROOM = 2
+
 
 @dataclass(frozen=True)
 class Request:
@@ -79,9 +82,10 @@ def prepare_slide(worker: AnyWorker, request: Request) -> PreparedSlide | SlideR
     if report is not None:
         return report
     manifest = _manifest_to_continue(settings, bundle.card, request, journal)
-    if manifest is None:
-        return _begin(own_worker, request)
-    return _continue(own_worker, request, journal, manifest)
+    with own_worker.turn_to_prepare():
+        if manifest is None:
+            return _begin(own_worker, request)
+        return _continue(own_worker, request, journal, manifest)
 
 
 def look_for_finished(settings: Settings, bundle: Bundle, slide: Slide) -> SlideReport | None:
@@ -213,7 +217,7 @@ def _begin(worker: Worker, request: Request) -> PreparedSlide:
         tissue = settle_tissue(reader, settings)
         plan = compile_plan(worker, plan, settle_downscale(plan, settings, model_pool, reader), reader, tissue)
         backend = model_pool.downscaled(model_pool.chosen, plan.downscale)
-        prepared = fit_memory(plan, backend, settings, worker.warm_up.held_bytes)
+        prepared = _fit_run(worker, plan, backend, reader)
         with worker.slides.opened(prepared.plan, prepared.backend, reader) as open_slide:
             _create_outputs(open_slide, prepared, model_pool, backend)
             if TISSUE.name in open_slide.images:
@@ -263,7 +267,7 @@ def _continue(worker: Worker, request: Request, journal: Journal, manifest: Mani
     plan = _plan_again(settings, model_pool.bundle, request, journal, manifest, _identity_of(backend))
     with _closed_on_error(SlideReader(plan.slide, plan.level.level, plan.channels.indices)) as reader:
         worker.warm_up.compile_for(plan, backend, reader)
-        prepared = fit_memory(plan, backend, settings, worker.warm_up.held_bytes, keeps_blocks=True)
+        prepared = _fit_run(worker, plan, backend, reader, keeps_blocks=True)
         for folder in (journal.folder, *(output.folder for output in plan.outputs)):
             sweep_partials(folder)
         # Labels need codes of other blocks too, so without scratch all blocks are computed again.
@@ -425,6 +429,23 @@ def _block_bytes(plan: SlidePlan, on_gpu: bool) -> int:
     images = plan.images_of_bytes + (plan.region is not None)
     stars = 0 if plan.stars is None else star_memory(plan.grid, plan.stars, plan.threshold, on_gpu)
     return stars + block_memory(plan.slide, plan.level.level, held, plan.grid, images, on_gpu, plan.frame, plan.spread)
+
+
+def _fit_run(
+    worker: Worker, plan: SlidePlan, backend: Backend, reader: SlideReader, keeps_blocks: bool = False
+) -> PreparedSlide:
+    """Fit the blocks of a slide as `fit_memory` does; if there is little room, with no network beside the slide's own.
+
+    What a slide may have then does not depend on those before it.
+    """
+    settings, held_bytes = worker.settings, worker.warm_up.held_bytes
+    free = fit_memory(plan, backend, replace(settings, max_memory=None), held_bytes)
+    limit = settings.max_memory
+    if limit is None or KNOWN_BACKENDS[backend.name].on_gpu or _ROOM * free.peak_bytes <= limit:
+        return fit_memory(plan, backend, settings, held_bytes, keeps_blocks)
+    worker.take_turns()
+    held_bytes = worker.warm_up.held_by(plan, backend, reader)
+    return replace(fit_memory(plan, backend, settings, held_bytes, keeps_blocks), takes_turns=True)
 
 
 def fit_memory(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -106,20 +106,36 @@ class MemoryBudget:
 
     def __init__(self) -> None:
         self.taken = 0
+        self._network: Hashable = None
         self._changed = threading.Condition()
+        self._entrance = threading.RLock()
 
     @contextmanager
-    def take(self, nbytes: int, limit: int | None) -> Iterator[None]:
+    def take(self, nbytes: int, limit: int | None, network: Hashable = None) -> Iterator[None]:
         """Wait until ``nbytes`` fit below ``limit`` bytes with those of other blocks, and hold them in the context.
 
-        If no other block holds memory, ``nbytes`` always fit; a limit of None never makes a block wait.
+        If no other block holds memory, ``nbytes`` always fit; a limit of None never makes a block wait.  Below a limit,
+        only blocks that name the same ``network`` are in flight at a time.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: limit is None or not self.taken or self.taken + nbytes <= limit)
+
+        def fits() -> bool:
+            return limit is None or not self.taken or (network == self._network and self.taken + nbytes <= limit)
+
+        with self._entrance, self._changed:
+            self._changed.wait_for(fits)
             self.taken += nbytes
+            self._network = network
         try:
             yield
         finally:
             with self._changed:
                 self.taken -= nbytes
                 self._changed.notify_all()
+
+    @contextmanager
+    def untaken(self) -> Iterator[None]:
+        """Wait until no block holds memory, and let none take any in the context."""
+        with self._entrance:
+            with self._changed:
+                self._changed.wait_for(lambda: not self.taken)
+            yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from cellseg_batch.engine.run.pipeline import Pass
@@ -21,6 +22,8 @@ class PreparedSlide:
         budget_bytes: host memory in bytes that all blocks in flight of one process may hold; None sets no limit.
         workers: number of blocks in flight in one process.
         peak_bytes: host memory in bytes that the process will need at most.
+        takes_turns: whether the blocks wait until those of slides with other networks are done, as the limit of memory
+            leaves no room for two networks.
         pixels_done: number of pixels that an earlier run has segmented.
         progress_done: progress that the tasks of an earlier run are worth, in pixels.
     """
@@ -32,8 +35,15 @@ class PreparedSlide:
     budget_bytes: int | None
     workers: int
     peak_bytes: int
+    takes_turns: bool = False
     pixels_done: int = 0
     progress_done: float = 0.0
+
+    @property
+    def turn(self) -> Hashable:
+        """What the blocks share with those that may be in flight beside them, if they take turns; else None."""
+        plan = self.plan
+        return (self.backend, plan.downscale, plan.shape, plan.slide.dtype) if self.takes_turns else None
 
     def progress_of(self, slide_pass: Pass, tasks: int = 1) -> float:
         """Progress that ``tasks`` tasks of a pass are worth, in pixels; all passes together are worth the slide's."""

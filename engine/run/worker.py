@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from cellseg_batch.engine.errors import CellsegError, OutputError, brief
@@ -69,11 +71,29 @@ class Worker:
         self.clock = clock
         self.budget = MemoryBudget()
         self.slides = OpenSlides(model_pool, clock)
-        self.warm_up = WarmUp(model_pool, self.budget)
+        self.warm_up = WarmUp(model_pool, self.budget, limited=settings.max_memory is not None)
+        self._preparing = threading.Lock()
+        self._tight = False
 
     def here(self) -> Worker:
         """This worker itself, as the threads of its process do its tasks."""
         return self
+
+    @contextmanager
+    def turn_to_prepare(self) -> Iterator[None]:
+        """Wait until a slide may be prepared: below a limit of memory, after others, and if it is tight after blocks."""
+        with ExitStack() as turn:
+            if self.settings.max_memory is not None:
+                turn.enter_context(self._preparing)
+            if self._tight:
+                turn.enter_context(self.budget.untaken())
+                self.model_pool.drop_idle()
+            yield
+
+    def take_turns(self) -> None:
+        """From now on, hold one network at a time, as the limit of memory leaves no room for others."""
+        self._tight = True
+        self.model_pool.keep_one()
 
     def run(self, prepared: PreparedSlide, slide_pass: Pass, number: int) -> Outcome:
         """Do one task of a pass and journal its result; if it fails, journal the reason and give up this task alone.
@@ -82,7 +102,9 @@ class Worker:
             OutputError: the output cannot be written, so other tasks would fail too.
         """
         reason = ""
-        with self.budget.take(prepared.block_bytes, prepared.budget_bytes):
+        if prepared.takes_turns:
+            self.take_turns()
+        with self.budget.take(prepared.block_bytes, prepared.budget_bytes, prepared.turn):
             for pause in (*_PAUSES, None):
                 try:
                     self._do(prepared, slide_pass, number)
