@@ -102,7 +102,7 @@ def print_report(report: RunReport, console: Console, settings: Settings) -> Non
         ("objects", _objects(report.slides)),
         ("foreground", _foreground(report.slides)),
         ("classes", _classes(report.slides)),
-        ("peak memory", _memory(report)),
+        ("peak memory", _memory(report, settings)),
         ("labels", _paths("labels", report.slides)),
         ("cells", _paths("cells", report.slides)),
         *(("plate", _plate(plate)) for plate in report.plates),
@@ -169,9 +169,12 @@ def _classes(slides: list[SlideReport]) -> str:
     return ", ".join(means) + (" (mean over images)" if shares else "")
 
 
-def _memory(report: RunReport) -> str:
+def _memory(report: RunReport, settings: Settings) -> str:
     planned = f" (announced: at most {report.planned_peak_bytes / _MEGA:.0f} MB)" if report.planned_peak_bytes else ""
-    return f"{report.peak_rss_bytes / _MEGA:.0f} MB{planned}"
+    process = "" if settings.scheduler == "threads" else ", of the process that takes most"
+    refused = any("`max_memory`" in slide.reason for slide in report.slides)
+    tried = "; one tile of what is refused was tried, to see what it takes" if refused else ""
+    return f"{report.peak_rss_bytes / _MEGA:.0f} MB{planned}{process}{tried}"
 
 
 def _objects(slides: list[SlideReport]) -> str:

@@ -179,10 +179,11 @@ class ModelPool:
         self.probes.clear()
 
     def keep_one(self) -> None:
-        """From now on, keep no network without users beside the one that was compiled last."""
+        """From now on, keep no network without users beside the one that was compiled last, and now no probe."""
         if self._sessions.area:
             self._sessions.area = 0
-            self.drop_idle()
+            self._sessions.drop_idle()
+        self.probes.clear()
 
     def has_queue(self, backend: Backend) -> bool:
         """Whether the GPU gathers and stitches whole blocks through `queue`.

@@ -193,7 +193,9 @@ def estimate(inputs: list[Path], settings: Settings, processes: int, say: Callab
     racing = partial(say, "choosing a backend for this model on this machine, once")
     worker = Worker(settings, ModelPool(bundle, settings, racing, pixels=pixels), StageClock())
     say("looking at windows of the largest images")
-    with _Networks(worker.model_pool, settings.workers) as networks:
+    # Below a limit, the figures are those of slides that take turns.
+    in_use = settings.workers if settings.max_memory is None else 0
+    with _Networks(worker.model_pool, in_use) as networks:
         images = _settle(worker, images, networks)
         largest = max(images, key=lambda image: image.entry.pixels if image.plans else -1)
         say("segmenting a sample to measure the rate")
@@ -435,14 +437,17 @@ def _weigh(image: _Image, worker: Worker, held_bytes: int, rate: _Rate) -> Slide
     Args:
         image: the image.
         worker: worker whose model pool has chosen the backend.
-        held_bytes: host memory of a worker process without its blocks.
+        held_bytes: host memory of a worker process without its blocks, if there is no limit.
         rate: what segmenting a sample took.
     """
     if not image.plans:
         return image.entry
     settings, chosen = worker.settings, worker.model_pool.chosen
     try:
-        prepared = [fit_memory(plan, chosen, settings, held_bytes) for plan in image.plans]
+        prepared = [
+            fit_memory(plan, chosen, settings, worker.warm_up.held_for(plan) if settings.max_memory else held_bytes)
+            for plan in image.plans
+        ]
     except OutputError as error:
         return replace(image.entry, reason=error.detail)
     entry, memory = _count(prepared[0].plan), psutil.virtual_memory().total

@@ -359,7 +359,7 @@ class Campaign:
 
     def _collect(self, told: EndedTask, failures: dict[int, str], outcome: Outcome) -> None:
         self._tell(told, outcome.number, outcome.reason, failures)
-        self._figures.count(outcome.stages)
+        self._figures.count(outcome)
 
     def _give_up(
         self, journal: Journal, told: EndedTask, failures: dict[int, str], number: int, loss: BaseException
@@ -401,7 +401,7 @@ class Campaign:
             batch=self.settings.batch,
             block=grid.block_shape if grid else None,
             workers=self._figures.workers,
-            peak_rss_bytes=peak_resident_bytes(),
+            peak_rss_bytes=max(peak_resident_bytes(), self._figures.peak_bytes),
             planned_peak_bytes=self._figures.planned_peak_bytes,
             stages=self._figures.stages,
             slides=slides,
@@ -416,6 +416,7 @@ class _Figures:
         planned_peak_bytes: planned peak of host memory of the slide that needs most, in bytes.
         workers: number of blocks in flight of the slide that allows most.
         stages: busy seconds of each stage, over all workers.
+        peak_bytes: largest resident memory of a worker process, in bytes.
     """
 
     def __init__(self) -> None:
@@ -423,6 +424,7 @@ class _Figures:
         self.planned_peak_bytes = 0
         self.workers = 0
         self.stages = dict.fromkeys(STAGES, 0.0)
+        self.peak_bytes = 0
 
     def plan(self, prepared: PreparedSlide) -> None:
         """Take in the plan of a slide."""
@@ -431,10 +433,11 @@ class _Figures:
         self.planned_peak_bytes = max(self.planned_peak_bytes, prepared.peak_bytes)
         self.workers = max(self.workers, prepared.workers)
 
-    def count(self, stages: dict[str, float]) -> None:
-        """Add busy seconds of each stage."""
-        for stage, seconds in stages.items():
+    def count(self, outcome: Outcome) -> None:
+        """Take in the busy seconds and the memory of a worker."""
+        for stage, seconds in outcome.stages.items():
             self.stages[stage] += seconds
+        self.peak_bytes = max(self.peak_bytes, outcome.peak_bytes)
 
 
 def _failed(image: Slide | UnreadableImage, error: Exception) -> SlideReport:

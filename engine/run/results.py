@@ -124,8 +124,8 @@ class RunReport:
         batch: number of tiles per call of the model.
         block: (height, width) of a block in px of the largest slide; None without a slide to work on.
         workers: number of blocks in flight, or of worker processes.
-        peak_rss_bytes: largest resident memory of the process.
-        planned_peak_bytes: host memory that was announced as the most that the run would need.
+        peak_rss_bytes: largest resident memory of a process, in bytes: the largest of the workers and the coordinator.
+        planned_peak_bytes: host memory that was announced as the most that a process of the run would need, in bytes.
         stages: busy seconds of each stage, over all threads.
         slides: one entry per image.
         plates: one entry per plate, if objects were measured.

@@ -23,7 +23,7 @@ from cellseg_batch.engine.stage_clock import StageClock
 from cellseg_batch.kernels.warm_up import compile_kernels
 
 # Seconds between two looks at the memory.
-_INTERVAL = 0.002
+_INTERVAL = 0.005
 
 
 class WarmUp:
@@ -69,6 +69,14 @@ class WarmUp:
         size = math.prod(plan.shape)
         self._measure(plan, backend, reader, lambda sizes: size in sizes)
         return self._held[_kind(plan)][size]
+
+    def held_for(self, plan: SlidePlan) -> int:
+        """What `held_by` gives, as far as it was measured: for a tile of that kind that is at least as large.
+
+        Without a limit it is `held_bytes`, as the networks of other slides are kept too.
+        """
+        sizes = self._held.get(_kind(plan), {}) if self._limited else {}
+        return min((held for size, held in sizes.items() if size >= math.prod(plan.shape)), default=self.held_bytes)
 
     def _measure(
         self, plan: SlidePlan, backend: Backend, reader: SlideReader, suffices: Callable[[Collection[int]], bool]

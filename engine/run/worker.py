@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from cellseg_batch.engine.backend_table import KNOWN_BACKENDS
 from cellseg_batch.engine.errors import CellsegError, OutputError, brief
 from cellseg_batch.engine.inference.choice import Choice
 from cellseg_batch.engine.inference.model_pool import ModelPool
-from cellseg_batch.engine.machine import bound_heaps
+from cellseg_batch.engine.machine import bound_heaps, peak_resident_bytes
 from cellseg_batch.engine.models import load_model
 from cellseg_batch.engine.run.memory_model import MemoryBudget
 from cellseg_batch.engine.run.open_slide import OpenSlides
@@ -43,11 +44,13 @@ class Outcome:
         number: number of the task.
         reason: reason why it was given up; "" if it is done.
         stages: busy seconds of each stage in the process since its last outcome.
+        peak_bytes: largest resident memory of the process so far, in bytes.
     """
 
     number: int
     reason: str
     stages: dict[str, float]
+    peak_bytes: int
 
 
 class Worker:
@@ -71,7 +74,8 @@ class Worker:
         self.clock = clock
         self.budget = MemoryBudget()
         self.slides = OpenSlides(model_pool, clock)
-        self.warm_up = WarmUp(model_pool, self.budget, limited=settings.max_memory is not None)
+        self._limited = settings.max_memory is not None and not KNOWN_BACKENDS[model_pool.chosen.name].on_gpu
+        self.warm_up = WarmUp(model_pool, self.budget, self._limited)
         self._preparing = threading.Lock()
         self._tight = False
 
@@ -81,9 +85,9 @@ class Worker:
 
     @contextmanager
     def turn_to_prepare(self) -> Iterator[None]:
-        """Wait until a slide may be prepared: below a limit of memory, after others, and if it is tight after blocks."""
+        """Wait until a slide may be prepared: below a limit of memory after others, and if it is tight after blocks."""
         with ExitStack() as turn:
-            if self.settings.max_memory is not None:
+            if self._limited:
                 turn.enter_context(self._preparing)
             if self._tight:
                 turn.enter_context(self.budget.untaken())
@@ -120,7 +124,7 @@ class Worker:
                     reason = error.detail if isinstance(error, CellsegError) else brief(error)
                     Journal(prepared.plan.paths.journal).fail(slide_pass.name, number, reason)
                     break
-        return Outcome(number, reason, self.clock.drain())
+        return Outcome(number, reason, self.clock.drain(), peak_resident_bytes())
 
     def close(self) -> None:
         """Close every slide."""
