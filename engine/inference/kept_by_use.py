@@ -30,13 +30,10 @@ class KeptByUse(Generic[_Key, _Value]):
 
     Args:
         area: area in px up to which values without users are kept, those in use included.
-
-    Attributes:
-        area: as given; it may be changed, for values that are made from then on.
     """
 
     def __init__(self, area: int) -> None:
-        self.area = area
+        self._area = area
         self._entries: OrderedDict[_Key, _Entry[_Value]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -49,7 +46,7 @@ class KeptByUse(Generic[_Key, _Value]):
         """
         entry = self._use(key)
         if entry is None:
-            self._drop_idle(self.area - area)
+            self._drop_idle(self._area - area)
             entry = _Entry(make(), area, users=1)
             with self._lock:
                 self._entries[key] = entry
@@ -62,6 +59,14 @@ class KeptByUse(Generic[_Key, _Value]):
     def drop_idle(self) -> bool:
         """Drop every value without users; return whether there was one."""
         return self._drop_idle(-1)
+
+    def keep_last(self) -> None:
+        """From now on, keep no value without users but the one that was used last."""
+        self._area = 0
+        with self._lock:
+            last = next(reversed(self._entries.values()), None)
+        if last is not None:
+            self._drop_idle(last.area)
 
     def _use(self, key: _Key) -> _Entry[_Value] | None:
         with self._lock:

@@ -179,10 +179,8 @@ class ModelPool:
         self.probes.clear()
 
     def keep_one(self) -> None:
-        """From now on, keep no network without users beside the one that was compiled last, and now no probe."""
-        if self._sessions.area:
-            self._sessions.area = 0
-            self._sessions.drop_idle()
+        """Keep no network without users beside the one that was used last, from now on, and no probe as of now."""
+        self._sessions.keep_last()
         self.probes.clear()
 
     def has_queue(self, backend: Backend) -> bool:
