@@ -1,6 +1,5 @@
 """A limit of memory holds for images of different sizes, whatever their order."""
 
-import gc
 import json
 import subprocess
 import sys
@@ -26,8 +25,16 @@ def write_picture(path, side):
 
 @pytest.fixture
 def heavy_networks(monkeypatch):
-    """Have each network weigh 10 kB for each px of its tile, and the rest of the process nothing; returns the peaks."""
-    networks, peaks = [], [0]
+    """Have each network weigh 10 kB for each px of its tile, and the rest of the process nothing.
+
+    A call forgets the networks so far, and returns a list for the memory after each compilation from then on.
+    """
+    networks, peaks = [], []
+
+    def forget():
+        networks.clear()
+        peaks.clear()
+        return peaks
 
     def resident():
         alive = (network() for network in networks)
@@ -42,7 +49,7 @@ def heavy_networks(monkeypatch):
     monkeypatch.setattr(model_pool, "compile_network", compile_network)
     for name in ("resident_bytes", "peak_resident_bytes"):
         monkeypatch.setattr(warm_up, name, resident)
-    return peaks
+    return forget
 
 
 @pytest.mark.parametrize("room", [-20_000_000, 20_000_000])
@@ -53,13 +60,12 @@ def test_networks_of_other_images_take_no_room(tmp_path, segment, heavy_networks
     largest = _WEIGHT * (304 + 2 * 8) ** 2  # one tile, with its margins
     limit = largest + RUN_OVERHEAD_BYTES + room
     for number, order in enumerate(permutations(range(len(sides)))):
-        gc.collect()  # the networks of the run before
-        heavy_networks.clear()
+        peaks = heavy_networks()
         inputs = [paths[index] for index in order]
         report = segment(*inputs, tile=400, workers=workers, max_memory=limit, output=tmp_path / str(number))
         states = {sides[index]: slide.status for index, slide in zip(order, report.slides, strict=True)}
         assert states == {200: "done", 250: "done", 304: "done" if room > 0 else "failed"}, order
-        assert max(heavy_networks) == largest
+        assert max(peaks) == largest, order
         assert report.planned_peak_bytes <= limit
 
 
