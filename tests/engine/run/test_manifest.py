@@ -74,7 +74,7 @@ def test_bad_rows_refuse_the_whole_run_and_are_all_named(tmp_path, tiny_model, c
     assert (code, "1 done, 1 failed" in output) == (1, True)
     for arguments in ([path, "--manifest", tmp_path / "list.csv"], []):
         code, output = command("run", *arguments)
-        assert (code, "leave one out" in output or "name a slide" in output) == (2, True)
+        assert (code, "leave one out" in output or "or a file that lists them" in output) == (2, True)
 
 
 @pytest.mark.parametrize(
