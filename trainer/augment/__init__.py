@@ -25,9 +25,13 @@ from cellseg_batch.trainer.data.sample import Sample, normalise
 from cellseg_batch.trainer.heads import HEADS
 from cellseg_batch.trainer.recipe import Recipe
 
-# Pictures shrunk by more than this are sampled at twice as many points: an objective shows no finer detail than its
-# camera, so a picture at 20x must not be every second pixel of one at 40x.
-_COARSE = 0.75
+# Pictures shrunk by more than this are sampled at more points, at most so many a pixel each way: an objective shows no
+# finer detail than its camera, so a picture at 20x must not be every second pixel of one at 40x.
+_COARSE, _MOST_FINE = 0.75, 4
+# Objects are shown at least this wide, in px: of narrower ones there is nothing to learn.
+_NARROWEST = 8.0
+# The smallest magnification of pictures without objects.
+_LEAST_ZOOM_OF_GROUND = 0.45
 
 # How far a crop may reach beyond its image, as a share of its side: the engine mirrors edges, so the network must have
 # seen mirrored ones.
@@ -96,8 +100,8 @@ class Augmenter:
     def _picture(self, sample: Sample, plain: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Pixels (3, S, S), labels (S, S), distance (S, S) and classes (S, S) of one picture."""
         height, width = sample.labels.shape
-        zoom = 1.0 if plain else float(self._log_uniform(self.recipe.zoom_min, self.recipe.zoom_max, 1))
-        fine = 2 if zoom < _COARSE else 1
+        zoom = 1.0 if plain else float(self._log_uniform(self._least_zoom(sample), self.recipe.zoom_max, 1))
+        fine = min(math.ceil(1 / zoom), _MOST_FINE) if zoom < _COARSE else 1
         positions = torch.stack(self._positions(height, width, plain, zoom, fine))[None]
 
         def grid_at(positions: Tensor) -> Tensor:
@@ -124,10 +128,15 @@ class Augmenter:
             pixels = torch.lerp(pixels, flatten(pixels, labels.long()), float(self.rng.uniform(0.7, 1)))
         return pixels, labels.long(), warped[-1] * (labels > 0), classes.long()
 
+    def _least_zoom(self, sample: Sample) -> float:
+        """The recipe's smallest magnification, or the one at which this sample's objects are as narrow as is taught."""
+        narrowest = _NARROWEST / sample.width if sample.width else _LEAST_ZOOM_OF_GROUND
+        return min(max(self.recipe.zoom_min, narrowest), 1.0)
+
     def _positions(self, height: int, width: int, plain: bool, zoom: float, fine: int) -> tuple[Tensor, Tensor]:
         """Row and column of the image that each pixel of the picture shows; 0 is the first pixel's centre.
 
-        They are (S, S), or (2 S, 2 S) where a pixel has ``fine`` = 2 points each way.
+        They are (``fine`` S, ``fine`` S): a pixel has so many points each way.
         """
         recipe, size = self.recipe, self.recipe.size
         points = fine * size

@@ -31,6 +31,7 @@ class Sample:
         distance: (H, W) uint8, distance to the instance's edge, 255 at each instance's deepest point.
         classes: (H, W) numbers of the pixels' classes, 0 is background; None if nobody told classes apart.
         has_objects: whether the instances were told apart; else they are the components of the classes' pixels.
+        width: median diameter in px of disks as large as the instances; 0 without any.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Sample:
     distance: NDArray[np.uint8]
     classes: NDArray[np.integer] | None = None
     has_objects: bool = True
+    width: float = 0.0
 
     @property
     def pixels(self) -> NDArray[np.float32]:
@@ -122,7 +124,13 @@ def make_sample(entry: Entry, rule: Normalisation, classes: int = 0) -> Sample:
         distance=np.round(255 * instance_distance(labels)).astype(np.uint8),
         classes=None if class_map is None else check_classes(class_map, classes),
         has_objects=has_objects,
+        width=_median_width(labels),
     )
+
+
+def _median_width(labels: NDArray[np.int32]) -> float:
+    areas = np.bincount(labels.ravel())[1:]
+    return float(2 * np.sqrt(np.median(areas[areas > 0]) / np.pi)) if areas.any() else 0.0
 
 
 def rescale(sample: Sample, factor: float) -> Sample:
