@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from skimage.measure import label, regionprops
 from torch.nn import functional as F
 
 from cellseg_batch.trainer import augment
 from cellseg_batch.trainer.augment import Augmenter
 from cellseg_batch.trainer.augment.stains import REFERENCE, find_stains, separate, show, stain_immune
-from cellseg_batch.trainer.data.sample import Sample
+from cellseg_batch.trainer.card import Normalisation
+from cellseg_batch.trainer.data.sample import Annotation, Entry, Sample, make_sample
 from cellseg_batch.trainer.recipe import Recipe
 
 SIDE = 96
@@ -164,3 +166,17 @@ def test_shrunk_pictures_show_labels_where_their_pixels_are():
         inside = (labels > 20) & (labels < 180)
         offsets.append((pixels[0] * 200 - labels)[inside].mean())
     assert abs(float(torch.stack(offsets).mean())) < 0.1
+
+
+def test_pictures_are_shrunk_until_their_objects_are_8_px_wide_and_no_further():
+    y, x = np.mgrid[:320, :320]
+    for diameter in (10, 32):
+        disks = np.hypot(y % 40 - 20, x % 40 - 20) < diameter / 2
+        annotation = Annotation(disks[..., None].astype(np.uint8), disks * (1 + y // 40 * 8 + x // 40))
+        sample = make_sample(Entry("a", "", "", lambda annotation=annotation: annotation), Normalisation())
+        widths = []
+        for seed in range(40):
+            _, labels, *_ = augmenter(seed, size=128, zoom_min=0.1, zoom_max=1.0)._picture(sample, False)
+            largest = max(region.area for region in regionprops(label(labels.numpy())))  # the others may be cut
+            widths.append(2 * np.sqrt(largest / np.pi))
+        assert 7 < min(widths) < 9, widths

@@ -131,7 +131,7 @@ class Augmenter:
     def _least_zoom(self, sample: Sample) -> float:
         """The recipe's smallest magnification, or the one at which this sample's objects are as narrow as is taught."""
         narrowest = _NARROWEST / sample.width if sample.width else _LEAST_ZOOM_OF_GROUND
-        return min(max(self.recipe.zoom_min, narrowest), 1.0)
+        return min(max(self.recipe.zoom_min, narrowest), 1.0, self.recipe.zoom_max)
 
     def _positions(self, height: int, width: int, plain: bool, zoom: float, fine: int) -> tuple[Tensor, Tensor]:
         """Row and column of the image that each pixel of the picture shows; 0 is the first pixel's centre.
