@@ -86,8 +86,14 @@ def test_the_shipped_model_is_shown_large_nuclei_downscaled(tmp_path, segment, r
 
 
 def test_large_nuclei_that_the_model_does_not_see_whole_are_large_nuclei():
-    seen = {4: disks(120, 20), 2: disks(240, 40) & (np.arange(240) % 12 < 1), 1: np.zeros((480, 480), bool)}
+    seen = {4: disks(120, 20), 2: disks(240, 40) & (np.arange(240) % 120 < 1), 1: np.zeros((480, 480), bool)}
     assert pick_downscale({"2": 15.0, "4": 29.0}, lambda factor: [seen[factor]]) == 4
+
+
+def test_glands_with_nuclei_are_not_taken_for_large_nuclei():
+    seen = {4: disks(120, 20), 2: disks(240, 40) & (np.arange(240) % 12 < 1), 1: np.zeros((480, 480), bool)}
+    assert np.mean(seen[4]) > 4 * np.mean(seen[2]) > 0
+    assert pick_downscale({"2": 15.0, "4": 29.0}, lambda factor: [seen[factor]]) == 1
 
 
 @pytest.fixture
