@@ -1,8 +1,7 @@
 """Read the progress of a run from its journals alone, without asking the run itself, which may be on any machine.
 
 Finished records give the progress and their times the rate; each pass counts for its share of an image, as in the
-progress bar of the run. A run is at work on an image while it renews the image's
-lock.
+progress bar of the run. A run is at work on an image while it holds the image's lock.
 """
 
 from __future__ import annotations

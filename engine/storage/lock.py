@@ -152,8 +152,9 @@ class Locks:
             aside.unlink()
 
     def _is_left_behind(self, path: Path, owner: dict[str, Any]) -> bool:
-        if owner.get("machine") == _machine():
-            return not _is_alive(int(owner["pid"]), float(owner["started"]))
+        lives = _lives(owner)
+        if lives is not None:
+            return not lives
         probe = path.with_name(f"{path.name}.{uuid4().hex}{PARTIAL_SUFFIX}")
         probe.touch()
         try:
@@ -185,9 +186,9 @@ def is_held(path: Path) -> bool:
     A run of this machine holds it while its process lives, one of another machine while it renews the lock within its
     lease, by this machine's clock.
     """
-    owner = _owner(path)
-    if owner.get("machine") == _machine():
-        return _is_alive(int(owner["pid"]), float(owner["started"]))
+    lives = _lives(_owner(path))
+    if lives is not None:
+        return lives
     try:
         return time.time() - path.stat().st_mtime < LEASE_SECONDS
     except FileNotFoundError:
@@ -272,6 +273,11 @@ def _machine() -> str:
     boot_id, pid_namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     boot = boot_id.read_text().strip() if boot_id.exists() else ""
     return f"{socket.gethostname()} {boot} {pid_namespace.readlink() if pid_namespace.exists() else ''}"
+
+
+def _lives(owner: dict[str, Any]) -> bool | None:
+    """Whether the process of a lock's owner lives; None if it belongs to another machine, which this one cannot see."""
+    return _is_alive(int(owner["pid"]), float(owner["started"])) if owner.get("machine") == _machine() else None
 
 
 def _is_alive(pid: int, started: float) -> bool:
